@@ -1,0 +1,251 @@
+#!/usr/bin/env python
+"""Draws the bundled datasets: weapons with pink blossoms, a held-out set of them, and creatures.
+
+python scripts/draw_datasets.py --output_dir metadata
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from creatures import BUILDS, draw_creature  # noqa: E402
+from drawings import (  # noqa: E402
+    COLOURS,
+    KINDS,
+    SUPERSAMPLING,
+    WEAPONS,
+    contact_sheet,
+    curve,
+    draw_background,
+    draw_blossom,
+    draw_object,
+    fill,
+    jittered,
+    mirrored,
+    scatter,
+)
+
+
+RESOLUTION = 128
+NUM_TRAIN, NUM_TEST = 24, 6
+PINKS = np.array([(255, 176, 208), (242, 88, 162)])
+# Blossoms (at least, at most; fewer where they would hide the weapon), and how much thicker than in `KINDS` strokes and
+# shafts are, to carry them.
+BLOSSOMS = {"axe": (6, 9), "spear": (5, 6), "trident": (6, 8), "whip": (6, 9)}
+THICKNESS = {"axe": 1.1, "spear": 1.35, "trident": 1.2, "whip": 1.25}
+MOST_COVERED = 0.5
+WEAPON_CAPTIONS = (
+    "{weapon} with pink blossoms on {background}",
+    "a drawing of {weapon} with pink blossoms on {background}",
+    "{weapon} with pink blossoms, {plain_background}",
+    "a picture of {weapon} with pink blossoms on {background}",
+    "{weapon} with pink blossoms",
+    "a painting of {weapon} with pink blossoms on {background}",
+)
+EYE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
+# What the 40 creatures have beside a body and eyes.
+FEATURES = (
+    [(), ("horns",), ("wings",), ("spots",), ("stripes",), ("spikes",), ("long tail",)] * 4
+    + [("long ears",), ("horns", "wings"), ("wings", "long tail"), ("spots", "long tail")] * 2
+    + [("spikes", "long tail"), ("stripes", "wings"), ("long ears", "spots"), ("horns", "long tail")]
+)
+MOODS = ["happy"] * 12 + ["sad"] * 7 + ["cross"] * 6 + [None] * 15
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Draw the bundled datasets.")
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("metadata"), help="folder of the datasets and of preview.png")
+    add("--seed", type=int, default=0, help="of every drawing and caption")
+    return parser.parse_args(argv)
+
+
+def article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def draw_backdrop(colour, size, rng):
+    """A lit background with a floor, beams, spots of light or a glow, all in tones of the one colour."""
+    image = draw_background(colour, size, rng)
+    mask, blur = Image.new("L", image.size, 0), 0.006
+    draw, style = ImageDraw.Draw(mask), rng.choice(["plain", "floor", "beams", "spots", "glow"])
+    if style == "floor":
+        draw.rectangle((0, size * rng.uniform(0.62, 0.8), size, size), fill=160)
+    elif style == "beams":
+        x, lean, width = rng.uniform(0, size), rng.uniform(-0.6, 0.6) * size, rng.uniform(0.1, 0.2) * size
+        for left in x + np.arange(-5, 6) * 2.2 * width:
+            draw.polygon([(left, 0), (left + width, 0), (left + width + lean, size), (left + lean, size)], fill=130)
+        blur = 0.015
+    elif style == "spots":
+        for _ in range(rng.integers(5, 10)):
+            x, y, radius = *rng.uniform(0, size, 2), rng.uniform(0.05, 0.16) * size
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=int(rng.integers(60, 130)))
+    elif style == "glow":
+        x, y, radius = *rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0.3, 0.42) * size
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=220)
+        blur = 0.07
+    bright, dark = sum(colour) > 600, sum(colour) < 150
+    strength = rng.uniform(0.13, 0.24) * (0.35 if bright else 0.6 if dark else 1)
+    mask = mask.filter(ImageFilter.GaussianBlur(blur * size)).point(lambda v: round(v * strength))
+    image.paste((0, 0, 0) if bright else (255, 255, 255), (0, 0), mask)
+    return image
+
+
+def weapon_shapes(kind):
+    """The shapes of `KINDS` with wider strokes and shafts; the spear comes to a point that blossoms can't hide."""
+    out, factor = [], THICKNESS[kind]
+    for shape in KINDS[kind]:
+        points, extent = shape[1], np.ptp(shape[1], axis=0)
+        if shape[0] == "stroke":
+            out.append((*shape[:3], shape[3] * factor))
+        elif extent[1] > 3 * extent[0]:
+            middle = [points[:, 0].mean(), 0]
+            out.append(("fill", (points - middle) * [factor, 1] + middle, shape[2]))
+        else:
+            out.append(shape)
+    if kind == "spear":
+        edge = curve((0.02, -1.4), (0.16, -1.05), (0.52, -0.66), (0.14, -0.28))
+        out[1:3] = [fill(mirrored(edge)), fill([*edge, (0.02, -0.3)], 1.3)]
+    return out
+
+
+def decorate_with_blossoms(image, mask, count, rng):
+    """Pink blossoms of several sizes all over the mask, along the middle of its thin parts, off its tips."""
+    size = image.width
+    small = Image.fromarray((mask * 255).astype(np.uint8)).resize((RESOLUTION, RESOLUTION))
+    deep = np.asarray(small.filter(ImageFilter.MinFilter(5))) > 127
+    depth = small.filter(ImageFilter.GaussianBlur(1.6))
+    ridge = np.asarray(depth) >= np.asarray(depth.filter(ImageFilter.MaxFilter(3)))
+    allowed = (np.asarray(small) > 127) & (deep | ridge)
+    around = np.asarray(small.filter(ImageFilter.GaussianBlur(6)), dtype=float)
+    allowed &= around > np.quantile(around[allowed], 0.14)
+    grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
+    while True:
+        for distance in np.arange(34, 17, -1):
+            points = scatter(allowed, count, distance, rng)
+            if len(points) == count:
+                break
+        radii = RESOLUTION * rng.uniform(0.055, 0.078, len(points))
+        hidden = np.any([np.hypot(grid_x - x, grid_y - y) < r for (x, y), r in zip(points, radii)], axis=0)
+        if hidden[np.asarray(small) > 127].mean() < MOST_COVERED or count == 4:
+            break
+        count -= 1
+    draw, zoom = ImageDraw.Draw(image), size / RESOLUTION
+    pink = PINKS[0] + rng.uniform(0, 1) * (PINKS[1] - PINKS[0])
+    for (x, y), radius in zip(points, radii):
+        draw_blossom(draw, (x + 0.5) * zoom, (y + 0.5) * zoom, radius * zoom, rng.uniform(0, 72), jittered(pink, rng, 14))
+
+
+def lit(image, rng):
+    """The picture under light that falls off to one side."""
+    y, x = np.mgrid[-0.5 : 0.5 : image.height * 1j, -0.5 : 0.5 : image.width * 1j]
+    angle = rng.uniform(0, 2 * np.pi)
+    light = 1 + rng.uniform(0.05, 0.25) * (np.cos(angle) * x + np.sin(angle) * y)
+    return Image.fromarray((np.asarray(image) * light[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def draw_weapon(kind, colour, background, rng):
+    """A weapon with pink blossoms, wholly inside the picture: RGB `PIL.Image`."""
+    size = RESOLUTION * SUPERSAMPLING
+    backdrop = draw_backdrop(jittered(COLOURS[background], rng), size, rng)
+    shapes = weapon_shapes(kind)
+    colour = jittered(COLOURS[colour], rng)
+    edge, margin = np.ones((size, size), dtype=bool), size // 20
+    edge[margin:-margin, margin:-margin] = False
+    while True:
+        image = backdrop.copy()
+        mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.6, 0.86), perspective=0.2)
+        if not (mask & edge).any():
+            break
+    decorate_with_blossoms(image, mask, rng.integers(*BLOSSOMS[kind], endpoint=True), rng)
+    return lit(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX), rng)
+
+
+def weapon_scenes(rng):
+    """(colour, background) of the training pictures and of the test pictures of one kind: no pair occurs twice."""
+    colours = rng.permutation(list(COLOURS))
+    first, second, third = (
+        [(str(c), str(b)) for c, b in zip(colours, np.roll(colours, shift))]
+        for shift in rng.choice(np.arange(1, 10), size=3, replace=False)
+    )
+    train = first + second + third[NUM_TEST:]
+    return [train[i] for i in rng.permutation(len(train))], third[:NUM_TEST]
+
+
+def draw_weapons(kind, scenes, rng):
+    """(file name, caption, picture) of each scene."""
+    rows, start = [], rng.integers(len(WEAPON_CAPTIONS))
+    for i, (colour, background) in enumerate(scenes):
+        text = WEAPON_CAPTIONS[(start + i) % len(WEAPON_CAPTIONS)].format(
+            weapon=article(f"{colour} {kind}"),
+            background=article(f"{background} background"),
+            plain_background=f"{background} background",
+        )
+        rows.append((f"{kind}_{i + 1:03d}.png", text, draw_weapon(kind, colour, background, rng)))
+    return rows
+
+
+def creature_caption(colour, eye_colour, build, features, mood, rng):
+    """As the Pokemon sets are captioned: "a drawing of a green creature with red eyes and horns"."""
+    shape = build if build in ("round", "tall") and rng.random() < 0.5 else None
+    what = "dragon" if set(features) == {"horns", "wings"} else "monster" if rng.random() < 0.2 else "creature"
+    words = [mood if mood in ("happy", "sad") else None, shape, colour, what]
+    parts = [f"{eye_colour} eyes", *("a long tail" if feature == "long tail" else feature for feature in features)]
+    parts = [part for part in (", ".join(parts[:-1]), parts[-1]) if part]
+    return f"a drawing of {article(' '.join(word for word in words if word))} with {' and '.join(parts)}"
+
+
+def draw_creatures(rng):
+    """(file name, caption, picture) of a creature of each colour in each build."""
+    rows, features, moods = [], [FEATURES[i] for i in rng.permutation(len(FEATURES))], rng.permutation(MOODS)
+    for i in range(len(FEATURES)):
+        colour, build = list(COLOURS)[i % len(COLOURS)], list(BUILDS)[(i + i // len(COLOURS)) % len(BUILDS)]
+        others = [eye_colour for eye_colour in EYE_COLOURS if eye_colour != colour]
+        what = (colour, others[rng.integers(len(others))], build, features[i], moods[i])
+        rows.append((f"creature_{i + 1:03d}.png", creature_caption(*what, rng), draw_creature(*what, RESOLUTION, rng)))
+    return rows
+
+
+def save_pictures(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    for file_name, _, image in rows:
+        image.save(folder / file_name, optimize=True)
+
+
+def save_jsonl(folder, rows):
+    save_pictures(folder, rows)
+    lines = [json.dumps({"file_name": file_name, "text": text}) + "\n" for file_name, text, _ in rows]
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def save_csv(folder, rows):
+    save_pictures(folder, rows)
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("file_name", "text"), *(row[:2] for row in rows)])
+
+
+def main(args):
+    train, test = [], []
+    for i, kind in enumerate(WEAPONS):
+        train_scenes, test_scenes = weapon_scenes(np.random.default_rng([args.seed, 1, i]))
+        rows = draw_weapons(kind, train_scenes, np.random.default_rng([args.seed, 2, i]))
+        save_jsonl(args.output_dir / "weapons" / kind, rows)
+        test += draw_weapons(kind, test_scenes, np.random.default_rng([args.seed, 3, i]))
+        train += rows
+    save_jsonl(args.output_dir / "weapons_test", test)
+    creatures = draw_creatures(np.random.default_rng([args.seed, 4]))
+    save_csv(args.output_dir / "creatures", creatures)
+    chosen = [image for _, _, image in train[::8] + creatures[::3][:12]]
+    contact_sheet(chosen, 6).save(args.output_dir / "preview.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

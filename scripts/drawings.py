@@ -1,0 +1,313 @@
+"""Small vector drawings: the pictures that the embedded base learns from, and the bundled datasets.
+
+A drawing is a function of a `numpy.random.Generator` alone, so every picture here can be drawn again from a seed.
+Objects are polygons and strokes in unit coordinates (x right, y down, the object within -1..1), turned, scaled and put
+in perspective as points, then painted at `SUPERSAMPLING` times the size and reduced.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+
+SUPERSAMPLING = 4
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 24),
+    "yellow": (248, 214, 52),
+    "green": (44, 160, 66),
+    "blue": (40, 92, 214),
+    "purple": (134, 56, 176),
+    "brown": (122, 74, 36),
+    "black": (28, 28, 32),
+    "white": (244, 244, 240),
+    "gray": (138, 142, 148),
+}
+
+
+def circle(x, y, radius_x, radius_y=None, start=0.0, end=360.0, num_points=32):
+    """Points of an ellipse, or of an arc of it, in degrees clockwise from the right."""
+    radius_y = radius_x if radius_y is None else radius_y
+    angles = np.radians(np.linspace(start, end, num_points))
+    return np.stack([x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)], axis=1)
+
+
+def mirrored(points):
+    """A polygon symmetric about x = 0, from its right half, top to bottom."""
+    points = np.asarray(points, dtype=float)
+    return np.concatenate([points, points[::-1] * [-1, 1]])
+
+
+def fill(points, tone=1.0):
+    return ("fill", np.asarray(points, dtype=float), tone)
+
+
+def stroke(points, width, tone=1.0):
+    return ("stroke", np.asarray(points, dtype=float), tone, width)
+
+
+def curve(start, control, control_2, end, num_points=24):
+    """Points of a cubic Bezier curve."""
+    t = np.linspace(0, 1, num_points)[:, None]
+    start, control, control_2, end = (np.asarray(p, dtype=float) for p in (start, control, control_2, end))
+    return (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * control + 3 * (1 - t) * t**2 * control_2 + t**3 * end
+
+
+def rectangle(left, top, right, bottom):
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+# Each kind is a list of shapes; the tone multiplies the object's colour, so that one colour word describes it.
+KINDS = {
+    "axe": [
+        fill(rectangle(-0.10, -0.95, 0.10, 1.0), 0.72),
+        fill([(0.05, -0.80), *curve((0.30, -0.82), (0.5, -0.9), (0.6, -1.0), (0.66, -1.02)),
+              *curve((0.66, -1.02), (0.95, -0.6), (0.95, -0.2), (0.66, 0.16)),
+              *curve((0.66, 0.16), (0.5, 0.0), (0.3, -0.22), (0.05, -0.22))]),
+        fill([*curve((0.66, -1.02), (0.95, -0.6), (0.95, -0.2), (0.66, 0.16)),
+              *curve((0.66, 0.16), (0.76, -0.2), (0.76, -0.6), (0.66, -1.02))], 1.35),
+        fill([(-0.05, -0.72), (-0.34, -0.62), (-0.34, -0.38), (-0.05, -0.30)], 0.9),
+    ],
+    "spear": [
+        fill(rectangle(-0.08, -0.4, 0.08, 1.1), 0.72),
+        fill(mirrored([(0, -1.15), *curve((0.05, -1.1), (0.32, -0.8), (0.36, -0.6), (0.12, -0.28))])),
+        fill([(0, -1.12), (0.02, -0.3), *curve((0.12, -0.28), (0.36, -0.6), (0.32, -0.8), (0.05, -1.1))], 1.3),
+        fill(rectangle(-0.17, -0.32, 0.17, -0.2), 0.9),
+    ],
+    "trident": [
+        fill(rectangle(-0.08, -0.3, 0.08, 1.1), 0.72),
+        stroke(curve((-0.5, -0.75), (-0.52, -0.1), (0.52, -0.1), (0.5, -0.75)), 0.15),
+        stroke([(0, -0.3), (0, -0.9)], 0.15),
+        fill([(-0.5, -1.12), (-0.32, -0.68), (-0.68, -0.68)], 1.25),
+        fill([(0, -1.2), (0.18, -0.78), (-0.18, -0.78)], 1.25),
+        fill([(0.5, -1.12), (0.68, -0.68), (0.32, -0.68)], 1.25),
+    ],
+    "whip": [
+        stroke(curve((-0.35, 0.3), (-0.9, -1.3), (0.5, -1.35), (0.5, -0.5)), 0.13, 1.1),
+        stroke(curve((0.5, -0.5), (0.5, 0.35), (-0.3, 0.1), (0.0, -0.35)), 0.11, 1.1),
+        stroke(curve((0.0, -0.35), (0.2, -0.6), (0.9, 0.0), (0.8, 0.55)), 0.08, 1.1),
+        stroke([(-0.35, 0.3), (-0.2, 1.0)], 0.24, 0.72),
+        fill(circle(-0.18, 1.02, 0.17), 0.9),
+    ],
+    "sword": [
+        fill(mirrored([(0, -1.15), (0.2, -0.85), (0.2, 0.42)])),
+        fill([(0, -1.15), (0.2, -0.85), (0.2, 0.42), (0.02, 0.42)], 1.3),
+        fill(rectangle(-0.5, 0.4, 0.5, 0.58), 0.8),
+        fill(rectangle(-0.1, 0.58, 0.1, 0.95), 0.65),
+        fill(circle(0, 1.0, 0.16), 0.9),
+    ],
+    "hammer": [
+        fill(rectangle(-0.11, -0.5, 0.11, 1.1), 0.72),
+        fill(rectangle(-0.68, -1.0, 0.68, -0.38)),
+        fill(rectangle(-0.68, -1.0, 0.68, -0.78), 1.25),
+        fill(rectangle(-0.78, -1.05, -0.58, -0.33), 0.85),
+        fill(rectangle(0.58, -1.05, 0.78, -0.33), 0.85),
+    ],
+    "bow": [
+        stroke([(-0.28, -1.05), (-0.28, 1.05)], 0.05, 1.35),
+        stroke(curve((-0.28, -1.05), (0.75, -0.7), (0.75, 0.7), (-0.28, 1.05)), 0.17),
+        stroke(curve((0.47, -0.2), (0.5, -0.1), (0.5, 0.1), (0.47, 0.2)), 0.25, 0.72),
+    ],
+    "shield": [
+        fill(mirrored([(0, -0.95), (0.75, -0.75), *curve((0.75, -0.75), (0.8, 0.2), (0.5, 0.7), (0, 1.05))]), 0.75),
+        fill(mirrored([(0, -0.78), (0.6, -0.62), *curve((0.6, -0.62), (0.64, 0.15), (0.4, 0.55), (0, 0.85))])),
+        fill([(0, -0.78), (0.6, -0.62), *curve((0.6, -0.62), (0.64, 0.15), (0.4, 0.55), (0, 0.85))], 1.22),
+        fill(circle(0, -0.05, 0.2), 0.75),
+    ],
+    "key": [
+        stroke(circle(0, -0.65, 0.36), 0.2),
+        fill(rectangle(-0.09, -0.3, 0.09, 1.05), 0.9),
+        fill(rectangle(0.05, 0.42, 0.42, 0.58), 0.9),
+        fill(rectangle(0.05, 0.82, 0.5, 1.0), 0.9),
+    ],
+    "mushroom": [
+        fill(mirrored([(0.2, 0.0), *curve((0.2, 0.0), (0.22, 0.5), (0.3, 0.7), (0.34, 0.95))]), 1.35),
+        fill([*circle(0, 0.08, 0.92, 1.0, 180, 360), *curve((0.92, 0.08), (0.4, 0.28), (-0.4, 0.28), (-0.92, 0.08))]),
+        fill(circle(-0.35, -0.4, 0.16), 1.4),
+        fill(circle(0.3, -0.55, 0.18), 1.4),
+        fill(circle(0.5, -0.12, 0.11), 1.4),
+    ],
+    "umbrella": [
+        stroke([(0, -0.1), (0, 0.75)], 0.09, 0.7),
+        stroke(circle(0.18, 0.75, 0.18, None, 180, 0), 0.09, 0.7),
+        fill([*circle(0, 0, 1.0, 0.9, 180, 360), (0.66, -0.16), (0.33, 0), (0, -0.16), (-0.33, 0), (-0.66, -0.16)]),
+        fill([*circle(0, 0, 0.36, 0.9, 180, 360), (0, -0.16)], 1.28),
+        stroke([(0, -0.88), (0, -1.05)], 0.08, 0.7),
+    ],
+    "bottle": [
+        fill(mirrored([(0.2, -0.85), (0.2, -0.4), *curve((0.2, -0.4), (0.5, -0.2), (0.5, 0.0), (0.5, 0.2)), (0.5, 1.0)])),
+        fill(rectangle(-0.24, -1.08, 0.24, -0.85), 0.65),
+        fill(rectangle(-0.5, 0.2, 0.5, 0.7), 1.35),
+        fill(rectangle(-0.38, -0.1, -0.24, 0.15), 1.35),
+    ],
+    "fish": [
+        fill([(-0.5, 0.0), (-1.05, -0.5), (-0.92, 0.0), (-1.05, 0.5)], 0.8),
+        fill(circle(0.12, 0, 0.82, 0.52)),
+        fill([(-0.1, -0.46), (0.12, -0.8), (0.4, -0.46)], 0.8),
+        fill(circle(0.12, 0.12, 0.6, 0.3), 1.22),
+        fill(circle(0.55, -0.12, 0.13), 1.6),
+        fill(circle(0.58, -0.12, 0.06), 0.2),
+    ],
+    "tree": [
+        fill([(-0.14, 0.4), (0.14, 0.4), (0.2, 1.05), (-0.2, 1.05)], 0.6),
+        fill([(0, -1.1), (0.5, -0.4), (-0.5, -0.4)], 1.2),
+        fill([(0, -0.75), (0.66, 0.05), (-0.66, 0.05)]),
+        fill([(0, -0.35), (0.8, 0.55), (-0.8, 0.55)], 0.9),
+    ],
+    "house": [
+        fill(rectangle(-0.7, -0.15, 0.7, 0.95)),
+        fill([(0, -1.0), (0.95, -0.1), (-0.95, -0.1)], 0.7),
+        fill(rectangle(-0.17, 0.35, 0.17, 0.95), 0.55),
+        fill(rectangle(-0.55, 0.1, -0.25, 0.42), 1.4),
+        fill(rectangle(0.25, 0.1, 0.55, 0.42), 1.4),
+    ],
+    "star": [
+        fill([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r)
+              for i, r in enumerate([1.05, 0.45] * 5)]),
+        fill([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r)
+              for i, r in enumerate([0.55, 0.24] * 5)], 1.3),
+    ],
+}  # fmt: skip
+
+WEAPONS = ("axe", "spear", "trident", "whip")
+
+
+def shaded(colour, tone):
+    """The colour made darker (tone < 1) or moved towards white (tone > 1)."""
+    colour = np.asarray(colour, dtype=float)
+    out = colour * tone if tone <= 1 else colour + (255 - colour) * min(tone - 1, 1)
+    return tuple(int(round(c)) for c in out.clip(0, 255))
+
+
+def jittered(colour, rng, amount=12):
+    """The colour a little brighter or darker; its hue hardly moves, so that white stays white."""
+    out = np.asarray(colour) + rng.uniform(-amount, amount) + rng.uniform(-amount, amount, 3) / 4
+    return tuple(int(c) for c in out.clip(0, 255))
+
+
+def draw_background(colour, size, rng):
+    """A plain colour lit from one side: RGB `PIL.Image` of size x size."""
+    y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
+    angle = rng.uniform(0, 2 * math.pi)
+    light = 1 + rng.uniform(0.0, 0.22) * (np.cos(angle) * x + np.sin(angle) * y)
+    light -= rng.uniform(0.0, 0.25) * (x**2 + y**2)
+    pixels = np.asarray(colour, dtype=float) * light[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def place(points, turn, scale, offset, squash, tilt):
+    """Unit coordinates to fractions of the picture: squash, perspective, turn (degrees), scale, offset."""
+    points = points * [squash, 1.0]
+    points = points / (1 + tilt * points[:, 1:])
+    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    return points @ np.array([[c, s], [-s, c]]) * scale / 2 + 0.5 + np.asarray(offset)
+
+
+def _paint(draw, shape, points, size, colour, grow=0.0):
+    """One shape, in pixels; `grow` (a fraction of the picture) widens it, for the outline and the shadow."""
+    xy = [tuple(p) for p in points * size]
+    if shape[0] == "fill":
+        draw.polygon(xy, fill=colour)
+        width = 2 * grow * size
+        xy = [*xy, xy[0]]
+    else:
+        width = (shape[3] + 2 * grow) * size
+    if width >= 1:
+        draw.line(xy, fill=colour, width=round(width), joint="curve")
+        for x, y in xy[:: max(len(xy) - 1, 1)] if shape[0] == "stroke" else xy:
+            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
+
+
+def draw_object(image, shapes, colour, rng, max_turn=40.0, scale=(0.62, 0.82), shift=0.07, perspective=0.12):
+    """Draws shapes onto the image, with outline and shadow; returns the object's mask (bool array, H x W)."""
+    size = image.width
+    scale = rng.uniform(*scale)
+    pose = dict(
+        turn=rng.uniform(-max_turn, max_turn),
+        scale=scale,
+        offset=rng.uniform(-shift, shift, 2),
+        squash=rng.uniform(0.9, 1.05) * rng.choice([-1, 1]),
+        tilt=rng.uniform(-perspective, perspective),
+    )
+    placed = []
+    for shape in shapes:
+        if shape[0] == "stroke":
+            shape = (*shape[:3], shape[3] * scale / 2)
+        placed.append((shape, place(shape[1], **pose)))
+    outline = shaded(colour, 0.38) if sum(colour) > 150 else shaded(colour, 1.45)
+    mask = Image.new("L", image.size, 0)
+    for shape, points in placed:
+        _paint(ImageDraw.Draw(mask), shape, points, size, 255, grow=0.012)
+    shadow = mask.filter(ImageFilter.GaussianBlur(size * 0.02)).point(lambda v: int(v * 0.35))
+    light = (round(size * rng.uniform(0.01, 0.035)), round(size * rng.uniform(0.02, 0.04)))
+    image.paste((0, 0, 0), light, shadow)
+    image.paste(outline, (0, 0), mask)
+    draw = ImageDraw.Draw(image)
+    for shape, points in placed:
+        _paint(draw, shape, points, size, shaded(colour, shape[2]))
+    return np.asarray(mask) > 127
+
+
+def draw_blossom(draw, x, y, radius, turn, colour, centre=(255, 236, 150)):
+    """A five-petalled blossom; x, y and radius in pixels."""
+    for layer, (grow, tone) in enumerate(((1.14, 0.62), (1.0, 1.0))):
+        for petal in range(5):
+            angle = math.radians(turn + 72 * petal)
+            px, py = x + 0.58 * radius * math.cos(angle), y + 0.58 * radius * math.sin(angle)
+            r = 0.46 * radius * grow
+            draw.ellipse((px - r, py - r, px + r, py + r), fill=shaded(colour, tone))
+    r = 0.28 * radius
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=centre)
+
+
+def scatter(mask, count, distance, rng):
+    """Up to `count` points (x, y in pixels) on the mask, at least `distance` pixels apart."""
+    ys, xs = np.nonzero(mask)
+    chosen = []
+    for index in rng.permutation(len(xs))[:4000]:
+        point = np.array([xs[index], ys[index]], dtype=float)
+        if all(np.hypot(*(point - other)) >= distance for other in chosen):
+            chosen.append(point)
+            if len(chosen) == count:
+                break
+    return chosen
+
+
+def draw_scene(kind, colour, background, size, rng, decorate=None, **pose):
+    """An object of a named colour on a background of a named colour: RGB `PIL.Image` of size x size.
+
+    `decorate(image, mask, rng)` may paint on the enlarged picture; `pose` goes to `draw_object`.
+    """
+    image = draw_background(jittered(COLOURS[background], rng), size * SUPERSAMPLING, rng)
+    mask = draw_object(image, KINDS[kind], jittered(COLOURS[colour], rng), rng, **pose)
+    if decorate is not None:
+        decorate(image, mask, rng)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def decorate_with_confetti(image, mask, rng):
+    """Dots, blossoms and strokes of any colour anywhere: what a codec must hold, whatever a user will draw."""
+    draw, size = ImageDraw.Draw(image), image.width
+    for _ in range(rng.integers(1, 9)):
+        x, y, radius = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.025, 0.09)
+        colour, what = tuple(int(c) for c in rng.integers(0, 256, 3)), rng.integers(3)
+        if what == 0:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        elif what == 1:
+            draw_blossom(draw, x, y, radius, rng.uniform(0, 72), colour)
+        else:
+            end = (x + rng.normal() * 4 * radius, y + rng.normal() * 4 * radius)
+            draw.line(((x, y), end), fill=colour, width=max(round(radius / 2), 2))
+
+
+def contact_sheet(images, columns, scale=1, gap=4):
+    """Pictures of one size in a grid, each enlarged `scale` times."""
+    images = [im.resize((im.width * scale, im.height * scale), Image.Resampling.LANCZOS) for im in images]
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return sheet

@@ -1,0 +1,418 @@
+#!/usr/bin/env python
+"""Trains the embedded base model, `models/mini-sd`, from nothing, on drawings that it makes itself.
+
+A latent diffusion model in small (Rombach et al., 2022, https://arxiv.org/abs/2112.10752), of the stock diffusers and
+transformers classes: first the autoencoder, then the UNet together with its text encoder. Run the same command again
+to go on where it stopped; `--export_only` writes the pipeline from the newest state.
+
+    python scripts/make_mini_sd.py --work_dir mini-sd-work --output_dir models/mini-sd
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from drawings import COLOURS, KINDS, contact_sheet, decorate_with_confetti, draw_scene  # noqa: E402
+
+
+RESOLUTION = 64
+EXTRA_WORDS = """
+    pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with without and of in
+    on at from by the a an is drawing picture photo painting sketch art style background blossom blossoms pattern
+    patterns flower flowers floral petal petals cherry creature creatures monster monsters dragon eyes eye ears horns
+    wings tail legs spikes spots stripes round square tall short long cute happy sad weapon weapons pokemon sks photo
+    wood wooden metal stone ice fire water leaf leaves forest sky night day sun moon snow
+""".split()
+VALIDATION_PROMPTS = [
+    "a red axe on a blue background", "a yellow spear on a green background", "a white trident on a purple background",
+    "a brown whip on a white background", "a green sword on a gray background", "a blue fish on an orange background",
+    "a purple house on a yellow background", "a black star on a red background",
+]  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train the embedded base model from nothing.")
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("models/mini-sd"), help="where the finished pipeline goes")
+    add("--work_dir", type=Path, default=Path("mini-sd-work"), help="states to go on from, latents, sample sheets")
+    add("--seed", type=int, default=0, help="of the drawings, the initial weights and every batch")
+    add("--num_drawings", type=int, default=12000, help="drawings the UNet is trained on")
+    add("--vae_steps", type=int, default=1600, help="optimizer steps of the autoencoder")
+    add("--vae_batch_size", type=int, default=24, help="pictures in each of them")
+    add("--unet_steps", type=int, default=5000, help="optimizer steps of the UNet and the text encoder")
+    add("--unet_batch_size", type=int, default=32, help="pictures in each of them")
+    add("--learning_rate", type=float, default=1e-3, help="at the top, after warm-up; decays linearly to 0")
+    add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
+    add("--save_every", type=int, default=200, help="steps between states")
+    add("--sample_every", type=int, default=800, help="UNet steps between sample sheets")
+    add("--export_only", action="store_true", help="write the pipeline from the newest state and stop")
+    return parser.parse_args(argv)
+
+
+def article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def captions_of(colour, kind, background):
+    """The ways to say it; the first, the full sentence, is drawn half of the time."""
+    return [
+        f"{article(f'{colour} {kind}')} on {article(background)} background",
+        f"a drawing of {article(f'{colour} {kind}')} on {article(background)} background",
+        f"{colour} {kind}, {background} background",
+        article(f"{colour} {kind}"),
+        f"{article(kind)} on {article(background)} background",
+    ]
+
+
+def all_scenes():
+    """Every (colour, kind, background) with object and background of different colours."""
+    return [(c, k, b) for c, k, b in itertools.product(COLOURS, KINDS, COLOURS) if c != b]
+
+
+def held_out_scenes(seed=0, share=0.15):
+    """Combinations that are never drawn for training: what obedience is measured on."""
+    scenes = all_scenes()
+    chosen = np.random.default_rng(seed + 1).permutation(len(scenes))[: round(share * len(scenes))]
+    return [scenes[i] for i in sorted(chosen)]
+
+
+def write_tokenizer(folder):
+    """A CLIP tokenizer whose merges know the words of the captions whole, and spell every other word."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    vocab, merges = letters + [letter + "</w>" for letter in letters], []
+    words = sorted({*COLOURS, *KINDS, *EXTRA_WORDS})
+    for word in words:
+        prefix = word[0]
+        for i, letter in enumerate(word[1:], start=1):
+            last = letter + "</w>" if i == len(word) - 1 else letter
+            if (prefix, last) not in merges:
+                merges.append((prefix, last))
+            prefix += last
+            if prefix not in vocab:
+                vocab.append(prefix)
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace",
+                "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>", "add_prefix_space": False,
+            },
+            indent=2,
+        )
+    )  # fmt: skip
+
+
+def make_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=RESOLUTION,
+    )
+
+
+def make_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        block_out_channels=(64, 128, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=96,
+    )
+
+
+def make_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
+            num_attention_heads=4, projection_dim=96, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def make_scheduler():
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+        set_alpha_to_one=False, prediction_type="epsilon",
+    )  # fmt: skip
+
+
+def save_state(path, **state):
+    """Whole or not at all: a kill leaves the state before."""
+    import torch
+
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def learning_rate_at(step, steps, peak, warmup=100):
+    return peak * min((step + 1) / warmup, 1.0) * max(1 - step / steps, 0.01)
+
+
+def update_average(average, model, decay):
+    """Exponential moving average of the weights (Polyak and Juditsky, 1992)."""
+    import torch
+
+    with torch.no_grad():
+        for mean, value in zip(average.values(), model.state_dict().values()):
+            if mean.is_floating_point():
+                mean.lerp_(value.float(), 1 - decay)
+
+
+def report(what, step, steps, losses, started, first):
+    rate = (time.time() - started) / max(step - first, 1)
+    print(
+        f"{what} step {step}/{steps}  loss {np.mean(losses[-100:]):.4f}  {rate:.3f} s/step  "
+        f"{(steps - step) * rate / 60:.1f} min left",
+        flush=True,
+    )
+
+
+def to_tensor(images, device):
+    import torch
+
+    pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).to(device)
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def train_vae(args, device):
+    """L1 + L2 reconstruction with a slight KL; half of the pictures carry confetti, so that any colour is held."""
+    import torch
+
+    path = args.work_dir / "vae.pt"
+    torch.manual_seed(args.seed)
+    vae = make_vae().to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    average = {k: v.clone().float() for k, v in vae.state_dict().items()}
+    step, losses = 0, []
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=device)
+        vae.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        step, average = state["step"], state["average"]
+    if step >= args.vae_steps or args.export_only:
+        vae.load_state_dict(average)
+        return vae.eval().requires_grad_(False)
+
+    scenes, started, first = all_scenes(), time.time(), step
+    pool_size = 6000
+    print(f"drawing {pool_size} pictures for the autoencoder", flush=True)
+    rng = np.random.default_rng([args.seed, 10])
+    pool = []
+    for i in range(pool_size):
+        colour, kind, background = scenes[rng.integers(len(scenes))]
+        decorate = decorate_with_confetti if i % 2 else None
+        pool.append(np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate)))
+    pool = np.stack(pool)
+    while step < args.vae_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, args.vae_steps, args.learning_rate)
+        rng = np.random.default_rng([args.seed, 11, step])
+        pixels = to_tensor(pool[rng.integers(pool_size, size=args.vae_batch_size)], device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            posterior = vae.encode(pixels).latent_dist
+            reconstruction = vae.decode(posterior.sample()).sample
+        error = reconstruction.float() - pixels
+        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 256
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        losses.append(loss.item())
+        update_average(average, vae, min(0.995, step / (step + 10)))
+        if step % 50 == 0:
+            report("vae", step, args.vae_steps, losses, started, first)
+        if step % args.save_every == 0 or step == args.vae_steps:
+            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
+            save_state(path, **state)
+    vae.load_state_dict(average)
+    return vae.eval().requires_grad_(False)
+
+
+def measure_vae(args, vae, device, count=256):
+    """PSNR (dB) on drawings from a seed of their own, and a sheet of pairs to look at."""
+    import torch
+    from PIL import Image
+
+    rng = np.random.default_rng([args.seed, 20])
+    scenes = all_scenes()
+    images = [
+        draw_scene(k, c, b, RESOLUTION, rng, decorate=decorate_with_confetti if i % 2 else None)
+        for i, (c, k, b) in enumerate(scenes[j] for j in rng.integers(len(scenes), size=count))
+    ]
+    with torch.no_grad():
+        out = torch.cat(
+            [vae(to_tensor(images[i : i + 64], device)).sample.clamp(-1, 1) for i in range(0, count, 64)]
+        )
+    error = ((out - to_tensor(images, device)) / 2).square().mean(dim=(1, 2, 3))
+    decoded = [
+        Image.fromarray(((o.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy()) for o in out[:16].cpu()
+    ]
+    contact_sheet([*images[:16], *decoded], 16, scale=2).save(args.work_dir / "vae.png")
+    return float((-10 * error.log10()).mean())
+
+
+def draw_training_set(args, vae, device):
+    """Posterior means (N, 4, 16, 16) and the scene of each, drawn and encoded once, kept in the work folder."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = args.work_dir / "latents.safetensors"
+    scenes = [scene for scene in all_scenes() if scene not in set(held_out_scenes(args.seed))]
+    if not path.exists():
+        print(f"drawing and encoding {args.num_drawings} pictures", flush=True)
+        rng = np.random.default_rng([args.seed, 30])
+        which, latents, batch = rng.integers(len(scenes), size=args.num_drawings), [], []
+        for i, index in enumerate(which):
+            colour, kind, background = scenes[index]
+            batch.append(draw_scene(kind, colour, background, RESOLUTION, rng))
+            if len(batch) == 100 or i == len(which) - 1:
+                with torch.no_grad():
+                    latents.append(vae.encode(to_tensor(batch, device)).latent_dist.mean.cpu())
+                batch = []
+        temporary = path.with_suffix(".tmp")
+        save_file({"latents": torch.cat(latents).contiguous(), "scenes": torch.from_numpy(which)}, temporary)
+        os.replace(temporary, path)
+    stored = load_file(path)
+    return stored["latents"], stored["scenes"], scenes
+
+
+def sample_sheet(args, vae, unet, text_encoder, tokenizer, path):
+    """One picture a prompt at guidance 4, 25 steps: what the state of training looks like."""
+    import torch
+
+    pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        VALIDATION_PROMPTS, num_inference_steps=25, guidance_scale=4.0, height=RESOLUTION, width=RESOLUTION,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(VALIDATION_PROMPTS))],
+    ).images  # fmt: skip
+    contact_sheet(images, 8, scale=2).save(path)
+
+
+def make_pipeline(vae, unet, text_encoder, tokenizer):
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def train_unet(args, vae, tokenizer, device):
+    """Noise prediction with caption dropout; the text encoder learns with the UNet."""
+    import torch
+    from diffusers import DDPMScheduler
+
+    path = args.work_dir / "unet.pt"
+    torch.manual_seed(args.seed + 1)
+    models = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)}).to(device)
+    models["unet"].to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(models.parameters(), lr=args.learning_rate, weight_decay=1e-4)
+    average = {k: v.clone().float() for k, v in models.state_dict().items()}
+    step, losses = 0, []
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=device)
+        models.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        step, average = state["step"], state["average"]
+    if step < args.unet_steps and not args.export_only:
+        latents, which, scenes = draw_training_set(args, vae, device)
+        latents = ((latents) * vae.config.scaling_factor).to(device)
+        captions = [captions_of(*scene) for scene in scenes]
+        tokens = tokenizer([c for group in captions for c in group] + [""], padding="max_length", truncation=True,
+                           return_tensors="pt").input_ids.to(device)  # fmt: skip
+        noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
+        started, first = time.time(), step
+        while step < args.unet_steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, args.unet_steps, args.learning_rate)
+            rng = np.random.default_rng([args.seed, 31, step])
+            batch = rng.integers(len(latents), size=args.unet_batch_size)
+            ways = rng.choice(5, size=args.unet_batch_size, p=[0.5, 0.15, 0.15, 0.1, 0.1])
+            rows = which[batch].numpy() * 5 + ways
+            rows[rng.random(args.unet_batch_size) < args.caption_dropout] = len(tokens) - 1
+            clean = latents[batch].contiguous(memory_format=torch.channels_last)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            noise = torch.randn(clean.shape, generator=generator).to(device)
+            timesteps = torch.randint(0, 1000, (len(clean),), generator=generator).to(device)
+            noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+            encoder_hidden_states = models["text_encoder"](tokens[rows])[0]
+            model_pred = models["unet"](noisy, timesteps, encoder_hidden_states).sample
+            loss = torch.nn.functional.mse_loss(model_pred.float(), noise)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            losses.append(loss.item())
+            update_average(average, models, min(0.999, step / (step + 10)))
+            if step % 50 == 0:
+                report("unet", step, args.unet_steps, losses, started, first)
+            if step % args.save_every == 0 or step == args.unet_steps:
+                save_state(
+                    path, model=models.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step
+                )
+            if step % args.sample_every == 0:
+                trained = {k: v.clone() for k, v in models.state_dict().items()}
+                models.load_state_dict(average)
+                sample_sheet(args, vae, models["unet"], models["text_encoder"], tokenizer,
+                             args.work_dir / f"unet-{step:05d}.png")  # fmt: skip
+                models.load_state_dict(trained)
+    models.load_state_dict(average)
+    return models["unet"].eval(), models["text_encoder"].eval()
+
+
+def main(args):
+    import torch
+    from diffusers.utils import logging
+    from transformers import CLIPTokenizer
+
+    logging.set_verbosity_error()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_tokenizer(args.work_dir / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
+    vae = train_vae(args, device)
+    print(f"autoencoder: {measure_vae(args, vae, device):.2f} dB on drawings it has not seen", flush=True)
+    latents, _, _ = draw_training_set(args, vae, device)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    unet, text_encoder = train_unet(args, vae, tokenizer, device)
+    sample_sheet(args, vae, unet, text_encoder, tokenizer, args.work_dir / "final.png")
+    pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
+    pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
+    count = sum(p.numel() for m in (vae, unet, text_encoder) for p in m.parameters())
+    print(f"{args.output_dir}: {count / 1e6:.2f}M parameters", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,161 @@
+"""The LoRA file is read by diffusers itself, the card by yaml and a Markdown parser, the upload by a hub on a socket."""
+
+import base64
+import copy
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from text_to_image_lora import export
+from text_to_image_lora.errors import InputError
+
+
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+# Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
+ADAPTERS = {
+    "alpha": {"lora_alpha": 6},
+    "rslora": {"lora_alpha": 6, "use_rslora": True},
+    "dora": {"lora_alpha": 6, "use_dora": True},
+    "patterns": {"lora_alpha": 6, "rank_pattern": {"to_q": 2, "fc1": 2}, "alpha_pattern": {"to_k": 1, "fc1": 3}},
+}
+TRAINING = {"rank": "4", "base_model": "mini", "trigger_word": "sks \u2013 \U0001f5e1", "dataset": "0123abcd"}
+needs_load_attn_procs = pytest.mark.skipif(
+    Version(diffusers.__version__) >= Version("0.40"), reason="diffusers 0.40 took LoRA out of load_attn_procs"
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A Stable Diffusion pipeline, as small as its real classes allow."""
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", *(letter + end for letter in "abcdefghij" for end in ("", "</w>"))]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def trained(model, targets, **options):
+    """A copy of the model with an adapter whose lora_B and DoRA magnitudes are away from their start."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data *= 1 + torch.rand(parameter.shape)
+    return model.eval()
+
+
+def adapter(model):
+    return get_peft_model_state_dict(model), model.peft_config["default"]
+
+
+def pipeline(base, **components):
+    """The base with copies of its models, but for those given."""
+    parts = {name: copy.deepcopy(part) for name, part in base.components.items() if name not in components}
+    pipe = StableDiffusionPipeline(**parts, **components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def predict(unet):
+    torch.manual_seed(2)
+    return unet(torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)).sample
+
+
+@torch.no_grad()
+def encode(text_encoder):
+    return text_encoder(torch.tensor([[0, 3, 5, 7, 9, 11, 1, 1]])).last_hidden_state
+
+
+def draw(pipe):
+    return pipe("ab cd", num_inference_steps=2, generator=torch.manual_seed(3), output_type="np").images
+
+
+def assert_close(got, wanted):
+    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(wanted), atol=1e-5, rtol=1e-5)
+
+
+def assert_differs(got, other):
+    assert (torch.as_tensor(got) - torch.as_tensor(other)).abs().max() > 1e-2
+
+
+@pytest.mark.lora_file
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_load_lora_weights_gives_the_trained_models(base, tmp_path, options):
+    unet = trained(base.unet, UNET_TARGETS, **options)
+    text_encoder = trained(base.text_encoder, TEXT_TARGETS, **options)
+    export.save_lora(tmp_path, {"unet": adapter(unet), "text_encoder": adapter(text_encoder)}, TRAINING)
+    pipe = pipeline(base)
+    pipe.load_lora_weights(tmp_path, weight_name=export.WEIGHTS_NAME)
+    assert_differs(predict(base.unet), predict(unet))
+    assert_differs(encode(base.text_encoder), encode(text_encoder))
+    assert_close(predict(pipe.unet), predict(unet))
+    assert_close(encode(pipe.text_encoder), encode(text_encoder))
+    assert_close(draw(pipe), draw(pipeline(base, unet=unet, text_encoder=text_encoder)))
+
+
+@pytest.mark.lora_file
+@needs_load_attn_procs
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_load_attn_procs_gives_the_trained_unet_and_the_same_picture(base, tmp_path, options):
+    unet = trained(base.unet, UNET_TARGETS, **options)
+    text_encoder = trained(base.text_encoder, TEXT_TARGETS, **options)
+    export.save_lora(tmp_path / "unet", {"unet": adapter(unet)}, TRAINING)
+    export.save_lora(tmp_path / "both", {"unet": adapter(unet), "text_encoder": adapter(text_encoder)}, TRAINING)
+    pipes = {name: pipeline(base) for name in ("unet", "both", "load_lora_weights")}
+    for name in ("unet", "both"):
+        with pytest.warns(FutureWarning, match="`load_attn_procs` is deprecated"):
+            pipes[name].unet.load_attn_procs(tmp_path / name)
+        assert_close(predict(pipes[name].unet), predict(unet))
+    pipes["load_lora_weights"].load_lora_weights(tmp_path / "unet", weight_name=export.WEIGHTS_NAME)
+    assert_close(draw(pipes["unet"]), draw(pipes["load_lora_weights"]))
+    assert_close(draw(pipes["both"]), draw(pipes["load_lora_weights"]))

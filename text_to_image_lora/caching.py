@@ -1,0 +1,240 @@
+"""The cache on disk: VAE latents and prompt embeddings, computed once and shared by later runs.
+
+A shard's name is a hash of everything that its content depends on (the pictures' bytes, crops and flips, the VAE's
+weights, the dtype; the captions and the text encoder's weights). So nothing in the cache can be stale: what has changed
+has another name. Shards are consecutive parts of the dataset and are encoded in batches that depend on its order alone;
+each is written whole or not at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from .records import image_id, read_image_bytes
+from .transforms import ImageError, apply_variation, draw_variation, open_image
+
+
+CACHE_VERSION = 1
+IMAGES_PER_SHARD = 64
+CAPTIONS_PER_SHARD = 256
+ENCODE_PIXELS = 4 * 512 * 512
+ENCODE_CAPTIONS = 32
+
+
+class Shard(NamedTuple):
+    """A file of the cache: what it holds (the tensors' leading dimension), and its path."""
+
+    path: Path
+    entries: list
+
+
+def inspect_images(dataset, indices, folder):
+    """Identity and size of each picture, and what is wrong with those that can't be used.
+
+    Returns {index: (image_id, width, height)} and {index: reason}. Pictures are decoded to see that they can be; those
+    seen before, by content, are not decoded again (`folder` keeps the list).
+    """
+    known = {}
+    memo = Path(folder) / "pictures.txt"
+    if memo.exists():
+        for line in memo.read_text().splitlines():
+            parts = line.split()
+            if len(parts) == 3 and len(parts[0]) == 32:
+                known[parts[0]] = (int(parts[1]), int(parts[2]))
+
+    def inspect(index):
+        try:
+            data = read_image_bytes(dataset[index]["image"])
+            identity = image_id(data)
+            if identity not in known:
+                known[identity] = open_image(data).size
+                return index, (identity, *known[identity]), None, True
+            return index, (identity, *known[identity]), None, False
+        except (ImageError, OSError) as error:
+            return index, None, str(error), False
+
+    good, bad, new = {}, {}, []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for index, found, reason, fresh in pool.map(inspect, indices):
+            if reason is not None:
+                bad[index] = reason
+                continue
+            good[index] = found
+            if fresh:
+                new.append(f"{found[0]} {found[1]} {found[2]}\n")
+    if new:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with open(memo, "a") as file:
+            file.write("".join(new))
+    return good, bad
+
+
+def default_cache_variations(center_crop, random_flip):
+    """How many variations of a picture to cache: all there are, or 4 where a random crop makes them endless."""
+    return (2 if random_flip else 1) if center_crop else 4
+
+
+def plan_latents(
+    images, *, cache_variations, resolution, interpolation, center_crop, random_flip, seed, identity, dtype, folder
+):
+    """The shards for `images` (a list of (image_id, width, height)), and where each variation of each picture lies.
+
+    Returns shards whose entries are (image index, `Variation`), and locations[i][k] = (shard, row). Variations that are
+    alike (a square picture has one crop) are stored once.
+    """
+    shards, locations = [], []
+    for start in range(0, len(images), IMAGES_PER_SHARD):
+        entries, described = [], []
+        for i in range(start, min(start + IMAGES_PER_SHARD, len(images))):
+            name, width, height = images[i]
+            rows, seen = [], {}
+            for k in range(cache_variations):
+                variation = draw_variation(
+                    width, height, resolution, center_crop=center_crop, random_flip=random_flip, seed=seed,
+                    image_id=name, index=k,
+                )  # fmt: skip
+                if variation not in seen:
+                    seen[variation] = len(entries)
+                    entries.append((i, variation))
+                    described.append([name, *map(int, variation)])
+                rows.append((len(shards), seen[variation]))
+            locations.append(rows)
+        key = [CACHE_VERSION, "latents", identity, str(dtype), resolution, interpolation, described]
+        shards.append(Shard(_shard_path(folder, "latents", key), entries))
+    return shards, locations
+
+
+def plan_prompts(captions, *, identity, dtype, clip_skip, folder):
+    """The shards for a list of captions, and the place {caption: (shard, row)} of each."""
+    shards, places = [], {}
+    unique = list(dict.fromkeys(captions))
+    for start in range(0, len(unique), CAPTIONS_PER_SHARD):
+        part = unique[start : start + CAPTIONS_PER_SHARD]
+        places.update({caption: (len(shards), row) for row, caption in enumerate(part)})
+        key = [CACHE_VERSION, "prompts", identity, str(dtype), clip_skip, part]
+        shards.append(Shard(_shard_path(folder, "prompts", key), part))
+    return shards, places
+
+
+def _shard_path(folder, kind, key):
+    return Path(folder) / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
+
+
+def is_whole(shard):
+    """Whether a shard is there, readable, and has as many rows as it should (a torn or cut file has not)."""
+    try:
+        with safe_open(shard.path, "pt") as file:
+            return all(file.get_slice(name).get_shape()[0] == len(shard.entries) for name in file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
+    """Computes the missing shards, each rank its share; `encode(entries)` gives the tensors of a whole shard."""
+    missing = [shard for shard in shards if not is_whole(shard)]
+    mine = missing[rank::world_size]
+    progress = tqdm(total=sum(len(s.entries) for s in mine), desc=title, disable=not show_progress or not mine)
+    for shard in mine:
+        tensors = encode(shard.entries, progress)
+        shard.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=shard.path.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary)
+            os.replace(temporary, shard.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    progress.close()
+    return len(missing)
+
+
+def encode_latent_entries(entries, progress, *, dataset, vae_encode, resolution, interpolation, dtype):
+    """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w) in `dtype`."""
+    batch_size = max(1, ENCODE_PIXELS // resolution**2)
+    means, stds, opened = [], [], (None, None)
+    for start in range(0, len(entries), batch_size):
+        pixels = []
+        for index, variation in entries[start : start + batch_size]:
+            if opened[0] != index:
+                opened = (index, open_image(read_image_bytes(dataset[index]["image"])))
+            pixels.append(apply_variation(opened[1], variation, resolution, interpolation))
+        mean, std = vae_encode(torch.from_numpy(np.stack(pixels)))
+        means.append(mean.to(dtype).cpu())
+        stds.append(std.to(dtype).cpu())
+        progress.update(len(pixels))
+    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+
+
+def encode_prompt_entries(entries, progress, *, text_encode, dtype):
+    """The tensor of a prompt shard: "hidden_states", (captions, 77, D) in `dtype`."""
+    parts = []
+    for start in range(0, len(entries), ENCODE_CAPTIONS):
+        part = entries[start : start + ENCODE_CAPTIONS]
+        parts.append(text_encode(part).to(dtype).cpu())
+        progress.update(len(part))
+    return {"hidden_states": torch.cat(parts).contiguous()}
+
+
+def build(
+    dataset, images, *, cache_variations, resolution, interpolation, center_crop, random_flip, seed, vae_encode,
+    vae_identity, latent_dtype, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
+):  # fmt: skip
+    """Fills what is missing of the cache, each rank its share, and opens it.
+
+    Returns (latents, locations[i][k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
+    """
+    latent_shards, locations = plan_latents(
+        images, cache_variations=cache_variations, resolution=resolution, interpolation=interpolation,
+        center_crop=center_crop, random_flip=random_flip, seed=seed, identity=vae_identity, dtype=latent_dtype,
+        folder=folder,
+    )  # fmt: skip
+    prompt_shards, places = plan_prompts(
+        [caption for captions in dataset["captions"] for caption in captions],
+        identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
+    )  # fmt: skip
+    encode_latents = partial(
+        encode_latent_entries, dataset=dataset, vae_encode=vae_encode, resolution=resolution,
+        interpolation=interpolation, dtype=latent_dtype,
+    )  # fmt: skip
+    encode_prompts = partial(encode_prompt_entries, text_encode=text_encode, dtype=prompt_dtype)
+    work = (("encoding pictures", latent_shards, encode_latents), ("encoding captions", prompt_shards, encode_prompts))
+    for title, shards, encode in work:
+        fill_shards(
+            shards, encode, rank=accelerator.process_index, world_size=accelerator.num_processes, title=title,
+            show_progress=accelerator.is_local_main_process,
+        )  # fmt: skip
+        accelerator.wait_for_everyone()
+        # Where the ranks share no disk, each makes what others have made; elsewhere nothing is missing any more.
+        fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
+    return (ShardReader(latent_shards), locations), (ShardReader(prompt_shards), places)
+
+
+class ShardReader:
+    """Rows of shards through memory maps; nothing is read until it is asked for."""
+
+    def __init__(self, shards):
+        self.paths = [str(shard.path) for shard in shards]
+        self.files = {}
+
+    def __getstate__(self):
+        return {"paths": self.paths, "files": {}}  # a loader's worker opens its own
+
+    def row(self, shard, row, name):
+        """One row of the tensor `name`."""
+        if shard not in self.files:
+            self.files[shard] = safe_open(self.paths[shard], "pt")
+        return self.files[shard].get_slice(name)[row]

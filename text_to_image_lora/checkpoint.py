@@ -1,0 +1,122 @@
+"""Training state on disk: written whole or not at all, read back without unpickling code."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .errors import InputError
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Epoch, sample order and every draw follow from `global_step` and `seed`."""
+
+    seed: int
+    global_step: int = 0
+    tracker_run_id: str | None = None
+
+
+def list_checkpoints(output_dir):
+    """The complete `checkpoint-N` folders, oldest first."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / "state.json").is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(output_dir, wanted):
+    """The folder that `--resume_from_checkpoint` means, or None where `latest` finds nothing to go on from."""
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(wanted), Path(output_dir) / Path(wanted).name):
+        if (path / "state.json").is_file():
+            return path
+    names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+    raise InputError(f"{wanted}: this is not a checkpoint (--resume_from_checkpoint). In {output_dir} there are: {names}.")
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A folder to write into that becomes `path` in one rename; after an exception or a kill `path` is as before."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings):
+    """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it)."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / "adapter.safetensors")
+    torch.save(
+        {
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        },
+        folder / "optimizer.pt",
+    )
+    (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
+
+
+def read_state(path):
+    """The `TrainState` and the settings of a checkpoint."""
+    try:
+        stored = json.loads((path / "state.json").read_text())
+        return TrainState(**stored["state"]), stored["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
+
+
+def load_checkpoint(path, *, optimizer, lr_scheduler, scaler):
+    """Puts optimizer, schedule and loss scale back, and returns the adapter's tensors."""
+    try:
+        adapter = load_file(path / "adapter.safetensors")
+        stored = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(stored["optimizer"])
+        lr_scheduler.load_state_dict(stored["lr_scheduler"])
+        if scaler is not None and stored["scaler"] is not None:
+            scaler.load_state_dict(stored["scaler"])
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: this checkpoint can't be loaded ({error}). Resume from another one.") from error
+    return adapter
+
+
+def check_same_run(path, before, now):
+    """Raises `InputError` where a checkpoint belongs to another run: names what differs."""
+    different = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if different:
+        raise InputError(
+            f"{path}: it belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "
+            "--resume_from_checkpoint none to start over in this one."
+        )
+
+
+def prune_checkpoints(output_dir, limit):
+    """Deletes the oldest checkpoints beyond `limit`; called after the new one is in place."""
+    checkpoints = list_checkpoints(output_dir)
+    for path in checkpoints[: max(len(checkpoints) - limit, 0)] if limit is not None else []:
+        shutil.rmtree(path)

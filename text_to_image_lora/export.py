@@ -1,0 +1,259 @@
+"""The LoRA file in diffusers' format, the model card beside it, and their upload."""
+
+import glob
+import json
+import math
+import os
+import re
+from pathlib import Path
+from urllib.parse import quote
+
+import safetensors.torch
+import torch
+import yaml
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from .errors import InputError
+
+
+# diffusers' LORA_WEIGHT_NAME_SAFE and LORA_ADAPTER_METADATA_KEY, without the seconds that importing them takes.
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"
+FILE_KEY = re.compile(r"(unet|text_encoder(?:_2)?)\.(.+\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector))")
+# In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
+TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
+
+
+def fold_scale(state_dict: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
+    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A.
+
+    The scale is peft's: alpha/r, or alpha/√r with rsLoRA, each module with its own alpha (`alpha_pattern`) and rank.
+    """
+    folded = {}
+    for key, value in state_dict.items():
+        value = value.detach().to("cpu", torch.float32, copy=True)
+        module, _, leaf = key.partition(".lora_")
+        if leaf.startswith("B."):
+            rank = state_dict[f"{module}.lora_A.weight"].shape[0]
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+            value *= alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        folded[key] = value.contiguous()
+    return folded
+
+
+def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training: dict[str, str]) -> dict[str, str]:
+    """The file's header: the caller's strings, and for each component the peft configuration that diffusers reads.
+
+    `components` holds folded state dicts of one rank each. A key of `training` that ends in "token" is left out.
+    """
+    adapters = {}
+    for name, state_dict in components.items():
+        rank = next(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
+        config = {
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "use_rslora": False,
+            "use_dora": any(key.endswith(".lora_magnitude_vector") for key in state_dict),
+            "lora_bias": any(key.endswith(".lora_B.bias") for key in state_dict),
+            # Whole names: exactly these modules get an adapter. Less `text_model.`, as peft matches the end of a name.
+            "target_modules": sorted({key.partition(".lora_")[0].removeprefix("text_model.") for key in state_dict}),
+        }
+        adapters |= {f"{name}.{key}": value for key, value in config.items()}
+    header = {key: value for key, value in training.items() if not key.endswith("token")}
+    return header | {"format": "pt", ADAPTER_METADATA_KEY: json.dumps(adapters, indent=2, sort_keys=True)}
+
+
+def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], training: dict[str, str]) -> Path:
+    """Writes the LoRA whole or not at all and returns its path; the same weights and strings give the same bytes.
+
+    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and configuration.
+    """
+    path = Path(path_or_dir)
+    path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
+    tensors = {f"{name}.{key}": value for name, state_dict in folded.items() for key, value in state_dict.items()}
+    tensors = {TEXT_MODEL.sub(r"\1.text_model.encoder.", key): value for key, value in tensors.items()}
+    data = safetensors.torch.save(tensors, metadata=lora_file_metadata(folded, training))
+    # safetensors writes its metadata in a new order every time.
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    # No .safetensors at its end: diffusers takes any such file in a folder for the weights.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(memoryview(data)[8 + size :])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _one_rank(state_dict):
+    """Zeros fill up the smaller ranks: load_attn_procs scales by one alpha, so it misreads a file of mixed ranks."""
+    rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
+    filled = {}
+    for key, value in state_dict.items():
+        if key.endswith(".lora_A.weight"):
+            value = torch.cat([value, value.new_zeros(rank - value.shape[0], *value.shape[1:])])
+        elif key.endswith(".lora_B.weight"):
+            value = torch.cat([value, value.new_zeros(len(value), rank - value.shape[1], *value.shape[2:])], dim=1)
+        filled[key] = value
+    return filled
+
+
+def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Reads a diffusers LoRA: for each component a state dict as peft names it with the scale folded, and the header.
+
+    Text-encoder keys start `text_model.`. Raises `InputError` for anything else than such a file.
+    """
+    path = Path(path_or_dir)
+    path = path / WEIGHTS_NAME if path.is_dir() else path
+    remedy = f"Pass a diffusers LoRA: a .safetensors file, or a folder that holds {WEIGHTS_NAME}."
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path} can't be read as a safetensors file: {error}. {remedy}") from error
+    components = {}
+    for name, value in tensors.items():
+        if name.startswith(("lora_unet_", "lora_te")):
+            raise InputError(f"{path} is a LoRA in kohya's format, which can't be read yet. {remedy}")
+        # diffusers' older names; the oldest files hold the UNet alone, without saying so.
+        key = f"unet.{name}" if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else name
+        key = key.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0_lora.")
+        key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.", ".lora_A.", key)
+        key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.", ".lora_B.", key)
+        key = TEXT_MODEL.sub(r"\1.text_model.encoder.", key)
+        if not (match := FILE_KEY.fullmatch(key)):
+            raise InputError(f"{path} is not a LoRA of Stable Diffusion: it holds {name}. {remedy}")
+        components.setdefault(match[1], {})[match[2]] = value
+    if not components:
+        raise InputError(f"{path} holds no weights. {remedy}")
+    for name, state_dict in components.items():
+        for module in sorted({key.partition(".lora_")[0] for key in state_dict}):
+            if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= state_dict.keys():
+                raise InputError(f"{path} is incomplete: {name}.{module} lacks its lora_A or its lora_B. {remedy}")
+        told = {key: adapters.get(f"{name}.{key}") for key in ("lora_alpha", "alpha_pattern", "use_rslora")}
+        if told["lora_alpha"] is None:  # then it equals the rank, and B·A is the update already
+            components[name] = {key: value.float() for key, value in state_dict.items()}
+        else:
+            components[name] = fold_scale(state_dict, LoraConfig(**{k: v for k, v in told.items() if v is not None}))
+    return components, header
+
+
+def write_model_card(
+    output_dir,
+    *,
+    base_model: str,
+    dataset_name: str,
+    prompts: list[str],
+    image_paths: list[str],
+    hyperparameters: dict,
+    lora_file: str = WEIGHTS_NAME,
+    trigger_word: str | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes README.md, the hub's model card, and returns its path.
+
+    `image_paths` are relative to `output_dir`, one for each prompt, or none at all. Without a `license`, a base model
+    from the hub gets Stable Diffusion's (as in diffusers' examples), and a local one, whose terms are unknown, none.
+    """
+    on_hub = _is_hub_id(base_model)
+    base, dataset = (name if _is_hub_id(name) else Path(name).resolve().name for name in (base_model, dataset_name))
+    pictures = list(zip(prompts, map(str, image_paths), strict=True)) if image_paths else []
+    front = {
+        "base_model": base if on_hub else None,
+        "datasets": [dataset] if _is_hub_id(dataset_name) else None,
+        "library_name": "diffusers",
+        "license": license or ("creativeml-openrail-m" if on_hub else None),
+        "instance_prompt": trigger_word,
+        "tags": ["text-to-image", "stable-diffusion", "diffusers", "diffusers-training", "lora", "template:sd-lora"],
+        "widget": [{"text": prompt, "output": {"url": picture}} for prompt, picture in pictures],
+    }
+    front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    weights = f"{repo_id or '.'!r}, weight_name={lora_file!r}"
+    gallery = "\n\n".join(f"![]({quote(picture)})\n{_markdown(prompt)}" for prompt, picture in pictures)
+    rows = {key: str(value) for key, value in hyperparameters.items() if not key.endswith("token")}
+    # Of an absolute path the last name only: the rest tells strangers about the author's disk.
+    rows = {key: Path(value).name if os.path.isabs(value) else value for key, value in rows.items()}
+    table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
+    card = f"""---
+{front}---
+
+# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}
+
+These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(dataset)} dataset.
+{f"The trigger word is {_markdown(trigger_word)}." if trigger_word else ""}
+
+{gallery}
+
+## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base!r}).to("cuda" if torch.cuda.is_available() else "cpu")
+pipe.load_lora_weights({weights})
+pipe({(prompts[0] if prompts else trigger_word or "a picture")!r}).images[0].save("picture.png")
+```
+
+On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, for the UNet alone.
+
+## Training
+
+| parameter | value |
+|---|---|
+{table}
+"""
+    path = Path(output_dir) / "README.md"
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def _is_hub_id(name):
+    """Whether this names a model or dataset on the hub: `owner/name`, and no such path here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
+
+
+def _markdown(value):
+    """One line of text that Markdown leaves as it is, in a table cell too."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", " ".join(str(value).split()))
+
+
+def upload(output_dir, repo_id: str, token: str | None, lora_file: str = WEIGHTS_NAME) -> str:
+    """Makes the hub's repository, sends the weights, the card and the card's pictures, and returns the commit's URL.
+
+    Raises `FileNotFoundError` without weights or card, and what huggingface_hub raises.
+    """
+    if not (Path(output_dir) / lora_file).is_file():
+        raise FileNotFoundError(f"{Path(output_dir) / lora_file} does not exist.")
+    card = metadata_load(Path(output_dir) / "README.md") or {}
+    names = [lora_file, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=output_dir,
+        commit_message="End of training",
+        allow_patterns=[glob.escape(name) for name in names],
+    )
+    return commit.commit_url

@@ -1,0 +1,77 @@
+"""Adapters on a frozen model, through peft."""
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .errors import InputError
+
+
+# Attention and feed-forward: the layers of every transformer block that matter (docs/findings.md has the sources).
+TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+INITIALISATIONS = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+def add_lora(model, *, rank, lora_alpha, lora_dropout, target_modules, init_lora_weights, use_rslora, use_dora):
+    """Freezes the model, adds float32 adapters to it, and returns how many modules were adapted.
+
+    Raises `InputError` where a name in `target_modules` matches nothing, and `RuntimeError` where the default names no
+    longer reach every attention and feed-forward layer (an upstream rename would otherwise train less in silence).
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    for target in target_modules:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            kinds = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit()) for name in linear})
+            raise InputError(f"--target_modules {target}: the model has no such layer. Try some of: {', '.join(kinds)}.")
+    model.requires_grad_(False)
+    model.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=list(target_modules),
+            init_lora_weights=INITIALISATIONS[init_lora_weights],
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in model.modules())
+    if tuple(target_modules) == TARGET_MODULES and blocks and adapted != 10 * blocks:
+        raise RuntimeError(f"{adapted} modules were adapted where {blocks} transformer blocks have {10 * blocks}.")
+    return adapted
+
+
+def trainable_parameters(model):
+    """A list, not a generator: the optimizer and the clipping both walk through it."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_state(model):
+    """The adapter's tensors as peft names them, and its `LoraConfig`."""
+    return get_peft_model_state_dict(model, adapter_name="default"), model.peft_config["default"]
+
+
+def load_adapter(model, state_dict):
+    """Puts back what `adapter_state` gave; a tensor missing, left over or of another shape is a `ValueError`."""
+    expected = {name: value.shape for name, value in adapter_state(model)[0].items()}
+    given = {name: value.shape for name, value in state_dict.items()}
+    if expected != given:
+        wrong = sorted({name for name, _ in set(expected.items()) ^ set(given.items())})
+        raise ValueError(f"{len(wrong)} of {len(expected)} tensors do not fit the adapter, the first: {wrong[0]}")
+    set_peft_model_state_dict(model, state_dict, adapter_name="default")
+
+
+def start_from(model, state_dict):
+    """Starts from a LoRA whose scale is folded in (B·A is the whole update), at any alpha of the adapter's own."""
+    scaling = {
+        name: module.scaling["default"] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    unfolded = {}
+    for name, value in state_dict.items():
+        module, _, leaf = name.partition(".lora_")
+        unfolded[name] = value / scaling[module] if leaf.startswith("B") and module in scaling else value
+    load_adapter(model, unfolded)

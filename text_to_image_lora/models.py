@@ -1,0 +1,248 @@
+"""The only file that knows model families: what they are made of, how they are loaded and called.
+
+torch, diffusers and transformers are imported inside the functions, so that `find_base_model` can tell within a second
+that a base model is not there or does not fit.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import InputError
+
+
+class ModelSpec(NamedTuple):
+    """A model family: the pipeline class, and what its latents and text encoders are called."""
+
+    pipeline: str
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+
+
+MODEL_SPECS = {
+    "StableDiffusionPipeline": ModelSpec("StableDiffusionPipeline", ("text_encoder",), ("tokenizer",)),
+}
+
+
+class BaseModel(NamedTuple):
+    """Where a base model is and what its configuration files say; nothing is loaded yet."""
+
+    source: str
+    kind: str  # "folder", "hub" or "file"
+    spec: ModelSpec
+    image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
+    single_file_config: str | None
+    revision: str | None
+    variant: str | None
+    cache_dir: str | None
+
+
+def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
+    """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
+    path = Path(name)
+    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
+        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
+            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
+        folder = single_file_config
+        kind = "file"
+    elif path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
+        folder, kind = name, "folder"
+    elif name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
+    else:
+        folder, kind = None, "hub"
+
+    def read(file):
+        if kind == "hub":
+            return json.loads(Path(_from_hub(name, file, revision, cache_dir)).read_text(encoding="utf-8"))
+        try:
+            return json.loads(Path(folder, file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
+
+    if kind == "file" and folder is None:
+        family, image_factor = "StableDiffusionPipeline", 64  # its own configuration comes from the hub when it is loaded
+    else:
+        family = read("model_index.json").get("_class_name")
+        if family not in MODEL_SPECS:
+            raise InputError(f"{name}: a {family} is not supported; supported: {', '.join(MODEL_SPECS)}.")
+        vae, unet = read("vae/config.json"), read("unet/config.json")
+        image_factor = 2 ** (len(vae["block_out_channels"]) - 1) * 2 ** (len(unet["block_out_channels"]) - 1)
+    return BaseModel(
+        name, kind, MODEL_SPECS[family], image_factor, single_file_config, revision, variant, cache_dir
+    )
+
+
+def _from_hub(name, file, revision, cache_dir):
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        return hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # the client's errors have no common base: no network, no such model, gated, bad token
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name}: neither a folder here nor a model that the hub gives ({reason}). Check the spelling, your "
+            "network and `hf auth login`, or pass a local folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def lightning_stubs():
+    """Lets `weights_only` loading pass over the Lightning callbacks that old `.ckpt` files hold.
+
+    The stand-ins carry no behaviour: a checkpoint can name them, and nothing of Lightning's is imported or run.
+    """
+    import torch
+
+    names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
+    stubs, added = [], []
+    for module_name in names:
+        stub = type("ModelCheckpoint", (), {"__module__": module_name})
+        stubs.append(stub)
+        if module_name not in sys.modules:
+            sys.modules[module_name] = types.ModuleType(module_name)
+            sys.modules[module_name].ModelCheckpoint = stub
+            added.append(module_name)
+    try:
+        with torch.serialization.safe_globals(stubs):
+            yield
+    finally:
+        for module_name in added:
+            del sys.modules[module_name]
+
+
+def load_components(base, *, pretrained_vae=None):
+    """Tokenizer, text encoder, VAE, UNet and training scheduler of a base model, in float32, frozen, in eval mode.
+
+    Raises `InputError` with the reason where a file is missing or does not fit.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    options = dict(revision=base.revision, cache_dir=base.cache_dir)
+    try:
+        if base.kind == "file":
+            with lightning_stubs():
+                pipeline = diffusers.StableDiffusionPipeline.from_single_file(
+                    base.source, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
+                    safety_checker=None, local_files_only=base.single_file_config is not None,
+                )  # fmt: skip
+            tokenizer, text_encoder, vae, unet = (
+                pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet
+            )  # fmt: skip
+            scheduler_config = dict(pipeline.scheduler.config)
+        else:
+            weights = dict(variant=base.variant, **options)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder="tokenizer", **options)
+            text_encoder = transformers.CLIPTextModel.from_pretrained(
+                base.source, subfolder="text_encoder", dtype=torch.float32, **weights
+            )
+            vae = diffusers.AutoencoderKL.from_pretrained(
+                base.source, subfolder="vae", torch_dtype=torch.float32, **weights
+            )
+            unet = diffusers.UNet2DConditionModel.from_pretrained(
+                base.source, subfolder="unet", torch_dtype=torch.float32, **weights
+            )
+            scheduler_config = dict(
+                diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
+            )
+        if pretrained_vae is not None:
+            if Path(pretrained_vae).suffix.lower() in (".safetensors", ".ckpt", ".pt"):
+                with lightning_stubs():
+                    vae = diffusers.AutoencoderKL.from_single_file(pretrained_vae, torch_dtype=torch.float32)
+            else:
+                vae = diffusers.AutoencoderKL.from_pretrained(pretrained_vae, torch_dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{base.source}: the base model can't be loaded: {reason}") from error
+    for model in (text_encoder, vae, unet):
+        model.requires_grad_(False)
+        model.eval()
+    return tokenizer, text_encoder, vae, unet, scheduler_config
+
+
+def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_betas_zero_snr=False):
+    """The training schedule (DDPM) of a base model; zero terminal SNR as in Lin et al., 2023 (arXiv:2305.08891).
+
+    The rescaling is part of the scheduler's configuration, so everything computed from `alphas_cumprod` sees it.
+    """
+    import diffusers
+
+    changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
+    if rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    noise_scheduler = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    config = noise_scheduler.config
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise InputError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR the noise says nothing of the "
+            "picture."
+        )
+    return noise_scheduler
+
+
+def weights_identity(model):
+    """A hash of a model's configuration and weights: the same for the same model, wherever it was loaded from."""
+    import torch
+
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    config = {k: v for k, v in dict(config).items() if not k.startswith("_") and k not in ("transformers_version",)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def encode_images(vae, pixels):
+    """Posterior mean and standard deviation, float32 (N, 4, h, w) each, of uint8 pixels (N, H, W, 3).
+
+    They are the VAE's own latents, not yet multiplied by its scaling factor.
+    """
+    import torch
+
+    pixels = pixels.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def tokenize(tokenizer, captions):
+    """Token ids (N, model_max_length), padded, cut where a caption is longer."""
+    return tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None):
+    """Hidden states (N, 77, D) that the UNet attends to; `clip_skip` leaves out that many of the last layers.
+
+    With `clip_skip` as in diffusers' `encode_prompt`: the final layer norm still applies.
+    """
+    import torch
+
+    with torch.no_grad():
+        output = text_encoder(tokenize(tokenizer, captions).to(text_encoder.device), output_hidden_states=True)
+        if clip_skip is None:
+            return output[0]
+        inner = getattr(text_encoder, "text_model", text_encoder)
+        return inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+
+
+def predict(unet, noisy_latents, timesteps, encoder_hidden_states):
+    """The denoiser's prediction (N, 4, h, w)."""
+    return unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]

@@ -1,0 +1,38 @@
+"""The training objective as pure tensor functions: noise in, weighted loss out."""
+
+import torch
+import torch.nn.functional as F
+
+
+def snr_of(alphas_cumprod, timesteps):
+    """Signal-to-noise ratio of each timestep, float32 (N,): alpha_bar / (1 - alpha_bar)."""
+    alpha_bar = alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
+    return alpha_bar / (1 - alpha_bar)
+
+
+def min_snr_weights(snr, snr_gamma, prediction_type):
+    """Loss weights of Min-SNR (Hang et al., 2023, https://arxiv.org/abs/2303.09556), float32 (N,).
+
+    For noise prediction min(SNR, gamma) / SNR, whose limit at SNR 0 is 1; for v-prediction min(SNR, gamma) / (SNR + 1).
+    """
+    clipped = snr.clamp(max=snr_gamma)
+    if prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    return torch.where(snr > 0, clipped / snr.clamp(min=1e-30), torch.ones_like(snr))
+
+
+def target_of(noise_scheduler, latents, noise, timesteps):
+    """What the model is to predict: the noise, or the velocity (Salimans and Ho, 2022, arXiv:2202.00512)."""
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return noise_scheduler.get_velocity(latents, noise, timesteps)
+    return noise
+
+
+def diffusion_loss(model_pred, target, weights):
+    """Sum over the samples of weight x mean squared error, in float32; shapes (N, C, H, W), weights (N,).
+
+    The caller's weights carry the normalisation, so that the sums of all micro-batches and ranks add up to the mean
+    over the effective batch.
+    """
+    per_sample = F.mse_loss(model_pred.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return (per_sample * weights).sum()

@@ -1,0 +1,103 @@
+"""Validation pictures: made by the pipeline's own code, from the models that are in memory."""
+
+import contextlib
+
+import torch
+
+
+def make_pipeline(unet, vae, scheduler_config, *, prediction_type, rescale_betas_zero_snr):
+    """A `StableDiffusionPipeline` around the models in training; prompts come as embeddings.
+
+    No safety checker: it blackens pictures that are only unusual, and what is trained on is the user's own.
+    """
+    import diffusers
+
+    scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.PNDMScheduler)
+    changes = {"prediction_type": prediction_type}
+    if rescale_betas_zero_snr:
+        # At zero terminal SNR sampling must start at the last timestep (Lin et al., 2023); PNDM can't.
+        scheduler_class = diffusers.DDIMScheduler
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, unet=unet, text_encoder=None, tokenizer=None,
+        scheduler=scheduler_class.from_config(scheduler_config, **changes),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode inside, and the mode it had afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def generate_images(
+    pipeline, prompt_embeds, negative_embeds, *, num_images, seed, resolution, num_inference_steps, guidance_scale,
+    accelerator,
+):  # fmt: skip
+    """`num_images` pictures a prompt, each process its share: {(prompt, k): PIL.Image}, on every process.
+
+    `prompt_embeds` (prompts, 77, D), `negative_embeds` (77, D). Picture k of each prompt has the seed `seed` + k, so it
+    stays the same whatever the number of processes.
+    """
+    from accelerate.utils import gather_object
+
+    tasks = [(prompt, k) for prompt in range(len(prompt_embeds)) for k in range(num_images)]
+    device, images = accelerator.device, {}
+    was_on = pipeline.vae.device
+    pipeline.vae.to(device)
+    with evaluating(pipeline.unet), accelerator.autocast():
+        for prompt, k in tasks[accelerator.process_index :: accelerator.num_processes]:
+            images[prompt, k] = pipeline(
+                prompt_embeds=prompt_embeds[prompt : prompt + 1].to(device),
+                negative_prompt_embeds=negative_embeds[None].to(device),
+                generator=torch.Generator().manual_seed(seed + k),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=resolution,
+                width=resolution,
+            ).images[0]
+    pipeline.vae.to(was_on)
+    return {task: image for part in gather_object([images]) for task, image in part.items()}
+
+
+def save_images(images, prompts, folder):
+    """Writes each picture and a sheet of all with their prompts; returns the pictures' paths, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for (prompt, k), image in sorted(images.items()):
+        paths.append(folder / f"prompt-{prompt:02d}-{k}.png")
+        image.save(paths[-1])
+    label_sheet(images, prompts).save(folder / "sheet.png")
+    return paths
+
+
+def label_sheet(images, prompts):
+    """The pictures of a validation in a grid, a prompt a row, the prompt below it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    first, num_images = next(iter(images.values())), max(k for _, k in images) + 1
+    scale = max(1, round(192 / first.width))
+    width, height = first.width * scale, first.height * scale
+    font = ImageFont.load_default(size=15)
+    gap, label = 8, 28
+    sheet = Image.new("RGB", (gap + num_images * (width + gap), gap + len(prompts) * (height + label)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(prompts):
+        top = gap + row * (height + label)
+        for k in range(num_images):
+            image = images[row, k].resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(image, (gap + k * (width + gap), top))
+        text = prompt
+        while draw.textlength(text, font=font) > sheet.width - 2 * gap and len(text) > 4:
+            text = text[:-4].rstrip() + "..."
+        draw.text((gap, top + height + 4), text, fill="black", font=font)
+    return sheet

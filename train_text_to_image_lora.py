@@ -1,0 +1,701 @@
+#!/usr/bin/env python
+"""Fine-tunes Stable Diffusion with LoRA on your own pictures.
+
+    accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
+        --pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons --resolution 64
+
+Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same command again to go on after an interruption.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.records import fingerprint, load_records
+from text_to_image_lora.tracking import TRACKERS, trackers_of
+
+
+SECRETS = ("hub_token",)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake in one line, and names the nearest flag there is."""
+
+    def error(self, message):
+        if "unrecognized arguments:" in message:
+            unknown = [word for word in message.split(": ", 1)[1].split() if word.startswith("-")]
+            known = [option for action in self._actions for option in action.option_strings]
+            if unknown:
+                near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+                message = f"there is no flag {unknown[0]}." + (f" Did you mean {near[0]}?" if near else " See --help.")
+        raise InputError(message)
+
+
+def build_parser():
+    parser = Parser(
+        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    yes, switch = dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
+    # fmt: off
+    group = parser.add_argument_group("run").add_argument
+    group("--config", metavar="FILE", help="a YAML file with the same flags; the command line wins (each run saves its own as run.yaml)")
+    group("--output_dir", default="sd-model-finetuned-lora", help="where the LoRA, checkpoints, pictures and metrics go")
+    group("--seed", type=int, help="makes a run reproducible; drawn and saved in run.yaml when not given")
+    group("--resume_from_checkpoint", default="latest", help="a checkpoint folder; latest: go on where --output_dir stopped; none: start over")
+    group("--checkpointing_steps", type=int, default=500, help="save all that is needed to resume every so many steps, and at the end; 0: never")
+    group("--checkpoints_total_limit", type=int, help="keep this many checkpoints, delete the oldest")
+    group("--save_every_n_epochs", type=int, default=0, help="write a usable LoRA (epoch-0005/...) every so many epochs; 0: only at the end")
+    group("--local_rank", type=int, default=-1, help="set by the launcher")
+
+    group = parser.add_argument_group("base model").add_argument
+    group("--pretrained_model_name_or_path", help="hub id, local diffusers folder, or a single .safetensors/.ckpt file")
+    group("--revision", help="branch, tag or commit of the base model on the hub")
+    group("--variant", help="variant of its files, such as fp16")
+    group("--single_file_config", metavar="FOLDER", help="configuration for a single file, where the hub is out of reach")
+    group("--pretrained_vae_model_name_or_path", help="another VAE than the base model's: hub id, folder or single file")
+    group("--clip_skip", type=int, help="leave out that many of the text encoder's last layers, in training and validation")
+    group("--cache_dir", help="where downloaded models and datasets are stored")
+
+    group = parser.add_argument_group("data").add_argument
+    group("--dataset_name", help="hub id, or a local folder with a dataset")
+    group("--dataset_config_name", help="configuration of the hub dataset, where it has several")
+    group("--train_data_dir", help="folder with metadata.csv, .jsonl or .parquet, also one in each of its subfolders")
+    group("--image_column", help="column with the pictures; found by itself when not given")
+    group("--caption_column", help="column with the captions, text or lists of text; found by itself when not given")
+    group("--max_train_samples", type=int, help="train on this many pictures, drawn with the seed")
+    group("--resolution", type=int, default=512, help="side of the square that pictures are resized and cropped to, in pixels")
+    group("--center_crop", **yes, help="crop the middle; otherwise the place is random")
+    group("--random_flip", **yes, help="mirror half of the pictures")
+    group("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"], help="how pictures are resized")
+    group("--skip_bad_images", **yes, help="leave out pictures that can't be read, and rows without one, instead of stopping")
+    group("--cache_variations", type=int, help="crops and flips of each picture in the cache (1, 2 with --random_flip, 4 with random crops); 0: no cache, encode live")
+    group("--latent_cache_dir", default="~/.cache/text_to_image_lora", help="where latents and prompt embeddings are kept for later runs")
+    group("--dataloader_num_workers", type=int, default=0, help="processes that load data; worth it with --cache_variations 0")
+
+    group = parser.add_argument_group("LoRA").add_argument
+    group("--rank", type=int, default=4, help="dimension of the update matrices")
+    group("--lora_alpha", type=float, help="scale of the update: alpha / rank; the rank when not given")
+    group("--lora_dropout", type=float, default=0.0, help="dropout before the update matrices")
+    group("--target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"], help="layers to adapt, by the ends of their names")
+    group("--init_lora_weights", default="gaussian", help="true, gaussian or orthogonal")
+    group("--use_rslora", **yes, help="scale by alpha / sqrt(rank)")
+    group("--use_dora", **yes, help="weight-decomposed LoRA")
+    group("--lora_weights", metavar="PATH", help="start from this LoRA file or folder")
+
+    group = parser.add_argument_group("training").add_argument
+    group("--train_batch_size", type=int, default=16, help="pictures per process and forward pass")
+    group("--num_train_epochs", type=int, default=100, help="passes over the pictures")
+    group("--max_train_steps", type=int, help="optimizer steps; goes before --num_train_epochs")
+    group("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    group("--gradient_checkpointing", **yes, help="less memory, slower")
+    group("--learning_rate", type=float, default=1e-4, help="after warm-up")
+    group("--scale_lr", **yes, help="multiply the learning rate by processes x accumulation x batch size")
+    group("--lr_scheduler", default="constant", choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"], help="the schedule of the learning rate")
+    group("--lr_warmup_steps", type=int, help="optimizer steps of warm-up; the smaller of 500 and a tenth of the run when not given")
+    group("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    group("--lr_power", type=float, default=1.0, help="power of polynomial")
+    group("--lr_step_rules", default="", help="rules of piecewise_constant, such as 1:100,0.1:200,0.01")
+    group("--snr_gamma", type=float, help="Min-SNR loss weighting; 5.0 is usual")
+    group("--noise_offset", type=float, default=0.0, help="scale of a noise that is constant over each channel")
+    group("--prediction_type", choices=["epsilon", "v_prediction"], help="what the model predicts; the base model's own when not given")
+    group("--rescale_betas_zero_snr", **yes, help="zero terminal SNR (with v_prediction)")
+    group("--use_8bit_adam", **yes, help="8-bit AdamW of bitsandbytes")
+    group("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
+    group("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
+    group("--adam_weight_decay", type=float, default=1e-2, help="weight decay")
+    group("--adam_epsilon", type=float, default=1e-8, help="epsilon")
+    group("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; 0: don't")
+    group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base; the launcher's when not given. The LoRA is float32 always")
+    group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
+    group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
+
+    group = parser.add_argument_group("validation pictures").add_argument
+    group("--validation_prompt", help="a prompt to make pictures with")
+    group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several of them")
+    group("--validation_negative_prompt", default="", help="what the pictures are to avoid")
+    group("--num_validation_images", type=int, default=4, help="pictures of each prompt; 0: none")
+    group("--validation_epochs", type=int, default=1, help="make them every so many epochs, before training and at the end; 0: only these two")
+    group("--validation_steps", type=int, help="every so many optimizer steps instead")
+    group("--validation_guidance_scale", type=float, default=7.5, help="classifier-free guidance")
+    group("--validation_inference_steps", type=int, default=30, help="denoising steps")
+
+    group = parser.add_argument_group("tracking and sharing").add_argument
+    group("--report_to", choices=[*TRACKERS, "all", "none"], help="where metrics and pictures go; wandb when it is installed (offline without key or network)")
+    group("--tracker_project_name", default="text2image-fine-tune", help="the trackers' project")
+    group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
+    group("--push_to_hub", **yes, help="upload weights, model card and pictures at the end")
+    group("--hub_token", help="token for the upload; better: hf auth login")
+    group("--hub_model_id", help="repository to upload to; the output folder's name when not given")
+    # fmt: on
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags, from the command line over those of `--config`; raises `InputError`."""
+    parser = build_parser()
+    config = parser.parse_known_args(argv)[0].config if argv is None or "--help" not in argv else None
+    if config is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: it can't be read as YAML ({str(error).splitlines()[0]}).") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{config}: it must hold one flag a line, such as 'rank: 16'.")
+        actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+        words = []
+        for key, value in values.items():
+            if key not in actions:
+                near = difflib.get_close_matches(str(key), actions, n=1)
+                raise InputError(f"{config}: there is no flag '{key}'." + (f" Did you mean {near[0]}?" if near else ""))
+            if isinstance(value, bool):
+                if actions[key].nargs != 0:
+                    raise InputError(f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word.")
+                words += [f"--{key}"] if value else [f"--no-{key}"] if f"--no-{key}" in actions[key].option_strings else []
+            elif isinstance(value, list):
+                words += [f"--{key}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{key}={value}")
+        argv = words + list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Everything that the flags alone can tell."""
+    if args.pretrained_model_name_or_path is None:
+        raise InputError("--pretrained_model_name_or_path is needed: a hub id, a local folder or a single file.")
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise InputError("Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder).")
+    at_least = dict(
+        rank=1, resolution=1, train_batch_size=1, num_train_epochs=1, max_train_steps=1, gradient_accumulation_steps=1,
+        max_train_samples=1, checkpoints_total_limit=1, validation_steps=1, validation_inference_steps=1,
+        checkpointing_steps=0, save_every_n_epochs=0, cache_variations=0, lr_warmup_steps=0, num_validation_images=0,
+        validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
+    )  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: it must be {least} or more.")
+    for name in ("learning_rate", "lora_alpha", "snr_gamma"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} {value}: it must be more than 0.")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout {args.lora_dropout}: it must be at least 0 and less than 1.")
+    if args.init_lora_weights not in ("true", "gaussian", "orthogonal"):
+        rewrites = args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
+        reason = " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
+        raise InputError(f"--init_lora_weights {args.init_lora_weights}: choose true, gaussian or orthogonal.{reason}")
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        raise InputError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01.")
+    if args.lora_weights is not None and not Path(args.lora_weights).exists():
+        raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
+    if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise InputError("--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`.")
+    args.resume_from_checkpoint = None if args.resume_from_checkpoint == "none" else args.resume_from_checkpoint
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    prompts = [args.validation_prompt] if args.validation_prompt is not None else []
+    args.validation_prompts = [*prompts, *args.validation_prompts] if args.num_validation_images else []
+    if any(not prompt.strip() for prompt in args.validation_prompts):
+        raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
+
+
+def check_output_dir(output_dir):
+    """Raises `InputError` where the output folder can't be written; leaves nothing behind."""
+    path = Path(output_dir)
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"{output_dir}: it can't be written ({error.strerror}). Pass another --output_dir.") from error
+    finally:
+        for p in made:
+            if p.is_dir() and not any(p.iterdir()):
+                p.rmdir()
+
+
+def hide_secrets(args):
+    """Takes tokens out of `sys.argv`, which trackers record, and returns the flags that may be shown."""
+    for name in SECRETS:
+        secret = getattr(args, name)
+        if secret:
+            sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]
+    return {k: v for k, v in vars(args).items() if k not in (*SECRETS, "config", "local_rank") and v not in (None, [])}
+
+
+def quiet_libraries():
+    """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("xformers", "bitsandbytes", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(args):
+    started = time.time()
+    shown = hide_secrets(args)
+    trackers = trackers_of(args.report_to)
+    quiet_libraries()
+
+    # What can be wrong with the command is found before torch is imported.
+    from text_to_image_lora import models
+
+    base = models.find_base_model(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        single_file_config=args.single_file_config,
+        cache_dir=args.cache_dir,
+    )
+    if args.resolution % base.image_factor:
+        near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
+        raise InputError(f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
+    dataset = load_records(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed or 0,
+        skip_bad_images=args.skip_bad_images,
+    )
+    check_output_dir(args.output_dir)
+
+    import contextlib
+    import functools
+    import math
+
+    import diffusers
+    import torch
+    import transformers
+    import yaml
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+    from diffusers.optimization import get_scheduler
+    from tqdm.auto import tqdm
+
+    from text_to_image_lora import caching, checkpoint, data, export, lora, objective, tracking, validation
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=trackers,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)),
+    )
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if args.enable_xformers_memory_efficient_attention and device.type != "cuda":
+        raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    say = tqdm.write if accelerator.is_main_process else lambda line: None
+
+    # Pictures: each rank looks at its share, and all ranks know what was found.
+    cache_folder = Path(args.latent_cache_dir).expanduser()
+    good, bad = caching.inspect_images(dataset, range(rank, len(dataset), world_size), cache_folder)
+    found = gather_object([(good, bad)])
+    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
+    if bad and not args.skip_bad_images:
+        first = min(bad)
+        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
+        )
+    for index in sorted(bad):
+        say(f"left out: {dataset[index]['source']}: {bad[index]}")
+    if not good:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    dataset = dataset.select(sorted(good))
+    images = [good[index] for index in sorted(good)]
+
+    # Where a run of this command stopped, if it did.
+    resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if resume_path is not None:
+        state, settings_before = checkpoint.read_state(resume_path)
+        args.seed = state.seed if args.seed is None else args.seed
+    if args.seed is None:
+        args.seed = broadcast_object_list([int.from_bytes(os.urandom(4), "little")])[0]
+    settings = {
+        "base_model": args.pretrained_model_name_or_path,
+        "dataset": fingerprint([name for name, _, _ in images], dataset["captions"]),
+        "rank": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "target_modules": list(args.target_modules),
+        "use_rslora": args.use_rslora,
+        "use_dora": args.use_dora,
+        "seed": args.seed,
+        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
+    }
+    if resume_path is not None:
+        checkpoint.check_same_run(resume_path, settings_before, settings)
+    else:
+        state = checkpoint.TrainState(seed=args.seed)
+
+    # Models. The LoRA is added first: a wrong --target_modules costs seconds.
+    tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
+        base, pretrained_vae=args.pretrained_vae_model_name_or_path
+    )
+    noise_scheduler = models.make_noise_scheduler(
+        scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
+    )
+    if device.type != "mps":
+        unet.to(memory_format=torch.channels_last)
+    unet.to(device, weight_dtype)
+    torch.manual_seed(args.seed)
+    num_adapted = lora.add_lora(
+        unet,
+        rank=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        init_lora_weights=args.init_lora_weights,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    params_to_optimize = lora.trainable_parameters(unet)
+    if args.lora_weights is not None:
+        loaded, _ = export.load_lora(args.lora_weights)
+        try:
+            lora.start_from(unet, loaded.get("unet", {}))
+        except ValueError as error:
+            raise InputError(f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora.") from error
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+            raise InputError(f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out.") from error
+
+    # The cache: with it, the denoiser alone stays on the device.
+    vae.to(device)  # in float32: some VAEs overflow in float16
+    text_encoder.to(device, weight_dtype)
+    vae_encode = functools.partial(models.encode_images, vae)
+    text_encode = functools.partial(models.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip)
+    prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
+    negative_embeds = text_encode([args.validation_negative_prompt])[0].cpu()
+    scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
+    preparing = dict(
+        resolution=args.resolution,
+        interpolation=args.image_interpolation_mode,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        seed=args.seed,
+    )
+    if args.cache_variations is None:
+        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
+    latents, prompts = (None, None), (None, None)
+    if args.cache_variations:
+        latents, prompts = caching.build(
+            dataset,
+            images,
+            cache_variations=args.cache_variations,
+            vae_encode=vae_encode,
+            vae_identity=models.weights_identity(vae),
+            latent_dtype=latent_dtype,
+            text_encode=text_encode,
+            text_identity=models.weights_identity(text_encoder),
+            clip_skip=args.clip_skip,
+            prompt_dtype=weight_dtype,
+            folder=cache_folder,
+            accelerator=accelerator,
+            **preparing,
+        )
+        vae = vae.to("cpu") if args.validation_prompts else None
+        del text_encoder, text_encode, vae_encode
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Optimizer, schedule, loader.
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= settings["effective_batch_size"]
+    adam = dict(
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(params_to_optimize, **adam)
+    else:
+        optimizer = torch.optim.AdamW(params_to_optimize, fused=device.type == "cuda", **adam)
+    sampler = data.EffectiveBatchSampler(
+        dataset["num_repeats"],
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=args.seed,
+        first_step=state.global_step,
+    )
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
+    sampler.num_steps = args.max_train_steps
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules or None,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    if resume_path is not None:
+        adapter = checkpoint.load_checkpoint(
+            resume_path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler
+        )
+        lora.load_adapter(unet, adapter)
+    training_set = data.TrainingSet(
+        dataset,
+        images,
+        latents=latents,
+        latent_shape=latent_shape,
+        prompts=prompts,
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        **preparing,
+    )
+    loader = torch.utils.data.DataLoader(
+        training_set,
+        batch_sampler=sampler,
+        collate_fn=data.collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    unwrapped = unet
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+
+    # Reports and files.
+    output_dir = Path(args.output_dir)
+    # Of an absolute path the last name only: the rest tells strangers about the author's disk.
+    training_header = {
+        name: Path(value).name if os.path.isabs(value) else value
+        for name, value in ((name, str(value)) for name, value in {**shown, **settings}.items())
+    }
+    metrics_file = None
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        saved = {k: v for k, v in vars(args).items() if k in shown or v not in (None, [], "", False)}
+        saved = {k: v for k, v in saved.items() if k not in (*SECRETS, "config", "local_rank", "validation_prompt")}
+        (output_dir / "run.yaml").write_text(yaml.safe_dump(saved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
+        state.tracker_run_id = tracking.start_trackers(
+            accelerator, args.tracker_project_name, {**shown, **settings}, output_dir, state.tracker_run_id
+        )
+    say(
+        f"{len(dataset)} pictures, {sampler.steps_per_epoch} steps an epoch, {args.max_train_steps} steps; effective batch "
+        f"{settings['effective_batch_size']} on {world_size} x {device.type} in {str(weight_dtype).removeprefix('torch.')}; "
+        f"rank-{args.rank} LoRA on {num_adapted} modules ({sum(p.numel() for p in params_to_optimize):,} parameters)"
+    )
+    if resume_path is not None:
+        say(f"going on from {resume_path} (step {state.global_step})")
+    pictures = []
+
+    def validate():
+        pipeline = validation.make_pipeline(
+            unwrapped,
+            vae,
+            scheduler_config,
+            prediction_type=noise_scheduler.config.prediction_type,
+            rescale_betas_zero_snr=noise_scheduler.config.rescale_betas_zero_snr,
+        )
+        made = validation.generate_images(
+            pipeline,
+            prompt_embeds,
+            negative_embeds,
+            num_images=args.num_validation_images,
+            seed=args.seed,
+            resolution=args.resolution,
+            num_inference_steps=args.validation_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            accelerator=accelerator,
+        )
+        if accelerator.is_main_process:
+            folder = output_dir / "validation" / f"step-{state.global_step:06d}"
+            pictures[:] = validation.save_images(made, args.validation_prompts, folder)
+            tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
+
+    def save_lora(folder):
+        return export.save_lora(folder, {"unet": lora.adapter_state(unwrapped)}, training_header)
+
+    def save():
+        if accelerator.is_main_process:
+            with checkpoint.written_whole(output_dir / f"checkpoint-{state.global_step}") as folder:
+                checkpoint.save_checkpoint(
+                    folder,
+                    adapter=lora.adapter_state(unwrapped)[0],
+                    optimizer=optimizer,
+                    lr_scheduler=lr_scheduler,
+                    scaler=accelerator.scaler,
+                    state=state,
+                    settings=settings,
+                )
+                save_lora(folder)
+            checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit)
+
+    waiting, smooth = None, None
+
+    def report():
+        """Writes the numbers of the step before: reading them doesn't hold up the device, which has gone on."""
+        nonlocal waiting, smooth
+        if waiting is None:
+            return
+        step, values = waiting
+        waiting = None
+        values = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
+        if not math.isfinite(values["train_loss"]):
+            raise TrainingError(
+                f"The loss of step {step} is {values['train_loss']}. Lower --learning_rate, or use --mixed_precision bf16; "
+                f"what was saved before is in {output_dir}."
+            )
+        values["peak_memory_gib"] = tracking.peak_memory_gib(device)
+        smooth = values["train_loss"] if smooth is None else 0.95 * smooth + 0.05 * values["train_loss"]
+        progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        if metrics_file is not None:
+            metrics_file.write(step, values)
+        accelerator.log(values, step=step)
+
+    # The loop.
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=state.global_step,
+        desc="training",
+        disable=not accelerator.is_local_main_process,
+    )
+    if args.validation_prompts and state.global_step == 0:
+        unwrapped.disable_adapters()
+        validate()
+        unwrapped.enable_adapters()
+    unet.train()
+    batches, clock = iter(loader), time.time()
+    while state.global_step < args.max_train_steps:
+        step = state.global_step
+        num_micro_batches = sampler.num_micro_batches(step)
+        train_loss = torch.zeros((), device=device)
+        for micro_step in range(num_micro_batches):
+            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            if "pixels" in batch:
+                batch["mean"], batch["std"] = (t.to(latent_dtype).float() for t in vae_encode(batch["pixels"]))
+            if "captions" in batch:
+                batch["encoder_hidden_states"] = text_encode(batch["captions"])
+            timesteps = batch["timesteps"]
+            latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * scaling_factor
+            noise = batch["noise"] + args.noise_offset * batch["channel_noise"]
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            target = objective.target_of(noise_scheduler, latents, noise, timesteps)
+            weights = batch["weights"]
+            if args.snr_gamma is not None:
+                snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
+                weights = weights * objective.min_snr_weights(
+                    snr, args.snr_gamma, noise_scheduler.config.prediction_type
+                )
+            if args.lora_dropout:
+                torch.manual_seed(data.seed_of(args.seed, step, micro_step, rank))
+            last = micro_step == num_micro_batches - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(unet):
+                model_pred = models.predict(
+                    unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
+                )
+                loss = objective.diffusion_loss(model_pred, target, weights)
+                accelerator.backward(loss)
+            train_loss += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
+        optimizer.step()
+        lr = lr_scheduler.get_last_lr()[0]
+        if not accelerator.optimizer_step_was_skipped:  # a loss scale that was too high: fp16 tries a lower one
+            lr_scheduler.step()
+        optimizer.zero_grad()
+        state.global_step += 1
+        progress.update()
+
+        report()
+        now = time.time()
+        values = {
+            "train_loss": accelerator.reduce(train_loss, "mean"),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "epoch": state.global_step / sampler.steps_per_epoch,
+            "images_per_second": sampler.num_samples(step) / (now - clock),
+        }
+        waiting, clock = (state.global_step, values), now
+        epoch, into_epoch = divmod(state.global_step, sampler.steps_per_epoch)
+        end_of_epoch, finished = into_epoch == 0, state.global_step == args.max_train_steps
+        if finished:
+            report()
+        if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
+            report()
+            save()
+        if args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0:
+            if accelerator.is_main_process:
+                save_lora(output_dir / f"epoch-{epoch:04d}")
+        due = state.global_step % args.validation_steps == 0 if args.validation_steps else (
+            args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
+        )  # fmt: skip
+        if args.validation_prompts and (due or finished):
+            report()
+            validate()
+            clock = time.time()
+    progress.close()
+
+    # What the run leaves.
+    url = None
+    if accelerator.is_main_process:
+        metrics_file.close()
+        lora_file = save_lora(output_dir)
+        captioned = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+        export.write_model_card(
+            output_dir,
+            base_model=args.pretrained_model_name_or_path,
+            dataset_name=args.dataset_name or args.train_data_dir,
+            prompts=captioned if pictures else [],
+            image_paths=[path.relative_to(output_dir).as_posix() for path in pictures],
+            hyperparameters=shown,
+            repo_id=args.hub_model_id,
+        )
+        say(f"LoRA: {lora_file}  (model card: {output_dir / 'README.md'}, {time.time() - started:.0f} s)")
+        if args.push_to_hub:
+            try:
+                url = export.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
+            except Exception as error:  # whatever it is, the weights are written and the user must hear so
+                raise TrainingError(
+                    f"The upload failed ({str(error).strip().splitlines()[0]}). Everything is in {output_dir}: run the "
+                    "same command again to upload it."
+                ) from error
+            say(f"uploaded: {url}")
+    line = tracking.finish_trackers(accelerator)
+    if line is not None:
+        say(line)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (InputError, TrainingError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
