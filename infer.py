@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Text to image with a LoRA file, or without one; `--compare_base` draws both and lays them side by side.
+"""Text to image with a LoRA file, or without one; `--compare_base` draws both and lays them out in one sheet.
 
-    python infer.py --pretrained_model_name_or_path models/mini-sd --lora outputs/axe --prompt "a red axe" --compare_base
+    python infer.py --pretrained_model_name_or_path models/mini-sd --lora outputs/axe --prompt "a red axe"
 
 Nothing of this project is imported: stock diffusers reading our file is the proof that the file is right.
 """
 
 import argparse
+import contextlib
 import difflib
 import io
 import itertools
@@ -16,14 +17,15 @@ import math
 import os
 import re
 import sys
+import textwrap
 import warnings
-import zipfile
 from pathlib import Path
 
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+MODEL_FLAG, WEIGHT_NAME = "--pretrained_model_name_or_path", "pytorch_lora_weights.safetensors"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # those that a LoRA can change
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-# flag: (diffusers class, what differs from the model's own settings, name in A1111's "parameters")
+# flag: (diffusers class, what differs from the model's own settings, name in A1111)
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}, "DDIM"),
     "ddpm": ("DDPMScheduler", {}, "DDPM"),
@@ -46,73 +48,56 @@ def fail(message):
     raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors take one line, and an unknown flag names the nearest known one."""
-
-    def error(self, message):
-        fail(message)
-
-    def parse_args(self, argv):
-        known = list(self._option_string_actions)
-        for flag in (word.split("=")[0] for word in argv if re.match(r"--[a-z]", word)):
-            if flag not in known:
-                nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0)[0]
-                fail(f"unknown flag {flag}. Did you mean {nearest}? --help lists them all.")
-        return super().parse_args(argv)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows the defaults that the help text does not put into words."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False, argparse.SUPPRESS) else f"{action.help} (%(default)s)"
-
-
 # fmt: off
 def parse_args(argv):
-    parser = Parser(prog="infer.py", description="Text to image with a LoRA file.", allow_abbrev=False, formatter_class=lambda prog: HelpFormatter(prog, max_help_position=36, width=119))
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="the base model: a local folder, a hub id, or a .safetensors/.ckpt file")
-    add("--single_file_config", type=Path, metavar="FOLDER", help="a pipeline folder with the configuration of such a file, where the hub is out of reach")
-    add("--revision", help="branch, tag or commit of the hub model (default: main)")
-    add("--variant", help="which weight files to take, such as fp16 (default: the plain ones)")
-    add("--lora", help=f"a folder with {WEIGHT_NAME}, a .safetensors file, or a hub id (default: none, the base draws)")
-    add("--lora_scale", type=float, default=1.0, help="strength of the LoRA: 0 is the base, 1 is as trained")
-    add = parser.add_argument_group("pictures").add_argument
-    add("--prompt", nargs="+", required=True, help="what to draw: one or several prompts, or a .txt file with one a line")
-    add("--negative_prompt", help="what to keep out of the pictures (default: nothing)")
-    add("--num_images", type=int, default=1, help="pictures per prompt")
-    add("--seed", type=int, default=0, help="picture i of each prompt is drawn from seed + i, on any device")
-    add("--num_inference_steps", type=int, default=30, help="denoising steps: more take longer and add detail")
-    add("--guidance_scale", type=float, default=7.5, help="how strictly the prompt is followed; up to 1 turns guidance off")
-    add("--height", type=int, help="in pixels, a multiple of 8 (default: what the model was trained at)")
-    add("--width", type=int, help="likewise")
-    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's own)")
-    add("--clip_skip", type=int, help="last text-encoder layers to leave out; A1111 counts one more (default: none)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="(default: on CUDA bf16 where the GPU has it, else fp16; elsewhere no)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, default=Path("outputs"), help="where the pictures go; none there is overwritten")
-    add("--compare_base", action="store_true", help="draw without the LoRA too, and lay both out in comparison.png")
+    """Errors take one line, and an unknown flag names the nearest known one."""
+    def add(flag, help, default=None, **options):
+        shown = "" if default is None else f" (default: {default})"
+        group.add_argument(flag, default=default, help=help + shown, **options)
+
+    parser = argparse.ArgumentParser(prog="infer.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=119))
+    parser.error = fail
+    group = parser.add_argument_group("model")
+    add(MODEL_FLAG, "base model: local folder, hub id, .safetensors or .ckpt file", required=True, metavar="MODEL")
+    add("--single_file_config", "pipeline folder that configures such a file offline", type=Path, metavar="FOLDER")
+    add("--revision", "branch, tag or commit of the hub model (default: main)")
+    add("--variant", "weight files to take, such as fp16 (default: the plain ones)")
+    add("--lora", f"folder with {WEIGHT_NAME}, .safetensors file or hub id (default: none)")
+    add("--lora_scale", "strength of the LoRA: 0 is the base, 1 is as trained", 1.0, type=float)
+    group = parser.add_argument_group("pictures")
+    add("--prompt", "what to draw: one prompt, several, or a .txt file with one a line", nargs="+", required=True)
+    add("--negative_prompt", "what to keep out of the pictures (default: nothing)")
+    add("--num_images", "pictures per prompt", 1, type=int)
+    add("--seed", "picture i of each prompt is drawn from seed + i, alike on any device", 0, type=int)
+    add("--num_inference_steps", "denoising steps: more take longer and add detail", 30, type=int)
+    add("--guidance_scale", "how strictly the prompt is followed; 1 and less: no guidance", 7.5, type=float)
+    add("--height", "in pixels, a multiple of 8 (default: the model's own)", type=int)
+    add("--width", "in pixels, a multiple of 8 (default: the model's own)", type=int)
+    add("--scheduler", "sampler (default: the model's own)", choices=SCHEDULERS)
+    add("--clip_skip", "last text-encoder layers to leave out; A1111 counts one more (default: none)", type=int)
+    group = parser.add_argument_group("machine")
+    add("--mixed_precision", "(default: no; on CUDA bf16, or fp16 without it)", choices=["no", "fp16", "bf16"])
+    add("--device", "cpu, cuda, cuda:1, mps, or auto for the fastest there is", "auto")
+    group = parser.add_argument_group("output")
+    add("--output_dir", "where the pictures go; others there are not overwritten", Path("outputs"), type=Path)
+    group.add_argument("--compare_base", action="store_true", help="draw both: base above LoRA in comparison.png")
+    known = list(parser._option_string_actions)
+    for flag in (word.split("=")[0] for word in argv if re.match(r"--\w", word)):
+        if flag not in known:
+            fail(f"unknown flag {flag}. Did you mean {difflib.get_close_matches(flag, known, 1, cutoff=0)[0]}?")
     return parser.parse_args(argv)
 # fmt: on
 
 
 def check_args(args):
-    """Refuses flags that can't work, before anything is imported, loaded or written."""
-    for name in ("num_images", "num_inference_steps", "height", "width"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)}: it must be 1 or more.")
-    for name in ("height", "width"):
-        if (getattr(args, name) or 0) % 8:
-            value = getattr(args, name)
-            fail(f"--{name} {value} is not a multiple of 8. Take {max(value // 8, 1) * 8} or {value // 8 * 8 + 8}.")
-    for name in ("lora_scale", "guidance_scale"):
-        if not math.isfinite(getattr(args, name)):
-            fail(f"--{name} {getattr(args, name)}: it must be a finite number.")
-    if args.clip_skip is not None and args.clip_skip < 0:
-        fail(f"--clip_skip {args.clip_skip}: it must be 0 or more.")
+    """Refuses flags that can't work, before anything is loaded or written."""
+    for name, least in dict(num_images=1, num_inference_steps=1, height=8, width=8, clip_skip=0).items():
+        value = getattr(args, name)
+        if value is not None and (value < least or (least == 8 and value % 8)):
+            fail(f"--{name} {value}: it must be {'a multiple of 8' if least == 8 else f'{least} or more'}.")
+    if not math.isfinite(args.lora_scale) or not math.isfinite(args.guidance_scale):
+        fail("--lora_scale and --guidance_scale must be finite numbers.")
     if args.lora is None and (args.compare_base or args.lora_scale != 1.0):
         fail(f"{'--compare_base' if args.compare_base else '--lora_scale'} needs --lora.")
     existing = next(folder for folder in (args.output_dir, *args.output_dir.absolute().parents) if folder.exists())
@@ -128,12 +113,10 @@ def read_prompts(values):
             prompts.append(value)
             continue
         try:
-            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
+            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            fail(f"--prompt {value} can't be read ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'}).")
-        if not any(lines):
-            fail(f"--prompt {value} is empty. Write one prompt a line.")
-        prompts += filter(None, lines)
+            fail(f"--prompt {value} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.")
+        prompts += lines or fail(f"--prompt {value} is empty. Write one prompt a line.")
     return prompts
 
 
@@ -141,23 +124,15 @@ def hub_file(flag, repo_id, filename, revision=None):
     """The local path of a file of a hub repository, downloaded where it is not cached yet."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", repo_id) or repo_id.endswith((".safetensors", ".ckpt")):
         fail(f"{flag} {repo_id} does not exist. Check the path (relative ones start from {Path.cwd()}).")
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
-        return Path(hf_hub_download(repo_id, filename, revision=revision, local_files_only=True))
-    except HFValidationError as error:
-        fail(f"{flag} {repo_id}: {error}")
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        HfApi().model_info(repo_id, revision=revision, timeout=5)  # unlike a download, it does not retry for 23 s
-        return Path(hf_hub_download(repo_id, filename, revision=revision))
-    except EntryNotFoundError:
-        fail(f"{flag} {repo_id}: that hub repository has no {filename}.")
-    except Exception as error:  # httpx, hub and offline errors share no base class
-        reason = str(error).strip().splitlines()[0]
-        fail(f"{flag} {repo_id} is neither a folder or file here nor to be had from the hub ({reason})")
+        cached = try_to_load_from_cache(repo_id, filename, revision=revision)
+        if not isinstance(cached, str):
+            HfApi().model_info(repo_id, revision=revision, timeout=5)  # a download would retry for 23 s
+        return Path(hf_hub_download(repo_id, filename, revision=revision, local_files_only=isinstance(cached, str)))
+    except Exception as error:  # those of httpx and of the hub share no base class
+        fail(f"{flag} {repo_id} is no file or folder here, and the hub does not give it: {str(error).strip()[:200]}")
 
 
 def tensor_shapes(flag, path):
@@ -172,46 +147,37 @@ def tensor_shapes(flag, path):
 
 
 def find_model(args):
-    """The pipeline class by name, and the shapes of the weights of a local folder ({} where they aren't known yet)."""
-    flag, path = "--pretrained_model_name_or_path", Path(args.pretrained_model_name_or_path)
-    index = path / "model_index.json"
+    """The pipeline class, and {"unet.conv_in.weight": shape} of a local folder ({} where that takes loading)."""
+    flag, path = MODEL_FLAG, Path(args.pretrained_model_name_or_path)
+    folder = path
     if path.is_file():
         if path.suffix not in (".safetensors", ".ckpt"):
             fail(f"{flag} {path}: a single file must be .safetensors or .ckpt.")
-        if path.suffix == ".ckpt" and not zipfile.is_zipfile(path):
-            fail(f"{flag} {path} is not a whole torch checkpoint. Copy or download it again.")
-        keys = tensor_shapes(flag, path) if path.suffix == ".safetensors" else ["model.diffusion_model."]
-        if not any(key.startswith("model.diffusion_model.") for key in keys):
-            fail(f"{flag} {path} is not a whole Stable Diffusion model. Is it a LoRA? Then pass it as --lora.")
         if args.single_file_config is None:
+            keys = tensor_shapes(flag, path) if path.suffix == ".safetensors" else ()
             return PIPELINES[any(key.startswith("conditioner.") for key in keys)], {}
-        flag, index = "--single_file_config", args.single_file_config / "model_index.json"
-    elif args.single_file_config is not None:
-        fail(f"--single_file_config is for a .safetensors or .ckpt file, and {path} is none.")
+        flag, folder = "--single_file_config", args.single_file_config
     elif not path.is_dir():
-        index = hub_file(flag, args.pretrained_model_name_or_path, "model_index.json", args.revision)
+        folder = hub_file(flag, args.pretrained_model_name_or_path, "model_index.json", args.revision).parent
     try:
-        class_name = json.loads(index.read_text())["_class_name"]
+        class_name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError):
-        fail(f"{flag} {index.parent} holds no readable model_index.json. Pass the folder of a whole pipeline.")
+        fail(f"{flag} {folder} holds no readable model_index.json. Pass the folder of a whole pipeline.")
     if class_name not in PIPELINES:
-        fail(f"{flag} {index.parent} is a {class_name}; this script knows {' and '.join(PIPELINES)}.")
-    shapes = {
-        component: {key: shape for file in files for key, shape in tensor_shapes(flag, file).items()}
-        for component in ("unet", "text_encoder", "text_encoder_2")
-        if path.is_dir() and (files := sorted((path / component).glob("*.safetensors")))
-    }
-    return class_name, shapes
+        fail(f"{flag} {folder} is a {class_name}; this script draws with {' and '.join(PIPELINES)}.")
+    files = [sorted(path.glob(f"{part}/*.safetensors")) for part in COMPONENTS if (path / part).is_dir()]
+    shapes = {f"{file.parent.name}.{k}": v for file in sum(files, []) for k, v in tensor_shapes(flag, file).items()}
+    return class_name, shapes if all(files) else {}
 
 
 def find_lora(lora):
     """The path of the LoRA file and the shapes in it; refuses what is no LoRA."""
     path = Path(lora)
     if path.is_dir():
-        others = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:3])
+        found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:3]) or "no LoRA files"
         path = path / WEIGHT_NAME
         if not path.exists():
-            fail(f"--lora {lora} holds no {WEIGHT_NAME}. " + (f"Pass the file ({others})." if others else "Train one."))
+            fail(f"--lora {lora} holds no {WEIGHT_NAME} (there are: {found}). Pass the LoRA file itself.")
     elif not path.is_file():
         path = hub_file("--lora", lora, WEIGHT_NAME)
     if path.suffix != ".safetensors":
@@ -219,67 +185,51 @@ def find_lora(lora):
     shapes = tensor_shapes("--lora", path)
     if not any("lora" in key for key in shapes):
         fail(f"--lora {path} is not a LoRA file: none of its {len(shapes)} keys has 'lora' in its name.")
-    if not any(key.startswith(("unet.", "text_encoder", "lora_unet_", "lora_te")) for key in shapes):
-        fail(f"--lora {path} is not for Stable Diffusion: its keys start like '{next(iter(shapes))}'.")
+    if any(key.endswith(".dora_scale") for key in shapes):
+        fail(f"--lora {path} is a DoRA in kohya's format, of which diffusers leaves a part out. Convert it first.")
     return path, shapes
 
 
 def check_lora_fits(path, lora_shapes, model_shapes):
-    """Refuses a LoRA with keys that name no layer of the model, or one of another size."""
-    # Block names of the original code (SDXL files of kohya) are left to diffusers, which knows how to convert them.
-    pattern = re.compile(
-        r"(?:(unet|text_encoder(?:_2)?)\.|lora_(unet|te[12]?)_(?!input_blocks|middle_block|output_blocks))"
-        r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)\.weight"
-    )
-    components = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
-    # One spelling for all: kohya has _ for the dots, and transformers 5.6 dropped the level "text_model".
-    weights = {
-        (component, key.removesuffix(".weight").replace(".", "_").removeprefix("text_model_")): shape
-        for component, shapes in model_shapes.items()
-        for key, shape in shapes.items()
-    }
-    # The half of a pair that is missing would be drawn at random by transformers.
-    partners = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
-    partners |= {up: down for down, up in partners.items()}
+    """Refuses a LoRA with a key that names no layer of the model, or one of another size, or half of a pair."""
+
+    def one_spelling(name):  # kohya has _ for dots and te for text_encoder; transformers 5.6 dropped text_model
+        name = re.sub("^lora_te1?_", "text_encoder_", name.replace(".", "_"))
+        return re.sub("^lora_te2_", "text_encoder_2_", name).removeprefix("lora_").replace("text_model_", "")
+
+    weights = {one_spelling(key.removesuffix(".weight")): shape for key, shape in model_shapes.items()}
+    partner = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
+    partner |= {up: down for down, up in partner.items()}
+    # The block names of the original code (kohya's SDXL files) are left to diffusers, which converts them.
+    pattern = re.compile(rf"(?!lora_unet_(?:input|middle|output)_block)(.+)\.({'|'.join(partner)})\.weight")
     unmatched = []
-    for key, shape in lora_shapes.items():
-        if match := pattern.fullmatch(key):
-            component = match[1] or components.get(match[2], match[2])
-            weight = weights.get((component, match[3].replace(".", "_").removeprefix("text_model_")))
-            axis = 1 if match[4] in ("lora_A", "lora_down", "lora.down") else 0
-            paired = f"{key[: match.start(4)]}{partners[match[4]]}.weight" in lora_shapes
-            if not paired or weight is None or len(shape) < 2 or shape[axis] != weight[axis]:
-                unmatched.append(key)
+    for match in filter(None, map(pattern.fullmatch, lora_shapes)):
+        shape, weight = lora_shapes[match[0]], weights.get(one_spelling(match[1]))
+        axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
+        if not weight or shape[axis] != weight[axis] or f"{match[1]}.{partner[match[2]]}.weight" not in lora_shapes:
+            unmatched.append(match[0])
     if unmatched:
-        counts = f"{len(unmatched)} of its {len(lora_shapes)} keys match no layer of that size, such as {unmatched[0]}"
-        fail(f"--lora {path} does not fit this base model: {counts}. Pass the base model that it was trained on.")
-
-
-def quiet_libraries():
-    """No library chatter: called before the libraries are imported, since some of it is printed then."""
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning about forks
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" beside a CPU torch
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # "No module named 'kernels'", which is optional
-    # NaN pictures: told below, in words
-    warnings.filterwarnings("ignore", "invalid value encountered in cast", RuntimeWarning)
+        count = f"{len(unmatched)} of its {len(lora_shapes)} keys match no layer there, such as {unmatched[0]}"
+        fail(f"--lora {path} does not fit this base model: {count}. Pass the base that it was trained on.")
 
 
 class Inert:
     """Stands for a class that a .ckpt names and that drawing does not need; does nothing."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 def inert_globals(path):
     """(stub, name) pairs that let `weights_only` read what Lightning left in a .ckpt; refuses any other code."""
     import torch
 
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, ValueError) as error:
+        fail(f"{path} is not a whole torch checkpoint ({str(error).splitlines()[0]}). Get the model as .safetensors.")
     harmless = re.compile(r"(pytorch_lightning|lightning)\..+|numpy\.(_?core\.multiarray\.scalar|dtype)")
     if refused := sorted(name for name in names if not harmless.fullmatch(name)):
         fail(f"{path} carries more than weights ({', '.join(refused[:3])}). Get the model as .safetensors.")
@@ -292,26 +242,26 @@ def load_pipeline(args, class_name, device, dtype):
     import torch
     import transformers
 
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # the one name that 0.39 knows
-    for library in (diffusers, transformers):  # again, for a process that imported them before
-        library.utils.logging.set_verbosity_error()
+    # The one name that diffusers 0.39 knows; 0.42 knows `dtype` too.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    for library in (diffusers, transformers):  # again, for a process that had imported them before
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
-    model, pipeline_class = args.pretrained_model_name_or_path, getattr(diffusers, class_name)
-    options = {"torch_dtype": dtype}
+    model, pipeline_class, options = args.pretrained_model_name_or_path, getattr(diffusers, class_name), {}
     if class_name == "StableDiffusionPipeline":
-        options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    stubs = inert_globals(model) if model.endswith(".ckpt") else []
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         if Path(model).is_file():
-            if args.single_file_config is not None:
-                options["config"] = str(args.single_file_config)
-            with torch.serialization.safe_globals(stubs):  # diffusers reads a .ckpt with weights_only=True
-                pipe = pipeline_class.from_single_file(model, **options)
+            config = args.single_file_config and str(args.single_file_config)
+            # diffusers reads a .ckpt with weights_only=True
+            with torch.serialization.safe_globals(inert_globals(model) if model.endswith(".ckpt") else []):
+                pipe = pipeline_class.from_single_file(model, config=config, torch_dtype=dtype, **options)
         else:
-            pipe = pipeline_class.from_pretrained(model, revision=args.revision, variant=args.variant, **options)
-    except Exception as error:  # the loaders raise nearly anything for a folder or file that is not in order
-        remedy = "" if args.single_file_config or Path(model).is_dir() else " With no hub, pass --single_file_config."
-        fail(f"{model} can't be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0]}{remedy}")
+            options |= {"revision": args.revision, "variant": args.variant}
+            pipe = pipeline_class.from_pretrained(model, torch_dtype=dtype, **options)
+    except Exception as error:  # the loaders raise nearly anything for files that are not in order
+        remedy = " Where there is no hub, pass --single_file_config." if Path(model).is_file() else ""
+        fail(f"{model} can't be loaded: {type(error).__name__}: {str(error)[:300]}{remedy}")
     if args.scheduler:
         name, changes, _ = SCHEDULERS[args.scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
@@ -323,73 +273,46 @@ def load_pipeline(args, class_name, device, dtype):
     return pipe.to(device)
 
 
-def load_lora(pipe, path, shapes, scale):
-    """Adds the LoRA to the pipeline; what diffusers would only warn about is an error here."""
-    components = {name: getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
-    components = {name: module.state_dict() for name, module in components.items() if module is not None}
-    check_lora_fits(path, shapes, {name: {k: v.shape for k, v in module.items()} for name, module in components.items()})
-    complaints = []
-    collector = logging.Handler()
-    collector.emit = lambda record: complaints.append(record.getMessage())
-    libraries = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [(library, library.handlers, library.level) for library in libraries]
-    for library in libraries:
-        library.handlers = [collector]
-        library.setLevel(logging.WARNING)
+def load_lora(pipe, path, lora_shapes, scale):
+    """Adds the LoRA at its strength, and makes sure that every weight of the file found its place."""
     try:
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
-    except Exception as error:
-        complaints.append(f"{type(error).__name__}: {error}")
-    finally:
-        for library, library.handlers, level in before:
-            library.setLevel(level)
-    complaints = [text for text in complaints if not text.startswith("No LoRA keys associated to")]
-    if complaints:
-        fail(f"--lora {path} can't be used whole: {complaints[0][:300]}")
-    pipe.set_adapters("lora", adapter_weights=scale)
+        pipe.set_adapters("lora", adapter_weights=scale)
+    except Exception as error:  # what peft, diffusers and transformers raise for sizes and names that don't match
+        fail(f"--lora {path} does not fit this base model: {type(error).__name__}: {str(error)[:300]}")
+    # diffusers and transformers only warn of a weight without a place, and fill a place without a weight at random.
+    in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in lora_shapes)
+    models = [pipe.components[name] for name in COMPONENTS if pipe.components.get(name)]
+    names = [name for model in models for name, _ in model.named_parameters() if name.endswith("weight")]
+    placed = sum(".lora_A." in name or ".lora_B." in name for name in names)
+    if placed != in_file:
+        fail(f"--lora {path} does not fit this base model: {in_file} weights in the file, {placed} in the model.")
 
 
 def describe(args, pipe, prompt, seed, image, with_lora):
-    """The text chunks of a PNG: one per parameter, and all of them in the form that A1111 and its readers know."""
+    """The text chunks of a PNG: one a parameter, and all of them in the form that A1111 and its readers know."""
     import diffusers
 
-    sampler = type(pipe.scheduler).__name__
-    chunks = {
-        "prompt": prompt,
-        "negative_prompt": args.negative_prompt or "",
-        "seed": seed,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "scheduler": sampler,
-        "width": image.width,
-        "height": image.height,
-        "clip_skip": args.clip_skip or 0,
-        "pretrained_model_name_or_path": args.pretrained_model_name_or_path,
-        "lora": args.lora if with_lora else "",
-        "lora_scale": args.lora_scale if with_lora else 0.0,
-        "diffusers_version": diffusers.__version__,
-    }
+    config, sampler = pipe.scheduler.config, type(pipe.scheduler).__name__
+    names = "negative_prompt num_inference_steps guidance_scale clip_skip pretrained_model_name_or_path".split()
+    chunks = {name: getattr(args, name) for name in names + ["lora", "lora_scale"] * with_lora}
+    chunks |= {"prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
+    chunks |= {"scheduler": sampler, "diffusers_version": diffusers.__version__}
     for name, changes, label in SCHEDULERS.values():
-        if name == type(pipe.scheduler).__name__ and all(pipe.scheduler.config[k] == v for k, v in changes.items()):
+        if name == chunks["scheduler"] and all(config.get(key) == value for key, value in changes.items()):
             sampler = label
     model, lora = (
-        Path(name or "").absolute().name.removesuffix(".safetensors").removesuffix(".ckpt").replace(",", " ")
-        for name in (args.pretrained_model_name_or_path, args.lora)
+        re.sub(r"\.(safetensors|ckpt)$", "", Path(path).absolute().name).replace(",", " ")
+        for path in (args.pretrained_model_name_or_path, args.lora or "")
     )
-    settings = {
-        "Steps": args.num_inference_steps,
-        "Sampler": sampler,
-        "CFG scale": args.guidance_scale,
-        "Seed": seed,
-        "Size": f"{image.width}x{image.height}",
-        "Model": model,
-        "Lora": f"{lora}:{args.lora_scale:g}" if with_lora else None,
-        "Clip skip": args.clip_skip + 1 if args.clip_skip else None,
-        "Version": f"diffusers {diffusers.__version__}",
-    }
-    negative = f"\nNegative prompt: {args.negative_prompt}" if args.negative_prompt else ""
-    line = ", ".join(f"{key}: {value}" for key, value in settings.items() if value is not None)
-    return {"parameters": f"{prompt}{negative}\n{line}"} | chunks
+    settings = (
+        f"Steps: {args.num_inference_steps}, Sampler: {sampler}, CFG scale: {args.guidance_scale:g}, Seed: {seed}, "
+        f"Size: {image.width}x{image.height}, Model: {model}"
+        + f", Lora: {lora}:{args.lora_scale:g}" * with_lora
+        + (f", Clip skip: {args.clip_skip + 1}" if args.clip_skip else "")
+    )
+    negative = f"Negative prompt: {args.negative_prompt}\n" if args.negative_prompt else ""
+    return {"parameters": f"{prompt}\n{negative}{settings}"} | chunks
 
 
 def save_png(image, path, chunks):
@@ -398,7 +321,7 @@ def save_png(image, path, chunks):
 
     info, data = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
-        info.add_text(key, str(value))
+        info.add_text(key, "" if value is None else str(value))
     image.save(data, "PNG", pnginfo=info)
     for candidate in itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))):
         try:
@@ -410,69 +333,51 @@ def save_png(image, path, chunks):
                 return candidate  # the same command again: the picture is there
 
 
-def wrap(text, font, width, max_lines=4):
-    """Lines of at most `width` pixels; the last ends in an ellipsis where the text goes on."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    cut = len(lines) > max_lines
-    lines = lines[:max_lines]
-    for i, line in enumerate(lines):
-        ellipsis = "…" if font.getlength(line) > width or (cut and i == max_lines - 1) else ""
-        while line and font.getlength(line + ellipsis) > width:
-            line = line[:-1].rstrip()
-        lines[i] = line + ellipsis
-    return lines
-
-
 def comparison_sheet(columns, scale=1.0):
-    """Base above, LoRA below: a column for each (label, note, base picture, LoRA picture), in bands of eight."""
+    """Base above LoRA: one column for each (prompt, note, base picture, LoRA picture), in bands of eight."""
     from PIL import Image, ImageDraw, ImageFont
 
-    per_band = min(len(columns), COLUMNS)
-    target = 256 if per_band > 4 else 512
-    size = columns[0][2].size
-    # Small pictures grow by a whole factor to about 256 pixels, large ones shrink to what the sheet has room for.
-    factor = 256 // max(size) if max(size) <= 128 else min(1.0, target / max(size))
-    width, height = (round(side * factor) for side in size)
-    em = 17 if width <= 320 else 22
-    font, bold = ImageFont.load_default(em), ImageFont.load_default(em + 4)
-    margin, gap, leading = 2 * em, em // 2, round(em * 1.35)
-    rows = [("base", ""), ("with LoRA", "" if scale == 1.0 else f"scale {scale:g}")]
-    gutter = round(bold.getlength("with LoRA")) + margin
-    labels = [(wrap(label, font, width), note) for label, note, _, _ in columns]
+    def label(prompt, note):
+        for chars in range(4 * width // em, 0, -1):
+            lines = textwrap.wrap(prompt, chars, max_lines=4, placeholder=" ...")
+            if max(map(font.getlength, lines), default=0) <= width:
+                return "\n".join(filter(None, [*lines, note]))
 
+    per_band = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
+    size, room = columns[0][2].size, 512 if per_band <= 4 else 256
+    # Small pictures grow by a whole factor to about 256 pixels, large ones shrink to what the sheet has room for.
+    factor = 256 // max(size) if max(size) <= 128 else min(1.0, room / max(size))
+    width, height = (round(side * factor) for side in size)
+    em = max(17, per_band * width // 80)  # legible where a page shrinks a wide sheet to its own width
+    font, large = ImageFont.load_default(em), ImageFont.load_default(em + em // 4)
+    if not all(prompt.isascii() for prompt, *_ in columns):  # Pillow's own font has no more than that
+        for name in ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "DejaVuSans.ttf", "arial.ttf"):
+            with contextlib.suppress(OSError):
+                font = ImageFont.truetype(name, em)
+                break
+    margin, gap = 2 * em, em // 2
+    rows = ("base", "with LoRA" if scale == 1.0 else f"with LoRA\nat {scale:g}")
+    gutter = margin + round(large.getlength("with LoRA")) + margin
+    labels = [label(prompt, note) for prompt, note, *_ in columns]
     bands = [range(i, min(i + per_band, len(columns))) for i in range(0, len(columns), per_band)]
-    heads = [max(len(labels[i][0]) + bool(labels[i][1]) for i in band) * leading + gap for band in bands]
-    band_height = 2 * height + gap
-    sheet = Image.new(
-        "RGB",
-        (
-            2 * margin + gutter + per_band * (width + gap) - gap,
-            2 * margin + sum(heads) + len(bands) * band_height + (len(bands) - 1) * margin,
-        ),
-        "white",
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = [max(round(draw.textbbox((0, 0), labels[i], font)[3]) for i in band) + gap for band in bands]
+    sheet_size = (
+        gutter + per_band * (width + gap) - gap + margin,
+        margin + sum(heads) + len(bands) * (2 * height + gap + margin),
     )
+    sheet = Image.new("RGB", sheet_size, "white")
     draw, top = ImageDraw.Draw(sheet), margin
     for band, head in zip(bands, heads):
-        for row, (name, note) in enumerate(rows):
-            middle = top + head + row * (height + gap) + height // 2
-            draw.text((margin, middle), name, "black", bold, anchor="lm")
-            draw.text((margin, middle + leading), note, "dimgray", font, anchor="lm")
-        for place, i in enumerate(band):
-            left = margin + gutter + place * (width + gap)
-            lines, note = labels[i]
-            lines = [(line, "black") for line in lines] + [(note, "dimgray")] * bool(note)
-            for line, (text, colour) in enumerate(reversed(lines)):
-                draw.text((left, top + head - gap - line * leading), text, colour, font, anchor="ld")
+        top += head
+        for row, name in enumerate(rows):
+            draw.text((margin, top + row * (height + gap) + height // 2), name, "black", large, anchor="lm")
+        for left, i in zip(itertools.count(gutter, width + gap), band):
+            draw.text((left, top - gap), labels[i], "black", font, anchor="ld")
             for row, image in enumerate(columns[i][2:]):
-                tile = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-                sheet.paste(tile, (left, top + head + row * (height + gap)))
-        top += head + band_height + margin
+                tile = image.resize((width, height), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (left, top + row * (height + gap)))
+        top += 2 * height + gap + margin
     return sheet
 
 
@@ -485,7 +390,10 @@ def main(argv=None):
     if model_shapes:
         check_lora_fits(lora_path, lora_shapes, model_shapes)
 
-    quiet_libraries()
+    # The libraries chatter while they are imported.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" beside a CPU torch
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # "No module named 'kernels'", which is optional
     import torch
     from tqdm import tqdm
 
@@ -496,7 +404,7 @@ def main(argv=None):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device} can't be used here: {str(error).splitlines()[0]}")
-    # A T4 only emulates bf16, slowly, so it counts as a GPU without it.
+    # A T4 says that it has bf16 and emulates it, slowly.
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = args.mixed_precision or ("bf16" if bf16 else "fp16" if device.startswith("cuda") else "no")
     if precision == "fp16" and device == "cpu":
@@ -505,65 +413,56 @@ def main(argv=None):
     pipe = load_pipeline(args, class_name, device, dtype)
     if args.lora:
         load_lora(pipe, lora_path, lora_shapes, args.lora_scale)
+    limit = pipe.tokenizer.model_max_length
     for prompt in prompts:
-        tokens = len(pipe.tokenizer(prompt, truncation=False).input_ids)
-        if tokens > pipe.tokenizer.model_max_length:
-            print(f"note: {tokens} tokens, but CLIP reads {pipe.tokenizer.model_max_length}: the end is cut: {prompt}")
+        if (tokens := len(pipe.tokenizer(prompt).input_ids)) > limit:
+            print(f"note: CLIP reads {limit} of the {tokens} tokens, the end is cut: {prompt}", file=sys.stderr)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--output_dir {args.output_dir} can't be made: {error.strerror}. Name another folder.")
 
     pipe.scheduler.set_timesteps(args.num_inference_steps)
-    passes = len(prompts) * math.ceil(args.num_images / BATCH_SIZE) * (1 + args.compare_base)
-    bar = tqdm(total=passes * len(pipe.scheduler.timesteps), unit="step", disable=None)
+    calls = len(prompts) * math.ceil(args.num_images / BATCH_SIZE) * (1 + args.compare_base)
+    bar = tqdm(total=calls * len(pipe.scheduler.timesteps), unit="step", disable=None)
+    names = "negative_prompt num_inference_steps guidance_scale height width clip_skip".split()
+    options = {name: getattr(args, name) for name in names}
 
     def advance(pipe, step, timestep, tensors):
         bar.update()
         return tensors
 
-    def draw(prompt, seeds):
-        return pipe(
-            prompt,
-            negative_prompt=args.negative_prompt,
-            num_images_per_prompt=len(seeds),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            height=args.height,
-            width=args.width,
-            clip_skip=args.clip_skip,
-            callback_on_step_end=advance,
-        ).images
-
-    saved, columns = [], []
-    digits = max(2, len(str(len(prompts) - 1)))
+    saved, columns, digits = [], [], max(2, len(str(len(prompts) - 1)))
     for number, prompt in enumerate(prompts):
-        slug = re.sub(r"\W+", "-", prompt.lower())[:60].strip("-_") or "picture"
+        stem = f"{number:0{digits}d}-" + (re.sub(r"\W+", "-", prompt.lower())[:60].strip("-") or "picture")
         seeds = range(args.seed, args.seed + args.num_images)
         for batch in (seeds[i : i + BATCH_SIZE] for i in range(0, len(seeds), BATCH_SIZE)):
-            drawn = {}
-            for kind in ("base", "lora") if args.compare_base else ("lora",):
+            drawn = []
+            for with_lora in (False, True) if args.compare_base else (bool(args.lora),):
                 if args.compare_base:
-                    pipe.enable_lora() if kind == "lora" else pipe.disable_lora()
-                drawn[kind] = draw(prompt, batch)
-                for seed, image in zip(batch, drawn[kind]):
-                    suffix = "-base" if kind == "base" else ""
-                    path = args.output_dir / f"{number:0{digits}d}-{slug}-seed{seed}{suffix}.png"
-                    chunks = describe(args, pipe, prompt, seed, image, bool(args.lora) and kind == "lora")
-                    saved.append(save_png(image, path, chunks))
-                    if not image.getbbox():
-                        print(f"note: {saved[-1]} is all black. With fp16, try --mixed_precision no.")
-            if args.compare_base:
-                notes = [f"seed {seed}" if args.num_images > 1 else "" for seed in batch]
-                columns += zip([prompt] * len(batch), notes, drawn["base"], drawn["lora"])
+                    pipe.enable_lora() if with_lora else pipe.disable_lora()
+                # Drawn on the CPU, a seed's noise is the same on any device.
+                generators = [torch.Generator("cpu").manual_seed(seed) for seed in batch]
+                options |= {"num_images_per_prompt": len(batch), "generator": generators}
+                drawn.append(pipe(prompt, callback_on_step_end=advance, **options).images)
+                for seed, image in zip(batch, drawn[-1]):
+                    ending = "-base" if args.compare_base and not with_lora else ""
+                    path = args.output_dir / f"{stem}-seed{seed}{ending}.png"
+                    saved.append(save_png(image, path, describe(args, pipe, prompt, seed, image, with_lora)))
+            columns += zip([prompt] * len(batch), (f"seed {seed}" * (len(seeds) > 1) for seed in batch), *drawn)
     bar.close()
-    print(f"{len(saved)} picture{'s' * (len(saved) > 1)} in {args.output_dir}: {saved[0].name}" + (" ..." * (len(saved) > 1)))
     if args.compare_base:
         sheet = comparison_sheet(columns, args.lora_scale)
         chunks = describe(args, pipe, " | ".join(prompts), args.seed, columns[0][3], True)
-        print(f"comparison: {save_png(sheet, args.output_dir / 'comparison.png', chunks)}")
+        sheet_path = save_png(sheet, args.output_dir / "comparison.png", chunks)
+    more = f" and {len(saved) - 1} more there" if len(saved) > 1 else ""
+    print(f"drawn: {saved[0]}{more}")
+    if args.compare_base:
+        print(f"base above LoRA: {sheet_path}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -153,11 +153,17 @@ def parse_args(argv=None):
         for key, value in values.items():
             if key not in actions:
                 near = difflib.get_close_matches(str(key), actions, n=1)
-                raise InputError(f"{config}: there is no flag '{key}'." + (f" Did you mean {near[0]}?" if near else ""))
+                raise InputError(
+                    f"{config}: there is no flag '{key}'." + (f" Did you mean {near[0]}?" if near else "")
+                )
             if isinstance(value, bool):
                 if actions[key].nargs != 0:
-                    raise InputError(f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word.")
-                words += [f"--{key}"] if value else [f"--no-{key}"] if f"--no-{key}" in actions[key].option_strings else []
+                    raise InputError(
+                        f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word."
+                    )
+                words += (
+                    [f"--{key}"] if value else [f"--no-{key}"] if f"--no-{key}" in actions[key].option_strings else []
+                )
             elif isinstance(value, list):
                 words += [f"--{key}", *map(str, value)]
             elif value is not None:
@@ -199,7 +205,9 @@ def check_args(args):
     if args.lora_weights is not None and not Path(args.lora_weights).exists():
         raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise InputError("--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`.")
+        raise InputError(
+            "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
+        )
     args.resume_from_checkpoint = None if args.resume_from_checkpoint == "none" else args.resume_from_checkpoint
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
@@ -216,7 +224,9 @@ def check_output_dir(output_dir):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f"{output_dir}: it can't be written ({error.strerror}). Pass another --output_dir.") from error
+        raise InputError(
+            f"{output_dir}: it can't be written ({error.strerror}). Pass another --output_dir."
+        ) from error
     finally:
         for p in made:
             if p.is_dir() and not any(p.iterdir()):
@@ -243,6 +253,62 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def usable_pictures(dataset, args, accelerator, say):
+    """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
+
+    Raises `InputError` for the first that can't be, unless --skip_bad_images leaves them out.
+    """
+    from accelerate.utils import gather_object
+
+    from text_to_image_lora.caching import inspect_images
+
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    found = gather_object([inspect_images(dataset, share, Path(args.latent_cache_dir).expanduser())])
+    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
+    if bad and not args.skip_bad_images:
+        first = min(bad)
+        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
+        )
+    for index in sorted(bad):
+        say(f"left out: {dataset[index]['source']}: {bad[index]}")
+    if not good:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
+def make_optimizer(args, params_to_optimize, learning_rate, device):
+    """AdamW, in 8 bit where asked for; the parameters and what it keeps of them are float32 (or 8-bit states)."""
+    options = dict(
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise InputError("--use_8bit_adam needs bitsandbytes. Run: pip install bitsandbytes") from error
+        return bitsandbytes.optim.AdamW8bit(params_to_optimize, **options)
+    import torch
+
+    return torch.optim.AdamW(params_to_optimize, fused=device.type == "cuda", **options)
+
+
+def settings_of(args, shown):
+    """The flags that `run.yaml` holds: those that were given, and what the defaults became."""
+    hidden = (*SECRETS, "config", "local_rank", "validation_prompt")
+    return {k: v for k, v in vars(args).items() if k not in hidden and (k in shown or v not in (None, [], "", False))}
+
+
+def without_folders(values):
+    """The values as strings; of an absolute path the last name only, the rest would tell of the author's disk."""
+    strings = {name: str(value) for name, value in values.items()}
+    return {name: Path(value).name if os.path.isabs(value) else value for name, value in strings.items()}
+
+
 def main(args):
     started = time.time()
     shown = hide_secrets(args)
@@ -261,7 +327,9 @@ def main(args):
     )
     if args.resolution % base.image_factor:
         near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
-        raise InputError(f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
+        raise InputError(
+            f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
+        )
     dataset = load_records(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -284,7 +352,7 @@ def main(args):
     import transformers
     import yaml
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+    from accelerate.utils import ProjectConfiguration, broadcast_object_list
     from diffusers.optimization import get_scheduler
     from tqdm.auto import tqdm
 
@@ -297,8 +365,10 @@ def main(args):
         raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
     accelerator = Accelerator(
         mixed_precision=precision,
-        log_with=trackers,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)),
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(
+            args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
     )
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     if args.enable_xformers_memory_efficient_attention and device.type != "cuda":
@@ -309,23 +379,7 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
-    # Pictures: each rank looks at its share, and all ranks know what was found.
-    cache_folder = Path(args.latent_cache_dir).expanduser()
-    good, bad = caching.inspect_images(dataset, range(rank, len(dataset), world_size), cache_folder)
-    found = gather_object([(good, bad)])
-    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
-    if bad and not args.skip_bad_images:
-        first = min(bad)
-        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
-        raise InputError(
-            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
-        )
-    for index in sorted(bad):
-        say(f"left out: {dataset[index]['source']}: {bad[index]}")
-    if not good:
-        raise InputError("Not one picture can be used: nothing to train on.")
-    dataset = dataset.select(sorted(good))
-    images = [good[index] for index in sorted(good)]
+    dataset, images = usable_pictures(dataset, args, accelerator, say)
 
     # Where a run of this command stopped, if it did.
     resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -377,14 +431,18 @@ def main(args):
         try:
             lora.start_from(unet, loaded.get("unet", {}))
         except ValueError as error:
-            raise InputError(f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora.") from error
+            raise InputError(
+                f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora."
+            ) from error
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
-            raise InputError(f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out.") from error
+            raise InputError(
+                f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out."
+            ) from error
 
     # The cache: with it, the denoiser alone stays on the device.
     vae.to(device)  # in float32: some VAEs overflow in float16
@@ -418,7 +476,7 @@ def main(args):
             text_identity=models.weights_identity(text_encoder),
             clip_skip=args.clip_skip,
             prompt_dtype=weight_dtype,
-            folder=cache_folder,
+            folder=Path(args.latent_cache_dir).expanduser(),
             accelerator=accelerator,
             **preparing,
         )
@@ -431,18 +489,7 @@ def main(args):
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
-    adam = dict(
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer = bitsandbytes.optim.AdamW8bit(params_to_optimize, **adam)
-    else:
-        optimizer = torch.optim.AdamW(params_to_optimize, fused=device.type == "cuda", **adam)
+    optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
     sampler = data.EffectiveBatchSampler(
         dataset["num_repeats"],
         batch_size=args.train_batch_size,
@@ -492,17 +539,12 @@ def main(args):
 
     # Reports and files.
     output_dir = Path(args.output_dir)
-    # Of an absolute path the last name only: the rest tells strangers about the author's disk.
-    training_header = {
-        name: Path(value).name if os.path.isabs(value) else value
-        for name, value in ((name, str(value)) for name, value in {**shown, **settings}.items())
-    }
+    training_header = without_folders({**shown, **settings})
     metrics_file = None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        saved = {k: v for k, v in vars(args).items() if k in shown or v not in (None, [], "", False)}
-        saved = {k: v for k, v in saved.items() if k not in (*SECRETS, "config", "local_rank", "validation_prompt")}
-        (output_dir / "run.yaml").write_text(yaml.safe_dump(saved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        run_file = yaml.safe_dump(settings_of(args, shown), sort_keys=False, allow_unicode=True)
+        (output_dir / "run.yaml").write_text(run_file, encoding="utf-8")
         metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
         state.tracker_run_id = tracking.start_trackers(
             accelerator, args.tracker_project_name, {**shown, **settings}, output_dir, state.tracker_run_id
@@ -650,12 +692,13 @@ def main(args):
         if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
             report()
             save()
-        if args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0:
-            if accelerator.is_main_process:
-                save_lora(output_dir / f"epoch-{epoch:04d}")
-        due = state.global_step % args.validation_steps == 0 if args.validation_steps else (
-            args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
-        )  # fmt: skip
+        wanted = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
+        if wanted and accelerator.is_main_process:
+            save_lora(output_dir / f"epoch-{epoch:04d}")
+        if args.validation_steps:
+            due = state.global_step % args.validation_steps == 0
+        else:
+            due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
         if args.validation_prompts and (due or finished):
             report()
             validate()

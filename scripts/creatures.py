@@ -21,27 +21,28 @@ BACKGROUNDS = (
     ((234, 243, 252), (214, 230, 246)), ((238, 249, 236), (216, 238, 214)), ((252, 240, 243), (248, 222, 230)),
     ((243, 239, 252), (228, 220, 246)), ((255, 249, 224), (252, 238, 192)),
 )  # fmt: skip
-# Where a build has its parts: ellipses (x, y, radius_x, radius_y), else points.
+# Where a build has its parts: ellipses (x, y, radius_x, radius_y) and points; `ears` in degrees from the top.
 BUILDS = {
-    "round": dict(
-        head=(0, 0, 0.86, 0.8), torso=None, feet=[(-0.42, 0.78), (0.42, 0.78)], arms=[(-0.78, 0.12), (0.78, 0.12)],
-        belly=(0, 0.52, 0.46, 0.3), eyes=(0, -0.28, 0.33), tail=(-0.62, 0.42), wings=(0.6, -0.1), ears=50, limb=0.17,
-    ),
-    "tall": dict(
-        head=(0, -0.42, 0.6, 0.62), torso=(0, 0.38, 0.74, 0.72), feet=[(-0.4, 1.04), (0.4, 1.04)],
-        arms=[(-0.66, 0.15), (0.66, 0.15)], belly=(0, 0.52, 0.46, 0.48), eyes=(0, -0.5, 0.25), tail=(-0.5, 0.75),
-        wings=(0.5, 0.1), ears=42, limb=0.16, merged=True,
-    ),
-    "upright": dict(
-        head=(0, -0.46, 0.7, 0.58), torso=(0, 0.46, 0.5, 0.58), feet=[(-0.34, 1.02), (0.34, 1.02)],
-        arms=[(-0.42, 0.25), (0.42, 0.25)], belly=(0, 0.56, 0.31, 0.4), eyes=(0, -0.52, 0.3), tail=(-0.3, 0.75),
-        wings=(0.35, 0.2), ears=48, limb=0.14,
-    ),
-    "fourfooted": dict(
-        head=(0.5, -0.38, 0.62, 0.54), torso=(-0.2, 0.32, 0.78, 0.48), feet=[(-0.66, 0.95), (0.3, 0.98)],
-        back_feet=[(-0.36, 0.88), (0.05, 0.9)], arms=[], belly=(-0.1, 0.62, 0.5, 0.2), eyes=(0.55, -0.45, 0.25),
-        tail=(-0.85, 0.2), wings=(-0.3, 0.05), ears=46, limb=0.17,
-    ),
+    "round": {
+        "head": (0, 0, 0.86, 0.8), "torso": None, "belly": (0, 0.52, 0.46, 0.3), "eyes": (0, -0.28, 0.33),
+        "feet": [(-0.42, 0.78), (0.42, 0.78)], "arms": [(-0.78, 0.12), (0.78, 0.12)], "limb": 0.17,
+        "tail": (-0.62, 0.42), "wings": (0.6, -0.1), "ears": 50,
+    },
+    "tall": {
+        "head": (0, -0.42, 0.6, 0.62), "torso": (0, 0.38, 0.74, 0.72), "belly": (0, 0.52, 0.46, 0.48),
+        "eyes": (0, -0.5, 0.25), "feet": [(-0.4, 1.04), (0.4, 1.04)], "arms": [(-0.66, 0.15), (0.66, 0.15)],
+        "limb": 0.16, "tail": (-0.5, 0.75), "wings": (0.5, 0.1), "ears": 42, "merged": True,
+    },
+    "upright": {
+        "head": (0, -0.46, 0.7, 0.58), "torso": (0, 0.46, 0.5, 0.58), "belly": (0, 0.56, 0.31, 0.4),
+        "eyes": (0, -0.52, 0.3), "feet": [(-0.34, 1.02), (0.34, 1.02)], "arms": [(-0.42, 0.25), (0.42, 0.25)],
+        "limb": 0.14, "tail": (-0.3, 0.75), "wings": (0.35, 0.2), "ears": 48,
+    },
+    "fourfooted": {
+        "head": (0.5, -0.38, 0.62, 0.54), "torso": (-0.2, 0.32, 0.78, 0.48), "belly": (-0.1, 0.62, 0.5, 0.2),
+        "eyes": (0.55, -0.45, 0.25), "feet": [(-0.66, 0.95), (0.3, 0.98)], "back_feet": [(-0.36, 0.88), (0.05, 0.9)],
+        "arms": [], "limb": 0.17, "tail": (-0.85, 0.2), "wings": (-0.3, 0.05), "ears": 46,
+    },
 }  # fmt: skip
 
 
@@ -164,9 +165,8 @@ def paint_spikes(layer, build, colour, rng):
         rows.append((torso, (-62, -35, -8) if not build["arms"] else ()))
     for ellipse, degrees in rows:
         for angle in degrees:
-            left, tip, right = ring(ellipse, angle - 13), ring(ellipse, angle, 1 + size * 1.3), ring(ellipse, angle + 13)
-            centre = np.array(ellipse[:2])
-            paint(layer, [left * 0.85 + centre * 0.15, tip, right * 0.85 + centre * 0.15], colour)
+            left, right = ring(ellipse, angle - 11, 0.86), ring(ellipse, angle + 11, 0.86)
+            paint(layer, [left, ring(ellipse, angle, 1 + size * 1.3), right], colour)
 
 
 def paint_horns(layer, build, colour, rng):
@@ -200,7 +200,7 @@ def paint_ears(layer, build, colour, inner, style, rng):
 
 
 def paint_limbs(layer, build, colour, rng):
-    """Feet, then arms; of the arms, each hangs, points or waves."""
+    """Feet, then arms: each hangs, points or waves."""
     claws = rng.random() < 0.5
     foot = rng.uniform(0.9, 1.15)
     for x, y in build.get("back_feet", ()):
@@ -310,7 +310,7 @@ def paint_creature(layer, colour, eye_colour, build, features, mood, rng):
     look = rng.uniform(0.02, 0.14) * (1 if build["arms"] else 0.5)
     head, torso, root = build["head"], build["torso"], np.array(build["wings"])
     wings = wing(rng) if "wings" in features else ([], [])
-    wing_colour = (skin, accent)[rng.integers(2)]
+    wing_colour = skin if "long tail" in features else (skin, accent)[rng.integers(2)]
     if build["arms"]:
         paint_wing(layer, *wings, root, 1, wing_colour)
         paint_wing(layer, *wings, root * [-1, 1], -1, wing_colour)
@@ -349,7 +349,7 @@ def draw_creature(colour, eye_colour, build, features, mood, size, rng):
     """A creature of named colours on a pale background: RGB `PIL.Image` of size x size.
 
     `build` is a key of `BUILDS`; `features` any of "horns", "wings", "long tail", "long ears", "spots", "stripes" and
-    "spikes"; `mood` is "happy", "sad", "cross" or None, which is any other.
+    "spikes"; `mood` is "happy", "sad", "cross" or None, for a face of any kind.
     """
     big = size * SUPERSAMPLING
     layer = Image.new("RGBA", (2 * big, 2 * big), (0, 0, 0, 0))

@@ -34,13 +34,13 @@ from drawings import (  # noqa: E402
 
 
 RESOLUTION = 128
-NUM_TRAIN, NUM_TEST = 24, 6
+NUM_TEST = 6  # of the 30 scenes of a kind; the other 24 are for training
 PINKS = np.array([(255, 176, 208), (242, 88, 162)])
-# Blossoms (at least, at most; fewer where they would hide the weapon), and how much thicker than in `KINDS` strokes and
-# shafts are, to carry them.
+# Blossoms, at least and at most (fewer where they would hide the weapon), and how much thicker than in `KINDS` the
+# strokes and shafts are that carry them.
 BLOSSOMS = {"axe": (6, 9), "spear": (5, 6), "trident": (6, 8), "whip": (6, 9)}
 THICKNESS = {"axe": 1.1, "spear": 1.35, "trident": 1.2, "whip": 1.25}
-MOST_COVERED = 0.5
+MOST_COVERED = 0.52  # share of the weapon's area that blossoms may hide
 WEAPON_CAPTIONS = (
     "{weapon} with pink blossoms on {background}",
     "a drawing of {weapon} with pink blossoms on {background}",
@@ -125,22 +125,23 @@ def decorate_with_blossoms(image, mask, count, rng):
     ridge = np.asarray(depth) >= np.asarray(depth.filter(ImageFilter.MaxFilter(3)))
     allowed = (np.asarray(small) > 127) & (deep | ridge)
     around = np.asarray(small.filter(ImageFilter.GaussianBlur(6)), dtype=float)
-    allowed &= around > np.quantile(around[allowed], 0.14)
+    allowed &= around > np.quantile(around[allowed], 0.18)
     grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
     while True:
-        for distance in np.arange(34, 17, -1):
+        for distance in np.arange(34, 17, -2):
             points = scatter(allowed, count, distance, rng)
             if len(points) == count:
                 break
         radii = RESOLUTION * rng.uniform(0.055, 0.078, len(points))
         hidden = np.any([np.hypot(grid_x - x, grid_y - y) < r for (x, y), r in zip(points, radii)], axis=0)
-        if hidden[np.asarray(small) > 127].mean() < MOST_COVERED or count == 4:
+        if hidden[np.asarray(small) > 127].mean() < MOST_COVERED or count == 5:
             break
         count -= 1
     draw, zoom = ImageDraw.Draw(image), size / RESOLUTION
     pink = PINKS[0] + rng.uniform(0, 1) * (PINKS[1] - PINKS[0])
     for (x, y), radius in zip(points, radii):
-        draw_blossom(draw, (x + 0.5) * zoom, (y + 0.5) * zoom, radius * zoom, rng.uniform(0, 72), jittered(pink, rng, 14))
+        x, y, turn = (x + 0.5) * zoom, (y + 0.5) * zoom, rng.uniform(0, 72)
+        draw_blossom(draw, x, y, radius * zoom, turn, jittered(pink, rng, 14))
 
 
 def lit(image, rng):
@@ -161,7 +162,7 @@ def draw_weapon(kind, colour, background, rng):
     edge[margin:-margin, margin:-margin] = False
     while True:
         image = backdrop.copy()
-        mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.6, 0.86), perspective=0.2)
+        mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.66, 0.88), perspective=0.2)
         if not (mask & edge).any():
             break
     decorate_with_blossoms(image, mask, rng.integers(*BLOSSOMS[kind], endpoint=True), rng)
@@ -204,11 +205,12 @@ def creature_caption(colour, eye_colour, build, features, mood, rng):
 
 def draw_creatures(rng):
     """(file name, caption, picture) of a creature of each colour in each build."""
-    rows, features, moods = [], [FEATURES[i] for i in rng.permutation(len(FEATURES))], rng.permutation(MOODS)
+    features, moods = [FEATURES[i] for i in rng.permutation(len(FEATURES))], rng.permutation(MOODS)
+    rows, eye_colours = [], rng.permutation(np.tile(EYE_COLOURS, 6))
     for i in range(len(FEATURES)):
         colour, build = list(COLOURS)[i % len(COLOURS)], list(BUILDS)[(i + i // len(COLOURS)) % len(BUILDS)]
-        others = [eye_colour for eye_colour in EYE_COLOURS if eye_colour != colour]
-        what = (colour, others[rng.integers(len(others))], build, features[i], moods[i])
+        eye_colour = next(str(eye_colour) for eye_colour in eye_colours[i:] if eye_colour != colour)
+        what = (colour, eye_colour, build, features[i], moods[i])
         rows.append((f"creature_{i + 1:03d}.png", creature_caption(*what, rng), draw_creature(*what, RESOLUTION, rng)))
     return rows
 

@@ -252,7 +252,7 @@ def draw_object(image, shapes, colour, rng, max_turn=40.0, scale=(0.62, 0.82), s
 
 def draw_blossom(draw, x, y, radius, turn, colour, centre=(255, 236, 150)):
     """A five-petalled blossom; x, y and radius in pixels."""
-    for layer, (grow, tone) in enumerate(((1.14, 0.62), (1.0, 1.0))):
+    for grow, tone in ((1.14, 0.62), (1.0, 1.0)):
         for petal in range(5):
             angle = math.radians(turn + 72 * petal)
             px, py = x + 0.58 * radius * math.cos(angle), y + 0.58 * radius * math.sin(angle)

@@ -11,7 +11,6 @@ to go on where it stopped; `--export_only` writes the pipeline from the newest s
 import argparse
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -25,13 +24,102 @@ from drawings import COLOURS, KINDS, contact_sheet, decorate_with_confetti, draw
 
 
 RESOLUTION = 64
-EXTRA_WORDS = """
-    pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with without and of in
-    on at from by the a an is drawing picture photo painting sketch art style background blossom blossoms pattern
-    patterns flower flowers floral petal petals cherry creature creatures monster monsters dragon eyes eye ears horns
-    wings tail legs spikes spots stripes round square tall short long cute happy sad weapon weapons pokemon sks photo
-    wood wooden metal stone ice fire water leaf leaves forest sky night day sun moon snow
-""".split()
+EXTRA_WORDS = [
+    "pink",
+    "teal",
+    "gold",
+    "silver",
+    "cyan",
+    "magenta",
+    "beige",
+    "dark",
+    "light",
+    "bright",
+    "big",
+    "small",
+    "tiny",
+    "old",
+    "new",
+    "many",
+    "one",
+    "two",
+    "three",
+    "with",
+    "without",
+    "and",
+    "of",
+    "in",
+    "on",
+    "at",
+    "from",
+    "by",
+    "the",
+    "a",
+    "an",
+    "is",
+    "drawing",
+    "picture",
+    "photo",
+    "painting",
+    "sketch",
+    "art",
+    "style",
+    "background",
+    "blossom",
+    "blossoms",
+    "pattern",
+    "patterns",
+    "flower",
+    "flowers",
+    "floral",
+    "petal",
+    "petals",
+    "cherry",
+    "creature",
+    "creatures",
+    "monster",
+    "monsters",
+    "dragon",
+    "eyes",
+    "eye",
+    "ears",
+    "horns",
+    "wings",
+    "tail",
+    "legs",
+    "spikes",
+    "spots",
+    "stripes",
+    "round",
+    "square",
+    "tall",
+    "short",
+    "long",
+    "cute",
+    "happy",
+    "sad",
+    "weapon",
+    "weapons",
+    "pokemon",
+    "sks",
+    "photo",
+    "wood",
+    "wooden",
+    "metal",
+    "stone",
+    "ice",
+    "fire",
+    "water",
+    "leaf",
+    "leaves",
+    "forest",
+    "sky",
+    "night",
+    "day",
+    "sun",
+    "moon",
+    "snow",
+]
 VALIDATION_PROMPTS = [
     "a red axe on a blue background", "a yellow spear on a green background", "a white trident on a purple background",
     "a brown whip on a white background", "a green sword on a gray background", "a blue fish on an orange background",
@@ -271,9 +359,7 @@ def measure_vae(args, vae, device, count=256):
         for i, (c, k, b) in enumerate(scenes[j] for j in rng.integers(len(scenes), size=count))
     ]
     with torch.no_grad():
-        out = torch.cat(
-            [vae(to_tensor(images[i : i + 64], device)).sample.clamp(-1, 1) for i in range(0, count, 64)]
-        )
+        out = torch.cat([vae(to_tensor(images[i : i + 64], device)).sample.clamp(-1, 1) for i in range(0, count, 64)])
     error = ((out - to_tensor(images, device)) / 2).square().mean(dim=(1, 2, 3))
     decoded = [
         Image.fromarray(((o.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy()) for o in out[:16].cpu()

@@ -45,7 +45,9 @@ def find_checkpoint(output_dir, wanted):
         if (path / "state.json").is_file():
             return path
     names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
-    raise InputError(f"{wanted}: this is not a checkpoint (--resume_from_checkpoint). In {output_dir} there are: {names}.")
+    raise InputError(
+        f"{wanted}: this is not a checkpoint (--resume_from_checkpoint). In {output_dir} there are: {names}."
+    )
 
 
 @contextlib.contextmanager
@@ -70,7 +72,9 @@ def written_whole(path):
 
 def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings):
     """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it)."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / "adapter.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / "adapter.safetensors"
+    )
     torch.save(
         {
             "optimizer": optimizer.state_dict(),

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 import yaml
 from huggingface_hub import HfApi, metadata_load
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -80,6 +79,8 @@ def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], train
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
     tensors = {f"{name}.{key}": value for name, state_dict in folded.items() for key, value in state_dict.items()}
     tensors = {TEXT_MODEL.sub(r"\1.text_model.encoder.", key): value for key, value in tensors.items()}
+    # peft's name for DoRA's magnitudes lacks this end, and transformers then leaves a text encoder's out in silence.
+    tensors = {re.sub(r"(?<=\.lora_magnitude_vector)$", ".weight", key): value for key, value in tensors.items()}
     data = safetensors.torch.save(tensors, metadata=lora_file_metadata(folded, training))
     # safetensors writes its metadata in a new order every time.
     size = int.from_bytes(data[:8], "little")
@@ -102,14 +103,13 @@ def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], train
 def _one_rank(state_dict):
     """Zeros fill up the smaller ranks: load_attn_procs scales by one alpha, so it misreads a file of mixed ranks."""
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
-    filled = {}
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
-            value = torch.cat([value, value.new_zeros(rank - value.shape[0], *value.shape[1:])])
+            state_dict[key] = torch.cat([value, value.new_zeros(rank - len(value), *value.shape[1:])])
         elif key.endswith(".lora_B.weight"):
-            value = torch.cat([value, value.new_zeros(len(value), rank - value.shape[1], *value.shape[2:])], dim=1)
-        filled[key] = value
-    return filled
+            zeros = value.new_zeros(len(value), rank - value.shape[1], *value.shape[2:])
+            state_dict[key] = torch.cat([value, zeros], dim=1)
+    return state_dict
 
 
 def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
@@ -137,6 +137,7 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
         key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.", ".lora_A.", key)
         key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.", ".lora_B.", key)
         key = TEXT_MODEL.sub(r"\1.text_model.encoder.", key)
+        key = re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", key)
         if not (match := FILE_KEY.fullmatch(key)):
             raise InputError(f"{path} is not a LoRA of Stable Diffusion: it holds {name}. {remedy}")
         components.setdefault(match[1], {})[match[2]] = value
@@ -146,11 +147,12 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
         for module in sorted({key.partition(".lora_")[0] for key in state_dict}):
             if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= state_dict.keys():
                 raise InputError(f"{path} is incomplete: {name}.{module} lacks its lora_A or its lora_B. {remedy}")
-        told = {key: adapters.get(f"{name}.{key}") for key in ("lora_alpha", "alpha_pattern", "use_rslora")}
-        if told["lora_alpha"] is None:  # then it equals the rank, and B·A is the update already
+        alpha, pattern, rslora = (adapters.get(f"{name}.{k}") for k in ("lora_alpha", "alpha_pattern", "use_rslora"))
+        if alpha is None:  # then it equals the rank
             components[name] = {key: value.float() for key, value in state_dict.items()}
         else:
-            components[name] = fold_scale(state_dict, LoraConfig(**{k: v for k, v in told.items() if v is not None}))
+            config = LoraConfig(lora_alpha=alpha, alpha_pattern=pattern or {}, use_rslora=bool(rslora))
+            components[name] = fold_scale(state_dict, config)
     return components, header
 
 
@@ -193,7 +195,6 @@ def write_model_card(
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
     card = f"""---
 {front}---
-
 # LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}
 
 These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(dataset)} dataset.
@@ -202,7 +203,6 @@ These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(datas
 {gallery}
 
 ## Use
-
 ```python
 import torch
 from diffusers import DiffusionPipeline
@@ -215,7 +215,6 @@ pipe({(prompts[0] if prompts else trigger_word or "a picture")!r}).images[0].sav
 On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, for the UNet alone.
 
 ## Training
-
 | parameter | value |
 |---|---|
 {table}
@@ -227,11 +226,7 @@ On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, fo
 
 def _is_hub_id(name):
     """Whether this names a model or dataset on the hub: `owner/name`, and no such path here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not os.path.exists(name)
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII)) and not os.path.exists(name)
 
 
 def _markdown(value):
@@ -240,20 +235,15 @@ def _markdown(value):
 
 
 def upload(output_dir, repo_id: str, token: str | None, lora_file: str = WEIGHTS_NAME) -> str:
-    """Makes the hub's repository, sends the weights, the card and the card's pictures, and returns the commit's URL.
-
-    Raises `FileNotFoundError` without weights or card, and what huggingface_hub raises.
-    """
-    if not (Path(output_dir) / lora_file).is_file():
-        raise FileNotFoundError(f"{Path(output_dir) / lora_file} does not exist.")
+    """Makes the hub's repository, sends the weights, the card and its pictures, and returns the commit's URL."""
+    (Path(output_dir) / lora_file).stat()  # upload_folder says nothing of a pattern that no file has
     card = metadata_load(Path(output_dir) / "README.md") or {}
     names = [lora_file, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    commit = api.upload_folder(
+    return api.upload_folder(
         repo_id=repo_id,
         folder_path=output_dir,
         commit_message="End of training",
         allow_patterns=[glob.escape(name) for name in names],
-    )
-    return commit.commit_url
+    ).commit_url

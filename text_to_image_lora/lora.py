@@ -22,7 +22,9 @@ def add_lora(model, *, rank, lora_alpha, lora_dropout, target_modules, init_lora
     for target in target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
             kinds = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit()) for name in linear})
-            raise InputError(f"--target_modules {target}: the model has no such layer. Try some of: {', '.join(kinds)}.")
+            raise InputError(
+                f"--target_modules {target}: the model has no such layer. Try some of: {', '.join(kinds)}."
+            )
     model.requires_grad_(False)
     model.add_adapter(
         LoraConfig(

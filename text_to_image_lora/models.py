@@ -70,16 +70,15 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
             raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
 
     if kind == "file" and folder is None:
-        family, image_factor = "StableDiffusionPipeline", 64  # its own configuration comes from the hub when it is loaded
+        # A single file names no family; its configuration comes from the hub when it is loaded.
+        family, image_factor = "StableDiffusionPipeline", 64
     else:
         family = read("model_index.json").get("_class_name")
         if family not in MODEL_SPECS:
             raise InputError(f"{name}: a {family} is not supported; supported: {', '.join(MODEL_SPECS)}.")
         vae, unet = read("vae/config.json"), read("unet/config.json")
         image_factor = 2 ** (len(vae["block_out_channels"]) - 1) * 2 ** (len(unet["block_out_channels"]) - 1)
-    return BaseModel(
-        name, kind, MODEL_SPECS[family], image_factor, single_file_config, revision, variant, cache_dir
-    )
+    return BaseModel(name, kind, MODEL_SPECS[family], image_factor, single_file_config, revision, variant, cache_dir)
 
 
 def _from_hub(name, file, revision, cache_dir):
@@ -155,9 +154,7 @@ def load_components(base, *, pretrained_vae=None):
             unet = diffusers.UNet2DConditionModel.from_pretrained(
                 base.source, subfolder="unet", torch_dtype=torch.float32, **weights
             )
-            scheduler_config = dict(
-                diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
-            )
+            scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
         if pretrained_vae is not None:
             if Path(pretrained_vae).suffix.lower() in (".safetensors", ".ckpt", ".pt"):
                 with lightning_stubs():

@@ -127,7 +127,9 @@ def _read_metadata(file, dataset_folder, image_column, caption_column, skip_bad_
         elif "://" in name:
             reason = f"'{name}' is a URL, and pictures are read from files only"
         elif not (root / name).resolve().is_relative_to(inside):
-            raise InputError(f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it.")
+            raise InputError(
+                f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
+            )
         elif not (root / name).is_file():
             reason = f"'{name}' does not exist"
         elif not captions:
@@ -176,7 +178,9 @@ def _read_table(file):
 
 
 def _is_caption(value):
-    return value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
 
 
 def _choose_caption_column(where, columns, textual, asked):
@@ -265,7 +269,9 @@ def _from_dataset(dataset, where, image_column, caption_column):
     import datasets
 
     image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column)
-    dataset = dataset.select_columns([image_column, caption_column]).cast_column(image_column, datasets.Image(decode=False))
+    dataset = dataset.select_columns([image_column, caption_column]).cast_column(
+        image_column, datasets.Image(decode=False)
+    )
 
     def convert(batch, indices):
         captions = [v if isinstance(v, list) else [v] for v in batch[caption_column]]

@@ -30,7 +30,7 @@ def trackers_of(report_to):
 
 
 def wandb_mode():
-    """"online" with a key and a network, else "offline"; what WANDB_MODE says goes before."""
+    """W&B's mode: "online" with a key and a network, else "offline"; what WANDB_MODE says goes before."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
@@ -52,7 +52,7 @@ def wandb_mode():
 def start_trackers(accelerator, project_name, config, output_dir, run_id):
     """Starts the trackers on the main process; `config` holds no secret. Returns W&B's run id, or None."""
     init_kwargs = {}
-    if "wandb" in [str(getattr(name, "value", name)) for name in accelerator.log_with]:
+    if "wandb" in [str(getattr(name, "value", name)) for name in accelerator.log_with or []]:
         import wandb
 
         mode = wandb_mode()
@@ -65,7 +65,9 @@ def start_trackers(accelerator, project_name, config, output_dir, run_id):
             # "silent" keeps W&B's own banner off the terminal; the last line of the run says where it went.
             "settings": wandb.Settings(silent=True, console="off"),
         }
-    values = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items() if v is not None}
+    values = {
+        k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items() if v is not None
+    }
     accelerator.init_trackers(project_name, config=values, init_kwargs=init_kwargs)
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
