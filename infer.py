@@ -207,7 +207,7 @@ def check_lora_fits(path, lora_shapes, model_shapes):
         shape, weight = lora_shapes[match[0]], weights.get(one_spelling(match[1]))
         axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
         if not weight or shape[axis] != weight[axis] or f"{match[1]}.{partner[match[2]]}.weight" not in lora_shapes:
-            unmatched.append(match[0])
+            unmatched.append(match[0])  # transformers fills the missing half of a pair at random
     if unmatched:
         count = f"{len(unmatched)} of its {len(lora_shapes)} keys match no layer there, such as {unmatched[0]}"
         fail(f"--lora {path} does not fit this base model: {count}. Pass the base that it was trained on.")
@@ -275,15 +275,17 @@ def load_pipeline(args, class_name, device, dtype):
 
 def load_lora(pipe, path, lora_shapes, scale):
     """Adds the LoRA at its strength, and makes sure that every weight of the file found its place."""
+    models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
+    model_shapes = {f"{name}.{k}": v.shape for name, model in models.items() for k, v in model.state_dict().items()}
+    check_lora_fits(path, lora_shapes, model_shapes)
     try:
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="lora")
         pipe.set_adapters("lora", adapter_weights=scale)
     except Exception as error:  # what peft, diffusers and transformers raise for sizes and names that don't match
         fail(f"--lora {path} does not fit this base model: {type(error).__name__}: {str(error)[:300]}")
-    # diffusers and transformers only warn of a weight without a place, and fill a place without a weight at random.
+    # What the check leaves to diffusers: there, and in transformers, a weight without a place is only warned of.
     in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in lora_shapes)
-    models = [pipe.components[name] for name in COMPONENTS if pipe.components.get(name)]
-    names = [name for model in models for name, _ in model.named_parameters() if name.endswith("weight")]
+    names = [name for model in models.values() for name, _ in model.named_parameters() if name.endswith("weight")]
     placed = sum(".lora_A." in name or ".lora_B." in name for name in names)
     if placed != in_file:
         fail(f"--lora {path} does not fit this base model: {in_file} weights in the file, {placed} in the model.")
@@ -425,8 +427,10 @@ def main(argv=None):
     pipe.scheduler.set_timesteps(args.num_inference_steps)
     calls = len(prompts) * math.ceil(args.num_images / BATCH_SIZE) * (1 + args.compare_base)
     bar = tqdm(total=calls * len(pipe.scheduler.timesteps), unit="step", disable=None)
-    names = "negative_prompt num_inference_steps guidance_scale height width clip_skip".split()
-    options = {name: getattr(args, name) for name in names}
+    options = {n: getattr(args, n) for n in "negative_prompt num_inference_steps guidance_scale clip_skip".split()}
+    size = pipe.unet.config.sample_size
+    for name, side in zip(("height", "width"), (size, size) if isinstance(size, int) else size):
+        options[name] = getattr(args, name) or side * pipe.vae_scale_factor  # one alone would be ignored in silence
 
     def advance(pipe, step, timestep, tensors):
         bar.update()

@@ -253,6 +253,37 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def check_inputs(args):
+    """Base model and pictures as the command names them; what is wrong with them is told before torch is imported."""
+    from text_to_image_lora import models
+
+    base = models.find_base_model(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        single_file_config=args.single_file_config,
+        cache_dir=args.cache_dir,
+    )
+    if args.resolution % base.image_factor:
+        near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
+        raise InputError(
+            f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
+        )
+    dataset = load_records(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed or 0,
+        skip_bad_images=args.skip_bad_images,
+    )
+    check_output_dir(args.output_dir)
+    return base, dataset
+
+
 def usable_pictures(dataset, args, accelerator, say):
     """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
 
@@ -276,6 +307,58 @@ def usable_pictures(dataset, args, accelerator, say):
     if not good:
         raise InputError("Not one picture can be used: nothing to train on.")
     return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
+def identity_of_run(args, dataset, images, world_size):
+    """What must be the same for a checkpoint to be gone on from."""
+    return {
+        "base_model": args.pretrained_model_name_or_path,
+        "dataset": fingerprint([name for name, _, _ in images], dataset["captions"]),
+        "rank": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "target_modules": list(args.target_modules),
+        "use_rslora": args.use_rslora,
+        "use_dora": args.use_dora,
+        "seed": args.seed,
+        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
+    }
+
+
+def adapt(unet, args):
+    """Adds the LoRA to the UNet and sets what the flags want of both; returns how many modules were adapted."""
+    import torch
+
+    from text_to_image_lora import export, lora
+
+    torch.manual_seed(args.seed)
+    num_adapted = lora.add_lora(
+        unet,
+        rank=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        init_lora_weights=args.init_lora_weights,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    if args.lora_weights is not None:
+        loaded, _ = export.load_lora(args.lora_weights)
+        try:
+            lora.start_from(unet, loaded.get("unet", {}))
+        except ValueError as error:
+            raise InputError(
+                f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora."
+            ) from error
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+            raise InputError(
+                f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out."
+            ) from error
+    return num_adapted
 
 
 def make_optimizer(args, params_to_optimize, learning_rate, device):
@@ -315,33 +398,7 @@ def main(args):
     trackers = trackers_of(args.report_to)
     quiet_libraries()
 
-    # What can be wrong with the command is found before torch is imported.
-    from text_to_image_lora import models
-
-    base = models.find_base_model(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        single_file_config=args.single_file_config,
-        cache_dir=args.cache_dir,
-    )
-    if args.resolution % base.image_factor:
-        near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
-        raise InputError(
-            f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
-        )
-    dataset = load_records(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed or 0,
-        skip_bad_images=args.skip_bad_images,
-    )
-    check_output_dir(args.output_dir)
+    base, dataset = check_inputs(args)
 
     import contextlib
     import functools
@@ -356,7 +413,7 @@ def main(args):
     from diffusers.optimization import get_scheduler
     from tqdm.auto import tqdm
 
-    from text_to_image_lora import caching, checkpoint, data, export, lora, objective, tracking, validation
+    from text_to_image_lora import caching, checkpoint, data, export, lora, models, objective, tracking, validation
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -388,17 +445,7 @@ def main(args):
         args.seed = state.seed if args.seed is None else args.seed
     if args.seed is None:
         args.seed = broadcast_object_list([int.from_bytes(os.urandom(4), "little")])[0]
-    settings = {
-        "base_model": args.pretrained_model_name_or_path,
-        "dataset": fingerprint([name for name, _, _ in images], dataset["captions"]),
-        "rank": args.rank,
-        "lora_alpha": args.lora_alpha,
-        "target_modules": list(args.target_modules),
-        "use_rslora": args.use_rslora,
-        "use_dora": args.use_dora,
-        "seed": args.seed,
-        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
-    }
+    settings = identity_of_run(args, dataset, images, world_size)
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, settings_before, settings)
     else:
@@ -414,35 +461,8 @@ def main(args):
     if device.type != "mps":
         unet.to(memory_format=torch.channels_last)
     unet.to(device, weight_dtype)
-    torch.manual_seed(args.seed)
-    num_adapted = lora.add_lora(
-        unet,
-        rank=args.rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
-        init_lora_weights=args.init_lora_weights,
-        use_rslora=args.use_rslora,
-        use_dora=args.use_dora,
-    )
+    num_adapted = adapt(unet, args)
     params_to_optimize = lora.trainable_parameters(unet)
-    if args.lora_weights is not None:
-        loaded, _ = export.load_lora(args.lora_weights)
-        try:
-            lora.start_from(unet, loaded.get("unet", {}))
-        except ValueError as error:
-            raise InputError(
-                f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora."
-            ) from error
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
-            raise InputError(
-                f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out."
-            ) from error
 
     # The cache: with it, the denoiser alone stays on the device.
     vae.to(device)  # in float32: some VAEs overflow in float16
@@ -556,7 +576,6 @@ def main(args):
     )
     if resume_path is not None:
         say(f"going on from {resume_path} (step {state.global_step})")
-    pictures = []
 
     def validate():
         pipeline = validation.make_pipeline(
@@ -579,7 +598,7 @@ def main(args):
         )
         if accelerator.is_main_process:
             folder = output_dir / "validation" / f"step-{state.global_step:06d}"
-            pictures[:] = validation.save_images(made, args.validation_prompts, folder)
+            validation.save_images(made, args.validation_prompts, folder)
             tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
 
     def save_lora(folder):
@@ -692,6 +711,7 @@ def main(args):
         if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
             report()
             save()
+            clock = time.time()
         wanted = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
         if wanted and accelerator.is_main_process:
             save_lora(output_dir / f"epoch-{epoch:04d}")
@@ -706,17 +726,16 @@ def main(args):
     progress.close()
 
     # What the run leaves.
-    url = None
     if accelerator.is_main_process:
         metrics_file.close()
         lora_file = save_lora(output_dir)
-        captioned = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+        pictures = validation.latest_images(output_dir, args.validation_prompts)
         export.write_model_card(
             output_dir,
             base_model=args.pretrained_model_name_or_path,
             dataset_name=args.dataset_name or args.train_data_dir,
-            prompts=captioned if pictures else [],
-            image_paths=[path.relative_to(output_dir).as_posix() for path in pictures],
+            prompts=[prompt for prompt, _ in pictures],
+            image_paths=[path.relative_to(output_dir).as_posix() for _, path in pictures],
             hyperparameters=shown,
             repo_id=args.hub_model_id,
         )
@@ -742,3 +761,6 @@ if __name__ == "__main__":
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import netrc
 import os
 import socket
@@ -147,6 +148,7 @@ class MetricsFile:
         self.file = open(path, "a", buffering=1)
 
     def write(self, step, values):
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
         self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self):

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from PIL import Image
 
 
 def make_pipeline(unet, vae, scheduler_config, *, prediction_type, rescale_betas_zero_snr):
@@ -56,7 +57,7 @@ def generate_images(
     pipeline.vae.to(device)
     with evaluating(pipeline.unet), accelerator.autocast():
         for prompt, k in tasks[accelerator.process_index :: accelerator.num_processes]:
-            images[prompt, k] = pipeline(
+            latents = pipeline(
                 prompt_embeds=prompt_embeds[prompt : prompt + 1].to(device),
                 negative_prompt_embeds=negative_embeds[None].to(device),
                 generator=torch.Generator().manual_seed(seed + k),
@@ -64,25 +65,43 @@ def generate_images(
                 guidance_scale=guidance_scale,
                 height=resolution,
                 width=resolution,
-            ).images[0]
+                output_type="latent",
+            ).images
+            with torch.autocast(device.type, enabled=False):  # some VAEs overflow in float16
+                decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
+            images[prompt, k] = pipeline.image_processor.postprocess(decoded)[0]
     pipeline.vae.to(was_on)
     return {task: image for part in gather_object([images]) for task, image in part.items()}
 
 
 def save_images(images, prompts, folder):
-    """Writes each picture and a sheet of all with their prompts; returns the pictures' paths, in order."""
+    """Writes each picture, its prompt in the file, and a sheet of all with their prompts."""
+    from PIL.PngImagePlugin import PngInfo
+
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for (prompt, k), image in sorted(images.items()):
-        paths.append(folder / f"prompt-{prompt:02d}-{k}.png")
-        image.save(paths[-1])
+    for (prompt, k), image in images.items():
+        info = PngInfo()
+        info.add_itxt("prompt", prompts[prompt])
+        image.save(folder / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
     label_sheet(images, prompts).save(folder / "sheet.png")
-    return paths
+
+
+def latest_images(output_dir, prompts):
+    """[(prompt, path)] of the newest validation in `output_dir`, for the prompts that are asked for."""
+    folders = sorted((output_dir / "validation").glob("step-*"))
+    paths = sorted(folders[-1].glob("prompt-*.png")) if folders and prompts else []
+    found = []
+    for path in paths:
+        with Image.open(path) as image:
+            prompt = str(image.text.get("prompt"))  # Pillow gives a subclass of str, which YAML can't write
+        if prompt in prompts:
+            found.append((prompt, path))
+    return found
 
 
 def label_sheet(images, prompts):
     """The pictures of a validation in a grid, a prompt a row, the prompt below it."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont
 
     first, num_images = next(iter(images.values())), max(k for _, k in images) + 1
     scale = max(1, round(192 / first.width))
