@@ -268,6 +268,8 @@ def load_pipeline(args, class_name, device, dtype):
     layers = pipe.text_encoder.config.num_hidden_layers
     if (args.clip_skip or 0) >= layers:
         fail(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers. Take {layers - 1} at most.")
+    if args.clip_skip and class_name == PIPELINES[0] and not hasattr(pipe.text_encoder, "text_model"):
+        fail("--clip_skip: diffusers can't do it with transformers 5.6 or later. Install transformers 5.5.4.")
     pipe.vae.enable_slicing()  # one picture of a batch at a time: the decoder takes more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -459,10 +461,10 @@ def main(argv=None):
         sheet = comparison_sheet(columns, args.lora_scale)
         chunks = describe(args, pipe, " | ".join(prompts), args.seed, columns[0][3], True)
         sheet_path = save_png(sheet, args.output_dir / "comparison.png", chunks)
-    more = f" and {len(saved) - 1} more there" if len(saved) > 1 else ""
-    print(f"drawn: {saved[0]}{more}")
+    pictures = f"{len(saved)} pictures, {saved[0].name} to {saved[-1].name}" if len(saved) > 1 else saved[0].name
+    print(f"{args.output_dir}: {pictures}")
     if args.compare_base:
-        print(f"base above LoRA: {sheet_path}")
+        print(f"{sheet_path}: base above LoRA")
 
 
 if __name__ == "__main__":

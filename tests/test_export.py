@@ -38,7 +38,7 @@ from text_to_image_lora import export
 from text_to_image_lora.errors import InputError
 
 
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in"]
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 # Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
 ADAPTERS = {
@@ -216,7 +216,7 @@ def test_fold_scale_makes_the_product_the_whole_update(base, options):
     folded = export.fold_scale(*adapter(unet.bfloat16()))
     assert {(value.dtype, value.is_contiguous()) for value in folded.values()} == {(torch.float32, True)}
     modules = {name: module for name, module in unet.float().named_modules() if isinstance(module, BaseTunerLayer)}
-    assert len(modules) == 44
+    assert len(modules) == 52
     for name, module in modules.items():
         product = folded[f"{name}.lora_B.weight"].flatten(1) @ folded[f"{name}.lora_A.weight"].flatten(1)
         assert_close(product, module.get_delta_weight("default").flatten(1).detach())

@@ -1,0 +1,55 @@
+"""Stable Diffusion v1.5's own geometry: random weights, the real sizes."""
+
+import pytest
+from conftest import read_lora, read_metrics, run_command, write_pictures
+
+
+RANK = 16
+# Of a transformer block of width d: 8 attention layers (keys and values of the second see 768) and 2 feed-forward ones.
+PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((320, 5), (640, 5), (1280, 6)))
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory):
+    """A pipeline folder with SD1.5's configuration, filled with noise: 2 GB in float16."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from make_mini_sd import make_pipeline, write_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("sd15")
+    write_tokenizer(folder / "words")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            projection_dim=768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    pipeline = make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16)
+    pipeline.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.long
+def test_two_steps_at_sd15_size(sd15, arguments, tmp_path):
+    words = arguments(
+        pretrained_model_name_or_path=sd15, train_data_dir=write_pictures(tmp_path / "set", count=2, size=(300, 256)),
+        resolution=256, train_batch_size=1, mixed_precision="bf16", rank=RANK, center_crop=True, learning_rate=1e-4,
+    )  # fmt: skip
+    done = run_command(words, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert f"LoRA on 160 modules ({PARAMETERS:,} parameters)" in done.stdout
+    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [1, 2]
+    tensors = read_lora(tmp_path / "out")
+    assert len(tensors) == 320
+    assert sum(t.numel() for t in tensors.values()) == PARAMETERS
+    size = (tmp_path / "out" / "pytorch_lora_weights.safetensors").stat().st_size
+    assert 4 * PARAMETERS < size < 4 * PARAMETERS + 200_000  # float32 and the header
+    assert all(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name), "a module did not train"
