@@ -26,7 +26,7 @@ test-long: $(VENV)/installed-dev
 
 # Files that this stack writes, read by the newest one; each in an environment of its own.
 test-newest: $(VENV)-newest/installed
-	$(VENV)-newest/bin/python -m pytest -m lora_file
+	$(VENV)-newest/bin/python -m pytest -m lora_file tests/test_export.py
 
 style: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -75,7 +75,7 @@ def parse_args(argv):
     add("--height", "in pixels, a multiple of 8 (default: the model's own)", type=int)
     add("--width", "in pixels, a multiple of 8 (default: the model's own)", type=int)
     add("--scheduler", "sampler (default: the model's own)", choices=SCHEDULERS)
-    add("--clip_skip", "last text-encoder layers to leave out; A1111 counts one more (default: none)", type=int)
+    add("--clip_skip", "last text-encoder layers to leave out; A1111 counts one more", 0, type=int)
     group = parser.add_argument_group("machine")
     add("--mixed_precision", "(default: no; on CUDA bf16, or fp16 without it)", choices=["no", "fp16", "bf16"])
     add("--device", "cpu, cuda, cuda:1, mps, or auto for the fastest there is", "auto")
@@ -141,7 +141,7 @@ def tensor_shapes(flag, path):
 
     try:
         with safe_open(path, framework="np") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         fail(f"{flag} {path} is not a whole safetensors file ({error}). Copy or download it again.")
 
@@ -266,7 +266,7 @@ def load_pipeline(args, class_name, device, dtype):
         name, changes, _ = SCHEDULERS[args.scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
     layers = pipe.text_encoder.config.num_hidden_layers
-    if (args.clip_skip or 0) >= layers:
+    if args.clip_skip >= layers:
         fail(f"--clip_skip {args.clip_skip}: the text encoder has {layers} layers. Take {layers - 1} at most.")
     if args.clip_skip and class_name == PIPELINES[0] and not hasattr(pipe.text_encoder, "text_model"):
         fail("--clip_skip: diffusers can't do it with transformers 5.6 or later. Install transformers 5.5.4.")
@@ -298,7 +298,7 @@ def describe(args, pipe, prompt, seed, image, with_lora):
     import diffusers
 
     config, sampler = pipe.scheduler.config, type(pipe.scheduler).__name__
-    names = "negative_prompt num_inference_steps guidance_scale clip_skip pretrained_model_name_or_path".split()
+    names = ["negative_prompt", "num_inference_steps", "guidance_scale", "clip_skip", "pretrained_model_name_or_path"]
     chunks = {name: getattr(args, name) for name in names + ["lora", "lora_scale"] * with_lora}
     chunks |= {"prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
     chunks |= {"scheduler": sampler, "diffusers_version": diffusers.__version__}
@@ -327,14 +327,10 @@ def save_png(image, path, chunks):
     for key, value in chunks.items():
         info.add_text(key, "" if value is None else str(value))
     image.save(data, "PNG", pnginfo=info)
-    for candidate in itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))):
-        try:
-            with open(candidate, "xb") as file:
-                file.write(data.getvalue())
-            return candidate
-        except FileExistsError:
-            if candidate.is_file() and candidate.read_bytes() == data.getvalue():
-                return candidate  # the same command again: the picture is there
+    candidates = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1)))
+    path = next(file for file in candidates if not file.exists() or file.read_bytes() == data.getvalue())
+    path.write_bytes(data.getvalue())
+    return path
 
 
 def comparison_sheet(columns, scale=1.0):
@@ -342,10 +338,12 @@ def comparison_sheet(columns, scale=1.0):
     from PIL import Image, ImageDraw, ImageFont
 
     def label(prompt, note):
-        for chars in range(4 * width // em, 0, -1):
+        chars = 4 * width // em
+        while True:
             lines = textwrap.wrap(prompt, chars, max_lines=4, placeholder=" ...")
-            if max(map(font.getlength, lines), default=0) <= width:
+            if chars <= 5 or max(map(font.getlength, lines), default=0) <= width:
                 return "\n".join(filter(None, [*lines, note]))
+            chars -= 1
 
     per_band = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
     size, room = columns[0][2].size, 512 if per_band <= 4 else 256
@@ -429,7 +427,8 @@ def main(argv=None):
     pipe.scheduler.set_timesteps(args.num_inference_steps)
     calls = len(prompts) * math.ceil(args.num_images / BATCH_SIZE) * (1 + args.compare_base)
     bar = tqdm(total=calls * len(pipe.scheduler.timesteps), unit="step", disable=None)
-    options = {n: getattr(args, n) for n in "negative_prompt num_inference_steps guidance_scale clip_skip".split()}
+    options = {name: getattr(args, name) for name in ("negative_prompt", "num_inference_steps", "guidance_scale")}
+    options["clip_skip"] = args.clip_skip or None
     size = pipe.unet.config.sample_size
     for name, side in zip(("height", "width"), (size, size) if isinstance(size, int) else size):
         options[name] = getattr(args, name) or side * pipe.vae_scale_factor  # one alone would be ignored in silence

@@ -343,6 +343,11 @@ def adapt(unet, args):
     )
     if args.lora_weights is not None:
         loaded, _ = export.load_lora(args.lora_weights)
+        if set(loaded) != {"unet"}:
+            raise InputError(
+                f"{args.lora_weights}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, and this trains the unet "
+                "alone. Start from a LoRA of the unet."
+            )
         try:
             lora.start_from(unet, loaded.get("unet", {}))
         except ValueError as error:
@@ -437,6 +442,18 @@ def main(args):
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
     dataset, images = usable_pictures(dataset, args, accelerator, say)
+    latent_shape = (base.latent_channels, *[args.resolution // base.vae_factor] * 2)
+    cache_folder = Path(args.latent_cache_dir).expanduser()
+    if args.cache_variations is None:
+        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
+    if args.cache_variations:
+        caching.check_free_disk(
+            cache_folder,
+            num_latents=len(images) * args.cache_variations,
+            latent_values=math.prod(latent_shape),
+            num_captions=sum(map(len, dataset["captions"])),
+            prompt_values=77 * base.cross_attention_dim,
+        )
 
     # Where a run of this command stopped, if it did.
     resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -472,8 +489,6 @@ def main(args):
     prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
     negative_embeds = text_encode([args.validation_negative_prompt])[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
     preparing = dict(
         resolution=args.resolution,
         interpolation=args.image_interpolation_mode,
@@ -481,8 +496,6 @@ def main(args):
         random_flip=args.random_flip,
         seed=args.seed,
     )
-    if args.cache_variations is None:
-        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
     latents, prompts = (None, None), (None, None)
     if args.cache_variations:
         latents, prompts = caching.build(
@@ -496,7 +509,7 @@ def main(args):
             text_identity=models.weights_identity(text_encoder),
             clip_skip=args.clip_skip,
             prompt_dtype=weight_dtype,
-            folder=Path(args.latent_cache_dir).expanduser(),
+            folder=cache_folder,
             accelerator=accelerator,
             **preparing,
         )

@@ -1,5 +1,6 @@
 """Datasets as users have them: each layout loads, and whatever is wrong is told in one line that says where."""
 
+import csv
 import io
 import json
 import subprocess
@@ -53,9 +54,10 @@ def write_metadata(folder, kind, rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.write_text(text, encoding="utf-8")
     elif kind == "csv":
-        quoted = [['"{}"'.format(str(v).replace('"', '""')) for v in row.values()] for row in rows]
-        lines = [",".join(rows[0]), *map(",".join, quoted)]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with open(file, "w", encoding="utf-8", newline="") as lines:
+            writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     else:
         import pyarrow
         import pyarrow.parquet
@@ -146,7 +148,7 @@ BAD_LINES = [
     ("metadata.jsonl", GOOD + '\n{"file_name": "1.png", "text": \n', 3, "not JSON"),
     ("metadata.jsonl", GOOD + "[1, 2]\n", 2, "not a JSON object"),
     ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": "half of an emoji \\ud83d"}\n', 2, "surrogates"),
-    ("metadata.csv", 'file_name,text\n0.png,"a cat\n', 2, "not CSV"),
+    ("metadata.csv", 'file_name,text\n0.png,"a cat\n', 2, "this row is not CSV"),
     ("metadata.csv", "file_name,text\n0.png,a cat\n1.png,a dog, running\n", 3, "more fields"),
     ("metadata.csv", b"file_name,text\n0.png,caf\xe9\n", None, "UTF-8"),
     ("metadata.parquet", b"PAR1 and no more", None, "can't be read"),
@@ -161,6 +163,7 @@ BAD_ROWS = [
     ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": null}\n', 2, "'text' is empty"),
     ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": []}\n', 2, "'text' is empty"),
     ("metadata.csv", "file_name,text\n0.png,a cat\n1.png\n", 3, "'text' is empty"),
+    ("metadata.csv", "file_name,text\n\n0.png,a cat\n\n1.jpg,a dog\n", 5, "'1.jpg' does not exist"),
     ("metadata.csv", 'file_name,text\n0.png,"a\ncat"\n1.jpg,a dog\n', 4, "'1.jpg' does not exist"),
 ]
 
@@ -343,7 +346,9 @@ def test_a_broken_stored_dataset(stored, load, kind):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no/such", "nothing", "./nowhere", "../up", "~/home", "/root/x", "a/b/c", "http://a.b"])
+@pytest.mark.parametrize(
+    "name", ["no/such", "nothing", "./nowhere", "../up", "~/home", "/root/x", "a/b/c", "http://a.b"]
+)
 def test_a_dataset_that_is_nowhere(load, name):
     with pytest.raises(InputError) as caught:
         load(name)

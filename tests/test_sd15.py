@@ -12,29 +12,9 @@ PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((3
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
     """A pipeline folder with SD1.5's configuration, filled with noise: 2 GB in float16."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from make_mini_sd import make_pipeline, write_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from benchmark import make_sd15
 
-    folder = tmp_path_factory.mktemp("sd15")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            projection_dim=768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    pipeline = make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16)
-    pipeline.save_pretrained(folder / "model")
-    return folder / "model"
+    return make_sd15(tmp_path_factory.mktemp("sd15") / "model")
 
 
 @pytest.mark.long

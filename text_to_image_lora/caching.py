@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .errors import InputError
 from .records import image_id, read_image_bytes
 from .transforms import ImageError, apply_variation, draw_variation, open_image
 
@@ -136,7 +138,7 @@ def is_whole(shard):
     """Whether a shard is there, readable, and has as many rows as it should (a torn or cut file has not)."""
     try:
         with safe_open(shard.path, "pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == len(shard.entries) for name in file.keys())
+            return all(file.get_slice(name).get_shape()[0] == len(shard.entries) for name in sorted(file.keys()))
     except (OSError, SafetensorError):
         return False
 
@@ -187,6 +189,18 @@ def encode_prompt_entries(entries, progress, *, text_encode, dtype):
         parts.append(text_encode(part).to(dtype).cpu())
         progress.update(len(part))
     return {"hidden_states": torch.cat(parts).contiguous()}
+
+
+def check_free_disk(folder, *, num_latents, latent_values, num_captions, prompt_values):
+    """Raises `InputError` where the cache can't fit on its disk; counts float32, so it may ask for twice the need."""
+    needed = 4 * (2 * num_latents * latent_values + num_captions * prompt_values)
+    existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"{folder}: the cache may need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free. Pass another "
+            "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."
+        )
 
 
 def build(

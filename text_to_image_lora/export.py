@@ -123,7 +123,7 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
         adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path} can't be read as a safetensors file: {error}. {remedy}") from error
@@ -193,6 +193,9 @@ def write_model_card(
     # Of an absolute path the last name only: the rest tells strangers about the author's disk.
     rows = {key: Path(value).name if os.path.isabs(value) else value for key, value in rows.items()}
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
+    pipeline = f"DiffusionPipeline.from_pretrained({base!r})"
+    if base.endswith((".safetensors", ".ckpt")):
+        pipeline = f"StableDiffusionPipeline.from_single_file({base!r})"
     card = f"""---
 {front}---
 # LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}
@@ -205,9 +208,9 @@ These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(datas
 ## Use
 ```python
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {pipeline.partition(".")[0]}
 
-pipe = DiffusionPipeline.from_pretrained({base!r}).to("cuda" if torch.cuda.is_available() else "cpu")
+pipe = {pipeline}.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.load_lora_weights({weights})
 pipe({(prompts[0] if prompts else trigger_word or "a picture")!r}).images[0].save("picture.png")
 ```

@@ -36,6 +36,9 @@ class BaseModel(NamedTuple):
     kind: str  # "folder", "hub" or "file"
     spec: ModelSpec
     image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
+    latent_channels: int
+    vae_factor: int
+    cross_attention_dim: int
     single_file_config: str | None
     revision: str | None
     variant: str | None
@@ -71,14 +74,27 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
 
     if kind == "file" and folder is None:
         # A single file names no family; its configuration comes from the hub when it is loaded.
-        family, image_factor = "StableDiffusionPipeline", 64
+        family, vae, unet = "StableDiffusionPipeline", {}, {}
     else:
         family = read("model_index.json").get("_class_name")
         if family not in MODEL_SPECS:
             raise InputError(f"{name}: a {family} is not supported; supported: {', '.join(MODEL_SPECS)}.")
         vae, unet = read("vae/config.json"), read("unet/config.json")
-        image_factor = 2 ** (len(vae["block_out_channels"]) - 1) * 2 ** (len(unet["block_out_channels"]) - 1)
-    return BaseModel(name, kind, MODEL_SPECS[family], image_factor, single_file_config, revision, variant, cache_dir)
+    # What a configuration leaves out is SD1.5's.
+    vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
+    return BaseModel(
+        name,
+        kind,
+        MODEL_SPECS[family],
+        image_factor=vae_factor * 2 ** (len(unet.get("block_out_channels", [1] * 4)) - 1),
+        latent_channels=vae.get("latent_channels", 4),
+        vae_factor=vae_factor,
+        cross_attention_dim=unet.get("cross_attention_dim", 768),
+        single_file_config=single_file_config,
+        revision=revision,
+        variant=variant,
+        cache_dir=cache_dir,
+    )
 
 
 def _from_hub(name, file, revision, cache_dir):
@@ -145,9 +161,11 @@ def load_components(base, *, pretrained_vae=None):
         else:
             weights = dict(variant=base.variant, **options)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder="tokenizer", **options)
-            text_encoder = transformers.CLIPTextModel.from_pretrained(
-                base.source, subfolder="text_encoder", dtype=torch.float32, **weights
+            text_encoder, loading = transformers.CLIPTextModel.from_pretrained(
+                base.source, subfolder="text_encoder", dtype=torch.float32, output_loading_info=True, **weights
             )
+            if loading["missing_keys"]:  # transformers fills them with noise and only logs it
+                raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
             vae = diffusers.AutoencoderKL.from_pretrained(
                 base.source, subfolder="vae", torch_dtype=torch.float32, **weights
             )

@@ -5,6 +5,7 @@ Nothing here needs torch: a wrong folder, column or row is told before anything 
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -46,7 +47,7 @@ def load_records(
         folder = Path(dataset_name if dataset_name is not None else train_data_dir)
         dataset = _from_folder(folder, dataset_config_name, image_column, caption_column, cache_dir, skip_bad_images)
     if max_train_samples is not None and max_train_samples < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(max_train_samples))
+        dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
     return dataset
 
 
@@ -71,28 +72,38 @@ def _from_folder(folder, config_name, image_column, caption_column, cache_dir, s
         Path(root) / name
         for root, directories, names in os.walk(folder)
         for name in names
-        if name.lower() in METADATA_NAMES and not any(part.startswith((".", "__")) for part in Path(root).parts[1:])
+        if name.lower() in METADATA_NAMES
+        and not any(part.startswith((".", "__")) for part in Path(root).relative_to(folder).parts)
     )
     if files:
         rows = []
-        for file in files:
+        for file, after in zip(files, [*files[1:], None]):
+            if after is not None and after.parent == file.parent:
+                raise InputError(
+                    f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
+                    "Keep one of them."
+                )
             rows += _read_metadata(file, folder, image_column, caption_column, skip_bad_images)
         if not rows:
-            raise InputError(f"{files[0]}: it has no rows. Add one row a picture: file_name and text.")
+            raise InputError(f"{files[0]}: it has no row to train on. Add one row a picture: file_name and text.")
         import datasets
 
         return datasets.Dataset.from_list(rows, features=_features())
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        import datasets
-
-        stored = datasets.load_from_disk(str(folder))
-        return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column)
+    on_disk = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     endings = {p.suffix.lower() for p in folder.rglob("*") if p.is_file()}
-    if endings & {".parquet", ".arrow", ".tar"}:
+    if on_disk or endings & {".parquet", ".arrow", ".tar"}:
         import datasets
 
-        datasets.logging.set_verbosity_error()
-        stored = datasets.load_dataset(str(folder), config_name, cache_dir=cache_dir)
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        try:
+            if on_disk:
+                stored = datasets.load_from_disk(str(folder))
+            else:
+                stored = datasets.load_dataset(str(folder), config_name, cache_dir=cache_dir)
+        except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
+            raise InputError(
+                f"{folder}: the dataset can't be loaded ({_first_line(error)}). Save or download it again."
+            ) from error
         return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column)
     if endings & PICTURE_ENDINGS:
         raise InputError(
@@ -107,31 +118,35 @@ def _read_metadata(file, dataset_folder, image_column, caption_column, skip_bad_
     table = _read_table(file)
     if not table:
         return []
-    columns = list(dict.fromkeys(key for row in table for key in row if key is not None))
+    columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
     file_column = "file_name" if "file_name" in columns and image_column in (None, "image") else image_column
     if file_column not in columns:
         wanted = f"there is no column '{image_column}'" if image_column else "there is no column 'file_name'"
         raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
-    textual = [c for c in columns if c != file_column and all(_is_caption(row.get(c)) for row in table)]
+    textual = [c for c in columns if c != file_column and all(_is_caption(row.get(c)) for _, row in table)]
     chosen = _choose_caption_column(str(file), columns, textual, caption_column)
     rows, root = [], file.parent.resolve()
     inside = dataset_folder.resolve()
-    first = 2 if file.suffix.lower() == ".csv" else 1
-    for number, row in enumerate(table, start=first):
+    for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
         captions = row.get(chosen)
         captions = [c for c in (captions if isinstance(captions, list) else [captions]) if c is not None]
         reason = None
-        if not isinstance(name, str) or not name:
+        try:
+            picture = (root / name).resolve() if isinstance(name, str) and name else None
+            exists = picture is not None and picture.is_file()
+        except (OSError, ValueError):  # too long, or a NUL in it
+            picture, exists = root, False
+        if picture is None:
             reason = f"column '{file_column}' is empty"
         elif "://" in name:
             reason = f"'{name}' is a URL, and pictures are read from files only"
-        elif not (root / name).resolve().is_relative_to(inside):
+        elif not picture.is_relative_to(inside):
             raise InputError(
                 f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
             )
-        elif not (root / name).is_file():
-            reason = f"'{name}' does not exist"
+        elif not exists:
+            reason = f"{name!r} does not exist"
         elif not captions:
             reason = f"column '{chosen}' is empty"
         if reason and skip_bad_images:
@@ -143,7 +158,7 @@ def _read_metadata(file, dataset_folder, image_column, caption_column, skip_bad_
             {
                 "image": {"bytes": None, "path": str(root / name)},
                 "captions": [str(c) for c in captions],
-                "concept": file.parent.name,
+                "concept": root.name,
                 "num_repeats": 1,
                 "source": f"{where}: '{name}'",
             }
@@ -152,28 +167,40 @@ def _read_metadata(file, dataset_folder, image_column, caption_column, skip_bad_
 
 
 def _read_table(file):
-    """A list of dicts from a .csv, .jsonl or .parquet file; a broken one is an `InputError` that names the line."""
+    """(line, dict) of each row of a .csv, .jsonl or .parquet file; a broken one is an `InputError` that names the line."""
     try:
         if file.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(file).to_pylist()
+            return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1))
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: it can't be read ({error}). Save it again as UTF-8.") from error
+    rows, number = [], 1
     if file.suffix.lower() == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True), strict=True))
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        quote = "Put a caption with commas, quotes or line breaks into double quotes, and double those inside it."
+        try:
+            for row in reader:
+                number = reader.reader.line_num  # DictReader's own doesn't count blank lines
+                if any(row.get(None, ())):
+                    raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
+                rows.append((number, row))
+        except csv.Error as error:
+            raise InputError(f"{file}:{number + 1}: this row is not CSV ({error}). {quote}") from error
+        return rows
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}:{number}: this line is not JSON ({error.msg}). Fix or remove it.") from error
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+        except ValueError as error:
+            reason = getattr(error, "msg", None) or getattr(error, "reason", error)
+            raise InputError(f"{file}:{number}: this line is not JSON ({reason}). Fix or remove it.") from error
         if not isinstance(row, dict):
             raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object a line.")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
@@ -217,12 +244,15 @@ def _from_hub(name, config_name, image_column, caption_column, cache_dir):
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds: no network, no such repository, gated, no such config
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name}: neither a folder here nor a hub dataset that can be loaded ({reason}). Check the spelling, "
+            f"{name}: neither a folder here nor a hub dataset that can be loaded ({_first_line(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
     return _from_dataset(dataset, name, image_column, caption_column)
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _train_split(stored, where):
@@ -265,42 +295,39 @@ def _columns_of(features, where, image_column, caption_column):
 
 
 def _from_dataset(dataset, where, image_column, caption_column):
-    """Our columns from a dataset with an image feature; Arrow stays Arrow, no picture is decoded."""
+    """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
     import datasets
 
     image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column)
-    dataset = dataset.select_columns([image_column, caption_column]).cast_column(
-        image_column, datasets.Image(decode=False)
+    captions = []
+    for index, value in enumerate(dataset[caption_column][:]):
+        captions.append([c for c in (value if isinstance(value, list) else [value]) if c is not None])
+        if not captions[-1]:
+            raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
+    pictures = dataset.select_columns(image_column).rename_columns({image_column: "image"})
+    count, features = len(captions), _features()
+    others = {
+        "captions": captions,
+        "concept": [Path(where).name] * count,
+        "num_repeats": [1] * count,
+        "source": [f"{where}: row {index}" for index in range(count)],
+    }
+    # Side by side, so that nothing is written: `map` would put a copy of all pictures into the user's folder.
+    return datasets.concatenate_datasets(
+        [
+            pictures.cast_column("image", features["image"]),
+            datasets.Dataset.from_dict(others, features=datasets.Features({k: features[k] for k in others})),
+        ],
+        axis=1,
     )
-
-    def convert(batch, indices):
-        captions = [v if isinstance(v, list) else [v] for v in batch[caption_column]]
-        captions = [[c for c in group if c is not None] for group in captions]
-        for index, group in zip(indices, captions):
-            if not group:
-                raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
-        count = len(indices)
-        return {
-            "image": batch[image_column],
-            "captions": captions,
-            "concept": [Path(where).name] * count,
-            "num_repeats": [1] * count,
-            "source": [f"{where}: row {index}" for index in indices],
-        }
-
-    datasets.disable_progress_bars()
-    try:
-        return dataset.map(
-            convert, with_indices=True, batched=True, remove_columns=dataset.column_names, features=_features()
-        )
-    finally:
-        datasets.enable_progress_bars()
 
 
 def read_image_bytes(image):
-    """The file's bytes of an `image` cell."""
-    if image["bytes"] is not None:
+    """The file's bytes of an `image` cell; an `OSError` where there is none."""
+    if image is not None and image["bytes"] is not None:
         return image["bytes"]
+    if image is None or image["path"] is None:
+        raise FileNotFoundError("there is no picture")
     with open(image["path"], "rb") as file:
         return file.read()
 

@@ -145,7 +145,7 @@ class MetricsFile:
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(kept))
                 os.replace(temporary, path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run
 
     def write(self, step, values):
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity

@@ -57,10 +57,12 @@ def open_image(data):
             reason = "not a picture in a format that Pillow reads"
         raise ImageError(f"it can't be decoded ({reason})") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        top = values.max(initial=0)
-        scale = 255 if top <= 1 and image.mode == "F" else 1 if top <= 255 and image.mode != "I;16" else 255 / 65535
-        image = Image.fromarray(np.round(values * scale).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
+        top, deep = values.max(initial=0), image.mode not in ("I", "F")
+        scale = 255 if top <= 1 and image.mode == "F" else 1 if top <= 255 and not deep else 255 / max(top, 65535)
+        grey = np.round(values * scale).clip(0, 255).astype(np.uint8)
+        alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
+        image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

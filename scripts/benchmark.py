@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Times training on Stable Diffusion v1.5's geometry (random weights), beside another script with the same flags.
+
+    python scripts/benchmark.py --resolution 256 --mixed_precision bf16 --baseline PATH/TO/train_text_to_image_lora.py
+
+Each script is run as a command, short and long, in turn: seconds a step is the difference over the steps between, so
+that imports, loading and caching count for the start and not for the step. Machines are noisy: read the ratio.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", type=Path, help="a diffusers folder; SD1.5's geometry with random weights is made when not given")
+    add("--baseline", type=Path, help="another training script that takes the diffusers example's flags")
+    add(
+        "--baseline_flags",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="flags for the baseline alone (last on the line)",
+    )
+    add("--resolution", type=int, default=512, help="side of the pictures")
+    add("--train_batch_size", type=int, default=1, help="pictures a step")
+    add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the frozen base")
+    add("--rank", type=int, default=16, help="of the LoRA; the baseline adapts what it adapts")
+    add("--short", type=int, default=2, help="steps of the short run")
+    add("--long", type=int, default=8, help="steps of the long run")
+    add("--repeats", type=int, default=2, help="how often each is run")
+    add("--work_dir", type=Path, help="keep the model and the pictures here")
+    return parser.parse_args(argv)
+
+
+def make_sd15(folder):
+    """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from make_mini_sd import make_pipeline, write_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    write_tokenizer(folder.with_name("words"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            projection_dim=768, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16).save_pretrained(folder)
+    return folder
+
+
+def make_pictures(folder, resolution, count=8):
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i in range(count):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC).save(
+                folder / f"{i}.png"
+            )
+            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
+    return folder
+
+
+def run(command, env):
+    """Wall seconds and peak memory (GiB of the CPU's) of a command; its output is shown where it fails."""
+    started = time.time()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=subprocess.STDOUT, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}\n{log.read().decode()[-4000:]}")
+    return time.time() - started, usage.ru_maxrss / 2**20
+
+
+def main(args):
+    work = args.work_dir or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
+    model = args.model or work / "sd15"
+    if not (model / "model_index.json").exists():
+        print(f"making {model}", flush=True)
+        make_sd15(model)
+    pictures = make_pictures(work / f"pictures-{args.resolution}", args.resolution)
+    scripts = {"ours": (ROOT / "train_text_to_image_lora.py", ["--latent_cache_dir", work / "cache"])}
+    if args.baseline is not None:
+        scripts["baseline"] = (args.baseline, args.baseline_flags)
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    seconds = {name: {args.short: [], args.long: []} for name in scripts}
+    memory = dict.fromkeys(scripts, 0.0)
+    for _ in range(args.repeats):
+        for steps in (args.short, args.long):
+            for name, (script, flags) in scripts.items():
+                output = work / f"out-{name}"
+                shutil.rmtree(output, ignore_errors=True)
+                command = [
+                    sys.executable, script, "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
+                    "--resolution", args.resolution, "--center_crop", "--train_batch_size", args.train_batch_size,
+                    "--max_train_steps", steps, "--mixed_precision", args.mixed_precision, "--rank", args.rank,
+                    "--checkpointing_steps", 100000, "--seed", 0, "--output_dir", output, *flags,
+                ]  # fmt: skip
+                command += ["--report_to", "none"] if name == "ours" else []
+                took, peak = run(command, env)
+                seconds[name][steps].append(took)
+                memory[name] = max(memory[name], peak)
+                print(f"{name}: {steps} steps in {took:.1f} s, {peak:.2f} GiB", flush=True)
+    print("\n| script | s/step | start (s) | peak memory (GiB) |\n|---|---|---|---|")
+    per_step = {}
+    for name, times in seconds.items():
+        short, long = min(times[args.short]), min(times[args.long])
+        per_step[name] = (long - short) / (args.long - args.short)
+        print(f"| {name} | {per_step[name]:.2f} | {short - args.short * per_step[name]:.1f} | {memory[name]:.2f} |")
+    if "baseline" in per_step:
+        print(f"\nbaseline / ours: {per_step['baseline'] / per_step['ours']:.2f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

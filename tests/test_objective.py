@@ -1,0 +1,110 @@
+"""The objective's formulas, against the same in plain float64 and against the scheduler."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from text_to_image_lora import objective
+
+
+SCHEDULES = [
+    dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="epsilon"),
+    dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"),
+    dict(beta_schedule="linear", prediction_type="epsilon"),
+    dict(beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True),
+]
+
+
+@pytest.fixture(params=SCHEDULES)
+def noise_scheduler(request):
+    return DDPMScheduler(num_train_timesteps=1000, **request.param)
+
+
+def reference_weight(alpha_bar, snr_gamma, prediction_type):
+    """Section 3.4 of Min-SNR (arXiv:2303.09556), one timestep at a time."""
+    snr = alpha_bar / (1 - alpha_bar)
+    if prediction_type == "v_prediction":
+        return min(snr, snr_gamma) / (snr + 1)
+    return min(snr, snr_gamma) / snr if snr > 0 else 1.0
+
+
+@pytest.mark.parametrize("snr_gamma", [0.5, 5.0, 20.0])
+def test_min_snr_weights(noise_scheduler, snr_gamma):
+    timesteps, prediction_type = torch.arange(1000), noise_scheduler.config.prediction_type
+    snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
+    weights = objective.min_snr_weights(snr, snr_gamma, prediction_type)
+    alphas = noise_scheduler.alphas_cumprod.double().tolist()
+    expected = [reference_weight(alpha_bar, snr_gamma, prediction_type) for alpha_bar in alphas]
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-7)
+
+
+def test_the_weights_hold_at_no_signal_and_at_no_noise():
+    snr = torch.tensor([0.0, 1e-38, 1e-20, 1e20, torch.inf])
+    for prediction_type, expected in (("epsilon", [1, 1, 1, 5e-20, 0]), ("v_prediction", [0, 0, 0, 5e-20, 0])):
+        weights = objective.min_snr_weights(snr, 5.0, prediction_type)
+        torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-19)
+
+
+def test_zero_terminal_snr_is_seen():
+    """Fault 7: the rescaled schedule's last timestep has no signal at all, and the loss there is finite."""
+    noise_scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    timesteps = torch.tensor([998, 999])
+    snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
+    assert snr[1] == 0 < snr[0]
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(noise_scheduler.add_noise(latents, noise, timesteps)[1], noise[1])
+    target = objective.target_of(noise_scheduler, latents, noise, timesteps)
+    weights = objective.min_snr_weights(snr, 5.0, "v_prediction")
+    assert objective.diffusion_loss(torch.zeros_like(target), target, weights).isfinite()
+
+
+def test_the_target_is_the_schedulers(noise_scheduler):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([0, 1, 250, 500, 998, 999])
+    target = objective.target_of(noise_scheduler, latents, noise, timesteps)
+    if noise_scheduler.config.prediction_type == "epsilon":
+        assert torch.equal(target, noise)
+        return
+    assert torch.equal(target, noise_scheduler.get_velocity(latents, noise, timesteps))
+    # From a prediction that is the target, the noisy latents give the clean ones back: x0 = sqrt(a) x - sqrt(1-a) v.
+    alpha_bar = noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    clean = alpha_bar.sqrt() * noisy_latents - (1 - alpha_bar).sqrt() * target
+    torch.testing.assert_close(clean, latents, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    weights=st.lists(st.floats(0, 10, width=32), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_loss_is_the_same_however_the_batch_is_cut(weights, cuts, seed):
+    weights = torch.tensor(weights)
+    generator = torch.Generator().manual_seed(seed)
+    model_pred, target = torch.randn(2, len(weights), 4, 3, 3, generator=generator)
+    errors = ((model_pred.double() - target.double()) ** 2).mean(dim=(1, 2, 3))
+    expected = (errors * weights.double()).sum().float()
+    edges = [0, *sorted(min(cut, len(weights)) for cut in cuts), len(weights)]
+    parts = [slice(*edge) for edge in zip(edges, edges[1:])]
+    losses = [objective.diffusion_loss(model_pred[part], target[part], weights[part]) for part in parts]
+    torch.testing.assert_close(sum(losses), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_with_equal_weights_and_leaves_fillers_out():
+    generator = torch.Generator().manual_seed(0)
+    model_pred, target = torch.randn(2, 5, 4, 8, 8, generator=generator)
+    mean = torch.nn.functional.mse_loss(model_pred, target)
+    torch.testing.assert_close(objective.diffusion_loss(model_pred, target, torch.full((5,), 1 / 5)), mean)
+    three = objective.diffusion_loss(model_pred, target, torch.tensor([1, 1, 1, 0, 0]) / 3)
+    torch.testing.assert_close(three, torch.nn.functional.mse_loss(model_pred[:3], target[:3]))
+
+
+def test_half_precision_predictions_are_compared_in_float32():
+    model_pred = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # its square is beyond float16
+    loss = objective.diffusion_loss(model_pred, torch.zeros(1, 4, 8, 8), torch.ones(1))
+    assert loss.dtype == torch.float32
+    assert loss == 90000
