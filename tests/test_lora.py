@@ -52,19 +52,17 @@ def train_step(unet, max_norm=None):
 
 def test_every_attention_and_feed_forward_layer_is_adapted(make_unet):
     unet = make_unet()
-    assert lora.add_lora(unet, **DEFAULTS) == 20
+    assert lora.add_lora(unet, **DEFAULTS) == 30
     adapted = [name for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)]
-    ends = ("to_q", "to_k", "to_v", "to_out.0")
-    for block in ("down_blocks.1.attentions.0", "up_blocks.0.attentions.0"):
-        layers = [f"{attention}.{end}" for attention in ("attn1", "attn2") for end in ends]
-        for layer in [*layers, "ff.net.0.proj", "ff.net.2"]:
-            adapted.remove(f"{block}.transformer_blocks.0.{layer}")
-    assert [name for name in adapted if "up_blocks.0.attentions.1" not in name] == []
+    blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "BasicTransformerBlock"]
+    layers = [f"attn{n}.{end}" for n in (1, 2) for end in ("to_q", "to_k", "to_v", "to_out.0")]
+    layers += ["ff.net.0.proj", "ff.net.2"]
+    assert sorted(adapted) == sorted(f"{block}.{layer}" for block in blocks for layer in layers)
 
 
 @pytest.mark.parametrize(
     ("target_modules", "count"),
-    [(["to_q"], 4), (["to_q", "to_v"], 8), (["attn2.to_k"], 2), (["ff.net.2"], 2), (["proj_in"], 2), (["conv1"], 6)],
+    [(["to_q"], 6), (["to_q", "to_v"], 12), (["attn2.to_k"], 3), (["ff.net.2"], 3), (["proj_in"], 3), (["conv1"], 6)],
 )
 def test_named_layers_are_adapted(make_unet, target_modules, count):
     unet = make_unet()
@@ -87,7 +85,7 @@ def test_a_layer_renamed_upstream_is_noticed(make_unet):
     attention = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     attention.to_query = attention.to_q
     del attention.to_q
-    with pytest.raises(RuntimeError, match="19 modules were adapted where 2 transformer blocks have 20"):
+    with pytest.raises(RuntimeError, match="29 modules were adapted where 3 transformer blocks have 30"):
         lora.add_lora(unet, **DEFAULTS)
 
 
@@ -107,7 +105,7 @@ def test_training_moves_every_adapter_and_no_base_weight(make_unet):
     lora.add_lora(unet, **DEFAULTS)
     trained = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in unet.named_parameters() if ".lora_" in name}
-    assert len(trained) == 2 * 20
+    assert len(trained) == 2 * 30
     randomize(unet)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     train_step(unet)
@@ -121,7 +119,7 @@ def test_trainable_parameters_can_be_walked_twice(make_unet):
     lora.add_lora(unet, **DEFAULTS)
     randomize(unet)
     parameters = lora.trainable_parameters(unet)
-    assert len(list(parameters)) == len(list(parameters)) == 40
+    assert len(list(parameters)) == len(list(parameters)) == 60
     norm, gradients = train_step(unet, max_norm=0.5)
     assert norm > 1
     assert gradients.norm().item() == pytest.approx(0.5, rel=1e-3)
@@ -171,7 +169,7 @@ def test_an_adapter_that_does_not_fit_is_refused(make_unet):
     ]
     for misfit in misfits:
         changed = {name: value + 1 for name, value in misfit.items()}
-        with pytest.raises(ValueError, match="of 40 tensors do not fit the adapter, the first: "):
+        with pytest.raises(ValueError, match="of 60 tensors do not fit the adapter, the first: "):
             lora.load_adapter(unet, changed)
         assert torch.equal(output_of(unet), before)
 
@@ -194,7 +192,7 @@ def test_starting_from_a_file_reproduces_its_product(make_unet, options, lora_al
                 magnitude = module.lora_magnitude_vector["default"].weight
                 assert torch.equal(magnitude.data, given[f"{name}.lora_magnitude_vector"])
             compared += 1
-    assert compared == 20
+    assert compared == 30
 
 
 def test_starting_from_another_rank_is_refused(make_unet):

@@ -98,14 +98,21 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
 
 
 def _from_hub(name, file, revision, cache_dir):
-    from huggingface_hub import hf_hub_download
+    """A small file of a hub repository: from the local cache, else from the hub; asks once, without long retries."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    cached = try_to_load_from_cache(name, file, revision=revision, cache_dir=cache_dir)
+    if isinstance(cached, str):
+        return cached
     try:
+        if not HF_HUB_OFFLINE:
+            HfApi().model_info(name, revision=revision, timeout=3)  # a download would retry for half a minute
         return hf_hub_download(name, file, revision=revision, cache_dir=cache_dir)
     except Exception as error:  # the client's errors have no common base: no network, no such model, gated, bad token
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{name}: neither a folder here nor a model that the hub gives ({reason}). Check the spelling, your "
             "network and `hf auth login`, or pass a local folder."

@@ -15,10 +15,9 @@ def min_snr_weights(snr, snr_gamma, prediction_type):
 
     For noise prediction min(SNR, gamma) / SNR, whose limit at SNR 0 is 1; for v-prediction min(SNR, gamma) / (SNR + 1).
     """
-    clipped = snr.clamp(max=snr_gamma)
     if prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return torch.where(snr > 0, clipped / snr.clamp(min=1e-30), torch.ones_like(snr))
+        return snr.clamp(max=snr_gamma) / (snr + 1)
+    return snr_gamma / snr.clamp(min=snr_gamma)
 
 
 def target_of(noise_scheduler, latents, noise, timesteps):
