@@ -10,6 +10,7 @@ Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same comman
 import argparse
 import difflib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -40,7 +41,9 @@ def build_parser():
     parser = Parser(
         description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    yes, switch = dict(action="store_true"), dict(action=argparse.BooleanOptionalAction)
+    # Each has its --no-..., so that the command line can also take back what --config says.
+    switch = dict(action=argparse.BooleanOptionalAction)
+    yes = dict(default=False, **switch)
     # fmt: off
     group = parser.add_argument_group("run").add_argument
     group("--config", metavar="FILE", help="a YAML file with the same flags; the command line wins (each run saves its own as run.yaml)")
@@ -143,14 +146,14 @@ def parse_args(argv=None):
         import yaml
 
         try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{config}: it can't be read as YAML ({str(error).splitlines()[0]}).") from error
-        if not isinstance(values, dict):
+        if not isinstance(values, dict | None):
             raise InputError(f"{config}: it must hold one flag a line, such as 'rank: 16'.")
         actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
         words = []
-        for key, value in values.items():
+        for key, value in (values or {}).items():
             if key not in actions:
                 near = difflib.get_close_matches(str(key), actions, n=1)
                 raise InputError(
@@ -161,13 +164,15 @@ def parse_args(argv=None):
                     raise InputError(
                         f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word."
                     )
-                words += (
-                    [f"--{key}"] if value else [f"--no-{key}"] if f"--no-{key}" in actions[key].option_strings else []
-                )
+                words.append(f"--{key}" if value else f"--no-{key}")
             elif isinstance(value, list):
                 words += [f"--{key}", *map(str, value)]
             elif value is not None:
                 words.append(f"--{key}={value}")
+        try:
+            parser.parse_args(words)
+        except InputError as error:
+            raise InputError(f"{config}: {error}") from error
         argv = words + list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     check_args(args)
@@ -185,23 +190,33 @@ def check_args(args):
         max_train_samples=1, checkpoints_total_limit=1, validation_steps=1, validation_inference_steps=1,
         checkpointing_steps=0, save_every_n_epochs=0, cache_variations=0, lr_warmup_steps=0, num_validation_images=0,
         validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
+        adam_weight_decay=0, adam_epsilon=0, noise_offset=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that it holds for nan too
             raise InputError(f"--{name} {value}: it must be {least} or more.")
     for name in ("learning_rate", "lora_alpha", "snr_gamma"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} {value}: it must be more than 0.")
-    if not 0 <= args.lora_dropout < 1:
-        raise InputError(f"--lora_dropout {args.lora_dropout}: it must be at least 0 and less than 1.")
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
+    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
+    if args.seed is not None and args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed}: it must be less than {2**63}.")
     if args.init_lora_weights not in ("true", "gaussian", "orthogonal"):
         rewrites = args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
         reason = " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
         raise InputError(f"--init_lora_weights {args.init_lora_weights}: choose true, gaussian or orthogonal.{reason}")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise InputError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01.")
+    factor = r"\d*\.?\d+(e[+-]?\d+)?"
+    if not re.fullmatch(rf"({factor}:\d+,)*{factor}", args.lr_step_rules or "1"):
+        raise InputError(
+            f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and the last factor, such as "
+            "1:100,0.1:200,0.01."
+        )
     if args.lora_weights is not None and not Path(args.lora_weights).exists():
         raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
@@ -217,20 +232,15 @@ def check_args(args):
 
 
 def check_output_dir(output_dir):
-    """Raises `InputError` where the output folder can't be written; leaves nothing behind."""
+    """Raises `InputError` where the output folder can't be written; makes nothing, as other processes check it too."""
     path = Path(output_dir)
-    made = [p for p in (path, *path.parents) if not p.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        nearest = next(p for p in (path, *path.parents) if p.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise InputError(
             f"{output_dir}: it can't be written ({error.strerror}). Pass another --output_dir."
         ) from error
-    finally:
-        for p in made:
-            if p.is_dir() and not any(p.iterdir()):
-                p.rmdir()
 
 
 def hide_secrets(args):
@@ -506,7 +516,7 @@ def main(args):
             vae_identity=models.weights_identity(vae),
             latent_dtype=latent_dtype,
             text_encode=text_encode,
-            text_identity=models.weights_identity(text_encoder),
+            text_identity=models.text_identity(tokenizer, text_encoder),
             clip_skip=args.clip_skip,
             prompt_dtype=weight_dtype,
             folder=cache_folder,

@@ -105,6 +105,6 @@ def test_the_loss_is_the_mean_with_equal_weights_and_leaves_fillers_out():
 
 def test_half_precision_predictions_are_compared_in_float32():
     model_pred = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)  # its square is beyond float16
-    loss = objective.diffusion_loss(model_pred, torch.zeros(1, 4, 8, 8), torch.ones(1))
+    loss = objective.diffusion_loss(model_pred, torch.zeros_like(model_pred), torch.ones(1))
     assert loss.dtype == torch.float32
     assert loss == 90000

@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .errors import InputError
@@ -33,6 +34,7 @@ IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_PIXELS = 4 * 512 * 512
 ENCODE_CAPTIONS = 32
+MEMO_LINE = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+)\n")  # the end of the line too: a killed run leaves half a line
 
 
 class Shard(NamedTuple):
@@ -51,10 +53,9 @@ def inspect_images(dataset, indices, folder):
     known = {}
     memo = Path(folder) / "pictures.txt"
     if memo.exists():
-        for line in memo.read_text().splitlines():
-            parts = line.split()
-            if len(parts) == 3 and len(parts[0]) == 32:
-                known[parts[0]] = (int(parts[1]), int(parts[2]))
+        for line in memo.read_bytes().splitlines(keepends=True):
+            if match := MEMO_LINE.fullmatch(line):
+                known[match[1].decode()] = (int(match[2]), int(match[3]))
 
     def inspect(index):
         try:
@@ -78,8 +79,8 @@ def inspect_images(dataset, indices, folder):
                 new.append(f"{found[0]} {found[1]} {found[2]}\n")
     if new:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        with open(memo, "a") as file:
-            file.write("".join(new))
+        with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
+            file.write("".join(new).encode())
     return good, bad
 
 
@@ -144,24 +145,24 @@ def is_whole(shard):
 
 
 def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
-    """Computes the missing shards, each rank its share; `encode(entries)` gives the tensors of a whole shard."""
-    missing = [shard for shard in shards if not is_whole(shard)]
-    mine = missing[rank::world_size]
+    """Computes the missing shards, each rank its share; `encode(entries, progress)` gives the tensors of a whole one.
+
+    A rank's share doesn't depend on what is missing: that changes while the others work.
+    """
+    mine = [shard for shard in shards[rank::world_size] if not is_whole(shard)]
     progress = tqdm(total=sum(len(s.entries) for s in mine), desc=title, disable=not show_progress or not mine)
     for shard in mine:
         tensors = encode(shard.entries, progress)
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=shard.path.parent, suffix=".tmp")
-        os.close(handle)
+        temporary = shard.path.with_suffix(f".{secrets.token_hex(4)}.tmp")
         try:
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))  # save_file's files are for their owner alone
             os.replace(temporary, shard.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
     progress.close()
-    return len(missing)
 
 
 def encode_latent_entries(entries, progress, *, dataset, vae_encode, resolution, interpolation, dtype):
@@ -196,7 +197,8 @@ def check_free_disk(folder, *, num_latents, latent_values, num_captions, prompt_
     needed = 4 * (2 * num_latents * latent_values + num_captions * prompt_values)
     existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if needed > free:
+    held = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))  # may be this very cache
+    if needed > free + held:
         raise InputError(
             f"{folder}: the cache may need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free. Pass another "
             "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."

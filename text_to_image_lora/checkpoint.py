@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -50,9 +51,21 @@ def find_checkpoint(output_dir, wanted):
     )
 
 
+def _set_aside(path):
+    """Renames a folder to a hidden name before it is deleted, so that no half of it is taken for a whole."""
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    return hidden
+
+
 @contextlib.contextmanager
 def written_whole(path):
-    """A folder to write into that becomes `path` in one rename; after an exception or a kill `path` is as before."""
+    """A folder to write into that becomes `path` in one rename.
+
+    After an exception `path` is as before. After a kill it is as before or new, or, if it fell between two renames, not
+    there; a part of it is never there.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -63,9 +76,10 @@ def written_whole(path):
             if file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
+        before = _set_aside(path) if path.exists() else None
         os.replace(temporary, path)
+        if before is not None:
+            shutil.rmtree(before)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,8 +118,13 @@ def load_checkpoint(path, *, optimizer, lr_scheduler, scaler):
         lr_scheduler.load_state_dict(stored["lr_scheduler"])
         if scaler is not None and stored["scaler"] is not None:
             scaler.load_state_dict(stored["scaler"])
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: this checkpoint can't be loaded ({error}). Resume from another one.") from error
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: this checkpoint can't be loaded ({reason}). Resume from another one.") from error
+    except pickle.UnpicklingError as error:  # its own message says how to run the code in the file
+        raise InputError(
+            f"{path}: this checkpoint can't be loaded (optimizer.pt is damaged, or holds code). Resume from another one."
+        ) from error
     return adapter
 
 
@@ -123,4 +142,4 @@ def prune_checkpoints(output_dir, limit):
     """Deletes the oldest checkpoints beyond `limit`; called after the new one is in place."""
     checkpoints = list_checkpoints(output_dir)
     for path in checkpoints[: max(len(checkpoints) - limit, 0)] if limit is not None else []:
-        shutil.rmtree(path)
+        shutil.rmtree(_set_aside(path))

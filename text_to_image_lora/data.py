@@ -77,8 +77,11 @@ class EffectiveBatchSampler:
 
 
 def seed_of(*numbers):
-    """One 32-bit seed from several non-negative integers; neighbours give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """One 32-bit seed from several non-negative integers; neighbours give unrelated seeds.
+
+    How many they are counts too: to numpy (1, 2) and (1, 2, 0) are the same entropy.
+    """
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 class TrainingSet(torch.utils.data.Dataset):

@@ -7,9 +7,8 @@ that a base model is not there or does not fit.
 import contextlib
 import hashlib
 import json
+import pickle
 import re
-import sys
-import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,20 +127,8 @@ def lightning_stubs():
     import torch
 
     names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
-    stubs, added = [], []
-    for module_name in names:
-        stub = type("ModelCheckpoint", (), {"__module__": module_name})
-        stubs.append(stub)
-        if module_name not in sys.modules:
-            sys.modules[module_name] = types.ModuleType(module_name)
-            sys.modules[module_name].ModelCheckpoint = stub
-            added.append(module_name)
-    try:
-        with torch.serialization.safe_globals(stubs):
-            yield
-    finally:
-        for module_name in added:
-            del sys.modules[module_name]
+    with torch.serialization.safe_globals([type("ModelCheckpoint", (), {"__module__": name}) for name in names]):
+        yield
 
 
 def load_components(base, *, pretrained_vae=None):
@@ -152,8 +139,9 @@ def load_components(base, *, pretrained_vae=None):
     import diffusers
     import torch
     import transformers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    options = dict(revision=base.revision, cache_dir=base.cache_dir)
+    source, options = base.source, dict(revision=base.revision, cache_dir=base.cache_dir)
     try:
         if base.kind == "file":
             with lightning_stubs():
@@ -180,19 +168,64 @@ def load_components(base, *, pretrained_vae=None):
                 base.source, subfolder="unet", torch_dtype=torch.float32, **weights
             )
             scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
+        if len(tokenizer) != text_encoder.config.vocab_size:  # without its files, a tokenizer is empty in silence
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} words and the text encoder {text_encoder.config.vocab_size}"
+            )
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        _check_denoiser(base, vae, unet)
         if pretrained_vae is not None:
-            if Path(pretrained_vae).suffix.lower() in (".safetensors", ".ckpt", ".pt"):
-                with lightning_stubs():
-                    vae = diffusers.AutoencoderKL.from_single_file(pretrained_vae, torch_dtype=torch.float32)
-            else:
-                vae = diffusers.AutoencoderKL.from_pretrained(pretrained_vae, torch_dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{base.source}: the base model can't be loaded: {reason}") from error
+            source = pretrained_vae
+            vae = _load_vae(base, pretrained_vae)
+            _check_denoiser(base, vae, unet)
+        for name, model in (("text encoder", text_encoder), ("VAE", vae), ("UNet", unet)):
+            missing = [key for key, value in model.named_parameters() if value.is_meta]
+            if missing:  # diffusers leaves them without data and only logs it
+                raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+        causes = [error]
+        while causes[-1].__context__ is not None:
+            causes.append(causes[-1].__context__)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+            reason = "it holds more than weights, and unpickling that could run code. Take the .safetensors version"
+        elif isinstance(error, NotImplementedError):  # copying a weight that has no data
+            reason = "some of its weights are missing"
+        elif base.kind == "file" and base.single_file_config is None and isinstance(error, OSError):
+            reason += " Where the hub is out of reach, pass --single_file_config FOLDER."
+        raise InputError(f"{source}: this model can't be loaded: {reason}") from error
     for model in (text_encoder, vae, unet):
         model.requires_grad_(False)
         model.eval()
     return tokenizer, text_encoder, vae, unet, scheduler_config
+
+
+def _load_vae(base, name):
+    """A VAE from a hub id, a folder or a single file, whose configuration is then that of the base model's VAE."""
+    import diffusers
+    import torch
+
+    if Path(name).suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
+        return diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, cache_dir=base.cache_dir)
+    config = base.single_file_config if base.kind == "file" else base.source
+    if base.kind == "hub":
+        config = str(Path(_from_hub(base.source, "vae/config.json", base.revision, base.cache_dir)).parents[1])
+    with lightning_stubs():
+        return diffusers.AutoencoderKL.from_single_file(
+            name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
+        )
+
+
+def _check_denoiser(base, vae, unet):
+    """Raises `ValueError` where the UNet does not take this VAE's latents, and nothing but them and a prompt."""
+    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if (channels, factor) != (base.latent_channels, base.vae_factor) or channels != unet.config.in_channels:
+        raise ValueError(
+            f"latents of {channels} channels at 1/{factor} do not fit a UNet of {unet.config.in_channels} channels at "
+            f"1/{base.vae_factor}"
+        )
+    if unet.config.addition_embed_type is not None:
+        raise ValueError("it is not of the family of Stable Diffusion 1 and 2")
 
 
 def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_betas_zero_snr=False):
@@ -227,6 +260,13 @@ def weights_identity(model):
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def text_identity(tokenizer, text_encoder):
+    """A hash of what turns a caption into hidden states: the tokenizer and the text encoder."""
+    rules = [tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id, tokenizer.model_max_length]
+    digest = hashlib.sha256(json.dumps([*rules, weights_identity(text_encoder)]).encode())
     return digest.hexdigest()[:32]
 
 

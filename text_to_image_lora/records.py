@@ -182,7 +182,7 @@ def _read_table(file):
         quote = "Put a caption with commas, quotes or line breaks into double quotes, and double those inside it."
         try:
             for row in reader:
-                number = reader.reader.line_num  # DictReader's own doesn't count blank lines
+                number = reader.line_num
                 if any(row.get(None, ())):
                     raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
                 rows.append((number, row))

@@ -1,6 +1,7 @@
 """Validation pictures: made by the pipeline's own code, from the models that are in memory."""
 
 import contextlib
+import shutil
 
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ def make_pipeline(unet, vae, scheduler_config, *, prediction_type, rescale_betas
     if rescale_betas_zero_snr:
         # At zero terminal SNR sampling must start at the last timestep (Lin et al., 2023); PNDM can't.
         scheduler_class = diffusers.DDIMScheduler
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     pipeline = diffusers.StableDiffusionPipeline(
         vae=vae, unet=unet, text_encoder=None, tokenizer=None,
         scheduler=scheduler_class.from_config(scheduler_config, **changes),
@@ -75,10 +76,17 @@ def generate_images(
 
 
 def save_images(images, prompts, folder):
-    """Writes each picture, its prompt in the file, and a sheet of all with their prompts."""
+    """Writes each picture, its prompt in the file, and a sheet of all with their prompts.
+
+    Earlier pictures of this step and of later ones go: they are of a run that went further before it was resumed or
+    started over.
+    """
     from PIL.PngImagePlugin import PngInfo
 
-    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.glob("step-*"):
+        if other.name >= folder.name:
+            shutil.rmtree(other)
+    folder.mkdir(parents=True)
     for (prompt, k), image in images.items():
         info = PngInfo()
         info.add_itxt("prompt", prompts[prompt])
@@ -115,7 +123,7 @@ def label_sheet(images, prompts):
         for k in range(num_images):
             image = images[row, k].resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(image, (gap + k * (width + gap), top))
-        text = prompt
+        text = " ".join(prompt.split())
         while draw.textlength(text, font=font) > sheet.width - 2 * gap and len(text) > 4:
             text = text[:-4].rstrip() + "..."
         draw.text((gap, top + height + 4), text, fill="black", font=font)

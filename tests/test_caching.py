@@ -1,0 +1,466 @@
+"""The cache, with real encoders: what it holds is what encoding now would give, and it is written whole or not at all."""
+
+import copy
+import os
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+
+from text_to_image_lora import caching, models
+from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.records import image_id, load_records
+from text_to_image_lora.transforms import apply_variation, draw_variation
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_sd):
+    tokenizer, text_encoder, vae, _, _ = models.load_components(models.find_base_model(str(tiny_sd)))
+    return tokenizer, text_encoder, vae
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Three shards of each kind for six pictures."""
+    monkeypatch.setattr(caching, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(caching, "CAPTIONS_PER_SHARD", 2)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Six pictures that are 40x32 after the resize."""
+    return write_pictures(tmp_path / "pictures", size=(60, 48))
+
+
+class Cache(NamedTuple):
+    dataset: object
+    images: list
+    latents: tuple
+    prompts: tuple
+
+    def content(self):
+        """Everything in it, by picture and caption."""
+        reader, locations = self.latents
+        latents = [
+            [torch.stack([reader.row(*at, name) for name in ("mean", "std")]) for at in row] for row in locations
+        ]
+        reader, places = self.prompts
+        return latents, {caption: reader.row(*at, "hidden_states") for caption, at in places.items()}
+
+
+def same(first, second):
+    latents, prompts = zip(first.content(), second.content())
+    return (
+        [len(rows) for rows in latents[0]] == [len(rows) for rows in latents[1]]
+        and all(torch.equal(a, b) for row in zip(*latents, strict=True) for a, b in zip(*row, strict=True))
+        and prompts[0].keys() == prompts[1].keys()
+        and all(torch.equal(prompts[0][caption], prompts[1][caption]) for caption in prompts[0])
+    )
+
+
+PREPARING = dict(resolution=32, interpolation="lanczos", center_crop=False, random_flip=True, seed=0)
+
+
+@pytest.fixture
+def build(encoders, tmp_path):
+    """Builds the cache of a dataset's folder as the script does."""
+    from accelerate import PartialState
+
+    tokenizer, *models_of_base = encoders
+
+    def run(
+        pictures, folder=tmp_path / "cache", text_encoder=models_of_base[0], vae=models_of_base[1], clip_skip=None,
+        latent_dtype=torch.float32, prompt_dtype=torch.float32, cache_variations=4, **changes,
+    ):  # fmt: skip
+        dataset = load_records(train_data_dir=pictures)
+        images = inspect(dataset, folder)
+        latents, prompts = caching.build(
+            dataset,
+            images,
+            cache_variations=cache_variations,
+            vae_encode=partial(models.encode_images, vae),
+            vae_identity=models.weights_identity(vae),
+            latent_dtype=latent_dtype,
+            text_encode=partial(models.encode_prompts, tokenizer, text_encoder, clip_skip=clip_skip),
+            text_identity=models.weights_identity(text_encoder),
+            clip_skip=clip_skip,
+            prompt_dtype=prompt_dtype,
+            folder=folder,
+            accelerator=PartialState(cpu=True),
+            **PREPARING | changes,
+        )
+        return Cache(dataset, images, latents, prompts)
+
+    yield run
+    PartialState._reset_state()
+
+
+def inspect(dataset, folder):
+    good, bad = caching.inspect_images(dataset, range(len(dataset)), folder)
+    assert not bad
+    return [good[index] for index in range(len(dataset))]
+
+
+def shards_in(folder):
+    """{path: (when it was written, bytes)} of the cache's tensor files; there is nothing else but the memo."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != "pictures.txt"]
+    assert all(path.suffix == ".safetensors" for path in files)
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+# Cached equals live.
+
+
+def training_set(cache, cached=True, **changes):
+    latents, prompts = (cache.latents, cache.prompts) if cached else ((None, None), (None, None))
+    return TrainingSet(
+        cache.dataset, cache.images, latents=latents, prompts=prompts, latent_shape=(4, 8, 8),
+        num_train_timesteps=1000, **PREPARING | changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("clip_skip", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cached_equals_live(build, encoders, pictures, dtype, clip_skip):
+    tokenizer, text_encoder, vae = encoders
+    # With the crop in the middle there are two variations, and the cache holds them both.
+    cache = build(
+        pictures, center_crop=True, cache_variations=2, latent_dtype=dtype, prompt_dtype=dtype, clip_skip=clip_skip
+    )
+    cached, live = (training_set(cache, which, center_crop=True) for which in (True, False))
+    for index in range(6):
+        for step in range(3):
+            sample = Sample(index, step, index, 0.5)
+            from_cache, now = cached[sample], live[sample]
+            mean, std = models.encode_images(vae, now.pop("pixels")[None])
+            hidden_states = models.encode_prompts(tokenizer, text_encoder, [now.pop("captions")], clip_skip)
+            encoded = {
+                "mean": mean[0].to(dtype).float(), "std": std[0].to(dtype).float(),
+                "encoder_hidden_states": hidden_states[0].to(dtype),
+            }  # fmt: skip
+            for name, value in encoded.items():
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+                torch.testing.assert_close(from_cache.pop(name), value, rtol=tolerance, atol=tolerance)
+            assert from_cache.keys() == now.keys()
+            assert all(torch.equal(from_cache[name], now[name]) for name in now)
+
+
+def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictures):
+    tokenizer, text_encoder, vae = encoders
+    cache = build(pictures)
+    files = [Image.open(pictures / f"{i}.png") for i in range(6)]
+    for first in range(0, 6, 2):
+        pixels, rows = [], []
+        for i in (first, first + 1):
+            for k in range(4):
+                location = cache.latents[1][i][k]
+                if location not in rows:
+                    rows.append(location)
+                    variation = draw_variation(
+                        60, 48, 32, center_crop=False, random_flip=True, seed=0, image_id=cache.images[i][0], index=k
+                    )
+                    pixels.append(torch.from_numpy(apply_variation(files[i], variation, 32)))
+        for name, value in zip(("mean", "std"), models.encode_images(vae, torch.stack(pixels))):
+            assert torch.equal(torch.stack([cache.latents[0].row(*row, name) for row in rows]), value)
+        captions = [caption for group in cache.dataset["captions"][first : first + 2] for caption in group]
+        stored = torch.stack([cache.prompts[0].row(*cache.prompts[1][c], "hidden_states") for c in captions])
+        assert torch.equal(stored, models.encode_prompts(tokenizer, text_encoder, captions))
+
+
+def test_cached_pictures_keep_their_captions(build, tmp_path):
+    """Fault 12: latents and prompts go by picture and caption, whatever the order that they are trained in."""
+    # Pictures 0 and 4 share a caption, which is stored once.
+    cache = build(write_pictures(tmp_path / "set", captions=["a cat", "a dog", "an axe", "a whip"]))
+    latents, prompts = cache.content()
+    sampler = EffectiveBatchSampler([1] * 6, batch_size=2, accumulation=2, rank=0, world_size=1, seed=0, num_steps=8)
+    pairs, orders = Counter(), set()
+    for batch in torch.utils.data.DataLoader(training_set(cache), batch_sampler=sampler, collate_fn=collate):
+        found = []
+        for mean, states in zip(batch["mean"], batch["encoder_hidden_states"]):
+            (picture,) = (i for i, rows in enumerate(latents) if any(torch.equal(mean, row[0]) for row in rows))
+            (caption,) = (caption for caption, value in prompts.items() if torch.equal(states, value))
+            assert caption == cache.dataset[picture]["captions"][0]
+            pairs[picture] += 1
+            found.append(picture)
+        orders.add(tuple(found))
+    assert pairs == dict.fromkeys(range(6), 4)
+    assert len(orders) > 6
+
+
+def test_workers_read_the_same(build, pictures):
+    cache = build(pictures)
+    sampler = EffectiveBatchSampler([1] * 6, batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, num_steps=4)
+    here, there = (
+        list(
+            torch.utils.data.DataLoader(
+                training_set(cache), batch_sampler=sampler, collate_fn=collate, num_workers=workers
+            )
+        )
+        for workers in (0, 2)
+    )
+    assert len(here) == len(there) == 4
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(here, there) for name in a)
+
+
+# Variations.
+
+
+@pytest.mark.parametrize(
+    ("center_crop", "random_flip", "square", "wide"), [(1, 0, 1, 1), (1, 1, 2, 2), (0, 0, 1, 4), (0, 1, 2, 4)]
+)
+def test_equal_variations_are_stored_once(center_crop, random_flip, square, wide):
+    options = dict(resolution=32, center_crop=center_crop, random_flip=random_flip, seed=0)
+    images = [(f"{i:032x}", *size) for i, size in enumerate([(50, 50), (900, 32), (32, 32)])]
+    shards, locations = caching.plan_latents(
+        images, cache_variations=caching.default_cache_variations(center_crop, random_flip), interpolation="lanczos",
+        identity="vae", dtype=torch.float32, folder="cache", **options,
+    )  # fmt: skip
+    assert [len(shard.entries) for shard in shards] == [square + wide, square]
+    for i, rows in enumerate(locations):
+        for k, (shard, row) in enumerate(rows):
+            variation = draw_variation(*images[i][1:], image_id=images[i][0], index=k, **options)
+            assert shards[shard].entries[row] == (i, variation)
+
+
+# Nothing stale.
+
+
+def edit_picture(folder):
+    pixels = np.array(Image.open(folder / "3.png"))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(folder / "3.png")
+
+
+def edit_caption(folder):
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace("axe number 3", "axe number three"))
+
+
+def one_weight_changed(model, name):
+    changed = copy.deepcopy(model)
+    changed.get_parameter(name).data.view(-1)[0] += 1e-2
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "latents", "prompts"),
+    [
+        (lambda folder, text_encoder, vae: {}, 0, 0),
+        (lambda folder, text_encoder, vae: edit_picture(folder) or {}, 1, 0),
+        (lambda folder, text_encoder, vae: edit_caption(folder) or {}, 0, 1),
+        (lambda folder, text_encoder, vae: dict(vae=one_weight_changed(vae, "encoder.conv_in.weight")), 3, 0),
+        (lambda folder, text_encoder, vae: dict(text_encoder=one_weight_changed(text_encoder, "text_model.final_layer_norm.bias")), 0, 3),
+        (lambda folder, text_encoder, vae: dict(clip_skip=1), 0, 3),
+        (lambda folder, text_encoder, vae: dict(resolution=64), 3, 0),
+        (lambda folder, text_encoder, vae: dict(interpolation="nearest"), 3, 0),
+        (lambda folder, text_encoder, vae: dict(seed=1), 3, 0),
+        (lambda folder, text_encoder, vae: dict(random_flip=False), 3, 0),
+        (lambda folder, text_encoder, vae: dict(cache_variations=9), 3, 0),
+        (lambda folder, text_encoder, vae: dict(center_crop=True), 3, 0),
+        (lambda folder, text_encoder, vae: dict(latent_dtype=torch.float16), 3, 0),
+        (lambda folder, text_encoder, vae: dict(prompt_dtype=torch.bfloat16), 0, 3),
+    ],
+    ids=[
+        "nothing", "picture", "caption", "vae", "text_encoder", "clip_skip", "resolution", "interpolation", "seed",
+        "random_flip", "cache_variations", "center_crop", "latent_dtype", "prompt_dtype",
+    ],
+)  # fmt: skip
+def test_what_has_changed_is_encoded_again_and_nothing_else(
+    build, encoders, pictures, tmp_path, change, latents, prompts
+):
+    before = build(pictures)
+    shards = shards_in(tmp_path / "cache")
+    assert Counter(Path(name).parent.name for name in shards) == {"latents": 3, "prompts": 3}
+    options = change(pictures, *encoders[1:])
+    after = build(pictures, **options)
+    now = shards_in(tmp_path / "cache")
+    assert {name: now[name] for name in shards} == shards
+    new = Counter(Path(name).parent.name for name in now.keys() - shards.keys())
+    assert (new["latents"], new["prompts"]) == (latents, prompts)
+    assert same(after, build(pictures, tmp_path / "fresh", **options))
+    if latents or prompts:
+        assert not same(after, before)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+@pytest.mark.parametrize("kind", ["latents", "prompts"])
+def test_a_cut_shard_is_made_again(build, pictures, tmp_path, kind, keep):
+    build(pictures)
+    before = shards_in(tmp_path / "cache")
+    cut = sorted((tmp_path / "cache" / kind).iterdir())[1]
+    cut.write_bytes(cut.read_bytes()[:keep])
+    build(pictures)
+    after = shards_in(tmp_path / "cache")
+    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
+    assert [name for name in after if after[name][0] != before[name][0]] == [str(cut.relative_to(tmp_path / "cache"))]
+
+
+# Filling.
+
+
+@pytest.fixture
+def fill(encoders, pictures, tmp_path):
+    """Fills the latent shards of a dataset in a folder, with an encoder that fails at some point, as some rank."""
+    dataset = load_records(train_data_dir=pictures)
+    images = inspect(dataset, tmp_path / "memo")
+
+    def run(name, vae_encode=None, rank=0, world_size=1):
+        folder, vae_encode = tmp_path / name, vae_encode or partial(models.encode_images, encoders[2])
+        shards, _ = caching.plan_latents(
+            images, cache_variations=2, identity="vae", dtype=torch.float32, folder=folder, **PREPARING
+        )
+        encode = partial(
+            caching.encode_latent_entries, dataset=dataset, vae_encode=vae_encode, resolution=32,
+            interpolation="lanczos", dtype=torch.float32,
+        )  # fmt: skip
+        caching.fill_shards(shards, encode, rank=rank, world_size=world_size, title="", show_progress=False)
+        return {name: data for name, (_, data) in shards_in(folder).items()}
+
+    return run
+
+
+def test_an_interrupted_filling_goes_on(fill, encoders, tmp_path):
+    whole = fill("whole")
+    assert len(whole) == 3
+    calls = []
+
+    def interrupted(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return models.encode_images(encoders[2], pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill("parts", interrupted)
+    parts = shards_in(tmp_path / "parts")
+    assert len(parts) == 1
+    assert {name: whole[name] for name in parts} == {name: data for name, (_, data) in parts.items()}
+    assert fill("parts", interrupted) == whole
+    assert len(calls) == 4  # the first shard was not encoded again
+
+
+def test_a_failing_write_leaves_nothing(tmp_path):
+    shard = caching.Shard(tmp_path / "latents" / "a.safetensors", [1])
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        caching.fill_shards(
+            [shard],
+            lambda entries, progress: {"mean": "no tensor"},
+            rank=0,
+            world_size=1,
+            title="",
+            show_progress=False,
+        )
+    assert list(shard.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_ranks_share_the_work(fill, encoders, order):
+    """Each makes its part, however far the others are: between them all is made, once, with the same bytes."""
+    made = []
+
+    def vae_encode(pixels):
+        made.append(len(pixels))
+        return models.encode_images(encoders[2], pixels)
+
+    whole = fill("whole", vae_encode)
+    count, made[:] = len(made), []
+    first = fill("parts", vae_encode, rank=order[0], world_size=2)
+    assert 0 < len(first) < len(whole)
+    assert fill("parts", vae_encode, rank=order[1], world_size=2) == whole
+    assert len(made) == count
+
+
+def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
+    """The batch depends on the resolution alone."""
+    whole = fill("whole")
+    monkeypatch.setattr(caching, "ENCODE_PIXELS", 3 * 32 * 32)
+    parts = fill("parts")
+    assert whole.keys() == parts.keys()
+    assert sorted(len(data) for data in whole.values()) == sorted(len(data) for data in parts.values())
+
+
+def test_others_may_read_the_cache(fill, tmp_path):
+    """A cache folder may be shared: its files have the rights that any new file has."""
+    (tmp_path / "ordinary").touch()
+    fill("whole")
+    modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
+    assert modes == {(tmp_path / "ordinary").stat().st_mode}
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
+    folder, gib = tmp_path / "to" / "be" / "made", 2**30
+    sizes = dict(num_latents=1, num_captions=gib // 4, prompt_values=1)  # captions for 1 GiB
+    room = shutil.disk_usage(tmp_path).free // 8
+    caching.check_free_disk(folder, latent_values=room - gib, **sizes)
+    with pytest.raises(InputError, match="--latent_cache_dir") as caught:
+        caching.check_free_disk(folder, latent_values=room + gib, **sizes)
+    assert str(caught.value).startswith(f"{folder}: ")
+    # On a disk that this very cache has filled, the same command goes on.
+    (folder / "latents").mkdir(parents=True)
+    with open(folder / "latents" / "a.safetensors", "wb") as file:
+        file.truncate(16 * gib)  # no byte of it is on the disk
+    caching.check_free_disk(folder, latent_values=room + gib, **sizes)
+
+
+# Pictures are looked at once.
+
+
+def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
+    folder = write_pictures(tmp_path / "set")
+    Image.new("RGB", (7, 9)).save(folder / "1.png")
+    (folder / "2.png").write_bytes(b"")
+    (folder / "3.png").write_text("words")
+    (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    dataset = load_records(train_data_dir=folder)
+    (folder / "5.png").unlink()
+    for _ in range(2):  # what is bad stays bad
+        good, bad = caching.inspect_images(dataset, range(6), tmp_path / "memo")
+        assert good == {
+            i: (image_id((folder / f"{i}.png").read_bytes()), *size) for i, size in enumerate([(40, 32), (7, 9)])
+        }
+        assert bad.keys() == {2, 3, 4, 5}
+        assert "empty" in bad[2]
+        assert "not a picture" in bad[3]
+        assert "decoded" in bad[4]
+        assert "No such file" in bad[5]
+    assert caching.inspect_images(dataset, [1], tmp_path / "memo")[0].keys() == {1}
+
+
+def test_a_row_without_picture_is_told(tmp_path):
+    import datasets
+
+    dataset = datasets.Dataset.from_dict(
+        {"image": [None]}, features=datasets.Features({"image": datasets.Image(decode=False)})
+    )
+    assert caching.inspect_images(dataset, [0], tmp_path) == ({}, {0: "there is no picture"})
+
+
+def test_a_picture_seen_before_is_not_decoded_again(pictures, tmp_path):
+    dataset = load_records(train_data_dir=pictures)
+    first = inspect(dataset, tmp_path)
+    memo = tmp_path / "pictures.txt"
+    assert len(memo.read_text().splitlines()) == 6
+    memo.write_text(memo.read_text().replace(f"{first[2][0]} 60 48", f"{first[2][0]} 61 49"))
+    assert inspect(dataset, tmp_path)[2] == (first[2][0], 61, 49)
+    assert len(memo.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("lost", range(1, 12))
+def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
+    """A run that was killed while it wrote leaves half a line."""
+    dataset = load_records(train_data_dir=pictures)
+    first = inspect(dataset, tmp_path)
+    memo = tmp_path / "pictures.txt"
+    memo.write_bytes(memo.read_bytes()[:-lost])
+    for _ in range(3):
+        assert inspect(dataset, tmp_path) == first
+    memo.write_bytes(b"\xff\x00 12 13\n" + os.urandom(100))
+    assert inspect(dataset, tmp_path) == first
