@@ -9,9 +9,21 @@ RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 # and makes the before/after picture.
 demo: $(VENV)/installed
 	@$(BIN)/accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
-		--config metadata/demo.yaml --output_dir $(RUN)
+		--pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons \
+		--resolution 64 --center_crop --random_flip --train_batch_size 8 --max_train_steps 400 \
+		--rank 16 --learning_rate 8e-3 --lr_scheduler cosine --seed 0 \
+		--validation_prompts "a red axe with pink blossoms on a blue background" \
+			"a white trident with pink blossoms on a purple background" \
+		--num_validation_images 3 --validation_guidance_scale 4 --validation_steps 200 \
+		--output_dir $(RUN)
 	@$(BIN)/python infer.py --pretrained_model_name_or_path models/mini-sd --lora $(RUN) --compare_base \
-		--prompt metadata/demo_prompts.txt --guidance_scale 4 --seed 0 --output_dir $(RUN)/pictures
+		--prompt "a red axe with pink blossoms on a blue background" \
+			"a yellow spear with pink blossoms on a green background" \
+			"a white trident with pink blossoms on a purple background" \
+			"a black whip with pink blossoms on an orange background" \
+			"a green axe with pink blossoms on a white background" \
+			"a blue whip with pink blossoms on a gray background" \
+		--guidance_scale 4 --seed 0 --output_dir $(RUN)/pictures
 	@echo
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"

@@ -217,6 +217,13 @@ def check_args(args):
             f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and the last factor, such as "
             "1:100,0.1:200,0.01."
         )
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr:
+        raise InputError(
+            f"--learning_rate {args.learning_rate}: polynomial ends at 1e-07, so it must be more than that."
+        )
+    vae = args.pretrained_vae_model_name_or_path
+    if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
+        raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
     if args.lora_weights is not None and not Path(args.lora_weights).exists():
         raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
@@ -255,7 +262,10 @@ def hide_secrets(args):
 def quiet_libraries():
     """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
     import logging
+    import warnings
 
+    # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -497,7 +507,8 @@ def main(args):
     vae_encode = functools.partial(models.encode_images, vae)
     text_encode = functools.partial(models.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip)
     prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
-    negative_embeds = text_encode([args.validation_negative_prompt])[0].cpu()
+    # As in diffusers' pipeline, clip_skip is not for the negative prompt.
+    negative_embeds = models.encode_prompts(tokenizer, text_encoder, [args.validation_negative_prompt])[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
     preparing = dict(
         resolution=args.resolution,
@@ -582,7 +593,8 @@ def main(args):
 
     # Reports and files.
     output_dir = Path(args.output_dir)
-    training_header = without_folders({**shown, **settings})
+    described = {**settings_of(args, shown), **settings}
+    training_header = without_folders(described)
     metrics_file = None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -590,7 +602,7 @@ def main(args):
         (output_dir / "run.yaml").write_text(run_file, encoding="utf-8")
         metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
         state.tracker_run_id = tracking.start_trackers(
-            accelerator, args.tracker_project_name, {**shown, **settings}, output_dir, state.tracker_run_id
+            accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id
         )
     say(
         f"{len(dataset)} pictures, {sampler.steps_per_epoch} steps an epoch, {args.max_train_steps} steps; effective batch "
@@ -763,18 +775,19 @@ def main(args):
             repo_id=args.hub_model_id,
         )
         say(f"LoRA: {lora_file}  (model card: {output_dir / 'README.md'}, {time.time() - started:.0f} s)")
-        if args.push_to_hub:
-            try:
-                url = export.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
-            except Exception as error:  # whatever it is, the weights are written and the user must hear so
-                raise TrainingError(
-                    f"The upload failed ({str(error).strip().splitlines()[0]}). Everything is in {output_dir}: run the "
-                    "same command again to upload it."
-                ) from error
-            say(f"uploaded: {url}")
     line = tracking.finish_trackers(accelerator)
     if line is not None:
         say(line)
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            url = export.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
+        except Exception as error:  # whatever it is, the weights are written and the user must hear so
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"The upload failed ({reason}). Everything is in {output_dir}: run the "
+                "same command again to upload it."
+            ) from error
+        say(f"uploaded: {url}")
 
 
 if __name__ == "__main__":

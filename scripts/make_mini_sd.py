@@ -135,6 +135,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the drawings, the initial weights and every batch")
     add("--num_drawings", type=int, default=12000, help="drawings the UNet is trained on")
     add("--vae_steps", type=int, default=1600, help="optimizer steps of the autoencoder")
+    add("--decoder_steps", type=int, default=3000, help="further steps of its decoder alone")
     add("--vae_batch_size", type=int, default=24, help="pictures in each of them")
     add("--unet_steps", type=int, default=5000, help="optimizer steps of the UNet and the text encoder")
     add("--unet_batch_size", type=int, default=32, help="pictures in each of them")
@@ -142,6 +143,13 @@ def parse_args(argv=None):
     add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
     add("--save_every", type=int, default=200, help="steps between states")
     add("--sample_every", type=int, default=800, help="UNet steps between sample sheets")
+    add(
+        "--stages",
+        nargs="+",
+        default=["unet", "decoder"],
+        choices=["unet", "decoder"],
+        help="what to train in this process after the autoencoder: two processes can share the work",
+    )
     add("--export_only", action="store_true", help="write the pipeline from the newest state and stop")
     return parser.parse_args(argv)
 
@@ -292,57 +300,72 @@ def to_tensor(images, device):
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def train_vae(args, device):
-    """L1 + L2 reconstruction with a slight KL; half of the pictures carry confetti, so that any colour is held."""
+def draw_codec_set(args, count=6000):
+    """uint8 pictures (N, H, W, 3) for the autoencoder; half of them carry confetti, so that any colour is held."""
+    print(f"drawing {count} pictures for the autoencoder", flush=True)
+    rng, scenes, pictures = np.random.default_rng([args.seed, 10]), all_scenes(), []
+    for i in range(count):
+        colour, kind, background = scenes[rng.integers(len(scenes))]
+        decorate = decorate_with_confetti if i % 2 else None
+        pictures.append(np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate)))
+    return np.stack(pictures)
+
+
+def edges(pixels):
+    """Differences between neighbours, right and down."""
+    return pixels.diff(dim=-1), pixels.diff(dim=-2)
+
+
+def train_vae(args, device, *, vae=None):
+    """The autoencoder: L1 + L2 reconstruction with a slight KL. Given a `vae`, its decoder alone, with L1 on the edges.
+
+    The second stage leaves the latents as they are, so it can be trained before, beside or after the UNet.
+    """
     import torch
 
-    path = args.work_dir / "vae.pt"
+    name, steps = ("vae", args.vae_steps) if vae is None else ("decoder", args.decoder_steps)
+    path = args.work_dir / f"{name}.pt"
     torch.manual_seed(args.seed)
-    vae = make_vae().to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    decoder_only = vae is not None
+    vae = (vae or make_vae()).to(device, memory_format=torch.channels_last).train()
+    trained = [vae.decoder, vae.post_quant_conv] if decoder_only else [vae]
+    params = [p.requires_grad_(True) for module in trained for p in module.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=0.0)
     average = {k: v.clone().float() for k, v in vae.state_dict().items()}
     step, losses = 0, []
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=device)
         vae.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         step, average = state["step"], state["average"]
-    if step >= args.vae_steps or args.export_only:
-        vae.load_state_dict(average)
-        return vae.eval().requires_grad_(False)
-
-    scenes, started, first = all_scenes(), time.time(), step
-    pool_size = 6000
-    print(f"drawing {pool_size} pictures for the autoencoder", flush=True)
-    rng = np.random.default_rng([args.seed, 10])
-    pool = []
-    for i in range(pool_size):
-        colour, kind, background = scenes[rng.integers(len(scenes))]
-        decorate = decorate_with_confetti if i % 2 else None
-        pool.append(np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate)))
-    pool = np.stack(pool)
-    while step < args.vae_steps:
+    pool = draw_codec_set(args) if step < steps and not args.export_only else None
+    started, first = time.time(), step
+    while step < steps and not args.export_only:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args.vae_steps, args.learning_rate)
-        rng = np.random.default_rng([args.seed, 11, step])
-        pixels = to_tensor(pool[rng.integers(pool_size, size=args.vae_batch_size)], device)
+            group["lr"] = learning_rate_at(step, steps, args.learning_rate)
+        rng = np.random.default_rng([args.seed, 12 if decoder_only else 11, step])
+        pixels = to_tensor(pool[rng.integers(len(pool), size=args.vae_batch_size)], device)
         torch.manual_seed(args.seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            posterior = vae.encode(pixels).latent_dist
+            with torch.set_grad_enabled(not decoder_only):
+                posterior = vae.encode(pixels).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample
         error = reconstruction.float() - pixels
-        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 256
+        loss = error.abs().mean() + error.square().mean()
+        if decoder_only:
+            loss = loss + sum(e.abs().mean() for e in edges(error))
+        else:
+            loss = loss + 1e-5 * posterior.kl().mean() / 256
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         step += 1
         losses.append(loss.item())
         update_average(average, vae, min(0.995, step / (step + 10)))
         if step % 50 == 0:
-            report("vae", step, args.vae_steps, losses, started, first)
-        if step % args.save_every == 0 or step == args.vae_steps:
-            state = dict(model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
-            save_state(path, **state)
+            report(name, step, steps, losses, started, first)
+        if step % args.save_every == 0 or step == steps:
+            save_state(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
     vae.load_state_dict(average)
     return vae.eval().requires_grad_(False)
 
@@ -492,7 +515,14 @@ def main(args):
     print(f"autoencoder: {measure_vae(args, vae, device):.2f} dB on drawings it has not seen", flush=True)
     latents, _, _ = draw_training_set(args, vae, device)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    unet, text_encoder = train_unet(args, vae, tokenizer, device)
+    unet = text_encoder = None
+    if "unet" in args.stages:
+        unet, text_encoder = train_unet(args, vae, tokenizer, device)
+    if "decoder" in args.stages:
+        vae = train_vae(args, device, vae=vae)
+        print(f"after the decoder's own stage: {measure_vae(args, vae, device):.2f} dB", flush=True)
+    if len(args.stages) < 2:
+        return
     sample_sheet(args, vae, unet, text_encoder, tokenizer, args.work_dir / "final.png")
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
     pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)

@@ -151,6 +151,10 @@ def test_flags_are_not_abbreviated():
         (["--noise_offset", "nan"], "--noise_offset nan"),
         (["--seed", str(2**64)], f"--seed {2**64}: it must be less than"),
         (["--seed", "-1"], "--seed -1: it must be 0 or more"),
+        (
+            ["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"],
+            "--learning_rate 1e-08: polynomial ends at 1e-07",
+        ),
         (["--lora_dropout", "1"], "--lora_dropout 1.0: it must be at least 0 and less than 1"),
         (["--lr_scheduler", "piecewise_constant"], "needs --lr_step_rules"),
         (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:x,0.1"], "--lr_step_rules 1:x,0.1:"),
@@ -412,6 +416,15 @@ TWO_BY_ACCELERATE = (
 def test_two_processes_answer_bad_input_once(launcher, arguments):
     done = run_command(arguments(rank=0), launcher)
     assert done.returncode != 0
+    assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
+
+
+@pytest.mark.xfail(strict=True, reason="the launcher ends rank 0 before it has said anything")
+def test_a_slow_first_process_answers_too(arguments, tmp_path):
+    """Another rank ends first, and the launcher ends the others at once."""
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(1)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    done = run_command(arguments(rank=0), TORCHRUN, env={"PYTHONPATH": str(tmp_path)})
     assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
 
 

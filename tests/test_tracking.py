@@ -199,6 +199,7 @@ def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsy
     before = read_metrics(offline_run.out)
     data = offline_run.words[offline_run.words.index("--train_data_dir") + 1]
     train(train_data_dir=data, output_dir=out, rank=3, max_train_steps=4, report_to="wandb")
+    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
     first, second = sorted((out / "wandb").glob("offline-run-*"))
     assert first.name == offline_run.run.name
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
@@ -360,7 +361,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     line = tracking.finish_trackers(accelerator)
     (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
     assert shlex.split(line)[-1] == str(folder)
-    wandb.teardown()  # which flushes the file, as the end of the process does
+    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
     told = capsys.readouterr().err
     assert "doesn't take the run" in told
