@@ -70,7 +70,7 @@ def build_parser():
     group("--train_data_dir", help="folder with metadata.csv, .jsonl or .parquet, also one in each of its subfolders")
     group("--image_column", help="column with the pictures; found by itself when not given")
     group("--caption_column", help="column with the captions, text or lists of text; found by itself when not given")
-    group("--max_train_samples", type=int, help="train on this many pictures, drawn with the seed")
+    group("--max_train_samples", type=int, help="train on this many pictures, always the same ones")
     group("--resolution", type=int, default=512, help="side of the square that pictures are resized and cropped to, in pixels")
     group("--center_crop", **yes, help="crop the middle; otherwise the place is random")
     group("--random_flip", **yes, help="mirror half of the pictures")
@@ -238,16 +238,14 @@ def check_args(args):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
 
 
-def check_output_dir(output_dir):
-    """Raises `InputError` where the output folder can't be written; makes nothing, as other processes check it too."""
+def check_folder(output_dir, flag):
+    """Raises `InputError` where the folder can't be written; makes nothing, as other processes check it too."""
     path = Path(output_dir)
     try:
         nearest = next(p for p in (path, *path.parents) if p.exists())
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise InputError(
-            f"{output_dir}: it can't be written ({error.strerror}). Pass another --output_dir."
-        ) from error
+        raise InputError(f"{output_dir}: it can't be written ({error.strerror}). Pass another {flag}.") from error
 
 
 def hide_secrets(args):
@@ -275,6 +273,8 @@ def quiet_libraries():
 
 def check_inputs(args):
     """Base model and pictures as the command names them; what is wrong with them is told before torch is imported."""
+    from huggingface_hub import get_token
+
     from text_to_image_lora import models
 
     base = models.find_base_model(
@@ -297,10 +297,16 @@ def check_inputs(args):
         caption_column=args.caption_column,
         cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples,
-        seed=args.seed or 0,
+        seed=0,
         skip_bad_images=args.skip_bad_images,
     )
-    check_output_dir(args.output_dir)
+    if args.clip_skip is not None and args.clip_skip >= base.text_layers:
+        raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise InputError("--push_to_hub needs a token: run `hf auth login` first.")
+    check_folder(args.output_dir, "--output_dir")
+    if args.cache_variations != 0:
+        check_folder(Path(args.latent_cache_dir).expanduser(), "--latent_cache_dir")
     return base, dataset
 
 
@@ -386,6 +392,17 @@ def adapt(unet, args):
     return num_adapted
 
 
+def tell_cut_captions(dataset, tokenizer, say):
+    """Says how many captions are longer than the text encoder reads."""
+    captions = [(index, caption) for index, group in enumerate(dataset["captions"]) for caption in group]
+    lengths = map(len, tokenizer([caption for _, caption in captions]).input_ids)
+    limit = tokenizer.model_max_length
+    cut = [index for (index, _), length in zip(captions, lengths, strict=True) if length > limit]
+    if cut:
+        first = dataset[cut[0]]["source"]
+        say(f"{len(cut)} captions have more than {limit} tokens, and what follows is cut; the first: {first}")
+
+
 def make_optimizer(args, params_to_optimize, learning_rate, device):
     """AdamW, in 8 bit where asked for; the parameters and what it keeps of them are float32 (or 8-bit states)."""
     options = dict(
@@ -443,6 +460,8 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, fp16 or bf16.")
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
     accelerator = Accelerator(
@@ -492,13 +511,15 @@ def main(args):
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
+    tell_cut_captions(dataset, tokenizer, say)
     noise_scheduler = models.make_noise_scheduler(
         scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
     )
     if device.type != "mps":
         unet.to(memory_format=torch.channels_last)
-    unet.to(device, weight_dtype)
     num_adapted = adapt(unet, args)
+    lora.cast_frozen(unet, weight_dtype)
+    unet.to(device)
     params_to_optimize = lora.trainable_parameters(unet)
 
     # The cache: with it, the denoiser alone stays on the device.
@@ -637,7 +658,13 @@ def main(args):
             tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
 
     def save_lora(folder):
-        return export.save_lora(folder, {"unet": lora.adapter_state(unwrapped)}, training_header)
+        adapter, lora_config = lora.adapter_state(unwrapped)
+        if not all(value.isfinite().all() for value in adapter.values()):
+            raise TrainingError(
+                f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
+                f"saved before is in {output_dir}."
+            )
+        return export.save_lora(folder, {"unet": (adapter, lora_config)}, training_header)
 
     def save():
         if accelerator.is_main_process:
@@ -652,7 +679,7 @@ def main(args):
                     settings=settings,
                 )
                 save_lora(folder)
-            checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit)
+            checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
     waiting, smooth = None, None
 
@@ -762,7 +789,6 @@ def main(args):
 
     # What the run leaves.
     if accelerator.is_main_process:
-        metrics_file.close()
         lora_file = save_lora(output_dir)
         pictures = validation.latest_images(output_dir, args.validation_prompts)
         export.write_model_card(
@@ -794,8 +820,9 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (InputError, TrainingError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)  # rank 0 says the same, and the launcher then ends this one; else it is this rank's alone
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)

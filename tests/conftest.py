@@ -24,6 +24,13 @@ train_script = importlib.import_module("train_text_to_image_lora")
 train_script.quiet_libraries()
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(request, monkeypatch):
+    """Bit-for-bit comparisons are of the CPU's; only tests marked gpu use another device."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
     """A `StableDiffusionPipeline` folder with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""

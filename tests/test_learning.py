@@ -74,7 +74,9 @@ def demo_lora(tmp_path_factory):
 def test_the_demo_learns(demo_lora):
     """Held-out loss falls by a tenth at least, and blossoms appear that the base never draws; seed for seed."""
     kinds = ("axe", "spear", "trident", "whip")
-    prompts = [f"a {colour} {kind} with pink blossoms on a blue background" for kind in kinds for colour in ("red", "white")]
+    prompts = [
+        f"a {colour} {kind} with pink blossoms on a blue background" for kind in kinds for colour in ("red", "white")
+    ]
     losses, shares = {}, {}
     for name, lora in (("base", None), ("lora", demo_lora)):
         pipeline = load_pipeline(lora=lora)

@@ -1,7 +1,5 @@
 """Precision: the frozen base may be small, the LoRA and its optimizer never; and what was trained is what is loaded."""
 
-import gc
-import io
 import sys
 from pathlib import Path
 
@@ -130,20 +128,11 @@ def test_fp16_loses_no_small_update(train, first_forward):
     assert (moved(output_dir, 6, start) != 0).float().mean() > 0.9
 
 
-def close_metrics():
-    """Closes the metrics.jsonl that a run which ends in an error leaves open; pytest makes an error of such files."""
-    for file in gc.get_objects():
-        if type(file) is io.TextIOWrapper and str(file.name).endswith("metrics.jsonl"):
-            file.close()
-
-
-@pytest.mark.xfail(strict=True, reason="main writes weights that are not numbers, and says nothing")
 def test_weights_that_are_not_numbers_are_not_written(train, tmp_path):
     """With an epsilon of 0 the first update of lora_A, whose gradient is 0, is 0 / 0; the loss before it was fine."""
     with pytest.raises(TrainingError) as caught:
         train(adam_epsilon=0, max_train_steps=1)
     assert "\n" not in str(caught.value)
-    close_metrics()
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
@@ -151,7 +140,6 @@ def test_a_run_that_diverges_stops_and_says_so(train, tmp_path):
     with pytest.raises(TrainingError, match="The loss of step 2 is nan. Lower --learning_rate") as caught:
         train(learning_rate=1e30, max_train_steps=3)
     assert "\n" not in str(caught.value)
-    close_metrics()
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
     assert [row["step"] for row in read_metrics(tmp_path / "out")] == [1]

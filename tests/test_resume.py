@@ -156,7 +156,6 @@ def test_none_starts_over(train, tmp_path, capsys):
     assert_same_end(straight, output_dir, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoints of a run that was given up are taken for newer ones")
 @pytest.mark.parametrize("limit", [None, 1])
 def test_none_leaves_no_checkpoint_of_the_run_that_was_given_up(train, limit):
     """Else the limit deletes the new ones in its favour, and `latest` goes on from it."""
@@ -209,15 +208,12 @@ def test_pictures_that_only_moved_are_the_same_run(train, pictures, tmp_path):
     train(max_train_steps=4, train_data_dir=tmp_path / "elsewhere")
 
 
-SILENT = pytest.mark.xfail(strict=True, reason="the checkpoint's own is used, and nothing is said")
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("lr_scheduler", "cosine"),
-        pytest.param("learning_rate", 1e-4, marks=SILENT),
-        pytest.param("adam_weight_decay", 0.5, marks=SILENT),
+        ("learning_rate", 1e-4),
+        ("adam_weight_decay", 0.5),
     ],
 )
 def test_another_learning_rate_is_used_or_refused(train, tmp_path, name, value):

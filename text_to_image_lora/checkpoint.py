@@ -114,8 +114,15 @@ def load_checkpoint(path, *, optimizer, lr_scheduler, scaler):
     try:
         adapter = load_file(path / "adapter.safetensors")
         stored = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        # What the flags say now holds: only what was learnt comes from the checkpoint.
+        flags = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        base_lrs = lr_scheduler.base_lrs
         optimizer.load_state_dict(stored["optimizer"])
-        lr_scheduler.load_state_dict(stored["lr_scheduler"])
+        lr_scheduler.load_state_dict(stored["lr_scheduler"] | {"base_lrs": base_lrs})
+        factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
+        lr_scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors)]
+        for group, flag, lr in zip(optimizer.param_groups, flags, lr_scheduler._last_lr):
+            group.update(flag, lr=lr)
         if scaler is not None and stored["scaler"] is not None:
             scaler.load_state_dict(stored["scaler"])
     except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
@@ -138,8 +145,13 @@ def check_same_run(path, before, now):
         )
 
 
-def prune_checkpoints(output_dir, limit):
-    """Deletes the oldest checkpoints beyond `limit`; called after the new one is in place."""
+def prune_checkpoints(output_dir, limit, newest):
+    """Deletes the oldest checkpoints beyond `limit`, and those after step `newest`, of a run that was given up.
+
+    Called after the new one is in place.
+    """
     checkpoints = list_checkpoints(output_dir)
-    for path in checkpoints[: max(len(checkpoints) - limit, 0)] if limit is not None else []:
+    given_up = [path for path in checkpoints if int(path.name.partition("-")[2]) > newest]
+    kept = checkpoints[: len(checkpoints) - len(given_up)]
+    for path in given_up + (kept[: max(len(kept) - limit, 0)] if limit is not None else []):
         shutil.rmtree(_set_aside(path))

@@ -47,6 +47,13 @@ def add_lora(model, *, rank, lora_alpha, lora_dropout, target_modules, init_lora
     return adapted
 
 
+def cast_frozen(model, dtype):
+    """Takes the base to a precision of its own, after the adapters have read it in float32 (DoRA's magnitudes do)."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def trainable_parameters(model):
     """A list, not a generator: the optimizer and the clipping both walk through it."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

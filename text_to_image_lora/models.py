@@ -38,6 +38,7 @@ class BaseModel(NamedTuple):
     latent_channels: int
     vae_factor: int
     cross_attention_dim: int
+    text_layers: int
     single_file_config: str | None
     revision: str | None
     variant: str | None
@@ -73,12 +74,12 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
 
     if kind == "file" and folder is None:
         # A single file names no family; its configuration comes from the hub when it is loaded.
-        family, vae, unet = "StableDiffusionPipeline", {}, {}
+        family, vae, unet, text = "StableDiffusionPipeline", {}, {}, {}
     else:
         family = read("model_index.json").get("_class_name")
         if family not in MODEL_SPECS:
             raise InputError(f"{name}: a {family} is not supported; supported: {', '.join(MODEL_SPECS)}.")
-        vae, unet = read("vae/config.json"), read("unet/config.json")
+        vae, unet, text = (read(f"{part}/config.json") for part in ("vae", "unet", "text_encoder"))
     # What a configuration leaves out is SD1.5's.
     vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
     return BaseModel(
@@ -89,6 +90,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         latent_channels=vae.get("latent_channels", 4),
         vae_factor=vae_factor,
         cross_attention_dim=unet.get("cross_attention_dim", 768),
+        text_layers=text.get("num_hidden_layers", 12),
         single_file_config=single_file_config,
         revision=revision,
         variant=variant,

@@ -156,8 +156,8 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, the same numbers that the trackers get."""
 
     def __init__(self, path, first_step):
-        """Opens for appending; lines after `first_step`, of a run that went further before it was resumed, go."""
-        path = Path(path)
+        """Starts or goes on; lines after `first_step`, of a run that went further before it was resumed, go."""
+        self.path = path = Path(path)
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
@@ -165,11 +165,8 @@ class MetricsFile:
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(kept))
                 os.replace(temporary, path)
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for as long as the run
 
     def write(self, step, values):
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-
-    def close(self):
-        self.file.close()
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")

@@ -75,6 +75,11 @@ def generate_images(
     return {task: image for part in gather_object([images]) for task, image in part.items()}
 
 
+def step_of(folder):
+    """The step of a validation's folder, `step-000100`."""
+    return int(folder.name.partition("-")[2])
+
+
 def save_images(images, prompts, folder):
     """Writes each picture, its prompt in the file, and a sheet of all with their prompts.
 
@@ -84,7 +89,7 @@ def save_images(images, prompts, folder):
     from PIL.PngImagePlugin import PngInfo
 
     for other in folder.parent.glob("step-*"):
-        if other.name >= folder.name:
+        if step_of(other) >= step_of(folder):
             shutil.rmtree(other)
     folder.mkdir(parents=True)
     for (prompt, k), image in images.items():
@@ -96,7 +101,7 @@ def save_images(images, prompts, folder):
 
 def latest_images(output_dir, prompts):
     """[(prompt, path)] of the newest validation in `output_dir`, for the prompts that are asked for."""
-    folders = sorted((output_dir / "validation").glob("step-*"))
+    folders = sorted((output_dir / "validation").glob("step-*"), key=step_of)
     paths = sorted(folders[-1].glob("prompt-*.png")) if folders and prompts else []
     found = []
     for path in paths:
