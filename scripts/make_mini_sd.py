@@ -135,9 +135,9 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the drawings, the initial weights and every batch")
     add("--num_drawings", type=int, default=12000, help="drawings the UNet is trained on")
     add("--vae_steps", type=int, default=1600, help="optimizer steps of the autoencoder")
-    add("--decoder_steps", type=int, default=3000, help="further steps of its decoder alone")
+    add("--decoder_steps", type=int, default=1600, help="further steps of its decoder alone")
     add("--vae_batch_size", type=int, default=24, help="pictures in each of them")
-    add("--unet_steps", type=int, default=5000, help="optimizer steps of the UNet and the text encoder")
+    add("--unet_steps", type=int, default=5600, help="optimizer steps of the UNet and the text encoder")
     add("--unet_batch_size", type=int, default=32, help="pictures in each of them")
     add("--learning_rate", type=float, default=1e-3, help="at the top, after warm-up; decays linearly to 0")
     add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
@@ -416,17 +416,26 @@ def draw_training_set(args, vae, device):
     return stored["latents"], stored["scenes"], scenes
 
 
-def sample_sheet(args, vae, unet, text_encoder, tokenizer, path):
-    """One picture a prompt at guidance 4, 25 steps: what the state of training looks like."""
+def sample_sheet(args, vae, unet, text_encoder, tokenizer, path, prompts=VALIDATION_PROMPTS):
+    """One picture a prompt at guidance 4, 25 steps, the prompt below it: what the state of training looks like."""
     import torch
+    from PIL import Image, ImageDraw, ImageFont
 
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        VALIDATION_PROMPTS, num_inference_steps=25, guidance_scale=4.0, height=RESOLUTION, width=RESOLUTION,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(VALIDATION_PROMPTS))],
+        prompts, num_inference_steps=25, guidance_scale=4.0, height=RESOLUTION, width=RESOLUTION,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
     ).images  # fmt: skip
-    contact_sheet(images, 8, scale=2).save(path)
+    tiles, font = [], ImageFont.load_default(size=11)
+    for image, prompt in zip(images, prompts, strict=True):
+        tile = Image.new("RGB", (160, 188), "white")
+        tile.paste(image.resize((160, 160), Image.Resampling.LANCZOS))
+        words = prompt.split(" on ")
+        for line, text in enumerate((words[0], "on " + words[1])):
+            ImageDraw.Draw(tile).text((2, 160 + 13 * line), text, fill="black", font=font)
+        tiles.append(tile)
+    contact_sheet(tiles, 8).save(path)
 
 
 def make_pipeline(vae, unet, text_encoder, tokenizer):
@@ -523,7 +532,10 @@ def main(args):
         print(f"after the decoder's own stage: {measure_vae(args, vae, device):.2f} dB", flush=True)
     if len(args.stages) < 2:
         return
-    sample_sheet(args, vae, unet, text_encoder, tokenizer, args.work_dir / "final.png")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    scenes = held_out_scenes(args.seed)
+    prompts = [captions_of(*scenes[i])[0] for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
+    sample_sheet(args, vae, unet, text_encoder, tokenizer, args.output_dir / "samples.png", prompts)
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
     pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
     count = sum(p.numel() for m in (vae, unet, text_encoder) for p in m.parameters())

@@ -239,3 +239,13 @@ def test_model_and_dataset_by_their_names_on_the_hub(tiny_sd, arguments, train, 
     assert done.returncode == 0, done.stderr
     c = read_lora(tmp_path / "offline")
     assert all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_dataset_that_is_not_there_is_told_without_a_network(arguments, tmp_path):
+    """The client would retry for half a minute; nothing listens on port 9."""
+    words = arguments(train_data_dir=None, dataset_name="nobody/nothing", output_dir=tmp_path / "out")
+    done = run_command(words, env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=20)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "nobody/nothing: neither a folder here nor a hub dataset" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -234,9 +234,19 @@ def _from_hub(name, config_name, image_column, caption_column, cache_dir):
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
     import datasets
+    import httpx
+    import huggingface_hub
 
     datasets.logging.set_verbosity_error()
     try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            try:
+                huggingface_hub.HfApi().dataset_info(name, timeout=3)
+            except (OSError, httpx.TransportError) as error:
+                if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
+                    raise
+                # No network: what is in the cache serves, and the client needn't retry for half a minute to find out.
+                huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         features = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir).info.features
         if features is not None:
             _columns_of(features, name, image_column, caption_column)
