@@ -10,19 +10,20 @@ RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 demo: $(VENV)/installed
 	@$(BIN)/accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
 		--pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons \
-		--resolution 64 --center_crop --random_flip --train_batch_size 8 --max_train_steps 400 \
-		--rank 16 --learning_rate 8e-3 --lr_scheduler cosine --seed 0 \
-		--validation_prompts "a red axe with pink blossoms on a blue background" \
-			"a white trident with pink blossoms on a purple background" \
-		--num_validation_images 3 --validation_guidance_scale 4 --validation_steps 200 \
+		--resolution 64 --center_crop --random_flip --train_batch_size 4 --max_train_steps 800 \
+		--rank 16 --learning_rate 2.5e-3 --lr_scheduler cosine --seed 0 \
+		--target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
+		--validation_prompts "a green axe with pink blossoms on a white background" \
+			"a blue whip with pink blossoms on a gray background" \
+		--num_validation_images 3 --validation_guidance_scale 4 --validation_steps 400 \
 		--output_dir $(RUN)
 	@$(BIN)/python infer.py --pretrained_model_name_or_path models/mini-sd --lora $(RUN) --compare_base \
-		--prompt "a red axe with pink blossoms on a blue background" \
-			"a yellow spear with pink blossoms on a green background" \
-			"a white trident with pink blossoms on a purple background" \
-			"a black whip with pink blossoms on an orange background" \
-			"a green axe with pink blossoms on a white background" \
+		--prompt "a green axe with pink blossoms on a white background" \
+			"a blue spear with pink blossoms on a green background" \
+			"a black trident with pink blossoms on a yellow background" \
 			"a blue whip with pink blossoms on a gray background" \
+			"a purple axe with pink blossoms on a black background" \
+			"a green trident with pink blossoms on a blue background" \
 		--guidance_scale 4 --seed 0 --output_dir $(RUN)/pictures
 	@echo
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"

@@ -55,7 +55,7 @@ def held_out_loss(pipeline, folder=TEST_SET, strata=8):
 def pink_share(image):
     """The share of blossom pink in a picture: no colour of the base's drawings is near it."""
     hue, saturation, value = np.asarray(image.convert("HSV"), dtype=float).transpose(2, 0, 1)
-    return float(np.mean((hue > 218) & (hue < 248) & (saturation > 50) & (saturation < 190) & (value > 170)))
+    return float(np.mean((hue > 215) & (hue < 250) & (saturation > 35) & (saturation < 190) & (value > 170)))
 
 
 @pytest.fixture(scope="module")
