@@ -18,12 +18,12 @@ demo: $(VENV)/installed
 		--num_validation_images 3 --validation_guidance_scale 4 --validation_steps 400 \
 		--output_dir $(RUN)
 	@$(BIN)/python infer.py --pretrained_model_name_or_path models/mini-sd --lora $(RUN) --compare_base \
-		--prompt "a green axe with pink blossoms on a white background" \
-			"a blue spear with pink blossoms on a green background" \
-			"a black trident with pink blossoms on a yellow background" \
+		--prompt "a blue axe with pink blossoms on a gray background" \
+			"a green spear with pink blossoms on a gray background" \
+			"a green trident with pink blossoms on a white background" \
 			"a blue whip with pink blossoms on a gray background" \
-			"a purple axe with pink blossoms on a black background" \
-			"a green trident with pink blossoms on a blue background" \
+			"a green axe with pink blossoms on a yellow background" \
+			"a blue spear with pink blossoms on a white background" \
 		--guidance_scale 4 --seed 0 --output_dir $(RUN)/pictures
 	@echo
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"

@@ -72,7 +72,7 @@ def demo_lora(tmp_path_factory):
 
 
 def test_the_demo_learns(demo_lora):
-    """Held-out loss falls by a tenth at least, and blossoms appear that the base never draws; seed for seed."""
+    """Held-out loss falls by a quarter at least, and blossoms appear that the base never draws; seed for seed."""
     kinds = ("axe", "spear", "trident", "whip")
     prompts = [
         f"a {colour} {kind} with pink blossoms on a blue background" for kind in kinds for colour in ("red", "white")
@@ -84,7 +84,7 @@ def test_the_demo_learns(demo_lora):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         images = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
         shares[name] = np.array([pink_share(image) for image in images])
-    assert losses["lora"] < 0.9 * losses["base"], losses
+    assert losses["lora"] < 0.75 * losses["base"], losses
     assert (shares["base"] < 0.01).all(), shares
     assert (shares["lora"] > shares["base"] + 0.01).mean() >= 0.75, shares
 
