@@ -24,6 +24,16 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 SECRETS = ("hub_token",)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something, and one letter for what a flag takes."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, "NAME")
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Answers a mistake in one line, and names the nearest flag there is."""
 
@@ -39,7 +49,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     parser = Parser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name ID | --train_data_dir FOLDER) [flags]",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
     # Each has its --no-..., so that the command line can also take back what --config says.
     switch = dict(action=argparse.BooleanOptionalAction)
