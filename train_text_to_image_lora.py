@@ -814,6 +814,10 @@ def main(args):
             repo_id=args.hub_model_id,
         )
         say(f"LoRA: {lora_file}  (model card: {output_dir / 'README.md'}, {time.time() - started:.0f} s)")
+    # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
+    # interpreter ends, and then now and then abort the process.
+    accelerator.wait_for_everyone()
+    unet, optimizer = accelerator.free_memory(unet, optimizer)
     line = tracking.finish_trackers(accelerator)
     if line is not None:
         say(line)

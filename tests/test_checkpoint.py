@@ -211,7 +211,7 @@ def save_over_an_old_one_and_prune(kill_at):
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(count)
     write(2, "new")
-    prune_checkpoints(".", 1)
+    prune_checkpoints(".", 1, newest=2)
 
 kill_at, survived = 0, False
 while not survived:
@@ -228,7 +228,7 @@ while not survived:
         path.name: [(path / name).read_text() if (path / name).exists() else None for name in FILES]
         for path in list_checkpoints(".")
     }}
-    prune_checkpoints(".", 1)
+    prune_checkpoints(".", 1, newest=2)
     write(3, "new")
     print(json.dumps([found, [path.name for path in list_checkpoints(".")]]))
     os.chdir("..")
@@ -317,7 +317,7 @@ def test_the_newest_are_kept(tmp_path, limit, kept):
         save(tmp_path, step)
     (tmp_path / "checkpoint-7").mkdir()  # not ours to delete: it is no checkpoint
     (tmp_path / "notes").mkdir()
-    prune_checkpoints(tmp_path, limit)
+    prune_checkpoints(tmp_path, limit, newest=100)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps[4 - kept :]]
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "checkpoint-7", "notes"}
 
