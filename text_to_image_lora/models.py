@@ -170,7 +170,8 @@ def load_components(base, *, pretrained_vae=None):
                 base.source, subfolder="unet", torch_dtype=torch.float32, **weights
             )
             scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
-        if len(tokenizer) != text_encoder.config.vocab_size:  # without its files, a tokenizer is empty in silence
+        # Without its files a tokenizer is empty in silence; one of bytes has 256 words at least.
+        if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} words and the text encoder {text_encoder.config.vocab_size}"
             )
