@@ -310,7 +310,6 @@ def check_inputs(args):
         caption_column=args.caption_column,
         cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples,
-        seed=0,
         skip_bad_images=args.skip_bad_images,
     )
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
@@ -346,6 +345,24 @@ def usable_pictures(dataset, args, accelerator, say):
     if not good:
         raise InputError("Not one picture can be used: nothing to train on.")
     return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
+def settle_cache(args, base, dataset, images, latent_shape):
+    """Settles how many variations are cached, and checks that they fit on the disk."""
+    import math
+
+    from text_to_image_lora import caching
+
+    if args.cache_variations is None:
+        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
+    if args.cache_variations:
+        caching.check_free_disk(
+            Path(args.latent_cache_dir).expanduser(),
+            num_latents=len(images) * args.cache_variations,
+            latent_values=math.prod(latent_shape),
+            num_captions=sum(map(len, dataset["captions"])),
+            prompt_values=77 * base.cross_attention_dim,
+        )
 
 
 def identity_of_run(args, dataset, images, world_size):
@@ -495,17 +512,7 @@ def main(args):
 
     dataset, images = usable_pictures(dataset, args, accelerator, say)
     latent_shape = (base.latent_channels, *[args.resolution // base.vae_factor] * 2)
-    cache_folder = Path(args.latent_cache_dir).expanduser()
-    if args.cache_variations is None:
-        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
-    if args.cache_variations:
-        caching.check_free_disk(
-            cache_folder,
-            num_latents=len(images) * args.cache_variations,
-            latent_values=math.prod(latent_shape),
-            num_captions=sum(map(len, dataset["captions"])),
-            prompt_values=77 * base.cross_attention_dim,
-        )
+    settle_cache(args, base, dataset, images, latent_shape)
 
     # Where a run of this command stopped, if it did.
     resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -564,7 +571,7 @@ def main(args):
             text_identity=models.text_identity(tokenizer, text_encoder),
             clip_skip=args.clip_skip,
             prompt_dtype=weight_dtype,
-            folder=cache_folder,
+            folder=Path(args.latent_cache_dir).expanduser(),
             accelerator=accelerator,
             **preparing,
         )
