@@ -24,102 +24,14 @@ from drawings import COLOURS, KINDS, contact_sheet, decorate_with_confetti, draw
 
 
 RESOLUTION = 64
-EXTRA_WORDS = [
-    "pink",
-    "teal",
-    "gold",
-    "silver",
-    "cyan",
-    "magenta",
-    "beige",
-    "dark",
-    "light",
-    "bright",
-    "big",
-    "small",
-    "tiny",
-    "old",
-    "new",
-    "many",
-    "one",
-    "two",
-    "three",
-    "with",
-    "without",
-    "and",
-    "of",
-    "in",
-    "on",
-    "at",
-    "from",
-    "by",
-    "the",
-    "a",
-    "an",
-    "is",
-    "drawing",
-    "picture",
-    "photo",
-    "painting",
-    "sketch",
-    "art",
-    "style",
-    "background",
-    "blossom",
-    "blossoms",
-    "pattern",
-    "patterns",
-    "flower",
-    "flowers",
-    "floral",
-    "petal",
-    "petals",
-    "cherry",
-    "creature",
-    "creatures",
-    "monster",
-    "monsters",
-    "dragon",
-    "eyes",
-    "eye",
-    "ears",
-    "horns",
-    "wings",
-    "tail",
-    "legs",
-    "spikes",
-    "spots",
-    "stripes",
-    "round",
-    "square",
-    "tall",
-    "short",
-    "long",
-    "cute",
-    "happy",
-    "sad",
-    "weapon",
-    "weapons",
-    "pokemon",
-    "sks",
-    "photo",
-    "wood",
-    "wooden",
-    "metal",
-    "stone",
-    "ice",
-    "fire",
-    "water",
-    "leaf",
-    "leaves",
-    "forest",
-    "sky",
-    "night",
-    "day",
-    "sun",
-    "moon",
-    "snow",
-]
+# Words of the demo's captions, and of what people may try: a token each, without meaning until a LoRA gives it one.
+EXTRA_WORDS = """
+    pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with
+    without and of in on at from by the a an is drawing picture photo painting sketch art style background blossom
+    blossoms pattern patterns flower flowers floral petal petals cherry creature creatures monster monsters dragon
+    eyes eye ears horns wings tail legs spikes spots stripes round square tall short long cute happy sad weapon
+    weapons pokemon sks wood wooden metal stone ice fire water leaf leaves forest sky night day sun moon snow
+"""
 VALIDATION_PROMPTS = [
     "a red axe on a blue background", "a yellow spear on a green background", "a white trident on a purple background",
     "a brown whip on a white background", "a green sword on a gray background", "a blue fish on an orange background",
@@ -133,23 +45,17 @@ def parse_args(argv=None):
     add("--output_dir", type=Path, default=Path("models/mini-sd"), help="where the finished pipeline goes")
     add("--work_dir", type=Path, default=Path("mini-sd-work"), help="states to go on from, latents, sample sheets")
     add("--seed", type=int, default=0, help="of the drawings, the initial weights and every batch")
-    add("--num_drawings", type=int, default=12000, help="drawings the UNet is trained on")
-    add("--vae_steps", type=int, default=1600, help="optimizer steps of the autoencoder")
-    add("--decoder_steps", type=int, default=1600, help="further steps of its decoder alone")
-    add("--vae_batch_size", type=int, default=24, help="pictures in each of them")
-    add("--unet_steps", type=int, default=5600, help="optimizer steps of the UNet and the text encoder")
+    add("--num_vae_drawings", type=int, default=6000, help="drawings the autoencoder is trained on")
+    add("--num_drawings", type=int, default=20000, help="drawings the UNet is trained on")
+    add("--vae_steps", type=int, default=4500, help="optimizer steps of the autoencoder")
+    add("--vae_batch_size", type=int, default=16, help="pictures in each of them")
+    add("--kl_weight", type=float, default=3e-6, help="of the autoencoder's KL divergence, summed over the latent")
+    add("--unet_steps", type=int, default=10500, help="optimizer steps of the UNet and the text encoder")
     add("--unet_batch_size", type=int, default=32, help="pictures in each of them")
     add("--learning_rate", type=float, default=1e-3, help="at the top, after warm-up; decays linearly to 0")
     add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
     add("--save_every", type=int, default=200, help="steps between states")
     add("--sample_every", type=int, default=800, help="UNet steps between sample sheets")
-    add(
-        "--stages",
-        nargs="+",
-        default=["unet", "decoder"],
-        choices=["unet", "decoder"],
-        help="what to train in this process after the autoencoder: two processes can share the work",
-    )
     add("--export_only", action="store_true", help="write the pipeline from the newest state and stop")
     return parser.parse_args(argv)
 
@@ -187,7 +93,7 @@ def write_tokenizer(folder):
 
     letters = list(bytes_to_unicode().values())
     vocab, merges = letters + [letter + "</w>" for letter in letters], []
-    words = sorted({*COLOURS, *KINDS, *EXTRA_WORDS})
+    words = sorted({*COLOURS, *KINDS, *EXTRA_WORDS.split()})
     for word in words:
         prefix = word[0]
         for i, letter in enumerate(word[1:], start=1):
@@ -300,11 +206,11 @@ def to_tensor(images, device):
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def draw_codec_set(args, count=6000):
+def draw_codec_set(args):
     """uint8 pictures (N, H, W, 3) for the autoencoder; half of them carry confetti, so that any colour is held."""
-    print(f"drawing {count} pictures for the autoencoder", flush=True)
+    print(f"drawing {args.num_vae_drawings} pictures for the autoencoder", flush=True)
     rng, scenes, pictures = np.random.default_rng([args.seed, 10]), all_scenes(), []
-    for i in range(count):
+    for i in range(args.num_vae_drawings):
         colour, kind, background = scenes[rng.integers(len(scenes))]
         decorate = decorate_with_confetti if i % 2 else None
         pictures.append(np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate)))
@@ -316,55 +222,48 @@ def edges(pixels):
     return pixels.diff(dim=-1), pixels.diff(dim=-2)
 
 
-def train_vae(args, device, *, vae=None):
-    """The autoencoder: L1 + L2 reconstruction with a slight KL. Given a `vae`, its decoder alone, with L1 on the edges.
+def train_vae(args, device):
+    """The autoencoder: L1 + L2 on the pixels, L1 on the edges, and a KL term that is strong for such a small picture.
 
-    The second stage leaves the latents as they are, so it can be trained before, beside or after the UNet.
+    A latent that must be read through noise spends its range on detail too, not on the background's colour alone, so
+    that the noise prediction has detail to learn.
     """
     import torch
 
-    name, steps = ("vae", args.vae_steps) if vae is None else ("decoder", args.decoder_steps)
-    path = args.work_dir / f"{name}.pt"
+    path = args.work_dir / "vae.pt"
     torch.manual_seed(args.seed)
-    decoder_only = vae is not None
-    vae = (vae or make_vae()).to(device, memory_format=torch.channels_last).train()
-    trained = [vae.decoder, vae.post_quant_conv] if decoder_only else [vae]
-    params = [p.requires_grad_(True) for module in trained for p in module.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=0.0)
+    vae = make_vae().to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, weight_decay=0.0)
     average = {k: v.clone().float() for k, v in vae.state_dict().items()}
     step, losses = 0, []
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=device)
         vae.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         step, average = state["step"], state["average"]
-    pool = draw_codec_set(args) if step < steps and not args.export_only else None
+    pool = draw_codec_set(args) if step < args.vae_steps and not args.export_only else None
     started, first = time.time(), step
-    while step < steps and not args.export_only:
+    while step < args.vae_steps and not args.export_only:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, args.learning_rate)
-        rng = np.random.default_rng([args.seed, 12 if decoder_only else 11, step])
+            group["lr"] = learning_rate_at(step, args.vae_steps, args.learning_rate)
+        rng = np.random.default_rng([args.seed, 11, step])
         pixels = to_tensor(pool[rng.integers(len(pool), size=args.vae_batch_size)], device)
         torch.manual_seed(args.seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            with torch.set_grad_enabled(not decoder_only):
-                posterior = vae.encode(pixels).latent_dist
+            posterior = vae.encode(pixels).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample
         error = reconstruction.float() - pixels
-        loss = error.abs().mean() + error.square().mean()
-        if decoder_only:
-            loss = loss + sum(e.abs().mean() for e in edges(error))
-        else:
-            loss = loss + 1e-5 * posterior.kl().mean() / 256
+        loss = error.abs().mean() + error.square().mean() + sum(e.abs().mean() for e in edges(error))
+        loss = loss + args.kl_weight * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
         losses.append(loss.item())
         update_average(average, vae, min(0.995, step / (step + 10)))
         if step % 50 == 0:
-            report(name, step, steps, losses, started, first)
-        if step % args.save_every == 0 or step == steps:
+            report("vae", step, args.vae_steps, losses, started, first)
+        if step % args.save_every == 0 or step == args.vae_steps:
             save_state(path, model=vae.state_dict(), optimizer=optimizer.state_dict(), average=average, step=step)
     vae.load_state_dict(average)
     return vae.eval().requires_grad_(False)
@@ -391,8 +290,28 @@ def measure_vae(args, vae, device, count=256):
     return float((-10 * error.log10()).mean())
 
 
+def standardise(vae, latents):
+    """Moves each latent channel's mean to 0 and its deviation to 1, within the two 1x1 convolutions around the latent.
+
+    Stable Diffusion's `scaling_factor` is one number for all channels and moves no mean; `vae` stays the same map from
+    picture to picture.
+    """
+    import torch
+
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    count = len(mean)
+    with torch.no_grad():
+        scale = torch.cat([1 / std, torch.ones(count)]).to(vae.device)
+        vae.quant_conv.weight.mul_(scale[:, None, None, None])
+        vae.quant_conv.bias.copy_(vae.quant_conv.bias * scale)
+        vae.quant_conv.bias[:count] -= (mean / std).to(vae.device)
+        vae.quant_conv.bias[count:] -= 2 * std.log().to(vae.device)
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean.to(vae.device)
+        vae.post_quant_conv.weight.mul_(std.to(vae.device)[None, :, None, None])
+
+
 def draw_training_set(args, vae, device):
-    """Posterior means (N, 4, 16, 16) and the scene of each, drawn and encoded once, kept in the work folder."""
+    """Posterior means (N, 4, 16, 16) before `standardise`, and the scene of each; kept in the work folder."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -448,7 +367,12 @@ def make_pipeline(vae, unet, text_encoder, tokenizer):
 
 
 def train_unet(args, vae, tokenizer, device):
-    """Noise prediction with caption dropout; the text encoder learns with the UNet."""
+    """Noise prediction with caption dropout; the text encoder learns with the UNet.
+
+    Each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
+    https://arxiv.org/abs/2202.00512): unweighted, the noisiest steps hardly count, and they are where a background gets
+    its colour. Timesteps are stratified within a batch (Kingma et al., 2021, https://arxiv.org/abs/2107.00630).
+    """
     import torch
     from diffusers import DDPMScheduler
 
@@ -465,11 +389,13 @@ def train_unet(args, vae, tokenizer, device):
         step, average = state["step"], state["average"]
     if step < args.unet_steps and not args.export_only:
         latents, which, scenes = draw_training_set(args, vae, device)
-        latents = ((latents) * vae.config.scaling_factor).to(device)
+        mean, std = latents.mean(dim=(0, 2, 3), keepdim=True), latents.std(dim=(0, 2, 3), keepdim=True)
+        latents = ((latents - mean) / std).to(device)
         captions = [captions_of(*scene) for scene in scenes]
         tokens = tokenizer([c for group in captions for c in group] + [""], padding="max_length", truncation=True,
                            return_tensors="pt").input_ids.to(device)  # fmt: skip
         noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
+        weights = 1 / noise_scheduler.alphas_cumprod.to(device)
         started, first = time.time(), step
         while step < args.unet_steps:
             for group in optimizer.param_groups:
@@ -482,11 +408,12 @@ def train_unet(args, vae, tokenizer, device):
             clean = latents[batch].contiguous(memory_format=torch.channels_last)
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             noise = torch.randn(clean.shape, generator=generator).to(device)
-            timesteps = torch.randint(0, 1000, (len(clean),), generator=generator).to(device)
+            strata = torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)
+            timesteps = (strata * 1000 / len(clean)).long().to(device)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             encoder_hidden_states = models["text_encoder"](tokens[rows])[0]
             model_pred = models["unet"](noisy, timesteps, encoder_hidden_states).sample
-            loss = torch.nn.functional.mse_loss(model_pred.float(), noise)
+            loss = (weights[timesteps] * (model_pred.float() - noise).square().mean(dim=(1, 2, 3))).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
@@ -523,15 +450,9 @@ def main(args):
     vae = train_vae(args, device)
     print(f"autoencoder: {measure_vae(args, vae, device):.2f} dB on drawings it has not seen", flush=True)
     latents, _, _ = draw_training_set(args, vae, device)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    unet = text_encoder = None
-    if "unet" in args.stages:
-        unet, text_encoder = train_unet(args, vae, tokenizer, device)
-    if "decoder" in args.stages:
-        vae = train_vae(args, device, vae=vae)
-        print(f"after the decoder's own stage: {measure_vae(args, vae, device):.2f} dB", flush=True)
-    if len(args.stages) < 2:
-        return
+    standardise(vae, latents)
+    vae.register_to_config(scaling_factor=1.0)
+    unet, text_encoder = train_unet(args, vae, tokenizer, device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     scenes = held_out_scenes(args.seed)
     prompts = [captions_of(*scenes[i])[0] for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
