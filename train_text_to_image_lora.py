@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.layouts import LAYOUTS
 from text_to_image_lora.records import fingerprint, load_records
 from text_to_image_lora.tracking import TRACKERS, trackers_of
 
@@ -80,9 +81,15 @@ def build_parser():
     group = parser.add_argument_group("data").add_argument
     group("--dataset_name", help="hub id, or a local folder with a dataset")
     group("--dataset_config_name", help="configuration of the hub dataset, where it has several")
-    group("--train_data_dir", help="folder with metadata.csv, .jsonl or .parquet, also one in each of its subfolders")
+    group("--train_data_dir", nargs="+", metavar="FOLDER", help="folder, .zip or .tar of pictures with captions, or several; metadata/README.md shows every layout")
+    group("--dataset_layout", choices=LAYOUTS, help="how captions lie in --train_data_dir; recognised when not given")
     group("--image_column", help="column with the pictures; found by itself when not given")
     group("--caption_column", help="column with the captions, text or lists of text; found by itself when not given")
+    group("--instance_prompt", help="the caption of all pictures, where they have none")
+    group("--caption_template", default="{trigger} {class}", help="caption of the pictures in folders [trigger]_[class]")
+    group("--trigger_word", help="put in front of every caption that lacks it")
+    group("--caption_prefix", default="", help="put in front of every caption")
+    group("--caption_suffix", default="", help="put after every caption")
     group("--max_train_samples", type=int, help="train on this many pictures, always the same ones")
     group("--resolution", type=int, default=512, help="side of the square that pictures are resized and cropped to, in pixels")
     group("--center_crop", **yes, help="crop the middle; otherwise the place is random")
@@ -198,6 +205,15 @@ def check_args(args):
         raise InputError("--pretrained_model_name_or_path is needed: a hub id, a local folder or a single file.")
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise InputError("Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder).")
+    try:
+        caption = args.caption_template.format_map({"trigger": "a", "class": "b"})
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"--caption_template {args.caption_template!r}: it may hold {{trigger}} and {{class}}, and no other braces."
+        ) from error
+    for name, text in (("caption_template", caption), ("instance_prompt", args.instance_prompt)):
+        if text is not None and not text.strip():
+            raise InputError(f"--{name} is empty: write what the pictures show.")
     at_least = dict(
         rank=1, resolution=1, train_batch_size=1, num_train_epochs=1, max_train_steps=1, gradient_accumulation_steps=1,
         max_train_samples=1, checkpoints_total_limit=1, validation_steps=1, validation_inference_steps=1,
@@ -306,11 +322,19 @@ def check_inputs(args):
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
         train_data_dir=args.train_data_dir,
+        dataset_layout=args.dataset_layout,
         image_column=args.image_column,
         caption_column=args.caption_column,
+        instance_prompt=args.instance_prompt,
+        caption_template=args.caption_template,
+        trigger_word=args.trigger_word,
+        caption_prefix=args.caption_prefix,
+        caption_suffix=args.caption_suffix,
         cache_dir=args.cache_dir,
+        archive_dir=Path(args.latent_cache_dir).expanduser() / "archives",
         max_train_samples=args.max_train_samples,
         skip_bad_images=args.skip_bad_images,
+        say=print if os.environ.get("RANK", "0") == "0" else lambda line: None,
     )
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
         raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
@@ -460,8 +484,14 @@ def settings_of(args, shown):
 
 def without_folders(values):
     """The values as strings; of an absolute path the last name only, the rest would tell of the author's disk."""
-    strings = {name: str(value) for name, value in values.items()}
-    return {name: Path(value).name if os.path.isabs(value) else value for name, value in strings.items()}
+
+    def shown(value):
+        return Path(value).name if os.path.isabs(value) else value
+
+    return {
+        name: " ".join(shown(str(v)) for v in value) if isinstance(value, list) else shown(str(value))
+        for name, value in values.items()
+    }
 
 
 def main(args):
@@ -814,7 +844,7 @@ def main(args):
         export.write_model_card(
             output_dir,
             base_model=args.pretrained_model_name_or_path,
-            dataset_name=args.dataset_name or args.train_data_dir,
+            dataset_name=args.dataset_name or " ".join(args.train_data_dir),
             prompts=[prompt for prompt, _ in pictures],
             image_paths=[path.relative_to(output_dir).as_posix() for _, path in pictures],
             hyperparameters=shown,

@@ -276,12 +276,13 @@ def scatter(mask, count, distance, rng):
 
 
 def draw_scene(kind, colour, background, size, rng, decorate=None, **pose):
-    """An object of a named colour on a background of a named colour: RGB `PIL.Image` of size x size.
+    """An object on a background: RGB `PIL.Image` of size x size. A colour is a name of `COLOURS`, or red, green and blue.
 
     `decorate(image, mask, rng)` may paint on the enlarged picture; `pose` goes to `draw_object`.
     """
-    image = draw_background(jittered(COLOURS[background], rng), size * SUPERSAMPLING, rng)
-    mask = draw_object(image, KINDS[kind], jittered(COLOURS[colour], rng), rng, **pose)
+    colour, background = (COLOURS[c] if isinstance(c, str) else c for c in (colour, background))
+    image = draw_background(jittered(background, rng), size * SUPERSAMPLING, rng)
+    mask = draw_object(image, KINDS[kind], jittered(colour, rng), rng, **pose)
     if decorate is not None:
         decorate(image, mask, rng)
     return image.resize((size, size), Image.Resampling.BOX)
@@ -290,8 +291,8 @@ def draw_scene(kind, colour, background, size, rng, decorate=None, **pose):
 def decorate_with_confetti(image, mask, rng):
     """Dots, blossoms and strokes of any colour anywhere: what a codec must hold, whatever a user will draw."""
     draw, size = ImageDraw.Draw(image), image.width
-    for _ in range(rng.integers(1, 9)):
-        x, y, radius = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.025, 0.09)
+    for _ in range(rng.integers(2, 13)):
+        x, y, radius = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.03, 0.1)
         colour, what = tuple(int(c) for c in rng.integers(0, 256, 3)), rng.integers(3)
         if what == 0:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)

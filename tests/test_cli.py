@@ -23,7 +23,7 @@ UPSTREAM_FLAGS = {
     "variant": ("fp16", "fp16"),
     "dataset_name": ("owner/data", "owner/data"),
     "dataset_config_name": ("default", "default"),
-    "train_data_dir": ("pictures", "pictures"),
+    "train_data_dir": ("pictures", ["pictures"]),
     "image_column": ("image", "image"),
     "caption_column": ("text", "text"),
     "validation_prompt": ("a red axe", "a red axe"),
@@ -292,6 +292,9 @@ BAD_INPUT = {
     "pissa": (dict(init_lora_weights="pissa"), "It rewrites the base model, so the saved file would be wrong"),
     "two datasets": (dict(dataset_name="owner/data"), "Pass one of --dataset_name"),
     "no dataset": (dict(train_data_dir=None), "Pass one of --dataset_name"),
+    "template": (dict(caption_template="{{name}}"), "--caption_template '{{name}}': it may hold {{trigger}} and {{class}}"),
+    "no instance prompt": (dict(instance_prompt=" "), "--instance_prompt is empty: write what the pictures show"),
+    "instance layout": (dict(dataset_layout="instance"), "--dataset_layout instance needs --instance_prompt"),
     "config": (dict(config="{tmp}/file"), "{tmp}/file: it must hold one flag a line"),
 }  # fmt: skip
 

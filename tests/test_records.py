@@ -12,7 +12,8 @@ from conftest import ROOT
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.records import CAPTION_COLUMNS, fingerprint, image_id, load_records, read_image_bytes
+from text_to_image_lora.records import fingerprint, image_id, load_records, read_image_bytes
+from text_to_image_lora.tables import CAPTION_COLUMNS
 
 
 def save_pictures(folder, *names):

@@ -3,24 +3,21 @@
 Nothing here needs torch: a wrong folder, column or row is told before anything heavy is imported.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
 from pathlib import Path
 
+from .archives import ARCHIVE_ENDINGS, is_archive, unpack
+from .captions import edit_caption
 from .errors import InputError
+from .layouts import PICTURE_ENDINGS, find_files, read_folder, recognise
+from .tables import captions_of, choose_caption_column
 
 
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
-CAPTION_COLUMNS = (
-    "text", "caption", "captions", "texts", "prompt", "en_text", "additional_feature", "blip_caption", "description",
-    "title", "txt", "label_text", "sentences",
-)  # fmt: skip
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
+OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def load_records(
@@ -28,24 +25,51 @@ def load_records(
     dataset_name=None,
     dataset_config_name=None,
     train_data_dir=None,
+    dataset_layout=None,
     image_column=None,
     caption_column=None,
+    instance_prompt=None,
+    caption_template="{trigger} {class}",
+    trigger_word=None,
+    caption_prefix="",
+    caption_suffix="",
     cache_dir=None,
+    archive_dir="archives",
     max_train_samples=None,
     seed=0,
     skip_bad_images=False,
+    say=print,
 ):
     """The training set, one row a picture, in the order that the source gives.
 
-    Columns: `image` ({"bytes", "path"}, not decoded), `captions` (at least one), `concept` (the folder that held the
-    metadata file), `num_repeats`, `source` (file and row, for messages).
+    `train_data_dir` is a folder or an archive, or a list of them, one after the other; archives are unpacked below
+    `archive_dir`. Columns: `image` ({"bytes", "path"}, not decoded), `captions` (at least one), `concept` (the class
+    folder), `num_repeats`, `source` (file and row, for messages). `say` is told what the user should know.
     Raises `InputError` for a folder, column, row or caption that can't be used.
     """
-    if dataset_name is not None and not os.path.isdir(dataset_name):
-        dataset = _from_hub(dataset_name, dataset_config_name, image_column, caption_column, cache_dir)
+    options = dict(image_column=image_column, caption_column=caption_column)
+    described = dict(
+        layout=dataset_layout, instance_prompt=instance_prompt, caption_template=caption_template,
+        config_name=dataset_config_name, cache_dir=cache_dir, skip_bad_images=skip_bad_images, say=say,
+    )  # fmt: skip
+    if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
+        parts = [_from_hub(dataset_name, dataset_config_name, cache_dir=cache_dir, **options)]
     else:
-        folder = Path(dataset_name if dataset_name is not None else train_data_dir)
-        dataset = _from_folder(folder, dataset_config_name, image_column, caption_column, cache_dir, skip_bad_images)
+        sources = dataset_name if dataset_name is not None else train_data_dir
+        sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+        parts = []
+        for source in map(Path, sources):
+            folder = unpack(source, archive_dir) if is_archive(source) else source
+            parts.append(_from_folder(folder, **described, **options))
+    import datasets
+
+    dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if trigger_word or caption_prefix or caption_suffix:
+        edited = [
+            [edit_caption(c, trigger_word=trigger_word, prefix=caption_prefix, suffix=caption_suffix) for c in group]
+            for group in dataset["captions"]
+        ]
+        dataset = _with_columns(dataset.select_columns("image"), {**_others(dataset), "captions": edited})
     if max_train_samples is not None and max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
     return dataset
@@ -65,35 +89,49 @@ def _features():
     )
 
 
-def _from_folder(folder, config_name, image_column, caption_column, cache_dir, skip_bad_images):
+def _others(dataset):
+    return {name: dataset[name][:] for name in dataset.column_names if name != "image"}
+
+
+def _with_columns(pictures, others):
+    """The pictures' Arrow data beside other columns: nothing is written, as `map` would, into the user's folder."""
+    import datasets
+
+    features = _features()
+    return datasets.concatenate_datasets(
+        [
+            pictures.cast_column("image", features["image"]),
+            datasets.Dataset.from_dict(others, features=datasets.Features({k: features[k] for k in others})),
+        ],
+        axis=1,
+    )
+
+
+def _from_folder(
+    folder, *, layout, image_column, caption_column, config_name, cache_dir, instance_prompt, caption_template,
+    skip_bad_images, say,
+):  # fmt: skip
+    import datasets
+
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
-    files = sorted(
-        Path(root) / name
-        for root, directories, names in os.walk(folder)
-        for name in names
-        if name.lower() in METADATA_NAMES
-        and not any(part.startswith((".", "__")) for part in Path(root).relative_to(folder).parts)
-    )
-    if files:
-        rows = []
-        for file, after in zip(files, [*files[1:], None]):
-            if after is not None and after.parent == file.parent:
-                raise InputError(
-                    f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
-                    "Keep one of them."
-                )
-            rows += _read_metadata(file, folder, image_column, caption_column, skip_bad_images)
+    files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
+    splits = {path.relative_to(folder).parts[0].lower() for path in files if path.suffix.lower() in PICTURE_ENDINGS}
+    if "train" in splits and splits & OTHER_SPLITS and layout is None and not on_disk:
+        say(f"{folder}: training on its folder train, not on {', '.join(sorted(splits & OTHER_SPLITS))}")
+        folder, files = folder / "train", [path for path in files if path.is_relative_to(folder / "train")]
+    endings = {path.suffix.lower() for path in files}
+    chosen = layout or recognise(folder, files, instance_prompt)
+    if chosen is not None:
+        rows = read_folder(
+            folder, chosen, files, image_column=image_column, caption_column=caption_column,
+            instance_prompt=instance_prompt, caption_template=caption_template, skip_bad_images=skip_bad_images,
+            say=say,
+        )  # fmt: skip
         if not rows:
-            raise InputError(f"{files[0]}: it has no row to train on. Add one row a picture: file_name and text.")
-        import datasets
-
+            raise InputError(f"{folder}: it holds not one picture to train on.")
         return datasets.Dataset.from_list(rows, features=_features())
-    on_disk = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-    endings = {p.suffix.lower() for p in folder.rglob("*") if p.is_file()}
-    if on_disk or endings & {".parquet", ".arrow", ".tar"}:
-        import datasets
-
+    if on_disk or (endings & {".parquet", ".arrow", ".tar"} and not endings & PICTURE_ENDINGS):
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         try:
             if on_disk:
@@ -107,129 +145,16 @@ def _from_folder(folder, config_name, image_column, caption_column, cache_dir, s
         return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column)
     if endings & PICTURE_ENDINGS:
         raise InputError(
-            f"{folder}: the pictures have no captions. Add a metadata.csv or metadata.jsonl with the columns file_name "
-            "and text (metadata/README.md shows each format)."
+            f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
+            "beside each picture, or pass --instance_prompt for all (metadata/README.md shows each layout)."
         )
-    raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each format.")
+    packed = next((path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)), None)
+    if packed is not None:
+        raise InputError(f"{folder}: it holds no pictures, but an archive. Pass the archive: {packed}")
+    raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
 
 
-def _read_metadata(file, dataset_folder, image_column, caption_column, skip_bad_images):
-    """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
-    table = _read_table(file)
-    if not table:
-        return []
-    columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
-    file_column = "file_name" if "file_name" in columns and image_column in (None, "image") else image_column
-    if file_column not in columns:
-        wanted = f"there is no column '{image_column}'" if image_column else "there is no column 'file_name'"
-        raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
-    textual = [c for c in columns if c != file_column and all(_is_caption(row.get(c)) for _, row in table)]
-    chosen = _choose_caption_column(str(file), columns, textual, caption_column)
-    rows, root = [], file.parent.resolve()
-    inside = dataset_folder.resolve()
-    for number, row in table:
-        where, name = f"{file}:{number}", row.get(file_column)
-        captions = row.get(chosen)
-        captions = [c for c in (captions if isinstance(captions, list) else [captions]) if c is not None]
-        reason = None
-        try:
-            picture = (root / name).resolve() if isinstance(name, str) and name else None
-            exists = picture is not None and picture.is_file()
-        except (OSError, ValueError):  # too long, or a NUL in it
-            picture, exists = root, False
-        if picture is None:
-            reason = f"column '{file_column}' is empty"
-        elif "://" in name:
-            reason = f"'{name}' is a URL, and pictures are read from files only"
-        elif not picture.is_relative_to(inside):
-            raise InputError(
-                f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
-            )
-        elif not exists:
-            reason = f"{name!r} does not exist"
-        elif not captions:
-            reason = f"column '{chosen}' is empty"
-        if reason and skip_bad_images:
-            print(f"left out: {where}: {reason}")
-            continue
-        if reason:
-            raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
-        rows.append(
-            {
-                "image": {"bytes": None, "path": str(root / name)},
-                "captions": [str(c) for c in captions],
-                "concept": root.name,
-                "num_repeats": 1,
-                "source": f"{where}: '{name}'",
-            }
-        )
-    return rows
-
-
-def _read_table(file):
-    """(line, dict) of each row of a .csv, .jsonl or .parquet file; a broken one is an `InputError` that names the line."""
-    try:
-        if file.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1))
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: it can't be read ({error}). Save it again as UTF-8.") from error
-    rows, number = [], 1
-    if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        quote = "Put a caption with commas, quotes or line breaks into double quotes, and double those inside it."
-        try:
-            for row in reader:
-                number = reader.line_num
-                if any(row.get(None, ())):
-                    raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
-                rows.append((number, row))
-        except csv.Error as error:
-            raise InputError(f"{file}:{number + 1}: this row is not CSV ({error}). {quote}") from error
-        return rows
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
-        except ValueError as error:
-            reason = getattr(error, "msg", None) or getattr(error, "reason", error)
-            raise InputError(f"{file}:{number}: this line is not JSON ({reason}). Fix or remove it.") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object a line.")
-        rows.append((number, row))
-    return rows
-
-
-def _is_caption(value):
-    return (
-        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-    )
-
-
-def _choose_caption_column(where, columns, textual, asked):
-    """The column asked for, else the first of the common names, else the only text column there is."""
-    listed = ", ".join(columns)
-    if asked is not None:
-        if asked not in columns:
-            raise InputError(f"{where}: there is no column '{asked}' (--caption_column). The columns are: {listed}.")
-        if asked not in textual:
-            raise InputError(f"{where}: column '{asked}' holds no text (--caption_column). The columns are: {listed}.")
-        return asked
-    for name in CAPTION_COLUMNS:
-        if name in textual:
-            return name
-    if len(textual) == 1:
-        return textual[0]
-    if not textual:
-        raise InputError(f"{where}: there are no captions. The columns are: {listed}; add a column 'text'.")
-    raise InputError(f"{where}: which column holds the captions? Pass --caption_column, one of: {', '.join(textual)}.")
-
-
-def _from_hub(name, config_name, image_column, caption_column, cache_dir):
+def _from_hub(name, config_name, *, image_column, caption_column, cache_dir):
     """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -301,35 +226,24 @@ def _columns_of(features, where, image_column, caption_column):
         return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
 
     textual = [c for c, f in features.items() if is_text(f)]
-    return image_column, _choose_caption_column(str(where), columns, textual, caption_column)
+    return image_column, choose_caption_column(str(where), columns, textual, caption_column)
 
 
 def _from_dataset(dataset, where, image_column, caption_column):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
-    import datasets
-
     image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column)
-    captions = []
-    for index, value in enumerate(dataset[caption_column][:]):
-        captions.append([c for c in (value if isinstance(value, list) else [value]) if c is not None])
-        if not captions[-1]:
-            raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
-    pictures = dataset.select_columns(image_column).rename_columns({image_column: "image"})
-    count, features = len(captions), _features()
+    captions = [captions_of(value) for value in dataset[caption_column]]
+    if not all(captions):
+        index = next(index for index, group in enumerate(captions) if not group)
+        raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
+    count = len(captions)
     others = {
         "captions": captions,
         "concept": [Path(where).name] * count,
         "num_repeats": [1] * count,
         "source": [f"{where}: row {index}" for index in range(count)],
     }
-    # Side by side, so that nothing is written: `map` would put a copy of all pictures into the user's folder.
-    return datasets.concatenate_datasets(
-        [
-            pictures.cast_column("image", features["image"]),
-            datasets.Dataset.from_dict(others, features=datasets.Features({k: features[k] for k in others})),
-        ],
-        axis=1,
-    )
+    return _with_columns(dataset.select_columns(image_column).rename_columns({image_column: "image"}), others)
 
 
 def read_image_bytes(image):

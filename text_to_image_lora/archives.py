@@ -1,0 +1,100 @@
+"""A .zip or .tar archive becomes a folder, once; nothing in it can be written anywhere else, or without end."""
+
+import hashlib
+import os
+import secrets
+import shutil
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from .errors import InputError
+
+
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+BLOCK = 2**20
+# What an archive may unpack to: pictures are compressed already, so a ratio like this is a bomb, not a dataset.
+MOST_BYTES_PER_BYTE = 100
+ALWAYS_ALLOWED_BYTES = 2**26
+MOST_FILES = 2_000_000
+
+
+def is_archive(path):
+    return Path(path).name.lower().endswith(ARCHIVE_ENDINGS) and Path(path).is_file()
+
+
+def unpack(archive, folder):
+    """The folder with the archive's files, below `folder` and named by the archive's content: unpacked only once.
+
+    Hidden files are left out. A link, a member that would leave the folder, an archive that unpacks to more than
+    `MOST_BYTES_PER_BYTE` times its size, and one that is broken or encrypted are an `InputError`; what was unpacked until
+    then is removed.
+    """
+    archive, digest = Path(archive), hashlib.sha256()
+    try:
+        with open(archive, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{archive}: it can't be read ({error.strerror}).") from error
+    name = archive.name[: -len(next(e for e in ARCHIVE_ENDINGS if archive.name.lower().endswith(e)))]
+    # The last folder has the archive's name, because folders' names can be captions, repeats and concepts.
+    target = Path(folder) / digest.hexdigest()[:32] / name
+    if target.exists():
+        return target
+    temporary = Path(folder) / f"{digest.hexdigest()[:32]}.{secrets.token_hex(4)}.tmp"
+    try:
+        (temporary / name).mkdir(parents=True)
+        _unpack_members(archive, temporary / name)
+        try:
+            os.rename(temporary, target.parent)
+        except OSError:
+            if not target.exists():  # else another process was quicker
+                raise
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+        raise InputError(f"{archive}: it can't be unpacked ({reason}). Pack or download it again.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _unpack_members(archive, target):
+    room = max(ALWAYS_ALLOWED_BYTES, MOST_BYTES_PER_BYTE * archive.stat().st_size)
+    room = min(room, shutil.disk_usage(target).free)
+    for count, (name, source) in enumerate(_members(archive)):
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]:
+            raise InputError(f"{archive}: its member {name!r} would leave the folder. Pack the pictures again.")
+        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            continue
+        if source is None:
+            raise InputError(f"{archive}: its member {name!r} is a link. Pack the pictures themselves.")
+        path = target.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with source() as member, open(path, "wb") as file:
+            while block := member.read(BLOCK):
+                room -= len(block)
+                if room < 0 or count > MOST_FILES:
+                    raise InputError(
+                        f"{archive}: it unpacks to far more than its size, or than the disk holds. Unpack it yourself "
+                        "if you trust it, and pass the folder."
+                    )
+                file.write(block)
+
+
+def _members(archive):
+    """(name, function that opens it) of each file; None in place of the function for what is no regular file."""
+    if archive.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as pack:
+            for member in pack.infolist():
+                is_link = member.external_attr >> 16 & 0o170000 == 0o120000
+                if not member.is_dir():
+                    yield member.filename, None if is_link else lambda member=member: pack.open(member)
+    else:
+        with tarfile.open(archive) as pack:
+            for member in pack:
+                if not member.isdir():
+                    name = member.name.removeprefix("./")
+                    yield name, (lambda member=member: pack.extractfile(member)) if member.isfile() else None

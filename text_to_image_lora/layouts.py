@@ -1,0 +1,219 @@
+"""A folder of pictures becomes rows, whichever tool it was made for: recognised by what lies in it.
+
+| layout | what is in the folder |
+|---|---|
+| metadata | `metadata.csv`, `.jsonl` or `.parquet`, also one in each subfolder |
+| caption_files | a `.txt` or `.caption` beside each picture, a caption a line |
+| kohya | folders `N_name`, N the repeats, with caption files, else `name` is the caption |
+| trigger_class | folders `[trigger]_[class]` without captions |
+| instance | pictures without captions, and --instance_prompt for all |
+"""
+
+import difflib
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from .errors import InputError
+from .tables import captions_of, choose_caption_column, is_caption, read_table, read_text
+
+
+LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
+CAPTION_ENDINGS = (".txt", ".caption")
+REPEATS = re.compile(r"(\d+)_(.+)")
+TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
+
+
+def find_files(folder):
+    """Every file below the folder, sorted; hidden ones and those that systems leave behind are no part of it."""
+    found = []
+    for root, directories, names in os.walk(folder, followlinks=False):
+        directories[:] = sorted(name for name in directories if not name.startswith((".", "__")))
+        found += [Path(root) / name for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def recognise(folder, files, instance_prompt):
+    """The layout of a folder with these files; None where there are pictures and nothing says their captions."""
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    parents = list(dict.fromkeys(path.parent for path in pictures))
+    if any(path.name.lower() in METADATA_NAMES for path in files):
+        return "metadata"
+    names = {path.relative_to(folder).as_posix() for path in files}
+    if any(REPEATS.fullmatch(parent.resolve().name) for parent in parents):
+        return "kohya"
+    if any(_caption_file(path.relative_to(folder).as_posix(), names) for path in pictures):
+        return "caption_files"
+    if instance_prompt is not None:
+        return "instance"
+    # A folder like `my_pictures` is not meant so, unless its name has the brackets or it is one of several.
+    if parents and all(
+        TRIGGER_CLASS.fullmatch(parent.resolve().name) and (parent != folder or "[" in parent.resolve().name)
+        for parent in parents
+    ):
+        return "trigger_class"
+    return None
+
+
+def read_folder(
+    folder, layout, files, *, image_column, caption_column, instance_prompt, caption_template, skip_bad_images, say
+):
+    """The rows of a folder: dicts of image (a path), captions, concept, num_repeats and source.
+
+    `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; rows without a
+    picture or a caption are left out and told by `say` where `skip_bad_images` asks for it.
+    """
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    if layout == "metadata":
+        return _metadata_rows(folder, files, pictures, image_column, caption_column, skip_bad_images, say)
+    if image_column is not None and image_column != "image":
+        raise InputError(f"{folder}: there is no metadata file, so no column '{image_column}' (--image_column).")
+    if caption_column is not None and caption_column != "text":
+        raise InputError(f"{folder}: there is no metadata file, so no column '{caption_column}' (--caption_column).")
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    rows, unnamed = [], 0
+    for path in pictures:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: it is a link out of the dataset folder. Copy the picture into it.")
+        concept, num_repeats, reason, captions = path.parent.resolve().name, 1, None, []
+        if layout == "kohya" and (match := REPEATS.fullmatch(concept)):
+            num_repeats, concept = int(match[1]), match[2]
+            if not num_repeats:
+                raise InputError(
+                    f"{path.parent}: 0 repeats. Write a number from 1 on before the '_', or move it away."
+                )
+        if layout in ("kohya", "caption_files"):
+            beside = _caption_file(path.relative_to(folder).as_posix(), names)
+            if beside is not None:
+                captions = captions_of([line.strip() for line in read_text(names[beside]).splitlines()])
+                reason = None if captions else f"its caption file {Path(beside).name} is empty"
+            elif layout == "kohya":
+                captions, unnamed = [concept.replace("_", " ")], unnamed + 1
+            else:
+                reason = f"there is no {path.stem}.txt beside it"
+        elif layout == "trigger_class":
+            match = TRIGGER_CLASS.fullmatch(concept)
+            if match is None:
+                raise InputError(
+                    f"{path.parent}: name the folder [trigger]_[class], such as [sks]_[dog], or choose another "
+                    f"--dataset_layout: {', '.join(LAYOUTS)}."
+                )
+            concept = match[1] or match[3]
+            words = {"trigger": concept, "class": (match[2] or match[4]).replace("_", " ")}
+            captions = [caption_template.format_map(words)]
+        elif instance_prompt is None:
+            raise InputError("--dataset_layout instance needs --instance_prompt, the caption of all pictures.")
+        else:
+            captions = [instance_prompt]
+        if reason is not None and not skip_bad_images:
+            raise InputError(f"{path}: {reason}. Write one, or pass --skip_bad_images to leave such pictures out.")
+        if reason is not None:
+            say(f"left out: {path}: {reason}")
+            continue
+        rows.append(_row(path, captions, concept, num_repeats, str(path)))
+    if unnamed:
+        say(f"{folder}: {unnamed} pictures have no caption file; their folder's name is their caption")
+    if layout == "kohya":
+        for parent in dict.fromkeys(Path(row["image"]["path"]).parent for row in rows):
+            held = [row["num_repeats"] for row in rows if Path(row["image"]["path"]).parent == parent]
+            say(f"{parent}: {len(held)} pictures, {held[0]} times each an epoch")
+    if layout == "trigger_class":
+        for caption in dict.fromkeys(row["captions"][0] for row in rows):
+            count = sum(row["captions"][0] == caption for row in rows)
+            say(f"{folder}: {count} pictures have the caption '{caption}' (--caption_template)")
+    return rows
+
+
+def _row(path, captions, concept, num_repeats, source):
+    return {
+        "image": {"bytes": None, "path": str(path)},
+        "captions": captions,
+        "concept": concept,
+        "num_repeats": num_repeats,
+        "source": source,
+    }
+
+
+def _caption_file(picture, names):
+    """The name of the caption file beside a picture, if there is one."""
+    stem = picture[: -len(Path(picture).suffix)]
+    return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
+
+
+def _metadata_rows(folder, files, pictures, image_column, caption_column, skip_bad_images, say):
+    tables = [path for path in files if path.name.lower() in METADATA_NAMES]
+    rows = []
+    for file, after in zip(tables, [*tables[1:], None]):
+        if after is not None and after.parent == file.parent:
+            raise InputError(
+                f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
+                "Keep one of them."
+            )
+        rows += _rows_of_table(file, folder, image_column, caption_column, skip_bad_images, say)
+    if not rows:
+        raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
+    used = [os.path.realpath(row["image"]["path"]) for row in rows]
+    named = set(used)
+    without = [path for path in pictures if os.path.realpath(path) not in named]
+    if without:
+        what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
+        say(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
+    if len(named) < len(used):
+        say(f"{folder}: {len(used) - len(named)} rows name a picture that another row names too; each row counts")
+    return rows
+
+
+def _rows_of_table(file, dataset_folder, image_column, caption_column, skip_bad_images, say):
+    """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
+    table = read_table(file)
+    if not table:
+        return []
+    columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
+    file_column = "file_name" if "file_name" in columns and image_column in (None, "image") else image_column
+    if file_column not in columns:
+        wanted = f"there is no column '{image_column}'" if image_column else "there is no column 'file_name'"
+        raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
+    textual = [c for c in columns if c != file_column and all(is_caption(row.get(c)) for _, row in table)]
+    chosen = choose_caption_column(str(file), columns, textual, caption_column)
+    rows, root, inside = [], file.parent.resolve(), dataset_folder.resolve()
+    for number, row in table:
+        where, name = f"{file}:{number}", row.get(file_column)
+        captions, reason, path = captions_of(row.get(chosen)), None, None
+        if not isinstance(name, str) or not name:
+            reason = f"column '{file_column}' is empty"
+        elif "://" in name:
+            reason = f"'{name}' is a URL, and pictures are read from files only"
+        else:
+            path = _find_picture(root, name)
+            if path is None:
+                there = {entry.name.casefold(): entry.name for entry in root.iterdir()}
+                near = difflib.get_close_matches(name.casefold(), there, n=1, cutoff=0.8)
+                reason = f"{name!r} does not exist" + (f" (there is {there[near[0]]!r})" if near else "")
+            elif not path.resolve().is_relative_to(inside):
+                raise InputError(
+                    f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
+                )
+            elif not captions:
+                reason = f"column '{chosen}' is empty"
+        if reason and skip_bad_images:
+            say(f"left out: {where}: {reason}")
+            continue
+        if reason:
+            raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
+        rows.append(_row(path, captions, root.name, 1, f"{where}: '{name}'"))
+    return rows
+
+
+def _find_picture(root, name):
+    """The file of that name, also where one spells its accents composed and the other decomposed (as macOS does)."""
+    for form in (None, "NFC", "NFD"):
+        path = root / (name if form is None else unicodedata.normalize(form, name))
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # too long, or a NUL in it
+            return None
+    return None
