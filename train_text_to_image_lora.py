@@ -16,13 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from text_to_image_lora import buckets
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.layouts import LAYOUTS
-from text_to_image_lora.records import fingerprint, load_records
+from text_to_image_lora.records import fingerprint, load_records, with_captions
 from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 
 SECRETS = ("hub_token",)
+ENDLESS_VARIATIONS_CACHED = 4
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -90,13 +92,29 @@ def build_parser():
     group("--trigger_word", help="put in front of every caption that lacks it")
     group("--caption_prefix", default="", help="put in front of every caption")
     group("--caption_suffix", default="", help="put after every caption")
+    group("--caption_dropout", type=float, default=0.0, help="share of samples trained with the empty caption, for guidance")
+    group("--shuffle_tags", **yes, help="put a caption's tags (between commas) in another order each time")
+    group("--keep_tags", type=int, default=0, help="leave the first so many tags where they are")
+    group("--tag_variations", type=int, default=8, help="orders of each caption in the cache; without the cache they are endless")
+    group("--balance", choices=["concept"], help="concept: draw each class folder equally often, repeating the smaller ones")
     group("--max_train_samples", type=int, help="train on this many pictures, always the same ones")
     group("--resolution", type=int, default=512, help="side of the square that pictures are resized and cropped to, in pixels")
+    group("--aspect_ratio_buckets", **yes, help="keep the pictures' shapes: train each at the nearest of several sizes with the square's area")
+    group("--bucket_min_size", type=int, help="least side of a bucket, in pixels; half of --resolution when not given")
+    group("--bucket_max_size", type=int, help="greatest side; twice --resolution when not given")
+    group("--bucket_step", type=int, help="sides are multiples of it; 64 when not given, less for small resolutions")
+    group("--bucket_no_upscale", **yes, help="train small pictures at their own size")
     group("--center_crop", **yes, help="crop the middle; otherwise the place is random")
     group("--random_flip", **yes, help="mirror half of the pictures")
+    group("--random_rotation", type=float, default=0.0, help="turn pictures by up to so many degrees; what is shown gets smaller, corners stay filled")
+    group("--random_crop_scale", type=float, default=1.0, help="crop down to this share of the picture's sides, such as 0.8")
+    group("--random_brightness", type=float, default=0.0, help="change the brightness by up to this share, such as 0.1")
+    group("--random_contrast", type=float, default=0.0, help="the same for the contrast")
+    group("--random_saturation", type=float, default=0.0, help="the same for the saturation")
+    group("--random_hue", type=float, default=0.0, help="shift the hue by up to this share of the colour circle, such as 0.02")
     group("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"], help="how pictures are resized")
     group("--skip_bad_images", **yes, help="leave out pictures that can't be read, and rows without one, instead of stopping")
-    group("--cache_variations", type=int, help="crops and flips of each picture in the cache (1, 2 with --random_flip, 4 with random crops); 0: no cache, encode live")
+    group("--cache_variations", type=int, help="variations of each picture in the cache (1, 2 with --random_flip, 4 with random crops and other augmentation); 0: no cache, encode live")
     group("--latent_cache_dir", default="~/.cache/text_to_image_lora", help="where latents and prompt embeddings are kept for later runs")
     group("--dataloader_num_workers", type=int, default=0, help="processes that load data; worth it with --cache_variations 0")
 
@@ -219,7 +237,9 @@ def check_args(args):
         max_train_samples=1, checkpoints_total_limit=1, validation_steps=1, validation_inference_steps=1,
         checkpointing_steps=0, save_every_n_epochs=0, cache_variations=0, lr_warmup_steps=0, num_validation_images=0,
         validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
-        adam_weight_decay=0, adam_epsilon=0, noise_offset=0,
+        adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
+        bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
+        random_saturation=0, random_hue=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -229,9 +249,15 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
-    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+    for name in ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
+    most = dict(random_rotation=180, random_brightness=1, random_contrast=1, random_saturation=1, random_hue=0.5)
+    for name, value in most.items():
+        if getattr(args, name) > value:
+            raise InputError(f"--{name} {getattr(args, name)}: it must be {value} or less.")
+    if not 0.1 <= args.random_crop_scale <= 1:
+        raise InputError(f"--random_crop_scale {args.random_crop_scale}: it must be from 0.1 to 1.")
     if args.seed is not None and args.seed >= 2**63:
         raise InputError(f"--seed {args.seed}: it must be less than {2**63}.")
     if args.init_lora_weights not in ("true", "gaussian", "orthogonal"):
@@ -318,6 +344,7 @@ def check_inputs(args):
         raise InputError(
             f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
         )
+    settle_buckets(args, base.image_factor)
     dataset = load_records(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -346,6 +373,50 @@ def check_inputs(args):
     return base, dataset
 
 
+def settle_buckets(args, image_factor):
+    """Settles the limits of the buckets, and checks that sizes can be made of them."""
+    if not args.aspect_ratio_buckets:
+        given = [n for n in ("bucket_min_size", "bucket_max_size", "bucket_step") if getattr(args, n) is not None]
+        if given or args.bucket_no_upscale:
+            raise InputError(
+                f"--{(given or ['bucket_no_upscale'])[0]} says how buckets are: add --aspect_ratio_buckets."
+            )
+        return
+    if args.bucket_step is None:
+        args.bucket_step = image_factor * max(1, min(64, args.resolution // 8) // image_factor)
+    if args.bucket_step % image_factor:
+        near = max(round(args.bucket_step / image_factor), 1) * image_factor
+        raise InputError(
+            f"--bucket_step {args.bucket_step}: this model needs a multiple of {image_factor}, e.g. {near}."
+        )
+    if args.bucket_min_size is None:
+        args.bucket_min_size = max(args.resolution // 2, args.bucket_step)
+    args.bucket_max_size = 2 * args.resolution if args.bucket_max_size is None else args.bucket_max_size
+    limits = dict(smallest=args.bucket_min_size, largest=args.bucket_max_size, step=args.bucket_step)
+    buckets.make_buckets(args.resolution, **limits)
+
+
+def sizes_to_train_at(args, dataset, images, say):
+    """(width, height) in pixels for each picture; tells the buckets, and how many pictures are enlarged."""
+    if not args.aspect_ratio_buckets:
+        sizes = [(args.resolution, args.resolution)] * len(images)
+    else:
+        sizes = buckets.sizes_of(
+            [(width, height) for _, width, height in images],
+            args.resolution,
+            smallest=args.bucket_min_size,
+            largest=args.bucket_max_size,
+            step=args.bucket_step,
+            no_upscale=args.bucket_no_upscale,
+        )
+        for line in buckets.table(sizes, dataset["num_repeats"]):
+            say(line)
+    small = sum(w < size[0] or h < size[1] for (_, w, h), size in zip(images, sizes, strict=True))
+    if small:
+        say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
+    return sizes
+
+
 def usable_pictures(dataset, args, accelerator, say):
     """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
 
@@ -371,21 +442,34 @@ def usable_pictures(dataset, args, accelerator, say):
     return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
 
 
-def settle_cache(args, base, dataset, images, latent_shape):
+def augmentation_of(args):
+    from text_to_image_lora.transforms import Augmentation
+
+    return Augmentation(
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        rotation=args.random_rotation,
+        crop_scale=args.random_crop_scale,
+        brightness=args.random_brightness,
+        contrast=args.random_contrast,
+        saturation=args.random_saturation,
+        hue=args.random_hue,
+    )
+
+
+def settle_cache(args, base, dataset, latent_shapes):
     """Settles how many variations are cached, and checks that they fit on the disk."""
     import math
 
     from text_to_image_lora import caching
 
     if args.cache_variations is None:
-        args.cache_variations = caching.default_cache_variations(args.center_crop, args.random_flip)
+        args.cache_variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
     if args.cache_variations:
         caching.check_free_disk(
             Path(args.latent_cache_dir).expanduser(),
-            num_latents=len(images) * args.cache_variations,
-            latent_values=math.prod(latent_shape),
-            num_captions=sum(map(len, dataset["captions"])),
-            prompt_values=77 * base.cross_attention_dim,
+            latent_values=args.cache_variations * sum(map(math.prod, latent_shapes)),
+            prompt_values=77 * base.cross_attention_dim * sum(map(len, dataset["captions"])),
         )
 
 
@@ -400,6 +484,10 @@ def identity_of_run(args, dataset, images, world_size):
         "use_rslora": args.use_rslora,
         "use_dora": args.use_dora,
         "seed": args.seed,
+        "balance": args.balance,
+        "caption_dropout": args.caption_dropout,
+        "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
+        "buckets": [args.bucket_min_size, args.bucket_max_size, args.bucket_step, args.bucket_no_upscale],
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
     }
 
@@ -502,6 +590,7 @@ def main(args):
 
     base, dataset = check_inputs(args)
 
+    import collections
     import contextlib
     import functools
     import math
@@ -515,7 +604,18 @@ def main(args):
     from diffusers.optimization import get_scheduler
     from tqdm.auto import tqdm
 
-    from text_to_image_lora import caching, checkpoint, data, export, lora, models, objective, tracking, validation
+    from text_to_image_lora import (
+        caching,
+        captions,
+        checkpoint,
+        data,
+        export,
+        lora,
+        models,
+        objective,
+        tracking,
+        validation,
+    )
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -541,8 +641,9 @@ def main(args):
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
     dataset, images = usable_pictures(dataset, args, accelerator, say)
-    latent_shape = (base.latent_channels, *[args.resolution // base.vae_factor] * 2)
-    settle_cache(args, base, dataset, images, latent_shape)
+    sizes = sizes_to_train_at(args, dataset, images, say)
+    latent_shapes = [(base.latent_channels, h // base.vae_factor, w // base.vae_factor) for w, h in sizes]
+    settle_cache(args, base, dataset, latent_shapes)
 
     # Where a run of this command stopped, if it did.
     resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -562,6 +663,14 @@ def main(args):
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
     tell_cut_captions(dataset, tokenizer, say)
+    if args.shuffle_tags and args.cache_variations:
+        dataset = with_captions(
+            dataset,
+            [
+                captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags)
+                for group in dataset["captions"]
+            ],
+        )
     noise_scheduler = models.make_noise_scheduler(
         scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
     )
@@ -581,18 +690,13 @@ def main(args):
     # As in diffusers' pipeline, clip_skip is not for the negative prompt.
     negative_embeds = models.encode_prompts(tokenizer, text_encoder, [args.validation_negative_prompt])[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
-    preparing = dict(
-        resolution=args.resolution,
-        interpolation=args.image_interpolation_mode,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        seed=args.seed,
-    )
+    preparing = dict(interpolation=args.image_interpolation_mode, augmentation=augmentation_of(args), seed=args.seed)
     latents, prompts = (None, None), (None, None)
     if args.cache_variations:
         latents, prompts = caching.build(
             dataset,
             images,
+            sizes,
             cache_variations=args.cache_variations,
             vae_encode=vae_encode,
             vae_identity=models.weights_identity(vae),
@@ -603,6 +707,7 @@ def main(args):
             prompt_dtype=weight_dtype,
             folder=Path(args.latent_cache_dir).expanduser(),
             accelerator=accelerator,
+            caption_dropout=args.caption_dropout,
             **preparing,
         )
         vae = vae.to("cpu") if args.validation_prompts else None
@@ -615,8 +720,15 @@ def main(args):
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
     optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
+    concepts = dataset["concept"][:] if args.balance == "concept" else None
+    samples = data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed)
+    if concepts is not None:
+        for concept, count in sorted(collections.Counter(concepts[i] for i in samples).items()):
+            say(f"concept {concept}: {concepts.count(concept)} pictures, {count} samples an epoch")
+    groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
     sampler = data.EffectiveBatchSampler(
-        dataset["num_repeats"],
+        samples,
+        groups=[groups[size] for size in sizes],
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         rank=rank,
@@ -646,10 +758,14 @@ def main(args):
     training_set = data.TrainingSet(
         dataset,
         images,
+        sizes,
         latents=latents,
-        latent_shape=latent_shape,
+        latent_shapes=latent_shapes,
         prompts=prompts,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+        caption_dropout=args.caption_dropout,
+        shuffle_tags=args.shuffle_tags,
+        keep_tags=args.keep_tags,
         **preparing,
     )
     loader = torch.utils.data.DataLoader(

@@ -18,7 +18,7 @@ from text_to_image_lora import caching, models
 from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.records import image_id, load_records
-from text_to_image_lora.transforms import apply_variation, draw_variation
+from text_to_image_lora.transforms import Augmentation, apply_variation, draw_variation
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def same(first, second):
     )
 
 
-PREPARING = dict(resolution=32, interpolation="lanczos", center_crop=False, random_flip=True, seed=0)
+PREPARING = dict(interpolation="lanczos", augmentation=Augmentation(random_flip=True), seed=0)
+CENTERED = Augmentation(center_crop=True, random_flip=True)
 
 
 @pytest.fixture
@@ -78,13 +79,14 @@ def build(encoders, tmp_path):
 
     def run(
         pictures, folder=tmp_path / "cache", text_encoder=models_of_base[0], vae=models_of_base[1], clip_skip=None,
-        latent_dtype=torch.float32, prompt_dtype=torch.float32, cache_variations=4, **changes,
+        sizes=None,         latent_dtype=torch.float32, prompt_dtype=torch.float32, cache_variations=4, **changes,
     ):  # fmt: skip
         dataset = load_records(train_data_dir=pictures)
         images = inspect(dataset, folder)
         latents, prompts = caching.build(
             dataset,
             images,
+            sizes or [(32, 32)] * len(images),
             cache_variations=cache_variations,
             vae_encode=partial(models.encode_images, vae),
             vae_identity=models.weights_identity(vae),
@@ -122,7 +124,8 @@ def shards_in(folder):
 def training_set(cache, cached=True, **changes):
     latents, prompts = (cache.latents, cache.prompts) if cached else ((None, None), (None, None))
     return TrainingSet(
-        cache.dataset, cache.images, latents=latents, prompts=prompts, latent_shape=(4, 8, 8),
+        cache.dataset, cache.images, [(32, 32)] * len(cache.images), latents=latents, prompts=prompts,
+        latent_shapes=[(4, 8, 8)] * len(cache.images),
         num_train_timesteps=1000, **PREPARING | changes,
     )  # fmt: skip
 
@@ -133,9 +136,14 @@ def test_cached_equals_live(build, encoders, pictures, dtype, clip_skip):
     tokenizer, text_encoder, vae = encoders
     # With the crop in the middle there are two variations, and the cache holds them both.
     cache = build(
-        pictures, center_crop=True, cache_variations=2, latent_dtype=dtype, prompt_dtype=dtype, clip_skip=clip_skip
+        pictures,
+        augmentation=CENTERED,
+        cache_variations=2,
+        latent_dtype=dtype,
+        prompt_dtype=dtype,
+        clip_skip=clip_skip,
     )
-    cached, live = (training_set(cache, which, center_crop=True) for which in (True, False))
+    cached, live = (training_set(cache, which, augmentation=CENTERED) for which in (True, False))
     for index in range(6):
         for step in range(3):
             sample = Sample(index, step, index, 0.5)
@@ -165,9 +173,15 @@ def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictur
                 if location not in rows:
                     rows.append(location)
                     variation = draw_variation(
-                        60, 48, 32, center_crop=False, random_flip=True, seed=0, image_id=cache.images[i][0], index=k
+                        60,
+                        48,
+                        (32, 32),
+                        Augmentation(random_flip=True),
+                        seed=0,
+                        image_id=cache.images[i][0],
+                        index=k,
                     )
-                    pixels.append(torch.from_numpy(apply_variation(files[i], variation, 32)))
+                    pixels.append(torch.from_numpy(apply_variation(files[i], variation, (32, 32))))
         for name, value in zip(("mean", "std"), models.encode_images(vae, torch.stack(pixels))):
             assert torch.equal(torch.stack([cache.latents[0].row(*row, name) for row in rows]), value)
         captions = [caption for group in cache.dataset["captions"][first : first + 2] for caption in group]
@@ -180,7 +194,7 @@ def test_cached_pictures_keep_their_captions(build, tmp_path):
     # Pictures 0 and 4 share a caption, which is stored once.
     cache = build(write_pictures(tmp_path / "set", captions=["a cat", "a dog", "an axe", "a whip"]))
     latents, prompts = cache.content()
-    sampler = EffectiveBatchSampler([1] * 6, batch_size=2, accumulation=2, rank=0, world_size=1, seed=0, num_steps=8)
+    sampler = EffectiveBatchSampler(range(6), batch_size=2, accumulation=2, rank=0, world_size=1, seed=0, num_steps=8)
     pairs, orders = Counter(), set()
     for batch in torch.utils.data.DataLoader(training_set(cache), batch_sampler=sampler, collate_fn=collate):
         found = []
@@ -197,7 +211,7 @@ def test_cached_pictures_keep_their_captions(build, tmp_path):
 
 def test_workers_read_the_same(build, pictures):
     cache = build(pictures)
-    sampler = EffectiveBatchSampler([1] * 6, batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, num_steps=4)
+    sampler = EffectiveBatchSampler(range(6), batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, num_steps=4)
     here, there = (
         list(
             torch.utils.data.DataLoader(
@@ -217,16 +231,17 @@ def test_workers_read_the_same(build, pictures):
     ("center_crop", "random_flip", "square", "wide"), [(1, 0, 1, 1), (1, 1, 2, 2), (0, 0, 1, 4), (0, 1, 2, 4)]
 )
 def test_equal_variations_are_stored_once(center_crop, random_flip, square, wide):
-    options = dict(resolution=32, center_crop=center_crop, random_flip=random_flip, seed=0)
+    augmentation = Augmentation(center_crop=bool(center_crop), random_flip=bool(random_flip))
+    options = dict(augmentation=augmentation, seed=0)
     images = [(f"{i:032x}", *size) for i, size in enumerate([(50, 50), (900, 32), (32, 32)])]
     shards, locations = caching.plan_latents(
-        images, cache_variations=caching.default_cache_variations(center_crop, random_flip), interpolation="lanczos",
+        images, [(32, 32)] * 3, cache_variations=augmentation.variations() or 4, interpolation="lanczos",
         identity="vae", dtype=torch.float32, folder="cache", **options,
     )  # fmt: skip
     assert [len(shard.entries) for shard in shards] == [square + wide, square]
     for i, rows in enumerate(locations):
         for k, (shard, row) in enumerate(rows):
-            variation = draw_variation(*images[i][1:], image_id=images[i][0], index=k, **options)
+            variation = draw_variation(*images[i][1:], (32, 32), image_id=images[i][0], index=k, **options)
             assert shards[shard].entries[row] == (i, variation)
 
 
@@ -259,17 +274,17 @@ def one_weight_changed(model, name):
         (lambda folder, text_encoder, vae: dict(vae=one_weight_changed(vae, "encoder.conv_in.weight")), 3, 0),
         (lambda folder, text_encoder, vae: dict(text_encoder=one_weight_changed(text_encoder, "text_model.final_layer_norm.bias")), 0, 3),
         (lambda folder, text_encoder, vae: dict(clip_skip=1), 0, 3),
-        (lambda folder, text_encoder, vae: dict(resolution=64), 3, 0),
+        (lambda folder, text_encoder, vae: dict(sizes=[(64, 64)] * 6), 3, 0),
         (lambda folder, text_encoder, vae: dict(interpolation="nearest"), 3, 0),
         (lambda folder, text_encoder, vae: dict(seed=1), 3, 0),
-        (lambda folder, text_encoder, vae: dict(random_flip=False), 3, 0),
+        (lambda folder, text_encoder, vae: dict(augmentation=Augmentation()), 3, 0),
         (lambda folder, text_encoder, vae: dict(cache_variations=9), 3, 0),
-        (lambda folder, text_encoder, vae: dict(center_crop=True), 3, 0),
+        (lambda folder, text_encoder, vae: dict(augmentation=CENTERED), 3, 0),
         (lambda folder, text_encoder, vae: dict(latent_dtype=torch.float16), 3, 0),
         (lambda folder, text_encoder, vae: dict(prompt_dtype=torch.bfloat16), 0, 3),
     ],
     ids=[
-        "nothing", "picture", "caption", "vae", "text_encoder", "clip_skip", "resolution", "interpolation", "seed",
+        "nothing", "picture", "caption", "vae", "text_encoder", "clip_skip", "size", "interpolation", "seed",
         "random_flip", "cache_variations", "center_crop", "latent_dtype", "prompt_dtype",
     ],
 )  # fmt: skip
@@ -315,10 +330,10 @@ def fill(encoders, pictures, tmp_path):
     def run(name, vae_encode=None, rank=0, world_size=1):
         folder, vae_encode = tmp_path / name, vae_encode or partial(models.encode_images, encoders[2])
         shards, _ = caching.plan_latents(
-            images, cache_variations=2, identity="vae", dtype=torch.float32, folder=folder, **PREPARING
+            images, [(32, 32)] * 6, cache_variations=2, identity="vae", dtype=torch.float32, folder=folder, **PREPARING
         )
         encode = partial(
-            caching.encode_latent_entries, dataset=dataset, vae_encode=vae_encode, resolution=32,
+            caching.encode_latent_entries, dataset=dataset, vae_encode=vae_encode, sizes=[(32, 32)] * 6,
             interpolation="lanczos", dtype=torch.float32,
         )  # fmt: skip
         caching.fill_shards(shards, encode, rank=rank, world_size=world_size, title="", show_progress=False)
@@ -397,7 +412,7 @@ def test_others_may_read_the_cache(fill, tmp_path):
 
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
     folder, gib = tmp_path / "to" / "be" / "made", 2**30
-    sizes = dict(num_latents=1, num_captions=gib // 4, prompt_values=1)  # captions for 1 GiB
+    sizes = dict(prompt_values=gib // 4)  # captions for 1 GiB
     room = shutil.disk_usage(tmp_path).free // 8
     caching.check_free_disk(folder, latent_values=room - gib, **sizes)
     with pytest.raises(InputError, match="--latent_cache_dir") as caught:

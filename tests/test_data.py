@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from text_to_image_lora.caching import inspect_images
-from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate, seed_of
+from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate, samples_of_epoch, seed_of
 from text_to_image_lora.records import load_records
+from text_to_image_lora.transforms import Augmentation
 
 
 # The sampler.
@@ -25,7 +26,8 @@ batch_sizes, accumulations, seeds = st.integers(1, 5), st.integers(1, 4), st.int
 def micro_batches_of(step, num_repeats, world_size, **options):
     """[micro-batch][rank] -> samples."""
     samplers = [
-        EffectiveBatchSampler(num_repeats, rank=rank, world_size=world_size, **options) for rank in range(world_size)
+        EffectiveBatchSampler(samples_of_epoch(num_repeats), rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
     ]
     by_rank = [list(sampler.micro_batches(step)) for sampler in samplers]
     assert len({len(batches) for batches in by_rank}) == 1  # ranks that do unequal work wait for each other for ever
@@ -38,7 +40,7 @@ def micro_batches_of(step, num_repeats, world_size, **options):
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_epoch_holds_every_sample_num_repeats_times(world_size, num_repeats, batch_size, accumulation, seed):
     options = dict(batch_size=batch_size, accumulation=accumulation, seed=seed)
-    sampler = EffectiveBatchSampler(num_repeats, rank=0, world_size=world_size, **options)
+    sampler = EffectiveBatchSampler(samples_of_epoch(num_repeats), rank=0, world_size=world_size, **options)
     for epoch in (0, 3):
         seen = Counter()
         for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
@@ -68,7 +70,9 @@ CUTS = [(b, w, 24 // b // w) for b in (1, 2, 3, 4, 6, 8, 12, 24) for w in WORLD_
 @given(num_repeats=repeats, cut=st.sampled_from(CUTS), other=st.sampled_from(CUTS), seed=seeds)
 @settings(max_examples=200, deadline=None)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other, seed):
-    steps = EffectiveBatchSampler(num_repeats, batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed)
+    steps = EffectiveBatchSampler(
+        samples_of_epoch(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
+    )
     for step in range(2 * steps.steps_per_epoch):
         first, second = (
             {
@@ -93,15 +97,15 @@ def test_a_resumed_run_goes_on_with_the_next_sample(num_repeats, cut, num_steps,
     options = dict(
         batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, seed=1, num_steps=num_steps
     )
-    whole = list(EffectiveBatchSampler(num_repeats, **options))
-    rest = list(EffectiveBatchSampler(num_repeats, first_step=first_step, **options))
+    whole = list(EffectiveBatchSampler(samples_of_epoch(num_repeats), **options))
+    rest = list(EffectiveBatchSampler(samples_of_epoch(num_repeats), first_step=first_step, **options))
     assert rest == [batch for batch in whole if batch[0].step >= first_step]
     assert {batch[0].step for batch in whole} == set(range(num_steps))
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
     def order(seed, epoch):
-        sampler = EffectiveBatchSampler([1] * 30, batch_size=30, accumulation=1, rank=0, world_size=1, seed=seed)
+        sampler = EffectiveBatchSampler(range(30), batch_size=30, accumulation=1, rank=0, world_size=1, seed=seed)
         return tuple(sample.index for batch in sampler.micro_batches(epoch) for sample in batch)
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
@@ -130,9 +134,10 @@ def make_set(tmp_path):
         images = [
             found for _, found in sorted(inspect_images(dataset, range(len(dataset)), tmp_path / "memo")[0].items())
         ]
-        options = dict(resolution=32, interpolation="lanczos", center_crop=False, random_flip=True) | changes
+        options = dict(interpolation="lanczos", augmentation=Augmentation(random_flip=True)) | changes
         return TrainingSet(
-            dataset, images, latents=(None, None), prompts=(None, None), latent_shape=(4, 8, 8), seed=seed,
+            dataset, images, [(32, 32)] * len(images), latents=(None, None), prompts=(None, None),
+            latent_shapes=[(4, 8, 8)] * len(images), seed=seed,
             num_train_timesteps=num_train_timesteps, **options,
         )  # fmt: skip
 
@@ -206,7 +211,7 @@ def test_one_of_several_captions_is_drawn_each_step(make_set, tmp_path):
 def test_crops_and_flips_are_drawn_anew_each_step(make_set):
     training_set = make_set()
     assert len({training_set[Sample(0, step, 0, 1.0)]["pixels"].numpy().tobytes() for step in range(30)}) > 8
-    still = make_set(center_crop=True, random_flip=False)
+    still = make_set(augmentation=Augmentation(center_crop=True))
     assert len({still[Sample(0, step, 0, 1.0)]["pixels"].numpy().tobytes() for step in range(10)}) == 1
 
 
@@ -218,7 +223,7 @@ def test_pictures_keep_their_captions(make_set, tmp_path):
     seen = Counter()
     for rank in range(2):
         sampler = EffectiveBatchSampler(
-            [1] * 20, batch_size=3, accumulation=2, rank=rank, world_size=2, seed=0, num_steps=4
+            range(20), batch_size=3, accumulation=2, rank=rank, world_size=2, seed=0, num_steps=4
         )
         loader = torch.utils.data.DataLoader(make_set(folder), batch_sampler=sampler, collate_fn=collate)
         for batch in loader:

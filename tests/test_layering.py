@@ -12,7 +12,7 @@ PACKAGE = ROOT / "text_to_image_lora"
 # CONTRIBUTING.md shows the same table.
 FLOORS = [
     {"__init__", "errors"},
-    {"archives", "captions", "tables", "transforms", "models", "objective", "lora"},
+    {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora"},
     {"layouts"},
     {"records"},
     {"caching", "checkpoint", "export"},
@@ -66,7 +66,7 @@ def test_nothing_imports_the_scripts():
 
 def test_bad_input_is_found_without_torch():
     """What the script imports before it has looked at the command and the dataset takes no seconds to import."""
-    quick = ("records", "layouts", "transforms", "models", "tracking", "errors")
+    quick = ("records", "layouts", "buckets", "captions", "transforms", "models", "tracking", "errors")
     script = "import sys, " + ", ".join(f"{PACKAGE.name}.{module}" for module in quick)
     heavy = "torch", "diffusers", "transformers", "accelerate", "datasets", "peft"
     script += f"; print(*[name for name in {heavy} if name in sys.modules])"

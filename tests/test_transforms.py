@@ -13,12 +13,14 @@ from PIL import Image
 from text_to_image_lora.transforms import (
     INTERPOLATIONS,
     PIXEL_LIMIT,
+    Augmentation,
     ImageError,
     Variation,
     apply_variation,
     draw_variation,
     open_image,
     resized_size,
+    window_size,
 )
 
 
@@ -203,47 +205,45 @@ def torchvision_resize(image, resolution, interpolation):
 @given(width=sides, height=sides, resolution=resolutions)
 @settings(max_examples=100, deadline=None)
 def test_the_short_side_becomes_the_resolution(width, height, resolution):
-    size = resized_size(width, height, resolution)
+    size = resized_size(width, height, (resolution, resolution))
     assert min(size) == resolution
     assert size == torchvision_resize(Image.new("1", (width, height)), resolution, Image.Resampling.NEAREST).size
-    assert resized_size(height, width, resolution) == size[::-1]
+    assert resized_size(height, width, (resolution, resolution)) == size[::-1]
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("size", [(50, 31), (31, 50), (20, 20), (24, 40), (25, 24)])
 def test_center_crop(interpolation, size):
     image, resolution = noise(*size), 24
-    options = dict(center_crop=True, random_flip=False, seed=0, image_id="a", index=0)
-    variation = draw_variation(*size, resolution, **options)
+    options = dict(augmentation=Augmentation(center_crop=True), seed=0, image_id="a", index=0)
+    variation = draw_variation(*size, (resolution, resolution), **options)
     pil = getattr(Image.Resampling, interpolation.upper().removesuffix("_EXACT"))
     whole = torchvision_resize(image, resolution, pil)
     left, top = (int(round((side - resolution) / 2.0)) for side in whole.size)  # torchvision's center_crop
     expected = np.asarray(whole)[top : top + resolution, left : left + resolution]
-    assert (apply_variation(image, variation, resolution, interpolation) == expected).all()
+    assert (apply_variation(image, variation, (resolution, resolution), interpolation) == expected).all()
 
 
 @given(width=sides, height=sides, resolution=resolutions, index=st.integers(0, 2**31), flip=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_crops_lie_inside(width, height, resolution, index, flip):
-    options = dict(center_crop=False, random_flip=flip, seed=1, image_id="a", index=index)
-    left, top, mirrored = draw_variation(width, height, resolution, **options)
-    new_width, new_height = resized_size(width, height, resolution)
+    options = dict(augmentation=Augmentation(random_flip=flip), seed=1, image_id="a", index=index)
+    left, top, mirrored, *rest = draw_variation(width, height, (resolution, resolution), **options)
+    new_width, new_height = resized_size(width, height, (resolution, resolution))
     assert 0 <= left <= new_width - resolution
     assert 0 <= top <= new_height - resolution
     assert mirrored == (flip and index % 2 == 1)
+    assert rest == [1, 0, 1, 1, 1, 0]
 
 
 def test_every_crop_occurs():
-    crops = {
-        draw_variation(64, 40, 32, center_crop=False, random_flip=False, seed=0, image_id="a", index=i).left
-        for i in range(400)
-    }
+    crops = {draw_variation(64, 40, (32, 32), Augmentation(), seed=0, image_id="a", index=i).left for i in range(400)}
     assert crops == set(range(51 - 32 + 1))
 
 
 def test_a_flip_mirrors_the_same_crop():
     image = noise(50, 24)
-    plain, mirrored = (apply_variation(image, Variation(7, 0, flip), 24) for flip in (False, True))
+    plain, mirrored = (apply_variation(image, Variation(7, 0, flip), (24, 24)) for flip in (False, True))
     assert plain.dtype == np.uint8
     assert (plain == np.asarray(image)[:, 7:31]).all()
     assert (mirrored == plain[:, ::-1]).all()
@@ -251,8 +251,8 @@ def test_a_flip_mirrors_the_same_crop():
 
 def test_a_variation_is_a_function_of_its_arguments():
     def draw(seed=0, image_id="a", index=0):
-        options = dict(center_crop=False, random_flip=True)
-        return draw_variation(900, 500, 64, seed=seed, image_id=image_id, index=index, **options)
+        options = dict(augmentation=Augmentation(random_flip=True))
+        return draw_variation(900, 500, (64, 64), seed=seed, image_id=image_id, index=index, **options)
 
     first = draw()
     np.random.seed(5)
@@ -264,6 +264,83 @@ def test_a_variation_is_a_function_of_its_arguments():
 
 @pytest.mark.parametrize(("center_crop", "random_flip", "count"), [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2)])
 def test_square_pictures_have_one_crop(center_crop, random_flip, count):
-    options = dict(center_crop=center_crop, random_flip=random_flip, seed=0, image_id="a")
-    drawn = {draw_variation(70, 70, 32, index=index, **options) for index in range(20)}
+    augmentation = Augmentation(center_crop=bool(center_crop), random_flip=bool(random_flip))
+    options = dict(augmentation=augmentation, seed=0, image_id="a")
+    drawn = {draw_variation(70, 70, (32, 32), index=index, **options) for index in range(20)}
     assert drawn == {Variation(0, 0, False), Variation(0, 0, True)} if count == 2 else {Variation(0, 0, False)}
+
+
+# Augmentation.
+
+
+def test_how_many_variations_hold_all_there_is():
+    assert Augmentation(center_crop=True).variations() == 1
+    assert Augmentation(center_crop=True, random_flip=True).variations() == 2
+    assert Augmentation(random_flip=True).variations() is None
+    for name in ("rotation", "brightness", "contrast", "saturation", "hue"):
+        assert Augmentation(center_crop=True, **{name: 0.1}).variations() is None
+    assert Augmentation(center_crop=True, crop_scale=0.9).variations() is None
+
+
+STRONG = Augmentation(
+    random_flip=True, rotation=180, crop_scale=0.5, brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5
+)
+
+
+@given(sides, sides, st.sampled_from([(24, 24), (40, 16), (16, 40)]), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_variation_has_its_size_and_no_corner_from_outside(width, height, size, index, center_crop):
+    augmentation = STRONG._replace(center_crop=center_crop, brightness=0, contrast=0, saturation=0, hue=0)
+    variation = draw_variation(width, height, size, augmentation, seed=0, image_id="a", index=index)
+    assert 0.5 <= variation.share <= 1
+    assert -180 <= variation.turn <= 180
+    pixels = apply_variation(Image.new("RGB", (width, height), (200, 90, 40)), variation, size)
+    assert pixels.shape == (size[1], size[0], 3)
+    assert (abs(pixels.astype(int) - (200, 90, 40)) <= 1).all()
+
+
+def test_rotation_reads_nothing_from_outside_of_the_window():
+    """The corners come from the picture: with a border of another colour around the window, none of it is seen."""
+    size, variation = (32, 32), Variation(0, 0, False, turn=30.0)
+    window = window_size(size, 30)
+    assert window == (44, 44)
+    image = Image.new("RGB", window, "white")
+    inner = apply_variation(image, variation, size)
+    assert (inner == 255).all()
+
+
+def test_a_turn_is_anticlockwise_and_about_the_middle():
+    image = Image.new("RGB", (46, 46), "white")
+    image.paste((255, 0, 0), (20, 0, 26, 23))  # a hand of a clock at twelve
+    turned = apply_variation(image, Variation(0, 0, False, turn=90.0), (46, 46))
+    red = turned[..., 1] < 128
+    ys, xs = np.nonzero(red)
+    assert ys.min() >= 19
+    assert ys.max() <= 26
+    assert xs.max() <= 24  # at nine now
+
+
+def test_colours_are_changed_as_pillow_changes_them():
+    from PIL import ImageEnhance
+
+    image = Image.fromarray(np.asarray(noise(24, 24)) // 2 + 40)
+    for name, enhancer in (("brightness", ImageEnhance.Brightness), ("contrast", ImageEnhance.Contrast)):
+        pixels = apply_variation(image, Variation(0, 0, False, **{name: 0.7}), (24, 24))
+        assert abs(pixels.astype(int) - np.asarray(enhancer(image).enhance(0.7))).max() <= 2
+    grey = apply_variation(image, Variation(0, 0, False, saturation=0.0), (24, 24))
+    assert np.ptp(grey.astype(int), axis=2).max() <= 1
+    red = Image.new("RGB", (8, 8), (200, 20, 20))
+    assert apply_variation(red, Variation(0, 0, False, hue=1 / 3), (8, 8))[0, 0].tolist() == pytest.approx(
+        [20, 200, 20], abs=2
+    )
+
+
+def test_each_strength_bounds_its_draw():
+    drawn = [draw_variation(60, 60, (32, 32), STRONG, seed=0, image_id="a", index=i) for i in range(300)]
+    for name, least, most in (
+        ("share", 0.5, 1), ("turn", -180, 180), ("brightness", 0.5, 1.5), ("contrast", 0.5, 1.5),
+        ("saturation", 0.5, 1.5), ("hue", -0.5, 0.5),
+    ):  # fmt: skip
+        values = [getattr(variation, name) for variation in drawn]
+        assert least <= min(values) < least + 0.05 * (most - least)
+        assert most - 0.05 * (most - least) < max(values) <= most

@@ -9,6 +9,7 @@ each is written whole or not at all.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -29,7 +30,7 @@ from .records import image_id, read_image_bytes
 from .transforms import ImageError, apply_variation, draw_variation, open_image
 
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_PIXELS = 4 * 512 * 512
@@ -84,37 +85,36 @@ def inspect_images(dataset, indices, folder):
     return good, bad
 
 
-def default_cache_variations(center_crop, random_flip):
-    """How many variations of a picture to cache: all there are, or 4 where a random crop makes them endless."""
-    return (2 if random_flip else 1) if center_crop else 4
-
-
-def plan_latents(
-    images, *, cache_variations, resolution, interpolation, center_crop, random_flip, seed, identity, dtype, folder
-):
+def plan_latents(images, sizes, *, cache_variations, interpolation, augmentation, seed, identity, dtype, folder):
     """The shards for `images` (a list of (image_id, width, height)), and where each variation of each picture lies.
 
-    Returns shards whose entries are (image index, `Variation`), and locations[i][k] = (shard, row). Variations that are
-    alike (a square picture has one crop) are stored once.
+    `sizes` holds the (width, height) that each picture is trained at; a shard's pictures have one size. Returns shards
+    whose entries are (image index, `Variation`), and locations[i][k] = (shard, row). Variations that are alike (a square
+    picture has one crop) are stored once.
     """
-    shards, locations = [], []
-    for start in range(0, len(images), IMAGES_PER_SHARD):
+    shards, locations = [], [None] * len(images)
+    members = {}
+    for i, size in enumerate(sizes):
+        members.setdefault(size, []).append(i)
+    groups = (
+        (size, same[start : start + IMAGES_PER_SHARD])
+        for size, same in members.items()
+        for start in range(0, len(same), IMAGES_PER_SHARD)
+    )
+    for size, group in groups:
         entries, described = [], []
-        for i in range(start, min(start + IMAGES_PER_SHARD, len(images))):
+        for i in group:
             name, width, height = images[i]
             rows, seen = [], {}
             for k in range(cache_variations):
-                variation = draw_variation(
-                    width, height, resolution, center_crop=center_crop, random_flip=random_flip, seed=seed,
-                    image_id=name, index=k,
-                )  # fmt: skip
+                variation = draw_variation(width, height, size, augmentation, seed=seed, image_id=name, index=k)
                 if variation not in seen:
                     seen[variation] = len(entries)
                     entries.append((i, variation))
-                    described.append([name, *map(int, variation)])
+                    described.append([name, *variation])
                 rows.append((len(shards), seen[variation]))
-            locations.append(rows)
-        key = [CACHE_VERSION, "latents", identity, str(dtype), resolution, interpolation, described]
+            locations[i] = rows
+        key = [CACHE_VERSION, "latents", identity, str(dtype), size, interpolation, described]
         shards.append(Shard(_shard_path(folder, "latents", key), entries))
     return shards, locations
 
@@ -165,16 +165,17 @@ def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
     progress.close()
 
 
-def encode_latent_entries(entries, progress, *, dataset, vae_encode, resolution, interpolation, dtype):
+def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, interpolation, dtype):
     """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w) in `dtype`."""
-    batch_size = max(1, ENCODE_PIXELS // resolution**2)
+    size = sizes[entries[0][0]]
+    batch_size = max(1, ENCODE_PIXELS // math.prod(size))
     means, stds, opened = [], [], (None, None)
     for start in range(0, len(entries), batch_size):
         pixels = []
         for index, variation in entries[start : start + batch_size]:
             if opened[0] != index:
                 opened = (index, open_image(read_image_bytes(dataset[index]["image"])))
-            pixels.append(apply_variation(opened[1], variation, resolution, interpolation))
+            pixels.append(apply_variation(opened[1], variation, size, interpolation))
         mean, std = vae_encode(torch.from_numpy(np.stack(pixels)))
         means.append(mean.to(dtype).cpu())
         stds.append(std.to(dtype).cpu())
@@ -192,9 +193,9 @@ def encode_prompt_entries(entries, progress, *, text_encode, dtype):
     return {"hidden_states": torch.cat(parts).contiguous()}
 
 
-def check_free_disk(folder, *, num_latents, latent_values, num_captions, prompt_values):
+def check_free_disk(folder, *, latent_values, prompt_values):
     """Raises `InputError` where the cache can't fit on its disk; counts float32, so it may ask for twice the need."""
-    needed = 4 * (2 * num_latents * latent_values + num_captions * prompt_values)
+    needed = 4 * (2 * latent_values + prompt_values)
     existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
     held = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))  # may be this very cache
@@ -206,24 +207,26 @@ def check_free_disk(folder, *, num_latents, latent_values, num_captions, prompt_
 
 
 def build(
-    dataset, images, *, cache_variations, resolution, interpolation, center_crop, random_flip, seed, vae_encode,
+    dataset, images, sizes, *, cache_variations, interpolation, augmentation, seed, vae_encode,
     vae_identity, latent_dtype, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
+    caption_dropout=0.0,
 ):  # fmt: skip
     """Fills what is missing of the cache, each rank its share, and opens it.
 
+    `images` and `sizes` are as in `plan_latents`. With `caption_dropout` the empty caption is there too.
     Returns (latents, locations[i][k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
     """
     latent_shards, locations = plan_latents(
-        images, cache_variations=cache_variations, resolution=resolution, interpolation=interpolation,
-        center_crop=center_crop, random_flip=random_flip, seed=seed, identity=vae_identity, dtype=latent_dtype,
+        images, sizes, cache_variations=cache_variations, interpolation=interpolation,
+        augmentation=augmentation, seed=seed, identity=vae_identity, dtype=latent_dtype,
         folder=folder,
     )  # fmt: skip
     prompt_shards, places = plan_prompts(
-        [caption for captions in dataset["captions"] for caption in captions],
+        [caption for captions in dataset["captions"] for caption in captions] + [""] * (caption_dropout > 0),
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
     encode_latents = partial(
-        encode_latent_entries, dataset=dataset, vae_encode=vae_encode, resolution=resolution,
+        encode_latent_entries, dataset=dataset, sizes=sizes, vae_encode=vae_encode,
         interpolation=interpolation, dtype=latent_dtype,
     )  # fmt: skip
     encode_prompts = partial(encode_prompt_entries, text_encode=text_encode, dtype=prompt_dtype)

@@ -1,6 +1,7 @@
 """What is done to a caption before it is encoded."""
 
 import re
+import zlib
 
 
 def edit_caption(caption, *, trigger_word=None, prefix="", suffix=""):
@@ -8,3 +9,17 @@ def edit_caption(caption, *, trigger_word=None, prefix="", suffix=""):
     if trigger_word and not re.search(rf"(?<!\w){re.escape(trigger_word)}(?!\w)", caption, re.IGNORECASE):
         caption = f"{trigger_word}, {caption}"
     return f"{prefix}{caption}{suffix}"
+
+
+def shuffle_tags(caption, rng, keep=0):
+    """The caption's tags, between commas, in another order; the first `keep` stay where they are."""
+    tags = [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
+    return ", ".join(tags[:keep] + [tags[keep:][i] for i in rng.permutation(max(len(tags) - keep, 0))])
+
+
+def shuffled_variations(captions, count, seed, keep=0):
+    """`count` orders of the tags of each caption, those that are alike once: what is cached for `shuffle_tags`."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, zlib.crc32("\n".join(captions).encode())])
+    return list(dict.fromkeys(shuffle_tags(caption, rng, keep) for caption in captions for _ in range(count)))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .captions import shuffle_tags
 from .records import read_image_bytes
 from .transforms import apply_variation, draw_variation, open_image
 
@@ -27,47 +28,82 @@ class Sample(NamedTuple):
     weight: float
 
 
+def samples_of_epoch(num_repeats, concepts=None, *, seed=0):
+    """The picture's index of every sample of an epoch: each picture `num_repeats` times.
+
+    With `concepts` (a name for each picture), smaller concepts are repeated until all have as many samples as the
+    largest; what doesn't go round falls to pictures that the seed chooses, so that no two of a concept with equal
+    repeats differ by more than one.
+    """
+    samples = np.repeat(np.arange(len(num_repeats)), num_repeats)
+    if concepts is None:
+        return samples
+    _, concept_of = np.unique(np.asarray(concepts, dtype=str), return_inverse=True)
+    groups = [samples[concept_of[samples] == c] for c in range(concept_of.max() + 1)]
+    most, parts = max(map(len, groups)), []
+    for number, group in enumerate(groups):
+        times, rest = divmod(most, len(group))
+        parts += [np.tile(group, times), np.random.default_rng([seed, number]).permutation(group)[:rest]]
+    return np.sort(np.concatenate(parts))
+
+
 class EffectiveBatchSampler:
     """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`.
 
-    Each epoch is one permutation, in which every picture stands `num_repeats` times. An optimizer step takes the next
-    `batch_size * world_size * accumulation` of it; the last of an epoch takes what is left. All ranks have equally many
-    micro-batches of the same size: where samples don't go round, a rank gets a filler of weight 0. The weights of a
-    step's samples, over all ranks and micro-batches, add up to `world_size`, because DDP averages over the ranks.
+    `samples` holds the indices of an epoch's samples; each epoch is a permutation of it. An optimizer step takes the
+    next `batch_size * world_size * accumulation` of it; the last of an epoch takes what is left. With `groups` (a number
+    for each picture), the samples of a step are of one group, each group's last step takes what is left of it, and the
+    steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go round,
+    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
+    `world_size`, because DDP averages over the ranks.
     """
 
-    def __init__(self, num_repeats, *, batch_size, accumulation, rank, world_size, seed, num_steps=None, first_step=0):
-        self.order = np.repeat(np.arange(len(num_repeats)), num_repeats)
+    def __init__(
+        self, samples, *, batch_size, accumulation, rank, world_size, seed, groups=None, num_steps=None, first_step=0
+    ):
+        self.samples = np.asarray(samples)
+        self.groups = np.zeros(self.samples.max() + 1, dtype=int) if groups is None else np.asarray(groups)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.effective_batch_size = batch_size * world_size * accumulation
-        self.steps_per_epoch = math.ceil(len(self.order) / self.effective_batch_size)
         self.num_steps, self.first_step = num_steps, first_step
-        self.permutation = (None, None)
+        counts = np.bincount(self.groups[self.samples])
+        self.steps_per_epoch = int(np.ceil(counts / self.effective_batch_size).sum())
+        self.epoch = (None, None)
+
+    def samples_of(self, step):
+        """The indices of the pictures that the optimizer step is about, over all ranks and micro-batches."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self.epoch[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            permutation = rng.permutation(self.samples)
+            steps = []
+            for group in np.unique(self.groups[permutation]):
+                members = permutation[self.groups[permutation] == group]
+                steps += np.split(members, range(self.effective_batch_size, len(members), self.effective_batch_size))
+            if len(np.unique(self.groups[permutation])) > 1:
+                steps = [steps[i] for i in rng.permutation(len(steps))]
+            self.epoch = (epoch, steps)
+        return self.epoch[1][place]
 
     def num_samples(self, step):
         """How many samples the optimizer step really has."""
-        done = step % self.steps_per_epoch * self.effective_batch_size
-        return min(self.effective_batch_size, len(self.order) - done)
+        return len(self.samples_of(step))
 
     def num_micro_batches(self, step):
         return math.ceil(self.num_samples(step) / (self.batch_size * self.world_size))
 
     def micro_batches(self, step):
         """The lists of samples that this rank trains on in one optimizer step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self.permutation[0] != epoch:
-            self.permutation = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.order))
-        permutation = self.permutation[1]
-        count, start = self.num_samples(step), place * self.effective_batch_size
+        indices = self.samples_of(step)
+        count, together = len(indices), self.batch_size * self.world_size
         weight = self.world_size / count
-        together = self.batch_size * self.world_size
         for first in range(0, count, together):
             size = math.ceil(min(together, count - first) / self.world_size)
             batch = []
             for slot in range(size):
                 position = first + slot * self.world_size + self.rank
                 real = position < count
-                index = permutation[start + (position if real else first)]
+                index = indices[position if real else first]
                 batch.append(Sample(int(index), step, position, weight if real else 0.0))
             yield batch
 
@@ -87,20 +123,20 @@ def seed_of(*numbers):
 class TrainingSet(torch.utils.data.Dataset):
     """Everything that a training step needs of a `Sample`, drawn on the CPU.
 
-    `latents` and `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its
+    `sizes` and `latent_shapes` say what each picture is trained at. `latents` and `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its
     caption instead, for the loop to encode.
     """
 
     def __init__(
-        self, dataset, images, *, latents, prompts, latent_shape, seed, num_train_timesteps, resolution,
-        interpolation, center_crop, random_flip,
+        self, dataset, images, sizes, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
+        augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0,
     ):  # fmt: skip
-        self.dataset, self.images = dataset, images
+        self.dataset, self.images, self.sizes = dataset, images, sizes
         (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
-        self.latent_shape = latent_shape
+        self.latent_shapes = latent_shapes
         self.seed, self.num_train_timesteps = seed, num_train_timesteps
-        self.resolution, self.interpolation = resolution, interpolation
-        self.center_crop, self.random_flip = center_crop, random_flip
+        self.interpolation, self.augmentation = interpolation, augmentation
+        self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
 
     def __len__(self):
         return len(self.dataset)
@@ -112,9 +148,11 @@ class TrainingSet(torch.utils.data.Dataset):
             int(torch.randint(high, (1,), generator=generator))
             for high in (LIVE_VARIATIONS, LIVE_VARIATIONS, self.num_train_timesteps)
         )
-        noise = torch.randn(self.latent_shape, generator=generator)
-        channel_noise = torch.randn((self.latent_shape[0], 1, 1), generator=generator)
-        posterior_noise = torch.randn(self.latent_shape, generator=generator)
+        latent_shape, size = self.latent_shapes[sample.index], self.sizes[sample.index]
+        noise = torch.randn(latent_shape, generator=generator)
+        channel_noise = torch.randn((latent_shape[0], 1, 1), generator=generator)
+        posterior_noise = torch.randn(latent_shape, generator=generator)
+        is_dropped = float(torch.rand((), generator=generator)) < self.caption_dropout
         out = {
             "weights": torch.tensor(sample.weight),
             "timesteps": torch.tensor(timestep),
@@ -123,7 +161,7 @@ class TrainingSet(torch.utils.data.Dataset):
             "posterior_noise": posterior_noise,
         }
         captions = self.dataset[sample.index]["captions"]
-        caption = captions[which_caption % len(captions)]
+        caption = "" if is_dropped else captions[which_caption % len(captions)]
         if self.latents is not None:
             rows = self.locations[sample.index]
             shard, row = rows[which_variation % len(rows)]
@@ -131,15 +169,15 @@ class TrainingSet(torch.utils.data.Dataset):
         else:
             name, width, height = self.images[sample.index]
             variation = draw_variation(
-                width, height, self.resolution, center_crop=self.center_crop, random_flip=self.random_flip,
-                seed=self.seed, image_id=name, index=which_variation,
-            )  # fmt: skip
+                width, height, size, self.augmentation, seed=self.seed, image_id=name, index=which_variation
+            )
             image = open_image(read_image_bytes(self.dataset[sample.index]["image"]))
-            out["pixels"] = torch.from_numpy(apply_variation(image, variation, self.resolution, self.interpolation))
+            out["pixels"] = torch.from_numpy(apply_variation(image, variation, size, self.interpolation))
         if self.prompts is not None:
             out["encoder_hidden_states"] = self.prompts.row(*self.places[caption], "hidden_states")
         else:
-            out["captions"] = caption
+            rng = np.random.default_rng(which_caption)
+            out["captions"] = shuffle_tags(caption, rng, self.keep_tags) if self.shuffle_tags else caption
         return out
 
 

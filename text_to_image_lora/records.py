@@ -69,7 +69,7 @@ def load_records(
             [edit_caption(c, trigger_word=trigger_word, prefix=caption_prefix, suffix=caption_suffix) for c in group]
             for group in dataset["captions"]
         ]
-        dataset = _with_columns(dataset.select_columns("image"), {**_others(dataset), "captions": edited})
+        dataset = with_captions(dataset, edited)
     if max_train_samples is not None and max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=seed, keep_in_memory=True).select(range(max_train_samples))
     return dataset
@@ -89,8 +89,10 @@ def _features():
     )
 
 
-def _others(dataset):
-    return {name: dataset[name][:] for name in dataset.column_names if name != "image"}
+def with_captions(dataset, captions):
+    """The records with other captions, a list of them for each picture."""
+    others = {name: dataset[name][:] for name in dataset.column_names if name != "image"}
+    return _with_columns(dataset.select_columns("image"), {**others, "captions": captions})
 
 
 def _with_columns(pictures, others):

@@ -1,6 +1,7 @@
 """A picture file becomes pixels: EXIF, transparency over white, 16 bit, resize, crop, flip. Needs no torch."""
 
 import io
+import math
 import zlib
 from typing import NamedTuple
 
@@ -27,12 +28,41 @@ class ImageError(Exception):
     """A picture that can't be used, with the reason."""
 
 
+class Augmentation(NamedTuple):
+    """What may be random about a picture, and by how much."""
+
+    center_crop: bool = False  # else the crop's place is random
+    random_flip: bool = False
+    rotation: float = 0.0  # degrees to either side
+    crop_scale: float = 1.0  # the least share of the picture's sides that a crop shows
+    brightness: float = 0.0  # each factor is drawn from 1 - x to 1 + x
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0  # shift to either side, as a share of the colour circle
+
+    def variations(self):
+        """How many variations hold all there is; None where they are endless."""
+        if self.center_crop and self[2:] == Augmentation()[2:]:
+            return 2 if self.random_flip else 1
+        return None
+
+
 class Variation(NamedTuple):
-    """What is random about a picture: the crop's corner in the resized picture (pixels), and the flip."""
+    """What was drawn for a picture.
+
+    The corner (pixels) of the window in the resized picture, the flip, the window's share of the picture, the turn in
+    degrees, the factors of brightness, contrast and saturation, and the shift of the hue.
+    """
 
     left: int
     top: int
     flip: bool
+    share: float = 1.0
+    turn: float = 0.0
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0
 
 
 def open_image(data):
@@ -70,33 +100,80 @@ def open_image(data):
     return image.convert("RGB")
 
 
-def resized_size(width, height, resolution):
-    """Width and height after the short side has become `resolution`, as torchvision's `Resize` rounds."""
-    if width <= height:
-        return resolution, max(resolution, int(resolution * height / width))
-    return max(resolution, int(resolution * width / height)), resolution
+def resized_size(width, height, size):
+    """Width and height after the picture covers `size` (width, height); rounded as torchvision's `Resize` does."""
+    if width * size[1] <= height * size[0]:
+        return size[0], max(size[1], int(size[0] * height / width))
+    return max(size[0], int(size[1] * width / height)), size[1]
 
 
-def draw_variation(width, height, resolution, *, center_crop, random_flip, seed, image_id, index):
-    """Variation `index` of a picture of width x height: a function of its arguments alone.
+def window_size(size, turn):
+    """Sides (pixels) of what must be cut out, so that a picture of `size` can be cut from it turned, without corners."""
+    if not turn:
+        return size
+    c, s = abs(math.cos(math.radians(turn))), abs(math.sin(math.radians(turn)))
+    return math.ceil(size[0] * c + size[1] * s), math.ceil(size[0] * s + size[1] * c)
+
+
+def covering_size(width, height, size, share, turn):
+    """The size to which a picture is resized before a window is cut out of it that shows that share of its sides."""
+    return resized_size(width, height, tuple(math.ceil(side / share) for side in window_size(size, turn)))
+
+
+def draw_variation(width, height, size, augmentation, *, seed, image_id, index):
+    """Variation `index` of a picture of width x height, for pixels of `size`: a function of its arguments alone.
 
     With `random_flip`, even and odd indices are each other's orientation, so two variations hold both.
     """
-    width, height = resized_size(width, height, resolution)
-    room = (width - resolution, height - resolution)
-    if center_crop:
+    rng = np.random.default_rng([seed, zlib.crc32(image_id.encode()), index])
+    place = rng.random(2)
+
+    def between(least, most):  # in few digits: they are a part of the cache's keys
+        return round(float(rng.uniform(least, most)), 4)
+
+    share = between(augmentation.crop_scale, 1)
+    turn = between(-augmentation.rotation, augmentation.rotation)
+    factors = [between(1 - x, 1 + x) for x in augmentation[4:7]]
+    hue = between(-augmentation.hue, augmentation.hue)
+    covering, window = covering_size(width, height, size, share, turn), window_size(size, turn)
+    room = [covering[axis] - window[axis] for axis in (0, 1)]
+    if augmentation.center_crop:
         left, top = (round(r / 2) for r in room)
     else:
-        rng = np.random.default_rng([seed, zlib.crc32(image_id.encode()), index])
-        left, top = (int(rng.integers(r + 1)) for r in room)
-    return Variation(left, top, bool(random_flip and index % 2))
+        left, top = (min(int(p * (r + 1)), r) for p, r in zip(place, room))
+    flip = bool(augmentation.random_flip and index % 2)
+    return Variation(left, top, flip, share, turn, *factors, hue)
 
 
-def apply_variation(image, variation, resolution, interpolation="lanczos"):
-    """An RGB picture to uint8 pixels (resolution, resolution, 3): resized, cropped, flipped."""
-    size = resized_size(image.width, image.height, resolution)
-    if image.size != size:
-        image = image.resize(size, INTERPOLATIONS[interpolation])
-    left, top, flip = variation
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.array(ImageOps.mirror(image) if flip else image)
+def apply_variation(image, variation, size, interpolation="lanczos"):
+    """An RGB picture to uint8 pixels (height, width, 3) of `size` (width, height): resized, cropped, flipped, ..."""
+    covering = covering_size(image.width, image.height, size, variation.share, variation.turn)
+    if image.size != covering:
+        image = image.resize(covering, INTERPOLATIONS[interpolation])
+    window = window_size(size, variation.turn)
+    image = image.crop((variation.left, variation.top, variation.left + window[0], variation.top + window[1]))
+    pixels = np.array(ImageOps.mirror(image) if variation.flip else image)
+    return pixels if variation[4:] == Variation(0, 0, False)[4:] else _augment(pixels, variation, size)
+
+
+def _augment(pixels, variation, size):
+    """Turns the window and cuts the middle out of it, then changes its colours (kornia's functions)."""
+    import torch
+    from kornia import enhance
+    from kornia.geometry.transform import get_rotation_matrix2d, warp_affine
+
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    if variation.turn:
+        middle, target = ((torch.tensor([sides], dtype=torch.float32) - 1) / 2 for sides in (image.shape[:1:-1], size))
+        matrix = get_rotation_matrix2d(middle, torch.tensor([variation.turn]), torch.ones(1, 2))
+        matrix[:, :, 2] += target - middle
+        image = warp_affine(image, matrix, dsize=size[::-1], padding_mode="reflection")
+    if variation.brightness != 1:
+        image = enhance.adjust_brightness_accumulative(image, variation.brightness)
+    if variation.contrast != 1:
+        image = enhance.adjust_contrast_with_mean_subtraction(image, variation.contrast)
+    if variation.saturation != 1:
+        image = enhance.adjust_saturation(image, variation.saturation)
+    if variation.hue:
+        image = enhance.adjust_hue(image, 2 * math.pi * variation.hue)
+    return (image[0].permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()

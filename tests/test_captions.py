@@ -1,0 +1,95 @@
+"""What is done to captions: tags in another order, the empty caption, and the same in the cache and live."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import read_metrics, write_pictures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from text_to_image_lora.captions import shuffle_tags, shuffled_variations
+from text_to_image_lora.data import Sample, TrainingSet
+from text_to_image_lora.records import load_records
+from text_to_image_lora.transforms import Augmentation
+
+
+tags = st.lists(st.text("abc ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1, max_size=6)
+
+
+@given(tags, st.integers(0, 8), st.integers(0, 2**32 - 1))
+def test_shuffling_loses_no_tag_and_keeps_the_first(words, keep, seed):
+    out = shuffle_tags(" ,  ".join(words) + ",", np.random.default_rng(seed), keep).split(", ")
+    assert out[:keep] == words[:keep]
+    assert Counter(out) == Counter(words)
+
+
+def test_every_order_occurs():
+    orders = {shuffle_tags("sks, a, b, c", np.random.default_rng(seed), 1) for seed in range(200)}
+    assert len(orders) == 6
+
+
+def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
+    first = shuffled_variations(["a, b, c, d"], 8, seed=0)
+    assert first == shuffled_variations(["a, b, c, d"], 8, seed=0)
+    assert 4 <= len(first) == len(set(first)) <= 8
+    assert first != shuffled_variations(["a, b, c, d"], 8, seed=1)
+    assert shuffled_variations(["one tag"], 8, seed=0) == ["one tag"]
+    assert len(shuffled_variations(["a, b", "c, d"], 30, seed=0)) == 4
+
+
+@pytest.fixture
+def make_set(tmp_path):
+    folder = write_pictures(tmp_path / "set", count=1, captions=["sks, red, old, big"])
+    dataset = load_records(train_data_dir=folder)
+
+    def make(**changes):
+        return TrainingSet(
+            dataset, [("0" * 32, 40, 32)], [(32, 32)], latents=(None, None), prompts=(None, None),
+            latent_shapes=[(4, 8, 8)], seed=0, num_train_timesteps=1000, interpolation="lanczos",
+            augmentation=Augmentation(), **changes,
+        )  # fmt: skip
+
+    return make
+
+
+def test_caption_dropout(make_set):
+    plain, dropping = make_set(), make_set(caption_dropout=0.3)
+    samples = [(plain[Sample(0, step, 0, 1.0)], dropping[Sample(0, step, 0, 1.0)]) for step in range(300)]
+    dropped = [b["captions"] == "" for _, b in samples]
+    assert 60 < sum(dropped) < 120
+    assert all(b["captions"] == a["captions"] for (a, b), gone in zip(samples, dropped, strict=True) if not gone)
+    # What is dropped changes no other draw.
+    assert all((a["noise"] == b["noise"]).all() and a["timesteps"] == b["timesteps"] for a, b in samples)
+
+
+def test_tags_are_shuffled_anew_each_step_when_live(make_set):
+    shuffling = make_set(shuffle_tags=True, keep_tags=1)
+    drawn = Counter(shuffling[Sample(0, step, 0, 1.0)]["captions"] for step in range(120))
+    assert len(drawn) == 6
+    assert all(caption.startswith("sks, ") for caption in drawn)
+
+
+def test_dropped_captions_are_in_the_cache(train, pictures):
+    """With every caption but a few dropped, cached and live see the same numbers."""
+    losses = [
+        [row["train_loss"] for row in read_metrics(train(caption_dropout=0.9, max_train_steps=4, **options))]
+        for options in (dict(cache_variations=4), dict(cache_variations=0, output_dir=pictures.parent / "live"))
+    ]
+    plain = [row["train_loss"] for row in read_metrics(train(max_train_steps=4, output_dir=pictures.parent / "plain"))]
+    assert plain != losses[0]
+    assert all(row > 0 for row in losses[0] + losses[1])
+
+
+def test_a_cut_order_is_not_cached_twice(train, pictures, tmp_path):
+    """`--tag_variations` orders of each caption are encoded, and trained on."""
+    from safetensors import safe_open
+
+    folder = write_pictures(tmp_path / "tags", count=2, captions=["sks, a, b, c", "sks, d, e, f"])
+    train(train_data_dir=folder, shuffle_tags=True, keep_tags=1, tag_variations=4, max_train_steps=3)
+    shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
+    with safe_open(shards[0], "pt") as file:
+        count = file.get_slice("hidden_states").get_shape()[0]
+    expected = sum(len(shuffled_variations([c], 4, 0, 1)) for c in ("sks, a, b, c", "sks, d, e, f"))
+    assert len(shards) == 1
+    assert count == expected > 4
