@@ -25,6 +25,7 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 SECRETS = ("hub_token",)
 ENDLESS_VARIATIONS_CACHED = 4
+PREVIEWED = 10  # pictures on the sheet of --preview_data
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -113,6 +114,8 @@ def build_parser():
     group("--random_saturation", type=float, default=0.0, help="the same for the saturation")
     group("--random_hue", type=float, default=0.0, help="shift the hue by up to this share of the colour circle, such as 0.02")
     group("--image_interpolation_mode", default="lanczos", choices=["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact"], help="how pictures are resized")
+    group("--dry_run", **yes, help="look at the dataset, say what it holds and what is wrong with it, write --output_dir/dataset.json, and stop")
+    group("--preview_data", metavar="FILE", help="write a picture of what the model will see: some pictures, their variations and captions")
     group("--skip_bad_images", **yes, help="leave out pictures that can't be read, and rows without one, instead of stopping")
     group("--cache_variations", type=int, help="variations of each picture in the cache (1, 2 with --random_flip, 4 with random crops and other augmentation); 0: no cache, encode live")
     group("--latent_cache_dir", default="~/.cache/text_to_image_lora", help="where latents and prompt embeddings are kept for later runs")
@@ -285,6 +288,8 @@ def check_args(args):
         raise InputError(
             "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
         )
+    if args.preview_data is not None and Path(args.preview_data).suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise InputError(f"--preview_data {args.preview_data}: name a .png, .jpg or .webp file.")
     args.resume_from_checkpoint = None if args.resume_from_checkpoint == "none" else args.resume_from_checkpoint
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
@@ -326,8 +331,11 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def check_inputs(args):
-    """Base model and pictures as the command names them; what is wrong with them is told before torch is imported."""
+def check_inputs(args, leave_out=None):
+    """Base model and pictures as the command names them; what is wrong with them is told before torch is imported.
+
+    Rows that can't be used go to `leave_out(source, reason)`, where there is one.
+    """
     from huggingface_hub import get_token
 
     from text_to_image_lora import models
@@ -361,6 +369,7 @@ def check_inputs(args):
         archive_dir=Path(args.latent_cache_dir).expanduser() / "archives",
         max_train_samples=args.max_train_samples,
         skip_bad_images=args.skip_bad_images,
+        leave_out=leave_out,
         say=print if os.environ.get("RANK", "0") == "0" else lambda line: None,
     )
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
@@ -368,6 +377,8 @@ def check_inputs(args):
     if args.push_to_hub and not (args.hub_token or get_token()):
         raise InputError("--push_to_hub needs a token: run `hf auth login` first.")
     check_folder(args.output_dir, "--output_dir")
+    if args.preview_data is not None:
+        check_folder(Path(args.preview_data).parent, "--preview_data")
     if args.cache_variations != 0:
         check_folder(Path(args.latent_cache_dir).expanduser(), "--latent_cache_dir")
     return base, dataset
@@ -470,6 +481,83 @@ def settle_cache(args, base, dataset, latent_shapes):
             Path(args.latent_cache_dir).expanduser(),
             latent_values=args.cache_variations * sum(map(math.prod, latent_shapes)),
             prompt_values=77 * base.cross_attention_dim * sum(map(len, dataset["captions"])),
+        )
+
+
+def make_sampler(args, dataset, sizes, *, rank, world_size):
+    from text_to_image_lora import data
+
+    concepts = dataset["concept"][:] if args.balance == "concept" else None
+    groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
+    return data.EffectiveBatchSampler(
+        data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed),
+        groups=[groups[size] for size in sizes],
+        batch_size=args.train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        seed=args.seed,
+    )
+
+
+def look_at_data(args, base, dataset, left_out):
+    """--dry_run and --preview_data: what the dataset holds, what is wrong with it, and what the model will see of it.
+
+    No model is loaded but the tokenizer. Raises `InputError` where --dry_run has found what training would refuse.
+    """
+    from text_to_image_lora import inspection, models
+
+    args = argparse.Namespace(**vars(args) | {"seed": args.seed or 0})
+    good, bad = inspection.examine(dataset)
+    left_out = left_out + [(dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
+    dataset, findings = dataset.select(sorted(good)), dict(enumerate(good[index] for index in sorted(good)))
+    report_file = Path(args.output_dir) / "dataset.json"
+    if findings:
+        images = [finding[:3] for finding in findings.values()]
+        sizes = sizes_to_train_at(args, dataset, images, lambda line: None)
+        sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        variations = args.cache_variations
+        if variations is None:
+            variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
+    if args.dry_run and findings:
+        tokenizer, token_counts = models.load_tokenizer(base), None
+        if tokenizer is not None:
+            token_counts = [[len(ids) for ids in tokenizer(group).input_ids] for group in dataset["captions"]]
+        values = variations * sum(2 * base.latent_channels * w * h // base.vae_factor**2 for w, h in sizes)
+        values += 77 * base.cross_attention_dim * len({c for group in dataset["captions"] for c in group})
+        report = inspection.describe(
+            dataset,
+            findings,
+            left_out,
+            sizes,
+            sampler.samples,
+            token_counts=token_counts,
+            token_limit=None if tokenizer is None else tokenizer.model_max_length,
+            steps_per_epoch=sampler.steps_per_epoch,
+            cache_bytes=values * (4 if args.mixed_precision in (None, "no") else 2),
+        )
+        inspection.write_report(report, report_file)
+        print("\n".join([*inspection.lines_of(report), "", f"all of it: {report_file}"]))
+    if args.preview_data is not None and findings:
+        chosen = list(dict.fromkeys(int(i) for i in sampler.samples_of(0)))
+        chosen += [i for i in range(len(dataset)) if i not in chosen]
+        sheet = inspection.preview_sheet(
+            dataset,
+            images,
+            sizes,
+            chosen[:PREVIEWED],
+            num_variations=min(variations or 4, 4),
+            interpolation=args.image_interpolation_mode,
+            augmentation=augmentation_of(args),
+            seed=args.seed,
+        )
+        sheet.save(args.preview_data)
+        print(f"what the model will see: {args.preview_data}")
+    if left_out and args.dry_run and not args.skip_bad_images:
+        source, reason = left_out[0]
+        raise InputError(
+            f"{source}: {reason} ({len(left_out)} such pictures or rows in all). Fix them, or pass --skip_bad_images to "
+            "leave them out."
         )
 
 
@@ -588,7 +676,12 @@ def main(args):
     trackers = trackers_of(args.report_to)
     quiet_libraries()
 
-    base, dataset = check_inputs(args)
+    left_out = []
+    base, dataset = check_inputs(args, (lambda *what: left_out.append(what)) if args.dry_run else None)
+    if (args.dry_run or args.preview_data) and os.environ.get("RANK", "0") == "0":
+        look_at_data(args, base, dataset, left_out)
+    if args.dry_run:
+        return
 
     import collections
     import contextlib
@@ -720,22 +813,12 @@ def main(args):
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
     optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
-    concepts = dataset["concept"][:] if args.balance == "concept" else None
-    samples = data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed)
-    if concepts is not None:
-        for concept, count in sorted(collections.Counter(concepts[i] for i in samples).items()):
+    sampler = make_sampler(args, dataset, sizes, rank=rank, world_size=world_size)
+    sampler.first_step = state.global_step
+    if args.balance is not None:
+        concepts = dataset["concept"][:]
+        for concept, count in sorted(collections.Counter(concepts[i] for i in sampler.samples).items()):
             say(f"concept {concept}: {concepts.count(concept)} pictures, {count} samples an epoch")
-    groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
-    sampler = data.EffectiveBatchSampler(
-        samples,
-        groups=[groups[size] for size in sizes],
-        batch_size=args.train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        rank=rank,
-        world_size=world_size,
-        seed=args.seed,
-        first_step=state.global_step,
-    )
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
     sampler.num_steps = args.max_train_steps

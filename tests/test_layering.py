@@ -15,7 +15,7 @@ FLOORS = [
     {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora"},
     {"layouts"},
     {"records"},
-    {"caching", "checkpoint", "export"},
+    {"caching", "checkpoint", "export", "inspection"},
     {"data", "validation", "tracking"},
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -59,16 +59,16 @@ def recognise(folder, files, instance_prompt):
 
 
 def read_folder(
-    folder, layout, files, *, image_column, caption_column, instance_prompt, caption_template, skip_bad_images, say
+    folder, layout, files, *, image_column, caption_column, instance_prompt, caption_template, leave_out, say
 ):
     """The rows of a folder: dicts of image (a path), captions, concept, num_repeats and source.
 
-    `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; rows without a
-    picture or a caption are left out and told by `say` where `skip_bad_images` asks for it.
+    `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; where there is a
+    function `leave_out(source, reason)`, it is called for rows without a picture or a caption, and they are left out.
     """
     pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
     if layout == "metadata":
-        return _metadata_rows(folder, files, pictures, image_column, caption_column, skip_bad_images, say)
+        return _metadata_rows(folder, files, pictures, image_column, caption_column, leave_out, say)
     if image_column is not None and image_column != "image":
         raise InputError(f"{folder}: there is no metadata file, so no column '{image_column}' (--image_column).")
     if caption_column is not None and caption_column != "text":
@@ -108,10 +108,10 @@ def read_folder(
             raise InputError("--dataset_layout instance needs --instance_prompt, the caption of all pictures.")
         else:
             captions = [instance_prompt]
-        if reason is not None and not skip_bad_images:
+        if reason is not None and leave_out is None:
             raise InputError(f"{path}: {reason}. Write one, or pass --skip_bad_images to leave such pictures out.")
         if reason is not None:
-            say(f"left out: {path}: {reason}")
+            leave_out(str(path), reason)
             continue
         rows.append(_row(path, captions, concept, num_repeats, str(path)))
     if unnamed:
@@ -143,7 +143,7 @@ def _caption_file(picture, names):
     return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
 
 
-def _metadata_rows(folder, files, pictures, image_column, caption_column, skip_bad_images, say):
+def _metadata_rows(folder, files, pictures, image_column, caption_column, leave_out, say):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
     rows = []
     for file, after in zip(tables, [*tables[1:], None]):
@@ -152,7 +152,7 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, skip_b
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
                 "Keep one of them."
             )
-        rows += _rows_of_table(file, folder, image_column, caption_column, skip_bad_images, say)
+        rows += _rows_of_table(file, folder, image_column, caption_column, leave_out)
     if not rows:
         raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
     used = [os.path.realpath(row["image"]["path"]) for row in rows]
@@ -166,7 +166,7 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, skip_b
     return rows
 
 
-def _rows_of_table(file, dataset_folder, image_column, caption_column, skip_bad_images, say):
+def _rows_of_table(file, dataset_folder, image_column, caption_column, leave_out):
     """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
     table = read_table(file)
     if not table:
@@ -198,8 +198,8 @@ def _rows_of_table(file, dataset_folder, image_column, caption_column, skip_bad_
                 )
             elif not captions:
                 reason = f"column '{chosen}' is empty"
-        if reason and skip_bad_images:
-            say(f"left out: {where}: {reason}")
+        if reason and leave_out is not None:
+            leave_out(where, reason)
             continue
         if reason:
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")

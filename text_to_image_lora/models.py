@@ -133,6 +133,20 @@ def lightning_stubs():
         yield
 
 
+def load_tokenizer(base):
+    """The tokenizer of a base model; None where that is a single file and its configuration is not here."""
+    import transformers
+
+    options = dict(revision=base.revision, cache_dir=base.cache_dir) if base.kind != "file" else {}
+    source = base.source if base.kind != "file" else base.single_file_config
+    if source is None:
+        return None
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: its tokenizer can't be loaded ({str(error).splitlines()[0]}).") from error
+
+
 def load_components(base, *, pretrained_vae=None):
     """Tokenizer, text encoder, VAE, UNet and training scheduler of a base model, in float32, frozen, in eval mode.
 

@@ -38,19 +38,26 @@ def load_records(
     max_train_samples=None,
     seed=0,
     skip_bad_images=False,
+    leave_out=None,
     say=print,
 ):
     """The training set, one row a picture, in the order that the source gives.
 
     `train_data_dir` is a folder or an archive, or a list of them, one after the other; archives are unpacked below
     `archive_dir`. Columns: `image` ({"bytes", "path"}, not decoded), `captions` (at least one), `concept` (the class
-    folder), `num_repeats`, `source` (file and row, for messages). `say` is told what the user should know.
+    folder), `num_repeats`, `source` (file and row, for messages). `say` is told what the user should know; rows without
+    a picture or a caption go to `leave_out(source, reason)`, which with `skip_bad_images` says so unless given.
     Raises `InputError` for a folder, column, row or caption that can't be used.
     """
     options = dict(image_column=image_column, caption_column=caption_column)
+    if leave_out is None and skip_bad_images:
+
+        def leave_out(source, reason):
+            say(f"left out: {source}: {reason}")
+
     described = dict(
         layout=dataset_layout, instance_prompt=instance_prompt, caption_template=caption_template,
-        config_name=dataset_config_name, cache_dir=cache_dir, skip_bad_images=skip_bad_images, say=say,
+        config_name=dataset_config_name, cache_dir=cache_dir, leave_out=leave_out, say=say,
     )  # fmt: skip
     if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
         parts = [_from_hub(dataset_name, dataset_config_name, cache_dir=cache_dir, **options)]
@@ -111,7 +118,7 @@ def _with_columns(pictures, others):
 
 def _from_folder(
     folder, *, layout, image_column, caption_column, config_name, cache_dir, instance_prompt, caption_template,
-    skip_bad_images, say,
+    leave_out, say,
 ):  # fmt: skip
     import datasets
 
@@ -127,8 +134,7 @@ def _from_folder(
     if chosen is not None:
         rows = read_folder(
             folder, chosen, files, image_column=image_column, caption_column=caption_column,
-            instance_prompt=instance_prompt, caption_template=caption_template, skip_bad_images=skip_bad_images,
-            say=say,
+            instance_prompt=instance_prompt, caption_template=caption_template, leave_out=leave_out, say=say,
         )  # fmt: skip
         if not rows:
             raise InputError(f"{folder}: it holds not one picture to train on.")

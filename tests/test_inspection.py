@@ -1,0 +1,115 @@
+"""What --dry_run and --preview_data tell of a dataset: what there is, what is wrong, what the model will see."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import run_command, write_pictures
+from PIL import Image
+
+from text_to_image_lora import inspection
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.records import load_records
+from text_to_image_lora.transforms import Augmentation, apply_variation, draw_variation, open_image
+
+
+@pytest.fixture
+def motley(tmp_path):
+    """Six pictures: one of them twice, one twice in another size and format, one broken, one caption far too long."""
+    folder = write_pictures(tmp_path / "motley", count=6)
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    Image.open(folder / "1.png").resize((80, 64)).convert("RGB").save(folder / "again.jpg", quality=85)
+    (folder / "broken.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    rows = [{"file_name": name, "text": "a green axe"} for name in ("copy.png", "again.jpg", "broken.png")]
+    rows += [{"file_name": "gone.png", "text": "a green axe"}, {"file_name": "3.png", "text": "axe " * 100}]
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys, tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png' does not exist \(2 such pictures or rows in all\)"):
+        train(train_data_dir=motley, dry_run=True)
+    report = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert report["pictures"] == 9
+    assert [row["reason"] for row in report["left_out"]][0] == "'gone.png' does not exist"
+    assert "it can't be decoded" in report["left_out"][1]["reason"]
+    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png of two rows
+    assert [["0.png" in a, "copy.png" in b] for a, b in report["equal"][:1]] == [[True, True]]
+    assert [["1.png" in a, "again.jpg" in b] for a, b in report["alike"]] == [[True, True]]
+    assert len(report["tokens"]["cut"]) == 1
+    assert report["tokens"]["most"] > 100
+    assert report["samples_an_epoch"] == 9
+    assert report["steps_an_epoch"] == 5
+    out = capsys.readouterr().out
+    assert "2 left out, as they can't be used:" in out
+    assert "1 pairs look alike:" in out
+    assert "1 captions are cut at the limit:" in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_of_a_good_dataset(train, capsys, tmp_path):
+    train(dry_run=True, random_flip=True, aspect_ratio_buckets=True)
+    assert "6 pictures, 6 captions (6 different)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == []
+
+
+def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
+    options = dict(random_flip=True, center_crop=True)
+    train(dry_run=True, **options)
+    expected = json.loads((tmp_path / "out" / "dataset.json").read_text())["cache_bytes"]
+    train(**options)
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert expected <= taken < 1.02 * expected
+
+
+def test_a_dry_run_does_not_import_what_it_does_not_need(arguments):
+    """By the command: quick, and with exit code 0."""
+    done = run_command([*arguments(), "--dry_run"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
+    sheet_file = tmp_path / "sheet.png"
+    train(dry_run=True, preview_data=sheet_file, random_flip=True, random_hue=0.1, cache_variations=3)
+    sheet = Image.open(sheet_file)
+    assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
+    dataset = load_records(train_data_dir=pictures)
+    good, _ = inspection.examine(dataset)
+    found = 0
+    for finding in good.values():
+        image = open_image((pictures / f"{list(good.values()).index(finding)}.png").read_bytes())
+        augmentation = Augmentation(random_flip=True, hue=0.1)
+        variation = draw_variation(40, 32, (32, 32), augmentation, seed=0, image_id=finding.image_id, index=1)
+        tile = Image.fromarray(apply_variation(image, variation, (32, 32))).resize(
+            (192, 192), Image.Resampling.LANCZOS
+        )
+        found += any(
+            (np.asarray(sheet.crop((208, 8 + 200 * row, 400, 200 + 200 * row))) == np.asarray(tile)).all()
+            for row in range(6)
+        )
+    assert found == 6
+
+
+def test_alike_is_the_same_picture_and_not_another():
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+        for _ in range(40)
+    ]
+    findings = {}
+    for i, picture in enumerate(pictures):
+        findings[i] = inspection.Finding(f"{i}", 96, 96, inspection.difference_hash(picture))
+        smaller = picture.resize((50, 50))
+        findings[40 + i] = inspection.Finding(f"{40 + i}", 50, 50, inspection.difference_hash(smaller))
+    assert inspection.alike_pictures(findings) == [(i, 40 + i) for i in range(40)]
+
+
+@pytest.mark.parametrize("name", ["sheet.txt", "sheet"])
+def test_a_preview_of_no_picture_format(arguments, name):
+    done = run_command([*arguments(), "--preview_data", name])
+    assert done.returncode == 2
+    assert f"--preview_data {name}: name a .png, .jpg or .webp file." in done.stderr
