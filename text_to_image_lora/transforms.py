@@ -6,7 +6,7 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 
 # Sizes are checked below, from the header and before anything is decoded; Pillow's own limit only warns at first.
@@ -78,7 +78,7 @@ def open_image(data):
         if image.width * image.height > PIXEL_LIMIT:
             raise ImageError(f"{image.width}x{image.height} is more than the limit of {PIXEL_LIMIT:,} pixels")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = _in_srgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins raise what they like on broken files
@@ -98,6 +98,27 @@ def open_image(data):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _in_srgb(image):
+    """The picture with its colours as its ICC profile means them; one without profile, or a broken one, is sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        seen = image.convert("RGB") if alpha is not None else image
+        seen = ImageCms.profileToProfile(seen, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    if alpha is not None:
+        seen.putalpha(alpha)
+    elif "transparency" in image.info:
+        return image
+    return seen
 
 
 def resized_size(width, height, size):
