@@ -19,7 +19,7 @@ from pathlib import Path
 from text_to_image_lora import buckets
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.layouts import LAYOUTS
-from text_to_image_lora.records import fingerprint, load_records, with_captions
+from text_to_image_lora.records import fingerprint, load_records, with_captions, with_class_pictures
 from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 
@@ -98,6 +98,10 @@ def build_parser():
     group("--keep_tags", type=int, default=0, help="leave the first so many tags where they are")
     group("--tag_variations", type=int, default=8, help="orders of each caption in the cache; without the cache they are endless")
     group("--balance", choices=["concept"], help="concept: draw each class folder equally often, repeating the smaller ones")
+    group("--mask_column", help="column with masks: what is white in them counts in the loss; name.mask.png beside a picture needs no flag")
+    group("--class_data_dir", help="pictures of the class in general, trained beside yours so that it isn't forgotten (DreamBooth's prior preservation)")
+    group("--class_prompt", help="the caption of those pictures, where they have none")
+    group("--prior_loss_weight", type=float, default=1.0, help="how much each of those pictures counts")
     group("--max_train_samples", type=int, help="train on this many pictures, always the same ones")
     group("--resolution", type=int, default=512, help="side of the square that pictures are resized and cropped to, in pixels")
     group("--aspect_ratio_buckets", **yes, help="keep the pictures' shapes: train each at the nearest of several sizes with the square's area")
@@ -232,7 +236,10 @@ def check_args(args):
         raise InputError(
             f"--caption_template {args.caption_template!r}: it may hold {{trigger}} and {{class}}, and no other braces."
         ) from error
-    for name, text in (("caption_template", caption), ("instance_prompt", args.instance_prompt)):
+    if args.class_data_dir is None and args.class_prompt is not None:
+        raise InputError("--class_prompt is the caption of --class_data_dir's pictures: add it.")
+    prompts = dict(caption_template=caption, instance_prompt=args.instance_prompt, class_prompt=args.class_prompt)
+    for name, text in prompts.items():
         if text is not None and not text.strip():
             raise InputError(f"--{name} is empty: write what the pictures show.")
     at_least = dict(
@@ -242,7 +249,7 @@ def check_args(args):
         validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
         adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
         bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
-        random_saturation=0, random_hue=0,
+        random_saturation=0, random_hue=0, prior_loss_weight=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -353,6 +360,12 @@ def check_inputs(args, leave_out=None):
             f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
         )
     settle_buckets(args, base.image_factor)
+    where_and_how = dict(
+        archive_dir=Path(args.latent_cache_dir).expanduser() / "archives",
+        skip_bad_images=args.skip_bad_images,
+        leave_out=leave_out,
+        say=print if os.environ.get("RANK", "0") == "0" else lambda line: None,
+    )
     dataset = load_records(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,
@@ -360,18 +373,21 @@ def check_inputs(args, leave_out=None):
         dataset_layout=args.dataset_layout,
         image_column=args.image_column,
         caption_column=args.caption_column,
+        mask_column=args.mask_column,
         instance_prompt=args.instance_prompt,
         caption_template=args.caption_template,
         trigger_word=args.trigger_word,
         caption_prefix=args.caption_prefix,
         caption_suffix=args.caption_suffix,
         cache_dir=args.cache_dir,
-        archive_dir=Path(args.latent_cache_dir).expanduser() / "archives",
         max_train_samples=args.max_train_samples,
-        skip_bad_images=args.skip_bad_images,
-        leave_out=leave_out,
-        say=print if os.environ.get("RANK", "0") == "0" else lambda line: None,
+        **where_and_how,
     )
+    if args.class_data_dir is not None:
+        class_pictures = load_records(
+            train_data_dir=args.class_data_dir, instance_prompt=args.class_prompt, **where_and_how
+        )
+        dataset = with_class_pictures(dataset, class_pictures)
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
         raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
     if args.push_to_hub and not (args.hub_token or get_token()):
@@ -487,11 +503,15 @@ def settle_cache(args, base, dataset, latent_shapes):
 def make_sampler(args, dataset, sizes, *, rank, world_size):
     from text_to_image_lora import data
 
-    concepts = dataset["concept"][:] if args.balance == "concept" else None
+    concepts, is_class = dataset["concept"][:] if args.balance == "concept" else None, dataset["is_class"][:]
+    samples = data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed)
+    if any(is_class):
+        samples = data.add_class_samples(samples, is_class, seed=args.seed)
     groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
     return data.EffectiveBatchSampler(
-        data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed),
+        samples,
         groups=[groups[size] for size in sizes],
+        loss_weights=[args.prior_loss_weight if other else 1.0 for other in is_class],
         batch_size=args.train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         rank=rank,
@@ -574,6 +594,7 @@ def identity_of_run(args, dataset, images, world_size):
         "seed": args.seed,
         "balance": args.balance,
         "caption_dropout": args.caption_dropout,
+        "prior_loss_weight": args.prior_loss_weight if args.class_data_dir is not None else None,
         "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
         "buckets": [args.bucket_min_size, args.bucket_max_size, args.bucket_step, args.bucket_no_upscale],
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
@@ -734,6 +755,7 @@ def main(args):
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
     dataset, images = usable_pictures(dataset, args, accelerator, say)
+    masked = any(row is not None for row in dataset["mask"])
     sizes = sizes_to_train_at(args, dataset, images, say)
     latent_shapes = [(base.latent_channels, h // base.vae_factor, w // base.vae_factor) for w, h in sizes]
     settle_cache(args, base, dataset, latent_shapes)
@@ -801,6 +823,7 @@ def main(args):
             folder=Path(args.latent_cache_dir).expanduser(),
             accelerator=accelerator,
             caption_dropout=args.caption_dropout,
+            masked=masked,
             **preparing,
         )
         vae = vae.to("cpu") if args.validation_prompts else None
@@ -849,6 +872,7 @@ def main(args):
         caption_dropout=args.caption_dropout,
         shuffle_tags=args.shuffle_tags,
         keep_tags=args.keep_tags,
+        masked=masked,
         **preparing,
     )
     loader = torch.utils.data.DataLoader(
@@ -993,7 +1017,7 @@ def main(args):
                 model_pred = models.predict(
                     unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
                 )
-                loss = objective.diffusion_loss(model_pred, target, weights)
+                loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"))
                 accelerator.backward(loss)
             train_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)

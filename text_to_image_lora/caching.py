@@ -26,8 +26,15 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .records import image_id, read_image_bytes
-from .transforms import ImageError, apply_variation, draw_variation, open_image
+from .records import image_id, read_image_bytes, read_mask_bytes
+from .transforms import (
+    ImageError,
+    apply_variation,
+    apply_variation_to_mask,
+    draw_variation,
+    open_image,
+    open_mask,
+)  # fmt: skip
 
 
 CACHE_VERSION = 2
@@ -60,10 +67,14 @@ def inspect_images(dataset, indices, folder):
 
     def inspect(index):
         try:
-            data = read_image_bytes(dataset[index]["image"])
-            identity = image_id(data)
+            row = dataset[index]
+            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
+            identity = image_id(data + mask)
             if identity not in known:
-                known[identity] = open_image(data).size
+                size = open_image(data).size
+                if mask:
+                    open_mask(mask, size)
+                known[identity] = size
                 return index, (identity, *known[identity]), None, True
             return index, (identity, *known[identity]), None, False
         except (ImageError, OSError) as error:
@@ -85,7 +96,9 @@ def inspect_images(dataset, indices, folder):
     return good, bad
 
 
-def plan_latents(images, sizes, *, cache_variations, interpolation, augmentation, seed, identity, dtype, folder):
+def plan_latents(
+    images, sizes, *, cache_variations, interpolation, augmentation, seed, identity, dtype, folder, masked=False
+):
     """The shards for `images` (a list of (image_id, width, height)), and where each variation of each picture lies.
 
     `sizes` holds the (width, height) that each picture is trained at; a shard's pictures have one size. Returns shards
@@ -114,7 +127,7 @@ def plan_latents(images, sizes, *, cache_variations, interpolation, augmentation
                     described.append([name, *variation])
                 rows.append((len(shards), seen[variation]))
             locations[i] = rows
-        key = [CACHE_VERSION, "latents", identity, str(dtype), size, interpolation, described]
+        key = [CACHE_VERSION, "latents", identity, str(dtype), size, interpolation, described, masked]
         shards.append(Shard(_shard_path(folder, "latents", key), entries))
     return shards, locations
 
@@ -165,11 +178,14 @@ def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
     progress.close()
 
 
-def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, interpolation, dtype):
-    """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w) in `dtype`."""
+def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, interpolation, dtype, masked=False):
+    """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w) in `dtype`.
+
+    Where the dataset is `masked`, "mask" too, (entries, 1, h, w); pictures without one count everywhere.
+    """
     size = sizes[entries[0][0]]
     batch_size = max(1, ENCODE_PIXELS // math.prod(size))
-    means, stds, opened = [], [], (None, None)
+    means, stds, masks, opened = [], [], [], (None, None)
     for start in range(0, len(entries), batch_size):
         pixels = []
         for index, variation in entries[start : start + batch_size]:
@@ -177,10 +193,25 @@ def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, inte
                 opened = (index, open_image(read_image_bytes(dataset[index]["image"])))
             pixels.append(apply_variation(opened[1], variation, size, interpolation))
         mean, std = vae_encode(torch.from_numpy(np.stack(pixels)))
+        if masked:
+            factor = size[1] // mean.shape[-2]
+            masks += [
+                mask_of(dataset[i], variation, size, factor) for i, variation in entries[start : start + batch_size]
+            ]
         means.append(mean.to(dtype).cpu())
         stds.append(std.to(dtype).cpu())
         progress.update(len(pixels))
-    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+    tensors = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+    return tensors | ({"mask": torch.stack(masks).half()} if masked else {})
+
+
+def mask_of(row, variation, size, factor):
+    """The mask (1, h, w) of a record, as its variation shows it; ones where it has none."""
+    if row["mask"] is None:
+        return torch.ones(1, size[1] // factor, size[0] // factor)
+    image = open_image(read_image_bytes(row["image"]))
+    mask = open_mask(read_mask_bytes(row["mask"]), image.size)
+    return torch.from_numpy(apply_variation_to_mask(mask, variation, size, factor))[None]
 
 
 def encode_prompt_entries(entries, progress, *, text_encode, dtype):
@@ -209,7 +240,7 @@ def check_free_disk(folder, *, latent_values, prompt_values):
 def build(
     dataset, images, sizes, *, cache_variations, interpolation, augmentation, seed, vae_encode,
     vae_identity, latent_dtype, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
-    caption_dropout=0.0,
+    caption_dropout=0.0, masked=False,
 ):  # fmt: skip
     """Fills what is missing of the cache, each rank its share, and opens it.
 
@@ -219,14 +250,14 @@ def build(
     latent_shards, locations = plan_latents(
         images, sizes, cache_variations=cache_variations, interpolation=interpolation,
         augmentation=augmentation, seed=seed, identity=vae_identity, dtype=latent_dtype,
-        folder=folder,
+        folder=folder, masked=masked,
     )  # fmt: skip
     prompt_shards, places = plan_prompts(
         [caption for captions in dataset["captions"] for caption in captions] + [""] * (caption_dropout > 0),
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
     encode_latents = partial(
-        encode_latent_entries, dataset=dataset, sizes=sizes, vae_encode=vae_encode,
+        encode_latent_entries, dataset=dataset, sizes=sizes, vae_encode=vae_encode, masked=masked,
         interpolation=interpolation, dtype=latent_dtype,
     )  # fmt: skip
     encode_prompts = partial(encode_prompt_entries, text_encode=text_encode, dtype=prompt_dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .caching import mask_of
 from .captions import shuffle_tags
 from .records import read_image_bytes
 from .transforms import apply_variation, draw_variation, open_image
@@ -47,6 +48,18 @@ def samples_of_epoch(num_repeats, concepts=None, *, seed=0):
     return np.sort(np.concatenate(parts))
 
 
+def add_class_samples(samples, is_class, *, seed=0):
+    """The samples of the pictures that are learned, and as many of the class pictures, drawn equally often.
+
+    Prior preservation as in DreamBooth (Ruiz et al., 2022, https://arxiv.org/abs/2208.12242); `is_class` tells for each
+    picture which it is.
+    """
+    is_class = np.asarray(is_class, dtype=bool)
+    learned, others = samples[~is_class[samples]], np.flatnonzero(is_class)
+    others = np.random.default_rng([seed, len(others)]).permutation(others)
+    return np.sort(np.concatenate([learned, np.resize(others, len(learned))]))
+
+
 class EffectiveBatchSampler:
     """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`.
 
@@ -54,15 +67,19 @@ class EffectiveBatchSampler:
     next `batch_size * world_size * accumulation` of it; the last of an epoch takes what is left. With `groups` (a number
     for each picture), the samples of a step are of one group, each group's last step takes what is left of it, and the
     steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go round,
-    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
-    `world_size`, because DDP averages over the ranks.
+    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, are in
+    proportion to `loss_weights` (a number for each picture; equal when not given) and add up to `world_size`, because
+    DDP averages over the ranks.
     """
 
     def __init__(
-        self, samples, *, batch_size, accumulation, rank, world_size, seed, groups=None, num_steps=None, first_step=0
-    ):
+        self, samples, *, batch_size, accumulation, rank, world_size, seed, groups=None, loss_weights=None, num_steps=None,
+        first_step=0,
+    ):  # fmt: skip
         self.samples = np.asarray(samples)
-        self.groups = np.zeros(self.samples.max() + 1, dtype=int) if groups is None else np.asarray(groups)
+        count = self.samples.max() + 1
+        self.groups = np.zeros(count, dtype=int) if groups is None else np.asarray(groups)
+        self.loss_weights = np.ones(count) if loss_weights is None else np.asarray(loss_weights, dtype=float)
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.effective_batch_size = batch_size * world_size * accumulation
         self.num_steps, self.first_step = num_steps, first_step
@@ -96,7 +113,7 @@ class EffectiveBatchSampler:
         """The lists of samples that this rank trains on in one optimizer step."""
         indices = self.samples_of(step)
         count, together = len(indices), self.batch_size * self.world_size
-        weight = self.world_size / count
+        weights = self.world_size * self.loss_weights[indices] / self.loss_weights[indices].sum()
         for first in range(0, count, together):
             size = math.ceil(min(together, count - first) / self.world_size)
             batch = []
@@ -104,7 +121,7 @@ class EffectiveBatchSampler:
                 position = first + slot * self.world_size + self.rank
                 real = position < count
                 index = indices[position if real else first]
-                batch.append(Sample(int(index), step, position, weight if real else 0.0))
+                batch.append(Sample(int(index), step, position, float(weights[position]) if real else 0.0))
             yield batch
 
     def __iter__(self):
@@ -129,11 +146,11 @@ class TrainingSet(torch.utils.data.Dataset):
 
     def __init__(
         self, dataset, images, sizes, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
-        augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0,
+        augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, masked=False,
     ):  # fmt: skip
         self.dataset, self.images, self.sizes = dataset, images, sizes
         (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
-        self.latent_shapes = latent_shapes
+        self.latent_shapes, self.masked = latent_shapes, masked
         self.seed, self.num_train_timesteps = seed, num_train_timesteps
         self.interpolation, self.augmentation = interpolation, augmentation
         self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
@@ -165,7 +182,8 @@ class TrainingSet(torch.utils.data.Dataset):
         if self.latents is not None:
             rows = self.locations[sample.index]
             shard, row = rows[which_variation % len(rows)]
-            out["mean"], out["std"] = (self.latents.row(shard, row, name).float() for name in ("mean", "std"))
+            for name in ("mean", "std", "mask") if self.masked else ("mean", "std"):
+                out[name] = self.latents.row(shard, row, name).float()
         else:
             name, width, height = self.images[sample.index]
             variation = draw_variation(
@@ -173,6 +191,8 @@ class TrainingSet(torch.utils.data.Dataset):
             )
             image = open_image(read_image_bytes(self.dataset[sample.index]["image"]))
             out["pixels"] = torch.from_numpy(apply_variation(image, variation, size, self.interpolation))
+            if self.masked:
+                out["mask"] = mask_of(self.dataset[sample.index], variation, size, size[1] // latent_shape[1])
         if self.prompts is not None:
             out["encoder_hidden_states"] = self.prompts.row(*self.places[caption], "hidden_states")
         else:

@@ -23,8 +23,13 @@ LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 CAPTION_ENDINGS = (".txt", ".caption")
+MASK_ENDING = ".mask.png"
 REPEATS = re.compile(r"(\d+)_(.+)")
 TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
+
+
+def is_picture(path):
+    return path.suffix.lower() in PICTURE_ENDINGS and not path.name.lower().endswith(MASK_ENDING)
 
 
 def find_files(folder):
@@ -38,7 +43,7 @@ def find_files(folder):
 
 def recognise(folder, files, instance_prompt):
     """The layout of a folder with these files; None where there are pictures and nothing says their captions."""
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    pictures = [path for path in files if is_picture(path)]
     parents = list(dict.fromkeys(path.parent for path in pictures))
     if any(path.name.lower() in METADATA_NAMES for path in files):
         return "metadata"
@@ -59,16 +64,28 @@ def recognise(folder, files, instance_prompt):
 
 
 def read_folder(
-    folder, layout, files, *, image_column, caption_column, instance_prompt, caption_template, leave_out, say
+    folder,
+    layout,
+    files,
+    *,
+    image_column,
+    caption_column,
+    mask_column,
+    instance_prompt,
+    caption_template,
+    leave_out,
+    say,
 ):
-    """The rows of a folder: dicts of image (a path), captions, concept, num_repeats and source.
+    """The rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
 
     `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; where there is a
     function `leave_out(source, reason)`, it is called for rows without a picture or a caption, and they are left out.
     """
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
-        return _metadata_rows(folder, files, pictures, image_column, caption_column, leave_out, say)
+        return _metadata_rows(folder, files, pictures, image_column, caption_column, mask_column, leave_out, say)
+    if mask_column is not None:
+        raise InputError(f"{folder}: there is no metadata file, so no column '{mask_column}' (--mask_column).")
     if image_column is not None and image_column != "image":
         raise InputError(f"{folder}: there is no metadata file, so no column '{image_column}' (--image_column).")
     if caption_column is not None and caption_column != "text":
@@ -113,7 +130,7 @@ def read_folder(
         if reason is not None:
             leave_out(str(path), reason)
             continue
-        rows.append(_row(path, captions, concept, num_repeats, str(path)))
+        rows.append(_row(path, captions, concept, num_repeats, str(path), _mask_file(path)))
     if unnamed:
         say(f"{folder}: {unnamed} pictures have no caption file; their folder's name is their caption")
     if layout == "kohya":
@@ -127,12 +144,20 @@ def read_folder(
     return rows
 
 
-def _row(path, captions, concept, num_repeats, source):
+def _mask_file(picture):
+    """The mask beside a picture, if there is one: `name.mask.png`."""
+    mask = picture.with_name(picture.stem + MASK_ENDING)
+    return mask if mask.is_file() else None
+
+
+def _row(path, captions, concept, num_repeats, source, mask=None):
     return {
         "image": {"bytes": None, "path": str(path)},
+        "mask": None if mask is None else {"bytes": None, "path": str(mask)},
         "captions": captions,
         "concept": concept,
         "num_repeats": num_repeats,
+        "is_class": False,
         "source": source,
     }
 
@@ -143,7 +168,7 @@ def _caption_file(picture, names):
     return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
 
 
-def _metadata_rows(folder, files, pictures, image_column, caption_column, leave_out, say):
+def _metadata_rows(folder, files, pictures, image_column, caption_column, mask_column, leave_out, say):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
     rows = []
     for file, after in zip(tables, [*tables[1:], None]):
@@ -152,12 +177,13 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, leave_
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
                 "Keep one of them."
             )
-        rows += _rows_of_table(file, folder, image_column, caption_column, leave_out)
+        rows += _rows_of_table(file, folder, image_column, caption_column, mask_column, leave_out)
     if not rows:
         raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
     used = [os.path.realpath(row["image"]["path"]) for row in rows]
     named = set(used)
-    without = [path for path in pictures if os.path.realpath(path) not in named]
+    masks = {os.path.realpath(row["mask"]["path"]) for row in rows if row["mask"] is not None}
+    without = [path for path in pictures if os.path.realpath(path) not in named | masks]
     if without:
         what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
         say(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
@@ -166,7 +192,7 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, leave_
     return rows
 
 
-def _rows_of_table(file, dataset_folder, image_column, caption_column, leave_out):
+def _rows_of_table(file, dataset_folder, image_column, caption_column, mask_column, leave_out):
     """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
     table = read_table(file)
     if not table:
@@ -176,7 +202,13 @@ def _rows_of_table(file, dataset_folder, image_column, caption_column, leave_out
     if file_column not in columns:
         wanted = f"there is no column '{image_column}'" if image_column else "there is no column 'file_name'"
         raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
-    textual = [c for c in columns if c != file_column and all(is_caption(row.get(c)) for _, row in table)]
+    if mask_column is not None and mask_column not in columns:
+        raise InputError(
+            f"{file}: there is no column '{mask_column}' (--mask_column). The columns are: {', '.join(columns)}."
+        )
+    textual = [
+        c for c in columns if c not in (file_column, mask_column) and all(is_caption(row.get(c)) for _, row in table)
+    ]
     chosen = choose_caption_column(str(file), columns, textual, caption_column)
     rows, root, inside = [], file.parent.resolve(), dataset_folder.resolve()
     for number, row in table:
@@ -198,12 +230,18 @@ def _rows_of_table(file, dataset_folder, image_column, caption_column, leave_out
                 )
             elif not captions:
                 reason = f"column '{chosen}' is empty"
+        mask = row.get(mask_column) if mask_column is not None else None
+        if reason is None and mask:
+            mask_path = _find_picture(root, mask) if isinstance(mask, str) else None
+            if mask_path is None or not mask_path.resolve().is_relative_to(inside):
+                reason = f"its mask {mask!r} does not exist in the dataset folder"
         if reason and leave_out is not None:
             leave_out(where, reason)
             continue
         if reason:
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
-        rows.append(_row(path, captions, root.name, 1, f"{where}: '{name}'"))
+        mask_path = mask_path if mask else _mask_file(path)
+        rows.append(_row(path, captions, root.name, 1, f"{where}: '{name}'", mask_path))
     return rows
 
 

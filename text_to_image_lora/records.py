@@ -28,6 +28,7 @@ def load_records(
     dataset_layout=None,
     image_column=None,
     caption_column=None,
+    mask_column=None,
     instance_prompt=None,
     caption_template="{trigger} {class}",
     trigger_word=None,
@@ -44,12 +45,12 @@ def load_records(
     """The training set, one row a picture, in the order that the source gives.
 
     `train_data_dir` is a folder or an archive, or a list of them, one after the other; archives are unpacked below
-    `archive_dir`. Columns: `image` ({"bytes", "path"}, not decoded), `captions` (at least one), `concept` (the class
-    folder), `num_repeats`, `source` (file and row, for messages). `say` is told what the user should know; rows without
+    `archive_dir`. Columns: `image` and `mask` ({"bytes", "path"} or None, not decoded), `captions` (at least one),
+    `concept` (the class folder), `num_repeats`, `is_class` (False), `source` (file and row, for messages). `say` is told what the user should know; rows without
     a picture or a caption go to `leave_out(source, reason)`, which with `skip_bad_images` says so unless given.
     Raises `InputError` for a folder, column, row or caption that can't be used.
     """
-    options = dict(image_column=image_column, caption_column=caption_column)
+    options = dict(image_column=image_column, caption_column=caption_column, mask_column=mask_column)
     if leave_out is None and skip_bad_images:
 
         def leave_out(source, reason):
@@ -88,9 +89,11 @@ def _features():
     return datasets.Features(
         {
             "image": datasets.Image(decode=False),
+            "mask": datasets.Image(decode=False),
             "captions": datasets.List(datasets.Value("string")),
             "concept": datasets.Value("string"),
             "num_repeats": datasets.Value("int32"),
+            "is_class": datasets.Value("bool"),
             "source": datasets.Value("string"),
         }
     )
@@ -98,8 +101,8 @@ def _features():
 
 def with_captions(dataset, captions):
     """The records with other captions, a list of them for each picture."""
-    others = {name: dataset[name][:] for name in dataset.column_names if name != "image"}
-    return _with_columns(dataset.select_columns("image"), {**others, "captions": captions})
+    others = {name: dataset[name][:] for name in ("concept", "num_repeats", "is_class", "source")}
+    return _with_columns(dataset.select_columns(["image", "mask"]), {**others, "captions": captions})
 
 
 def _with_columns(pictures, others):
@@ -107,17 +110,30 @@ def _with_columns(pictures, others):
     import datasets
 
     features = _features()
+    for name in pictures.column_names:
+        pictures = pictures.cast_column(name, features[name])
     return datasets.concatenate_datasets(
         [
-            pictures.cast_column("image", features["image"]),
+            pictures,
             datasets.Dataset.from_dict(others, features=datasets.Features({k: features[k] for k in others})),
         ],
         axis=1,
     )
 
 
+def with_class_pictures(dataset, class_pictures):
+    """The records, and after them those of pictures that keep the class as it is (`is_class` is True there)."""
+    import datasets
+
+    others = {name: class_pictures[name][:] for name in ("captions", "concept", "num_repeats", "source")}
+    others["is_class"] = [True] * len(class_pictures)
+    order = list(dataset.column_names)
+    marked = _with_columns(class_pictures.select_columns(["image", "mask"]), others)
+    return datasets.concatenate_datasets([dataset, marked.select_columns(order)])
+
+
 def _from_folder(
-    folder, *, layout, image_column, caption_column, config_name, cache_dir, instance_prompt, caption_template,
+    folder, *, layout, image_column, caption_column, mask_column, config_name, cache_dir, instance_prompt, caption_template,
     leave_out, say,
 ):  # fmt: skip
     import datasets
@@ -133,7 +149,7 @@ def _from_folder(
     chosen = layout or recognise(folder, files, instance_prompt)
     if chosen is not None:
         rows = read_folder(
-            folder, chosen, files, image_column=image_column, caption_column=caption_column,
+            folder, chosen, files, image_column=image_column, caption_column=caption_column, mask_column=mask_column,
             instance_prompt=instance_prompt, caption_template=caption_template, leave_out=leave_out, say=say,
         )  # fmt: skip
         if not rows:
@@ -150,7 +166,7 @@ def _from_folder(
             raise InputError(
                 f"{folder}: the dataset can't be loaded ({_first_line(error)}). Save or download it again."
             ) from error
-        return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column)
+        return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column, mask_column)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
@@ -162,7 +178,7 @@ def _from_folder(
     raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
 
 
-def _from_hub(name, config_name, *, image_column, caption_column, cache_dir):
+def _from_hub(name, config_name, *, image_column, caption_column, mask_column, cache_dir):
     """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -182,7 +198,7 @@ def _from_hub(name, config_name, *, image_column, caption_column, cache_dir):
                 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         features = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir).info.features
         if features is not None:
-            _columns_of(features, name, image_column, caption_column)
+            _columns_of(features, name, image_column, caption_column, mask_column)
         dataset = _train_split(datasets.load_dataset(name, config_name, cache_dir=cache_dir), name)
     except InputError:
         raise
@@ -191,7 +207,7 @@ def _from_hub(name, config_name, *, image_column, caption_column, cache_dir):
             f"{name}: neither a folder here nor a hub dataset that can be loaded ({_first_line(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
-    return _from_dataset(dataset, name, image_column, caption_column)
+    return _from_dataset(dataset, name, image_column, caption_column, mask_column)
 
 
 def _first_line(error):
@@ -208,8 +224,8 @@ def _train_split(stored, where):
     raise InputError(f"{where}: it has no split 'train', only: {', '.join(stored)}.")
 
 
-def _columns_of(features, where, image_column, caption_column):
-    """Image and caption column by type and common name."""
+def _columns_of(features, where, image_column, caption_column, mask_column):
+    """Image and caption column by type and common name; checks that the mask's is there."""
     import datasets
 
     columns = list(features)
@@ -220,6 +236,10 @@ def _columns_of(features, where, image_column, caption_column):
             )
         image_column = None
     pictures = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    if mask_column is not None:
+        if mask_column not in pictures:
+            raise InputError(f"{where}: column '{mask_column}' holds no pictures (--mask_column). Try: {pictures}.")
+        pictures.remove(mask_column)
     if image_column is None:
         named = [c for c in IMAGE_COLUMNS if c in pictures] or pictures
         if not named:
@@ -237,9 +257,9 @@ def _columns_of(features, where, image_column, caption_column):
     return image_column, choose_caption_column(str(where), columns, textual, caption_column)
 
 
-def _from_dataset(dataset, where, image_column, caption_column):
+def _from_dataset(dataset, where, image_column, caption_column, mask_column):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
-    image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column)
+    image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column, mask_column)
     captions = [captions_of(value) for value in dataset[caption_column]]
     if not all(captions):
         index = next(index for index, group in enumerate(captions) if not group)
@@ -249,9 +269,14 @@ def _from_dataset(dataset, where, image_column, caption_column):
         "captions": captions,
         "concept": [Path(where).name] * count,
         "num_repeats": [1] * count,
+        "is_class": [False] * count,
         "source": [f"{where}: row {index}" for index in range(count)],
     }
-    return _with_columns(dataset.select_columns(image_column).rename_columns({image_column: "image"}), others)
+    pictures = dataset.select_columns([c for c in (image_column, mask_column) if c is not None])
+    pictures = pictures.rename_columns({image_column: "image"} | ({mask_column: "mask"} if mask_column else {}))
+    if mask_column is None:
+        others["mask"] = [None] * count
+    return _with_columns(pictures, others)
 
 
 def read_image_bytes(image):
@@ -262,6 +287,11 @@ def read_image_bytes(image):
         raise FileNotFoundError("there is no picture")
     with open(image["path"], "rb") as file:
         return file.read()
+
+
+def read_mask_bytes(mask):
+    """The mask's bytes; empty where there is no mask."""
+    return b"" if mask is None else read_image_bytes(mask)
 
 
 def image_id(data):

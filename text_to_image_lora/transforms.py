@@ -100,6 +100,12 @@ def open_image(data):
     return image.convert("RGB")
 
 
+def open_mask(data, size):
+    """Bytes of a mask to a grey `PIL.Image` of the picture's `size`: white counts, black doesn't; `ImageError` as above."""
+    mask = open_image(data).convert("L")
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+
 def _in_srgb(image):
     """The picture with its colours as its ICC profile means them; one without profile, or a broken one, is sRGB."""
     profile = image.info.get("icc_profile")
@@ -168,13 +174,28 @@ def draw_variation(width, height, size, augmentation, *, seed, image_id, index):
 
 def apply_variation(image, variation, size, interpolation="lanczos"):
     """An RGB picture to uint8 pixels (height, width, 3) of `size` (width, height): resized, cropped, flipped, ..."""
+    pixels = _cut(image, variation, size, interpolation)
+    return pixels if variation[4:] == Variation(0, 0, False)[4:] else _augment(pixels, variation, size)
+
+
+def apply_variation_to_mask(mask, variation, size, factor):
+    """A grey mask to float32 (height / factor, width / factor) from 0 to 1: cut and turned as its picture is."""
+    still = Variation(0, 0, False, turn=variation.turn)
+    pixels = _cut(mask, variation, size, "bilinear")
+    if variation.turn:
+        pixels = _augment(np.repeat(pixels[..., None], 3, axis=2), still, size)[..., 0]
+    blocks = pixels.reshape(size[1] // factor, factor, size[0] // factor, factor)
+    return (blocks.mean(axis=(1, 3)) / 255).astype(np.float32)
+
+
+def _cut(image, variation, size, interpolation):
+    """Resized, cropped to the window, mirrored."""
     covering = covering_size(image.width, image.height, size, variation.share, variation.turn)
     if image.size != covering:
         image = image.resize(covering, INTERPOLATIONS[interpolation])
     window = window_size(size, variation.turn)
     image = image.crop((variation.left, variation.top, variation.left + window[0], variation.top + window[1]))
-    pixels = np.array(ImageOps.mirror(image) if variation.flip else image)
-    return pixels if variation[4:] == Variation(0, 0, False)[4:] else _augment(pixels, variation, size)
+    return np.array(ImageOps.mirror(image) if variation.flip else image)
 
 
 def _augment(pixels, variation, size):

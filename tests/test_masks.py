@@ -1,0 +1,199 @@
+"""Masks weight the loss, wherever they come from; class pictures are drawn as often as those that are learned."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_lora, read_metrics, write_pictures
+from PIL import Image
+
+from text_to_image_lora import objective
+from text_to_image_lora.caching import mask_of
+from text_to_image_lora.data import EffectiveBatchSampler, add_class_samples
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.records import load_records, read_image_bytes
+from text_to_image_lora.transforms import Variation, apply_variation, apply_variation_to_mask
+
+
+def half(size=(40, 32)):
+    """White on the left half, black on the right."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_a_masked_loss_is_a_weighted_mean():
+    generator = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    mask, weights = torch.rand(3, 1, 8, 8, generator=generator), torch.tensor([0.2, 0.3, 0.5])
+    expected = sum(
+        w * float((m * (p - t).square()).double().sum() / (4 * m.double().sum()))
+        for w, m, p, t in zip(weights.tolist(), mask, pred, target, strict=True)
+    )
+    assert float(objective.diffusion_loss(pred, target, weights, mask)) == pytest.approx(expected, rel=1e-5)
+    ones = torch.ones_like(mask)
+    assert torch.equal(
+        objective.diffusion_loss(pred, target, weights, ones), objective.diffusion_loss(pred, target, weights)
+    )
+    # What is hidden has no gradient; a picture that is hidden wholly gives no NaN.
+    pred.requires_grad_(True)
+    mask[0], mask[1, :, :, 4:] = 0, 0
+    objective.diffusion_loss(pred, target, weights, mask).backward()
+    assert (pred.grad[0] == 0).all()
+    assert (pred.grad[1, :, :, 4:] == 0).all()
+    assert (pred.grad[1, :, :, :4] != 0).any()
+
+
+@pytest.mark.parametrize(
+    "variation", [Variation(0, 0, False), Variation(8, 0, True), Variation(3, 2, False, share=0.8), Variation(2, 1, True, turn=30.0)]
+)  # fmt: skip
+def test_a_mask_is_cut_as_its_picture(variation):
+    """A picture that is its own mask stays its own mask."""
+    rng = np.random.default_rng(1)
+    mask = Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
+    pixels = apply_variation(mask.convert("RGB"), variation, (32, 32), "bilinear")[..., 0]
+    expected = pixels.reshape(8, 4, 8, 4).mean(axis=(1, 3)) / 255
+    cut = apply_variation_to_mask(mask, variation, (32, 32), 4)
+    assert cut.dtype == np.float32
+    assert np.abs(cut - expected).max() < 1e-6
+
+
+@pytest.fixture
+def masked(tmp_path):
+    folder = write_pictures(tmp_path / "masked", count=4)
+    half().save(folder / "1.mask.png")
+    return folder
+
+
+def test_a_mask_beside_its_picture(masked):
+    said = []
+    dataset = load_records(train_data_dir=masked, say=said.append)
+    assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
+    assert len(dataset) == 4
+    assert said == []  # a mask is no picture without a row
+    centred = Variation(4, 0, False)
+    assert mask_of(dataset[0], centred, (32, 32), 4).tolist() == torch.ones(1, 8, 8).tolist()
+    mask = mask_of(dataset[1], centred, (32, 32), 4)
+    assert (mask[..., :4] == 1).all()
+    assert (mask[..., 4:] == 0).all()
+    # Caption files: the same.
+    for i in range(4):
+        (masked / f"{i}.txt").write_text("a cat")
+    (masked / "metadata.jsonl").unlink()
+    assert [row["mask"] is not None for row in load_records(train_data_dir=masked)] == [False, True, False, False]
+
+
+def test_a_column_of_masks(tmp_path):
+    folder = write_pictures(tmp_path / "set", count=2)
+    half().save(folder / "left.png")
+    rows = [
+        {"file_name": "0.png", "text": "a", "where": "left.png"},
+        {"file_name": "1.png", "text": "b", "where": None},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_records(train_data_dir=folder, mask_column="where")
+    assert read_image_bytes(dataset[0]["mask"]) == (folder / "left.png").read_bytes()
+    assert dataset[1]["mask"] is None
+    assert dataset["captions"][:] == [["a"], ["b"]]
+    with pytest.raises(InputError, match="no column 'were' \\(--mask_column\\)"):
+        load_records(train_data_dir=folder, mask_column="were")
+    rows[1]["where"] = "../left.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        InputError, match=r"metadata.jsonl:2: its mask '../left.png' does not exist in the dataset folder"
+    ):
+        load_records(train_data_dir=folder, mask_column="where")
+
+
+def test_a_stored_dataset_with_masks(tmp_path):
+    import datasets
+
+    cells = [{"bytes": (write_pictures(tmp_path / "p") / f"{i}.png").read_bytes(), "path": None} for i in range(2)]
+    features = datasets.Features(
+        {"photo": datasets.Image(), "where": datasets.Image(), "text": datasets.Value("string")}
+    )
+    stored = datasets.Dataset.from_dict(
+        {"photo": cells, "where": [cells[1], None], "text": ["a", "b"]}, features=features
+    )
+    stored.save_to_disk(tmp_path / "stored")
+    dataset = load_records(dataset_name=str(tmp_path / "stored"), image_column="photo", mask_column="where")
+    assert read_image_bytes(dataset[0]["mask"]) == cells[1]["bytes"]
+    assert dataset[1]["mask"] is None
+    with pytest.raises(InputError, match="'text' holds no pictures \\(--mask_column\\)"):
+        load_records(dataset_name=str(tmp_path / "stored"), mask_column="text")
+
+
+@pytest.mark.parametrize("cache_variations", [4, 0])
+def test_masks_change_what_is_learned(train, masked, tmp_path, cache_variations):
+    options = dict(train_data_dir=masked, max_train_steps=4, cache_variations=cache_variations)
+    with_mask = read_metrics(train(output_dir=tmp_path / "with", **options))
+    (masked / "1.mask.png").unlink()
+    without = read_metrics(train(output_dir=tmp_path / "without", **options))
+    assert (
+        with_mask[0]["train_loss"] != without[0]["train_loss"]
+        or with_mask[1]["train_loss"] != without[1]["train_loss"]
+    )
+
+
+def test_a_changed_mask_is_another_dataset(train, masked, tmp_path):
+    """The cache must not serve latents with the mask of before."""
+    first = read_lora(train(train_data_dir=masked, max_train_steps=3, output_dir=tmp_path / "a"))
+    half().rotate(180).save(masked / "1.mask.png")
+    second = read_lora(train(train_data_dir=masked, max_train_steps=3, output_dir=tmp_path / "b"))
+    assert any((second[name] != value).any() for name, value in first.items())
+
+
+def test_a_broken_mask_is_told(train, masked):
+    (masked / "1.mask.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"1\.png.*can't be decoded"):
+        train(train_data_dir=masked)
+
+
+# Class pictures.
+
+
+@pytest.mark.parametrize(("learned", "others"), [(3, 10), (10, 3), (4, 4)])
+def test_as_many_class_pictures_as_learned_ones(learned, others):
+    is_class = [False] * learned + [True] * others
+    samples = add_class_samples(np.repeat(np.arange(learned + others), 2), is_class)
+    counts = np.bincount(samples, minlength=learned + others)
+    assert (counts[:learned] == 2).all()
+    assert counts[learned:].sum() == 2 * learned
+    assert np.ptp(counts[learned:]) <= 1
+
+
+def test_the_loss_weights_of_a_step_add_up():
+    weights = [1.0] * 5 + [0.25] * 5
+    sampler = EffectiveBatchSampler(
+        range(10), loss_weights=weights, batch_size=2, accumulation=2, rank=0, world_size=1, seed=0
+    )
+    for step in range(3):
+        samples = [sample for batch in sampler.micro_batches(step) for sample in batch]
+        assert sum(sample.weight for sample in samples) == pytest.approx(1)
+        total = sum(weights[sample.index] for sample in samples)
+        assert all(sample.weight == pytest.approx(weights[sample.index] / total) for sample in samples)
+
+
+def test_prior_preservation_trains(train, tmp_path, capsys):
+    dogs = write_pictures(tmp_path / "dogs", count=3, seed=5)
+    (dogs / "metadata.jsonl").unlink()
+    folder = train(class_data_dir=dogs, class_prompt="a dog", prior_loss_weight=0.5, trigger_word="sks")
+    assert "9 pictures, 6 steps an epoch" in capsys.readouterr().out
+    assert len(read_metrics(folder)) == 2
+    with pytest.raises(InputError, match="the pictures have no captions"):
+        train(class_data_dir=dogs)
+    with pytest.raises(InputError, match="--class_prompt is the caption of --class_data_dir's pictures"):
+        train(class_prompt="a dog")
+
+
+def test_class_pictures_do_not_take_the_trigger(pictures, tmp_path):
+    from text_to_image_lora.records import with_class_pictures
+
+    dogs = write_pictures(tmp_path / "dogs", count=3, seed=5, captions=["a dog"])
+    dataset = with_class_pictures(
+        load_records(train_data_dir=pictures, trigger_word="sks"), load_records(train_data_dir=dogs)
+    )
+    assert dataset["is_class"][:] == [False] * 6 + [True] * 3
+    assert all(group[0].startswith("sks, ") for group in dataset["captions"][:6])
+    assert dataset["captions"][6:] == [["a dog"]] * 3
