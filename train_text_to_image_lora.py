@@ -98,6 +98,8 @@ def build_parser():
     group("--keep_tags", type=int, default=0, help="leave the first so many tags where they are")
     group("--tag_variations", type=int, default=8, help="orders of each caption in the cache; without the cache they are endless")
     group("--balance", choices=["concept"], help="concept: draw each class folder equally often, repeating the smaller ones")
+    group("--long_prompts", **yes, help="read captions of more than 77 tokens whole, in chunks; so must be what draws with the LoRA")
+    group("--concept_column", help="column with the concept of each picture, for --balance; its folder's name when not given")
     group("--mask_column", help="column with masks: what is white in them counts in the loss; name.mask.png beside a picture needs no flag")
     group("--class_data_dir", help="pictures of the class in general, trained beside yours so that it isn't forgotten (DreamBooth's prior preservation)")
     group("--class_prompt", help="the caption of those pictures, where they have none")
@@ -374,6 +376,7 @@ def check_inputs(args, leave_out=None):
         image_column=args.image_column,
         caption_column=args.caption_column,
         mask_column=args.mask_column,
+        concept_column=args.concept_column,
         instance_prompt=args.instance_prompt,
         caption_template=args.caption_template,
         trigger_word=args.trigger_word,
@@ -595,6 +598,7 @@ def identity_of_run(args, dataset, images, world_size):
         "balance": args.balance,
         "caption_dropout": args.caption_dropout,
         "prior_loss_weight": args.prior_loss_weight if args.class_data_dir is not None else None,
+        "long_prompts": args.long_prompts,
         "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
         "buckets": [args.bucket_min_size, args.bucket_max_size, args.bucket_step, args.bucket_no_upscale],
         "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
@@ -643,15 +647,31 @@ def adapt(unet, args):
     return num_adapted
 
 
-def tell_cut_captions(dataset, tokenizer, say):
-    """Says how many captions are longer than the text encoder reads."""
+def chunks_of_captions(args, dataset, tokenizer, say):
+    """How many chunks of tokens each prompt is encoded in; says how many captions are longer than one.
+
+    All prompts of a run get as many as the longest needs, so that they fit into one batch.
+    """
+    from text_to_image_lora import models
+
     captions = [(index, caption) for index, group in enumerate(dataset["captions"]) for caption in group]
-    lengths = map(len, tokenizer([caption for _, caption in captions]).input_ids)
+    lengths = list(map(len, tokenizer([caption for _, caption in captions]).input_ids))
     limit = tokenizer.model_max_length
-    cut = [index for (index, _), length in zip(captions, lengths, strict=True) if length > limit]
-    if cut:
-        first = dataset[cut[0]]["source"]
-        say(f"{len(cut)} captions have more than {limit} tokens, and what follows is cut; the first: {first}")
+    long = [index for (index, _), length in zip(captions, lengths, strict=True) if length > limit]
+    first = dataset[long[0]]["source"] if long else None
+    if not args.long_prompts:
+        if long:
+            say(
+                f"{len(long)} captions have more than {limit} tokens, and what follows is cut (--long_prompts reads "
+                f"them whole); the first: {first}"
+            )
+        return 1
+    prompts = [*args.validation_prompts, args.validation_negative_prompt]
+    lengths += map(len, tokenizer(prompts).input_ids)
+    num_chunks = models.chunks_needed(tokenizer, max(lengths))
+    if num_chunks > 1:
+        say(f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks")
+    return num_chunks
 
 
 def make_optimizer(args, params_to_optimize, learning_rate, device):
@@ -777,7 +797,7 @@ def main(args):
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
-    tell_cut_captions(dataset, tokenizer, say)
+    num_chunks = chunks_of_captions(args, dataset, tokenizer, say)
     if args.shuffle_tags and args.cache_variations:
         dataset = with_captions(
             dataset,
@@ -800,10 +820,12 @@ def main(args):
     vae.to(device)  # in float32: some VAEs overflow in float16
     text_encoder.to(device, weight_dtype)
     vae_encode = functools.partial(models.encode_images, vae)
-    text_encode = functools.partial(models.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip)
+    text_encode = functools.partial(
+        models.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip, num_chunks=num_chunks
+    )
     prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
     # As in diffusers' pipeline, clip_skip is not for the negative prompt.
-    negative_embeds = models.encode_prompts(tokenizer, text_encoder, [args.validation_negative_prompt])[0].cpu()
+    negative_embeds = text_encode([args.validation_negative_prompt], clip_skip=None)[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
     preparing = dict(interpolation=args.image_interpolation_mode, augmentation=augmentation_of(args), seed=args.seed)
     latents, prompts = (None, None), (None, None)
@@ -817,7 +839,7 @@ def main(args):
             vae_identity=models.weights_identity(vae),
             latent_dtype=latent_dtype,
             text_encode=text_encode,
-            text_identity=models.text_identity(tokenizer, text_encoder),
+            text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
             clip_skip=args.clip_skip,
             prompt_dtype=weight_dtype,
             folder=Path(args.latent_cache_dir).expanduser(),

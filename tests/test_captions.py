@@ -8,6 +8,7 @@ from conftest import read_metrics, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
+from text_to_image_lora import models
 from text_to_image_lora.captions import shuffle_tags, shuffled_variations
 from text_to_image_lora.data import Sample, TrainingSet
 from text_to_image_lora.records import load_records
@@ -93,3 +94,56 @@ def test_a_cut_order_is_not_cached_twice(train, pictures, tmp_path):
     expected = sum(len(shuffled_variations([c], 4, 0, 1)) for c in ("sks, a, b, c", "sks, d, e, f"))
     assert len(shards) == 1
     assert count == expected > 4
+
+
+# Long prompts.
+
+
+@pytest.fixture(scope="module")
+def text_models(tiny_sd):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd, subfolder="tokenizer")
+    return tokenizer, CLIPTextModel.from_pretrained(tiny_sd, subfolder="text_encoder").eval()
+
+
+LONG = "a red axe on a blue background, " * 20
+
+
+def test_chunks_hold_every_token_of_a_long_caption(text_models):
+    import torch
+
+    tokenizer, text_encoder = text_models
+    whole = tokenizer(LONG, add_special_tokens=False).input_ids
+    num_chunks = models.chunks_needed(tokenizer, len(whole) + 2)
+    assert num_chunks == -(-len(whole) // 75) > 1
+    ids = models.tokenize(tokenizer, [LONG, "a cat"], num_chunks)
+    assert ids.shape == (2 * num_chunks, 77)
+    read = [i for row in ids[:num_chunks].tolist() for i in row[1 : row.index(tokenizer.eos_token_id)]]
+    assert read == whole
+    states = models.encode_prompts(tokenizer, text_encoder, [LONG, "a cat"], num_chunks=num_chunks)
+    assert states.shape == (2, 77 * num_chunks, 96)
+    # The first chunk is what is read without the flag, and the rest of a short caption is the empty caption.
+    plain = models.encode_prompts(tokenizer, text_encoder, [LONG, "a cat", ""])
+    torch.testing.assert_close(states[:, :77], plain[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states[1, 77:154], plain[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(2, 1), (77, 1), (78, 2), (152, 2), (153, 3)])
+def test_how_many_chunks_a_caption_needs(text_models, count, chunks):
+    assert models.chunks_needed(text_models[0], count) == chunks
+
+
+@pytest.mark.parametrize("cache_variations", [4, 0])
+def test_long_prompts_train_and_validate(train, tmp_path, capsys, cache_variations):
+    folder = write_pictures(tmp_path / "long", captions=[LONG, "a cat"])
+    options = dict(
+        train_data_dir=folder, cache_variations=cache_variations, validation_prompt="an axe", max_train_steps=3
+    )
+    whole = read_metrics(train(long_prompts=True, output_dir=tmp_path / "whole", **options))
+    assert "3 captions have more than 77 tokens; every prompt is encoded in" in capsys.readouterr().out
+    cut = read_metrics(train(output_dir=tmp_path / "cut", **options))
+    assert "3 captions have more than 77 tokens, and what follows is cut (--long_prompts reads them whole)" in (
+        capsys.readouterr().out
+    )
+    assert [row["train_loss"] for row in whole] != [row["train_loss"] for row in cut]

@@ -371,3 +371,53 @@ def test_a_folder_with_an_archive_in_it(tmp_path, load):
     with pytest.raises(InputError, match=r"Pass the archive: .*pictures\.zip"):
         load(folder)
     assert Path(folder / "pictures.zip").exists()
+
+
+# Concepts by a column.
+
+
+def test_concepts_from_a_column(tmp_path, load):
+    for i in range(2):
+        save_picture(tmp_path / f"{i}.png", i)
+    write("file_name,text,kind\n0.png,a cat,cats\n1.png,a dog,dogs\n", tmp_path / "metadata.csv")
+    assert load(tmp_path, concept_column="kind")["concept"][:] == ["cats", "dogs"]
+    with pytest.raises(InputError, match=r"no column 'knid' \(--concept_column\)"):
+        load(tmp_path, concept_column="knid")
+
+
+def test_concepts_from_the_labels_of_a_stored_dataset(tmp_path):
+    import datasets
+
+    save_picture(tmp_path / "0.png", 0)
+    cell = {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["cats", "dogs"]),
+        }
+    )
+    stored = datasets.Dataset.from_dict(
+        {"image": [cell, cell], "text": ["a", "b"], "label": [1, 0]}, features=features
+    )
+    stored.save_to_disk(tmp_path / "stored")
+    loaded = load_records(dataset_name=str(tmp_path / "stored"), concept_column="label")
+    assert loaded["concept"][:] == ["dogs", "cats"]
+    assert loaded["captions"][:] == [["a"], ["b"]]
+
+
+def test_shards_of_webdataset(tmp_path, load):
+    """A folder of tar files, each with pictures and captions of the same names."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as file:
+            for i in range(2):
+                save_picture(tmp_path / "p.png", 10 * shard + i)
+                write(f"cat {shard}{i}", tmp_path / "p.txt")
+                for ending in ("png", "txt"):
+                    file.add(tmp_path / f"p.{ending}", f"{shard}{i}.{ending}")
+    dataset = load_records(dataset_name=str(folder), cache_dir=str(tmp_path / "cache"))
+    assert dataset["captions"][:] == [["cat 00"], ["cat 01"], ["cat 10"], ["cat 11"]]
+    save_picture(tmp_path / "q.png", 11)
+    assert read_image_bytes(dataset[3]["image"]) == (tmp_path / "q.png").read_bytes()

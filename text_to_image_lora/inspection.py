@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .records import image_id, read_image_bytes
-from .transforms import ImageError, apply_variation, draw_variation, open_image
+from .records import image_id, read_image_bytes, read_mask_bytes
+from .transforms import ImageError, apply_variation, draw_variation, open_image, open_mask
 
 
 ALIKE_BITS = 7  # of the 128 bits of a difference hash; other pictures differ by some 30 at least
@@ -41,9 +41,12 @@ def examine(dataset):
 
     def look(index):
         try:
-            data = read_image_bytes(dataset[index]["image"])
+            row = dataset[index]
+            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
             image = open_image(data)
-            return index, Finding(image_id(data), *image.size, difference_hash(image)), None
+            if mask:
+                open_mask(mask, image.size)
+            return index, Finding(image_id(data + mask), *image.size, difference_hash(image)), None
         except (ImageError, OSError) as error:
             return index, None, str(error)
 

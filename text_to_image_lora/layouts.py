@@ -16,7 +16,7 @@ import unicodedata
 from pathlib import Path
 
 from .errors import InputError
-from .tables import captions_of, choose_caption_column, is_caption, read_table, read_text
+from .tables import Columns, captions_of, choose_caption_column, is_caption, read_table, read_text
 
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
@@ -63,33 +63,19 @@ def recognise(folder, files, instance_prompt):
     return None
 
 
-def read_folder(
-    folder,
-    layout,
-    files,
-    *,
-    image_column,
-    caption_column,
-    mask_column,
-    instance_prompt,
-    caption_template,
-    leave_out,
-    say,
-):
+def read_folder(folder, layout, files, *, asked, instance_prompt, caption_template, leave_out, say):
     """The rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
 
-    `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; where there is a
+    `asked` are the `Columns` that were asked for; `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; where there is a
     function `leave_out(source, reason)`, it is called for rows without a picture or a caption, and they are left out.
     """
     pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
-        return _metadata_rows(folder, files, pictures, image_column, caption_column, mask_column, leave_out, say)
-    if mask_column is not None:
-        raise InputError(f"{folder}: there is no metadata file, so no column '{mask_column}' (--mask_column).")
-    if image_column is not None and image_column != "image":
-        raise InputError(f"{folder}: there is no metadata file, so no column '{image_column}' (--image_column).")
-    if caption_column is not None and caption_column != "text":
-        raise InputError(f"{folder}: there is no metadata file, so no column '{caption_column}' (--caption_column).")
+        return _metadata_rows(folder, files, pictures, asked, leave_out, say)
+    upstreams_defaults = Columns(image="image", caption="text")
+    for kind, name in asked._asdict().items():
+        if name is not None and name != getattr(upstreams_defaults, kind):
+            raise InputError(f"{folder}: there is no metadata file, so no column '{name}' (--{kind}_column).")
     names = {path.relative_to(folder).as_posix(): path for path in files}
     rows, unnamed = [], 0
     for path in pictures:
@@ -168,7 +154,7 @@ def _caption_file(picture, names):
     return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
 
 
-def _metadata_rows(folder, files, pictures, image_column, caption_column, mask_column, leave_out, say):
+def _metadata_rows(folder, files, pictures, asked, leave_out, say):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
     rows = []
     for file, after in zip(tables, [*tables[1:], None]):
@@ -177,7 +163,7 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, mask_c
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
                 "Keep one of them."
             )
-        rows += _rows_of_table(file, folder, image_column, caption_column, mask_column, leave_out)
+        rows += _rows_of_table(file, folder, asked, leave_out)
     if not rows:
         raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
     used = [os.path.realpath(row["image"]["path"]) for row in rows]
@@ -192,24 +178,25 @@ def _metadata_rows(folder, files, pictures, image_column, caption_column, mask_c
     return rows
 
 
-def _rows_of_table(file, dataset_folder, image_column, caption_column, mask_column, leave_out):
+def _rows_of_table(file, dataset_folder, asked, leave_out):
     """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
     table = read_table(file)
     if not table:
         return []
     columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
-    file_column = "file_name" if "file_name" in columns and image_column in (None, "image") else image_column
+    file_column = "file_name" if "file_name" in columns and asked.image in (None, "image") else asked.image
     if file_column not in columns:
-        wanted = f"there is no column '{image_column}'" if image_column else "there is no column 'file_name'"
+        wanted = f"there is no column '{asked.image}'" if asked.image else "there is no column 'file_name'"
         raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
-    if mask_column is not None and mask_column not in columns:
-        raise InputError(
-            f"{file}: there is no column '{mask_column}' (--mask_column). The columns are: {', '.join(columns)}."
-        )
-    textual = [
-        c for c in columns if c not in (file_column, mask_column) and all(is_caption(row.get(c)) for _, row in table)
-    ]
-    chosen = choose_caption_column(str(file), columns, textual, caption_column)
+    for kind in ("mask", "concept"):
+        name = getattr(asked, kind)
+        if name is not None and name not in columns:
+            raise InputError(
+                f"{file}: there is no column '{name}' (--{kind}_column). The columns are: {', '.join(columns)}."
+            )
+    other = {file_column, asked.mask, asked.concept}
+    textual = [c for c in columns if c not in other and all(is_caption(row.get(c)) for _, row in table)]
+    chosen = choose_caption_column(str(file), columns, textual, asked.caption)
     rows, root, inside = [], file.parent.resolve(), dataset_folder.resolve()
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
@@ -230,7 +217,7 @@ def _rows_of_table(file, dataset_folder, image_column, caption_column, mask_colu
                 )
             elif not captions:
                 reason = f"column '{chosen}' is empty"
-        mask = row.get(mask_column) if mask_column is not None else None
+        mask = row.get(asked.mask) if asked.mask is not None else None
         if reason is None and mask:
             mask_path = _find_picture(root, mask) if isinstance(mask, str) else None
             if mask_path is None or not mask_path.resolve().is_relative_to(inside):
@@ -241,7 +228,8 @@ def _rows_of_table(file, dataset_folder, image_column, caption_column, mask_colu
         if reason:
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
         mask_path = mask_path if mask else _mask_file(path)
-        rows.append(_row(path, captions, root.name, 1, f"{where}: '{name}'", mask_path))
+        concept = root.name if asked.concept is None else str(row.get(asked.concept))
+        rows.append(_row(path, captions, concept, 1, f"{where}: '{name}'", mask_path))
     return rows
 
 

@@ -13,7 +13,7 @@ from .archives import ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
 from .errors import InputError
 from .layouts import PICTURE_ENDINGS, find_files, read_folder, recognise
-from .tables import captions_of, choose_caption_column
+from .tables import Columns, captions_of, choose_caption_column
 
 
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
@@ -29,6 +29,7 @@ def load_records(
     image_column=None,
     caption_column=None,
     mask_column=None,
+    concept_column=None,
     instance_prompt=None,
     caption_template="{trigger} {class}",
     trigger_word=None,
@@ -50,25 +51,25 @@ def load_records(
     a picture or a caption go to `leave_out(source, reason)`, which with `skip_bad_images` says so unless given.
     Raises `InputError` for a folder, column, row or caption that can't be used.
     """
-    options = dict(image_column=image_column, caption_column=caption_column, mask_column=mask_column)
+    asked = Columns(image_column, caption_column, mask_column, concept_column)
     if leave_out is None and skip_bad_images:
 
         def leave_out(source, reason):
             say(f"left out: {source}: {reason}")
 
     described = dict(
-        layout=dataset_layout, instance_prompt=instance_prompt, caption_template=caption_template,
+        layout=dataset_layout, asked=asked, instance_prompt=instance_prompt, caption_template=caption_template,
         config_name=dataset_config_name, cache_dir=cache_dir, leave_out=leave_out, say=say,
     )  # fmt: skip
     if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
-        parts = [_from_hub(dataset_name, dataset_config_name, cache_dir=cache_dir, **options)]
+        parts = [_from_hub(dataset_name, dataset_config_name, asked=asked, cache_dir=cache_dir)]
     else:
         sources = dataset_name if dataset_name is not None else train_data_dir
         sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
         parts = []
         for source in map(Path, sources):
             folder = unpack(source, archive_dir) if is_archive(source) else source
-            parts.append(_from_folder(folder, **described, **options))
+            parts.append(_from_folder(folder, **described))
     import datasets
 
     dataset = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -133,7 +134,7 @@ def with_class_pictures(dataset, class_pictures):
 
 
 def _from_folder(
-    folder, *, layout, image_column, caption_column, mask_column, config_name, cache_dir, instance_prompt, caption_template,
+    folder, *, layout, asked, config_name, cache_dir, instance_prompt, caption_template,
     leave_out, say,
 ):  # fmt: skip
     import datasets
@@ -149,7 +150,7 @@ def _from_folder(
     chosen = layout or recognise(folder, files, instance_prompt)
     if chosen is not None:
         rows = read_folder(
-            folder, chosen, files, image_column=image_column, caption_column=caption_column, mask_column=mask_column,
+            folder, chosen, files, asked=asked,
             instance_prompt=instance_prompt, caption_template=caption_template, leave_out=leave_out, say=say,
         )  # fmt: skip
         if not rows:
@@ -166,7 +167,7 @@ def _from_folder(
             raise InputError(
                 f"{folder}: the dataset can't be loaded ({_first_line(error)}). Save or download it again."
             ) from error
-        return _from_dataset(_train_split(stored, folder), str(folder), image_column, caption_column, mask_column)
+        return _from_dataset(_train_split(stored, folder), str(folder), asked)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
@@ -178,7 +179,7 @@ def _from_folder(
     raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
 
 
-def _from_hub(name, config_name, *, image_column, caption_column, mask_column, cache_dir):
+def _from_hub(name, config_name, *, asked, cache_dir):
     """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -198,7 +199,7 @@ def _from_hub(name, config_name, *, image_column, caption_column, mask_column, c
                 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
         features = datasets.load_dataset_builder(name, config_name, cache_dir=cache_dir).info.features
         if features is not None:
-            _columns_of(features, name, image_column, caption_column, mask_column)
+            _columns_of(features, name, asked)
         dataset = _train_split(datasets.load_dataset(name, config_name, cache_dir=cache_dir), name)
     except InputError:
         raise
@@ -207,7 +208,7 @@ def _from_hub(name, config_name, *, image_column, caption_column, mask_column, c
             f"{name}: neither a folder here nor a hub dataset that can be loaded ({_first_line(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
-    return _from_dataset(dataset, name, image_column, caption_column, mask_column)
+    return _from_dataset(dataset, name, asked)
 
 
 def _first_line(error):
@@ -224,17 +225,22 @@ def _train_split(stored, where):
     raise InputError(f"{where}: it has no split 'train', only: {', '.join(stored)}.")
 
 
-def _columns_of(features, where, image_column, caption_column, mask_column):
-    """Image and caption column by type and common name; checks that the mask's is there."""
+def _columns_of(features, where, asked):
+    """Image and caption column by type and common name; checks that the mask's and the concept's are there."""
     import datasets
 
     columns = list(features)
+    image_column, caption_column, mask_column, concept_column = asked
     if image_column is not None and image_column not in columns:
         if not (image_column == "image" and any(isinstance(f, datasets.Image) for f in features.values())):
             raise InputError(
                 f"{where}: there is no column '{image_column}' (--image_column). The columns are: {', '.join(columns)}."
             )
         image_column = None
+    if concept_column is not None and concept_column not in columns:
+        raise InputError(
+            f"{where}: there is no column '{concept_column}' (--concept_column). The columns are: {', '.join(columns)}."
+        )
     pictures = [c for c, f in features.items() if isinstance(f, datasets.Image)]
     if mask_column is not None:
         if mask_column not in pictures:
@@ -253,21 +259,26 @@ def _columns_of(features, where, image_column, caption_column, mask_column):
         inner = inner if inner is not None else feature[0] if isinstance(feature, list) else feature
         return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
 
-    textual = [c for c, f in features.items() if is_text(f)]
+    textual = [c for c, f in features.items() if is_text(f) and c != concept_column]
     return image_column, choose_caption_column(str(where), columns, textual, caption_column)
 
 
-def _from_dataset(dataset, where, image_column, caption_column, mask_column):
+def _from_dataset(dataset, where, asked):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
-    image_column, caption_column = _columns_of(dataset.features, where, image_column, caption_column, mask_column)
+    mask_column, concept_column = asked.mask, asked.concept
+    image_column, caption_column = _columns_of(dataset.features, where, asked)
     captions = [captions_of(value) for value in dataset[caption_column]]
     if not all(captions):
         index = next(index for index, group in enumerate(captions) if not group)
         raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
     count = len(captions)
+    concepts = [Path(where).name] * count
+    if concept_column is not None:
+        name_of = getattr(dataset.features[concept_column], "int2str", str)  # a label's number has a name
+        concepts = [name_of(value) for value in dataset[concept_column]]
     others = {
         "captions": captions,
-        "concept": [Path(where).name] * count,
+        "concept": concepts,
         "num_repeats": [1] * count,
         "is_class": [False] * count,
         "source": [f"{where}: row {index}" for index in range(count)],

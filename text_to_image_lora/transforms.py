@@ -102,7 +102,10 @@ def open_image(data):
 
 def open_mask(data, size):
     """Bytes of a mask to a grey `PIL.Image` of the picture's `size`: white counts, black doesn't; `ImageError` as above."""
-    mask = open_image(data).convert("L")
+    try:
+        mask = open_image(data).convert("L")
+    except ImageError as error:
+        raise ImageError(f"its mask: {error}") from error
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
 
 
