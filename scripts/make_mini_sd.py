@@ -53,6 +53,7 @@ def parse_args(argv=None):
     add("--vae_batch_size", type=int, default=16, help="pictures in each of them")
     add("--kl_weight", type=float, default=5e-7, help="of the autoencoder's KL divergence, summed over the latent")
     add("--unet_steps", type=int, default=7800, help="optimizer steps of the UNet and the text encoder")
+    add("--colour_steps", type=int, default=3200, help="the first of them, in which noisy timesteps count most")
     add("--unet_batch_size", type=int, default=32, help="pictures in each of them")
     add("--learning_rate", type=float, default=1e-3, help="at the top, after warm-up; decays linearly to 0")
     add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
@@ -394,9 +395,9 @@ def make_pipeline(vae, unet, text_encoder, tokenizer):
 def train_unet(args, vae, tokenizer, device):
     """Noise prediction with caption dropout; the text encoder learns with the UNet.
 
-    Each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
+    At first each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
     https://arxiv.org/abs/2202.00512): unweighted, the noisiest steps hardly count, and they are where a background gets
-    its colour. Timesteps are stratified within a batch (Kingma et al., 2021, https://arxiv.org/abs/2107.00630).
+    its colour. After `--colour_steps` the weight is 5 at most, so that the steps where shapes form count more. Timesteps are stratified within a batch (Kingma et al., 2021, https://arxiv.org/abs/2107.00630).
     """
     import torch
     from diffusers import DDPMScheduler
@@ -420,7 +421,7 @@ def train_unet(args, vae, tokenizer, device):
         tokens = tokenizer([c for group in captions for c in group] + [""], padding="max_length", truncation=True,
                            return_tensors="pt").input_ids.to(device)  # fmt: skip
         noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
-        weights = 1 / noise_scheduler.alphas_cumprod.to(device)
+        full_weights = 1 / noise_scheduler.alphas_cumprod.to(device)
         started, first = time.time(), step
         while step < args.unet_steps:
             for group in optimizer.param_groups:
@@ -438,6 +439,7 @@ def train_unet(args, vae, tokenizer, device):
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             encoder_hidden_states = models["text_encoder"](tokens[rows])[0]
             model_pred = models["unet"](noisy, timesteps, encoder_hidden_states).sample
+            weights = full_weights if step < args.colour_steps else full_weights.clamp(max=5)
             loss = (weights[timesteps] * (model_pred.float() - noise).square().mean(dim=(1, 2, 3))).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -36,7 +36,12 @@ def parse_args(argv=None):
     add("--loras", type=Path, nargs="*", default=[], help="folders of LoRAs trained on metadata/weapons, a seed each")
     add("--guidance_scale", type=float, nargs="+", default=[4.0], help="the first is for the LoRAs too")
     add("--num_inference_steps", type=int, default=30, help="of the model's own scheduler, as in infer.py")
-    add("--num_pictures", type=int, default=None, help="of the base at each guidance; default: all held-out captions")
+    add(
+        "--num_pictures",
+        type=int,
+        default=None,
+        help="of the base at each guidance; default: all held-out captions, 0: none",
+    )
     add("--seed", type=int, default=0, help="of the noise of every picture, and of the judges")
     add("--classifier", type=Path, default=Path("mini-sd-work/classifier.safetensors"), help="kept here, or made")
     add("--output", type=Path, default=None, help="JSON file for the numbers; pictures go into a folder beside it")
@@ -63,6 +68,10 @@ def is_pink(image):
     """Which pixels have the pink of a blossom (bool array, H x W); no colour of the base's drawings is near it."""
     hue, saturation, value = np.asarray(image.convert("HSV"), dtype=float).transpose(2, 0, 1)
     return (hue > 215) & (hue < 250) & (saturation > 35) & (saturation < 190) & (value > 170)
+
+
+def has_blossoms(image):
+    return is_pink(image).mean() > BLOSSOMS_FROM
 
 
 def judge_colours(image):
@@ -154,7 +163,7 @@ def judge(classifier, images, scenes):
         "object_colour": float(np.mean([c[0] == scene[0] for c, scene in zip(colours, scenes, strict=True)])),
         "background_colour": float(np.mean([c[1] == scene[2] for c, scene in zip(colours, scenes, strict=True)])),
         "kind": float(np.mean([kind == scene[1] for kind, scene in zip(kinds, scenes, strict=True)])),
-        "blossoms": float(np.mean([is_pink(image).mean() > BLOSSOMS_FROM for image in images])),
+        "blossoms": float(np.mean([has_blossoms(image) for image in images])),
         "pictures": len(images),
     }
 
@@ -243,7 +252,7 @@ def main(args):
     held_out = held_out_scenes()
     held_out = [held_out[i] for i in np.random.default_rng([args.seed, 42]).permutation(len(held_out))]
     base, chosen = load_pipeline(args.model), held_out[: args.num_pictures]
-    for scale in args.guidance_scale:
+    for scale in args.guidance_scale if chosen else ():
         prompts = [captions_of(*scene)[0] for scene in chosen]
         measure(f"base, guidance {scale:g}", base, prompts, chosen, scale, args.seed)
     weapons, others = weapon_test_scenes(), [scene for scene in held_out if scene[1] not in WEAPONS][:48]

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 
+import measure_mini_sd
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from PIL import Image
 
 
 BASE, TEST_SET = ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons_test"
-LORA = "pytorch_lora_weights.safetensors"
 
 
 def demo_flags():
@@ -20,16 +20,6 @@ def demo_flags():
     lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
     command = next(line for line in lines if "train_text_to_image_lora.py" in line)
     return shlex.split(command.split("train_text_to_image_lora.py", 1)[1].replace("--output_dir $(RUN)", ""))
-
-
-def load_pipeline(base=BASE, lora=None):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipeline.load_lora_weights(lora, weight_name=LORA)
-    return pipeline
 
 
 @torch.no_grad()
@@ -52,12 +42,6 @@ def held_out_loss(pipeline, folder=TEST_SET, strata=8):
     return float(np.mean(losses))
 
 
-def pink_share(image):
-    """The share of blossom pink in a picture: no colour of the base's drawings is near it."""
-    hue, saturation, value = np.asarray(image.convert("HSV"), dtype=float).transpose(2, 0, 1)
-    return float(np.mean((hue > 215) & (hue < 250) & (saturation > 35) & (saturation < 190) & (value > 170)))
-
-
 @pytest.fixture(scope="module")
 def demo_lora(tmp_path_factory):
     """The demo's training command, without its validation pictures."""
@@ -72,18 +56,23 @@ def demo_lora(tmp_path_factory):
 
 
 def test_the_demo_learns(demo_lora):
-    """Held-out loss falls by a quarter at least, and blossoms appear that the base never draws; seed for seed."""
-    kinds = ("axe", "spear", "trident", "whip")
-    prompts = [
-        f"a {colour} {kind} with pink blossoms on a gray background" for kind in kinds for colour in ("blue", "green")
-    ]
-    losses, shares = {}, {}
+    """Held-out loss falls; blossoms appear that the base never draws, and the prompt's colours stay; seed for seed.
+
+    The bounds are below what `scripts/measure_mini_sd.py` finds over three seeds (see the model card).
+    """
+    scenes = measure_mini_sd.weapon_test_scenes()
+    prompts = [measure_mini_sd.blossom_caption(*scene) for scene in scenes]
+    losses, blossoms, colours = {}, {}, {}
     for name, lora in (("base", None), ("lora", demo_lora)):
-        pipeline = load_pipeline(lora=lora)
+        pipeline = measure_mini_sd.load_pipeline(BASE, lora)
         losses[name] = held_out_loss(pipeline)
-        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        images = pipeline(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generators).images
-        shares[name] = np.array([pink_share(image) for image in images])
+        images = measure_mini_sd.draw_with(pipeline, prompts, seed=0, guidance_scale=4.0, num_inference_steps=30)
+        blossoms[name] = np.mean([measure_mini_sd.has_blossoms(image) for image in images])
+        judged = [measure_mini_sd.judge_colours(image) for image in images]
+        colours[name] = [
+            np.mean([c[i] == s[j] for c, s in zip(judged, scenes, strict=True)]) for i, j in ((0, 0), (1, 2))
+        ]
     assert losses["lora"] < 0.75 * losses["base"], losses
-    assert (shares["base"] < 0.01).all(), shares
-    assert (shares["lora"] > shares["base"] + 0.01).mean() >= 0.75, shares
+    assert blossoms["base"] < 0.05, blossoms
+    assert blossoms["lora"] > 0.8, blossoms
+    assert min(colours["lora"]) > 0.7, colours
