@@ -9,6 +9,7 @@ Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same comman
 
 import argparse
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -19,12 +20,13 @@ from pathlib import Path
 from text_to_image_lora import buckets
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.layouts import LAYOUTS
-from text_to_image_lora.records import fingerprint, load_records, with_captions, with_class_pictures
+from text_to_image_lora.records import fingerprint, load_records, with_class_pictures
 from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 
 SECRETS = ("hub_token",)
 ENDLESS_VARIATIONS_CACHED = 4
+MOST_CHUNKS = 10
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 
 
@@ -420,9 +422,12 @@ def settle_buckets(args, image_factor):
             f"--bucket_step {args.bucket_step}: this model needs a multiple of {image_factor}, e.g. {near}."
         )
     if args.bucket_min_size is None:
-        args.bucket_min_size = max(args.resolution // 2, args.bucket_step)
+        args.bucket_min_size = max(args.resolution // 2 // args.bucket_step, 1) * args.bucket_step
     args.bucket_max_size = 2 * args.resolution if args.bucket_max_size is None else args.bucket_max_size
-    limits = dict(smallest=args.bucket_min_size, largest=args.bucket_max_size, step=args.bucket_step)
+    step = args.bucket_step  # inwards, so that every side is a multiple of it
+    args.bucket_min_size = -(-args.bucket_min_size // step) * step
+    args.bucket_max_size = args.bucket_max_size // step * step
+    limits = dict(smallest=args.bucket_min_size, largest=args.bucket_max_size, step=step)
     buckets.make_buckets(args.resolution, **limits)
 
 
@@ -496,20 +501,30 @@ def settle_cache(args, base, dataset, latent_shapes):
     if args.cache_variations is None:
         args.cache_variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
     if args.cache_variations:
+        num_captions = len({caption for group in dataset["captions"] for caption in group})
         caching.check_free_disk(
             Path(args.latent_cache_dir).expanduser(),
             latent_values=args.cache_variations * sum(map(math.prod, latent_shapes)),
-            prompt_values=77 * base.cross_attention_dim * sum(map(len, dataset["captions"])),
+            prompt_values=77
+            * base.cross_attention_dim
+            * num_captions
+            * (args.tag_variations if args.shuffle_tags else 1),
         )
 
 
 def make_sampler(args, dataset, sizes, *, rank, world_size):
+    import numpy as np
+
     from text_to_image_lora import data
 
-    concepts, is_class = dataset["concept"][:] if args.balance == "concept" else None, dataset["is_class"][:]
-    samples = data.samples_of_epoch(dataset["num_repeats"], concepts, seed=args.seed)
+    is_class, concepts, num_repeats = (dataset[name][:] for name in ("is_class", "concept", "num_repeats"))
+    own = [index for index, other in enumerate(is_class) if not other]
+    balanced = [concepts[index] for index in own] if args.balance == "concept" else None
+    samples = data.samples_of_epoch([num_repeats[index] for index in own], balanced, seed=args.seed)
+    samples = np.asarray(own)[samples]
     if any(is_class):
-        samples = data.add_class_samples(samples, is_class, seed=args.seed)
+        others = [index for index, other in enumerate(is_class) if other]
+        samples = data.add_class_samples(samples, others, seed=args.seed)
     groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
     return data.EffectiveBatchSampler(
         samples,
@@ -523,10 +538,30 @@ def make_sampler(args, dataset, sizes, *, rank, world_size):
     )
 
 
-def look_at_data(args, base, dataset, left_out):
-    """--dry_run and --preview_data: what the dataset holds, what is wrong with it, and what the model will see of it.
+def write_preview(args, dataset, images, sizes, sampler, variations):
+    """Draws what the model will see of the first pictures; returns the line that says where."""
+    from text_to_image_lora import inspection
 
-    No model is loaded but the tokenizer. Raises `InputError` where --dry_run has found what training would refuse.
+    chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(dataset))]))[:PREVIEWED]
+    sheet = inspection.preview_sheet(
+        dataset,
+        images,
+        sizes,
+        chosen,
+        num_variations=min(variations or 4, 4),
+        interpolation=args.image_interpolation_mode,
+        augmentation=augmentation_of(args),
+        seed=args.seed,
+    )
+    Path(args.preview_data).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.preview_data)
+    return f"what the model will see: {args.preview_data}"
+
+
+def look_at_data(args, base, dataset, left_out):
+    """--dry_run: what the dataset holds, what is wrong with it, and with --preview_data what the model will see of it.
+
+    No model is loaded but the tokenizer. Raises `InputError` for what training would refuse.
     """
     from text_to_image_lora import inspection, models
 
@@ -542,7 +577,7 @@ def look_at_data(args, base, dataset, left_out):
         variations = args.cache_variations
         if variations is None:
             variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
-    if args.dry_run and findings:
+    if findings:
         tokenizer, token_counts = models.load_tokenizer(base), None
         if tokenizer is not None:
             token_counts = [[len(ids) for ids in tokenizer(group).input_ids] for group in dataset["captions"]]
@@ -555,28 +590,17 @@ def look_at_data(args, base, dataset, left_out):
             sizes,
             sampler.samples,
             token_counts=token_counts,
-            token_limit=None if tokenizer is None else tokenizer.model_max_length,
+            token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
             steps_per_epoch=sampler.steps_per_epoch,
             cache_bytes=values * (4 if args.mixed_precision in (None, "no") else 2),
         )
         inspection.write_report(report, report_file)
         print("\n".join([*inspection.lines_of(report), "", f"all of it: {report_file}"]))
     if args.preview_data is not None and findings:
-        chosen = list(dict.fromkeys(int(i) for i in sampler.samples_of(0)))
-        chosen += [i for i in range(len(dataset)) if i not in chosen]
-        sheet = inspection.preview_sheet(
-            dataset,
-            images,
-            sizes,
-            chosen[:PREVIEWED],
-            num_variations=min(variations or 4, 4),
-            interpolation=args.image_interpolation_mode,
-            augmentation=augmentation_of(args),
-            seed=args.seed,
-        )
-        sheet.save(args.preview_data)
-        print(f"what the model will see: {args.preview_data}")
-    if left_out and args.dry_run and not args.skip_bad_images:
+        print(write_preview(args, dataset, images, sizes, sampler, variations))
+    if not findings:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    if left_out and not args.skip_bad_images:
         source, reason = left_out[0]
         raise InputError(
             f"{source}: {reason} ({len(left_out)} such pictures or rows in all). Fix them, or pass --skip_bad_images to "
@@ -584,11 +608,12 @@ def look_at_data(args, base, dataset, left_out):
         )
 
 
-def identity_of_run(args, dataset, images, world_size):
+def identity_of_run(args, dataset, images, sampler):
     """What must be the same for a checkpoint to be gone on from."""
     return {
         "base_model": args.pretrained_model_name_or_path,
         "dataset": fingerprint([name for name, _, _ in images], dataset["captions"]),
+        "samples": hashlib.sha256(str([sampler.samples.tolist(), sampler.groups.tolist()]).encode()).hexdigest()[:16],
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "target_modules": list(args.target_modules),
@@ -601,7 +626,7 @@ def identity_of_run(args, dataset, images, world_size):
         "long_prompts": args.long_prompts,
         "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
         "buckets": [args.bucket_min_size, args.bucket_max_size, args.bucket_step, args.bucket_no_upscale],
-        "effective_batch_size": args.train_batch_size * args.gradient_accumulation_steps * world_size,
+        "effective_batch_size": sampler.effective_batch_size,
     }
 
 
@@ -666,9 +691,13 @@ def chunks_of_captions(args, dataset, tokenizer, say):
                 f"them whole); the first: {first}"
             )
         return 1
-    prompts = [*args.validation_prompts, args.validation_negative_prompt]
-    lengths += map(len, tokenizer(prompts).input_ids)
     num_chunks = models.chunks_needed(tokenizer, max(lengths))
+    if num_chunks > MOST_CHUNKS:
+        longest = dataset[captions[lengths.index(max(lengths))][0]]["source"]
+        raise InputError(
+            f"{longest}: its caption of {max(lengths)} tokens would make every prompt {num_chunks} chunks long. Shorten "
+            f"it ({MOST_CHUNKS} chunks are the limit), or leave --long_prompts out."
+        )
     if num_chunks > 1:
         say(f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks")
     return num_chunks
@@ -719,9 +748,9 @@ def main(args):
 
     left_out = []
     base, dataset = check_inputs(args, (lambda *what: left_out.append(what)) if args.dry_run else None)
-    if (args.dry_run or args.preview_data) and os.environ.get("RANK", "0") == "0":
-        look_at_data(args, base, dataset, left_out)
     if args.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            look_at_data(args, base, dataset, left_out)
         return
 
     import collections
@@ -787,7 +816,10 @@ def main(args):
         args.seed = state.seed if args.seed is None else args.seed
     if args.seed is None:
         args.seed = broadcast_object_list([int.from_bytes(os.urandom(4), "little")])[0]
-    settings = identity_of_run(args, dataset, images, world_size)
+    sampler = make_sampler(args, dataset, sizes, rank=rank, world_size=world_size)
+    settings = identity_of_run(args, dataset, images, sampler)
+    if args.preview_data is not None and accelerator.is_main_process:
+        say(write_preview(args, dataset, images, sizes, sampler, args.cache_variations))
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, settings_before, settings)
     else:
@@ -798,14 +830,12 @@ def main(args):
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
     num_chunks = chunks_of_captions(args, dataset, tokenizer, say)
+    caption_lists = dataset["captions"][:]
     if args.shuffle_tags and args.cache_variations:
-        dataset = with_captions(
-            dataset,
-            [
-                captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags)
-                for group in dataset["captions"]
-            ],
-        )
+        caption_lists = [
+            captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags)
+            for group in caption_lists
+        ]
     noise_scheduler = models.make_noise_scheduler(
         scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
     )
@@ -834,6 +864,7 @@ def main(args):
             dataset,
             images,
             sizes,
+            caption_lists,
             cache_variations=args.cache_variations,
             vae_encode=vae_encode,
             vae_identity=models.weights_identity(vae),
@@ -858,7 +889,6 @@ def main(args):
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
     optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
-    sampler = make_sampler(args, dataset, sizes, rank=rank, world_size=world_size)
     sampler.first_step = state.global_step
     if args.balance is not None:
         concepts = dataset["concept"][:]
@@ -887,6 +917,7 @@ def main(args):
         dataset,
         images,
         sizes,
+        caption_lists,
         latents=latents,
         latent_shapes=latent_shapes,
         prompts=prompts,

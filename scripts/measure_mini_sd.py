@@ -192,11 +192,13 @@ def weapon_test_scenes(seed=0):
 
 
 def load_pipeline(model, lora=None):
+    import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
-    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    logging.disable_progress_bar()
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")

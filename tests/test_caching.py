@@ -87,6 +87,7 @@ def build(encoders, tmp_path):
             dataset,
             images,
             sizes or [(32, 32)] * len(images),
+            dataset["captions"][:],
             cache_variations=cache_variations,
             vae_encode=partial(models.encode_images, vae),
             vae_identity=models.weights_identity(vae),
@@ -124,7 +125,7 @@ def shards_in(folder):
 def training_set(cache, cached=True, **changes):
     latents, prompts = (cache.latents, cache.prompts) if cached else ((None, None), (None, None))
     return TrainingSet(
-        cache.dataset, cache.images, [(32, 32)] * len(cache.images), latents=latents, prompts=prompts,
+        cache.dataset, cache.images, [(32, 32)] * len(cache.images), cache.dataset["captions"][:], latents=latents, prompts=prompts,
         latent_shapes=[(4, 8, 8)] * len(cache.images),
         num_train_timesteps=1000, **PREPARING | changes,
     )  # fmt: skip

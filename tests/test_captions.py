@@ -33,10 +33,12 @@ def test_every_order_occurs():
 def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
     first = shuffled_variations(["a, b, c, d"], 8, seed=0)
     assert first == shuffled_variations(["a, b, c, d"], 8, seed=0)
-    assert 4 <= len(first) == len(set(first)) <= 8
+    assert len(first) == 8
+    assert len(set(first)) >= 4
     assert first != shuffled_variations(["a, b, c, d"], 8, seed=1)
-    assert shuffled_variations(["one tag"], 8, seed=0) == ["one tag"]
-    assert len(shuffled_variations(["a, b", "c, d"], 30, seed=0)) == 4
+    assert shuffled_variations(["one tag"], 8, seed=0) == ["one tag"] * 8
+    # A caption without tags is drawn as often as one with many.
+    assert shuffled_variations(["a sentence", "a, b"], 30, seed=0).count("a sentence") == 30
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def make_set(tmp_path):
 
     def make(**changes):
         return TrainingSet(
-            dataset, [("0" * 32, 40, 32)], [(32, 32)], latents=(None, None), prompts=(None, None),
+            dataset, [("0" * 32, 40, 32)], [(32, 32)], dataset["captions"][:], latents=(None, None), prompts=(None, None),
             latent_shapes=[(4, 8, 8)], seed=0, num_train_timesteps=1000, interpolation="lanczos",
             augmentation=Augmentation(), **changes,
         )  # fmt: skip
@@ -91,7 +93,7 @@ def test_a_cut_order_is_not_cached_twice(train, pictures, tmp_path):
     shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
     with safe_open(shards[0], "pt") as file:
         count = file.get_slice("hidden_states").get_shape()[0]
-    expected = sum(len(shuffled_variations([c], 4, 0, 1)) for c in ("sks, a, b, c", "sks, d, e, f"))
+    expected = sum(len(set(shuffled_variations([c], 4, 0, 1))) for c in ("sks, a, b, c", "sks, d, e, f"))
     assert len(shards) == 1
     assert count == expected > 4
 

@@ -136,7 +136,7 @@ def make_set(tmp_path):
         ]
         options = dict(interpolation="lanczos", augmentation=Augmentation(random_flip=True)) | changes
         return TrainingSet(
-            dataset, images, [(32, 32)] * len(images), latents=(None, None), prompts=(None, None),
+            dataset, images, [(32, 32)] * len(images), dataset["captions"][:], latents=(None, None), prompts=(None, None),
             latent_shapes=[(4, 8, 8)] * len(images), seed=seed,
             num_train_timesteps=num_train_timesteps, **options,
         )  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["steps_an_epoch"] == 5
     out = capsys.readouterr().out
     assert "2 left out, as they can't be used:" in out
-    assert "1 pairs look alike:" in out
+    assert "1 times pictures look alike:" in out
     assert "1 captions are cut at the limit:" in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
     assert not (tmp_path / "cache").exists()
@@ -105,7 +105,7 @@ def test_alike_is_the_same_picture_and_not_another():
         findings[i] = inspection.Finding(f"{i}", 96, 96, inspection.difference_hash(picture))
         smaller = picture.resize((50, 50))
         findings[40 + i] = inspection.Finding(f"{40 + i}", 50, 50, inspection.difference_hash(smaller))
-    assert inspection.alike_pictures(findings) == [(i, 40 + i) for i in range(40)]
+    assert inspection.alike_pictures(findings) == [[i, 40 + i] for i in range(40)]
 
 
 @pytest.mark.parametrize("name", ["sheet.txt", "sheet"])

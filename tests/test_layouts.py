@@ -160,13 +160,15 @@ def test_kohya_pictures_without_a_caption_file_take_their_folders_name(tmp_path,
 )
 def test_trigger_and_class_from_the_folders_name(tmp_path, load, said, name, caption):
     save_picture(tmp_path / "set" / name / "0.png", 0)
+    save_picture(tmp_path / "set" / "wvy_cat" / "0.png", 1)
     dataset = load(tmp_path / "set")
-    assert dataset["captions"][:] == [[caption]]
-    assert dataset["concept"][:] == ["sks"]
-    assert said == [f"{tmp_path}/set: 1 pictures have the caption '{caption}' (--caption_template)"]
+    assert dataset["captions"][:] == [[caption], ["wvy cat"]]
+    assert dataset["concept"][:] == ["sks", "wvy"]
+    assert said[0] == f"{tmp_path}/set: 1 pictures have the caption '{caption}' (--caption_template)"
     template = "a painting of {trigger}, a {class}"
     assert load(tmp_path / "set", caption_template=template)["captions"][:] == [
-        ["a painting of sks, a golden retriever"]
+        ["a painting of sks, a golden retriever"],
+        ["a painting of wvy, a cat"],
     ]
 
 

@@ -6,7 +6,6 @@ import secrets
 import shutil
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 from .errors import InputError
@@ -33,6 +32,7 @@ def unpack(archive, folder):
     """
     archive, digest = Path(archive), hashlib.sha256()
     try:
+        digest.update(archive.name.encode())  # a name can be a caption: another name is another folder
         with open(archive, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -52,7 +52,9 @@ def unpack(archive, folder):
         except OSError:
             if not target.exists():  # else another process was quicker
                 raise
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+    except InputError:
+        raise
+    except Exception as error:  # each kind of archive has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
         raise InputError(f"{archive}: it can't be unpacked ({reason}). Pack or download it again.") from error
     finally:
@@ -65,7 +67,11 @@ def _unpack_members(archive, target):
     room = min(room, shutil.disk_usage(target).free)
     for count, (name, source) in enumerate(_members(archive)):
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        if ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]:
+        if count > MOST_FILES:
+            raise InputError(
+                f"{archive}: it has more than {MOST_FILES:,} files. Unpack it yourself, and pass the folder."
+            )
+        if not parts or ".." in parts or name.startswith(("/", "\\")) or parts[0][1:2] == ":":
             raise InputError(f"{archive}: its member {name!r} would leave the folder. Pack the pictures again.")
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             continue
@@ -76,7 +82,7 @@ def _unpack_members(archive, target):
         with source() as member, open(path, "wb") as file:
             while block := member.read(BLOCK):
                 room -= len(block)
-                if room < 0 or count > MOST_FILES:
+                if room < 0:
                     raise InputError(
                         f"{archive}: it unpacks to far more than its size, or than the disk holds. Unpack it yourself "
                         "if you trust it, and pass the folder."

@@ -72,7 +72,7 @@ def inspect_images(dataset, indices, folder):
             identity = image_id(data + mask)
             if identity not in known:
                 size = open_image(data).size
-                if mask:
+                if row["mask"] is not None:
                     open_mask(mask, size)
                 known[identity] = size
                 return index, (identity, *known[identity]), None, True
@@ -89,7 +89,7 @@ def inspect_images(dataset, indices, folder):
             good[index] = found
             if fresh:
                 new.append(f"{found[0]} {found[1]} {found[2]}\n")
-    if new:
+    with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
         memo.parent.mkdir(parents=True, exist_ok=True)
         with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
             file.write("".join(new).encode())
@@ -187,17 +187,16 @@ def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, inte
     batch_size = max(1, ENCODE_PIXELS // math.prod(size))
     means, stds, masks, opened = [], [], [], (None, None)
     for start in range(0, len(entries), batch_size):
-        pixels = []
+        pixels, shown = [], []
         for index, variation in entries[start : start + batch_size]:
             if opened[0] != index:
-                opened = (index, open_image(read_image_bytes(dataset[index]["image"])))
+                record = dataset[index]
+                opened = (index, open_image(read_image_bytes(record["image"])))
             pixels.append(apply_variation(opened[1], variation, size, interpolation))
+            shown.append((record["mask"], opened[1].size, variation))
         mean, std = vae_encode(torch.from_numpy(np.stack(pixels)))
         if masked:
-            factor = size[1] // mean.shape[-2]
-            masks += [
-                mask_of(dataset[i], variation, size, factor) for i, variation in entries[start : start + batch_size]
-            ]
+            masks += [mask_of(*what, size, size[1] // mean.shape[-2]) for what in shown]
         means.append(mean.to(dtype).cpu())
         stds.append(std.to(dtype).cpu())
         progress.update(len(pixels))
@@ -205,13 +204,13 @@ def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, inte
     return tensors | ({"mask": torch.stack(masks).half()} if masked else {})
 
 
-def mask_of(row, variation, size, factor):
-    """The mask (1, h, w) of a record, as its variation shows it; ones where it has none."""
-    if row["mask"] is None:
+def mask_of(mask, picture_size, variation, size, factor):
+    """The mask (1, h, w) of a record's `mask` cell, as its picture's variation shows it; ones where it has none."""
+    if mask is None:
         return torch.ones(1, size[1] // factor, size[0] // factor)
-    image = open_image(read_image_bytes(row["image"]))
-    mask = open_mask(read_mask_bytes(row["mask"]), image.size)
-    return torch.from_numpy(apply_variation_to_mask(mask, variation, size, factor))[None]
+    image = open_mask(read_image_bytes(mask), picture_size)
+    # Half, as in the cache, so that live is the same.
+    return torch.from_numpy(apply_variation_to_mask(image, variation, size, factor))[None].half().float()
 
 
 def encode_prompt_entries(entries, progress, *, text_encode, dtype):
@@ -238,13 +237,13 @@ def check_free_disk(folder, *, latent_values, prompt_values):
 
 
 def build(
-    dataset, images, sizes, *, cache_variations, interpolation, augmentation, seed, vae_encode,
+    dataset, images, sizes, captions, *, cache_variations, interpolation, augmentation, seed, vae_encode,
     vae_identity, latent_dtype, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
     caption_dropout=0.0, masked=False,
 ):  # fmt: skip
     """Fills what is missing of the cache, each rank its share, and opens it.
 
-    `images` and `sizes` are as in `plan_latents`. With `caption_dropout` the empty caption is there too.
+    `images` and `sizes` are as in `plan_latents`, `captions` holds a list for each picture. With `caption_dropout` the empty caption is there too.
     Returns (latents, locations[i][k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
     """
     latent_shards, locations = plan_latents(
@@ -253,7 +252,7 @@ def build(
         folder=folder, masked=masked,
     )  # fmt: skip
     prompt_shards, places = plan_prompts(
-        [caption for captions in dataset["captions"] for caption in captions] + [""] * (caption_dropout > 0),
+        [caption for group in captions for caption in group] + [""] * (caption_dropout > 0),
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
     encode_latents = partial(

@@ -18,8 +18,8 @@ def shuffle_tags(caption, rng, keep=0):
 
 
 def shuffled_variations(captions, count, seed, keep=0):
-    """`count` orders of the tags of each caption, those that are alike once: what is cached for `shuffle_tags`."""
+    """`count` orders of the tags of each caption, alike or not, so that each caption is drawn as often as before."""
     import numpy as np
 
     rng = np.random.default_rng([seed, zlib.crc32("\n".join(captions).encode())])
-    return list(dict.fromkeys(shuffle_tags(caption, rng, keep) for caption in captions for _ in range(count)))
+    return [shuffle_tags(caption, rng, keep) for caption in captions for _ in range(count)]

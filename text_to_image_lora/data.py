@@ -40,24 +40,25 @@ def samples_of_epoch(num_repeats, concepts=None, *, seed=0):
     if concepts is None:
         return samples
     _, concept_of = np.unique(np.asarray(concepts, dtype=str), return_inverse=True)
-    groups = [samples[concept_of[samples] == c] for c in range(concept_of.max() + 1)]
-    most, parts = max(map(len, groups)), []
-    for number, group in enumerate(groups):
-        times, rest = divmod(most, len(group))
-        parts += [np.tile(group, times), np.random.default_rng([seed, number]).permutation(group)[:rest]]
-    return np.sort(np.concatenate(parts))
+    samples = samples[np.argsort(concept_of[samples], kind="stable")]
+    groups = np.split(samples, np.cumsum(np.bincount(concept_of[samples]))[:-1])
+    most = max(map(len, groups))
+    return np.sort(np.concatenate([_repeated(group, most, [seed, i]) for i, group in enumerate(groups)]))
 
 
-def add_class_samples(samples, is_class, *, seed=0):
-    """The samples of the pictures that are learned, and as many of the class pictures, drawn equally often.
+def _repeated(samples, count, seed):
+    """`count` samples: each as often as it goes round, and what is left falls to those that the seed chooses."""
+    times, rest = divmod(count, len(samples))
+    return np.concatenate([np.tile(samples, times), np.random.default_rng(seed).permutation(samples)[:rest]])
 
-    Prior preservation as in DreamBooth (Ruiz et al., 2022, https://arxiv.org/abs/2208.12242); `is_class` tells for each
-    picture which it is.
+
+def add_class_samples(samples, class_indices, *, seed=0):
+    """As many samples of one's own pictures as of the class pictures: the fewer are repeated.
+
+    Prior preservation as in DreamBooth (Ruiz et al., 2022, https://arxiv.org/abs/2208.12242).
     """
-    is_class = np.asarray(is_class, dtype=bool)
-    learned, others = samples[~is_class[samples]], np.flatnonzero(is_class)
-    others = np.random.default_rng([seed, len(others)]).permutation(others)
-    return np.sort(np.concatenate([learned, np.resize(others, len(learned))]))
+    count = max(len(samples), len(class_indices))
+    return np.concatenate([_repeated(np.asarray(part), count, [seed, 1]) for part in (samples, class_indices)])
 
 
 class EffectiveBatchSampler:
@@ -67,9 +68,9 @@ class EffectiveBatchSampler:
     next `batch_size * world_size * accumulation` of it; the last of an epoch takes what is left. With `groups` (a number
     for each picture), the samples of a step are of one group, each group's last step takes what is left of it, and the
     steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go round,
-    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, are in
-    proportion to `loss_weights` (a number for each picture; equal when not given) and add up to `world_size`, because
-    DDP averages over the ranks.
+    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
+    `world_size`, because DDP averages over the ranks; with `loss_weights` (a number for each picture) each is in
+    proportion to its picture's, and a step's add up to that on average.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class EffectiveBatchSampler:
         count = self.samples.max() + 1
         self.groups = np.zeros(count, dtype=int) if groups is None else np.asarray(groups)
         self.loss_weights = np.ones(count) if loss_weights is None else np.asarray(loss_weights, dtype=float)
+        self.loss_weights = self.loss_weights / self.loss_weights[self.samples].mean()
         self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
         self.effective_batch_size = batch_size * world_size * accumulation
         self.num_steps, self.first_step = num_steps, first_step
@@ -113,7 +115,7 @@ class EffectiveBatchSampler:
         """The lists of samples that this rank trains on in one optimizer step."""
         indices = self.samples_of(step)
         count, together = len(indices), self.batch_size * self.world_size
-        weights = self.world_size * self.loss_weights[indices] / self.loss_weights[indices].sum()
+        weights = self.world_size / count * self.loss_weights[indices]
         for first in range(0, count, together):
             size = math.ceil(min(together, count - first) / self.world_size)
             batch = []
@@ -140,15 +142,15 @@ def seed_of(*numbers):
 class TrainingSet(torch.utils.data.Dataset):
     """Everything that a training step needs of a `Sample`, drawn on the CPU.
 
-    `sizes` and `latent_shapes` say what each picture is trained at. `latents` and `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its
+    `captions` holds a list for each picture; `sizes` and `latent_shapes` say what it is trained at. `latents` and `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its
     caption instead, for the loop to encode.
     """
 
     def __init__(
-        self, dataset, images, sizes, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
+        self, dataset, images, sizes, captions, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
         augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, masked=False,
     ):  # fmt: skip
-        self.dataset, self.images, self.sizes = dataset, images, sizes
+        self.dataset, self.images, self.sizes, self.captions = dataset, images, sizes, captions
         (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
         self.latent_shapes, self.masked = latent_shapes, masked
         self.seed, self.num_train_timesteps = seed, num_train_timesteps
@@ -177,7 +179,7 @@ class TrainingSet(torch.utils.data.Dataset):
             "channel_noise": channel_noise,
             "posterior_noise": posterior_noise,
         }
-        captions = self.dataset[sample.index]["captions"]
+        captions = self.captions[sample.index]
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         if self.latents is not None:
             rows = self.locations[sample.index]
@@ -189,10 +191,11 @@ class TrainingSet(torch.utils.data.Dataset):
             variation = draw_variation(
                 width, height, size, self.augmentation, seed=self.seed, image_id=name, index=which_variation
             )
-            image = open_image(read_image_bytes(self.dataset[sample.index]["image"]))
+            record = self.dataset[sample.index]
+            image = open_image(read_image_bytes(record["image"]))
             out["pixels"] = torch.from_numpy(apply_variation(image, variation, size, self.interpolation))
             if self.masked:
-                out["mask"] = mask_of(self.dataset[sample.index], variation, size, size[1] // latent_shape[1])
+                out["mask"] = mask_of(record["mask"], image.size, variation, size, size[1] // latent_shape[1])
         if self.prompts is not None:
             out["encoder_hidden_states"] = self.prompts.row(*self.places[caption], "hidden_states")
         else:

@@ -44,7 +44,7 @@ def examine(dataset):
             row = dataset[index]
             data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
             image = open_image(data)
-            if mask:
+            if row["mask"] is not None:
                 open_mask(mask, image.size)
             return index, Finding(image_id(data + mask), *image.size, difference_hash(image)), None
         except (ImageError, OSError) as error:
@@ -69,7 +69,7 @@ def equal_pictures(findings):
 
 
 def alike_pictures(findings):
-    """Pairs of indices of different files whose pictures look alike: hashes that differ by `ALIKE_BITS` at most.
+    """Groups of indices of different files whose pictures look alike: hashes that differ by `ALIKE_BITS` at most.
 
     Hashes that near share one of eight bands of 16 bits, so only those within a band are compared.
     """
@@ -80,21 +80,29 @@ def alike_pictures(findings):
     for index in first.values():
         for band in range(8):
             bands[band, findings[index].hash >> 16 * band & 0xFFFF].append(index)
-    pairs = set()
-    for (_, value), members in bands.items():
-        if value == 0 and len(members) > 1000:  # a flat part of a picture says nothing
-            continue
+    leader = {index: index for index in first.values()}
+
+    def group_of(index):
+        while leader[index] != index:
+            index = leader[index] = leader[leader[index]]
+        return index
+
+    for members in bands.values():
+        # Of a crowd each is compared with the first ones only: a band that so many share is a flat part of a picture.
         for place, a in enumerate(members):
-            for b in members[place + 1 :]:
-                if (findings[a].hash ^ findings[b].hash).bit_count() <= ALIKE_BITS:
-                    pairs.add((a, b))
-    return sorted(pairs)
+            for b in members[max(0, place - 1000) : place] if len(members) < 5000 else members[: min(place, 20)]:
+                if group_of(a) != group_of(b) and (findings[a].hash ^ findings[b].hash).bit_count() <= ALIKE_BITS:
+                    leader[max(group_of(a), group_of(b))] = min(group_of(a), group_of(b))
+    groups = defaultdict(list)
+    for index in leader:
+        groups[group_of(index)].append(index)
+    return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
 
 
 def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token_limit, steps_per_epoch, cache_bytes):
     """The report as plain data.
 
-    `findings` are those of the dataset's rows, `left_out` what can't be used ([source, reason]); `sizes` and `samples` as
+    `token_limit` is None where captions are read whole. `findings` are those of the dataset's rows, `left_out` what can't be used ([source, reason]); `sizes` and `samples` as
     training has them; `token_counts` holds one number for each caption of each row, or is None.
     """
     sources, concepts, captions = dataset["source"][:], dataset["concept"][:], dataset["captions"][:]
@@ -119,7 +127,7 @@ def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token
             "mean": round(sum(count for count, _ in lengths) / len(lengths), 1),
             "most": max(lengths)[0],
             "limit": token_limit,
-            "cut": [sources[i] for count, i in lengths if count > token_limit],
+            "cut": [sources[i] for count, i in lengths if token_limit is not None and count > token_limit],
         }
         if lengths
         else None,
@@ -130,7 +138,7 @@ def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token
         "repeats": {str(k): v for k, v in sorted(Counter(dataset["num_repeats"]).items())},
         "enlarged": small,
         "equal": [[sources[i] for i in group] for group in equal_pictures(findings)],
-        "alike": [[sources[a], sources[b]] for a, b in alike_pictures(findings)],
+        "alike": [[sources[i] for i in group] for group in alike_pictures(findings)],
         "samples_an_epoch": len(samples),
         "steps_an_epoch": steps_per_epoch,
         "cache_bytes": cache_bytes,
@@ -147,7 +155,7 @@ def lines_of(report):
     ]
     if tokens:
         lines.append(
-            f"tokens of a caption: {tokens['mean']} on average, {tokens['most']} at most, {tokens['limit']} are read"
+            f"tokens of a caption: {tokens['mean']} on average, {tokens['most']} at most; {tokens['limit'] or 'all'} are read"
         )
     for title, key in (("concept", "concepts"), ("size", "sizes")):
         lines += ["", f"{title:<24}{'pictures':>10}{'samples an epoch':>18}"]
@@ -158,7 +166,7 @@ def lines_of(report):
         ("captions are cut at the limit", tokens["cut"] if tokens else []),
         ("pictures are smaller than what they are trained at", report["enlarged"]),
         ("times the same file", [" = ".join(group) for group in report["equal"]]),
-        ("pairs look alike", [" ~ ".join(pair) for pair in report["alike"]]),
+        ("times pictures look alike", [" ~ ".join(group) for group in report["alike"]]),
     ]
     for title, found in findings:
         if found:

@@ -13,6 +13,7 @@ import difflib
 import os
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 from .errors import InputError
@@ -24,6 +25,7 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 CAPTION_ENDINGS = (".txt", ".caption")
 MASK_ENDING = ".mask.png"
+MOST_REPEATS = 1000  # more is a year or a date, not repeats
 REPEATS = re.compile(r"(\d+)_(.+)")
 TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
 
@@ -34,9 +36,15 @@ def is_picture(path):
 
 def find_files(folder):
     """Every file below the folder, sorted; hidden ones and those that systems leave behind are no part of it."""
+
+    def refuse(error):
+        raise InputError(f"{error.filename}: it can't be read ({error.strerror}).") from error
+
     found = []
-    for root, directories, names in os.walk(folder, followlinks=False):
+    for root, directories, names in os.walk(folder, onerror=refuse):
         directories[:] = sorted(name for name in directories if not name.startswith((".", "__")))
+        for link in (Path(root) / name for name in directories if (Path(root) / name).is_symlink()):
+            raise InputError(f"{link}: it is a link to a folder. Pass that folder too: --train_data_dir A B")
         found += [Path(root) / name for name in sorted(names) if not name.startswith(".")]
     return found
 
@@ -56,7 +64,7 @@ def recognise(folder, files, instance_prompt):
         return "instance"
     # A folder like `my_pictures` is not meant so, unless its name has the brackets or it is one of several.
     if parents and all(
-        TRIGGER_CLASS.fullmatch(parent.resolve().name) and (parent != folder or "[" in parent.resolve().name)
+        TRIGGER_CLASS.fullmatch(parent.resolve().name) and (len(parents) > 1 or "[" in parent.resolve().name)
         for parent in parents
     ):
         return "trigger_class"
@@ -71,6 +79,8 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
     """
     pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
+        if instance_prompt is not None:
+            say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
         return _metadata_rows(folder, files, pictures, asked, leave_out, say)
     upstreams_defaults = Columns(image="image", caption="text")
     for kind, name in asked._asdict().items():
@@ -84,15 +94,18 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
         concept, num_repeats, reason, captions = path.parent.resolve().name, 1, None, []
         if layout == "kohya" and (match := REPEATS.fullmatch(concept)):
             num_repeats, concept = int(match[1]), match[2]
-            if not num_repeats:
+            if not 1 <= num_repeats <= MOST_REPEATS:
                 raise InputError(
-                    f"{path.parent}: 0 repeats. Write a number from 1 on before the '_', or move it away."
+                    f"{path.parent}: its name says {match[1]} repeats. Write a number from 1 to {MOST_REPEATS} before the "
+                    "'_', or pass --dataset_layout caption_files if it is none."
                 )
         if layout in ("kohya", "caption_files"):
             beside = _caption_file(path.relative_to(folder).as_posix(), names)
             if beside is not None:
                 captions = captions_of([line.strip() for line in read_text(names[beside]).splitlines()])
                 reason = None if captions else f"its caption file {Path(beside).name} is empty"
+            elif instance_prompt is not None:
+                captions = [instance_prompt]
             elif layout == "kohya":
                 captions, unnamed = [concept.replace("_", " ")], unnamed + 1
             else:
@@ -120,9 +133,10 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
     if unnamed:
         say(f"{folder}: {unnamed} pictures have no caption file; their folder's name is their caption")
     if layout == "kohya":
-        for parent in dict.fromkeys(Path(row["image"]["path"]).parent for row in rows):
-            held = [row["num_repeats"] for row in rows if Path(row["image"]["path"]).parent == parent]
-            say(f"{parent}: {len(held)} pictures, {held[0]} times each an epoch")
+        held = Counter((Path(row["image"]["path"]).parent, row["num_repeats"]) for row in rows)
+        for (parent, num_repeats), count in held.items():
+            say(f"{parent}: {count} pictures, {num_repeats} times each an epoch")
+    _tell_unused_masks(folder, files, rows, say)
     if layout == "trigger_class":
         for caption in dict.fromkeys(row["captions"][0] for row in rows):
             count = sum(row["captions"][0] == caption for row in rows)
@@ -130,10 +144,21 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
     return rows
 
 
+def _tell_unused_masks(folder, files, rows, say):
+    used = {os.path.realpath(row["mask"]["path"]) for row in rows if row["mask"] is not None}
+    masks = [path for path in files if path.name.lower().endswith(MASK_ENDING)]
+    others = [path.name for path in masks if os.path.realpath(path) not in used]
+    if others:
+        say(f"{folder}: {len(others)} masks belong to no picture, as their names say; the first: {others[0]}")
+
+
 def _mask_file(picture):
     """The mask beside a picture, if there is one: `name.mask.png`."""
-    mask = picture.with_name(picture.stem + MASK_ENDING)
-    return mask if mask.is_file() else None
+    try:
+        mask = picture.with_name(picture.stem + MASK_ENDING)
+        return mask if mask.is_file() else None
+    except OSError:  # a name too long for the ending
+        return None
 
 
 def _row(path, captions, concept, num_repeats, source, mask=None):
@@ -156,6 +181,8 @@ def _caption_file(picture, names):
 
 def _metadata_rows(folder, files, pictures, asked, leave_out, say):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
+    if not tables:
+        raise InputError(f"{folder}: it holds no metadata.csv, .jsonl or .parquet (--dataset_layout metadata).")
     rows = []
     for file, after in zip(tables, [*tables[1:], None]):
         if after is not None and after.parent == file.parent:
@@ -169,10 +196,12 @@ def _metadata_rows(folder, files, pictures, asked, leave_out, say):
     used = [os.path.realpath(row["image"]["path"]) for row in rows]
     named = set(used)
     masks = {os.path.realpath(row["mask"]["path"]) for row in rows if row["mask"] is not None}
-    without = [path for path in pictures if os.path.realpath(path) not in named | masks]
+    used_files = named | masks
+    without = [path for path in pictures if os.path.realpath(path) not in used_files]
     if without:
         what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
         say(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
+    _tell_unused_masks(folder, files, rows, say)
     if len(named) < len(used):
         say(f"{folder}: {len(used) - len(named)} rows name a picture that another row names too; each row counts")
     return rows
@@ -197,7 +226,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
     other = {file_column, asked.mask, asked.concept}
     textual = [c for c in columns if c not in other and all(is_caption(row.get(c)) for _, row in table)]
     chosen = choose_caption_column(str(file), columns, textual, asked.caption)
-    rows, root, inside = [], file.parent.resolve(), dataset_folder.resolve()
+    rows, root, inside, missing = [], file.parent.resolve(), dataset_folder.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
         captions, reason, path = captions_of(row.get(chosen)), None, None
@@ -208,7 +237,8 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
         else:
             path = _find_picture(root, name)
             if path is None:
-                there = {entry.name.casefold(): entry.name for entry in root.iterdir()}
+                missing += 1
+                there = {entry.name.casefold(): entry.name for entry in root.iterdir()} if missing <= 3 else {}
                 near = difflib.get_close_matches(name.casefold(), there, n=1, cutoff=0.8)
                 reason = f"{name!r} does not exist" + (f" (there is {there[near[0]]!r})" if near else "")
             elif not path.resolve().is_relative_to(inside):

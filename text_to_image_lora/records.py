@@ -12,7 +12,7 @@ from pathlib import Path
 from .archives import ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
 from .errors import InputError
-from .layouts import PICTURE_ENDINGS, find_files, read_folder, recognise
+from .layouts import METADATA_NAMES, PICTURE_ENDINGS, find_files, read_folder, recognise
 from .tables import Columns, captions_of, choose_caption_column
 
 
@@ -62,7 +62,7 @@ def load_records(
         config_name=dataset_config_name, cache_dir=cache_dir, leave_out=leave_out, say=say,
     )  # fmt: skip
     if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
-        parts = [_from_hub(dataset_name, dataset_config_name, asked=asked, cache_dir=cache_dir)]
+        parts = [_from_hub(dataset_name, dataset_config_name, asked=asked, cache_dir=cache_dir, leave_out=leave_out)]
     else:
         sources = dataset_name if dataset_name is not None else train_data_dir
         sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
@@ -142,12 +142,20 @@ def _from_folder(
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
     files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
-    splits = {path.relative_to(folder).parts[0].lower() for path in files if path.suffix.lower() in PICTURE_ENDINGS}
-    if "train" in splits and splits & OTHER_SPLITS and layout is None and not on_disk:
-        say(f"{folder}: training on its folder train, not on {', '.join(sorted(splits & OTHER_SPLITS))}")
-        folder, files = folder / "train", [path for path in files if path.is_relative_to(folder / "train")]
+    parts = {path.relative_to(folder).parts[0] for path in files if path.suffix.lower() in PICTURE_ENDINGS}
+    split = next((name for name in sorted(parts) if name.lower() == "train"), None)
+    others = sorted(name for name in parts if name.lower() in OTHER_SPLITS)
+    at_the_top = {path.name.lower() for path in files if path.parent == folder} & set(METADATA_NAMES)
+    if split is not None and others and not at_the_top and not on_disk:
+        say(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
+        folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
     endings = {path.suffix.lower() for path in files}
     chosen = layout or recognise(folder, files, instance_prompt)
+    if layout is None and chosen in (None, "trigger_class", "instance") and endings & {".parquet", ".arrow"}:
+        if endings & PICTURE_ENDINGS:  # such as the thumbnail of a hub repository
+            say(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
+            endings -= PICTURE_ENDINGS
+        chosen = None
     if chosen is not None:
         rows = read_folder(
             folder, chosen, files, asked=asked,
@@ -167,7 +175,7 @@ def _from_folder(
             raise InputError(
                 f"{folder}: the dataset can't be loaded ({_first_line(error)}). Save or download it again."
             ) from error
-        return _from_dataset(_train_split(stored, folder), str(folder), asked)
+        return _from_dataset(_train_split(stored, folder), str(folder), asked, leave_out)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
@@ -179,7 +187,7 @@ def _from_folder(
     raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
 
 
-def _from_hub(name, config_name, *, asked, cache_dir):
+def _from_hub(name, config_name, *, asked, cache_dir, leave_out):
     """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -208,7 +216,7 @@ def _from_hub(name, config_name, *, asked, cache_dir):
             f"{name}: neither a folder here nor a hub dataset that can be loaded ({_first_line(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
-    return _from_dataset(dataset, name, asked)
+    return _from_dataset(dataset, name, asked, leave_out)
 
 
 def _first_line(error):
@@ -263,19 +271,24 @@ def _columns_of(features, where, asked):
     return image_column, choose_caption_column(str(where), columns, textual, caption_column)
 
 
-def _from_dataset(dataset, where, asked):
+def _from_dataset(dataset, where, asked, leave_out):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
     mask_column, concept_column = asked.mask, asked.concept
     image_column, caption_column = _columns_of(dataset.features, where, asked)
     captions = [captions_of(value) for value in dataset[caption_column]]
-    if not all(captions):
-        index = next(index for index, group in enumerate(captions) if not group)
-        raise InputError(f"{where}: row {index}: column '{caption_column}' is empty. Fill or remove the row.")
+    empty = [index for index, group in enumerate(captions) if not group]
+    if empty and leave_out is None:
+        raise InputError(
+            f"{where}: row {empty[0]}: column '{caption_column}' is empty. Fill or remove the row, or pass "
+            "--skip_bad_images to leave such rows out."
+        )
+    for index in empty:
+        leave_out(f"{where}: row {index}", f"column '{caption_column}' is empty")
     count = len(captions)
     concepts = [Path(where).name] * count
     if concept_column is not None:
         name_of = getattr(dataset.features[concept_column], "int2str", str)  # a label's number has a name
-        concepts = [name_of(value) for value in dataset[concept_column]]
+        concepts = [str(v) if v in (None, -1) else name_of(v) for v in dataset[concept_column]]
     others = {
         "captions": captions,
         "concept": concepts,
@@ -287,7 +300,8 @@ def _from_dataset(dataset, where, asked):
     pictures = pictures.rename_columns({image_column: "image"} | ({mask_column: "mask"} if mask_column else {}))
     if mask_column is None:
         others["mask"] = [None] * count
-    return _with_columns(pictures, others)
+    whole = _with_columns(pictures, others)
+    return whole.select([index for index, group in enumerate(captions) if group]) if empty else whole
 
 
 def read_image_bytes(image):
@@ -311,7 +325,7 @@ def image_id(data):
 
 
 def fingerprint(image_ids, captions):
-    """One string for the whole training set: which pictures, which captions, in which order."""
+    """One string for a training set: which pictures, which captions, in which order."""
     digest = hashlib.sha256()
     for identity, group in zip(image_ids, captions):
         digest.update(json.dumps([identity, group]).encode())

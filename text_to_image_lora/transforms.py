@@ -12,6 +12,7 @@ from PIL import Image, ImageCms, ImageOps
 # Sizes are checked below, from the header and before anything is decoded; Pillow's own limit only warns at first.
 Image.MAX_IMAGE_PIXELS = None
 PIXEL_LIMIT = 2**28
+WHOLE_LIMIT = 2**26  # pixels to which a picture is resized whole, before it is cropped
 
 INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -65,8 +66,8 @@ class Variation(NamedTuple):
     hue: float = 0.0
 
 
-def open_image(data):
-    """Bytes of a picture file to an RGB `PIL.Image`, upright, transparency composed on white.
+def open_image(data, background="white"):
+    """Bytes of a picture file to an RGB `PIL.Image`, upright, transparency composed on white or another background.
 
     16-bit greyscale keeps its range (Pillow would clip it); of an animation the first frame is used. Raises
     `ImageError` for what can't be decoded or has more than `PIXEL_LIMIT` pixels.
@@ -95,15 +96,14 @@ def open_image(data):
         image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
 def open_mask(data, size):
-    """Bytes of a mask to a grey `PIL.Image` of the picture's `size`: white counts, black doesn't; `ImageError` as above."""
+    """Bytes of a mask to a grey `PIL.Image` of the picture's `size`: white counts, black and transparent don't."""
     try:
-        mask = open_image(data).convert("L")
+        mask = open_image(data, background="black").convert("L")
     except ImageError as error:
         raise ImageError(f"its mask: {error}") from error
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
@@ -194,10 +194,16 @@ def apply_variation_to_mask(mask, variation, size, factor):
 def _cut(image, variation, size, interpolation):
     """Resized, cropped to the window, mirrored."""
     covering = covering_size(image.width, image.height, size, variation.share, variation.turn)
-    if image.size != covering:
-        image = image.resize(covering, INTERPOLATIONS[interpolation])
     window = window_size(size, variation.turn)
-    image = image.crop((variation.left, variation.top, variation.left + window[0], variation.top + window[1]))
+    box = (variation.left, variation.top, variation.left + window[0], variation.top + window[1])
+    if covering[0] * covering[1] > WHOLE_LIMIT:  # a thin strip: only what is seen of it is enlarged
+        scale = image.width / covering[0], image.height / covering[1]
+        seen = tuple(side * scale[i % 2] for i, side in enumerate(box))
+        image = image.resize(window, INTERPOLATIONS[interpolation], box=seen)
+    else:
+        if image.size != covering:
+            image = image.resize(covering, INTERPOLATIONS[interpolation])
+        image = image.crop(box)
     return np.array(ImageOps.mirror(image) if variation.flip else image)
 
 
