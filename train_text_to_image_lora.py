@@ -9,7 +9,6 @@ Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same comman
 
 import argparse
 import difflib
-import hashlib
 import os
 import re
 import sys
@@ -612,8 +611,9 @@ def identity_of_run(args, dataset, images, sampler):
     """What must be the same for a checkpoint to be gone on from."""
     return {
         "base_model": args.pretrained_model_name_or_path,
-        "dataset": fingerprint([name for name, _, _ in images], dataset["captions"]),
-        "samples": hashlib.sha256(str([sampler.samples.tolist(), sampler.groups.tolist()]).encode()).hexdigest()[:16],
+        "dataset": fingerprint(
+            [name for name, _, _ in images], dataset["captions"], [sampler.samples.tolist(), sampler.groups.tolist()]
+        ),
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
         "target_modules": list(args.target_modules),

@@ -324,9 +324,9 @@ def image_id(data):
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def fingerprint(image_ids, captions):
-    """One string for a training set: which pictures, which captions, in which order."""
-    digest = hashlib.sha256()
+def fingerprint(image_ids, captions, samples=()):
+    """One string for a training set: which pictures, which captions, in which order, and the samples of an epoch."""
+    digest = hashlib.sha256(json.dumps(samples).encode())
     for identity, group in zip(image_ids, captions):
         digest.update(json.dumps([identity, group]).encode())
     return digest.hexdigest()[:16]
