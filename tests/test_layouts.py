@@ -423,3 +423,30 @@ def test_shards_of_webdataset(tmp_path, load):
     assert dataset["captions"][:] == [["cat 00"], ["cat 01"], ["cat 10"], ["cat 11"]]
     save_picture(tmp_path / "q.png", 11)
     assert read_image_bytes(dataset[3]["image"]) == (tmp_path / "q.png").read_bytes()
+
+
+def test_a_year_is_no_number_of_repeats(tmp_path, load):
+    save_picture(tmp_path / "2024_summer" / "0.png", 0)
+    with pytest.raises(InputError, match="its name says 2024 repeats"):
+        load(tmp_path)
+
+
+def test_a_link_to_a_folder_is_not_passed_over(tmp_path, load):
+    build(tmp_path / "elsewhere", "beside")
+    build(tmp_path / "set", "beside")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="more: it is a link to a folder"):
+        load(tmp_path / "set")
+
+
+def test_a_renamed_archive(tmp_path, load):
+    archive = pack(build(tmp_path / "set", "beside"), ".zip")
+    first = content_of(load(archive))
+    assert content_of(load(archive.rename(tmp_path / "10_other.zip"))) != []
+    assert len(first) == 4
+
+
+def test_splits_in_capitals_and_a_table_above_them(tmp_path, load):
+    build(tmp_path / "set" / "Train", "csv")
+    build(tmp_path / "set" / "Test", "csv")
+    assert len(load(tmp_path / "set")) == 4
