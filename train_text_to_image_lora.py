@@ -430,8 +430,8 @@ def settle_buckets(args, image_factor):
     buckets.make_buckets(args.resolution, **limits)
 
 
-def sizes_to_train_at(args, dataset, images, say):
-    """(width, height) in pixels for each picture; tells the buckets, and how many pictures are enlarged."""
+def sizes_to_train_at(args, images, say):
+    """(width, height) in pixels for each picture; tells how many pictures are enlarged."""
     if not args.aspect_ratio_buckets:
         sizes = [(args.resolution, args.resolution)] * len(images)
     else:
@@ -443,8 +443,6 @@ def sizes_to_train_at(args, dataset, images, say):
             step=args.bucket_step,
             no_upscale=args.bucket_no_upscale,
         )
-        for line in buckets.table(sizes, dataset["num_repeats"]):
-            say(line)
     small = sum(w < size[0] or h < size[1] for (_, w, h), size in zip(images, sizes, strict=True))
     if small:
         say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
@@ -571,7 +569,7 @@ def look_at_data(args, base, dataset, left_out):
     report_file = Path(args.output_dir) / "dataset.json"
     if findings:
         images = [finding[:3] for finding in findings.values()]
-        sizes = sizes_to_train_at(args, dataset, images, lambda line: None)
+        sizes = sizes_to_train_at(args, images, lambda line: None)
         sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         variations = args.cache_variations
         if variations is None:
@@ -805,7 +803,7 @@ def main(args):
 
     dataset, images = usable_pictures(dataset, args, accelerator, say)
     masked = any(row is not None for row in dataset["mask"])
-    sizes = sizes_to_train_at(args, dataset, images, say)
+    sizes = sizes_to_train_at(args, images, say)
     latent_shapes = [(base.latent_channels, h // base.vae_factor, w // base.vae_factor) for w, h in sizes]
     settle_cache(args, base, dataset, latent_shapes)
 
@@ -890,6 +888,8 @@ def main(args):
         learning_rate *= settings["effective_batch_size"]
     optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
     sampler.first_step = state.global_step
+    if args.aspect_ratio_buckets:
+        say("\n".join(buckets.table(sizes, sampler.samples)))
     if args.balance is not None:
         concepts = dataset["concept"][:]
         for concept, count in sorted(collections.Counter(concepts[i] for i in sampler.samples).items()):

@@ -84,7 +84,7 @@ def test_dropped_captions_are_in_the_cache(train, pictures):
     assert all(row > 0 for row in losses[0] + losses[1])
 
 
-def test_a_cut_order_is_not_cached_twice(train, pictures, tmp_path):
+def test_each_different_order_is_encoded_once(train, pictures, tmp_path):
     """`--tag_variations` orders of each caption are encoded, and trained on."""
     from safetensors import safe_open
 

@@ -58,11 +58,9 @@ def sizes_of(images, resolution, *, smallest, largest, step, no_upscale):
     return [chosen[size] for size in images]
 
 
-def table(sizes, num_repeats):
-    """Lines that tell each bucket's size, pictures and samples an epoch, the largest first."""
-    pictures, samples = Counter(sizes), Counter()
-    for size, count in zip(sizes, num_repeats, strict=True):
-        samples[size] += count
+def table(sizes, samples):
+    """Lines that tell each bucket's size, pictures and samples an epoch (indices of pictures), the largest first."""
+    pictures, samples = Counter(sizes), Counter(sizes[index] for index in samples)
     lines = ["bucket        pictures  samples an epoch"]
     for (width, height), count in sorted(pictures.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"{f'{width}x{height}':<12}{count:>10}{samples[width, height]:>18}")

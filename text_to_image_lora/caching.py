@@ -89,10 +89,11 @@ def inspect_images(dataset, indices, folder):
             good[index] = found
             if fresh:
                 new.append(f"{found[0]} {found[1]} {found[2]}\n")
-    with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
-            file.write("".join(new).encode())
+    if new:
+        with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
+                file.write("".join(new).encode())
     return good, bad
 
 
