@@ -65,11 +65,18 @@ def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
     assert expected <= taken < 1.02 * expected
 
 
-def test_a_dry_run_does_not_import_what_it_does_not_need(arguments):
-    """By the command: quick, and with exit code 0."""
-    done = run_command([*arguments(), "--dry_run"])
+def test_a_dry_run_by_the_command(arguments, tmp_path):
+    """With exit code 0 and nothing on stderr; the UNet isn't even looked at."""
+    base = tmp_path / "base"
+    words = list(map(str, arguments()))
+    place = words.index("--pretrained_model_name_or_path") + 1
+    shutil.copytree(words[place], base)
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    words[place] = str(base)
+    done = run_command([*words, "--dry_run"])
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert "6 pictures, 6 captions" in done.stdout
 
 
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):

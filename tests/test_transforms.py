@@ -299,14 +299,21 @@ def test_every_variation_has_its_size_and_no_corner_from_outside(width, height, 
     assert (abs(pixels.astype(int) - (200, 90, 40)) <= 1).all()
 
 
-def test_rotation_reads_nothing_from_outside_of_the_window():
-    """The corners come from the picture: with a border of another colour around the window, none of it is seen."""
-    size, variation = (32, 32), Variation(0, 0, False, turn=30.0)
-    window = window_size(size, 30)
-    assert window == (44, 44)
-    image = Image.new("RGB", window, "white")
-    inner = apply_variation(image, variation, size)
-    assert (inner == 255).all()
+@pytest.mark.parametrize("size", [(32, 32), (48, 16)])
+@pytest.mark.parametrize("turn", [5.0, 30.0, -77.0, 135.0])
+def test_rotation_fills_no_corner(size, turn):
+    """Of a slope the turned picture is a slope to its very corners: nothing in it is mirrored, repeated or black."""
+    window = window_size(size, turn)
+    y, x = np.mgrid[0 : window[1], 0 : window[0]]
+    slope = np.dstack([40 + 2 * x, 40 + 2 * y, 0 * x]).astype(np.uint8)
+    turned = apply_variation(Image.fromarray(slope), Variation(0, 0, False, turn=turn), size).astype(float)
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    plane = np.stack([x.ravel(), y.ravel(), np.ones(x.size)], axis=1)
+    for channel in (0, 1):
+        values = turned[..., channel].ravel()
+        coefficients = np.linalg.lstsq(plane, values, rcond=None)[0]
+        assert np.hypot(*coefficients[:2]) == pytest.approx(2, abs=0.05)
+        assert np.abs(plane @ coefficients - values).max() < 1.5
 
 
 def test_a_turn_is_anticlockwise_and_about_the_middle():
