@@ -27,8 +27,8 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # those that a LoRA can
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 # flag: (diffusers class, what differs from the model's own settings, name in A1111)
 SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}, "DDIM"),
-    "ddpm": ("DDPMScheduler", {}, "DDPM"),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}, "DDPM"),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
     "euler": ("EulerDiscreteScheduler", {}, "Euler"),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler a"),

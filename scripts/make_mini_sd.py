@@ -163,12 +163,15 @@ def make_text_encoder(tokenizer):
 
 
 def make_scheduler():
+    """Stable Diffusion v1.5's, `clip_sample` with it: not PNDM's, but what DDIM made from these settings asks for."""
     from diffusers import PNDMScheduler
 
-    return PNDMScheduler(
+    scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
         set_alpha_to_one=False, prediction_type="epsilon",
     )  # fmt: skip
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
 
 
 def save_state(path, **state):

@@ -246,6 +246,15 @@ def test_schedulers_draw(tiny_pipeline):
         assert latents.isfinite().all(), name
 
 
+def test_no_sampler_clips_latents(tiny_pipeline):
+    """DDIM and DDPM clip at 1 unless the settings they are made from say no; a latent reaches 4."""
+    import diffusers
+
+    settings = {k: v for k, v in tiny_pipeline.scheduler.config.items() if k != "clip_sample"}
+    for name, changes, _ in infer.SCHEDULERS.values():
+        assert not getattr(diffusers, name).from_config(settings, **changes).config.get("clip_sample")
+
+
 def test_clip_skip(tiny_pipeline, model, tmp_path):
     if not hasattr(tiny_pipeline.text_encoder, "text_model"):
         pytest.skip("no pipeline of diffusers can skip CLIP layers with transformers 5.6 and later")
