@@ -577,7 +577,9 @@ def look_at_data(args, base, dataset, left_out):
     if findings:
         tokenizer, token_counts = models.load_tokenizer(base), None
         if tokenizer is not None:
-            token_counts = [[len(ids) for ids in tokenizer(group).input_ids] for group in dataset["captions"]]
+            groups = dataset["captions"][:]
+            counts = iter(models.count_tokens(tokenizer, [caption for group in groups for caption in group]))
+            token_counts = [[next(counts) for _ in group] for group in groups]
         values = variations * sum(2 * base.latent_channels * w * h // base.vae_factor**2 for w, h in sizes)
         values += 77 * base.cross_attention_dim * len({c for group in dataset["captions"] for c in group})
         report = inspection.describe(
@@ -678,7 +680,7 @@ def chunks_of_captions(args, dataset, tokenizer, say):
     from text_to_image_lora import models
 
     captions = [(index, caption) for index, group in enumerate(dataset["captions"]) for caption in group]
-    lengths = list(map(len, tokenizer([caption for _, caption in captions]).input_ids))
+    lengths = models.count_tokens(tokenizer, [caption for _, caption in captions])
     limit = tokenizer.model_max_length
     long = [index for (index, _), length in zip(captions, lengths, strict=True) if length > limit]
     first = dataset[long[0]]["source"] if long else None

@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Times training on Stable Diffusion v1.5's geometry (random weights), beside another script with the same flags.
+"""Times whole commands: steps of training, beside another script with the same flags; and datasets of many pictures.
 
     python scripts/benchmark.py --resolution 256 --mixed_precision bf16 --baseline PATH/TO/train_text_to_image_lora.py
+    python scripts/benchmark.py --dataset_sizes 1000 10000 100000
 
-Each script is run as a command, short and long, in turn: seconds a step is the difference over the steps between, so
-that imports, loading and caching count for the start and not for the step. Machines are noisy: read the ratio.
+Steps are of Stable Diffusion v1.5's geometry (random weights). Each script is run short and long, in turn: seconds a
+step is the difference over the steps between, so that imports, loading and caching count for the start and not for the
+step. Datasets are small pictures for the embedded base: a --dry_run, a run of one step that encodes them, and another
+that finds them in the cache. Machines are noisy: read the ratios.
 """
 
 import argparse
@@ -27,6 +30,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--dataset_sizes", type=int, nargs="+", help="time datasets of so many 64x64 pictures instead of steps")
     add("--model", type=Path, help="a diffusers folder; SD1.5's geometry with random weights is made when not given")
     add("--baseline", type=Path, help="another training script that takes the diffusers example's flags")
     add(
@@ -71,18 +75,16 @@ def make_sd15(folder):
     return folder
 
 
-def make_pictures(folder, resolution, count=8):
+def make_pictures(folder, resolution, count=8, ending="png"):
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     with open(folder / "metadata.jsonl", "w") as file:
         for i in range(count):
-            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC).save(
-                folder / f"{i}.png"
-            )
-            file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
+            pixels = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            pixels.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{i}.{ending}")
+            file.write(json.dumps({"file_name": f"{i}.{ending}", "text": f"picture number {i}"}) + "\n")
     return folder
 
 
@@ -99,9 +101,46 @@ def run(command, env):
     return time.time() - started, usage.ru_maxrss / 2**20
 
 
+def time_datasets(args, work):
+    """Seconds and peak memory of each command on each dataset, and what each further picture cost."""
+    kinds = {"--dry_run": ["--dry_run"], "first run": [], "second run": []}
+    measured, env = {}, os.environ | {"HF_HUB_OFFLINE": "1"}
+    for count in args.dataset_sizes:
+        pictures, output = work / f"pictures-{count}", work / f"out-{count}"
+        print(f"making {count} pictures", flush=True)
+        make_pictures(pictures, 64, count, "jpg")
+        shutil.rmtree(work / f"cache-{count}", ignore_errors=True)
+        for kind, flags in kinds.items():
+            shutil.rmtree(output, ignore_errors=True)
+            command = [
+                sys.executable, ROOT / "train_text_to_image_lora.py", "--pretrained_model_name_or_path",
+                args.model or ROOT / "models" / "mini-sd", "--train_data_dir", pictures, "--resolution", 64, "--center_crop",
+                "--max_train_steps", 1, "--report_to", "none", "--seed", 0, "--output_dir", output,
+                "--latent_cache_dir", work / f"cache-{count}", *flags,
+            ]  # fmt: skip
+            measured[kind, count] = run(command, env)
+            print(f"{count} pictures, {kind}: {measured[kind, count][0]:.1f} s", flush=True)
+    print("\n| command | pictures | s | ms for each further picture | peak memory (GiB) |\n|---|---|---|---|---|")
+    for kind in kinds:
+        before = None
+        for count in args.dataset_sizes:
+            seconds, peak = measured[kind, count]
+            each = "" if before is None else f"{1000 * (seconds - before[1]) / (count - before[0]):.2f}"
+            print(f"| {kind} | {count:,} | {seconds:.1f} | {each} | {peak:.2f} |")
+            before = count, seconds
+
+
 def main(args):
     work = args.work_dir or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
+    if args.dataset_sizes:
+        time_datasets(args, work)
+    else:
+        time_steps(args, work)
+
+
+def time_steps(args, work):
+    """Seconds a step and peak memory of our script, and of the baseline beside it."""
     model = args.model or work / "sd15"
     if not (model / "model_index.json").exists():
         print(f"making {model}", flush=True)

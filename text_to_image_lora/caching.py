@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .records import image_id, read_image_bytes, read_mask_bytes
+from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
 from .transforms import (
     ImageError,
     apply_variation,
@@ -46,10 +46,10 @@ MEMO_LINE = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+)\n")  # the end of the line 
 
 
 class Shard(NamedTuple):
-    """A file of the cache: what it holds (the tensors' leading dimension), and its path."""
+    """A file of the cache, and what its rows hold: captions, or (picture's index, variation's number)."""
 
     path: Path
-    entries: list
+    entries: Sequence
 
 
 def inspect_images(dataset, indices, folder):
@@ -81,14 +81,13 @@ def inspect_images(dataset, indices, folder):
             return index, None, str(error), False
 
     good, bad, new = {}, {}, []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, found, reason, fresh in pool.map(inspect, indices):
-            if reason is not None:
-                bad[index] = reason
-                continue
-            good[index] = found
-            if fresh:
-                new.append(f"{found[0]} {found[1]} {found[2]}\n")
+    for index, found, reason, fresh in in_threads(inspect, indices):
+        if reason is not None:
+            bad[index] = reason
+            continue
+        good[index] = found
+        if fresh:
+            new.append(f"{found[0]} {found[1]} {found[2]}\n")
     if new:
         with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
             memo.parent.mkdir(parents=True, exist_ok=True)
@@ -97,16 +96,22 @@ def inspect_images(dataset, indices, folder):
     return good, bad
 
 
+def variation_of(index, k, *, images, sizes, augmentation, seed):
+    """Variation `k` of a picture, by its index in `images` and `sizes` (as in `plan_latents`)."""
+    name, width, height = images[index]
+    return draw_variation(width, height, sizes[index], augmentation, seed=seed, image_id=name, index=k)
+
+
 def plan_latents(
     images, sizes, *, cache_variations, interpolation, augmentation, seed, identity, dtype, folder, masked=False
 ):
     """The shards for `images` (a list of (image_id, width, height)), and where each variation of each picture lies.
 
     `sizes` holds the (width, height) that each picture is trained at; a shard's pictures have one size. Returns shards
-    whose entries are (image index, `Variation`), and locations[i][k] = (shard, row). Variations that are alike (a square
+    whose entries are (index, k), and locations[i, k] = (shard, row), both int32. Variations that are alike (a square
     picture has one crop) are stored once.
     """
-    shards, locations = [], [None] * len(images)
+    shards, locations = [], np.zeros((len(images), cache_variations, 2), dtype=np.int32)
     members = {}
     for i, size in enumerate(sizes):
         members.setdefault(size, []).append(i)
@@ -118,18 +123,16 @@ def plan_latents(
     for size, group in groups:
         entries, described = [], []
         for i in group:
-            name, width, height = images[i]
-            rows, seen = [], {}
+            seen = {}
             for k in range(cache_variations):
-                variation = draw_variation(width, height, size, augmentation, seed=seed, image_id=name, index=k)
+                variation = variation_of(i, k, images=images, sizes=sizes, augmentation=augmentation, seed=seed)
                 if variation not in seen:
                     seen[variation] = len(entries)
-                    entries.append((i, variation))
-                    described.append([name, *variation])
-                rows.append((len(shards), seen[variation]))
-            locations[i] = rows
+                    entries.append((i, k))
+                    described.append([images[i][0], *variation])
+                locations[i, k] = len(shards), seen[variation]
         key = [CACHE_VERSION, "latents", identity, str(dtype), size, interpolation, described, masked]
-        shards.append(Shard(_shard_path(folder, "latents", key), entries))
+        shards.append(Shard(_shard_path(folder, "latents", key), np.array(entries, dtype=np.int32)))
     return shards, locations
 
 
@@ -179,7 +182,9 @@ def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
     progress.close()
 
 
-def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, interpolation, dtype, masked=False):
+def encode_latent_entries(
+    entries, progress, *, dataset, images, sizes, augmentation, seed, vae_encode, interpolation, dtype, masked=False
+):
     """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w) in `dtype`.
 
     Where the dataset is `masked`, "mask" too, (entries, 1, h, w); pictures without one count everywhere.
@@ -189,7 +194,8 @@ def encode_latent_entries(entries, progress, *, dataset, sizes, vae_encode, inte
     means, stds, masks, opened = [], [], [], (None, None)
     for start in range(0, len(entries), batch_size):
         pixels, shown = [], []
-        for index, variation in entries[start : start + batch_size]:
+        for index, k in entries[start : start + batch_size].tolist():
+            variation = variation_of(index, k, images=images, sizes=sizes, augmentation=augmentation, seed=seed)
             if opened[0] != index:
                 record = dataset[index]
                 opened = (index, open_image(read_image_bytes(record["image"])))
@@ -244,8 +250,9 @@ def build(
 ):  # fmt: skip
     """Fills what is missing of the cache, each rank its share, and opens it.
 
-    `images` and `sizes` are as in `plan_latents`, `captions` holds a list for each picture. With `caption_dropout` the empty caption is there too.
-    Returns (latents, locations[i][k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
+    `images` and `sizes` are as in `plan_latents`, `captions` holds a list for each picture. With `caption_dropout` the
+    empty caption is there too.
+    Returns (latents, locations[i, k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
     """
     latent_shards, locations = plan_latents(
         images, sizes, cache_variations=cache_variations, interpolation=interpolation,
@@ -257,8 +264,8 @@ def build(
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
     encode_latents = partial(
-        encode_latent_entries, dataset=dataset, sizes=sizes, vae_encode=vae_encode, masked=masked,
-        interpolation=interpolation, dtype=latent_dtype,
+        encode_latent_entries, dataset=dataset, images=images, sizes=sizes, augmentation=augmentation, seed=seed,
+        vae_encode=vae_encode, masked=masked, interpolation=interpolation, dtype=latent_dtype,
     )  # fmt: skip
     encode_prompts = partial(encode_prompt_entries, text_encode=text_encode, dtype=prompt_dtype)
     work = (("encoding pictures", latent_shards, encode_latents), ("encoding captions", prompt_shards, encode_prompts))

@@ -142,8 +142,9 @@ def seed_of(*numbers):
 class TrainingSet(torch.utils.data.Dataset):
     """Everything that a training step needs of a `Sample`, drawn on the CPU.
 
-    `captions` holds a list for each picture; `sizes` and `latent_shapes` say what it is trained at. `latents` and `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its
-    caption instead, for the loop to encode.
+    `captions` holds a list for each picture; `sizes` and `latent_shapes` say what it is trained at. `latents` and
+    `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its caption
+    instead, for the loop to encode.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class TrainingSet(torch.utils.data.Dataset):
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         if self.latents is not None:
             rows = self.locations[sample.index]
-            shard, row = rows[which_variation % len(rows)]
+            shard, row = rows[which_variation % len(rows)].tolist()
             for name in ("mean", "std", "mask") if self.masked else ("mean", "std"):
                 out[name] = self.latents.row(shard, row, name).float()
         else:

@@ -1,15 +1,13 @@
 """What a dataset holds, told before anything is trained on it: the report of --dry_run and the sheet of --preview_data."""
 
 import json
-import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .records import image_id, read_image_bytes, read_mask_bytes
+from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
 from .transforms import ImageError, apply_variation, draw_variation, open_image, open_mask
 
 
@@ -51,12 +49,11 @@ def examine(dataset):
             return index, None, str(error)
 
     good, bad = {}, {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index, finding, reason in pool.map(look, range(len(dataset))):
-            if reason is None:
-                good[index] = finding
-            else:
-                bad[index] = reason
+    for index, finding, reason in in_threads(look, range(len(dataset))):
+        if reason is None:
+            good[index] = finding
+        else:
+            bad[index] = reason
     return good, bad
 
 

@@ -72,22 +72,24 @@ def recognise(folder, files, instance_prompt):
 
 
 def read_folder(folder, layout, files, *, asked, instance_prompt, caption_template, leave_out, say):
-    """The rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
+    """Yields the rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
 
-    `asked` are the `Columns` that were asked for; `caption_template` has places for {trigger} and {class}. Raises `InputError` for what can't be used; where there is a
-    function `leave_out(source, reason)`, it is called for rows without a picture or a caption, and they are left out.
+    `asked` are the `Columns` that were asked for; `caption_template` has places for {trigger} and {class}. Raises
+    `InputError` for what can't be used; where there is a function `leave_out(source, reason)`, it is called for rows
+    without a picture or a caption, and they are left out.
     """
     pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
         if instance_prompt is not None:
             say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
-        return _metadata_rows(folder, files, pictures, asked, leave_out, say)
+        yield from _metadata_rows(folder, files, pictures, asked, leave_out, say)
+        return
     upstreams_defaults = Columns(image="image", caption="text")
     for kind, name in asked._asdict().items():
         if name is not None and name != getattr(upstreams_defaults, kind):
             raise InputError(f"{folder}: there is no metadata file, so no column '{name}' (--{kind}_column).")
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    rows, unnamed = [], 0
+    held, worded, masks, unnamed = Counter(), Counter(), set(), 0
     for path in pictures:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path}: it is a link out of the dataset folder. Copy the picture into it.")
@@ -111,15 +113,8 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
             else:
                 reason = f"there is no {path.stem}.txt beside it"
         elif layout == "trigger_class":
-            match = TRIGGER_CLASS.fullmatch(concept)
-            if match is None:
-                raise InputError(
-                    f"{path.parent}: name the folder [trigger]_[class], such as [sks]_[dog], or choose another "
-                    f"--dataset_layout: {', '.join(LAYOUTS)}."
-                )
-            concept = match[1] or match[3]
-            words = {"trigger": concept, "class": (match[2] or match[4]).replace("_", " ")}
-            captions = [caption_template.format_map(words)]
+            concept, caption = _trigger_and_caption(path.parent, concept, caption_template)
+            captions, worded[caption] = [caption], worded[caption] + 1
         elif instance_prompt is None:
             raise InputError("--dataset_layout instance needs --instance_prompt, the caption of all pictures.")
         else:
@@ -129,23 +124,39 @@ def read_folder(folder, layout, files, *, asked, instance_prompt, caption_templa
         if reason is not None:
             leave_out(str(path), reason)
             continue
-        rows.append(_row(path, captions, concept, num_repeats, str(path), _mask_file(path)))
+        row = _row(path, captions, concept, num_repeats, str(path), _mask_file(path))
+        held[path.parent, num_repeats] += 1
+        masks |= _mask_of(row)
+        yield row
     if unnamed:
         say(f"{folder}: {unnamed} pictures have no caption file; their folder's name is their caption")
     if layout == "kohya":
-        held = Counter((Path(row["image"]["path"]).parent, row["num_repeats"]) for row in rows)
         for (parent, num_repeats), count in held.items():
             say(f"{parent}: {count} pictures, {num_repeats} times each an epoch")
-    _tell_unused_masks(folder, files, rows, say)
-    if layout == "trigger_class":
-        for caption in dict.fromkeys(row["captions"][0] for row in rows):
-            count = sum(row["captions"][0] == caption for row in rows)
-            say(f"{folder}: {count} pictures have the caption '{caption}' (--caption_template)")
-    return rows
+    _tell_unused_masks(folder, files, masks, say)
+    for caption, count in worded.items():
+        say(f"{folder}: {count} pictures have the caption '{caption}' (--caption_template)")
 
 
-def _tell_unused_masks(folder, files, rows, say):
-    used = {os.path.realpath(row["mask"]["path"]) for row in rows if row["mask"] is not None}
+def _trigger_and_caption(folder, name, caption_template):
+    match = TRIGGER_CLASS.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"{folder}: name the folder [trigger]_[class], such as [sks]_[dog], or choose another --dataset_layout: "
+            f"{', '.join(LAYOUTS)}."
+        )
+    trigger = match[1] or match[3]
+    return trigger, caption_template.format_map(
+        {"trigger": trigger, "class": (match[2] or match[4]).replace("_", " ")}
+    )
+
+
+def _mask_of(row):
+    """The real path of a row's mask, as a set of one or none."""
+    return set() if row["mask"] is None else {os.path.realpath(row["mask"]["path"])}
+
+
+def _tell_unused_masks(folder, files, used, say):
     masks = [path for path in files if path.name.lower().endswith(MASK_ENDING)]
     others = [path.name for path in masks if os.path.realpath(path) not in used]
     if others:
@@ -183,35 +194,35 @@ def _metadata_rows(folder, files, pictures, asked, leave_out, say):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
     if not tables:
         raise InputError(f"{folder}: it holds no metadata.csv, .jsonl or .parquet (--dataset_layout metadata).")
-    rows = []
+    named, masks, count = set(), set(), 0
     for file, after in zip(tables, [*tables[1:], None]):
         if after is not None and after.parent == file.parent:
             raise InputError(
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
                 "Keep one of them."
             )
-        rows += _rows_of_table(file, folder, asked, leave_out)
-    if not rows:
+        for row in _rows_of_table(file, folder, asked, leave_out):
+            named.add(os.path.realpath(row["image"]["path"]))
+            masks |= _mask_of(row)
+            count += 1
+            yield row
+    if not count:
         raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
-    used = [os.path.realpath(row["image"]["path"]) for row in rows]
-    named = set(used)
-    masks = {os.path.realpath(row["mask"]["path"]) for row in rows if row["mask"] is not None}
-    used_files = named | masks
-    without = [path for path in pictures if os.path.realpath(path) not in used_files]
+    used = named | masks
+    without = [path for path in pictures if os.path.realpath(path) not in used]
     if without:
         what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
         say(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
-    _tell_unused_masks(folder, files, rows, say)
-    if len(named) < len(used):
-        say(f"{folder}: {len(used) - len(named)} rows name a picture that another row names too; each row counts")
-    return rows
+    _tell_unused_masks(folder, files, masks, say)
+    if len(named) < count:
+        say(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row counts")
 
 
 def _rows_of_table(file, dataset_folder, asked, leave_out):
-    """Rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
+    """Yields the rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
     table = read_table(file)
     if not table:
-        return []
+        return
     columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
     file_column = "file_name" if "file_name" in columns and asked.image in (None, "image") else asked.image
     if file_column not in columns:
@@ -226,7 +237,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
     other = {file_column, asked.mask, asked.concept}
     textual = [c for c in columns if c not in other and all(is_caption(row.get(c)) for _, row in table)]
     chosen = choose_caption_column(str(file), columns, textual, asked.caption)
-    rows, root, inside, missing = [], file.parent.resolve(), dataset_folder.resolve(), 0
+    root, inside, missing = file.parent.resolve(), dataset_folder.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
         captions, reason, path = captions_of(row.get(chosen)), None, None
@@ -259,8 +270,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
         mask_path = mask_path if mask else _mask_file(path)
         concept = root.name if asked.concept is None else str(row.get(asked.concept))
-        rows.append(_row(path, captions, concept, 1, f"{where}: '{name}'", mask_path))
-    return rows
+        yield _row(path, captions, concept, 1, f"{where}: '{name}'", mask_path)
 
 
 def _find_picture(root, name):

@@ -321,6 +321,14 @@ def tokenize(tokenizer, captions, num_chunks=1):
     return torch.tensor(rows)
 
 
+def count_tokens(tokenizer, captions):
+    """How many tokens each caption has, start and end counted; the tokens of a thousand are held at a time."""
+    counts = []
+    for start in range(0, len(captions), 1000):
+        counts += map(len, tokenizer(captions[start : start + 1000]).input_ids)
+    return counts
+
+
 def chunks_needed(tokenizer, num_tokens):
     """How many chunks hold a caption of that many tokens, the start and end ones counted."""
     return max(1, math.ceil((num_tokens - 2) / (tokenizer.model_max_length - 2)))

@@ -4,9 +4,11 @@ Nothing here needs torch: a wrong folder, column or row is told before anything 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .archives import ARCHIVE_ENDINGS, is_archive, unpack
@@ -17,6 +19,7 @@ from .tables import Columns, captions_of, choose_caption_column
 
 
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
+ROWS_TOGETHER = 5000  # that are Python objects at the same time
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
@@ -161,9 +164,13 @@ def _from_folder(
             folder, chosen, files, asked=asked,
             instance_prompt=instance_prompt, caption_template=caption_template, leave_out=leave_out, say=say,
         )  # fmt: skip
-        if not rows:
+        # In parts, because rows as Python objects take several times the memory of their Arrow table.
+        parts = []
+        while part := list(itertools.islice(rows, ROWS_TOGETHER)):
+            parts.append(datasets.Dataset.from_list(part, features=_features()))
+        if not parts:
             raise InputError(f"{folder}: it holds not one picture to train on.")
-        return datasets.Dataset.from_list(rows, features=_features())
+        return datasets.concatenate_datasets(parts)
     if on_disk or (endings & {".parquet", ".arrow", ".tar"} and not endings & PICTURE_ENDINGS):
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         try:
@@ -322,6 +329,13 @@ def read_mask_bytes(mask):
 def image_id(data):
     """A picture's identity: a hash of its file's bytes, so that an edited picture is another one."""
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def in_threads(function, values):
+    """The function of each of the values (a sequence), in their order; only a thousand at a time are held."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(values), 1000):
+            yield from pool.map(function, values[start : start + 1000])
 
 
 def fingerprint(image_ids, captions, samples=()):
