@@ -74,7 +74,7 @@ def parse_args(argv):
     add("--guidance_scale", "how strictly the prompt is followed; 1 and less: no guidance", 7.5, type=float)
     add("--height", "in pixels, a multiple of 8 (default: the model's own)", type=int)
     add("--width", "in pixels, a multiple of 8 (default: the model's own)", type=int)
-    add("--scheduler", "sampler (default: the model's own)", choices=SCHEDULERS)
+    add("--scheduler", "sampler (default: the model's own, dpm++ instead of pndm)", choices=SCHEDULERS)
     add("--clip_skip", "last text-encoder layers to leave out; A1111 counts one more", 0, type=int)
     group = parser.add_argument_group("machine")
     add("--mixed_precision", "(default: no; on CUDA bf16, or fp16 without it)", choices=["no", "fp16", "bf16"])
@@ -262,8 +262,10 @@ def load_pipeline(args, class_name, device, dtype):
     except Exception as error:  # the loaders raise nearly anything for files that are not in order
         remedy = " Where there is no hub, pass --single_file_config." if Path(model).is_file() else ""
         fail(f"{model} can't be loaded: {type(error).__name__}: {str(error)[:300]}{remedy}")
-    if args.scheduler:
-        name, changes, _ = SCHEDULERS[args.scheduler]
+    # PNDM, which Stable Diffusion v1.x comes with, overshoots at strong guidance in so few steps.
+    chosen = args.scheduler or ("dpm++" if type(pipe.scheduler) is diffusers.PNDMScheduler else None)
+    if chosen:
+        name, changes, _ = SCHEDULERS[chosen]
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
     layers = pipe.text_encoder.config.num_hidden_layers
     if args.clip_skip >= layers:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TORCHRUN, read_lora, read_metrics, run_command
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from text_to_image_lora import validation
@@ -29,11 +29,10 @@ def pixels_of(out, step, prompt, k):
 def stock(tiny_sd):
     """`draw(lora, prompt, seed, ...)`: diffusers' own pipeline, loaded from the folder."""
 
-    def draw(prompt, seed, *, lora=None, scheduler=None, **options):
+    def draw(prompt, seed, *, lora=None, scheduler=DPMSolverMultistepScheduler.from_config, **options):
         pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
         pipe.set_progress_bar_config(disable=True)
-        if scheduler is not None:
-            pipe.scheduler = scheduler(pipe.scheduler.config)
+        pipe.scheduler = scheduler(pipe.scheduler.config)
         if lora is not None:
             pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
         generator = torch.Generator().manual_seed(seed)
@@ -192,10 +191,11 @@ def test_evaluating_gives_the_mode_back():
         assert model.training is mode
 
 
-def test_the_base_models_own_sampler_is_used(tiny_sd):
+def test_the_base_models_own_sampler_is_used_unless_it_is_pndm(tiny_sd):
     config = DDIMScheduler.load_config(tiny_sd, subfolder="scheduler")
     given = SimpleNamespace(**StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None).components)
-    for name, wanted in (("EulerDiscreteScheduler", "EulerDiscreteScheduler"), (None, "PNDMScheduler")):
+    euler, dpm = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+    for name, wanted in ((euler, euler), (None, dpm), ("PNDMScheduler", dpm)):
         config = {**config, "_class_name": name} if name else {k: v for k, v in config.items() if k != "_class_name"}
         pipe = validation.make_pipeline(
             given.unet, given.vae, config, prediction_type="v_prediction", rescale_betas_zero_snr=False

@@ -10,11 +10,15 @@ from PIL import Image
 def make_pipeline(unet, vae, scheduler_config, *, prediction_type, rescale_betas_zero_snr):
     """A `StableDiffusionPipeline` around the models in training; prompts come as embeddings.
 
-    No safety checker: it blackens pictures that are only unusual, and what is trained on is the user's own.
+    No safety checker: it blackens pictures that are only unusual, and what is trained on is the user's own. The sampler
+    is the base model's own, but DPM++ 2M (https://arxiv.org/abs/2211.01095) instead of PNDM, which in 30 steps overshoots
+    at strong guidance; `infer.py` has the same rule.
     """
     import diffusers
 
     scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.PNDMScheduler)
+    if scheduler_class is diffusers.PNDMScheduler:
+        scheduler_class = diffusers.DPMSolverMultistepScheduler
     changes = {"prediction_type": prediction_type}
     if rescale_betas_zero_snr:
         # At zero terminal SNR sampling must start at the last timestep (Lin et al., 2023); PNDM can't.
