@@ -25,7 +25,6 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 SECRETS = ("hub_token",)
 ENDLESS_VARIATIONS_CACHED = 4
-MOST_CHUNKS = 10
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 
 
@@ -449,31 +448,6 @@ def sizes_to_train_at(args, images, say):
     return sizes
 
 
-def usable_pictures(dataset, args, accelerator, say):
-    """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
-
-    Raises `InputError` for the first that can't be, unless --skip_bad_images leaves them out.
-    """
-    from accelerate.utils import gather_object
-
-    from text_to_image_lora.caching import inspect_images
-
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    found = gather_object([inspect_images(dataset, share, Path(args.latent_cache_dir).expanduser())])
-    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
-    if bad and not args.skip_bad_images:
-        first = min(bad)
-        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
-        raise InputError(
-            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
-        )
-    for index in sorted(bad):
-        say(f"left out: {dataset[index]['source']}: {bad[index]}")
-    if not good:
-        raise InputError("Not one picture can be used: nothing to train on.")
-    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
-
-
 def augmentation_of(args):
     from text_to_image_lora.transforms import Augmentation
 
@@ -510,18 +484,12 @@ def settle_cache(args, base, dataset, latent_shapes):
 
 
 def make_sampler(args, dataset, sizes, *, rank, world_size):
-    import numpy as np
-
     from text_to_image_lora import data
 
-    is_class, concepts, num_repeats = (dataset[name][:] for name in ("is_class", "concept", "num_repeats"))
-    own = [index for index, other in enumerate(is_class) if not other]
-    balanced = [concepts[index] for index in own] if args.balance == "concept" else None
-    samples = data.samples_of_epoch([num_repeats[index] for index in own], balanced, seed=args.seed)
-    samples = np.asarray(own)[samples]
-    if any(is_class):
-        others = [index for index, other in enumerate(is_class) if other]
-        samples = data.add_class_samples(samples, others, seed=args.seed)
+    is_class = dataset["is_class"][:]
+    samples = data.samples_of_dataset(
+        is_class, dataset["concept"][:], dataset["num_repeats"][:], balanced=args.balance == "concept", seed=args.seed
+    )
     groups = {size: number for number, size in enumerate(sorted(set(sizes)))}
     return data.EffectiveBatchSampler(
         samples,
@@ -560,7 +528,7 @@ def look_at_data(args, base, dataset, left_out):
 
     No model is loaded but the tokenizer. Raises `InputError` for what training would refuse.
     """
-    from text_to_image_lora import inspection, models
+    from text_to_image_lora import inspection, models, prompts
 
     args = argparse.Namespace(**vars(args) | {"seed": args.seed or 0})
     good, bad = inspection.examine(dataset)
@@ -578,7 +546,7 @@ def look_at_data(args, base, dataset, left_out):
         tokenizer, token_counts = models.load_tokenizer(base), None
         if tokenizer is not None:
             groups = dataset["captions"][:]
-            counts = iter(models.count_tokens(tokenizer, [caption for group in groups for caption in group]))
+            counts = iter(prompts.count_tokens(tokenizer, [caption for group in groups for caption in group]))
             token_counts = [[next(counts) for _ in group] for group in groups]
         values = variations * sum(2 * base.latent_channels * w * h // base.vae_factor**2 for w, h in sizes)
         values += 77 * base.cross_attention_dim * len({c for group in dataset["captions"] for c in group})
@@ -672,37 +640,6 @@ def adapt(unet, args):
     return num_adapted
 
 
-def chunks_of_captions(args, dataset, tokenizer, say):
-    """How many chunks of tokens each prompt is encoded in; says how many captions are longer than one.
-
-    All prompts of a run get as many as the longest needs, so that they fit into one batch.
-    """
-    from text_to_image_lora import models
-
-    captions = [(index, caption) for index, group in enumerate(dataset["captions"]) for caption in group]
-    lengths = models.count_tokens(tokenizer, [caption for _, caption in captions])
-    limit = tokenizer.model_max_length
-    long = [index for (index, _), length in zip(captions, lengths, strict=True) if length > limit]
-    first = dataset[long[0]]["source"] if long else None
-    if not args.long_prompts:
-        if long:
-            say(
-                f"{len(long)} captions have more than {limit} tokens, and what follows is cut (--long_prompts reads "
-                f"them whole); the first: {first}"
-            )
-        return 1
-    num_chunks = models.chunks_needed(tokenizer, max(lengths))
-    if num_chunks > MOST_CHUNKS:
-        longest = dataset[captions[lengths.index(max(lengths))][0]]["source"]
-        raise InputError(
-            f"{longest}: its caption of {max(lengths)} tokens would make every prompt {num_chunks} chunks long. Shorten "
-            f"it ({MOST_CHUNKS} chunks are the limit), or leave --long_prompts out."
-        )
-    if num_chunks > 1:
-        say(f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks")
-    return num_chunks
-
-
 def make_optimizer(args, params_to_optimize, learning_rate, device):
     """AdamW, in 8 bit where asked for; the parameters and what it keeps of them are float32 (or 8-bit states)."""
     options = dict(
@@ -776,6 +713,7 @@ def main(args):
         lora,
         models,
         objective,
+        prompts,
         tracking,
         validation,
     )
@@ -803,7 +741,13 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
-    dataset, images = usable_pictures(dataset, args, accelerator, say)
+    dataset, images = caching.usable_pictures(
+        dataset,
+        Path(args.latent_cache_dir).expanduser(),
+        skip_bad_images=args.skip_bad_images,
+        accelerator=accelerator,
+        say=say,
+    )
     masked = any(row is not None for row in dataset["mask"])
     sizes = sizes_to_train_at(args, images, say)
     latent_shapes = [(base.latent_channels, h // base.vae_factor, w // base.vae_factor) for w, h in sizes]
@@ -829,8 +773,10 @@ def main(args):
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
-    num_chunks = chunks_of_captions(args, dataset, tokenizer, say)
     caption_lists = dataset["captions"][:]
+    num_chunks = prompts.choose_num_chunks(
+        tokenizer, caption_lists, dataset["source"], long_prompts=args.long_prompts, say=say
+    )
     if args.shuffle_tags and args.cache_variations:
         caption_lists = [
             captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags)
@@ -851,16 +797,16 @@ def main(args):
     text_encoder.to(device, weight_dtype)
     vae_encode = functools.partial(models.encode_images, vae)
     text_encode = functools.partial(
-        models.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip, num_chunks=num_chunks
+        prompts.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip, num_chunks=num_chunks
     )
     prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
     # As in diffusers' pipeline, clip_skip is not for the negative prompt.
     negative_embeds = text_encode([args.validation_negative_prompt], clip_skip=None)[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
     preparing = dict(interpolation=args.image_interpolation_mode, augmentation=augmentation_of(args), seed=args.seed)
-    latents, prompts = (None, None), (None, None)
+    latent_cache, prompt_cache = (None, None), (None, None)
     if args.cache_variations:
-        latents, prompts = caching.build(
+        latent_cache, prompt_cache = caching.build(
             dataset,
             images,
             sizes,
@@ -920,9 +866,9 @@ def main(args):
         images,
         sizes,
         caption_lists,
-        latents=latents,
+        latents=latent_cache,
         latent_shapes=latent_shapes,
-        prompts=prompts,
+        prompts=prompt_cache,
         num_train_timesteps=noise_scheduler.config.num_train_timesteps,
         caption_dropout=args.caption_dropout,
         shuffle_tags=args.shuffle_tags,

@@ -35,7 +35,8 @@ def parse_args(argv=None):
     add("--model", type=Path, default=Path("models/mini-sd"), help="folder of the pipeline")
     add("--loras", type=Path, nargs="*", default=[], help="folders of LoRAs trained on metadata/weapons, a seed each")
     add("--guidance_scale", type=float, nargs="+", default=[4.0], help="the first is for the LoRAs too")
-    add("--num_inference_steps", type=int, default=30, help="of the model's own scheduler, as in infer.py")
+    add("--num_inference_steps", type=int, default=30, help="of the sampler, as in infer.py")
+    add("--own_scheduler", action="store_true", help="the pipeline's own PNDM, not the DPM++ 2M of infer.py")
     add(
         "--num_pictures",
         type=int,
@@ -191,14 +192,16 @@ def weapon_test_scenes(seed=0):
     ]
 
 
-def load_pipeline(model, lora=None):
+def load_pipeline(model, lora=None, *, own_scheduler=False):
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
+    if not own_scheduler:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
@@ -253,7 +256,7 @@ def main(args):
 
     held_out = held_out_scenes()
     held_out = [held_out[i] for i in np.random.default_rng([args.seed, 42]).permutation(len(held_out))]
-    base, chosen = load_pipeline(args.model), held_out[: args.num_pictures]
+    base, chosen = load_pipeline(args.model, own_scheduler=args.own_scheduler), held_out[: args.num_pictures]
     for scale in args.guidance_scale if chosen else ():
         prompts = [captions_of(*scene)[0] for scene in chosen]
         measure(f"base, guidance {scale:g}", base, prompts, chosen, scale, args.seed)
@@ -263,7 +266,7 @@ def main(args):
         seed = args.seed + 1 + i
         prompts = [blossom_caption(*scene) for scene in weapons]
         measure(f"base, asked for blossoms, seed {i}", base, prompts, weapons, scale, seed)
-        pipeline = load_pipeline(args.model, lora)
+        pipeline = load_pipeline(args.model, lora, own_scheduler=args.own_scheduler)
         measure(f"LoRA, asked for blossoms, seed {i}", pipeline, prompts, weapons, scale, seed)
         prompts = [captions_of(*scene)[0] for scene in others]
         measure(f"LoRA, other objects, seed {i}", pipeline, prompts, others, scale, seed)

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from text_to_image_lora import caching, models
 from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.prompts import encode_prompts
 from text_to_image_lora.records import image_id, load_records
 from text_to_image_lora.transforms import Augmentation, apply_variation, draw_variation
 
@@ -93,7 +95,7 @@ def build(encoders, tmp_path):
             vae_encode=partial(models.encode_images, vae),
             vae_identity=models.weights_identity(vae),
             latent_dtype=latent_dtype,
-            text_encode=partial(models.encode_prompts, tokenizer, text_encoder, clip_skip=clip_skip),
+            text_encode=partial(encode_prompts, tokenizer, text_encoder, clip_skip=clip_skip),
             text_identity=models.weights_identity(text_encoder),
             clip_skip=clip_skip,
             prompt_dtype=prompt_dtype,
@@ -151,7 +153,7 @@ def test_cached_equals_live(build, encoders, pictures, dtype, clip_skip):
             sample = Sample(index, step, index, 0.5)
             from_cache, now = cached[sample], live[sample]
             mean, std = models.encode_images(vae, now.pop("pixels")[None])
-            hidden_states = models.encode_prompts(tokenizer, text_encoder, [now.pop("captions")], clip_skip)
+            hidden_states = encode_prompts(tokenizer, text_encoder, [now.pop("captions")], clip_skip)
             encoded = {
                 "mean": mean[0].to(dtype).float(), "std": std[0].to(dtype).float(),
                 "encoder_hidden_states": hidden_states[0].to(dtype),
@@ -188,7 +190,7 @@ def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictur
             assert torch.equal(torch.stack([cache.latents[0].row(*row, name) for row in rows]), value)
         captions = [caption for group in cache.dataset["captions"][first : first + 2] for caption in group]
         stored = torch.stack([cache.prompts[0].row(*cache.prompts[1][c], "hidden_states") for c in captions])
-        assert torch.equal(stored, models.encode_prompts(tokenizer, text_encoder, captions))
+        assert torch.equal(stored, encode_prompts(tokenizer, text_encoder, captions))
 
 
 def test_cached_pictures_keep_their_captions(build, tmp_path):
@@ -430,6 +432,44 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
     with open(folder / "latents" / "a.safetensors", "wb") as file:
         file.truncate(16 * gib)  # no byte of it is on the disk
     caching.check_free_disk(folder, latent_values=room + gib, **sizes)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Says how many bytes are free."""
+
+    def has(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    return has
+
+
+LATENTS, CAPTION = 4 * 2 * 6 * 4 * 8 * 8, 4 * 77 * 96  # bytes of mean and std of six pictures, and of a caption
+
+
+def test_each_different_caption_takes_room_once(train, tmp_path, disk):
+    options = dict(train_data_dir=write_pictures(tmp_path / "set", captions=["an axe", "a whip"]), center_crop=True)
+    disk(free=LATENTS + 2 * CAPTION - 1)
+    with pytest.raises(InputError, match=f"{tmp_path}/cache: the cache may need .* --latent_cache_dir"):
+        train(**options)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    disk(free=LATENTS + 2 * CAPTION)
+    train(**options)
+    # Six different ones need more than two.
+    options = dict(center_crop=True, latent_cache_dir=tmp_path / "other")
+    with pytest.raises(InputError, match="the cache may need"):
+        train(**options)
+    disk(free=LATENTS + 6 * CAPTION)
+    train(output_dir=tmp_path / "other-out", **options)
+
+
+def test_a_cache_that_has_filled_its_disk_is_used_again(train, tmp_path, disk):
+    disk(free=LATENTS + 6 * CAPTION)
+    train(center_crop=True)
+    disk(free=0)
+    train(center_crop=True, output_dir=tmp_path / "again")
+    with pytest.raises(InputError, match=f"{tmp_path}/elsewhere: the cache may need"):
+        train(center_crop=True, output_dir=tmp_path / "third", latent_cache_dir=tmp_path / "elsewhere")
 
 
 # Pictures are looked at once.

@@ -8,9 +8,10 @@ from conftest import read_metrics, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from text_to_image_lora import models
+from text_to_image_lora import prompts
 from text_to_image_lora.captions import shuffle_tags, shuffled_variations
 from text_to_image_lora.data import Sample, TrainingSet
+from text_to_image_lora.errors import InputError
 from text_to_image_lora.records import load_records
 from text_to_image_lora.transforms import Augmentation
 
@@ -118,23 +119,23 @@ def test_chunks_hold_every_token_of_a_long_caption(text_models):
 
     tokenizer, text_encoder = text_models
     whole = tokenizer(LONG, add_special_tokens=False).input_ids
-    num_chunks = models.chunks_needed(tokenizer, len(whole) + 2)
+    num_chunks = prompts.chunks_needed(tokenizer, len(whole) + 2)
     assert num_chunks == -(-len(whole) // 75) > 1
-    ids = models.tokenize(tokenizer, [LONG, "a cat"], num_chunks)
+    ids = prompts.tokenize(tokenizer, [LONG, "a cat"], num_chunks)
     assert ids.shape == (2 * num_chunks, 77)
     read = [i for row in ids[:num_chunks].tolist() for i in row[1 : row.index(tokenizer.eos_token_id)]]
     assert read == whole
-    states = models.encode_prompts(tokenizer, text_encoder, [LONG, "a cat"], num_chunks=num_chunks)
+    states = prompts.encode_prompts(tokenizer, text_encoder, [LONG, "a cat"], num_chunks=num_chunks)
     assert states.shape == (2, 77 * num_chunks, 96)
     # The first chunk is what is read without the flag, and the rest of a short caption is the empty caption.
-    plain = models.encode_prompts(tokenizer, text_encoder, [LONG, "a cat", ""])
+    plain = prompts.encode_prompts(tokenizer, text_encoder, [LONG, "a cat", ""])
     torch.testing.assert_close(states[:, :77], plain[:2], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(states[1, 77:154], plain[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("count", "chunks"), [(2, 1), (77, 1), (78, 2), (152, 2), (153, 3)])
 def test_how_many_chunks_a_caption_needs(text_models, count, chunks):
-    assert models.chunks_needed(text_models[0], count) == chunks
+    assert prompts.chunks_needed(text_models[0], count) == chunks
 
 
 @pytest.mark.parametrize("cache_variations", [4, 0])
@@ -150,3 +151,17 @@ def test_long_prompts_train_and_validate(train, tmp_path, capsys, cache_variatio
         capsys.readouterr().out
     )
     assert [row["train_loss"] for row in whole] != [row["train_loss"] for row in cut]
+
+
+def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
+    """All prompts get as many chunks as the longest, so one that is a whole book would fill the memory."""
+    folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
+    with pytest.raises(InputError) as caught:
+        train(train_data_dir=folder, long_prompts=True)
+    assert str(caught.value) == (
+        f"{folder}/metadata.jsonl:2: '1.png': its caption of 753 tokens would make every prompt 11 chunks long. Shorten "
+        "it (10 chunks are the limit), or leave --long_prompts out."
+    )
+    assert not (tmp_path / "out").exists()
+    write_pictures(folder, count=2, captions=["a cat", "axe " * 750])
+    assert read_metrics(train(train_data_dir=folder, long_prompts=True))

@@ -286,6 +286,10 @@ BAD_INPUT = {
     "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more"),
     "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more"),
     "file in the way": (dict(output_dir="{tmp}/file/out"), "{tmp}/file/out: it can't be written"),
+    "file in the preview's way": (
+        dict(preview_data="{tmp}/file/sheet.png"),
+        "{tmp}/file: it can't be written (Not a directory). Pass another --preview_data.",
+    ),
     "no base model": (dict(pretrained_model_name_or_path="{tmp}/void"), "{tmp}/void: there is no such folder or file"),
     "no base model flag": (dict(pretrained_model_name_or_path=None), "--pretrained_model_name_or_path is needed"),
     "no LoRA": (dict(lora_weights="{tmp}/void"), "{tmp}/void: there is no such file or folder (--lora_weights)"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command
+from conftest import TORCHRUN, read_lora, read_metrics, run_command, write_pictures
 
 
 def assert_same_run(first, second):
@@ -41,3 +41,32 @@ def test_two_processes_equal_one_with_twice_the_batch(arguments, whole, tmp_path
     done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, tmp_path / "two")
+
+
+def test_two_processes_share_buckets_balance_and_preview(train, arguments, tmp_path, capsys):
+    """Five samples an epoch of each shape: steps of 4 and of 1, where the second process has none of its own."""
+    write_pictures(tmp_path / "set" / "axe", count=5, size=(90, 40))
+    write_pictures(tmp_path / "set" / "spear", count=2, size=(40, 90), seed=1)
+    options = dict(
+        train_data_dir=tmp_path / "set", aspect_ratio_buckets=True, balance="concept", max_train_steps=6,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    sheets = [tmp_path / name / "sheet.png" for name in ("one", "two")]
+    whole = train(train_batch_size=4, output_dir=tmp_path / "whole", preview_data=sheets[0], **options)
+    alone = capsys.readouterr().out
+    words = arguments(train_batch_size=2, output_dir=tmp_path / "shared", preview_data=sheets[1], **options)
+    done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, tmp_path / "shared")
+    assert sheets[1].read_bytes() == sheets[0].read_bytes()
+    assert list(sheets[1].parent.iterdir()) == [sheets[1]]
+    for line in (
+        "bucket        pictures  samples an epoch",
+        "48x16                5                 5",
+        "16x48                2                 5",
+        "concept axe: 5 pictures, 5 samples an epoch",
+        "concept spear: 2 pictures, 5 samples an epoch",
+        "what the model will see: ",
+        "7 pictures, 4 steps an epoch, 6 steps; effective batch 4 on ",
+    ):
+        assert alone.count(line) == done.stdout.count(line) == 1

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_precision import prediction, trained_prediction
 
-from text_to_image_lora import data, export, models, objective, validation
+from text_to_image_lora import data, export, models, objective, prompts, validation
 from text_to_image_lora.errors import InputError, TrainingError
 
 
@@ -248,14 +248,14 @@ def test_fault_06_vae_and_text_encoder_run_once_and_leave(train, monkeypatch):
     """They run in every step, on the same pictures and captions again, and stay in memory."""
     calls = {"encode_images": 0, "encode_prompts": 0}
     alive, predict = [], models.predict
-    for name in calls:
-        function = getattr(models, name)
+    for module, name in ((models, "encode_images"), (prompts, "encode_prompts")):
+        function = getattr(module, name)
 
         def count(*args, name=name, function=function, **kwargs):
             calls[name] += 1
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(models, name, count)
+        monkeypatch.setattr(module, name, count)
 
     def models_in_memory():
         kinds = (diffusers.AutoencoderKL, transformers.CLIPTextModel)

@@ -101,6 +101,16 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
     assert found == 6
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_preview_makes_its_folder(train, tmp_path, capsys, dry_run):
+    sheet_file = tmp_path / "to" / "be" / "made" / "sheet.jpg"
+    train(dry_run=dry_run, preview_data=sheet_file)
+    assert f"what the model will see: {sheet_file}\n" in capsys.readouterr().out
+    with Image.open(sheet_file) as sheet:
+        assert sheet.format == "JPEG"
+        assert sheet.size == (4 * 200 + 460, 6 * 200 + 8)
+
+
 def test_alike_is_the_same_picture_and_not_another():
     rng = np.random.default_rng(0)
     pictures = [

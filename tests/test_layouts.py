@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from text_to_image_lora import archives
 from text_to_image_lora.captions import edit_caption
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.layouts import LAYOUTS
@@ -357,6 +358,19 @@ def test_a_bomb(tmp_path, load):
     assert not list((tmp_path / "archives").iterdir())
 
 
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_an_archive_of_too_many_files(tmp_path, load, monkeypatch, ending):
+    """Empty ones too: they take no room that could be counted, but a place in the file system each."""
+    monkeypatch.setattr(archives, "MOST_FILES", 10)
+    assert len(load(pack(build(tmp_path / "enough", "beside"), ending))) == 4
+    for name, content in (("empty", ""), ("captions", "a cat")):
+        folder = build(tmp_path / name, "beside")
+        for i in range(4):
+            write(content, folder / f"{i}.txt")
+        assert "it has more than 10 files. Unpack it yourself" in outcome(load, pack(folder, ending))
+    assert len(list((tmp_path / "archives").iterdir())) == 1
+
+
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
 def test_a_broken_archive(tmp_path, load, ending):
     archive = pack(build(tmp_path / "set", "beside"), ending)
@@ -449,7 +463,27 @@ def test_a_renamed_archive(tmp_path, load):
     assert again["num_repeats"][:] == [10] * 4
 
 
-def test_splits_in_capitals_and_a_table_above_them(tmp_path, load):
+def test_splits_in_capitals(tmp_path, load, said):
     build(tmp_path / "set" / "Train", "csv")
     build(tmp_path / "set" / "Test", "csv")
     assert len(load(tmp_path / "set")) == 4
+    assert said == [f"{tmp_path}/set: training on its folder Train, not on Test"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV"])
+def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, said, name):
+    folder = tmp_path / "set"
+    for shade, part in enumerate(("train", "test", "validation")):
+        save_picture(folder / part / "0.png", shade)
+        write(f"beside, in {part}", folder / part / "0.txt")
+    write("file_name,text\n" + "".join(f"{part}/0.png,a {part}\n" for part in ("train", "test")), folder / name)
+    assert load(folder)["captions"][:] == [["a train"], ["a test"]]
+    assert said == [
+        f"{folder}: 1 picture has no row in a metadata file and will not be trained on; the first: "
+        f"{folder}/validation/0.png"
+    ]
+    # Without it, they are splits.
+    said.clear()
+    (folder / name).unlink()
+    assert load(folder)["captions"][:] == [["beside, in train"]]
+    assert said == [f"{folder}: training on its folder train, not on test, validation"]

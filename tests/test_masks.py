@@ -13,7 +13,7 @@ from text_to_image_lora.caching import mask_of
 from text_to_image_lora.data import EffectiveBatchSampler, add_class_samples
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.records import load_records, read_image_bytes
-from text_to_image_lora.transforms import Variation, apply_variation, apply_variation_to_mask
+from text_to_image_lora.transforms import Variation, apply_variation, apply_variation_to_mask, open_mask
 
 
 def half(size=(40, 32)):
@@ -148,6 +148,62 @@ def test_a_broken_mask_is_told(train, masked):
     (masked / "1.mask.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"1\.png'?: its mask: it can't be decoded"):
         train(train_data_dir=masked)
+
+
+def test_an_empty_mask_is_told_or_left_out_with_its_picture(train, masked, capsys):
+    (masked / "1.mask.png").write_bytes(b"")
+    reason = f"{masked}/metadata.jsonl:2: '1.png': its mask: the file is empty"
+    with pytest.raises(InputError) as caught:
+        train(train_data_dir=masked)
+    assert str(caught.value) == f"{reason}. Fix it, or pass --skip_bad_images to leave it out."
+    train(train_data_dir=masked, skip_bad_images=True)
+    out = capsys.readouterr().out
+    assert f"left out: {reason}\n" in out
+    assert "\n3 pictures, " in out
+
+
+@pytest.mark.parametrize("layout", ["metadata", "caption_files"])
+def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout):
+    for name in ("11.mask.png", "one.mask.png"):  # slips for 1.mask.png
+        half().save(masked / name)
+    if layout == "caption_files":
+        for i in range(4):
+            (masked / f"{i}.txt").write_text("a cat")
+        (masked / "metadata.jsonl").unlink()
+    said = []
+    dataset = load_records(train_data_dir=masked, say=said.append)
+    assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
+    assert said == [f"{masked}: 2 masks belong to no picture, as their names say; the first: 11.mask.png"]
+
+
+def erased(mode):
+    """The mask of `half` as an editor may save it: white everywhere, and its right half erased."""
+    if mode == "P":
+        mask = Image.new("P", (40, 32), 0)
+        mask.putpalette([255, 255, 255] * 2)
+        mask.paste(1, (20, 0, 40, 32))
+        return mask, {"transparency": 1}
+    mask = Image.new(mode, (40, 32), "white")
+    mask.putalpha(half())
+    return mask, {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_in_a_mask_does_not_count(tmp_path, mode):
+    mask, options = erased(mode)
+    mask.save(tmp_path / "mask.png", **options)
+    with Image.open(tmp_path / "mask.png") as stored:
+        assert stored.mode == mode
+    cell = {"bytes": None, "path": str(tmp_path / "mask.png")}
+    cut = mask_of(cell, (40, 32), Variation(4, 0, False), (32, 32), 4)
+    assert (cut[..., :4] == 1).all()
+    assert (cut[..., 4:] == 0).all()
+
+
+def test_what_is_half_transparent_in_a_mask_counts_half(tmp_path):
+    Image.new("LA", (40, 32), (255, 128)).save(tmp_path / "mask.png")
+    mask = open_mask((tmp_path / "mask.png").read_bytes(), (40, 32))
+    assert mask.getextrema() == (128, 128)
 
 
 # Class pictures.

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from text_to_image_lora import models
+from text_to_image_lora import models, prompts
 from text_to_image_lora.errors import InputError
 
 
@@ -391,9 +391,9 @@ def test_prompts_have_the_text_encoders_length_whatever_the_tokenizer_says(tiny_
     path = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
     tokenizer, text_encoder, *_ = load(tmp_path / "model")
-    prompts = ["a red axe"]
+    captions = ["a red axe"]
     assert torch.equal(
-        models.encode_prompts(tokenizer, text_encoder, prompts), models.encode_prompts(*loaded[:2], prompts)
+        prompts.encode_prompts(tokenizer, text_encoder, captions), prompts.encode_prompts(*loaded[:2], captions)
     )
 
 
@@ -406,13 +406,13 @@ def loaded(tiny_sd):
 def test_prompts_are_encoded_as_in_the_pipeline(tiny_sd, loaded, clip_skip):
     tokenizer, text_encoder, *_ = loaded
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
-    prompts = ["a red axe", "", "a very long caption " * 30]
-    wanted, _ = pipe.encode_prompt(prompts, "cpu", 1, False, clip_skip=clip_skip)
-    given = models.encode_prompts(tokenizer, text_encoder, prompts, clip_skip)
+    captions = ["a red axe", "", "a very long caption " * 30]
+    wanted, _ = pipe.encode_prompt(captions, "cpu", 1, False, clip_skip=clip_skip)
+    given = prompts.encode_prompts(tokenizer, text_encoder, captions, clip_skip)
     assert given.shape == (3, 77, 96)
     assert torch.equal(given, wanted)
     if clip_skip:
-        assert not torch.allclose(given, models.encode_prompts(tokenizer, text_encoder, prompts), atol=1e-2)
+        assert not torch.allclose(given, prompts.encode_prompts(tokenizer, text_encoder, captions), atol=1e-2)
 
 
 def test_pictures_are_encoded_as_in_diffusers(loaded):

@@ -320,6 +320,54 @@ def test_rows_without_picture_or_caption_in_a_stored_dataset(stored, load):
         load(stored("parquet", text=["a", None]))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(text=["a", " ", "c"]), "column 'text' is empty"),
+        (dict(text=["a", None, "c"]), "column 'text' is empty"),
+        (dict(text=["a", "b", "c"], pictures=("red", None, "blue")), "there is no picture"),
+    ],
+    ids=["empty caption", "null caption", "null picture"],
+)
+def test_a_bad_row_of_a_stored_dataset_is_refused_or_left_out(stored, train, tmp_path, capsys, kind, changes, reason):
+    folder = stored(kind, **dict(pictures=("red", "green", "blue")) | changes)
+    options = dict(train_data_dir=folder, cache_dir=tmp_path / "datasets-cache")
+    with pytest.raises(InputError) as caught:
+        train(**options)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: row 1: {reason}")
+    assert "--skip_bad_images" in message
+    assert "\n" not in message
+    train(skip_bad_images=True, **options)
+    out = capsys.readouterr().out
+    assert f"left out: {folder}: row 1: {reason}\n" in out
+    assert out.count("left out") == 1
+    assert "\n2 pictures, 1 steps an epoch" in out
+
+
+def test_the_rows_that_stay_keep_their_pictures_and_numbers(stored, load):
+    dataset = load(stored("parquet", pictures=("red", "green", "blue"), text=["a", "", "c"]), skip_bad_images=True)
+    assert dataset["captions"][:] == [["a"], ["c"]]
+    assert [read_image_bytes(row["image"]) for row in dataset] == [picture_bytes("red"), picture_bytes("blue")]
+    assert [source.rpartition(": ")[2] for source in dataset["source"]] == ["row 0", "row 2"]
+
+
+@pytest.mark.parametrize("instance_prompt", [None, "sks"])
+def test_a_thumbnail_beside_parquet_files_is_not_trained_on(stored, tmp_path, instance_prompt):
+    folder, said = stored("parquet"), []
+    (folder / "thumbnail.png").write_bytes(picture_bytes("green"))
+    dataset = load_records(
+        train_data_dir=folder,
+        cache_dir=str(tmp_path / "datasets-cache"),
+        instance_prompt=instance_prompt,
+        say=said.append,
+    )
+    assert dataset["captions"][:] == [["a red cat"], ["a blue cat"]]
+    assert [read_image_bytes(row["image"]) for row in dataset] == [picture_bytes("red"), picture_bytes("blue")]
+    assert f"{folder}: training on its parquet or arrow files, not on the pictures beside them" in said
+
+
 def test_a_stored_dataset_without_train_split(stored, load):
     assert len(load(stored("parquet", splits=("validation",)))) == 2
     with pytest.raises(InputError, match="no split 'train', only: a, b"):

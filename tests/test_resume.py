@@ -202,6 +202,49 @@ def test_other_pictures_and_captions_are_refused(train, pictures, what):
         train(max_train_steps=4)
 
 
+def assert_refused_in_one_line(words, output_dir):
+    """The real command: exit code 2, which dataset it was and is, and nothing changed."""
+    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    done = run_command(words)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        rf"train_text_to_image_lora\.py: {output_dir}/checkpoint-2: it belongs to another run "
+        r"\(dataset was '(\w+)', is '(?!\1)\w+'\)\. Pass another --output_dir, or --resume_from_checkpoint none .*\n",
+        done.stderr,
+    )
+    assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+
+
+def test_other_repeats_of_the_same_pictures_are_refused(train, arguments, tmp_path):
+    folder = write_pictures(tmp_path / "set" / "1_axe")
+    for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
+        (folder / row["file_name"]).with_suffix(".txt").write_text(row["text"])
+    (folder / "metadata.jsonl").unlink()
+    output_dir = train(train_data_dir=tmp_path / "set")
+    # The name after the repeats is nothing that is trained on.
+    folder = folder.rename(tmp_path / "set" / "1_whip")
+    train(train_data_dir=tmp_path / "set")
+    folder.rename(tmp_path / "set" / "3_whip")
+    assert_refused_in_one_line(arguments(train_data_dir=tmp_path / "set", max_train_steps=4), output_dir)
+
+
+def test_other_samples_an_epoch_are_refused(train, arguments, pictures):
+    """The same pictures and captions, and one of them is of another concept, so that it is drawn more often."""
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+
+    def sort_into(kinds):
+        lines = [json.dumps(row | {"kind": kind}) + "\n" for row, kind in zip(rows, kinds, strict=True)]
+        (pictures / "metadata.jsonl").write_text("".join(lines))
+
+    options = dict(balance="concept", concept_column="kind")
+    sort_into("aaaabb")
+    output_dir = train(**options)
+    sort_into("ccccdd")  # other names, the same samples
+    train(**options)
+    sort_into("aaaaba")
+    assert_refused_in_one_line(arguments(max_train_steps=4, **options), output_dir)
+
+
 def test_pictures_that_only_moved_are_the_same_run(train, pictures, tmp_path):
     train()
     pictures.rename(tmp_path / "elsewhere")

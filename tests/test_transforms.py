@@ -1,6 +1,7 @@
 """From a picture's bytes to pixels: whatever the format, what is seen is what is trained on."""
 
 import io
+import math
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from text_to_image_lora import transforms
 from text_to_image_lora.transforms import (
     INTERPOLATIONS,
     PIXEL_LIMIT,
@@ -17,6 +19,8 @@ from text_to_image_lora.transforms import (
     ImageError,
     Variation,
     apply_variation,
+    apply_variation_to_mask,
+    covering_size,
     draw_variation,
     open_image,
     resized_size,
@@ -268,6 +272,59 @@ def test_square_pictures_have_one_crop(center_crop, random_flip, count):
     options = dict(augmentation=augmentation, seed=0, image_id="a")
     drawn = {draw_variation(70, 70, (32, 32), index=index, **options) for index in range(20)}
     assert drawn == {Variation(0, 0, False), Variation(0, 0, True)} if count == 2 else {Variation(0, 0, False)}
+
+
+# Thin strips: resized whole, as other pictures are before they are cropped, they would take gigabytes.
+
+STRIPS = [(1, 4000), (4000, 1), (3, 6000), (900, 37)]
+
+
+def smooth(width, height):
+    """Slopes only: at edges the two ways overshoot, and Pillow clips what does after one pass or the other."""
+    return noise(-(-width // 8), -(-height // 8)).resize((width, height), Image.Resampling.BILINEAR)
+
+
+@pytest.mark.parametrize("size", STRIPS)
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic", "bilinear"])
+def test_only_what_is_seen_of_a_strip_is_enlarged_with_the_same_pixels(monkeypatch, size, interpolation):
+    image, mask = smooth(*size), smooth(*size).convert("L")
+    assert np.ptp(np.asarray(image)) > 100
+    augmentations = (
+        Augmentation(center_crop=True),
+        Augmentation(random_flip=True),
+        Augmentation(random_flip=True, crop_scale=0.6, rotation=40),
+    )
+    for augmentation, index in ((a, i) for a in augmentations for i in range(4)):
+        variation = draw_variation(*size, (24, 32), augmentation, seed=0, image_id="a", index=index)
+        covering = covering_size(*size, (24, 32), variation.share, variation.turn)
+        results = []
+        for limit in (math.prod(covering), math.prod(covering) - 1):
+            monkeypatch.setattr(transforms, "WHOLE_LIMIT", limit)
+            pixels = apply_variation(image, variation, (24, 32), interpolation).astype(int)
+            results.append((pixels, apply_variation_to_mask(mask, variation, (24, 32), 4)))
+        (whole, whole_mask), (seen, seen_mask) = results
+        assert seen.shape == (32, 24, 3)
+        assert np.abs(seen - whole).max() <= 1
+        assert np.abs(seen_mask - whole_mask).max() <= 1 / 255
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (6000, 3)])
+def test_a_strip_is_never_enlarged_beyond_the_limit(monkeypatch, size):
+    made, resize = [], Image.Image.resize
+
+    def spy(image, size, *args, **kwargs):
+        assert math.prod(size) <= transforms.WHOLE_LIMIT
+        made.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    image = Image.new("RGB", size, (200, 90, 40))
+    variation = draw_variation(*size, (512, 512), Augmentation(center_crop=True), seed=0, image_id="a", index=0)
+    assert (apply_variation(image, variation, (512, 512)) == (200, 90, 40)).all()
+    assert made == [(512, 512)]
+    # What is less thin is resized whole, as ever.
+    apply_variation(Image.new("RGB", (30, 600)), Variation(0, 0, False), (512, 512))
+    assert made[1:] == [(512, 10240)]
 
 
 # Augmentation.

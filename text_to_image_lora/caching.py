@@ -96,6 +96,29 @@ def inspect_images(dataset, indices, folder):
     return good, bad
 
 
+def usable_pictures(dataset, folder, *, skip_bad_images, accelerator, say):
+    """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
+
+    Raises `InputError` for the first that can't be, unless `skip_bad_images`: then they are told and left out.
+    """
+    from accelerate.utils import gather_object
+
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    found = gather_object([inspect_images(dataset, share, folder)])
+    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
+    if bad and not skip_bad_images:
+        first = min(bad)
+        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
+        )
+    for index in sorted(bad):
+        say(f"left out: {dataset[index]['source']}: {bad[index]}")
+    if not good:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
 def variation_of(index, k, *, images, sizes, augmentation, seed):
     """Variation `k` of a picture, by its index in `images` and `sizes` (as in `plan_latents`)."""
     name, width, height = images[index]

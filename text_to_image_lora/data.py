@@ -61,6 +61,18 @@ def add_class_samples(samples, class_indices, *, seed=0):
     return np.concatenate([_repeated(np.asarray(part), count, [seed, 1]) for part in (samples, class_indices)])
 
 
+def samples_of_dataset(is_class, concepts, num_repeats, *, balanced, seed=0):
+    """The picture's index of every sample of an epoch, from the columns of the records; see the functions above.
+
+    With `balanced` every concept has as many samples; the class pictures are no concept.
+    """
+    own = np.flatnonzero(~np.asarray(is_class, dtype=bool))
+    named = [concepts[index] for index in own] if balanced else None
+    samples = own[samples_of_epoch(np.asarray(num_repeats)[own], named, seed=seed)]
+    others = np.flatnonzero(is_class)
+    return add_class_samples(samples, others, seed=seed) if len(others) else samples
+
+
 class EffectiveBatchSampler:
     """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`.
 

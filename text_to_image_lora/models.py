@@ -7,7 +7,6 @@ that a base model is not there or does not fit.
 import contextlib
 import hashlib
 import json
-import math
 import pickle
 import re
 from pathlib import Path
@@ -299,56 +298,6 @@ def encode_images(vae, pixels):
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     return posterior.mean.float(), posterior.std.float()
-
-
-def tokenize(tokenizer, captions, num_chunks=1):
-    """Token ids (N x num_chunks, model_max_length), padded; what doesn't fit into them is cut.
-
-    A chunk has the start and end tokens around its part of the caption, as A1111's web UI divides long prompts.
-    """
-    import torch
-
-    if num_chunks == 1:
-        return tokenizer(
-            captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-    body, rows = tokenizer.model_max_length - 2, []
-    for ids in tokenizer(captions, add_special_tokens=False).input_ids:
-        for chunk in range(num_chunks):
-            part = ids[body * chunk : body * (chunk + 1)]
-            padding = [tokenizer.pad_token_id] * (body - len(part))
-            rows.append([tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *padding])
-    return torch.tensor(rows)
-
-
-def count_tokens(tokenizer, captions):
-    """How many tokens each caption has, start and end counted; the tokens of a thousand are held at a time."""
-    counts = []
-    for start in range(0, len(captions), 1000):
-        counts += map(len, tokenizer(captions[start : start + 1000]).input_ids)
-    return counts
-
-
-def chunks_needed(tokenizer, num_tokens):
-    """How many chunks hold a caption of that many tokens, the start and end ones counted."""
-    return max(1, math.ceil((num_tokens - 2) / (tokenizer.model_max_length - 2)))
-
-
-def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None, num_chunks=1):
-    """Hidden states (N, 77 x num_chunks, D) that the UNet attends to; `clip_skip` leaves out that many last layers.
-
-    With `clip_skip` as in diffusers' `encode_prompt`: the final layer norm still applies.
-    """
-    import torch
-
-    with torch.no_grad():
-        ids = tokenize(tokenizer, captions, num_chunks).to(text_encoder.device)
-        output = text_encoder(ids, output_hidden_states=True)
-        hidden_states = output[0]
-        if clip_skip is not None:
-            inner = getattr(text_encoder, "text_model", text_encoder)
-            hidden_states = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-        return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1])
 
 
 def predict(unet, noisy_latents, timesteps, encoder_hidden_states):
