@@ -25,6 +25,7 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 SECRETS = ("hub_token",)
 ENDLESS_VARIATIONS_CACHED = 4
+PREVIEW_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 
 
@@ -398,6 +399,10 @@ def check_inputs(args, leave_out=None):
     check_folder(args.output_dir, "--output_dir")
     if args.preview_data is not None:
         check_folder(Path(args.preview_data).parent, "--preview_data")
+        if Path(args.preview_data).is_dir() or Path(args.preview_data).suffix.lower() not in PREVIEW_ENDINGS:
+            raise InputError(
+                f"--preview_data {args.preview_data}: name a picture file, such as {Path('data') / 'sheet.png'}."
+            )
     if args.cache_variations != 0:
         check_folder(Path(args.latent_cache_dir).expanduser(), "--latent_cache_dir")
     return base, dataset
@@ -463,24 +468,42 @@ def augmentation_of(args):
     )
 
 
-def settle_cache(args, base, dataset, latent_shapes):
-    """Settles how many variations are cached, and checks that they fit on the disk."""
-    import math
+def num_variations(args):
+    """How many variations of each picture are cached; 0 where pictures are encoded live."""
+    if args.cache_variations is not None:
+        return args.cache_variations
+    return augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
+
+
+def captions_to_train_on(args, dataset):
+    """A list of captions for each picture; where shuffled tags are cached, each order is one of them."""
+    from text_to_image_lora import captions
+
+    groups = dataset["captions"][:]
+    if not args.shuffle_tags or not num_variations(args):
+        return groups
+    return [captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags) for group in groups]
+
+
+def bytes_of_cache(args, base, images, sizes, caption_lists, num_chunks, masked):
+    """How many bytes the whole cache takes."""
+    import torch
 
     from text_to_image_lora import caching
 
-    if args.cache_variations is None:
-        args.cache_variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
-    if args.cache_variations:
-        num_captions = len({caption for group in dataset["captions"] for caption in group})
-        caching.check_free_disk(
-            Path(args.latent_cache_dir).expanduser(),
-            latent_values=args.cache_variations * sum(map(math.prod, latent_shapes)),
-            prompt_values=77
-            * base.cross_attention_dim
-            * num_captions
-            * (args.tag_variations if args.shuffle_tags else 1),
-        )
+    dtype = torch.float32 if args.mixed_precision in (None, "no") else torch.float16  # or another of two bytes
+    shards, _ = caching.plan_latents(
+        images, sizes, cache_variations=num_variations(args), interpolation="", augmentation=augmentation_of(args),
+        seed=args.seed, identity="", dtype=dtype, folder="",
+    )  # fmt: skip
+    prompt_shards, _ = caching.plan_prompts(
+        [caption for group in caption_lists for caption in group] + [""] * (args.caption_dropout > 0),
+        identity="", dtype=dtype, clip_skip=None, folder="",
+    )  # fmt: skip
+    return caching.bytes_of(
+        shards, prompt_shards, latent_shapes=base.latent_shapes(sizes), latent_dtype=dtype, prompt_dtype=dtype,
+        prompt_shape=(77 * num_chunks, base.cross_attention_dim), masked=masked,
+    )  # fmt: skip
 
 
 def make_sampler(args, dataset, sizes, *, rank, world_size):
@@ -503,7 +526,7 @@ def make_sampler(args, dataset, sizes, *, rank, world_size):
     )
 
 
-def write_preview(args, dataset, images, sizes, sampler, variations):
+def write_preview(args, dataset, images, sizes, sampler):
     """Draws what the model will see of the first pictures; returns the line that says where."""
     from text_to_image_lora import inspection
 
@@ -513,7 +536,7 @@ def write_preview(args, dataset, images, sizes, sampler, variations):
         images,
         sizes,
         chosen,
-        num_variations=min(variations or 4, 4),
+        num_variations=min(num_variations(args) or 4, 4),
         interpolation=args.image_interpolation_mode,
         augmentation=augmentation_of(args),
         seed=args.seed,
@@ -535,38 +558,40 @@ def look_at_data(args, base, dataset, left_out):
     left_out = left_out + [(dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
     dataset, findings = dataset.select(sorted(good)), dict(enumerate(good[index] for index in sorted(good)))
     report_file = Path(args.output_dir) / "dataset.json"
-    if findings:
-        images = [finding[:3] for finding in findings.values()]
-        sizes = sizes_to_train_at(args, images, lambda line: None)
-        sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        variations = args.cache_variations
-        if variations is None:
-            variations = augmentation_of(args).variations() or ENDLESS_VARIATIONS_CACHED
-    if findings:
-        tokenizer, token_counts = models.load_tokenizer(base), None
-        if tokenizer is not None:
-            groups = dataset["captions"][:]
-            counts = iter(prompts.count_tokens(tokenizer, [caption for group in groups for caption in group]))
-            token_counts = [[next(counts) for _ in group] for group in groups]
-        values = variations * sum(2 * base.latent_channels * w * h // base.vae_factor**2 for w, h in sizes)
-        values += 77 * base.cross_attention_dim * len({c for group in dataset["captions"] for c in group})
-        report = inspection.describe(
-            dataset,
-            findings,
-            left_out,
-            sizes,
-            sampler.samples,
-            token_counts=token_counts,
-            token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
-            steps_per_epoch=sampler.steps_per_epoch,
-            cache_bytes=values * (4 if args.mixed_precision in (None, "no") else 2),
-        )
-        inspection.write_report(report, report_file)
-        print("\n".join([*inspection.lines_of(report), "", f"all of it: {report_file}"]))
-    if args.preview_data is not None and findings:
-        print(write_preview(args, dataset, images, sizes, sampler, variations))
     if not findings:
         raise InputError("Not one picture can be used: nothing to train on.")
+    images = [finding[:3] for finding in findings.values()]
+    sizes = sizes_to_train_at(args, images, lambda line: None)
+    sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    tokenizer, token_counts, num_chunks, too_long = models.load_tokenizer(base), None, 1, None
+    if tokenizer is not None:
+        token_counts = prompts.count_tokens(tokenizer, dataset["captions"][:])
+        try:
+            num_chunks = prompts.choose_num_chunks(
+                tokenizer, token_counts, dataset["source"], long_prompts=args.long_prompts, say=lambda line: None
+            )
+        except InputError as error:
+            too_long = error
+    masked = any(row is not None for row in dataset["mask"])
+    report = inspection.describe(
+        dataset,
+        findings,
+        left_out,
+        sizes,
+        sampler.samples,
+        token_counts=token_counts,
+        token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
+        steps_per_epoch=sampler.steps_per_epoch,
+        cache_bytes=bytes_of_cache(args, base, images, sizes, captions_to_train_on(args, dataset), num_chunks, masked)
+        if num_variations(args)
+        else 0,
+    )
+    inspection.write_report(report, report_file)
+    print("\n".join([*inspection.lines_of(report), "", f"all of it: {report_file}"]))
+    if args.preview_data is not None:
+        print(write_preview(args, dataset, images, sizes, sampler))
+    if too_long is not None:
+        raise too_long
     if left_out and not args.skip_bad_images:
         source, reason = left_out[0]
         raise InputError(
@@ -706,7 +731,6 @@ def main(args):
 
     from text_to_image_lora import (
         caching,
-        captions,
         checkpoint,
         data,
         export,
@@ -750,8 +774,8 @@ def main(args):
     )
     masked = any(row is not None for row in dataset["mask"])
     sizes = sizes_to_train_at(args, images, say)
-    latent_shapes = [(base.latent_channels, h // base.vae_factor, w // base.vae_factor) for w, h in sizes]
-    settle_cache(args, base, dataset, latent_shapes)
+    latent_shapes = base.latent_shapes(sizes)
+    args.cache_variations = num_variations(args)
 
     # Where a run of this command stopped, if it did.
     resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -762,8 +786,6 @@ def main(args):
         args.seed = broadcast_object_list([int.from_bytes(os.urandom(4), "little")])[0]
     sampler = make_sampler(args, dataset, sizes, rank=rank, world_size=world_size)
     settings = identity_of_run(args, dataset, images, sampler)
-    if args.preview_data is not None and accelerator.is_main_process:
-        say(write_preview(args, dataset, images, sizes, sampler, args.cache_variations))
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, settings_before, settings)
     else:
@@ -773,15 +795,16 @@ def main(args):
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
-    caption_lists = dataset["captions"][:]
     num_chunks = prompts.choose_num_chunks(
-        tokenizer, caption_lists, dataset["source"], long_prompts=args.long_prompts, say=say
+        tokenizer,
+        prompts.count_tokens(tokenizer, dataset["captions"][:]),
+        dataset["source"],
+        long_prompts=args.long_prompts,
+        say=say,
     )
-    if args.shuffle_tags and args.cache_variations:
-        caption_lists = [
-            captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags)
-            for group in caption_lists
-        ]
+    if args.preview_data is not None and accelerator.is_main_process:
+        say(write_preview(args, dataset, images, sizes, sampler))
+    caption_lists = captions_to_train_on(args, dataset)
     noise_scheduler = models.make_noise_scheduler(
         scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
     )
@@ -811,6 +834,7 @@ def main(args):
             images,
             sizes,
             caption_lists,
+            latent_shapes=latent_shapes,
             cache_variations=args.cache_variations,
             vae_encode=vae_encode,
             vae_identity=models.weights_identity(vae),
@@ -818,6 +842,7 @@ def main(args):
             text_encode=text_encode,
             text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
             clip_skip=args.clip_skip,
+            prompt_shape=(77 * num_chunks, base.cross_attention_dim),
             prompt_dtype=weight_dtype,
             folder=Path(args.latent_cache_dir).expanduser(),
             accelerator=accelerator,

@@ -1,6 +1,7 @@
 """The cache, with real encoders: what it holds is what encoding now would give, and it is written whole or not at all."""
 
 import copy
+import json
 import os
 import shutil
 from collections import Counter
@@ -86,11 +87,14 @@ def build(encoders, tmp_path):
     ):  # fmt: skip
         dataset = load_records(train_data_dir=pictures)
         images = inspect(dataset, folder)
+        sizes = sizes or [(32, 32)] * len(images)
         latents, prompts = caching.build(
             dataset,
             images,
-            sizes or [(32, 32)] * len(images),
+            sizes,
             dataset["captions"][:],
+            latent_shapes=[(4, height // 4, width // 4) for width, height in sizes],
+            prompt_shape=(77, 96),
             cache_variations=cache_variations,
             vae_encode=partial(models.encode_images, vae),
             vae_identity=models.weights_identity(vae),
@@ -420,18 +424,11 @@ def test_others_may_read_the_cache(fill, tmp_path):
 
 
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
-    folder, gib = tmp_path / "to" / "be" / "made", 2**30
-    sizes = dict(prompt_values=gib // 4)  # captions for 1 GiB
-    room = shutil.disk_usage(tmp_path).free // 8
-    caching.check_free_disk(folder, latent_values=room - gib, **sizes)
+    folder, free = tmp_path / "to" / "be" / "made", shutil.disk_usage(tmp_path).free
+    caching.check_free_disk(folder, free // 2)
     with pytest.raises(InputError, match="--latent_cache_dir") as caught:
-        caching.check_free_disk(folder, latent_values=room + gib, **sizes)
+        caching.check_free_disk(folder, 2 * free)
     assert str(caught.value).startswith(f"{folder}: ")
-    # On a disk that this very cache has filled, the same command goes on.
-    (folder / "latents").mkdir(parents=True)
-    with open(folder / "latents" / "a.safetensors", "wb") as file:
-        file.truncate(16 * gib)  # no byte of it is on the disk
-    caching.check_free_disk(folder, latent_values=room + gib, **sizes)
 
 
 @pytest.fixture
@@ -450,17 +447,17 @@ LATENTS, CAPTION = 4 * 2 * 6 * 4 * 8 * 8, 4 * 77 * 96  # bytes of mean and std o
 def test_each_different_caption_takes_room_once(train, tmp_path, disk):
     options = dict(train_data_dir=write_pictures(tmp_path / "set", captions=["an axe", "a whip"]), center_crop=True)
     disk(free=LATENTS + 2 * CAPTION - 1)
-    with pytest.raises(InputError, match=f"{tmp_path}/cache: the cache may need .* --latent_cache_dir"):
+    with pytest.raises(InputError, match=f"{tmp_path}/cache: the cache needs .* --latent_cache_dir"):
         train(**options)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     disk(free=LATENTS + 2 * CAPTION)
     train(**options)
     # Six different ones need more than two.
-    options = dict(center_crop=True, latent_cache_dir=tmp_path / "other")
-    with pytest.raises(InputError, match="the cache may need"):
+    options = dict(center_crop=True, latent_cache_dir=tmp_path / "other", output_dir=tmp_path / "other-out")
+    with pytest.raises(InputError, match="the cache needs"):
         train(**options)
     disk(free=LATENTS + 6 * CAPTION)
-    train(output_dir=tmp_path / "other-out", **options)
+    train(**options)
 
 
 def test_a_cache_that_has_filled_its_disk_is_used_again(train, tmp_path, disk):
@@ -468,7 +465,7 @@ def test_a_cache_that_has_filled_its_disk_is_used_again(train, tmp_path, disk):
     train(center_crop=True)
     disk(free=0)
     train(center_crop=True, output_dir=tmp_path / "again")
-    with pytest.raises(InputError, match=f"{tmp_path}/elsewhere: the cache may need"):
+    with pytest.raises(InputError, match=f"{tmp_path}/elsewhere: the cache needs"):
         train(center_crop=True, output_dir=tmp_path / "third", latent_cache_dir=tmp_path / "elsewhere")
 
 
@@ -526,3 +523,28 @@ def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
         assert inspect(dataset, tmp_path) == first
     memo.write_bytes(b"\xff\x00 12 13\n" + os.urandom(100))
     assert inspect(dataset, tmp_path) == first
+
+
+@pytest.mark.parametrize("options", [dict(mixed_precision="bf16", center_crop=True), dict(size=(40, 40))], ids=str)
+def test_a_whole_cache_on_a_full_disk_serves(train, tmp_path, monkeypatch, options):
+    folder = write_pictures(tmp_path / "set", size=options.pop("size", (40, 32)))
+    train(train_data_dir=folder, **options)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    train(train_data_dir=folder, output_dir=tmp_path / "again", **options)
+
+
+def test_long_prompts_take_more_room(train, tmp_path, monkeypatch):
+    folder = write_pictures(tmp_path / "set", captions=["axe " * 700])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * (2 * 6 * 256 + 77 * 96)))
+    with pytest.raises(InputError, match="the cache needs"):
+        train(train_data_dir=folder, long_prompts=True, center_crop=True)
+
+
+def test_the_estimate_with_long_prompts(train, tmp_path):
+    folder = write_pictures(tmp_path / "set", captions=["axe " * 700])
+    options = dict(train_data_dir=folder, long_prompts=True, center_crop=True)
+    train(dry_run=True, **options)
+    expected = json.loads((tmp_path / "out" / "dataset.json").read_text())["cache_bytes"]
+    train(**options)
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert taken < 1.1 * expected

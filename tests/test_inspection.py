@@ -130,3 +130,15 @@ def test_a_preview_of_no_picture_format(arguments, name):
     done = run_command([*arguments(), "--preview_data", name])
     assert done.returncode == 2
     assert f"--preview_data {name}: name a .png, .jpg or .webp file." in done.stderr
+
+
+def test_a_preview_that_is_a_folder_is_refused(train, tmp_path):
+    (tmp_path / "sheet.png").mkdir()
+    with pytest.raises(InputError, match="--preview_data"):
+        train(preview_data=tmp_path / "sheet.png")
+
+
+def test_a_dry_run_refuses_the_captions_that_training_refuses(train, tmp_path):
+    folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
+    with pytest.raises(InputError, match="11 chunks"):
+        train(train_data_dir=folder, long_prompts=True, dry_run=True)

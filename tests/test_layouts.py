@@ -487,3 +487,12 @@ def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, s
     (folder / name).unlink()
     assert load(folder)["captions"][:] == [["beside, in train"]]
     assert said == [f"{folder}: training on its folder train, not on test, validation"]
+
+
+def test_most_files_is_the_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MOST_FILES", 10)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for i in range(11):
+            file.writestr(f"{i}.txt", "")
+    with pytest.raises(InputError, match="more than 10 files"):
+        load_records(train_data_dir=tmp_path / "a.zip", archive_dir=tmp_path / "archives")

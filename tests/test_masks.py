@@ -257,3 +257,13 @@ def test_class_pictures_do_not_take_the_trigger(pictures, tmp_path):
     assert dataset["is_class"][:] == [False] * 6 + [True] * 3
     assert all(group[0].startswith("sks, ") for group in dataset["captions"][:6])
     assert dataset["captions"][6:] == [["a dog"]] * 3
+
+
+def test_an_empty_mask_is_told_of_a_picture_that_was_seen_without_one(train, pictures, tmp_path, capsys):
+    """The list of known pictures goes by content, and an empty mask adds nothing to it."""
+    train(output_dir=tmp_path / "before")
+    (pictures / "1.mask.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"1\.png': its mask: the file is empty"):
+        train()
+    train(skip_bad_images=True)
+    assert "1.png': its mask: the file is empty" in capsys.readouterr().out

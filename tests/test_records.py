@@ -448,3 +448,23 @@ def test_bundled_sets_are_what_the_script_draws(tmp_path):
     del bundled[Path("README.md")]
     assert drawn.keys() == bundled.keys()
     assert [path for path in drawn if drawn[path] != bundled[path]] == []
+
+
+def test_parquet_beside_several_pictures(tmp_path):
+    import datasets
+
+    def cell(colour):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 3), colour).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    folder = tmp_path / "set"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": [cell("red")], "text": ["a"]}, features=features).to_parquet(
+        folder / "part0.parquet"
+    )
+    for i in range(2):
+        (folder / f"thumbnail{i}.png").write_bytes(cell("green")["bytes"])
+    dataset = load_records(train_data_dir=folder, cache_dir=str(tmp_path / "datasets-cache"))
+    assert dataset["captions"][:] == [["a"]]

@@ -310,3 +310,10 @@ def test_checkpointing_steps_0_writes_none(train, capsys):
     assert list(output_dir.glob("*checkpoint*")) == []
     train(checkpointing_steps=0)
     assert "going on" not in capsys.readouterr().out
+
+
+def test_a_refused_run_writes_no_preview(train, tmp_path):
+    train()
+    with pytest.raises(InputError, match="another run"):
+        train(rank=8, lora_alpha=4, max_train_steps=4, preview_data=tmp_path / "sheet.png")
+    assert not (tmp_path / "sheet.png").exists()

@@ -65,7 +65,7 @@ def unpack(archive, folder):
 def _unpack_members(archive, target):
     room = max(ALWAYS_ALLOWED_BYTES, MOST_BYTES_PER_BYTE * archive.stat().st_size)
     room = min(room, shutil.disk_usage(target).free)
-    for count, (name, source) in enumerate(_members(archive)):
+    for count, (name, source) in enumerate(_members(archive), start=1):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         if count > MOST_FILES:
             raise InputError(

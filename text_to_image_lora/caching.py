@@ -69,10 +69,10 @@ def inspect_images(dataset, indices, folder):
         try:
             row = dataset[index]
             data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
-            identity = image_id(data + mask)
+            identity = image_id(data, mask)
             if identity not in known:
                 size = open_image(data).size
-                if row["mask"] is not None:
+                if mask is not None:
                     open_mask(mask, size)
                 known[identity] = size
                 return index, (identity, *known[identity]), None, True
@@ -253,25 +253,32 @@ def encode_prompt_entries(entries, progress, *, text_encode, dtype):
     return {"hidden_states": torch.cat(parts).contiguous()}
 
 
-def check_free_disk(folder, *, latent_values, prompt_values):
-    """Raises `InputError` where the cache can't fit on its disk; counts float32, so it may ask for twice the need."""
-    needed = 4 * (2 * latent_values + prompt_values)
+def bytes_of(latent_shards, prompt_shards, *, latent_shapes, prompt_shape, latent_dtype, prompt_dtype, masked):
+    """How many bytes the tensors of these shards take; shapes are those of one row, for each picture or caption."""
+    indices = [index for shard in latent_shards for index, _ in shard.entries.tolist()]
+    latents = 2 * latent_dtype.itemsize * sum(math.prod(latent_shapes[index]) for index in indices)
+    masks = sum(2 * math.prod(latent_shapes[index][1:]) for index in indices) if masked else 0
+    num_prompts = sum(len(shard.entries) for shard in prompt_shards)
+    return latents + masks + num_prompts * math.prod(prompt_shape) * prompt_dtype.itemsize
+
+
+def check_free_disk(folder, needed):
+    """Raises `InputError` where so many bytes don't fit on the folder's disk."""
     existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    held = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))  # may be this very cache
-    if needed > free + held:
+    if needed > free:
         raise InputError(
-            f"{folder}: the cache may need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free. Pass another "
+            f"{folder}: the cache needs {needed / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free. Pass another "
             "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."
         )
 
 
 def build(
-    dataset, images, sizes, captions, *, cache_variations, interpolation, augmentation, seed, vae_encode,
-    vae_identity, latent_dtype, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
+    dataset, images, sizes, captions, *, latent_shapes, cache_variations, interpolation, augmentation, seed, vae_encode,
+    vae_identity, latent_dtype, prompt_shape, text_encode, text_identity, clip_skip, prompt_dtype, folder, accelerator,
     caption_dropout=0.0, masked=False,
 ):  # fmt: skip
-    """Fills what is missing of the cache, each rank its share, and opens it.
+    """Fills what is missing of the cache, each rank its share, and opens it; `InputError` where the disk is too full.
 
     `images` and `sizes` are as in `plan_latents`, `captions` holds a list for each picture. With `caption_dropout` the
     empty caption is there too.
@@ -286,6 +293,12 @@ def build(
         [caption for group in captions for caption in group] + [""] * (caption_dropout > 0),
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
+    missing = ([shard for shard in shards if not is_whole(shard)] for shards in (latent_shards, prompt_shards))
+    needed = bytes_of(
+        *missing, latent_shapes=latent_shapes, prompt_shape=prompt_shape, latent_dtype=latent_dtype,
+        prompt_dtype=prompt_dtype, masked=masked,
+    )  # fmt: skip
+    check_free_disk(folder, needed)
     encode_latents = partial(
         encode_latent_entries, dataset=dataset, images=images, sizes=sizes, augmentation=augmentation, seed=seed,
         vae_encode=vae_encode, masked=masked, interpolation=interpolation, dtype=latent_dtype,

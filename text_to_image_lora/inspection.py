@@ -42,9 +42,9 @@ def examine(dataset):
             row = dataset[index]
             data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
             image = open_image(data)
-            if row["mask"] is not None:
+            if mask is not None:
                 open_mask(mask, image.size)
-            return index, Finding(image_id(data + mask), *image.size, difference_hash(image)), None
+            return index, Finding(image_id(data, mask), *image.size, difference_hash(image)), None
         except (ImageError, OSError) as error:
             return index, None, str(error)
 

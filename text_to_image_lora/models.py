@@ -44,6 +44,10 @@ class BaseModel(NamedTuple):
     variant: str | None
     cache_dir: str | None
 
+    def latent_shapes(self, sizes):
+        """(channels, height, width) of the latent of each (width, height) in pixels."""
+        return [(self.latent_channels, h // self.vae_factor, w // self.vae_factor) for w, h in sizes]
+
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""

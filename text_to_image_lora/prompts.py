@@ -1,5 +1,6 @@
 """Captions become what the UNet attends to: tokens, in chunks where they are long, and the text encoder's hidden states."""
 
+import itertools
 import math
 
 from .errors import InputError
@@ -28,12 +29,13 @@ def tokenize(tokenizer, captions, num_chunks=1):
     return torch.tensor(rows)
 
 
-def count_tokens(tokenizer, captions):
-    """How many tokens each caption has, start and end counted; the tokens of a thousand are held at a time."""
-    counts = []
-    for start in range(0, len(captions), 1000):
-        counts += map(len, tokenizer(captions[start : start + 1000]).input_ids)
-    return counts
+def count_tokens(tokenizer, caption_lists):
+    """How many tokens each caption of each list has, start and end counted; those of a thousand are held at a time."""
+    captions = [caption for group in caption_lists for caption in group]
+    counts = itertools.chain.from_iterable(
+        map(len, tokenizer(captions[start : start + 1000]).input_ids) for start in range(0, len(captions), 1000)
+    )
+    return [list(itertools.islice(counts, len(group))) for group in caption_lists]
 
 
 def chunks_needed(tokenizer, num_tokens):
@@ -41,16 +43,15 @@ def chunks_needed(tokenizer, num_tokens):
     return max(1, math.ceil((num_tokens - 2) / (tokenizer.model_max_length - 2)))
 
 
-def choose_num_chunks(tokenizer, caption_lists, sources, *, long_prompts, say):
+def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts, say):
     """How many chunks of tokens each prompt is encoded in; says how many captions are longer than one.
 
-    With `long_prompts` all prompts of a run get as many as the longest needs, so that they fit into one batch; more than
-    `MOST_CHUNKS` is an `InputError`. `sources` names the picture of each list of captions.
+    `token_counts` is what `count_tokens` gave, and `sources` names the picture of each of its lists. With `long_prompts`
+    all prompts of a run get as many chunks as the longest needs, so that they fit into one batch; more than `MOST_CHUNKS`
+    is an `InputError`.
     """
-    owners = [index for index, group in enumerate(caption_lists) for _ in group]
-    lengths = count_tokens(tokenizer, [caption for group in caption_lists for caption in group])
     limit = tokenizer.model_max_length
-    long = [owner for owner, length in zip(owners, lengths, strict=True) if length > limit]
+    long = [index for index, counts in enumerate(token_counts) for count in counts if count > limit]
     if not long_prompts:
         if long:
             say(
@@ -58,12 +59,12 @@ def choose_num_chunks(tokenizer, caption_lists, sources, *, long_prompts, say):
                 f"them whole); the first: {sources[long[0]]}"
             )
         return 1
-    num_chunks = chunks_needed(tokenizer, max(lengths))
+    longest, most = max(((i, count) for i, counts in enumerate(token_counts) for count in counts), key=lambda x: x[1])
+    num_chunks = chunks_needed(tokenizer, most)
     if num_chunks > MOST_CHUNKS:
         raise InputError(
-            f"{sources[owners[lengths.index(max(lengths))]]}: its caption of {max(lengths)} tokens would make every "
-            f"prompt {num_chunks} chunks long. Shorten it ({MOST_CHUNKS} chunks are the limit), or leave --long_prompts "
-            "out."
+            f"{sources[longest]}: its caption of {most} tokens would make every prompt {num_chunks} chunks long. Shorten it "
+            f"({MOST_CHUNKS} chunks are the limit), or leave --long_prompts out."
         )
     if num_chunks > 1:
         say(f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks")

@@ -152,12 +152,15 @@ def _from_folder(
     if split is not None and others and not at_the_top and not on_disk:
         say(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
         folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
-    endings = {path.suffix.lower() for path in files}
+    endings, stored_files = {path.suffix.lower() for path in files}, None
     chosen = layout or recognise(folder, files, instance_prompt)
     if layout is None and chosen in (None, "trigger_class", "instance") and endings & {".parquet", ".arrow"}:
         if endings & PICTURE_ENDINGS:  # such as the thumbnail of a hub repository
             say(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
             endings -= PICTURE_ENDINGS
+            stored_files = _files_to_train_on(folder, files)
+            if instance_prompt is not None:
+                say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
         chosen = None
     if chosen is not None:
         rows = read_folder(
@@ -176,6 +179,9 @@ def _from_folder(
         try:
             if on_disk:
                 stored = datasets.load_from_disk(str(folder))
+            elif stored_files:  # else the library may take the pictures for the dataset
+                kind = stored_files[0].suffix[1:].lower()
+                stored = datasets.load_dataset(kind, data_files=list(map(str, stored_files)), cache_dir=cache_dir)
             else:
                 stored = datasets.load_dataset(str(folder), config_name, cache_dir=cache_dir)
         except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
@@ -192,6 +198,16 @@ def _from_folder(
     if packed is not None:
         raise InputError(f"{folder}: it holds no pictures, but an archive. Pass the archive: {packed}")
     raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
+
+
+def _files_to_train_on(folder, files):
+    """The parquet files, or else the arrow files, less those whose names say that they are of another split."""
+    for ending in (".parquet", ".arrow"):
+        found = [path for path in files if path.suffix.lower() == ending]
+        own = [p for p in found if not OTHER_SPLITS & set(re.split(r"\W|_", p.relative_to(folder).as_posix().lower()))]
+        if own or found:
+            return own or found
+    return []
 
 
 def _from_hub(name, config_name, *, asked, cache_dir, leave_out):
@@ -322,13 +338,16 @@ def read_image_bytes(image):
 
 
 def read_mask_bytes(mask):
-    """The mask's bytes; empty where there is no mask."""
-    return b"" if mask is None else read_image_bytes(mask)
+    """The mask's bytes; None where there is no mask."""
+    return None if mask is None else read_image_bytes(mask)
 
 
-def image_id(data):
-    """A picture's identity: a hash of its file's bytes, so that an edited picture is another one."""
-    return hashlib.sha256(data).hexdigest()[:32]
+def image_id(data, mask=None):
+    """A picture's identity: a hash of its file's bytes and its mask's, so that an edited picture is another one."""
+    digest = hashlib.sha256(data)
+    if mask is not None:
+        digest.update(hashlib.sha256(mask).digest())
+    return digest.hexdigest()[:32]
 
 
 def in_threads(function, values):
