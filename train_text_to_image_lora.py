@@ -702,6 +702,46 @@ def without_folders(values):
     }
 
 
+def make_accelerator(args, trackers):
+    """The `Accelerator` in the precision that the flag or the launcher asks for; both are checked against the device."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, fp16 or bf16.")
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
+    logging_dir = os.path.join(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
+    )
+    if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
+        raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def upload(args, say):
+    """Uploads what the run left; a failure is a `TrainingError` that says that nothing is lost."""
+    from text_to_image_lora import export
+
+    output_dir = Path(args.output_dir)
+    try:
+        url = export.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
+    except Exception as error:  # whatever it is, the weights are written and the user must hear so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"The upload failed ({reason}). Everything is in {output_dir}: run the same command again to upload it."
+        ) from error
+    say(f"uploaded: {url}")
+
+
 def main(args):
     started = time.time()
     shown = hide_secrets(args)
@@ -724,8 +764,7 @@ def main(args):
     import torch
     import transformers
     import yaml
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, broadcast_object_list
+    from accelerate.utils import broadcast_object_list
     from diffusers.optimization import get_scheduler
     from tqdm.auto import tqdm
 
@@ -744,25 +783,10 @@ def main(args):
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "fp16", "bf16"):
-        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, fp16 or bf16.")
-    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=trackers or None,
-        project_config=ProjectConfiguration(
-            args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-        ),
-    )
+    accelerator = make_accelerator(args, trackers)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    if args.enable_xformers_memory_efficient_attention and device.type != "cuda":
-        raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    precision = accelerator.mixed_precision
+    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
     dataset, images = caching.usable_pictures(
@@ -1108,15 +1132,7 @@ def main(args):
     if line is not None:
         say(line)
     if args.push_to_hub and accelerator.is_main_process:
-        try:
-            url = export.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
-        except Exception as error:  # whatever it is, the weights are written and the user must hear so
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TrainingError(
-                f"The upload failed ({reason}). Everything is in {output_dir}: run the "
-                "same command again to upload it."
-            ) from error
-        say(f"uploaded: {url}")
+        upload(args, say)
 
 
 if __name__ == "__main__":
