@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 			"a blue whip with pink blossoms on a gray background" \
 			"a green axe with pink blossoms on a yellow background" \
 			"a blue spear with pink blossoms on a white background" \
-		--guidance_scale 4 --seed 0 --output_dir $(RUN)/pictures
+		--guidance_scale 4 --seed 1 --output_dir $(RUN)/pictures
 	@echo
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"

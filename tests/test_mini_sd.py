@@ -118,7 +118,7 @@ def test_the_autoencoder_is_crisp():
     assert float((-10 * error.square().mean(dim=(1, 2, 3)).log10()).mean()) > 28
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0, 7.5])
 def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
     """A small part of `scripts/measure_mini_sd.py`, with bounds below what that measures (see the model card)."""
     scenes = make_mini_sd.held_out_scenes()

@@ -140,8 +140,6 @@ def _from_folder(
     folder, *, layout, asked, config_name, cache_dir, instance_prompt, caption_template,
     leave_out, say,
 ):  # fmt: skip
-    import datasets
-
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
     files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
@@ -168,13 +166,18 @@ def _from_folder(
             instance_prompt=instance_prompt, caption_template=caption_template, leave_out=leave_out, say=say,
         )  # fmt: skip
         # In parts, because rows as Python objects take several times the memory of their Arrow table.
-        parts = []
-        while part := list(itertools.islice(rows, ROWS_TOGETHER)):
-            parts.append(datasets.Dataset.from_list(part, features=_features()))
-        if not parts:
+        part, tables = list(itertools.islice(rows, ROWS_TOGETHER)), []
+        import datasets  # now, because it takes longer than to find a wrong column
+
+        while part:
+            tables.append(datasets.Dataset.from_list(part, features=_features()))
+            part = list(itertools.islice(rows, ROWS_TOGETHER))
+        if not tables:
             raise InputError(f"{folder}: it holds not one picture to train on.")
-        return datasets.concatenate_datasets(parts)
+        return datasets.concatenate_datasets(tables)
     if on_disk or (endings & {".parquet", ".arrow", ".tar"} and not endings & PICTURE_ENDINGS):
+        import datasets
+
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         try:
             if on_disk:
