@@ -25,7 +25,6 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 SECRETS = ("hub_token",)
 ENDLESS_VARIATIONS_CACHED = 4
-PREVIEW_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 
 
@@ -399,10 +398,8 @@ def check_inputs(args, leave_out=None):
     check_folder(args.output_dir, "--output_dir")
     if args.preview_data is not None:
         check_folder(Path(args.preview_data).parent, "--preview_data")
-        if Path(args.preview_data).is_dir() or Path(args.preview_data).suffix.lower() not in PREVIEW_ENDINGS:
-            raise InputError(
-                f"--preview_data {args.preview_data}: name a picture file, such as {Path('data') / 'sheet.png'}."
-            )
+        if Path(args.preview_data).is_dir():
+            raise InputError(f"--preview_data {args.preview_data}: it is a folder. Name a file in it.")
     if args.cache_variations != 0:
         check_folder(Path(args.latent_cache_dir).expanduser(), "--latent_cache_dir")
     return base, dataset
@@ -440,14 +437,14 @@ def sizes_to_train_at(args, images, say):
         sizes = [(args.resolution, args.resolution)] * len(images)
     else:
         sizes = buckets.sizes_of(
-            [(width, height) for _, width, height in images],
+            [(image.width, image.height) for image in images],
             args.resolution,
             smallest=args.bucket_min_size,
             largest=args.bucket_max_size,
             step=args.bucket_step,
             no_upscale=args.bucket_no_upscale,
         )
-    small = sum(w < size[0] or h < size[1] for (_, w, h), size in zip(images, sizes, strict=True))
+    small = sum(im.width < size[0] or im.height < size[1] for im, size in zip(images, sizes, strict=True))
     if small:
         say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
     return sizes
@@ -551,16 +548,15 @@ def look_at_data(args, base, dataset, left_out):
 
     No model is loaded but the tokenizer. Raises `InputError` for what training would refuse.
     """
-    from text_to_image_lora import inspection, models, prompts
+    from text_to_image_lora import inspection, models, pictures, prompts
 
     args = argparse.Namespace(**vars(args) | {"seed": args.seed or 0})
-    good, bad = inspection.examine(dataset)
+    good, bad = pictures.examine(dataset, range(len(dataset)))
     left_out = left_out + [(dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
-    dataset, findings = dataset.select(sorted(good)), dict(enumerate(good[index] for index in sorted(good)))
+    dataset, images = dataset.select(sorted(good)), [good[index] for index in sorted(good)]
     report_file = Path(args.output_dir) / "dataset.json"
-    if not findings:
+    if not images:
         raise InputError("Not one picture can be used: nothing to train on.")
-    images = [finding[:3] for finding in findings.values()]
     sizes = sizes_to_train_at(args, images, lambda line: None)
     sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer, token_counts, num_chunks, too_long = models.load_tokenizer(base), None, 1, None
@@ -575,7 +571,7 @@ def look_at_data(args, base, dataset, left_out):
     masked = any(row is not None for row in dataset["mask"])
     report = inspection.describe(
         dataset,
-        findings,
+        images,
         left_out,
         sizes,
         sampler.samples,
@@ -605,7 +601,9 @@ def identity_of_run(args, dataset, images, sampler):
     return {
         "base_model": args.pretrained_model_name_or_path,
         "dataset": fingerprint(
-            [name for name, _, _ in images], dataset["captions"], [sampler.samples.tolist(), sampler.groups.tolist()]
+            [image.image_id for image in images],
+            dataset["captions"],
+            [sampler.samples.tolist(), sampler.groups.tolist()],
         ),
         "rank": args.rank,
         "lora_alpha": args.lora_alpha,
@@ -776,6 +774,7 @@ def main(args):
         lora,
         models,
         objective,
+        pictures,
         prompts,
         tracking,
         validation,
@@ -789,7 +788,7 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
-    dataset, images = caching.usable_pictures(
+    dataset, images = pictures.usable_pictures(
         dataset,
         Path(args.latent_cache_dir).expanduser(),
         skip_bad_images=args.skip_bad_images,
@@ -1113,13 +1112,13 @@ def main(args):
     # What the run leaves.
     if accelerator.is_main_process:
         lora_file = save_lora(output_dir)
-        pictures = validation.latest_images(output_dir, args.validation_prompts)
+        shown_pictures = validation.latest_images(output_dir, args.validation_prompts)
         export.write_model_card(
             output_dir,
             base_model=args.pretrained_model_name_or_path,
             dataset_name=args.dataset_name or " ".join(args.train_data_dir),
-            prompts=[prompt for prompt, _ in pictures],
-            image_paths=[path.relative_to(output_dir).as_posix() for _, path in pictures],
+            prompts=[prompt for prompt, _ in shown_pictures],
+            image_paths=[path.relative_to(output_dir).as_posix() for _, path in shown_pictures],
             hyperparameters=shown,
             repo_id=args.hub_model_id,
         )

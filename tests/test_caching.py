@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from collections import Counter
 from functools import partial
@@ -19,8 +18,9 @@ from PIL import Image
 from text_to_image_lora import caching, models
 from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures import Picture, examine
 from text_to_image_lora.prompts import encode_prompts
-from text_to_image_lora.records import image_id, load_records
+from text_to_image_lora.records import load_records
 from text_to_image_lora.transforms import Augmentation, apply_variation, draw_variation
 
 
@@ -114,7 +114,7 @@ def build(encoders, tmp_path):
 
 
 def inspect(dataset, folder):
-    good, bad = caching.inspect_images(dataset, range(len(dataset)), folder)
+    good, bad = examine(dataset, range(len(dataset)), folder)
     assert not bad
     return [good[index] for index in range(len(dataset))]
 
@@ -241,7 +241,7 @@ def test_workers_read_the_same(build, pictures):
 def test_equal_variations_are_stored_once(center_crop, random_flip, square, wide):
     augmentation = Augmentation(center_crop=bool(center_crop), random_flip=bool(random_flip))
     options = dict(augmentation=augmentation, seed=0)
-    images = [(f"{i:032x}", *size) for i, size in enumerate([(50, 50), (900, 32), (32, 32)])]
+    images = [Picture(f"{i:032x}", *size) for i, size in enumerate([(50, 50), (900, 32), (32, 32)])]
     shards, locations = caching.plan_latents(
         images, [(32, 32)] * 3, cache_variations=augmentation.variations() or 4, interpolation="lanczos",
         identity="vae", dtype=torch.float32, folder="cache", **options,
@@ -249,7 +249,7 @@ def test_equal_variations_are_stored_once(center_crop, random_flip, square, wide
     assert [len(shard.entries) for shard in shards] == [square + wide, square]
 
     def drawn(i, k):
-        return draw_variation(*images[i][1:], (32, 32), image_id=images[i][0], index=k, **options)
+        return draw_variation(*images[i][1:3], (32, 32), image_id=images[i].image_id, index=k, **options)
 
     for i, rows in enumerate(locations):
         for k, (shard, row) in enumerate(rows):
@@ -467,62 +467,6 @@ def test_a_cache_that_has_filled_its_disk_is_used_again(train, tmp_path, disk):
     train(center_crop=True, output_dir=tmp_path / "again")
     with pytest.raises(InputError, match=f"{tmp_path}/elsewhere: the cache needs"):
         train(center_crop=True, output_dir=tmp_path / "third", latent_cache_dir=tmp_path / "elsewhere")
-
-
-# Pictures are looked at once.
-
-
-def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
-    folder = write_pictures(tmp_path / "set")
-    Image.new("RGB", (7, 9)).save(folder / "1.png")
-    (folder / "2.png").write_bytes(b"")
-    (folder / "3.png").write_text("words")
-    (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:200])
-    dataset = load_records(train_data_dir=folder)
-    (folder / "5.png").unlink()
-    for _ in range(2):  # what is bad stays bad
-        good, bad = caching.inspect_images(dataset, range(6), tmp_path / "memo")
-        assert good == {
-            i: (image_id((folder / f"{i}.png").read_bytes()), *size) for i, size in enumerate([(40, 32), (7, 9)])
-        }
-        assert bad.keys() == {2, 3, 4, 5}
-        assert "empty" in bad[2]
-        assert "not a picture" in bad[3]
-        assert "decoded" in bad[4]
-        assert "No such file" in bad[5]
-    assert caching.inspect_images(dataset, [1], tmp_path / "memo")[0].keys() == {1}
-
-
-def test_a_row_without_picture_is_told(tmp_path):
-    import datasets
-
-    dataset = datasets.Dataset.from_dict(
-        {"image": [None]}, features=datasets.Features({"image": datasets.Image(decode=False)})
-    )
-    assert caching.inspect_images(dataset, [0], tmp_path) == ({}, {0: "there is no picture"})
-
-
-def test_a_picture_seen_before_is_not_decoded_again(pictures, tmp_path):
-    dataset = load_records(train_data_dir=pictures)
-    first = inspect(dataset, tmp_path)
-    memo = tmp_path / "pictures.txt"
-    assert len(memo.read_text().splitlines()) == 6
-    memo.write_text(memo.read_text().replace(f"{first[2][0]} 60 48", f"{first[2][0]} 61 49"))
-    assert inspect(dataset, tmp_path)[2] == (first[2][0], 61, 49)
-    assert len(memo.read_text().splitlines()) == 6
-
-
-@pytest.mark.parametrize("lost", range(1, 12))
-def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
-    """A run that was killed while it wrote leaves half a line."""
-    dataset = load_records(train_data_dir=pictures)
-    first = inspect(dataset, tmp_path)
-    memo = tmp_path / "pictures.txt"
-    memo.write_bytes(memo.read_bytes()[:-lost])
-    for _ in range(3):
-        assert inspect(dataset, tmp_path) == first
-    memo.write_bytes(b"\xff\x00 12 13\n" + os.urandom(100))
-    assert inspect(dataset, tmp_path) == first
 
 
 @pytest.mark.parametrize("options", [dict(mixed_precision="bf16", center_crop=True), dict(size=(40, 40))], ids=str)

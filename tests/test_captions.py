@@ -12,6 +12,7 @@ from text_to_image_lora import prompts
 from text_to_image_lora.captions import shuffle_tags, shuffled_variations
 from text_to_image_lora.data import Sample, TrainingSet
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures import Picture
 from text_to_image_lora.records import load_records
 from text_to_image_lora.transforms import Augmentation
 
@@ -49,7 +50,7 @@ def make_set(tmp_path):
 
     def make(**changes):
         return TrainingSet(
-            dataset, [("0" * 32, 40, 32)], [(32, 32)], dataset["captions"][:], latents=(None, None), prompts=(None, None),
+            dataset, [Picture("0" * 32, 40, 32)], [(32, 32)], dataset["captions"][:], latents=(None, None), prompts=(None, None),
             latent_shapes=[(4, 8, 8)], seed=0, num_train_timesteps=1000, interpolation="lanczos",
             augmentation=Augmentation(), **changes,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.inspection import examine
+from text_to_image_lora.pictures import examine
 from text_to_image_lora.records import load_records, read_image_bytes
 from text_to_image_lora.transforms import open_image
 
@@ -157,7 +157,7 @@ def test_odd_pictures(tmp_path, case, layout):
             (tmp_path / name).with_suffix(".txt").write_text("a cat")
     dataset = load_records(train_data_dir=tmp_path)
     index = [Path(row["image"]["path"]).name for row in dataset].index(odd.name)
-    good, bad = examine(dataset)
+    good, bad = examine(dataset, range(len(dataset)))
     assert len(dataset) == 2
     if odd.refused is not None:
         assert list(bad) == [index]
@@ -303,7 +303,7 @@ def test_odd_folders(tmp_path, case):
         train_data_dir=folder, say=heard.append, leave_out=(lambda *what: skipped.append(what)) if left_out else None
     )
     assert dataset["captions"][:] == captions
-    assert not examine(dataset)[1]
+    assert not examine(dataset, range(len(dataset)))[1]
     assert (said or "") in " ".join(heard)
     assert bool(heard) == bool(said)
     assert [source.endswith(left_out) for source, _ in skipped] == ([True] if left_out else [])
@@ -364,7 +364,7 @@ def test_an_unreadable_file():
         try:
             if is_root:
                 os.seteuid(65534)
-            _, bad = examine(dataset)
+            _, bad = examine(dataset, range(len(dataset)))
         finally:
             if is_root:
                 os.seteuid(0)

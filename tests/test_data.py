@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from text_to_image_lora.caching import inspect_images
 from text_to_image_lora.data import EffectiveBatchSampler, Sample, TrainingSet, collate, samples_of_epoch, seed_of
+from text_to_image_lora.pictures import examine
 from text_to_image_lora.records import load_records
 from text_to_image_lora.transforms import Augmentation
 
@@ -131,9 +131,7 @@ def make_set(tmp_path):
     def make(folder=None, seed=0, num_train_timesteps=1000, **changes):
         folder = folder or write_pictures(tmp_path / "set")
         dataset = load_records(train_data_dir=folder)
-        images = [
-            found for _, found in sorted(inspect_images(dataset, range(len(dataset)), tmp_path / "memo")[0].items())
-        ]
+        images = [found for _, found in sorted(examine(dataset, range(len(dataset)), tmp_path / "memo")[0].items())]
         options = dict(interpolation="lanczos", augmentation=Augmentation(random_flip=True)) | changes
         return TrainingSet(
             dataset, images, [(32, 32)] * len(images), dataset["captions"][:], latents=(None, None), prompts=(None, None),

@@ -8,8 +8,8 @@ import pytest
 from conftest import run_command, write_pictures
 from PIL import Image
 
-from text_to_image_lora import inspection
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures import examine
 from text_to_image_lora.records import load_records
 from text_to_image_lora.transforms import Augmentation, apply_variation, draw_variation, open_image
 
@@ -85,7 +85,7 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
     sheet = Image.open(sheet_file)
     assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
     dataset = load_records(train_data_dir=pictures)
-    good, _ = inspection.examine(dataset)
+    good, _ = examine(dataset, range(len(dataset)))
     found = 0
     for finding in good.values():
         image = open_image((pictures / f"{list(good.values()).index(finding)}.png").read_bytes())
@@ -109,27 +109,6 @@ def test_the_preview_makes_its_folder(train, tmp_path, capsys, dry_run):
     with Image.open(sheet_file) as sheet:
         assert sheet.format == "JPEG"
         assert sheet.size == (4 * 200 + 460, 6 * 200 + 8)
-
-
-def test_alike_is_the_same_picture_and_not_another():
-    rng = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
-        for _ in range(40)
-    ]
-    findings = {}
-    for i, picture in enumerate(pictures):
-        findings[i] = inspection.Finding(f"{i}", 96, 96, inspection.difference_hash(picture))
-        smaller = picture.resize((50, 50))
-        findings[40 + i] = inspection.Finding(f"{40 + i}", 50, 50, inspection.difference_hash(smaller))
-    assert inspection.alike_pictures(findings) == [[i, 40 + i] for i in range(40)]
-
-
-@pytest.mark.parametrize("name", ["sheet.txt", "sheet"])
-def test_a_preview_of_no_picture_format(arguments, name):
-    done = run_command([*arguments(), "--preview_data", name])
-    assert done.returncode == 2
-    assert f"--preview_data {name}: name a .png, .jpg or .webp file." in done.stderr
 
 
 def test_a_preview_that_is_a_folder_is_refused(train, tmp_path):

@@ -15,6 +15,7 @@ FLOORS = [
     {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora", "prompts"},
     {"layouts"},
     {"records"},
+    {"pictures"},
     {"caching", "checkpoint", "export", "inspection"},
     {"data", "validation", "tracking"},
 ]

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -26,9 +25,8 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from .errors import InputError
-from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
+from .records import read_image_bytes
 from .transforms import (
-    ImageError,
     apply_variation,
     apply_variation_to_mask,
     draw_variation,
@@ -42,7 +40,6 @@ IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_PIXELS = 4 * 512 * 512
 ENCODE_CAPTIONS = 32
-MEMO_LINE = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+)\n")  # the end of the line too: a killed run leaves half a line
 
 
 class Shard(NamedTuple):
@@ -52,83 +49,18 @@ class Shard(NamedTuple):
     entries: Sequence
 
 
-def inspect_images(dataset, indices, folder):
-    """Identity and size of each picture, and what is wrong with those that can't be used.
-
-    Returns {index: (image_id, width, height)} and {index: reason}. Pictures are decoded to see that they can be; those
-    seen before, by content, are not decoded again (`folder` keeps the list).
-    """
-    known = {}
-    memo = Path(folder) / "pictures.txt"
-    if memo.exists():
-        for line in memo.read_bytes().splitlines(keepends=True):
-            if match := MEMO_LINE.fullmatch(line):
-                known[match[1].decode()] = (int(match[2]), int(match[3]))
-
-    def inspect(index):
-        try:
-            row = dataset[index]
-            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
-            identity = image_id(data, mask)
-            if identity not in known:
-                size = open_image(data).size
-                if mask is not None:
-                    open_mask(mask, size)
-                known[identity] = size
-                return index, (identity, *known[identity]), None, True
-            return index, (identity, *known[identity]), None, False
-        except (ImageError, OSError) as error:
-            return index, None, str(error), False
-
-    good, bad, new = {}, {}, []
-    for index, found, reason, fresh in in_threads(inspect, indices):
-        if reason is not None:
-            bad[index] = reason
-            continue
-        good[index] = found
-        if fresh:
-            new.append(f"{found[0]} {found[1]} {found[2]}\n")
-    if new:
-        with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
-                file.write("".join(new).encode())
-    return good, bad
-
-
-def usable_pictures(dataset, folder, *, skip_bad_images, accelerator, say):
-    """The rows whose pictures can be decoded, and (image_id, width, height) of each; ranks share the work.
-
-    Raises `InputError` for the first that can't be, unless `skip_bad_images`: then they are told and left out.
-    """
-    from accelerate.utils import gather_object
-
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    found = gather_object([inspect_images(dataset, share, folder)])
-    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
-    if bad and not skip_bad_images:
-        first = min(bad)
-        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
-        raise InputError(
-            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
-        )
-    for index in sorted(bad):
-        say(f"left out: {dataset[index]['source']}: {bad[index]}")
-    if not good:
-        raise InputError("Not one picture can be used: nothing to train on.")
-    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
-
-
 def variation_of(index, k, *, images, sizes, augmentation, seed):
     """Variation `k` of a picture, by its index in `images` and `sizes` (as in `plan_latents`)."""
-    name, width, height = images[index]
-    return draw_variation(width, height, sizes[index], augmentation, seed=seed, image_id=name, index=k)
+    image = images[index]
+    return draw_variation(
+        image.width, image.height, sizes[index], augmentation, seed=seed, image_id=image.image_id, index=k
+    )
 
 
 def plan_latents(
     images, sizes, *, cache_variations, interpolation, augmentation, seed, identity, dtype, folder, masked=False
 ):
-    """The shards for `images` (a list of (image_id, width, height)), and where each variation of each picture lies.
+    """The shards for `images` (a list of `Picture`s), and where each variation of each picture lies.
 
     `sizes` holds the (width, height) that each picture is trained at; a shard's pictures have one size. Returns shards
     whose entries are (index, k), and locations[i, k] = (shard, row), both int32. Variations that are alike (a square
@@ -152,7 +84,7 @@ def plan_latents(
                 if variation not in seen:
                     seen[variation] = len(entries)
                     entries.append((i, k))
-                    described.append([images[i][0], *variation])
+                    described.append([images[i].image_id, *variation])
                 locations[i, k] = len(shards), seen[variation]
         key = [CACHE_VERSION, "latents", identity, str(dtype), size, interpolation, described, masked]
         shards.append(Shard(_shard_path(folder, "latents", key), np.array(entries, dtype=np.int32)))

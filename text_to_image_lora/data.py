@@ -200,9 +200,15 @@ class TrainingSet(torch.utils.data.Dataset):
             for name in ("mean", "std", "mask") if self.masked else ("mean", "std"):
                 out[name] = self.latents.row(shard, row, name).float()
         else:
-            name, width, height = self.images[sample.index]
+            picture = self.images[sample.index]
             variation = draw_variation(
-                width, height, size, self.augmentation, seed=self.seed, image_id=name, index=which_variation
+                picture.width,
+                picture.height,
+                size,
+                self.augmentation,
+                seed=self.seed,
+                image_id=picture.image_id,
+                index=which_variation,
             )
             record = self.dataset[sample.index]
             image = open_image(read_image_bytes(record["image"]))

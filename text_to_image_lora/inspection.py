@@ -2,105 +2,23 @@
 
 import json
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
-from .transforms import ImageError, apply_variation, draw_variation, open_image, open_mask
+from .pictures import alike_pictures, equal_pictures
+from .records import read_image_bytes
+from .transforms import apply_variation, draw_variation, open_image
 
 
-ALIKE_BITS = 7  # of the 128 bits of a difference hash; other pictures differ by some 30 at least
 LISTED = 5  # examples of each finding on the terminal; the JSON file has all
 
 
-class Finding(NamedTuple):
-    """A picture that can be used: its content's identity, sides in pixels, and difference hash."""
-
-    image_id: str
-    width: int
-    height: int
-    hash: int
-
-
-def difference_hash(image):
-    """128 bits: whether each of 8x8 places is brighter than its neighbour to the right, and than the one below.
-
-    The dHash of N. Krawetz (2013), in both directions; it stays nearly the same when a picture is resized or compressed.
-    """
-    grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BILINEAR), dtype=int)
-    bits = np.concatenate([(grey[:8, :8] > grey[:8, 1:]).ravel(), (grey[:8, :8] > grey[1:, :8]).ravel()])
-    return int.from_bytes(np.packbits(bits).tobytes())
-
-
-def examine(dataset):
-    """{index: `Finding`} of the pictures that can be decoded, and {index: reason} of the others."""
-
-    def look(index):
-        try:
-            row = dataset[index]
-            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
-            image = open_image(data)
-            if mask is not None:
-                open_mask(mask, image.size)
-            return index, Finding(image_id(data, mask), *image.size, difference_hash(image)), None
-        except (ImageError, OSError) as error:
-            return index, None, str(error)
-
-    good, bad = {}, {}
-    for index, finding, reason in in_threads(look, range(len(dataset))):
-        if reason is None:
-            good[index] = finding
-        else:
-            bad[index] = reason
-    return good, bad
-
-
-def equal_pictures(findings):
-    """Groups of indices whose files are the same byte for byte."""
-    groups = defaultdict(list)
-    for index, finding in findings.items():
-        groups[finding.image_id].append(index)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def alike_pictures(findings):
-    """Groups of indices of different files whose pictures look alike: hashes that differ by `ALIKE_BITS` at most.
-
-    Hashes that near share one of eight bands of 16 bits, so only those within a band are compared.
-    """
-    first = {}
-    for index, finding in findings.items():
-        first.setdefault(finding.image_id, index)
-    bands = defaultdict(list)
-    for index in first.values():
-        for band in range(8):
-            bands[band, findings[index].hash >> 16 * band & 0xFFFF].append(index)
-    leader = {index: index for index in first.values()}
-
-    def group_of(index):
-        while leader[index] != index:
-            index = leader[index] = leader[leader[index]]
-        return index
-
-    for members in bands.values():
-        # Of a crowd each is compared with the first ones only: a band that so many share is a flat part of a picture.
-        for place, a in enumerate(members):
-            for b in members[max(0, place - 1000) : place] if len(members) < 5000 else members[: min(place, 20)]:
-                if group_of(a) != group_of(b) and (findings[a].hash ^ findings[b].hash).bit_count() <= ALIKE_BITS:
-                    leader[max(group_of(a), group_of(b))] = min(group_of(a), group_of(b))
-    groups = defaultdict(list)
-    for index in leader:
-        groups[group_of(index)].append(index)
-    return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
-
-
-def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token_limit, steps_per_epoch, cache_bytes):
+def describe(dataset, images, left_out, sizes, samples, *, token_counts, token_limit, steps_per_epoch, cache_bytes):
     """The report as plain data.
 
-    `token_limit` is None where captions are read whole. `findings` are those of the dataset's rows, `left_out` what can't be used ([source, reason]); `sizes` and `samples` as
-    training has them; `token_counts` holds one number for each caption of each row, or is None.
+    `images` are the `Picture`s of the dataset's rows, `left_out` what can't be used ([source, reason]); `sizes` and
+    `samples` as training has them; `token_counts` holds one number for each caption of each row, or is None;
+    `token_limit` is None where captions are read whole.
     """
     sources, concepts, captions = dataset["source"][:], dataset["concept"][:], dataset["captions"][:]
     per_picture = Counter(samples.tolist())
@@ -111,7 +29,7 @@ def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token
             group[key][1] += per_picture[index]
     small = [
         f"{sources[i]}: {f.width}x{f.height}"
-        for i, f in findings.items()
+        for i, f in enumerate(images)
         if f.width < sizes[i][0] or f.height < sizes[i][1]
     ]
     lengths = [(count, i) for i, group in enumerate(token_counts or []) for count in group]
@@ -134,8 +52,8 @@ def describe(dataset, findings, left_out, sizes, samples, *, token_counts, token
         },
         "repeats": {str(k): v for k, v in sorted(Counter(dataset["num_repeats"]).items())},
         "enlarged": small,
-        "equal": [[sources[i] for i in group] for group in equal_pictures(findings)],
-        "alike": [[sources[i] for i in group] for group in alike_pictures(findings)],
+        "equal": [[sources[i] for i in group] for group in equal_pictures(images)],
+        "alike": [[sources[i] for i in group] for group in alike_pictures(images)],
         "samples_an_epoch": len(samples),
         "steps_an_epoch": steps_per_epoch,
         "cache_bytes": cache_bytes,
@@ -184,11 +102,19 @@ def preview_sheet(dataset, images, sizes, indices, *, num_variations, interpolat
     sheet = Image.new("RGB", (num_variations * (tile + gap) + words, len(indices) * (tile + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for row, index in enumerate(indices):
-        name, width, height = images[index]
+        picture = images[index]
         top = gap + row * (tile + gap)
         image = open_image(read_image_bytes(dataset[index]["image"]))
         for k in range(num_variations):
-            variation = draw_variation(width, height, sizes[index], augmentation, seed=seed, image_id=name, index=k)
+            variation = draw_variation(
+                picture.width,
+                picture.height,
+                sizes[index],
+                augmentation,
+                seed=seed,
+                image_id=picture.image_id,
+                index=k,
+            )
             pixels = Image.fromarray(apply_variation(image, variation, sizes[index], interpolation))
             scale = tile / max(pixels.size)
             pixels = pixels.resize(
@@ -196,7 +122,7 @@ def preview_sheet(dataset, images, sizes, indices, *, num_variations, interpolat
             )
             sheet.paste(pixels, (gap + k * (tile + gap), top))
         left = gap + num_variations * (tile + gap)
-        what = f"{dataset[index]['concept']}   {width}x{height} -> {sizes[index][0]}x{sizes[index][1]}"
+        what = f"{dataset[index]['concept']}   {picture.width}x{picture.height} -> {sizes[index][0]}x{sizes[index][1]}"
         draw.text((left, top), what, fill=(110, 110, 110), font=font)
         for line, text in enumerate(wrapped(dataset[index]["captions"][0], font, words - 2 * gap)[:9]):
             draw.text((left, top + 20 + 17 * line), text, fill="black", font=font)

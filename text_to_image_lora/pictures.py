@@ -1,0 +1,144 @@
+"""The pictures themselves: which can be decoded, how large they are, which are the same or look alike."""
+
+import contextlib
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError
+from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
+from .transforms import ImageError, open_image, open_mask
+
+
+ALIKE_BITS = 7  # of the 128 bits of a difference hash; other pictures differ by some 30 at least
+# A line of the list of known pictures; the end of the line too, because a killed run leaves half a line.
+KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
+
+
+class Picture(NamedTuple):
+    """A picture that can be used: its content's identity, sides in pixels, and difference hash."""
+
+    image_id: str
+    width: int
+    height: int
+    hash: int = 0
+
+
+def difference_hash(image):
+    """128 bits: whether each of 8x8 places is brighter than its neighbour to the right, and than the one below.
+
+    The dHash of N. Krawetz (2013), in both directions; it stays nearly the same when a picture is resized or compressed.
+    """
+    grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BILINEAR), dtype=int)
+    bits = np.concatenate([(grey[:8, :8] > grey[:8, 1:]).ravel(), (grey[:8, :8] > grey[1:, :8]).ravel()])
+    return int.from_bytes(np.packbits(bits).tobytes())
+
+
+def examine(dataset, indices, folder=None):
+    """{index: `Picture`} of those that can be used, and {index: reason} of the others.
+
+    Pictures are decoded to see that they can be; with a `folder`, which keeps the list, those known by content are not
+    decoded again.
+    """
+    known, memo = {}, None if folder is None else Path(folder) / "pictures.txt"
+    if memo is not None and memo.exists():
+        for line in memo.read_bytes().splitlines(keepends=True):
+            if match := KNOWN.fullmatch(line):
+                name = match[1].decode()
+                known[name] = Picture(name, int(match[2]), int(match[3]), int(match[4], 16))
+
+    def look(index):
+        try:
+            row = dataset[index]
+            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
+            name = image_id(data, mask)
+            if name in known:
+                return index, known[name], None, False
+            image = open_image(data)
+            if mask is not None:
+                open_mask(mask, image.size)
+            known[name] = Picture(name, *image.size, difference_hash(image))
+            return index, known[name], None, True
+        except (ImageError, OSError) as error:
+            return index, None, str(error), False
+
+    good, bad, new = {}, {}, []
+    for index, found, reason, is_new in in_threads(look, indices):
+        if reason is not None:
+            bad[index] = reason
+            continue
+        good[index] = found
+        if is_new:
+            new.append(f"{found.image_id} {found.width} {found.height} {found.hash:032x}\n")
+    if new and memo is not None:
+        with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
+                file.write("".join(new).encode())
+    return good, bad
+
+
+def usable_pictures(dataset, folder, *, skip_bad_images, accelerator, say):
+    """The rows whose pictures can be decoded, and the `Picture` of each; ranks share the work.
+
+    Raises `InputError` for the first that can't be, unless `skip_bad_images`: then they are told and left out.
+    """
+    from accelerate.utils import gather_object
+
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    found = gather_object([examine(dataset, share, folder)])
+    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
+    if bad and not skip_bad_images:
+        first = min(bad)
+        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{dataset[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
+        )
+    for index in sorted(bad):
+        say(f"left out: {dataset[index]['source']}: {bad[index]}")
+    if not good:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
+def equal_pictures(pictures):
+    """Groups of indices into a list of `Picture`s whose files are the same byte for byte."""
+    groups = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        groups[picture.image_id].append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def alike_pictures(pictures):
+    """Groups of indices of different files whose pictures look alike: hashes that differ by `ALIKE_BITS` at most.
+
+    Hashes that near share one of eight bands of 16 bits, so only those within a band are compared.
+    """
+    first = {}
+    for index, picture in enumerate(pictures):
+        first.setdefault(picture.image_id, index)
+    bands = defaultdict(list)
+    for index in first.values():
+        for band in range(8):
+            bands[band, pictures[index].hash >> 16 * band & 0xFFFF].append(index)
+    leader = {index: index for index in first.values()}
+
+    def group_of(index):
+        while leader[index] != index:
+            index = leader[index] = leader[leader[index]]
+        return index
+
+    for members in bands.values():
+        # Of a crowd each is compared with the first ones only: a band that so many share is a flat part of a picture.
+        for place, a in enumerate(members):
+            for b in members[max(0, place - 1000) : place] if len(members) < 5000 else members[: min(place, 20)]:
+                if group_of(a) != group_of(b) and (pictures[a].hash ^ pictures[b].hash).bit_count() <= ALIKE_BITS:
+                    leader[max(group_of(a), group_of(b))] = min(group_of(a), group_of(b))
+    groups = defaultdict(list)
+    for index in leader:
+        groups[group_of(index)].append(index)
+    return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
