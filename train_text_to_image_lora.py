@@ -11,6 +11,7 @@ import argparse
 import difflib
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -164,12 +165,17 @@ def build_parser():
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
 
+    group = parser.add_argument_group("validation loss").add_argument
+    group("--validation_split", type=float, default=0.0, help="share of the pictures that are not trained on, to tell learning from overfitting; those that look alike stay together")
+    group("--validation_data_dir", nargs="+", metavar="FOLDER", help="pictures for that in folders of their own, as in --train_data_dir")
+    group("--early_stopping_patience", type=int, help="stop when so many validations in a row were no better; the best LoRA is in best/ in any case")
+
     group = parser.add_argument_group("validation pictures").add_argument
     group("--validation_prompt", help="a prompt to make pictures with")
     group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several of them")
     group("--validation_negative_prompt", default="", help="what the pictures are to avoid")
     group("--num_validation_images", type=int, default=4, help="pictures of each prompt; 0: none")
-    group("--validation_epochs", type=int, default=1, help="make them every so many epochs, before training and at the end; 0: only these two")
+    group("--validation_epochs", type=int, default=1, help="validate every so many epochs, before training and at the end; 0: only these two")
     group("--validation_steps", type=int, help="every so many optimizer steps instead")
     group("--validation_guidance_scale", type=float, default=7.5, help="classifier-free guidance")
     group("--validation_inference_steps", type=int, default=30, help="denoising steps")
@@ -251,7 +257,7 @@ def check_args(args):
         validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
         adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
         bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
-        random_saturation=0, random_hue=0, prior_loss_weight=0,
+        random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -261,6 +267,16 @@ def check_args(args):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
+    if not 0 <= args.validation_split <= 0.5:
+        raise InputError(f"--validation_split {args.validation_split}: it must be from 0 to 0.5.")
+    if args.validation_split and args.validation_data_dir:
+        raise InputError("Pass one of --validation_split and --validation_data_dir.")
+    if args.early_stopping_patience and not (args.validation_split or args.validation_data_dir):
+        raise InputError("--early_stopping_patience needs pictures to judge by: add --validation_split 0.1")
+    if args.early_stopping_patience and not (args.validation_steps or args.validation_epochs):
+        raise InputError(
+            "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
+        )
     for name in ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
@@ -341,9 +357,9 @@ def quiet_libraries():
 
 
 def check_inputs(args, leave_out=None):
-    """Base model and pictures as the command names them; what is wrong with them is told before torch is imported.
+    """Base model, pictures, and those to validate on or None, as the command names them.
 
-    Rows that can't be used go to `leave_out(source, reason)`, where there is one.
+    What is wrong with them is told before torch is imported. Rows that can't be used go to `leave_out(source, reason)`, where there is one.
     """
     from huggingface_hub import get_token
 
@@ -368,10 +384,7 @@ def check_inputs(args, leave_out=None):
         leave_out=leave_out,
         say=print if os.environ.get("RANK", "0") == "0" else lambda line: None,
     )
-    dataset = load_records(
-        dataset_name=args.dataset_name,
-        dataset_config_name=args.dataset_config_name,
-        train_data_dir=args.train_data_dir,
+    columns_and_captions = dict(
         dataset_layout=args.dataset_layout,
         image_column=args.image_column,
         caption_column=args.caption_column,
@@ -382,10 +395,19 @@ def check_inputs(args, leave_out=None):
         trigger_word=args.trigger_word,
         caption_prefix=args.caption_prefix,
         caption_suffix=args.caption_suffix,
-        cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples,
         **where_and_how,
     )
+    dataset = load_records(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_data_dir=args.train_data_dir,
+        cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples,
+        **columns_and_captions,
+    )
+    validation_dataset = None
+    if args.validation_data_dir is not None:
+        validation_dataset = load_records(train_data_dir=args.validation_data_dir, **columns_and_captions)
     if args.class_data_dir is not None:
         class_pictures = load_records(
             train_data_dir=args.class_data_dir, instance_prompt=args.class_prompt, **where_and_how
@@ -400,9 +422,9 @@ def check_inputs(args, leave_out=None):
         check_folder(Path(args.preview_data).parent, "--preview_data")
         if Path(args.preview_data).is_dir():
             raise InputError(f"--preview_data {args.preview_data}: it is a folder. Name a file in it.")
-    if args.cache_variations != 0:
+    if args.cache_variations != 0 or args.validation_split or args.validation_data_dir:
         check_folder(Path(args.latent_cache_dir).expanduser(), "--latent_cache_dir")
-    return base, dataset
+    return base, dataset, validation_dataset
 
 
 def settle_buckets(args, image_factor):
@@ -448,6 +470,70 @@ def sizes_to_train_at(args, images, say):
     if small:
         say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
     return sizes
+
+
+def divide(args, dataset, images, others, say):
+    """((records, pictures) to train on, (records, pictures) to validate on), with nothing in both.
+
+    `others` are the records and pictures of --validation_data_dir, or None. Pictures to train on that look like one to
+    validate on are left out, and so are the class pictures.
+    """
+    from text_to_image_lora import pictures
+
+    def part(indices):
+        return dataset.select(indices), [images[index] for index in indices]
+
+    if others is not None:
+        held_out, seen = others, [*images, *others[1]]
+    else:
+        own = [index for index, is_class in enumerate(dataset["is_class"]) if not is_class]
+        chosen = pictures.hold_out([images[index] for index in own], args.validation_split)
+        held_out = part([own[index] for index in chosen])
+        seen = [*images, *held_out[1]]
+    groups = pictures.groups_of(seen)
+    taken = set(groups[len(images) :])
+    kept = [index for index, group in enumerate(groups[: len(images)]) if group not in taken]
+    more = len(images) - len(kept) - (0 if others is not None else len(held_out[1]))
+    if not kept or not held_out[1]:
+        raise InputError(
+            f"{len(images)} pictures can't be divided into some to train on and others to validate on (those that look "
+            "alike stay together). Leave --validation_split out, or bring more."
+        )
+    if more:
+        say(f"{more} pictures are not trained on, because they look like one that is validated on")
+    if len(held_out[1]) < 10:
+        say(
+            f"only {len(held_out[1])} pictures to validate on: the validation loss is a rough guide (10 or more are better)"
+        )
+    return part(kept), held_out
+
+
+def probe_of(args, dataset, images, count):
+    """As many records and pictures that are trained on; their loss beside that of the others shows the overfitting."""
+    import numpy as np
+
+    chosen = sorted(np.random.default_rng([args.seed, 2]).permutation(len(images))[:count].tolist())
+    return dataset.select(chosen), [images[index] for index in chosen]
+
+
+def make_validation_set(args, base, records, images, build_cache):
+    """The `ValidationSet` of some records and pictures, through the cache: cropped in the middle, nothing augmented."""
+    from text_to_image_lora.transforms import Augmentation
+    from text_to_image_lora.validation import ValidationSet
+
+    sizes, captions = sizes_to_train_at(args, images, lambda line: None), records["captions"][:]
+    masked = any(mask is not None for mask in records["mask"])
+    latents, prompts = build_cache(
+        records,
+        images,
+        sizes,
+        [group[:1] for group in captions],
+        latent_shapes=base.latent_shapes(sizes),
+        augmentation=Augmentation(center_crop=True),
+        cache_variations=1,
+        masked=masked,
+    )
+    return ValidationSet(images, captions, latents=latents, prompts=prompts, masked=masked)
 
 
 def augmentation_of(args):
@@ -543,7 +629,7 @@ def write_preview(args, dataset, images, sizes, sampler):
     return f"what the model will see: {args.preview_data}"
 
 
-def look_at_data(args, base, dataset, left_out):
+def look_at_data(args, base, dataset, validation_dataset, left_out):
     """--dry_run: what the dataset holds, what is wrong with it, and with --preview_data what the model will see of it.
 
     No model is loaded but the tokenizer. Raises `InputError` for what training would refuse.
@@ -557,6 +643,15 @@ def look_at_data(args, base, dataset, left_out):
     report_file = Path(args.output_dir) / "dataset.json"
     if not images:
         raise InputError("Not one picture can be used: nothing to train on.")
+    num_validated = 0
+    if args.validation_split or validation_dataset is not None:
+        others = None
+        if validation_dataset is not None:
+            good, bad = pictures.examine(validation_dataset, range(len(validation_dataset)))
+            left_out += [(validation_dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
+            others = validation_dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+        (dataset, images), validated = divide(args, dataset, images, others, print)
+        num_validated = len(validated[1])
     sizes = sizes_to_train_at(args, images, lambda line: None)
     sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer, token_counts, num_chunks, too_long = models.load_tokenizer(base), None, 1, None
@@ -575,6 +670,7 @@ def look_at_data(args, base, dataset, left_out):
         left_out,
         sizes,
         sampler.samples,
+        num_validated=num_validated,
         token_counts=token_counts,
         token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
         steps_per_epoch=sampler.steps_per_epoch,
@@ -747,10 +843,12 @@ def main(args):
     quiet_libraries()
 
     left_out = []
-    base, dataset = check_inputs(args, (lambda *what: left_out.append(what)) if args.dry_run else None)
+    base, dataset, validation_dataset = check_inputs(
+        args, (lambda *what: left_out.append(what)) if args.dry_run else None
+    )
     if args.dry_run:
         if os.environ.get("RANK", "0") == "0":
-            look_at_data(args, base, dataset, left_out)
+            look_at_data(args, base, dataset, validation_dataset, left_out)
         return
 
     import collections
@@ -776,6 +874,7 @@ def main(args):
         objective,
         pictures,
         prompts,
+        stopping,
         tracking,
         validation,
     )
@@ -795,6 +894,17 @@ def main(args):
         accelerator=accelerator,
         say=say,
     )
+    validated = None
+    if args.validation_split or validation_dataset is not None:
+        if validation_dataset is not None:
+            validation_dataset = pictures.usable_pictures(
+                validation_dataset,
+                Path(args.latent_cache_dir).expanduser(),
+                skip_bad_images=args.skip_bad_images,
+                accelerator=accelerator,
+                say=say,
+            )
+        (dataset, images), validated = divide(args, dataset, images, validation_dataset, say)
     masked = any(row is not None for row in dataset["mask"])
     sizes = sizes_to_train_at(args, images, say)
     latent_shapes = base.latent_shapes(sizes)
@@ -818,10 +928,11 @@ def main(args):
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
         base, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
+    read = [dataset] if validated is None else [dataset, validated[0]]
     num_chunks = prompts.choose_num_chunks(
         tokenizer,
-        prompts.count_tokens(tokenizer, dataset["captions"][:]),
-        dataset["source"],
+        prompts.count_tokens(tokenizer, [group for records in read for group in records["captions"]]),
+        [source for records in read for source in records["source"]],
         long_prompts=args.long_prompts,
         say=say,
     )
@@ -849,32 +960,43 @@ def main(args):
     # As in diffusers' pipeline, clip_skip is not for the negative prompt.
     negative_embeds = text_encode([args.validation_negative_prompt], clip_skip=None)[0].cpu()
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
-    preparing = dict(interpolation=args.image_interpolation_mode, augmentation=augmentation_of(args), seed=args.seed)
+    build_cache = functools.partial(
+        caching.build,
+        vae_encode=vae_encode,
+        vae_identity=models.weights_identity(vae),
+        latent_dtype=latent_dtype,
+        text_encode=text_encode,
+        text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
+        clip_skip=args.clip_skip,
+        prompt_shape=(77 * num_chunks, base.cross_attention_dim),
+        prompt_dtype=weight_dtype,
+        folder=Path(args.latent_cache_dir).expanduser(),
+        accelerator=accelerator,
+        interpolation=args.image_interpolation_mode,
+        seed=args.seed,
+    )
     latent_cache, prompt_cache = (None, None), (None, None)
     if args.cache_variations:
-        latent_cache, prompt_cache = caching.build(
+        latent_cache, prompt_cache = build_cache(
             dataset,
             images,
             sizes,
             caption_lists,
             latent_shapes=latent_shapes,
+            augmentation=augmentation_of(args),
             cache_variations=args.cache_variations,
-            vae_encode=vae_encode,
-            vae_identity=models.weights_identity(vae),
-            latent_dtype=latent_dtype,
-            text_encode=text_encode,
-            text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
-            clip_skip=args.clip_skip,
-            prompt_shape=(77 * num_chunks, base.cross_attention_dim),
-            prompt_dtype=weight_dtype,
-            folder=Path(args.latent_cache_dir).expanduser(),
-            accelerator=accelerator,
             caption_dropout=args.caption_dropout,
             masked=masked,
-            **preparing,
         )
+    validation_sets = [
+        make_validation_set(args, base, records, shown, build_cache)
+        for records, shown in (
+            [] if validated is None else [validated, probe_of(args, dataset, images, len(validated[1]))]
+        )
+    ]
+    if args.cache_variations:
         vae = vae.to("cpu") if args.validation_prompts else None
-        del text_encoder, text_encode, vae_encode
+        del text_encoder, text_encode, vae_encode, build_cache
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -922,7 +1044,9 @@ def main(args):
         shuffle_tags=args.shuffle_tags,
         keep_tags=args.keep_tags,
         masked=masked,
-        **preparing,
+        interpolation=args.image_interpolation_mode,
+        augmentation=augmentation_of(args),
+        seed=args.seed,
     )
     loader = torch.utils.data.DataLoader(
         training_set,
@@ -979,6 +1103,37 @@ def main(args):
             validation.save_images(made, args.validation_prompts, folder)
             tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
 
+    def validation_losses():
+        return [
+            validation.loss_table(
+                unwrapped,
+                validation_set,
+                noise_scheduler=noise_scheduler,
+                scaling_factor=scaling_factor,
+                weight_dtype=weight_dtype,
+                seed=args.seed,
+                accelerator=accelerator,
+            )
+            for validation_set in validation_sets
+        ]
+
+    def judge():
+        """Takes in the validation losses of this step; keeps the LoRA in best/ where it is the best so far."""
+        table, probe = validation_losses()
+        values = stopping.values_of(table, probe, state.validation, timesteps_validated)
+        improved = state.global_step > 0 and stopping.take_in(state.validation, table, state.global_step)
+        if accelerator.is_main_process:
+            metrics_file.write(state.global_step, values)
+            if improved:
+                with checkpoint.written_whole(output_dir / "best") as folder:
+                    save_lora(folder)
+            elif not state.validation.best_step:  # what is there is another run's
+                shutil.rmtree(output_dir / "best", ignore_errors=True)
+        accelerator.log(values, step=state.global_step)
+
+    def out_of_patience():
+        return args.early_stopping_patience is not None and state.validation.waited >= args.early_stopping_patience
+
     def save_lora(folder):
         adapter, lora_config = lora.adapter_state(unwrapped)
         if not all(value.isfinite().all() for value in adapter.values()):
@@ -1004,6 +1159,7 @@ def main(args):
             checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
     waiting, smooth = None, None
+    timesteps_validated = validation.strata(noise_scheduler.config.num_train_timesteps)
 
     def report():
         """Writes the numbers of the step before: reading them doesn't hold up the device, which has gone on."""
@@ -1032,13 +1188,18 @@ def main(args):
         desc="training",
         disable=not accelerator.is_local_main_process,
     )
+    unwrapped.disable_adapters()
+    if validation_sets and state.validation is None:
+        table, probe = (table.tolist() for table in validation_losses())
+        state.validation = stopping.Validation(base=table, base_probe=probe, best=table)
     if args.validation_prompts and state.global_step == 0:
-        unwrapped.disable_adapters()
         validate()
-        unwrapped.enable_adapters()
+    unwrapped.enable_adapters()
+    if validation_sets and state.global_step == 0:
+        judge()
     unet.train()
     batches, clock = iter(loader), time.time()
-    while state.global_step < args.max_train_steps:
+    while state.global_step < args.max_train_steps and not out_of_patience():
         step = state.global_step
         num_micro_batches = sampler.num_micro_batches(step)
         train_loss = torch.zeros((), device=device)
@@ -1090,8 +1251,17 @@ def main(args):
         waiting, clock = (state.global_step, values), now
         epoch, into_epoch = divmod(state.global_step, sampler.steps_per_epoch)
         end_of_epoch, finished = into_epoch == 0, state.global_step == args.max_train_steps
+        if args.validation_steps:
+            due = state.global_step % args.validation_steps == 0
+        else:
+            due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
         if finished:
             report()
+        if validation_sets and (due or finished):  # before a checkpoint, which then knows it
+            report()
+            judge()
+            finished = finished or out_of_patience()
+            clock = time.time()
         if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
             report()
             save()
@@ -1099,15 +1269,13 @@ def main(args):
         wanted = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
         if wanted and accelerator.is_main_process:
             save_lora(output_dir / f"epoch-{epoch:04d}")
-        if args.validation_steps:
-            due = state.global_step % args.validation_steps == 0
-        else:
-            due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
         if args.validation_prompts and (due or finished):
             report()
             validate()
             clock = time.time()
     progress.close()
+    if validation_sets:
+        say(stopping.in_words(state.validation, state.global_step))
 
     # What the run leaves.
     if accelerator.is_main_process:

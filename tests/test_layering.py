@@ -12,7 +12,7 @@ PACKAGE = ROOT / "text_to_image_lora"
 # CONTRIBUTING.md shows the same table.
 FLOORS = [
     {"__init__", "errors"},
-    {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora", "prompts"},
+    {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora", "prompts", "stopping"},
     {"layouts"},
     {"records"},
     {"pictures"},

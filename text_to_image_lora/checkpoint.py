@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import InputError
+from .stopping import Validation
 
 
 @dataclass
@@ -23,6 +24,7 @@ class TrainState:
     seed: int
     global_step: int = 0
     tracker_run_id: str | None = None
+    validation: Validation | None = None
 
 
 def list_checkpoints(output_dir):
@@ -104,7 +106,10 @@ def read_state(path):
     """The `TrainState` and the settings of a checkpoint."""
     try:
         stored = json.loads((path / "state.json").read_text())
-        return TrainState(**stored["state"]), stored["settings"]
+        state = TrainState(**stored["state"])
+        if state.validation is not None:
+            state.validation = Validation(**state.validation)
+        return state, stored["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
 

@@ -13,7 +13,19 @@ from .transforms import apply_variation, draw_variation, open_image
 LISTED = 5  # examples of each finding on the terminal; the JSON file has all
 
 
-def describe(dataset, images, left_out, sizes, samples, *, token_counts, token_limit, steps_per_epoch, cache_bytes):
+def describe(
+    dataset,
+    images,
+    left_out,
+    sizes,
+    samples,
+    *,
+    num_validated,
+    token_counts,
+    token_limit,
+    steps_per_epoch,
+    cache_bytes,
+):
     """The report as plain data.
 
     `images` are the `Picture`s of the dataset's rows, `left_out` what can't be used ([source, reason]); `sizes` and
@@ -35,6 +47,7 @@ def describe(dataset, images, left_out, sizes, samples, *, token_counts, token_l
     lengths = [(count, i) for i, group in enumerate(token_counts or []) for count in group]
     return {
         "pictures": len(dataset),
+        "validated": num_validated,
         "left_out": [{"source": source, "reason": reason} for source, reason in left_out],
         "captions": sum(map(len, captions)),
         "different_captions": len({caption for group in captions for caption in group}),
@@ -64,7 +77,8 @@ def lines_of(report):
     """The report for a terminal: what there is, and the first few of what may be wrong."""
     tokens = report["tokens"]
     lines = [
-        f"{report['pictures']} pictures, {report['captions']} captions ({report['different_captions']} different)",
+        f"{report['pictures']} pictures, {report['captions']} captions ({report['different_captions']} different)"
+        + (f"; {report['validated']} more to validate on" if report["validated"] else ""),
         f"{report['samples_an_epoch']} samples and {report['steps_an_epoch']} steps an epoch; the cache takes about "
         f"{report['cache_bytes'] / 2**20:.0f} MiB",
     ]

@@ -27,17 +27,22 @@ def target_of(noise_scheduler, latents, noise, timesteps):
     return noise
 
 
-def diffusion_loss(model_pred, target, weights, mask=None):
-    """Sum over the samples of weight x mean squared error, in float32; shapes (N, C, H, W), weights (N,).
+def loss_of_samples(model_pred, target, mask=None):
+    """Mean squared error of each sample, float32 (N,), of shapes (N, C, H, W).
 
-    A `mask` (N, 1, H, W) from 0 to 1 makes a sample's mean one that is weighted by it: what it hides counts nothing, and
-    a picture with a small subject as much as any other.
-    The caller's weights carry the normalisation, so that the sums of all micro-batches and ranks add up to the mean
-    over the effective batch.
+    A `mask` (N, 1, H, W) from 0 to 1 makes it a mean that is weighted by it: what it hides counts nothing, and a picture
+    with a small subject as much as any other.
     """
     error = F.mse_loss(model_pred.float(), target.float(), reduction="none")
     if mask is None:
-        per_sample = error.mean(dim=(1, 2, 3))
-    else:
-        per_sample = (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3)).clamp(min=1e-6)
-    return (per_sample * weights).sum()
+        return error.mean(dim=(1, 2, 3))
+    return (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3)).clamp(min=1e-6)
+
+
+def diffusion_loss(model_pred, target, weights, mask=None):
+    """Sum over the samples of weight x loss; weights (N,), the rest as in `loss_of_samples`.
+
+    The caller's weights carry the normalisation, so that the sums of all micro-batches and ranks add up to the mean
+    over the effective batch.
+    """
+    return (loss_of_samples(model_pred, target, mask) * weights).sum()

@@ -142,3 +142,38 @@ def alike_pictures(pictures):
     for index in leader:
         groups[group_of(index)].append(index)
     return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
+
+
+def groups_of(pictures):
+    """A number for each picture; pictures that are the same or look alike have the same one."""
+    group = list(range(len(pictures)))
+    for alike in alike_pictures(pictures):
+        for index in alike:
+            group[index] = alike[0]
+    for equal in equal_pictures(pictures):
+        for index in equal:
+            group[index] = group[equal[0]]
+    return group
+
+
+def hold_out(pictures, share):
+    """Indices of the pictures to validate on: about `share` of them, those that look alike always together.
+
+    Which they are depends on the pictures' content, not on their order or a seed, so that runs can be compared; a group of
+    alike ones that would be too many stays in training. At least one picture is held out, or none where there is but one
+    group.
+    """
+    groups = defaultdict(list)
+    for index, group in enumerate(groups_of(pictures)):
+        groups[group].append(index)
+
+    def place(members):  # identities are hashes, so their order is a random one
+        return min(pictures[index].image_id for index in members)
+
+    ordered, wanted, chosen = sorted(groups.values(), key=place), max(1, round(share * len(pictures))), []
+    for members in ordered:
+        if len(chosen) + len(members) <= wanted:
+            chosen += members
+    if not chosen and len(ordered) > 1:
+        chosen = min(ordered, key=len)
+    return sorted(chosen)

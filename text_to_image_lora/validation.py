@@ -1,10 +1,21 @@
-"""Validation pictures: made by the pipeline's own code, from the models that are in memory."""
+"""Validation: the loss on pictures that are not trained on, and pictures made by the pipeline's own code.
+
+Both use the models that are in memory, and leave the training's random numbers alone.
+"""
 
 import contextlib
+import hashlib
 import shutil
 
+import numpy as np
 import torch
 from PIL import Image
+
+from .models import predict
+from .objective import loss_of_samples, target_of
+
+
+STRATA = 8  # timesteps at which each picture is validated
 
 
 def make_pipeline(unet, vae, scheduler_config, *, prediction_type, rescale_betas_zero_snr):
@@ -42,6 +53,65 @@ def evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+class ValidationSet:
+    """Pictures to validate on, from the cache: posterior mean, embedding of the first caption, mask, one row a picture.
+
+    `latents` and `prompts` are what `caching.build` gave for them.
+    """
+
+    def __init__(self, images, captions, *, latents, prompts, masked):
+        self.images, self.captions, self.masked = images, captions, masked
+        (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        at = self.locations[index, 0].tolist()
+        row = {
+            "mean": self.latents.row(*at, "mean").float(),
+            "encoder_hidden_states": self.prompts.row(*self.places[self.captions[index][0]], "hidden_states"),
+        }
+        return row | ({"mask": self.latents.row(*at, "mask").float()} if self.masked else {})
+
+
+def strata(num_train_timesteps):
+    """The midpoints of `STRATA` equal parts of the timesteps."""
+    return [(2 * k + 1) * num_train_timesteps // (2 * STRATA) for k in range(STRATA)]
+
+
+@torch.no_grad()
+def loss_table(unet, validation_set, *, noise_scheduler, scaling_factor, weight_dtype, seed, accelerator):
+    """The loss of each picture at each of the `strata`: float64 (pictures, STRATA), the same on every process.
+
+    Each picture is a batch of its own, with noise that depends on (seed, image_id, k) alone: so neither the batch size of
+    the training, nor order, nor the number of processes makes a difference.
+    """
+    from accelerate.utils import gather_object
+
+    device = accelerator.device
+    timesteps = torch.tensor(strata(noise_scheduler.config.num_train_timesteps), device=device)
+    found = {}
+    with evaluating(unet), accelerator.autocast():
+        for index in range(accelerator.process_index, len(validation_set), accelerator.num_processes):
+            row = {
+                name: value.to(device).expand(STRATA, *value.shape) for name, value in validation_set[index].items()
+            }
+            latents, name = row["mean"] * scaling_factor, validation_set.images[index].image_id
+            noise = torch.stack([_noise_of(latents.shape[1:], seed, name, k) for k in range(STRATA)]).to(device)
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            model_pred = predict(unet, noisy_latents.to(weight_dtype), timesteps, row["encoder_hidden_states"])
+            target = target_of(noise_scheduler, latents, noise, timesteps)
+            found[index] = loss_of_samples(model_pred, target, row.get("mask")).double().tolist()
+    found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
+    return np.array([found[index] for index in range(len(validation_set))])
+
+
+def _noise_of(shape, seed, image_id, k):
+    digest = hashlib.sha256(f"{seed} {image_id} {k}".encode()).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 
 @torch.no_grad()
