@@ -284,6 +284,16 @@ BAD_INPUT = {
     "no number": (dict(rank="four"), "--rank: invalid int value: 'four'"),
     "resolution": (dict(resolution=36), "--resolution 36: this model needs a multiple of 8, e.g. 32"),
     "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more"),
+    "too large a split": (dict(validation_split=0.9), "--validation_split 0.9: it must be from 0 to 0.5"),
+    "two ways to validate": (
+        dict(validation_split=0.1, validation_data_dir="{tmp}"), "Pass one of --validation_split and --validation_data_dir"
+    ),
+    "nothing to judge by": (dict(early_stopping_patience=2), "--early_stopping_patience needs pictures to judge by"),
+    "never judged": (
+        dict(early_stopping_patience=2, validation_split=0.1, validation_epochs=0),
+        "--early_stopping_patience needs validations",
+    ),
+    "validation folder": (dict(validation_data_dir="{tmp}/void"), "{tmp}/void: there is no such folder"),
     "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more"),
     "file in the way": (dict(output_dir="{tmp}/file/out"), "{tmp}/file/out: it can't be written"),
     "file in the preview's way": (

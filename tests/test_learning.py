@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import measure_mini_sd
 import numpy as np
@@ -12,7 +13,11 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 
-BASE, TEST_SET = ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons_test"
+BASE, WEAPONS, TEST_SET = (
+    ROOT / "models" / "mini-sd",
+    ROOT / "metadata" / "weapons",
+    ROOT / "metadata" / "weapons_test",
+)
 
 
 def demo_flags():
@@ -76,3 +81,50 @@ def test_the_demo_learns(demo_lora):
     assert blossoms["base"] < 0.05, blossoms
     assert blossoms["lora"] > 0.8, blossoms
     assert min(colours["lora"]) > 0.7, colours
+
+
+@pytest.fixture
+def train_on_base(tmp_path):
+    """Runs the command on the embedded base, with a validation loss on the test set; returns its folder and its output."""
+
+    def run(folder, **flags):
+        flags = dict(
+            pretrained_model_name_or_path=BASE, train_data_dir=folder, validation_data_dir=TEST_SET, resolution=64,
+            train_batch_size=4, seed=0, report_to="none", latent_cache_dir=tmp_path / "cache", output_dir=tmp_path / "out",
+        ) | flags  # fmt: skip
+        words = ["--center_crop", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+        done = run_command(words, env={"OMP_NUM_THREADS": "2"}, timeout=600)
+        assert done.returncode == 0, done.stderr
+        steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        return tmp_path / "out", done.stdout, max(steps)
+
+    return run
+
+
+def test_a_run_that_overfits_is_stopped_and_its_best_is_kept(train_on_base, tmp_path):
+    """Four pictures and far too much of a LoRA; the losses are measured once more, by other code and with other noise."""
+    (tmp_path / "four").mkdir()
+    with open(tmp_path / "four" / "metadata.jsonl", "w") as file:
+        for kind in sorted(path for path in WEAPONS.iterdir() if path.is_dir()):
+            row = json.loads((kind / "metadata.jsonl").read_text().splitlines()[0])
+            shutil.copy(kind / row["file_name"], tmp_path / "four" / f"{kind.name}.png")
+            file.write(json.dumps(row | {"file_name": f"{kind.name}.png"}) + "\n")
+    out, said, last = train_on_base(
+        tmp_path / "four", rank=64, learning_rate=5e-3, max_train_steps=300, validation_steps=15,
+        early_stopping_patience=3,
+    )  # fmt: skip
+    assert last < 150
+    assert re.search(
+        r"Validation: best at step \d+, \d+\.\d% below the base model's loss; overfitting since step", said
+    )
+    losses = [held_out_loss(measure_mini_sd.load_pipeline(BASE, lora)) for lora in (None, out / "best", out)]
+    assert losses[1] < losses[0]
+    assert losses[1] < 0.97 * losses[2], losses
+
+
+def test_a_run_that_still_improves_is_not_stopped(train_on_base):
+    out, said, last = train_on_base(
+        WEAPONS, rank=16, learning_rate=2.5e-3, max_train_steps=60, validation_steps=20, early_stopping_patience=1
+    )
+    assert last == 60
+    assert "Validation: best at step 60" in said
