@@ -20,6 +20,7 @@ from pathlib import Path
 from text_to_image_lora import buckets
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.layouts import LAYOUTS
+from text_to_image_lora.optimizers import OPTIMIZERS, check_optimizer
 from text_to_image_lora.records import fingerprint, load_records, with_class_pictures
 from text_to_image_lora.tracking import TRACKERS, trackers_of
 
@@ -144,18 +145,33 @@ def build_parser():
     group("--max_train_steps", type=int, help="optimizer steps; goes before --num_train_epochs")
     group("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     group("--gradient_checkpointing", **yes, help="less memory, slower")
-    group("--learning_rate", type=float, default=1e-4, help="after warm-up")
+    group("--learning_rate", type=float, help="after warm-up; 1e-4 when not given, 1 with prodigy")
     group("--scale_lr", **yes, help="multiply the learning rate by processes x accumulation x batch size")
     group("--lr_scheduler", default="constant", choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"], help="the schedule of the learning rate")
     group("--lr_warmup_steps", type=int, help="optimizer steps of warm-up; the smaller of 500 and a tenth of the run when not given")
+    group("--lr_warmup_ratio", type=float, help="the same as a share of the run")
     group("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     group("--lr_power", type=float, default=1.0, help="power of polynomial")
     group("--lr_step_rules", default="", help="rules of piecewise_constant, such as 1:100,0.1:200,0.01")
+    group("--loss_type", choices=["mse", "huber"], default="mse", help="huber: a scheduled pseudo-Huber loss, for sets with broken pictures or captions in them")
+    group("--huber_c", type=float, default=0.1, help="its width at the noisiest timestep")
     group("--snr_gamma", type=float, help="Min-SNR loss weighting; 5.0 is usual")
+    group("--debiased_estimation", **yes, help="weight the loss by 1 / sqrt(SNR), so that noisy timesteps count more")
+    group("--timestep_sampling", choices=["uniform", "logit_normal", "mode"], default="uniform", help="which timesteps are drawn more often, as in diffusers' training helpers")
+    group("--timestep_range", type=int, nargs=2, metavar=("FIRST", "LAST"), help="train on these timesteps only, of 0 (clean) to 1000 (noise)")
+    group("--logit_mean", type=float, default=0.0, help="of logit_normal; below 0: noisier timesteps")
+    group("--logit_std", type=float, default=1.0, help="of logit_normal")
+    group("--mode_scale", type=float, default=1.29, help="of mode")
+    group("--input_perturbation", type=float, default=0.0, help="noise added to the model's input only; 0.1 is usual")
     group("--noise_offset", type=float, default=0.0, help="scale of a noise that is constant over each channel")
     group("--prediction_type", choices=["epsilon", "v_prediction"], help="what the model predicts; the base model's own when not given")
     group("--rescale_betas_zero_snr", **yes, help="zero terminal SNR (with v_prediction)")
-    group("--use_8bit_adam", **yes, help="8-bit AdamW of bitsandbytes")
+    group("--optimizer", choices=[*OPTIMIZERS], help="adamw when not given")
+    group("--optimizer_args", nargs="+", default=[], metavar="KEY=VALUE", help="more of its options")
+    group("--use_8bit_adam", **yes, help="the same as --optimizer adamw8bit")
+    group("--loraplus_lr_ratio", type=float, help="LoRA+: how many times the learning rate the B matrices have; 16 is usual")
+    group("--use_ema", **yes, help="validate and save the moving average of the LoRA's weights")
+    group("--ema_decay", type=float, default=0.999, help="of that average; it begins lower")
     group("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     group("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
     group("--adam_weight_decay", type=float, default=1e-2, help="weight decay")
@@ -257,13 +273,33 @@ def check_args(args):
         validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
         adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
         bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
-        random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1,
+        random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1, input_perturbation=0,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # so that it holds for nan too
             raise InputError(f"--{name} {value}: it must be {least} or more.")
-    for name in ("learning_rate", "lora_alpha", "snr_gamma"):
+    if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
+        raise InputError(f"Pass one of --use_8bit_adam and --optimizer {args.optimizer}.")
+    args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
+    if args.optimizer == "schedulefree" and args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise InputError(
+            f"--optimizer schedulefree needs no --lr_scheduler {args.lr_scheduler}: leave that out, or take another optimizer."
+        )
+    check_optimizer(args.optimizer, args.optimizer_args)
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+    if args.snr_gamma is not None and args.debiased_estimation:
+        raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
+    if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
+        raise InputError("Pass one of --lr_warmup_steps and --lr_warmup_ratio.")
+    if args.lr_warmup_ratio is not None and not 0 <= args.lr_warmup_ratio <= 1:
+        raise InputError(f"--lr_warmup_ratio {args.lr_warmup_ratio}: it must be from 0 to 1.")
+    if args.timestep_range is not None and not 0 <= args.timestep_range[0] < args.timestep_range[1] <= 1000:
+        raise InputError(
+            f"--timestep_range {' '.join(map(str, args.timestep_range))}: write two numbers from 0 to 1000, the smaller one first."
+        )
+    for name in ("learning_rate", "lora_alpha", "snr_gamma", "huber_c", "loraplus_lr_ratio", "logit_std"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
@@ -277,7 +313,7 @@ def check_args(args):
         raise InputError(
             "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
         )
-    for name in ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2"):
+    for name in ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
     most = dict(random_rotation=180, random_brightness=1, random_contrast=1, random_saturation=1, random_hue=0.5)
@@ -536,6 +572,18 @@ def make_validation_set(args, base, records, images, build_cache):
     return ValidationSet(images, captions, latents=latents, prompts=prompts, masked=masked)
 
 
+def timestep_sampling_of(args, num_train_timesteps):
+    """The `TimestepSampling` that the flags mean; None where every timestep is as likely."""
+    from text_to_image_lora.data import TimestepSampling
+
+    if args.timestep_sampling == "uniform" and args.timestep_range is None:
+        return None
+    first, last = args.timestep_range or (0, num_train_timesteps)
+    return TimestepSampling(
+        args.timestep_sampling, first, min(last, num_train_timesteps), args.logit_mean, args.logit_std, args.mode_scale
+    )
+
+
 def augmentation_of(args):
     from text_to_image_lora.transforms import Augmentation
 
@@ -714,6 +762,8 @@ def identity_of_run(args, dataset, images, sampler):
         "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
         "buckets": [args.bucket_min_size, args.bucket_max_size, args.bucket_step, args.bucket_no_upscale],
         "effective_batch_size": sampler.effective_batch_size,
+        "optimizer": [args.optimizer, args.loraplus_lr_ratio is not None],
+        "use_ema": args.use_ema,
     }
 
 
@@ -757,25 +807,6 @@ def adapt(unet, args):
                 f"xformers can't be used here ({str(error).splitlines()[0]}): leave the flag out."
             ) from error
     return num_adapted
-
-
-def make_optimizer(args, params_to_optimize, learning_rate, device):
-    """AdamW, in 8 bit where asked for; the parameters and what it keeps of them are float32 (or 8-bit states)."""
-    options = dict(
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    if args.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise InputError("--use_8bit_adam needs bitsandbytes. Run: pip install bitsandbytes") from error
-        return bitsandbytes.optim.AdamW8bit(params_to_optimize, **options)
-    import torch
-
-    return torch.optim.AdamW(params_to_optimize, fused=device.type == "cuda", **options)
 
 
 def settings_of(args, shown):
@@ -862,6 +893,7 @@ def main(args):
     import yaml
     from accelerate.utils import broadcast_object_list
     from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
     from text_to_image_lora import (
@@ -872,6 +904,7 @@ def main(args):
         lora,
         models,
         objective,
+        optimizers,
         pictures,
         prompts,
         stopping,
@@ -1004,7 +1037,17 @@ def main(args):
     learning_rate = args.learning_rate
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
-    optimizer = make_optimizer(args, params_to_optimize, learning_rate, device)
+    optimizer = optimizers.make_optimizer(
+        args.optimizer,
+        optimizers.parameter_groups(unet, learning_rate, args.loraplus_lr_ratio),
+        learning_rate=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        words=args.optimizer_args,
+        device=device,
+    )
+    average = EMAModel(params_to_optimize, decay=args.ema_decay) if args.use_ema else None
     sampler.first_step = state.global_step
     if args.aspect_ratio_buckets:
         say("\n".join(buckets.table(sizes, sampler.samples)))
@@ -1015,6 +1058,8 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
     sampler.num_steps = args.max_train_steps
+    if args.lr_warmup_ratio is not None:
+        args.lr_warmup_steps = round(args.lr_warmup_ratio * args.max_train_steps)
     if args.lr_warmup_steps is None:
         args.lr_warmup_steps = min(500, args.max_train_steps // 10)
     lr_scheduler = get_scheduler(
@@ -1028,7 +1073,11 @@ def main(args):
     )
     if resume_path is not None:
         adapter = checkpoint.load_checkpoint(
-            resume_path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler
+            resume_path,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            scaler=accelerator.scaler,
+            average=average,
         )
         lora.load_adapter(unet, adapter)
     training_set = data.TrainingSet(
@@ -1047,6 +1096,8 @@ def main(args):
         interpolation=args.image_interpolation_mode,
         augmentation=augmentation_of(args),
         seed=args.seed,
+        timestep_sampling=timestep_sampling_of(args, noise_scheduler.config.num_train_timesteps),
+        input_perturbation=args.input_perturbation,
     )
     loader = torch.utils.data.DataLoader(
         training_set,
@@ -1103,6 +1154,26 @@ def main(args):
             validation.save_images(made, args.validation_prompts, folder)
             tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
 
+    @contextlib.contextmanager
+    def weights_for_use():
+        """Inside, the LoRA has the weights to validate and to save; the training's own are put back to the bit."""
+        if average is None and args.optimizer != "schedulefree":
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in params_to_optimize]
+        if args.optimizer == "schedulefree":
+            optimizer.eval()
+        if average is not None:
+            average.copy_to(params_to_optimize)
+        try:
+            yield
+        finally:
+            if args.optimizer == "schedulefree":
+                optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(params_to_optimize, before, strict=True):
+                    parameter.copy_(value)
+
     def validation_losses():
         return [
             validation.loss_table(
@@ -1149,13 +1220,15 @@ def main(args):
                 checkpoint.save_checkpoint(
                     folder,
                     adapter=lora.adapter_state(unwrapped)[0],
+                    average=None if average is None else average.state_dict(),
                     optimizer=optimizer,
                     lr_scheduler=lr_scheduler,
                     scaler=accelerator.scaler,
                     state=state,
                     settings=settings,
                 )
-                save_lora(folder)
+                with weights_for_use():
+                    save_lora(folder)
             checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
     waiting, smooth = None, None
@@ -1198,6 +1271,7 @@ def main(args):
     if validation_sets and state.global_step == 0:
         judge()
     unet.train()
+    optimizer.train()  # schedulefree has two sets of weights; the others do nothing
     batches, clock = iter(loader), time.time()
     while state.global_step < args.max_train_steps and not out_of_patience():
         step = state.global_step
@@ -1212,14 +1286,19 @@ def main(args):
             timesteps = batch["timesteps"]
             latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * scaling_factor
             noise = batch["noise"] + args.noise_offset * batch["channel_noise"]
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            seen_noise = noise + args.input_perturbation * batch["perturbation"] if args.input_perturbation else noise
+            noisy_latents = noise_scheduler.add_noise(latents, seen_noise, timesteps)
             target = objective.target_of(noise_scheduler, latents, noise, timesteps)
-            weights = batch["weights"]
-            if args.snr_gamma is not None:
+            weights, huber_c = batch["weights"], None
+            if args.snr_gamma is not None or args.debiased_estimation:
                 snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
-                weights = weights * objective.min_snr_weights(
-                    snr, args.snr_gamma, noise_scheduler.config.prediction_type
-                )
+                predicted = noise_scheduler.config.prediction_type
+                if args.snr_gamma is not None:
+                    weights = weights * objective.min_snr_weights(snr, args.snr_gamma, predicted)
+                else:
+                    weights = weights * objective.debiased_weights(snr, predicted)
+            if args.loss_type == "huber":
+                huber_c = objective.scheduled_huber_c(args.huber_c, timesteps, len(noise_scheduler.alphas_cumprod))
             if args.lora_dropout:
                 torch.manual_seed(data.seed_of(args.seed, step, micro_step, rank))
             last = micro_step == num_micro_batches - 1
@@ -1227,11 +1306,13 @@ def main(args):
                 model_pred = models.predict(
                     unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
                 )
-                loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"))
+                loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"), huber_c)
                 accelerator.backward(loss)
             train_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
         optimizer.step()
+        if average is not None:
+            average.step(params_to_optimize)
         lr = lr_scheduler.get_last_lr()[0]
         if not accelerator.optimizer_step_was_skipped:  # a loss scale that was too high: fp16 tries a lower one
             lr_scheduler.step()
@@ -1259,7 +1340,8 @@ def main(args):
             report()
         if validation_sets and (due or finished):  # before a checkpoint, which then knows it
             report()
-            judge()
+            with weights_for_use():
+                judge()
             finished = finished or out_of_patience()
             clock = time.time()
         if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
@@ -1268,10 +1350,12 @@ def main(args):
             clock = time.time()
         wanted = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
         if wanted and accelerator.is_main_process:
-            save_lora(output_dir / f"epoch-{epoch:04d}")
+            with weights_for_use():
+                save_lora(output_dir / f"epoch-{epoch:04d}")
         if args.validation_prompts and (due or finished):
             report()
-            validate()
+            with weights_for_use():
+                validate()
             clock = time.time()
     progress.close()
     if validation_sets:
@@ -1279,7 +1363,8 @@ def main(args):
 
     # What the run leaves.
     if accelerator.is_main_process:
-        lora_file = save_lora(output_dir)
+        with weights_for_use():
+            lora_file = save_lora(output_dir)
         shown_pictures = validation.latest_images(output_dir, args.validation_prompts)
         export.write_model_card(
             output_dir,

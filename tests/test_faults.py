@@ -39,9 +39,9 @@ def seen(monkeypatch):
         rows.append(types.SimpleNamespace(latents=latents, noise=noise, timesteps=timesteps.tolist()))
         return target_of(noise_scheduler, latents, noise, timesteps)
 
-    def spy_loss(model_pred, target, weights, mask):
+    def spy_loss(model_pred, target, weights, *rest):
         rows[-1].weights = weights
-        return diffusion_loss(model_pred, target, weights, mask)
+        return diffusion_loss(model_pred, target, weights, *rest)
 
     monkeypatch.setattr(objective, "target_of", spy_target)
     monkeypatch.setattr(objective, "diffusion_loss", spy_loss)

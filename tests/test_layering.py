@@ -12,7 +12,19 @@ PACKAGE = ROOT / "text_to_image_lora"
 # CONTRIBUTING.md shows the same table.
 FLOORS = [
     {"__init__", "errors"},
-    {"archives", "buckets", "captions", "tables", "transforms", "models", "objective", "lora", "prompts", "stopping"},
+    {
+        "archives",
+        "buckets",
+        "captions",
+        "tables",
+        "transforms",
+        "models",
+        "objective",
+        "lora",
+        "optimizers",
+        "prompts",
+        "stopping",
+    },
     {"layouts"},
     {"records"},
     {"pictures"},

@@ -108,3 +108,32 @@ def test_half_precision_predictions_are_compared_in_float32():
     loss = objective.diffusion_loss(model_pred, torch.zeros_like(model_pred), torch.ones(1))
     assert loss.dtype == torch.float32
     assert loss == 90000
+
+
+@pytest.mark.parametrize("huber_c", [0.01, 0.1, 1.0])
+def test_huber(huber_c):
+    """Against the formula, one number at a time in float64; near the target it is the squared error, far off it is linear."""
+    timesteps = torch.tensor([0, 500, 1000])
+    c = objective.scheduled_huber_c(huber_c, timesteps, 1000)
+    assert c.tolist() == pytest.approx([1, huber_c**0.5, huber_c])
+    model_pred, target = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    losses = objective.loss_of_samples(model_pred, target, huber_c=c)
+    for i, width in enumerate(c.tolist()):
+        pairs = zip(model_pred[i].flatten().tolist(), target[i].flatten().tolist())
+        each = [2 * width * (((a - b) ** 2 + width**2) ** 0.5 - width) for a, b in pairs]
+        assert losses[i].item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+    close, far = torch.full((1, 1, 1, 1), 1e-3), torch.full((1, 1, 1, 1), 1e3)
+    zero, width = torch.zeros(1, 1, 1, 1), torch.tensor([1.0])
+    assert objective.loss_of_samples(close, zero, huber_c=width).item() == pytest.approx(1e-6, rel=0.1)
+    assert objective.loss_of_samples(far, zero, huber_c=width).item() == pytest.approx(2e3, rel=1e-2)
+    assert objective.loss_of_samples(zero, zero, huber_c=width).item() == 0
+
+
+def test_debiased_weights(noise_scheduler):
+    timesteps, kind = torch.arange(0, 1000, 37), noise_scheduler.config.prediction_type
+    snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
+    weights = objective.debiased_weights(snr, kind)
+    for value, weight in zip(snr.double().tolist(), weights.tolist(), strict=True):
+        value = min(max(value, 1e-3), 1e3)
+        assert weight == pytest.approx(1 / (value + 1) if kind == "v_prediction" else value**-0.5, rel=1e-4)
+    assert weights.isfinite().all()

@@ -86,7 +86,11 @@ def written_whole(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings):
+# What optimizers keep of a run in their parameter groups, beside what the flags say.
+LEARNT = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
+
+
+def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings, average=None):
     """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it)."""
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / "adapter.safetensors"
@@ -99,6 +103,8 @@ def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, 
         },
         folder / "optimizer.pt",
     )
+    if average is not None:
+        torch.save(average, folder / "ema.pt")
     (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
 
 
@@ -114,13 +120,14 @@ def read_state(path):
         raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
 
 
-def load_checkpoint(path, *, optimizer, lr_scheduler, scaler):
-    """Puts optimizer, schedule and loss scale back, and returns the adapter's tensors."""
+def load_checkpoint(path, *, optimizer, lr_scheduler, scaler, average=None):
+    """Puts optimizer, schedule, loss scale and moving average back, and returns the adapter's tensors."""
     try:
         adapter = load_file(path / "adapter.safetensors")
         stored = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         # What the flags say now holds: only what was learnt comes from the checkpoint.
-        flags = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        kept = {"params", "lr"} | LEARNT
+        flags = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         base_lrs = lr_scheduler.base_lrs
         optimizer.load_state_dict(stored["optimizer"])
         lr_scheduler.load_state_dict(stored["lr_scheduler"] | {"base_lrs": base_lrs})
@@ -128,6 +135,10 @@ def load_checkpoint(path, *, optimizer, lr_scheduler, scaler):
         lr_scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors)]
         for group, flag, lr in zip(optimizer.param_groups, flags, lr_scheduler._last_lr):
             group.update(flag, lr=lr)
+        if average is not None:
+            device = average.shadow_params[0].device
+            average.load_state_dict(torch.load(path / "ema.pt", map_location="cpu", weights_only=True))
+            average.to(device)
         if scaler is not None and stored["scaler"] is not None:
             scaler.load_state_dict(stored["scaler"])
     except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:

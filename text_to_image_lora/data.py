@@ -20,6 +20,35 @@ from .transforms import apply_variation, draw_variation, open_image
 LIVE_VARIATIONS = 2**31 - 2
 
 
+class TimestepSampling(NamedTuple):
+    """How timesteps are drawn: the scheme, from `first` up to, not including, `last`, and the schemes' own settings.
+
+    The schemes are diffusers' (Esser et al., 2024, https://arxiv.org/abs/2403.03206): as there, a `logit_mean` below 0
+    prefers noisy timesteps.
+    """
+
+    scheme: str
+    first: int
+    last: int
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+
+    def draw(self, generator):
+        if self.scheme == "uniform":
+            share = torch.rand((), generator=generator).item()
+        else:
+            from diffusers.training_utils import compute_density_for_timestep_sampling
+
+            share = (
+                1
+                - compute_density_for_timestep_sampling(
+                    self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=generator
+                ).item()
+            )
+        return min(self.first + int(share * (self.last - self.first)), self.last - 1)
+
+
 class Sample(NamedTuple):
     """One row of a micro-batch: which picture, where in the run, and its share of the loss (0 for a filler)."""
 
@@ -156,12 +185,13 @@ class TrainingSet(torch.utils.data.Dataset):
 
     `captions` holds a list for each picture; `sizes` and `latent_shapes` say what it is trained at. `latents` and
     `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its caption
-    instead, for the loop to encode.
+    instead, for the loop to encode. `timestep_sampling` is None where every timestep is as likely.
     """
 
     def __init__(
         self, dataset, images, sizes, captions, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
-        augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, masked=False,
+        augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, masked=False, timestep_sampling=None,
+        input_perturbation=0.0,
     ):  # fmt: skip
         self.dataset, self.images, self.sizes, self.captions = dataset, images, sizes, captions
         (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
@@ -169,6 +199,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.seed, self.num_train_timesteps = seed, num_train_timesteps
         self.interpolation, self.augmentation = interpolation, augmentation
         self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
+        self.timestep_sampling, self.input_perturbation = timestep_sampling, input_perturbation
 
     def __len__(self):
         return len(self.dataset)
@@ -185,6 +216,9 @@ class TrainingSet(torch.utils.data.Dataset):
         channel_noise = torch.randn((latent_shape[0], 1, 1), generator=generator)
         posterior_noise = torch.randn(latent_shape, generator=generator)
         is_dropped = float(torch.rand((), generator=generator)) < self.caption_dropout
+        if self.timestep_sampling is not None:
+            own = torch.Generator().manual_seed(seed_of(self.seed, sample.step, sample.position, 1))
+            timestep = self.timestep_sampling.draw(own)
         out = {
             "weights": torch.tensor(sample.weight),
             "timesteps": torch.tensor(timestep),
@@ -192,6 +226,8 @@ class TrainingSet(torch.utils.data.Dataset):
             "channel_noise": channel_noise,
             "posterior_noise": posterior_noise,
         }
+        if self.input_perturbation:
+            out["perturbation"] = torch.randn(latent_shape, generator=generator)
         captions = self.captions[sample.index]
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         if self.latents is not None:

@@ -1,0 +1,239 @@
+"""Each optimizer trains, goes on where it stopped, and says what is wrong with its options."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_lora, read_metrics, run_command
+from safetensors.torch import load_file
+
+from text_to_image_lora import optimizers
+from text_to_image_lora.errors import InputError
+
+
+LEARNING_RATES = {"adamw": 2e-3, "adamw8bit": 2e-3, "prodigy": 1.0, "schedulefree": 5e-3, "adafactor": 2e-3}
+BASE, WEAPONS = ROOT / "models" / "mini-sd", ROOT / "metadata"
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_it_lowers_the_loss_on_the_weapons_in_50_steps(name, tmp_path):
+    """On the embedded base, by the real command; judged by pictures that it never saw."""
+    words = dict(
+        pretrained_model_name_or_path=BASE, train_data_dir=WEAPONS / "weapons", resolution=64, train_batch_size=4,
+        validation_data_dir=WEAPONS / "weapons_test", max_train_steps=50, validation_steps=50, rank=8, seed=0,
+        learning_rate=LEARNING_RATES[name], optimizer=name, report_to="none", output_dir=tmp_path / "out",
+        latent_cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    done = run_command(["--center_crop", *(str(w) for k, v in words.items() for w in (f"--{k}", v))])
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_metrics(tmp_path / "out") if "validation/relative_loss" in row]
+    assert rows[-1]["step"] == 50
+    assert rows[-1]["validation/relative_loss"] < 0.85, rows[-1]
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_it_goes_on_where_it_stopped(name, train, tmp_path):
+    options = dict(
+        optimizer=name, learning_rate=LEARNING_RATES[name], use_ema=True, max_train_steps=6, checkpointing_steps=3
+    )
+    straight = train(output_dir=tmp_path / "straight", **options)
+    train(output_dir=tmp_path / "parts", **options)
+    for file in sorted((tmp_path / "parts").glob("checkpoint-6/*")):
+        file.unlink()
+    parts = train(output_dir=tmp_path / "parts", **options)
+    for name in (".", "checkpoint-6"):
+        a, b = read_lora(straight / name), read_lora(parts / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    first, second = (load_file(folder / "checkpoint-6" / "adapter.safetensors") for folder in (straight, parts))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_flags_of_now_hold_after_a_stop_and_what_was_learnt_stays(train):
+    options = dict(optimizer="prodigy", learning_rate=1.0, checkpointing_steps=20)
+    out = train(optimizer_args=["d_coef=1.0"], max_train_steps=20, **options)
+    before = torch.load(out / "checkpoint-20" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert before["d"] > before["d0"]
+    train(optimizer_args=["d_coef=0.5"], max_train_steps=22, **options)
+    after = torch.load(out / "checkpoint-22" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert after["d_coef"] == 0.5
+    assert after["d"] >= before["d"]
+    assert after["k"] == 22
+
+
+# What is saved and validated.
+
+
+def test_schedulefree_saves_its_average_and_trains_on_with_its_own(train, tmp_path):
+    options = dict(optimizer="schedulefree", learning_rate=1e-2, max_train_steps=4)
+    out = train(output_dir=tmp_path / "one", **options)
+    trained = load_file(out / "checkpoint-4" / "adapter.safetensors")
+    saved = read_lora(out)
+    assert not all(
+        torch.allclose(saved["unet." + name.replace(".default", "")], value) for name, value in trained.items()
+        if "lora_A" in name
+    )  # fmt: skip
+    # Validating in every step changes nothing.
+    validated = train(output_dir=tmp_path / "two", validation_prompt="an axe", validation_steps=1, **options)
+    again = load_file(validated / "checkpoint-4" / "adapter.safetensors")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def test_ema_saves_the_average_of_the_weights(train, tmp_path):
+    """Against the average taken by hand from the checkpoints of every step."""
+    options = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9, lora_alpha=4)
+    plain = train(output_dir=tmp_path / "plain", **options)
+    out = train(output_dir=tmp_path / "ema", use_ema=True, ema_decay=0.6, **options)
+    steps = [load_file(out / f"checkpoint-{step}" / "adapter.safetensors") for step in range(1, 5)]
+    trained = load_file(plain / "checkpoint-4" / "adapter.safetensors")
+    assert all(torch.equal(trained[name], steps[-1][name]) for name in trained)  # the training itself is the same
+    average = {name: torch.zeros_like(value) if "lora_B" in name else None for name, value in trained.items()}
+    for step, weights in enumerate(steps, start=1):
+        decay = min(0.6, step / (9 + step)) if step > 1 else 0.0  # EMAModel's: (1 + n) / (10 + n) after n steps
+        for name in average:
+            if average[name] is not None:
+                average[name] = weights[name] + decay * (average[name] - weights[name])
+    saved = read_lora(out)
+    for name, value in average.items():
+        if value is not None:
+            torch.testing.assert_close(saved[f"unet.{name}"], value, rtol=1e-4, atol=1e-6)
+
+
+# Options.
+
+
+def test_loraplus_has_two_learning_rates(train):
+    out = train(loraplus_lr_ratio=16, learning_rate=1e-3, lr_scheduler="cosine", max_train_steps=4)
+    groups = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [1e-3, 16e-3]
+    assert [len(group["params"]) for group in groups] == [30, 30]
+
+
+def test_options_reach_the_optimizer(train):
+    out = train(optimizer="adafactor", optimizer_args=["clip_threshold=0.5", "beta1=0.9"])
+    group = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (group["clip_threshold"], group["beta1"], group["scale_parameter"]) == (0.5, 0.9, False)
+
+
+def test_a_value_may_be_any_literal():
+    words = ["betas=(0.9,0.99)", "eps=1e-6", "amsgrad=True", "name=word"]
+    assert optimizers.parse_options(words) == dict(betas=(0.9, 0.99), eps=1e-6, amsgrad=True, name="word")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(optimizer_args=["weight_dcay=0.1"]), "adamw has no such option. Did you mean weight_decay?"),
+        (dict(optimizer="prodigy", optimizer_args=["d_coeff=2"]), "prodigy has no such option. Did you mean d_coef?"),
+        (dict(optimizer_args=["weight_decay"]), "--optimizer_args weight_decay: write key=value"),
+        (dict(optimizer_args=["lr=3"]), "--optimizer_args lr: adamw has no such option"),
+        (dict(optimizer_args=["weight_decay=-1"]), "--optimizer adamw: Invalid weight_decay value: -1"),
+        (dict(optimizer="prodigy", use_8bit_adam=True), "Pass one of --use_8bit_adam and --optimizer prodigy"),
+        (dict(optimizer="schedulefree", lr_scheduler="cosine"), "schedulefree needs no --lr_scheduler cosine"),
+        (dict(snr_gamma=5, debiased_estimation=True), "Pass one of --snr_gamma and --debiased_estimation"),
+        (dict(lr_warmup_ratio=0.1, lr_warmup_steps=3), "Pass one of --lr_warmup_steps and --lr_warmup_ratio"),
+        (dict(lr_warmup_ratio=1.5), "--lr_warmup_ratio 1.5: it must be from 0 to 1"),
+        (dict(timestep_range=[500, 100]), "--timestep_range 500 100: write two numbers from 0 to 1000"),
+        (dict(huber_c=0), "--huber_c 0.0: it must be more than 0"),
+        (dict(ema_decay=1), "--ema_decay 1.0: it must be at least 0 and less than 1"),
+    ],
+    ids=str,
+)
+def test_bad_flags_are_told(train, flags, message):
+    with pytest.raises(InputError) as caught:
+        train(**flags)
+    assert message in str(caught.value)
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "prodigy", ("no_such_package", "Prodigy", {}, "prodigyopt"))
+    with pytest.raises(InputError, match="--optimizer prodigy needs prodigyopt. Run: pip install prodigyopt"):
+        optimizers.check_optimizer("prodigy", [])
+
+
+def test_prodigy_starts_at_1_and_the_others_at_1e_4(train):
+    assert read_metrics(train(optimizer="prodigy", learning_rate=None))[0]["lr"] == 1.0
+    assert read_metrics(train(learning_rate=None, resume_from_checkpoint="none"))[0]["lr"] == 1e-4
+
+
+def test_warmup_as_a_ratio(train):
+    rows = read_metrics(train(lr_scheduler="constant_with_warmup", lr_warmup_ratio=0.5, max_train_steps=8))
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * min(k / 4, 1) for k in range(8)])
+
+
+# Timesteps and noise.
+
+
+@pytest.fixture
+def drawn(train, monkeypatch):
+    """The timesteps and noises of a run, as the scheduler gets them."""
+    from diffusers import DDPMScheduler
+
+    def run(**flags):
+        rows, add_noise = [], DDPMScheduler.add_noise
+
+        def spy(self, latents, noise, timesteps):
+            rows.append((timesteps.clone(), noise.clone()))
+            return add_noise(self, latents, noise, timesteps)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DDPMScheduler, "add_noise", spy)
+            train(resume_from_checkpoint="none", **flags)
+        return torch.cat([t for t, _ in rows]).numpy(), torch.cat([n for _, n in rows])
+
+    return run
+
+
+def test_timestep_range(drawn):
+    timesteps, _ = drawn(timestep_range=[200, 210], max_train_steps=60)
+    assert set(timesteps) == set(range(200, 210))
+
+
+@pytest.mark.parametrize("flags", [dict(logit_mean=-1.0), dict(logit_mean=1.0, logit_std=0.5)], ids=str)
+def test_logit_normal_timesteps(drawn, flags):
+    """Their log odds are normal, with diffusers' sign: below 0 is noisier."""
+    timesteps, _ = drawn(timestep_sampling="logit_normal", max_train_steps=150, **flags)
+    share = (timesteps + 0.5) / 1000
+    logits = np.log(share / (1 - share))
+    assert np.mean(logits) == pytest.approx(-flags["logit_mean"], abs=0.2)
+    assert np.std(logits) == pytest.approx(flags.get("logit_std", 1), rel=0.2)
+
+
+def test_mode_timesteps(drawn):
+    timesteps, _ = drawn(timestep_sampling="mode", max_train_steps=150)
+    assert 0 <= timesteps.min() < timesteps.max() < 1000
+    assert np.mean(np.abs(timesteps - 500) < 250) > 0.6  # uniform: half of them
+
+
+def test_input_perturbation_is_on_the_input_alone(drawn, monkeypatch):
+    from text_to_image_lora import objective
+
+    targets, target_of = [], objective.target_of
+
+    def spy(noise_scheduler, latents, noise, timesteps):
+        targets.append(noise.clone())
+        return target_of(noise_scheduler, latents, noise, timesteps)
+
+    monkeypatch.setattr(objective, "target_of", spy)
+    plain_steps, plain = drawn(max_train_steps=40)
+    clean = torch.cat(targets)
+    targets.clear()
+    steps, perturbed = drawn(max_train_steps=40, input_perturbation=0.1)
+    assert np.array_equal(plain_steps, steps)
+    assert torch.equal(torch.cat(targets), clean)
+    assert torch.equal(plain, clean)
+    assert (perturbed - clean).std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_huber_run_has_the_formulas_loss(train, tmp_path):
+    """The run's first loss, from the first losses of a plain one: the same draws, another formula."""
+    plain = read_metrics(train(output_dir=tmp_path / "plain"))
+    huber = read_metrics(train(output_dir=tmp_path / "huber", loss_type="huber", huber_c=1.0))
+    assert huber[0]["train_loss"] < plain[0]["train_loss"]
+    near = read_metrics(
+        train(output_dir=tmp_path / "wide", loss_type="huber", huber_c=1e4, timestep_range=[990, 1000])
+    )
+    plain = read_metrics(train(output_dir=tmp_path / "narrow", timestep_range=[990, 1000]))
+    assert near[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-2)  # so wide that it is the square
+    assert math.isfinite(json.loads(json.dumps(huber[-1]["train_loss"])))

@@ -1,0 +1,92 @@
+"""Optimizers by name, from the libraries that keep them; their options are checked before a model is loaded."""
+
+import ast
+import difflib
+import importlib
+import inspect
+
+from .errors import InputError
+
+
+# name: (module, class, what differs from its own defaults, package to install)
+OPTIMIZERS = {
+    "adamw": ("torch.optim", "AdamW", {}, "torch"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}, "bitsandbytes"),
+    # Mishchenko and Defazio, 2023, https://arxiv.org/abs/2306.06101: finds the step size itself; its learning rate is 1.
+    # From its own first estimate of 1e-6 a LoRA, whose B is 0, hardly moves in its first 50 steps.
+    "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "d0": 1e-5}, "prodigyopt"),
+    # Defazio et al., 2024, https://arxiv.org/abs/2405.15682: needs no schedule
+    "schedulefree": ("schedulefree", "AdamWScheduleFree", {"foreach": False}, "schedulefree"),
+    # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
+    "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
+}
+RESERVED = ("self", "params", "lr")
+
+
+def parse_options(words):
+    """{"key": value} of words such as `d_coef=0.5`; values are Python literals, or strings."""
+    options = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise InputError(f"--optimizer_args {word}: write key=value, such as weight_decay=0.1")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def check_optimizer(name, words):
+    """The optimizer's class and the options in `words`; an `InputError` where it isn't installed or has no such option."""
+    module, class_name, _, package = OPTIMIZERS[name]
+    options = parse_options(words)
+    if not options and name == "adamw":
+        return None, {}  # so that torch isn't imported to look at nothing
+    try:
+        optimizer_class = getattr(importlib.import_module(module), class_name)
+    except ImportError as error:
+        raise InputError(f"--optimizer {name} needs {package}. Run: pip install {package}") from error
+    known = [key for key in inspect.signature(optimizer_class.__init__).parameters if key not in RESERVED]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {near}?")
+    return optimizer_class, options
+
+
+def make_optimizer(name, groups, *, learning_rate, betas, weight_decay, eps, words, device):
+    """The optimizer for parameter groups; `betas`, `weight_decay` and `eps` go to those that have them.
+
+    What is in `words` (`--optimizer_args`) goes before all else.
+    """
+    optimizer_class, options = check_optimizer(name, words)
+    if optimizer_class is None:
+        import torch
+
+        optimizer_class = torch.optim.AdamW
+    _, _, changes, _ = OPTIMIZERS[name]
+    given = {"betas": betas, "weight_decay": weight_decay} | ({} if name == "adafactor" else {"eps": eps})
+    if name == "adamw":
+        changes = {"fused": device.type == "cuda"}
+    known = inspect.signature(optimizer_class.__init__).parameters
+    given = {key: value for key, value in given.items() if key in known}
+    try:
+        return optimizer_class(groups, lr=learning_rate, **given | changes | options)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--optimizer {name}: {str(error) or type(error).__name__}. Check --optimizer_args."
+        ) from error
+
+
+def parameter_groups(model, learning_rate, lr_ratio=None):
+    """The parameters to train; with `lr_ratio` the B matrices have that times the learning rate.
+
+    LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354).
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if lr_ratio is None:
+        return [{"params": [parameter for _, parameter in trained], "lr": learning_rate}]
+    of_b = [parameter for name, parameter in trained if "lora_B" in name]
+    others = [parameter for name, parameter in trained if "lora_B" not in name]
+    return [{"params": others, "lr": learning_rate}, {"params": of_b, "lr": learning_rate * lr_ratio}]
