@@ -139,6 +139,10 @@ def build_parser():
     group("--use_dora", **yes, help="weight-decomposed LoRA")
     group("--lora_weights", metavar="PATH", help="start from this LoRA file or folder")
 
+    group("--train_text_encoder", **yes, help="adapt the text encoder too; captions are then encoded in each step")
+    group("--text_encoder_rank", type=int, help="rank of its LoRA; --rank when not given")
+    group("--text_encoder_lr", type=float, help="its learning rate; --learning_rate when not given")
+
     group = parser.add_argument_group("training").add_argument
     group("--train_batch_size", type=int, default=16, help="pictures per process and forward pass")
     group("--num_train_epochs", type=int, default=100, help="passes over the pictures")
@@ -274,6 +278,7 @@ def check_args(args):
         adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
         bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
         random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1, input_perturbation=0,
+        text_encoder_rank=1,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -289,6 +294,10 @@ def check_args(args):
     check_optimizer(args.optimizer, args.optimizer_args)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+    if not args.train_text_encoder and (args.text_encoder_rank is not None or args.text_encoder_lr is not None):
+        raise InputError(
+            "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add --train_text_encoder."
+        )
     if args.snr_gamma is not None and args.debiased_estimation:
         raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
     if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
@@ -299,7 +308,15 @@ def check_args(args):
         raise InputError(
             f"--timestep_range {' '.join(map(str, args.timestep_range))}: write two numbers from 0 to 1000, the smaller one first."
         )
-    for name in ("learning_rate", "lora_alpha", "snr_gamma", "huber_c", "loraplus_lr_ratio", "logit_std"):
+    for name in (
+        "learning_rate",
+        "lora_alpha",
+        "snr_gamma",
+        "huber_c",
+        "loraplus_lr_ratio",
+        "logit_std",
+        "text_encoder_lr",
+    ):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
@@ -611,7 +628,7 @@ def captions_to_train_on(args, dataset):
     from text_to_image_lora import captions
 
     groups = dataset["captions"][:]
-    if not args.shuffle_tags or not num_variations(args):
+    if not args.shuffle_tags or not num_variations(args) or args.train_text_encoder:
         return groups
     return [captions.shuffled_variations(group, args.tag_variations, args.seed, args.keep_tags) for group in groups]
 
@@ -628,7 +645,7 @@ def bytes_of_cache(args, base, images, sizes, caption_lists, num_chunks, masked)
         seed=args.seed, identity="", dtype=dtype, folder="",
     )  # fmt: skip
     prompt_shards, _ = caching.plan_prompts(
-        [caption for group in caption_lists for caption in group] + [""] * (args.caption_dropout > 0),
+        [] if args.train_text_encoder else [c for group in caption_lists for c in group] + [""] * (args.caption_dropout > 0),
         identity="", dtype=dtype, clip_skip=None, folder="",
     )  # fmt: skip
     return caching.bytes_of(
@@ -764,39 +781,55 @@ def identity_of_run(args, dataset, images, sampler):
         "effective_batch_size": sampler.effective_batch_size,
         "optimizer": [args.optimizer, args.loraplus_lr_ratio is not None],
         "use_ema": args.use_ema,
+        "text_encoder": (args.text_encoder_rank or args.rank) if args.train_text_encoder else None,
     }
 
 
-def adapt(unet, args):
-    """Adds the LoRA to the UNet and sets what the flags want of both; returns how many modules were adapted."""
+def adapt(unet, text_encoder, args):
+    """Adds the LoRA to the UNet, and to the text encoder if there is one, and sets what the flags want of them.
+
+    Returns how many modules were adapted.
+    """
     import torch
 
     from text_to_image_lora import export, lora
 
-    torch.manual_seed(args.seed)
-    num_adapted = lora.add_lora(
-        unet,
-        rank=args.rank,
-        lora_alpha=args.lora_alpha,
+    common = dict(
         lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
         init_lora_weights=args.init_lora_weights,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
+    torch.manual_seed(args.seed)
+    adapted = {"unet": unet} | ({} if text_encoder is None else {"text_encoder": text_encoder})
+    num_adapted = lora.add_lora(
+        unet, rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.target_modules, **common
+    )
+    if text_encoder is not None:
+        rank = args.text_encoder_rank or args.rank
+        num_adapted += lora.add_lora(
+            text_encoder,
+            rank=rank,
+            lora_alpha=args.lora_alpha * rank / args.rank,
+            target_modules=lora.text_layers(text_encoder, args.clip_skip or 0),
+            **common,
+        )
     if args.lora_weights is not None:
         loaded, _ = export.load_lora(args.lora_weights)
-        if set(loaded) != {"unet"}:
+        if set(loaded) != set(adapted):
             raise InputError(
-                f"{args.lora_weights}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, and this trains the unet "
-                "alone. Start from a LoRA of the unet."
+                f"{args.lora_weights}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, and this trains the "
+                f"{' and the '.join(adapted)}{'' if len(adapted) > 1 else ' alone'}. Start from a LoRA of the same."
             )
         try:
-            lora.start_from(unet, loaded.get("unet", {}))
+            for name, model in adapted.items():
+                lora.start_from(model, loaded[name])
         except ValueError as error:
             raise InputError(
                 f"{args.lora_weights}: {error}. Check --rank, --target_modules and --use_dora."
             ) from error
+    if args.gradient_checkpointing and text_encoder is not None:
+        text_encoder.gradient_checkpointing_enable()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -977,29 +1010,43 @@ def main(args):
     )
     if device.type != "mps":
         unet.to(memory_format=torch.channels_last)
-    num_adapted = adapt(unet, args)
-    lora.cast_frozen(unet, weight_dtype)
-    unet.to(device)
-    params_to_optimize = lora.trainable_parameters(unet)
+    num_adapted = adapt(unet, text_encoder if args.train_text_encoder else None, args)
+    adapted = {"unet": unet} | ({"text_encoder": text_encoder} if args.train_text_encoder else {})
+    for model in adapted.values():
+        lora.cast_frozen(model, weight_dtype)
+        model.to(device)
+    params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
 
     # The cache: with it, the denoiser alone stays on the device.
     vae.to(device)  # in float32: some VAEs overflow in float16
-    text_encoder.to(device, weight_dtype)
+    if not args.train_text_encoder:
+        text_encoder.to(device, weight_dtype)
     vae_encode = functools.partial(models.encode_images, vae)
-    text_encode = functools.partial(
-        prompts.encode_prompts, tokenizer, text_encoder, clip_skip=args.clip_skip, num_chunks=num_chunks
-    )
-    prompt_embeds = text_encode(args.validation_prompts).cpu() if args.validation_prompts else None
-    # As in diffusers' pipeline, clip_skip is not for the negative prompt.
-    negative_embeds = text_encode([args.validation_negative_prompt], clip_skip=None)[0].cpu()
+
+    @torch.no_grad()
+    def text_encode(texts, clip_skip=args.clip_skip):
+        training = (
+            accelerator.autocast() if args.train_text_encoder else contextlib.nullcontext()
+        )  # its LoRA is float32
+        with validation.evaluating(text_encoder), training:
+            return prompts.encode_prompts(tokenizer, text_encoder, texts, clip_skip, num_chunks).to(weight_dtype)
+
+    def embeds_to_validate():
+        """Of the validation prompts, and of the negative one; as in diffusers' pipeline, that has no clip_skip."""
+        negative = text_encode([args.validation_negative_prompt], clip_skip=None)[0].cpu()
+        return text_encode(args.validation_prompts).cpu(), negative
+
+    embeds = embeds_to_validate() if args.validation_prompts and not args.train_text_encoder else None
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
     build_cache = functools.partial(
         caching.build,
         vae_encode=vae_encode,
         vae_identity=models.weights_identity(vae),
         latent_dtype=latent_dtype,
-        text_encode=text_encode,
-        text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
+        text_encode=None if args.train_text_encoder else text_encode,
+        text_identity=""
+        if args.train_text_encoder
+        else f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
         clip_skip=args.clip_skip,
         prompt_shape=(77 * num_chunks, base.cross_attention_dim),
         prompt_dtype=weight_dtype,
@@ -1029,17 +1076,26 @@ def main(args):
     ]
     if args.cache_variations:
         vae = vae.to("cpu") if args.validation_prompts else None
-        del text_encoder, text_encode, vae_encode, build_cache
+        del vae_encode, build_cache
+        if not args.train_text_encoder:
+            del text_encoder, text_encode
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
     # Optimizer, schedule, loader.
     learning_rate = args.learning_rate
+    text_encoder_lr = learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     if args.scale_lr:
         learning_rate *= settings["effective_batch_size"]
+        text_encoder_lr *= settings["effective_batch_size"]
     optimizer = optimizers.make_optimizer(
         args.optimizer,
-        optimizers.parameter_groups(unet, learning_rate, args.loraplus_lr_ratio),
+        optimizers.parameter_groups(unet, learning_rate, args.loraplus_lr_ratio)
+        + (
+            optimizers.parameter_groups(text_encoder, text_encoder_lr, args.loraplus_lr_ratio)
+            if args.train_text_encoder
+            else []
+        ),
         learning_rate=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -1079,7 +1135,8 @@ def main(args):
             scaler=accelerator.scaler,
             average=average,
         )
-        lora.load_adapter(unet, adapter)
+        for name, model in adapted.items():
+            lora.load_adapter(model, lora.part_of(adapter, name))
     training_set = data.TrainingSet(
         dataset,
         images,
@@ -1107,7 +1164,9 @@ def main(args):
         pin_memory=device.type == "cuda",
     )
     unwrapped = unet
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    trained = accelerator.prepare(*adapted.values())  # as each process wraps them
+    trained = [trained] if len(adapted) == 1 else list(trained)
+    unet, optimizer = trained[0], accelerator.prepare(optimizer)
 
     # Reports and files.
     output_dir = Path(args.output_dir)
@@ -1140,8 +1199,7 @@ def main(args):
         )
         made = validation.generate_images(
             pipeline,
-            prompt_embeds,
-            negative_embeds,
+            *(embeds or embeds_to_validate()),
             num_images=args.num_validation_images,
             seed=args.seed,
             resolution=args.resolution,
@@ -1184,6 +1242,7 @@ def main(args):
                 weight_dtype=weight_dtype,
                 seed=args.seed,
                 accelerator=accelerator,
+                text_encode=text_encode if args.train_text_encoder else None,
             )
             for validation_set in validation_sets
         ]
@@ -1206,20 +1265,20 @@ def main(args):
         return args.early_stopping_patience is not None and state.validation.waited >= args.early_stopping_patience
 
     def save_lora(folder):
-        adapter, lora_config = lora.adapter_state(unwrapped)
-        if not all(value.isfinite().all() for value in adapter.values()):
+        components = {name: lora.adapter_state(model) for name, model in adapted.items()}
+        if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
             raise TrainingError(
                 f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
                 f"saved before is in {output_dir}."
             )
-        return export.save_lora(folder, {"unet": (adapter, lora_config)}, training_header)
+        return export.save_lora(folder, components, training_header)
 
     def save():
         if accelerator.is_main_process:
             with checkpoint.written_whole(output_dir / f"checkpoint-{state.global_step}") as folder:
                 checkpoint.save_checkpoint(
                     folder,
-                    adapter=lora.adapter_state(unwrapped)[0],
+                    adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
                     average=None if average is None else average.state_dict(),
                     optimizer=optimizer,
                     lr_scheduler=lr_scheduler,
@@ -1261,16 +1320,19 @@ def main(args):
         desc="training",
         disable=not accelerator.is_local_main_process,
     )
-    unwrapped.disable_adapters()
+    for model in adapted.values():
+        model.disable_adapters()
     if validation_sets and state.validation is None:
         table, probe = (table.tolist() for table in validation_losses())
         state.validation = stopping.Validation(base=table, base_probe=probe, best=table)
     if args.validation_prompts and state.global_step == 0:
         validate()
-    unwrapped.enable_adapters()
+    for model in adapted.values():
+        model.enable_adapters()
     if validation_sets and state.global_step == 0:
         judge()
-    unet.train()
+    for model in trained:
+        model.train()
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
     batches, clock = iter(loader), time.time()
     while state.global_step < args.max_train_steps and not out_of_patience():
@@ -1281,7 +1343,7 @@ def main(args):
             batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in next(batches).items()}
             if "pixels" in batch:
                 batch["mean"], batch["std"] = (t.to(latent_dtype).float() for t in vae_encode(batch["pixels"]))
-            if "captions" in batch:
+            if "captions" in batch and not args.train_text_encoder:
                 batch["encoder_hidden_states"] = text_encode(batch["captions"])
             timesteps = batch["timesteps"]
             latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * scaling_factor
@@ -1302,7 +1364,14 @@ def main(args):
             if args.lora_dropout:
                 torch.manual_seed(data.seed_of(args.seed, step, micro_step, rank))
             last = micro_step == num_micro_batches - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(unet):
+            with contextlib.ExitStack() as stack:
+                for model in trained if not last else ():
+                    stack.enter_context(accelerator.no_sync(model))
+                if args.train_text_encoder:
+                    with accelerator.autocast():
+                        batch["encoder_hidden_states"] = prompts.encode_prompts(
+                            tokenizer, trained[1], batch["captions"], args.clip_skip, num_chunks
+                        )
                 model_pred = models.predict(
                     unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
                 )
@@ -1379,7 +1448,8 @@ def main(args):
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
     # interpreter ends, and then now and then abort the process.
     accelerator.wait_for_everyone()
-    unet, optimizer = accelerator.free_memory(unet, optimizer)
+    unet, trained, model = None, None, None
+    accelerator.free_memory()
     line = tracking.finish_trackers(accelerator)
     if line is not None:
         say(line)

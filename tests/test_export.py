@@ -39,7 +39,7 @@ from text_to_image_lora.errors import InputError
 
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # what --train_text_encoder adapts
 # Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
 ADAPTERS = {
     "alpha": {"lora_alpha": 6},

@@ -213,7 +213,7 @@ def build(
     """Fills what is missing of the cache, each rank its share, and opens it; `InputError` where the disk is too full.
 
     `images` and `sizes` are as in `plan_latents`, `captions` holds a list for each picture. With `caption_dropout` the
-    empty caption is there too.
+    empty caption is there too. Where `text_encode` is None, captions are not cached, and prompts are (None, None).
     Returns (latents, locations[i, k]) and (prompts, places[caption]): `ShardReader`s, and where in them each lies.
     """
     latent_shards, locations = plan_latents(
@@ -221,8 +221,9 @@ def build(
         augmentation=augmentation, seed=seed, identity=vae_identity, dtype=latent_dtype,
         folder=folder, masked=masked,
     )  # fmt: skip
+    cached = [caption for group in captions for caption in group] + [""] * (caption_dropout > 0)
     prompt_shards, places = plan_prompts(
-        [caption for group in captions for caption in group] + [""] * (caption_dropout > 0),
+        [] if text_encode is None else cached,
         identity=text_identity, dtype=prompt_dtype, clip_skip=clip_skip, folder=folder,
     )  # fmt: skip
     missing = ([shard for shard in shards if not is_whole(shard)] for shards in (latent_shards, prompt_shards))
@@ -245,7 +246,8 @@ def build(
         accelerator.wait_for_everyone()
         # Where the ranks share no disk, each makes what others have made; elsewhere nothing is missing any more.
         fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
-    return (ShardReader(latent_shards), locations), (ShardReader(prompt_shards), places)
+    prompts = (None, None) if text_encode is None else (ShardReader(prompt_shards), places)
+    return (ShardReader(latent_shards), locations), prompts
 
 
 class ShardReader:

@@ -9,6 +9,14 @@ from .errors import InputError
 
 # Attention and feed-forward: the layers of every transformer block that matter (docs/findings.md has the sources).
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+TEXT_TARGET_MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 INITIALISATIONS = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
@@ -47,6 +55,17 @@ def add_lora(model, *, rank, lora_alpha, lora_dropout, target_modules, init_lora
     return adapted
 
 
+def text_layers(text_encoder, leave_out=0):
+    """The names of the layers of a CLIP text model to adapt, less those of its last `leave_out` blocks."""
+    names = [name for name, _ in text_encoder.named_modules() if name.endswith(TEXT_TARGET_MODULES)]
+    blocks = text_encoder.config.num_hidden_layers
+    if len(names) != len(TEXT_TARGET_MODULES) * blocks:
+        raise RuntimeError(
+            f"{len(names)} layers were found where {blocks} blocks have {len(TEXT_TARGET_MODULES)} each."
+        )
+    return [name for name in names if int(name.partition("layers.")[2].partition(".")[0]) < blocks - leave_out]
+
+
 def cast_frozen(model, dtype):
     """Takes the base to a precision of its own, after the adapters have read it in float32 (DoRA's magnitudes do)."""
     for parameter in model.parameters():
@@ -61,7 +80,9 @@ def trainable_parameters(model):
 
 def adapter_state(model):
     """The adapter's tensors as peft names them, and its `LoraConfig`."""
-    return get_peft_model_state_dict(model, adapter_name="default"), model.peft_config["default"]
+    # Without a look at the embeddings, for which peft would ask the hub: no adapter is on them.
+    state_dict = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    return state_dict, model.peft_config["default"]
 
 
 def load_adapter(model, state_dict):
@@ -72,6 +93,21 @@ def load_adapter(model, state_dict):
         wrong = sorted({name for name, _ in set(expected.items()) ^ set(given.items())})
         raise ValueError(f"{len(wrong)} of {len(expected)} tensors do not fit the adapter, the first: {wrong[0]}")
     set_peft_model_state_dict(model, state_dict, adapter_name="default")
+
+
+def joined(parts):
+    """One state dict of those of several models: the UNet's names as they are, the others' after the model's."""
+    return {
+        key if name == "unet" else f"{name}:{key}": value
+        for name, part in parts.items()
+        for key, value in part.items()
+    }
+
+
+def part_of(state_dict, name):
+    """What `joined` took from that model."""
+    parts = [key.rpartition(":") for key in state_dict]
+    return {key: state_dict[owner + colon + key] for owner, colon, key in parts if (owner or "unet") == name}
 
 
 def start_from(model, state_dict):

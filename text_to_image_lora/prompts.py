@@ -74,15 +74,13 @@ def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts, say):
 def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None, num_chunks=1):
     """Hidden states (N, 77 x num_chunks, D) that the UNet attends to; `clip_skip` leaves out that many last layers.
 
-    With `clip_skip` as in diffusers' `encode_prompt`: the final layer norm still applies.
+    With `clip_skip` as in diffusers' `encode_prompt`: the final layer norm still applies. Gradients are as the caller has
+    them; the text encoder may be in a wrapper for several processes.
     """
-    import torch
-
-    with torch.no_grad():
-        ids = tokenize(tokenizer, captions, num_chunks).to(text_encoder.device)
-        output = text_encoder(ids, output_hidden_states=True)
-        hidden_states = output[0]
-        if clip_skip is not None:
-            inner = getattr(text_encoder, "text_model", text_encoder)
-            hidden_states = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-        return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1])
+    inner = getattr(text_encoder, "module", text_encoder)
+    output = text_encoder(tokenize(tokenizer, captions, num_chunks).to(inner.device), output_hidden_states=True)
+    hidden_states = output[0]
+    if clip_skip is not None:
+        norm = getattr(inner, "text_model", inner).final_layer_norm
+        hidden_states = norm(output.hidden_states[-(clip_skip + 1)])
+    return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1])

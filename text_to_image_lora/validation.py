@@ -58,6 +58,8 @@ def evaluating(model):
 class ValidationSet:
     """Pictures to validate on, from the cache: posterior mean, embedding of the first caption, mask, one row a picture.
 
+    Where prompts are (None, None) there is no embedding: `loss_table` makes it.
+
     `latents` and `prompts` are what `caching.build` gave for them.
     """
 
@@ -72,8 +74,10 @@ class ValidationSet:
         at = self.locations[index, 0].tolist()
         row = {
             "mean": self.latents.row(*at, "mean").float(),
-            "encoder_hidden_states": self.prompts.row(*self.places[self.captions[index][0]], "hidden_states"),
         }
+        if self.prompts is not None:
+            place = self.places[self.captions[index][0]]
+            row["encoder_hidden_states"] = self.prompts.row(*place, "hidden_states")
         return row | ({"mask": self.latents.row(*at, "mask").float()} if self.masked else {})
 
 
@@ -83,7 +87,9 @@ def strata(num_train_timesteps):
 
 
 @torch.no_grad()
-def loss_table(unet, validation_set, *, noise_scheduler, scaling_factor, weight_dtype, seed, accelerator):
+def loss_table(
+    unet, validation_set, *, noise_scheduler, scaling_factor, weight_dtype, seed, accelerator, text_encode=None
+):
     """The loss of each picture at each of the `strata`: float64 (pictures, STRATA), the same on every process.
 
     Each picture is a batch of its own, with noise that depends on (seed, image_id, k) alone: so neither the batch size of
@@ -96,9 +102,10 @@ def loss_table(unet, validation_set, *, noise_scheduler, scaling_factor, weight_
     found = {}
     with evaluating(unet), accelerator.autocast():
         for index in range(accelerator.process_index, len(validation_set), accelerator.num_processes):
-            row = {
-                name: value.to(device).expand(STRATA, *value.shape) for name, value in validation_set[index].items()
-            }
+            row = validation_set[index]
+            if text_encode is not None:
+                row["encoder_hidden_states"] = text_encode(validation_set.captions[index][:1])[0]
+            row = {name: value.to(device).expand(STRATA, *value.shape) for name, value in row.items()}
             latents, name = row["mean"] * scaling_factor, validation_set.images[index].image_id
             noise = torch.stack([_noise_of(latents.shape[1:], seed, name, k) for k in range(STRATA)]).to(device)
             noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)

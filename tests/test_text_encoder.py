@@ -1,0 +1,170 @@
+"""--train_text_encoder: its LoRA learns, is in the file, and stock diffusers draws with it what training drew."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TORCHRUN, read_lora, read_metrics, run_command
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from text_to_image_lora import lora
+from text_to_image_lora.errors import InputError
+
+
+PROMPT = "a red axe"
+TEXT = dict(train_text_encoder=True)
+
+
+def same(first, second):
+    a, b = read_lora(first), read_lora(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def parts_of(folder):
+    weights = read_lora(folder)
+    return {part: {k: v for k, v in weights.items() if k.startswith(f"{part}.")} for part in ("unet", "text_encoder")}
+
+
+# Deprecated in 0.39, and gone after it: that is why 0.39 is pinned.
+@pytest.mark.filterwarnings("ignore:`load_attn_procs` is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [dict(), dict(clip_skip=1), dict(use_dora=True)], ids=str)
+def test_stock_diffusers_draws_what_training_drew(train, tiny_sd, options):
+    out = train(
+        learning_rate=0.1, text_encoder_rank=2, lora_alpha=6, validation_prompt=PROMPT, validation_guidance_scale=3,
+        validation_inference_steps=3, **TEXT, **options,
+    )  # fmt: skip
+    pictures = []
+    for load in (None, "unet", "both"):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        if load == "unet":
+            pipe.unet.load_attn_procs(out)
+        elif load == "both":
+            pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+        image = pipe(
+            PROMPT, guidance_scale=3, num_inference_steps=3, height=32, width=32, clip_skip=options.get("clip_skip"),
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]  # fmt: skip
+        pictures.append(np.asarray(image, dtype=int))
+    drawn = [
+        np.asarray(Image.open(out / "validation" / f"step-{step:06d}" / "prompt-00-0.png"), dtype=int)
+        for step in (0, 2)
+    ]
+    assert abs(drawn[0] - pictures[0]).max() <= 1
+    assert abs(drawn[1] - pictures[2]).max() <= 2
+    assert abs(pictures[2] - pictures[1]).max() > 3  # the text encoder's part is seen
+
+
+def test_what_is_in_the_file(train, tiny_sd):
+    """Two blocks of six layers, each of its own rank; the last block has none where clip_skip leaves it out."""
+    config = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None).text_encoder.config
+    assert config.num_hidden_layers == 2
+    out = train(rank=4, text_encoder_rank=2, **TEXT)
+    weights = parts_of(out)["text_encoder"]
+    assert len(weights) == 2 * 2 * 6
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in weights)
+    assert {v.shape[0] for k, v in weights.items() if "lora_A" in k} == {2}
+    assert all(v.abs().max() > 0 for k, v in weights.items() if "lora_B" in k)
+    with safe_open(out / "pytorch_lora_weights.safetensors", "pt") as file:
+        adapters = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (adapters["unet.r"], adapters["text_encoder.r"], adapters["text_encoder.lora_alpha"]) == (4, 2, 2)
+    skipped = parts_of(train(clip_skip=1, resume_from_checkpoint="none", **TEXT))["text_encoder"]
+    assert {name.split(".layers.")[1][0] for name in skipped} == {"0"}
+
+
+def test_every_layer_of_sd15s_text_encoder():
+    """72 modules, as kohya's default has them."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, num_attention_heads=12, hidden_size=768))
+    assert len(lora.text_layers(model)) == 72
+    assert len(lora.text_layers(model, 2)) == 60
+
+
+def test_each_has_its_learning_rate(train):
+    out = train(learning_rate=1e-3, text_encoder_lr=1e-5, scale_lr=True, **TEXT)
+    groups = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([2e-3, 2e-5])
+
+
+def test_it_goes_on_where_it_stopped(train, tmp_path):
+    options = dict(
+        max_train_steps=4, checkpointing_steps=2, lora_dropout=0.3, validation_split=0.34, use_ema=True, **TEXT
+    )
+    straight = train(output_dir=tmp_path / "straight", **options)
+    train(output_dir=tmp_path / "parts", **options)
+    for file in (tmp_path / "parts" / "checkpoint-4").iterdir():
+        file.unlink()
+    parts = train(output_dir=tmp_path / "parts", **options)
+    assert same(straight, parts)
+    assert read_metrics(straight)[-1]["validation/loss"] == read_metrics(parts)[-1]["validation/loss"]
+
+
+def test_the_validation_loss_is_of_both(train, tmp_path):
+    options = dict(validation_split=0.34, learning_rate=1e-9)
+    alone = read_metrics(train(output_dir=tmp_path / "alone", **options))
+    both = read_metrics(train(output_dir=tmp_path / "both", text_encoder_lr=0.1, **options, **TEXT))
+    assert both[0]["validation/loss"] == pytest.approx(alone[0]["validation/loss"], rel=1e-6)
+    assert abs(both[-1]["validation/loss"] / alone[-1]["validation/loss"] - 1) > 1e-4
+
+
+def assert_same_run(first, second):
+    for a, b in zip(read_metrics(first), read_metrics(second), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for part, weights in parts_of(first).items():
+        others = parts_of(second)[part]
+        difference = torch.cat([(weights[k] - others[k]).flatten() for k in weights]).norm()
+        assert difference < 2e-3 * torch.cat([weights[k].flatten() for k in weights]).norm()
+
+
+def test_batch_accumulation_and_processes(train, arguments, tmp_path):
+    options = dict(max_train_steps=3, learning_rate=1e-3, caption_dropout=0.3, **TEXT)
+    whole = train(train_batch_size=4, output_dir=tmp_path / "whole", **options)
+    parts = train(train_batch_size=1, gradient_accumulation_steps=4, output_dir=tmp_path / "parts", **options)
+    assert_same_run(whole, parts)
+    words = arguments(train_batch_size=1, gradient_accumulation_steps=2, output_dir=tmp_path / "two", **options)
+    done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, tmp_path / "two")
+
+
+def test_live_pictures_and_bf16(train, tmp_path):
+    options = dict(max_train_steps=3, learning_rate=1e-3, center_crop=True, **TEXT)
+    cached = train(output_dir=tmp_path / "cached", **options)
+    assert not list((tmp_path / "cache" / "prompts").glob("*")) if (tmp_path / "cache" / "prompts").exists() else True
+    live = train(output_dir=tmp_path / "live", cache_variations=0, **options)
+    assert_same_run(cached, live)
+    half = train(output_dir=tmp_path / "half", mixed_precision="bf16", gradient_checkpointing=True, **options)
+    assert {value.dtype for value in read_lora(half).values()} == {torch.float32}
+    assert read_metrics(half)[0]["train_loss"] == pytest.approx(read_metrics(cached)[0]["train_loss"], rel=0.05)
+    assert all(v.abs().max() > 0 for k, v in parts_of(half)["text_encoder"].items() if "lora_B" in k)
+
+
+def test_it_starts_from_a_lora_of_both(train, tmp_path):
+    first = train(output_dir=tmp_path / "first", lora_alpha=2, **TEXT)
+    options = dict(lora_weights=first, learning_rate=1e-12)
+    second = train(output_dir=tmp_path / "second", **options, **TEXT)
+    for name, value in read_lora(first).items():
+        if "lora_A" in name:
+            torch.testing.assert_close(read_lora(second)[name], value, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="it adapts text_encoder and unet, and this trains the unet alone"):
+        train(output_dir=tmp_path / "third", **options)
+
+
+def test_its_flags_without_it_are_told(train):
+    with pytest.raises(InputError, match="add --train_text_encoder"):
+        train(text_encoder_rank=4)
+    with pytest.raises(InputError, match="--text_encoder_lr 0.0: it must be more than 0"):
+        train(text_encoder_lr=0, **TEXT)
+
+
+def test_another_rank_of_it_is_another_run(train):
+    train(text_encoder_rank=2, **TEXT)
+    with pytest.raises(InputError, match="text_encoder was 2, is 4"):
+        train(text_encoder_rank=4, **TEXT)
