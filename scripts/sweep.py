@@ -1,0 +1,402 @@
+#!/usr/bin/env python
+"""Trains with many settings and ranks them by the loss on pictures held out.
+
+    python scripts/sweep.py sweep.yaml
+    python scripts/sweep.py --sweep_dir sweeps/rank --sweep rank=4,16 train_batch_size=1,4 learning_rate=1e-4..1e-2 \\
+        --sampler tpe --num_trials 20 --flags pretrained_model_name_or_path=models/mini-sd train_data_dir=metadata/weapons \\
+        resolution=64 validation_split=0.1 validation_steps=50 max_train_steps=300
+
+The trials are Optuna's (https://optuna.org), kept in the sweep's folder. The same command goes on where a sweep stopped:
+trials that are done stay done, one that was cut off goes on from its checkpoint. Started several times, on one machine or
+on several that share the folder, the workers divide the trials among them; give each its GPU by CUDA_VISIBLE_DEVICES.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+METRIC = "validation/relative_loss"
+SAMPLERS = ("grid", "random", "tpe")
+
+
+class SweepError(Exception):
+    """What the user can put right, in one sentence."""
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("config", nargs="?", type=Path, help="YAML file with the keys sweep, flags, and any of the options below")
+    add("--sweep_dir", type=Path, help="folder of the sweep: trials, tables, pictures")
+    add("--sweep", nargs="+", metavar="FLAG=VALUES", help="flags to vary: rank=4,16 or learning_rate=1e-4..1e-2 (log)")
+    add("--flags", nargs="+", metavar="FLAG=VALUE", help="flags that are the same in all trials; true switches one on")
+    add(
+        "--sampler", choices=SAMPLERS, help="grid: all combinations (the default); random; tpe: learns from the trials"
+    )
+    add("--num_trials", type=int, help="how many trials random and tpe make (20)")
+    add("--prune", action="store_true", default=None, help="stop trials that are worse than the median of the others")
+    add("--launcher", help="what starts the training script (this Python); such as 'accelerate launch --multi_gpu'")
+    add("--seed", type=int, help="of the sampler (0)")
+    return parser.parse_args(argv)
+
+
+def values_of(text):
+    """The values of `4,16`, or the range of `1e-4..1e-2` as a mapping."""
+    import yaml
+
+    def value(word):
+        try:
+            return float(word) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", word) else yaml.safe_load(word)
+        except yaml.YAMLError:
+            return word
+
+    low, dots, high = text.partition("..")
+    if dots:
+        return {"min": value(low), "max": value(high), "log": True}
+    return [value(word) for word in text.split(",")]
+
+
+def settle(args):
+    """The sweep as a mapping: from the YAML file, and what the command line says goes before it."""
+    import yaml
+
+    settings = dict(
+        sampler="grid", num_trials=20, prune=False, launcher=None, seed=0, flags={}, sweep={}, sweep_dir=None
+    )
+    if args.config is not None:
+        try:
+            given = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SweepError(f"{args.config}: it can't be read ({str(error).splitlines()[0]}).") from error
+        if not isinstance(given, dict) or set(given) - set(settings):
+            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "no mapping"
+            raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
+        settings |= given
+    for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    for name, words in (("sweep", args.sweep or []), ("flags", args.flags or [])):
+        for word in words:
+            key, equals, text = word.partition("=")
+            if not equals:
+                raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
+            settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
+    check(settings)
+    return settings
+
+
+def check(settings):
+    if settings["sweep_dir"] is None:
+        raise SweepError("--sweep_dir is needed: the folder of the sweep.")
+    if not settings["sweep"]:
+        raise SweepError("Nothing is varied: add --sweep, such as rank=4,16.")
+    if settings["sampler"] not in SAMPLERS:
+        raise SweepError(f"sampler {settings['sampler']}: choose {', '.join(SAMPLERS)}.")
+    for key, values in settings["sweep"].items():
+        if isinstance(values, dict):
+            if settings["sampler"] == "grid":
+                raise SweepError(f"{key} is a range: list its values for a grid, or take --sampler random or tpe.")
+            low, high = values.get("min"), values.get("max")
+            numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high))
+            if not numbers or not low < high or (values.get("log") and low <= 0):
+                raise SweepError(
+                    f"{key}: a range is min..max of two numbers, the smaller one first (above 0 with log)."
+                )
+        elif not isinstance(values, list) or not values:
+            raise SweepError(f"{key}: list its values, such as [4, 16].")
+    both = settings["flags"].keys() & settings["sweep"].keys()
+    if both:
+        raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")
+    every = settings["flags"].keys() | settings["sweep"].keys()
+    if not every & {"validation_split", "validation_data_dir"}:
+        raise SweepError("Trials are ranked by the loss on pictures held out: add validation_split=0.1 to --flags.")
+    for name in ("output_dir", "latent_cache_dir"):
+        if name in settings["sweep"]:
+            raise SweepError(f"{name} can't be varied: each trial has a folder of its own in --sweep_dir.")
+
+
+def words_of(flags):
+    """The flags as words of a command line."""
+    words = []
+    for key, value in flags.items():
+        if value is True or value == "true":
+            words.append(f"--{key}")
+        elif value is not False and value is not None and value != "false":
+            words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def trial_dir(settings, number):
+    return Path(settings["sweep_dir"]) / f"trial-{number:04d}"
+
+
+def command_of(settings, params, output_dir):
+    launcher = shlex.split(settings["launcher"]) if settings["launcher"] else ["python"]
+    cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
+    flags = cache | settings["flags"] | params | {"output_dir": output_dir}
+    return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *words_of(flags)]
+
+
+def open_study(settings):
+    """The study in the sweep's folder; at its first opening a grid's trials are put in the queue."""
+    import itertools
+
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = Path(settings["sweep_dir"])
+    samplers = {
+        "random": lambda: optuna.samplers.RandomSampler(seed=settings["seed"]),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=settings["seed"], constant_liar=True),
+    }
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
+        study_name="sweep",
+        load_if_exists=True,
+        sampler=samplers.get(settings["sampler"], samplers["random"])(),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3) if settings["prune"] else optuna.pruners.NopPruner(),
+    )
+    described = json.dumps({key: settings[key] for key in ("sampler", "sweep", "flags")}, sort_keys=True, default=str)
+    before = study.user_attrs.get("settings")
+    if before is None:
+        study.set_user_attr("settings", described)
+        if settings["sampler"] == "grid":
+            for values in itertools.product(*settings["sweep"].values()):
+                study.enqueue_trial(dict(zip(settings["sweep"], values, strict=True)))
+    elif before != described:
+        raise SweepError(f"{folder}: it holds another sweep. Name another --sweep_dir for this one.")
+    return study
+
+
+def suggest(trial, sweep):
+    """The values of the varied flags; for a trial that has them already, those."""
+    for key, values in sweep.items():
+        if isinstance(values, list):
+            trial.suggest_categorical(key, values)
+        elif isinstance(values["min"], int) and isinstance(values["max"], int):
+            trial.suggest_int(key, values["min"], values["max"], log=bool(values.get("log")))
+        else:
+            trial.suggest_float(key, values["min"], values["max"], log=bool(values.get("log")))
+    return trial.params
+
+
+def claim(study, settings):
+    """The next trial for this worker, as Optuna's `Trial`, and its lock; None where all are taken.
+
+    A trial that was running when its worker was stopped has no lock any more, and is taken first.
+    """
+    import optuna
+    from filelock import FileLock, Timeout
+    from optuna.trial import TrialState
+
+    def lock_of(number):
+        lock = FileLock(f"{trial_dir(settings, number)}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        return lock
+
+    with FileLock(Path(settings["sweep_dir"]) / "sweep.lock"):
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and (lock := lock_of(trial.number)):
+                return optuna.trial.Trial(study, trial._trial_id), lock
+        waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        made = sum(trial.state != TrialState.FAIL for trial in trials)
+        if not waiting and (settings["sampler"] == "grid" or made >= settings["num_trials"]):
+            return None
+        trial = study.ask()
+        suggest(trial, settings["sweep"])
+        return trial, lock_of(trial.number)
+
+
+def losses_of(output_dir):
+    """{step: loss} of a trial's validations so far, the base model's at step 0 left out."""
+    try:
+        lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # half written
+            continue
+    return {row["step"]: row[METRIC] for row in rows if row.get(METRIC) is not None and row["step"] > 0}
+
+
+def run_trial(study, settings, trial, params):
+    """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print."""
+    from optuna.trial import TrialState
+
+    number, output_dir = trial.number, trial_dir(settings, trial.number)
+    output_dir.mkdir(exist_ok=True)
+    command = command_of(settings, params, output_dir)
+    (output_dir / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    with open(output_dir / "log.txt", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log
+        )
+        try:
+            reported = set()
+            while process.poll() is None:
+                time.sleep(0.5)
+                for step, loss in losses_of(output_dir).items():
+                    if settings["prune"] and step not in reported:
+                        reported.add(step)
+                        trial.report(loss, step)
+                        if trial.should_prune():
+                            process.send_signal(signal.SIGTERM)
+                            process.wait()
+                            study.tell(number, state=TrialState.PRUNED)
+                            return f"stopped at step {step}: worse than the median"
+        except BaseException:  # the trial stays unfinished, for the same command to go on with
+            process.terminate()
+            process.wait()
+            raise
+    losses = losses_of(output_dir)
+    if process.returncode or not losses:
+        study.tell(number, state=TrialState.FAIL)
+        lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {process.returncode}"
+        if process.returncode == 2 or "exitcode  : 2" in "\n".join(lines[-30:]):
+            raise SweepError(f"trial {number} can't be run: {reason}")
+        return f"failed: {reason} (see {output_dir / 'log.txt'})"
+    study.tell(number, min(losses.values()))
+    return f"{METRIC} {min(losses.values()):.4f}"
+
+
+def rank(study, settings):
+    """Rows of the trials, the best first: place, number, state, loss, step of it, and the varied flags."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        losses = losses_of(trial_dir(settings, trial.number))
+        best = min(losses, key=losses.get) if losses else None
+        rows.append(
+            {
+                "trial": trial.number,
+                "state": trial.state.name.lower(),
+                METRIC: trial.value if trial.value is not None else losses.get(best),
+                "best_step": best,
+                **{
+                    key: trial.params.get(key, trial.system_attrs.get("fixed_params", {}).get(key))
+                    for key in settings["sweep"]
+                },
+            }
+        )
+    done = {"complete": 0, "pruned": 1}
+    return sorted(rows, key=lambda row: (done.get(row["state"], 2), row[METRIC] if row[METRIC] is not None else 9e9))
+
+
+def shown(value):
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows])
+
+
+def picture_sheet(settings, rows, most=24):
+    """The newest validation pictures of the trials, a row each, the best first; None where there are none."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips, side, words, gap = [], 144, 300, 6
+    for row in rows[:most]:
+        folders = sorted((trial_dir(settings, row["trial"]) / "validation").glob("step-*"))
+        paths = sorted(folders[-1].glob("prompt-*.png")) if folders else []
+        if paths:
+            strips.append((row, paths[:8]))
+    if not strips:
+        return None
+    width = words + max(len(paths) for _, paths in strips) * (side + gap) + gap
+    sheet, font = Image.new("RGB", (width, len(strips) * (side + gap) + gap), "white"), ImageFont.load_default(size=14)
+    draw = ImageDraw.Draw(sheet)
+    for number, (row, paths) in enumerate(strips):
+        top = gap + number * (side + gap)
+        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {shown(row[METRIC])}"]
+        lines += [f"{key} {shown(row[key])}" for key in settings["sweep"]]
+        draw.multiline_text((gap, top), "\n".join(lines[:8]), fill="black", font=font, spacing=3)
+        for place, path in enumerate(paths):
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+                image.thumbnail((side, side))
+                if max(image.size) < side:
+                    scale = side / max(image.size)
+                    image = image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
+                sheet.paste(image, (words + place * (side + gap), top))
+    return sheet
+
+
+def write_results(study, settings):
+    """results.csv, results.md and pictures.png in the sweep's folder; returns what to print."""
+    folder, rows = Path(settings["sweep_dir"]), rank(study, settings)
+    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    said = [markdown(rows)]
+    if rows[0]["state"] == "complete":
+        best = {key: rows[0][key] for key in settings["sweep"]}
+        command = shlex.join(command_of(settings, best, f"{folder.name}-best"))
+        said += [
+            "",
+            f"The best, trial {rows[0]['trial']} (its LoRA: {trial_dir(settings, rows[0]['trial']) / 'best'}):",
+            "",
+            command,
+        ]
+    (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
+    sheet = picture_sheet(settings, rows)
+    if sheet is not None:
+        sheet.save(folder / "pictures.png")
+    return "\n".join(said)
+
+
+def main(argv=None):
+    settings = settle(parse_args(argv))
+    folder = Path(settings["sweep_dir"])
+    try:
+        import optuna  # noqa: F401
+        from filelock import FileLock
+    except ImportError as error:
+        raise SweepError("A sweep needs Optuna. Run: pip install -r requirements.txt") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(f"{folder}: it can't be made ({error.strerror}). Pass another --sweep_dir.") from error
+    with FileLock(folder / "open.lock"):
+        study = open_study(settings)
+    while (claimed := claim(study, settings)) is not None:
+        trial, lock = claimed
+        params = suggest(trial, settings["sweep"])
+        print(
+            f"trial {trial.number}: {' '.join(f'{key}={shown(value)}' for key, value in params.items())}", flush=True
+        )
+        print(f"trial {trial.number}: {run_trial(study, settings, trial, params)}", flush=True)
+        lock.release()
+    print("\n" + write_results(study, settings))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    try:
+        main()
+    except SweepError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

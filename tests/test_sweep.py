@@ -1,0 +1,229 @@
+"""A sweep: every combination once, also when it is killed or divided among workers; ranked by the held-out loss."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import sweep
+from conftest import ROOT, write_pictures
+from PIL import Image
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures", count=8)
+
+
+def flags_of(model, pictures, **changes):
+    flags = dict(
+        pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
+        max_train_steps=4, validation_split=0.25, validation_steps=2, seed=0, report_to="none",
+    )  # fmt: skip
+    return [f"{key}={value}" for key, value in (flags | changes).items()]
+
+
+def command(folder, *words):
+    return [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--sweep_dir", str(folder), *map(str, words)]
+
+
+def run(folder, *words):
+    return subprocess.run(command(folder, *words), capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def rows_of(folder):
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def times_trained(folder):
+    """How often each trial's training was started from its first step."""
+    return {
+        path.parent.name: path.read_text(errors="replace").count("effective batch")
+        - path.read_text(errors="replace").count("going on from")
+        for path in sorted(folder.glob("trial-*/log.txt"))
+    }
+
+
+def test_a_killed_sweep_ends_with_every_trial_done_once(tmp_path):
+    """Six trials on the embedded base; killed in the third, with its training."""
+    words = ["--sweep", "rank=2,4,8", "learning_rate=1e-3,4e-3", "--flags"]
+    words += flags_of(
+        ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons", resolution=64, max_train_steps=6,
+        checkpointing_steps=1, checkpoints_total_limit=1, validation_split=0.05,
+    )  # fmt: skip
+    folder = tmp_path / "sweep"
+    with subprocess.Popen(
+        command(folder, *words), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not list(folder.glob("trial-0002/checkpoint-*")) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (folder / "results.csv").exists()
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert "trial 0:" not in done.stdout
+    assert "trial 2: rank=4" in done.stdout
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows] == ["complete"] * 6
+    assert {(row["rank"], row["learning_rate"]) for row in rows} == {
+        (rank, rate) for rank in "248" for rate in ("0.001", "0.004")
+    }
+    losses = [float(row["validation/relative_loss"]) for row in rows]
+    assert losses == sorted(losses)
+    assert losses[0] < 1
+    assert times_trained(folder) == {f"trial-{number:04d}": 1 for number in range(6)}
+    again = run(folder, *words)
+    assert "trial 5:" not in again.stdout
+    assert rows_of(folder) == rows
+
+
+def test_what_it_leaves(tiny_sd, pictures, tmp_path):
+    folder = tmp_path / "sweep"
+    words = [
+        "--sweep",
+        "rank=2,4",
+        "--flags",
+        *flags_of(tiny_sd, pictures, random_flip="true", validation_prompt="an axe"),
+    ]
+    words += ["num_validation_images=2", "validation_inference_steps=2"]
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    table = (folder / "results.md").read_text()
+    assert table.startswith("| trial | state | validation/relative_loss | best_step | rank |\n|---|---|---|---|---|\n")
+    assert table in done.stdout
+    best = rows_of(folder)[0]
+    line = table.splitlines()[-1]
+    assert line.startswith("python train_text_to_image_lora.py --latent_cache_dir ")
+    assert f"--rank {best['rank']} --output_dir sweep-best" in line
+    assert "--random_flip " in line
+    values = [
+        json.loads(text).get("validation/relative_loss")
+        for text in (folder / f"trial-000{best['trial']}" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert float(best["validation/relative_loss"]) == pytest.approx(min(v for v in values[1:] if v is not None))
+    with Image.open(folder / "pictures.png") as sheet:
+        assert sheet.size == (300 + 2 * 150 + 6, 2 * 150 + 6)
+
+
+def test_two_workers_divide_the_trials(tiny_sd, pictures, tmp_path):
+    folder = tmp_path / "sweep"
+    words = ["--sweep", "rank=1,2,3,4", "--flags", *flags_of(tiny_sd, pictures)]
+    workers = [
+        subprocess.Popen(command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert times_trained(folder) == {f"trial-{number:04d}": 1 for number in range(4)}
+    started = [sum(f"trial {number}: rank" in out for out, _ in outputs) for number in range(4)]
+    assert started == [1, 1, 1, 1]
+    assert {row["state"] for row in rows_of(folder)} == {"complete"}
+
+
+def test_ranges_by_random_and_yaml(tiny_sd, pictures, tmp_path):
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        f"""
+sweep_dir: {tmp_path / "sweep"}
+sampler: random
+num_trials: 3
+sweep:
+  learning_rate: {{min: 1.0e-4, max: 1.0e-2, log: true}}
+  rank: {{min: 2, max: 6}}
+  center_crop: [true, false]
+flags:
+  pretrained_model_name_or_path: {tiny_sd}
+  train_data_dir: {pictures}
+  resolution: 32
+  max_train_steps: 2
+  train_batch_size: 2
+  validation_split: 0.25
+  report_to: none
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "sweep.py"), str(config)], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "sweep")
+    assert len(rows) == 3
+    assert all(1e-4 <= float(row["learning_rate"]) <= 1e-2 and 2 <= int(row["rank"]) <= 6 for row in rows)
+
+
+def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path):
+    """Three that learn, then one with a learning rate that breaks the model: it doesn't come to its last step."""
+    folder = tmp_path / "sweep"
+    words = ["--prune", "--sweep", "learning_rate=1e-4,2e-4,3e-4,3.0", "--flags"]
+    words += flags_of(tiny_sd, pictures, max_train_steps=400, validation_steps=5)
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows[:3]] == ["complete"] * 3
+    assert rows[3]["state"] in ("pruned", "fail"), done.stdout
+    assert rows[3]["learning_rate"] == "3.0"
+
+
+BAD = {
+    "no folder": (["--sweep", "rank=2,4"], None, "--sweep_dir is needed"),
+    "nothing varied": ([], "sweep", "Nothing is varied: add --sweep"),
+    "no held-out pictures": (["--sweep", "rank=2", "--flags", "resolution=32"], "sweep", "add validation_split=0.1"),
+    "a grid of a range": (["--sweep", "rank=2..4", "--flags", "validation_split=0.1"], "sweep", "rank is a range"),
+    "both": (["--sweep", "rank=2", "--flags", "rank=4", "validation_split=0.1"], "sweep", "rank: it is both varied and"),
+    "no value": (["--sweep", "rank"], "sweep", "--sweep rank: write flag=value"),
+    "upside down": (
+        ["--sweep", "rank=4..2", "--sampler", "tpe", "--flags", "validation_split=0.1"], "sweep", "rank: a range is min..max"
+    ),
+    "no config": (["{tmp}/no.yaml"], "sweep", "no.yaml: it can't be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told(case, tmp_path):
+    words, folder, message = BAD[case]
+    argv = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    with pytest.raises(sweep.SweepError, match=message):
+        sweep.main(argv + (["--sweep_dir", str(tmp_path / folder)] if folder else []))
+
+
+def test_a_flag_that_training_refuses_ends_the_sweep(tiny_sd, pictures, tmp_path):
+    done = run(tmp_path / "sweep", "--sweep", "rnak=2,4", "--flags", *flags_of(tiny_sd, pictures))
+    assert done.returncode == 2
+    assert "there is no flag --rnak. Did you mean --rank?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_sweep_in_the_same_folder_is_refused(tiny_sd, pictures, tmp_path):
+    folder, flags = tmp_path / "sweep", flags_of(tiny_sd, pictures, max_train_steps=1)
+    assert run(folder, "--sweep", "rank=2", "--flags", *flags).returncode == 0
+    done = run(folder, "--sweep", "rank=4", "--flags", *flags)
+    assert done.returncode == 2
+    assert "it holds another sweep" in done.stderr
+
+
+def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
+    """Its command, put together as W&B's agent does, gives flags that the training takes, and a folder by the run's id."""
+    import yaml
+    from conftest import train_script
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", sweep.METRIC)
+    values = {"train_batch_size": {"value": 4}, "rank": {"value": 16}, "learning_rate": {"value": 0.0002}}
+    assert values.keys() == settings["parameters"].keys()
+    parts = create_sweep_command_args({"args": values})
+    words = [w for c in create_sweep_command(settings["command"]) for w in (parts["args"] if c == "${args}" else [c])]
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc123"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    argv = done.stdout.splitlines()
+    assert argv[:4] == ["launch", "--config_file", "accelerate_config.yaml", "train_text_to_image_lora.py"]
+    args = train_script.parse_args(argv[4:])
+    assert (args.output_dir, args.train_batch_size, args.rank, args.learning_rate) == ("sweeps/abc123", 4, 16, 0.0002)
