@@ -159,6 +159,9 @@ def build_parser():
     group("--lr_step_rules", default="", help="rules of piecewise_constant, such as 1:100,0.1:200,0.01")
     group("--loss_type", choices=["mse", "huber"], default="mse", help="huber: a scheduled pseudo-Huber loss, for sets with broken pictures or captions in them")
     group("--huber_c", type=float, default=0.1, help="its width at the noisiest timestep")
+    group("--perceptual_loss", choices=["decoder", "self"], help="add a loss on features of the VAE's decoder (it then stays in memory), or of the base itself; no other network is needed")
+    group("--perceptual_loss_weight", type=float, default=0.1, help="how much of it")
+    group("--perceptual_max_timestep", type=int, default=400, help="decoder: only for timesteps below this one, where pictures can be seen")
     group("--snr_gamma", type=float, help="Min-SNR loss weighting; 5.0 is usual")
     group("--debiased_estimation", **yes, help="weight the loss by 1 / sqrt(SNR), so that noisy timesteps count more")
     group("--timestep_sampling", choices=["uniform", "logit_normal", "mode"], default="uniform", help="which timesteps are drawn more often, as in diffusers' training helpers")
@@ -278,7 +281,7 @@ def check_args(args):
         adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
         bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
         random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1, input_perturbation=0,
-        text_encoder_rank=1,
+        text_encoder_rank=1, perceptual_loss_weight=0, perceptual_max_timestep=1,
     )  # fmt: skip
     for name, least in at_least.items():
         value = getattr(args, name)
@@ -938,6 +941,7 @@ def main(args):
         models,
         objective,
         optimizers,
+        perceptual,
         pictures,
         prompts,
         stopping,
@@ -1075,7 +1079,10 @@ def main(args):
         )
     ]
     if args.cache_variations:
-        vae = vae.to("cpu") if args.validation_prompts else None
+        if args.perceptual_loss == "decoder":
+            say("the VAE stays in memory for --perceptual_loss decoder")
+        else:
+            vae = vae.to("cpu") if args.validation_prompts else None
         del vae_encode, build_cache
         if not args.train_text_encoder:
             del text_encoder, text_encode
@@ -1155,6 +1162,7 @@ def main(args):
         seed=args.seed,
         timestep_sampling=timestep_sampling_of(args, noise_scheduler.config.num_train_timesteps),
         input_perturbation=args.input_perturbation,
+        perceptual=args.perceptual_loss == "self",
     )
     loader = torch.utils.data.DataLoader(
         training_set,
@@ -1290,6 +1298,26 @@ def main(args):
                     save_lora(folder)
             checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
+    def perceptual_loss(batch, predicted, latents, timesteps):
+        """Sum over the samples of weight x perceptual loss."""
+        if args.perceptual_loss == "self":
+            losses = perceptual.self_loss(
+                unwrapped,
+                predicted,
+                latents,
+                batch["perceptual_noise"],
+                batch["perceptual_timesteps"],
+                batch["encoder_hidden_states"],
+                noise_scheduler,
+                weight_dtype,
+            )
+            return (losses * batch["weights"]).sum()
+        seen = (timesteps < args.perceptual_max_timestep).nonzero()[:, 0]
+        if not len(seen):
+            return predicted.sum() * 0
+        losses = perceptual.decoder_loss(vae, predicted[seen], latents[seen], scaling_factor)
+        return (losses * batch["weights"][seen]).sum()
+
     waiting, smooth = None, None
     timesteps_validated = validation.strata(noise_scheduler.config.num_train_timesteps)
 
@@ -1376,6 +1404,9 @@ def main(args):
                     unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
                 )
                 loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"), huber_c)
+                if args.perceptual_loss is not None:
+                    predicted = perceptual.predicted_clean(noise_scheduler, noisy_latents, model_pred, timesteps)
+                    loss = loss + args.perceptual_loss_weight * perceptual_loss(batch, predicted, latents, timesteps)
                 accelerator.backward(loss)
             train_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)

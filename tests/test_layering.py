@@ -22,6 +22,7 @@ FLOORS = [
         "objective",
         "lora",
         "optimizers",
+        "perceptual",
         "prompts",
         "stopping",
     },

@@ -185,13 +185,14 @@ class TrainingSet(torch.utils.data.Dataset):
 
     `captions` holds a list for each picture; `sizes` and `latent_shapes` say what it is trained at. `latents` and
     `prompts` are what `caching.build` gave. Where they are (None, None), a sample has its pixels and its caption
-    instead, for the loop to encode. `timestep_sampling` is None where every timestep is as likely.
+    instead, for the loop to encode. `timestep_sampling` is None where every timestep is as likely; with
+    `perceptual` there is another timestep and noise for that loss.
     """
 
     def __init__(
         self, dataset, images, sizes, captions, *, latents, prompts, latent_shapes, seed, num_train_timesteps, interpolation,
         augmentation, caption_dropout=0.0, shuffle_tags=False, keep_tags=0, masked=False, timestep_sampling=None,
-        input_perturbation=0.0,
+        input_perturbation=0.0, perceptual=False,
     ):  # fmt: skip
         self.dataset, self.images, self.sizes, self.captions = dataset, images, sizes, captions
         (self.latents, self.locations), (self.prompts, self.places) = latents, prompts
@@ -200,6 +201,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.interpolation, self.augmentation = interpolation, augmentation
         self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
         self.timestep_sampling, self.input_perturbation = timestep_sampling, input_perturbation
+        self.perceptual = perceptual
 
     def __len__(self):
         return len(self.dataset)
@@ -228,6 +230,10 @@ class TrainingSet(torch.utils.data.Dataset):
         }
         if self.input_perturbation:
             out["perturbation"] = torch.randn(latent_shape, generator=generator)
+        if self.perceptual:
+            own = torch.Generator().manual_seed(seed_of(self.seed, sample.step, sample.position, 2))
+            out["perceptual_timesteps"] = torch.randint(self.num_train_timesteps, (), generator=own)
+            out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
         captions = self.captions[sample.index]
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         if self.latents is not None:
