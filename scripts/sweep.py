@@ -301,6 +301,22 @@ def rank(study, settings):
     return sorted(rows, key=lambda row: (done.get(row["state"], 2), row[METRIC] if row[METRIC] is not None else 9e9))
 
 
+def over_seeds(rows, sweep):
+    """The rows of trials that differ by their seed alone as one: mean loss and its standard error, the best first."""
+    groups = {}
+    for row in rows:
+        if row["state"] == "complete":
+            groups.setdefault(tuple((key, row[key]) for key in sweep if key != "seed"), []).append(row[METRIC])
+    found = []
+    for settings, losses in groups.items():
+        mean = sum(losses) / len(losses)
+        error = None
+        if len(losses) > 1:
+            error = (sum((x - mean) ** 2 for x in losses) / (len(losses) - 1) / len(losses)) ** 0.5
+        found.append({METRIC: mean, "standard_error": error, "seeds": len(losses), **dict(settings)})
+    return sorted(found, key=lambda row: row[METRIC])
+
+
 def shown(value):
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -349,6 +365,8 @@ def write_results(study, settings):
         writer.writeheader()
         writer.writerows(rows)
     said = [markdown(rows)]
+    if "seed" in settings["sweep"] and rows[0]["state"] == "complete":
+        said += ["", "Over the seeds:", "", markdown(over_seeds(rows, settings["sweep"]))]
     if rows[0]["state"] == "complete":
         best = {key: rows[0][key] for key in settings["sweep"]}
         command = shlex.join(command_of(settings, best, f"{folder.name}-best"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import sweep
 from conftest import ROOT, write_pictures
@@ -168,6 +169,25 @@ def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path):
     assert [row["state"] for row in rows[:3]] == ["complete"] * 3
     assert rows[3]["state"] in ("pruned", "fail"), done.stdout
     assert rows[3]["learning_rate"] == "3.0"
+
+
+def test_trials_of_several_seeds_are_one():
+    """Mean and standard error, against numpy's; what didn't end is left out."""
+    losses = {(0, 4): 0.7, (1, 4): 0.8, (2, 4): 0.9, (0, 8): 0.6, (1, 8): 0.65, (2, 8): 0.1}
+    rows = [
+        {
+            "trial": i,
+            "state": "pruned" if key == (2, 8) else "complete",
+            sweep.METRIC: loss,
+            "seed": key[0],
+            "rank": key[1],
+        }
+        for i, (key, loss) in enumerate(losses.items())
+    ]
+    small, large = sweep.over_seeds(rows, {"seed": [0, 1, 2], "rank": [4, 8]})
+    assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
+    assert small[sweep.METRIC] == pytest.approx(0.625)
+    assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
 
 
 BAD = {
