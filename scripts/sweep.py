@@ -12,12 +12,12 @@ on several that share the folder, the workers divide the trials among them; give
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -238,7 +238,24 @@ def losses_of(output_dir):
     return {row["step"]: row[METRIC] for row in rows if row.get(METRIC) is not None and row["step"] > 0}
 
 
-def run_trial(study, settings, trial, params):
+def stop(process):
+    """Ends a command and what it has started: a launcher doesn't pass a signal on."""
+    import psutil
+
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for member in alive:
+        member.kill()
+    process.wait()
+
+
+def run_trial(study, settings, trial, params, lock):
     """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print."""
     from optuna.trial import TrialState
 
@@ -248,8 +265,10 @@ def run_trial(study, settings, trial, params):
     (output_dir / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
     with open(output_dir / "log.txt", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log
-        )
+            [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,
+            # Held by the training too: where this worker alone is killed, nobody else takes the trial until it has ended.
+            pass_fds=[lock._context.lock_file_fd] if os.name == "posix" else [],
+        )  # fmt: skip
         try:
             reported = set()
             while process.poll() is None:
@@ -259,13 +278,11 @@ def run_trial(study, settings, trial, params):
                         reported.add(step)
                         trial.report(loss, step)
                         if trial.should_prune():
-                            process.send_signal(signal.SIGTERM)
-                            process.wait()
+                            stop(process)
                             study.tell(number, state=TrialState.PRUNED)
                             return f"stopped at step {step}: worse than the median"
         except BaseException:  # the trial stays unfinished, for the same command to go on with
-            process.terminate()
-            process.wait()
+            stop(process)
             raise
     losses = losses_of(output_dir)
     if process.returncode or not losses:
@@ -403,7 +420,7 @@ def main(argv=None):
         print(
             f"trial {trial.number}: {' '.join(f'{key}={shown(value)}' for key, value in params.items())}", flush=True
         )
-        print(f"trial {trial.number}: {run_trial(study, settings, trial, params)}", flush=True)
+        print(f"trial {trial.number}: {run_trial(study, settings, trial, params, lock)}", flush=True)
         lock.release()
     print("\n" + write_results(study, settings))
 

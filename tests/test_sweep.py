@@ -1,5 +1,6 @@
 """A sweep: every combination once, also when it is killed or divided among workers; ranked by the held-out loss."""
 
+import contextlib
 import csv
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import sweep
 from conftest import ROOT, write_pictures
@@ -126,6 +128,32 @@ def test_two_workers_divide_the_trials(tiny_sd, pictures, tmp_path):
     started = [sum(f"trial {number}: rank" in out for out, _ in outputs) for number in range(4)]
     assert started == [1, 1, 1, 1]
     assert {row["state"] for row in rows_of(folder)} == {"complete"}
+
+
+def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tiny_sd, pictures, tmp_path):
+    folder = tmp_path / "sweep"
+    words = ["--sweep", "rank=2,4", "--flags"]
+    words += flags_of(tiny_sd, pictures, max_train_steps=100000, checkpointing_steps=5, validation_steps=5)
+    worker = subprocess.Popen(command(folder, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("trial-0000/checkpoint-*")) and time.monotonic() < deadline:
+        assert worker.poll() is None
+        time.sleep(0.05)
+    trainings = psutil.Process(worker.pid).children(recursive=True)
+    assert trainings
+    worker.kill()
+    worker.wait()
+    try:
+        with subprocess.Popen(command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True) as second:
+            assert second.stdout.readline().startswith("trial 1:")  # and not trial 0, which still trains
+            second.send_signal(signal.SIGINT)
+            second.wait(timeout=60)
+        assert second.returncode == 130
+        assert trainings[0].is_running()
+    finally:
+        for process in trainings:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_ranges_by_random_and_yaml(tiny_sd, pictures, tmp_path):
