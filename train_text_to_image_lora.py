@@ -301,6 +301,14 @@ def check_args(args):
         raise InputError(
             "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add --train_text_encoder."
         )
+    if args.optimizer == "prodigy" and (args.loraplus_lr_ratio is not None or args.text_encoder_lr is not None):
+        raise InputError(
+            "--optimizer prodigy has one learning rate for all: leave --loraplus_lr_ratio and --text_encoder_lr out."
+        )
+    if not abs(args.logit_mean) < 100 or not -1 <= args.mode_scale <= 1.75:
+        raise InputError(
+            f"--logit_mean {args.logit_mean} and --mode_scale {args.mode_scale}: the second must be from -1 to 1.75, both finite."
+        )
     if args.snr_gamma is not None and args.debiased_estimation:
         raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
     if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
@@ -550,7 +558,7 @@ def divide(args, dataset, images, others, say):
     taken = set(groups[len(images) :])
     kept = [index for index, group in enumerate(groups[: len(images)]) if group not in taken]
     more = len(images) - len(kept) - (0 if others is not None else len(held_out[1]))
-    if not kept or not held_out[1]:
+    if all(dataset["is_class"][index] for index in kept) or not held_out[1]:
         raise InputError(
             f"{len(images)} pictures can't be divided into some to train on and others to validate on (those that look "
             "alike stay together). Leave --validation_split out, or bring more."
@@ -568,7 +576,8 @@ def probe_of(args, dataset, images, count):
     """As many records and pictures that are trained on; their loss beside that of the others shows the overfitting."""
     import numpy as np
 
-    chosen = sorted(np.random.default_rng([args.seed, 2]).permutation(len(images))[:count].tolist())
+    own = np.flatnonzero(~np.asarray(dataset["is_class"][:], dtype=bool))
+    chosen = sorted(np.random.default_rng([args.seed, 2]).permutation(own)[:count].tolist())
     return dataset.select(chosen), [images[index] for index in chosen]
 
 
@@ -976,6 +985,10 @@ def main(args):
             )
         (dataset, images), validated = divide(args, dataset, images, validation_dataset, say)
     masked = any(row is not None for row in dataset["mask"])
+    if masked and args.perceptual_loss is not None:
+        raise InputError(
+            "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
+        )
     sizes = sizes_to_train_at(args, images, say)
     latent_shapes = base.latent_shapes(sizes)
     args.cache_variations = num_variations(args)
@@ -1142,6 +1155,8 @@ def main(args):
             scaler=accelerator.scaler,
             average=average,
         )
+        if average is not None:
+            average.decay = args.ema_decay
         for name, model in adapted.items():
             lora.load_adapter(model, lora.part_of(adapter, name))
     training_set = data.TrainingSet(
@@ -1296,6 +1311,8 @@ def main(args):
                 )
                 with weights_for_use():
                     save_lora(folder)
+                if state.validation is not None and state.validation.best_step:
+                    shutil.copytree(output_dir / "best", folder / "best")
             checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
     def perceptual_loss(batch, predicted, latents, timesteps):
@@ -1307,7 +1324,7 @@ def main(args):
                 latents,
                 batch["perceptual_noise"],
                 batch["perceptual_timesteps"],
-                batch["encoder_hidden_states"],
+                batch["encoder_hidden_states"].detach(),
                 noise_scheduler,
                 weight_dtype,
             )
@@ -1341,6 +1358,18 @@ def main(args):
             metrics_file.write(step, values)
         accelerator.log(values, step=step)
 
+    if validation_sets:
+        sets = [validation_set.identity() for validation_set in validation_sets]
+        if state.validation is not None and state.validation.pictures != sets:
+            say("the pictures to validate on are others than before: what was best so far is looked for anew")
+            state.validation = None
+        best_before = None if resume_path is None else resume_path / "best"
+        if state.validation is not None and accelerator.is_main_process and best_before.is_dir():
+            with checkpoint.written_whole(
+                output_dir / "best"
+            ) as folder:  # a later one may be there, of steps given up
+                shutil.copytree(best_before, folder, dirs_exist_ok=True)
+
     # The loop.
     progress = tqdm(
         total=args.max_train_steps,
@@ -1352,7 +1381,7 @@ def main(args):
         model.disable_adapters()
     if validation_sets and state.validation is None:
         table, probe = (table.tolist() for table in validation_losses())
-        state.validation = stopping.Validation(base=table, base_probe=probe, best=table)
+        state.validation = stopping.Validation(base=table, base_probe=probe, best=table, pictures=sets)
     if args.validation_prompts and state.global_step == 0:
         validate()
     for model in adapted.values():
@@ -1405,7 +1434,8 @@ def main(args):
                 )
                 loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"), huber_c)
                 if args.perceptual_loss is not None:
-                    predicted = perceptual.predicted_clean(noise_scheduler, noisy_latents, model_pred, timesteps)
+                    truly_noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # without --input_perturbation
+                    predicted = perceptual.predicted_clean(noise_scheduler, truly_noisy, model_pred, timesteps)
                     loss = loss + args.perceptual_loss_weight * perceptual_loss(batch, predicted, latents, timesteps)
                 accelerator.backward(loss)
             train_loss += loss.detach()

@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRIC = "validation/relative_loss"
+LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
 SAMPLERS = ("grid", "random", "tpe")
 
 
@@ -147,6 +148,16 @@ def command_of(settings, params, output_dir):
     return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *words_of(flags)]
 
 
+def sampler_of(settings, num_trials):
+    """The sampler for the next trial: a new one, or the workers of a sweep would all draw the same."""
+    import optuna
+
+    seed = settings["seed"] * 1_000_003 + num_trials
+    if settings["sampler"] == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
 def open_study(settings):
     """The study in the sweep's folder; at its first opening a grid's trials are put in the queue."""
     import itertools
@@ -157,24 +168,19 @@ def open_study(settings):
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(settings["sweep_dir"])
-    samplers = {
-        "random": lambda: optuna.samplers.RandomSampler(seed=settings["seed"]),
-        "tpe": lambda: optuna.samplers.TPESampler(seed=settings["seed"], constant_liar=True),
-    }
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
         study_name="sweep",
         load_if_exists=True,
-        sampler=samplers.get(settings["sampler"], samplers["random"])(),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3) if settings["prune"] else optuna.pruners.NopPruner(),
     )
     described = json.dumps({key: settings[key] for key in ("sampler", "sweep", "flags")}, sort_keys=True, default=str)
     before = study.user_attrs.get("settings")
     if before is None:
-        study.set_user_attr("settings", described)
         if settings["sampler"] == "grid":
             for values in itertools.product(*settings["sweep"].values()):
-                study.enqueue_trial(dict(zip(settings["sweep"], values, strict=True)))
+                study.enqueue_trial(dict(zip(settings["sweep"], values, strict=True)), skip_if_exists=True)
+        study.set_user_attr("settings", described)  # last: a kill before it leaves a queue that is filled up again
     elif before != described:
         raise SweepError(f"{folder}: it holds another sweep. Name another --sweep_dir for this one.")
     return study
@@ -212,12 +218,18 @@ def claim(study, settings):
     with FileLock(Path(settings["sweep_dir"]) / "sweep.lock"):
         trials = study.get_trials(deepcopy=False)
         for trial in trials:
-            if trial.state == TrialState.RUNNING and (lock := lock_of(trial.number)):
+            if trial.state != TrialState.RUNNING or (lock := lock_of(trial.number)) is None:
+                continue
+            if (
+                study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
+            ):  # still, now that it is ours
                 return optuna.trial.Trial(study, trial._trial_id), lock
+            lock.release()
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        made = sum(trial.state != TrialState.FAIL for trial in trials)
+        made = sum(trial.state != TrialState.WAITING for trial in trials)
         if not waiting and (settings["sampler"] == "grid" or made >= settings["num_trials"]):
             return None
+        study.sampler = sampler_of(settings, len(trials))
         trial = study.ask()
         suggest(trial, settings["sweep"])
         return trial, lock_of(trial.number)
@@ -289,7 +301,7 @@ def run_trial(study, settings, trial, params, lock):
         study.tell(number, state=TrialState.FAIL)
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {process.returncode}"
-        if process.returncode == 2 or "exitcode  : 2" in "\n".join(lines[-30:]):
+        if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in LAUNCHERS_SAY_2):
             raise SweepError(f"trial {number} can't be run: {reason}")
         return f"failed: {reason} (see {output_dir / 'log.txt'})"
     study.tell(number, min(losses.values()))

@@ -260,8 +260,15 @@ class ShardReader:
     def __getstate__(self):
         return {"paths": self.paths, "files": {}}  # a loader's worker opens its own
 
-    def row(self, shard, row, name):
-        """One row of the tensor `name`."""
+    def _slice(self, shard, name):
         if shard not in self.files:
             self.files[shard] = safe_open(self.paths[shard], "pt")
-        return self.files[shard].get_slice(name)[row]
+        return self.files[shard].get_slice(name)
+
+    def row(self, shard, row, name):
+        """One row of the tensor `name`."""
+        return self._slice(shard, name)[row]
+
+    def shape(self, shard, row, name):
+        """The shape of that row; nothing is read but the file's header."""
+        return self._slice(shard, name).get_shape()[1:]

@@ -46,7 +46,7 @@ class TimestepSampling(NamedTuple):
                     self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=generator
                 ).item()
             )
-        return min(self.first + int(share * (self.last - self.first)), self.last - 1)
+        return max(self.first, min(self.first + int(share * (self.last - self.first)), self.last - 1))
 
 
 class Sample(NamedTuple):

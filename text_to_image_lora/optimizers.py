@@ -71,8 +71,11 @@ def make_optimizer(name, groups, *, learning_rate, betas, weight_decay, eps, wor
         changes = {"fused": device.type == "cuda"}
     known = inspect.signature(optimizer_class.__init__).parameters
     given = {key: value for key, value in given.items() if key in known}
+    given = given | changes | options
+    if name == "schedulefree" and not given["betas"][0]:
+        raise InputError("--optimizer schedulefree needs a first beta above 0 (--adam_beta1): it averages by it.")
     try:
-        return optimizer_class(groups, lr=learning_rate, **given | changes | options)
+        return optimizer_class(groups, lr=learning_rate, **given)
     except (ValueError, TypeError) as error:
         raise InputError(
             f"--optimizer {name}: {str(error) or type(error).__name__}. Check --optimizer_args."

@@ -18,6 +18,7 @@ class Validation:
     best: list = field(repr=False)
     best_step: int = 0  # 0: the base itself
     waited: int = 0  # validations since
+    pictures: list = field(default_factory=list, repr=False)  # what was validated on: the tables are of these alone
     worse_since: int | None = None  # the first step since then from which on all were clearly worse than the best
 
 

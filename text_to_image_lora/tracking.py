@@ -156,11 +156,11 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, the same numbers that the trackers get."""
 
     def __init__(self, path, first_step):
-        """Starts or goes on; lines after `first_step`, of a run that went further before it was resumed, go."""
+        """Starts anew (0) or goes on; lines after `first_step`, of a run that went further before it was resumed, go."""
         self.path = path = Path(path)
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            kept = [line for line in lines if line.endswith("\n") and 0 < first_step >= json.loads(line)["step"]]
             if kept != lines:
                 temporary = path.with_suffix(".tmp")
                 temporary.write_text("".join(kept))

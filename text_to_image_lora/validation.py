@@ -13,6 +13,7 @@ from PIL import Image
 
 from .models import predict
 from .objective import loss_of_samples, target_of
+from .records import fingerprint
 
 
 STRATA = 8  # timesteps at which each picture is validated
@@ -69,6 +70,11 @@ class ValidationSet:
 
     def __len__(self):
         return len(self.images)
+
+    def identity(self):
+        """A hash of what the losses depend on, beside the model: pictures, sizes and captions."""
+        shapes = [list(self.latents.shape(*self.locations[i, 0].tolist(), "mean")) for i in range(len(self))]
+        return fingerprint([image.image_id for image in self.images], [group[:1] for group in self.captions], shapes)
 
     def __getitem__(self, index):
         at = self.locations[index, 0].tolist()
