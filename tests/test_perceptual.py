@@ -6,6 +6,7 @@ from conftest import ROOT, read_lora, read_metrics, run_command
 from diffusers import DDPMScheduler
 
 from text_to_image_lora import lora, models, objective, perceptual
+from text_to_image_lora.errors import InputError
 
 
 KINDS = ["decoder", "self"]
@@ -176,6 +177,27 @@ def test_the_decoder_only_looks_at_little_noise(train):
         perceptual_loss="decoder", perceptual_loss_weight=1e6, timestep_range=[0, 400], resume_from_checkpoint="none"
     )
     assert read_metrics(out)[0]["train_loss"] > 10
+
+
+def test_masks_are_refused(train, pictures):
+    from PIL import Image
+
+    Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
+    with pytest.raises(InputError, match="--perceptual_loss looks at whole pictures, and some of these have masks"):
+        train(perceptual_loss="self")
+
+
+def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monkeypatch):
+    seen = []
+    original = perceptual.self_loss
+
+    def look(unet, predicted, clean, noise, timesteps, encoder_hidden_states, *rest):
+        seen.append(encoder_hidden_states.requires_grad)
+        return original(unet, predicted, clean, noise, timesteps, encoder_hidden_states, *rest)
+
+    monkeypatch.setattr(perceptual, "self_loss", look)
+    train(perceptual_loss="self", train_text_encoder=True, input_perturbation=0.1)
+    assert seen == [False, False]
 
 
 def test_the_vae_stays_and_that_is_told(train, capsys):

@@ -275,3 +275,35 @@ def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
     assert argv[:4] == ["launch", "--config_file", "accelerate_config.yaml", "train_text_to_image_lora.py"]
     args = train_script.parse_args(argv[4:])
     assert (args.output_dir, args.train_batch_size, args.rank, args.learning_rate) == ("sweeps/abc123", 4, 16, 0.0002)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sweep_whose_trials_fail_ends(tiny_sd, pictures, tmp_path, sampler):
+    folder = tmp_path / "sweep"
+    words = ["--sampler", sampler, "--num_trials", "2", "--launcher", "false", "--sweep", "rank=2..4", "--flags"]
+    done = run(folder, *words, *flags_of(tiny_sd, pictures))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("failed: ") == 2
+    assert [row["state"] for row in rows_of(folder)] == ["fail", "fail"]
+
+
+def test_a_launcher_that_says_2_ends_the_sweep(tmp_path, tiny_sd, pictures):
+    launcher = tmp_path / "launcher"
+    launcher.write_text("#!/bin/sh\necho 'train: --rank 0: it must be 1 or more.'\n"
+                        "echo \"CalledProcessError: Command '...' returned non-zero exit status 2.\"\nexit 1\n")  # fmt: skip
+    launcher.chmod(0o755)
+    done = run(
+        tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of(tiny_sd, pictures)
+    )
+    assert done.returncode == 2
+    assert "trial 0 can't be run" in done.stderr
+
+
+def test_workers_draw_different_trials():
+    optuna = pytest.importorskip("optuna")
+    settings = {"sampler": "random", "seed": 0}
+    drawn = set()
+    for number in range(4):
+        study = optuna.create_study(sampler=sweep.sampler_of(settings, number))
+        drawn.add(study.ask().suggest_float("x", 0, 1))
+    assert len(drawn) == 4

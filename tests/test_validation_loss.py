@@ -269,3 +269,64 @@ def test_the_best_is_kept_and_that_of_another_run_is_not(train, tmp_path):
     assert not all(torch.equal(best[name], last[name]) for name in best)
     train(learning_rate=5.0, resume_from_checkpoint="none", **SPLIT)
     assert not (out / "best").exists()
+
+
+def test_other_pictures_to_validate_on_begin_anew(train, others, capsys):
+    """Their losses can't be compared with those of before, whether they are as many or not."""
+    options = dict(validation_data_dir=others, validation_steps=1)
+    before = read_state(train(**options) / "checkpoint-2")[0].validation
+    write_pictures(others, count=4, seed=11)
+    out = train(max_train_steps=4, **options)
+    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    after = read_state(out / "checkpoint-4")[0].validation
+    assert (len(before.base), len(after.base)) == (3, 4)
+
+
+def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train):
+    """After a stop, best/ may hold a later step's, of a branch that is given up."""
+
+    def at(best_steps):
+        def change(validation, table, step):
+            if step in best_steps:
+                validation.best_step = step
+            return step in best_steps
+
+        return change
+
+    options = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("text_to_image_lora.stopping.take_in", at({1, 3}))
+        out = train(max_train_steps=3, **options)
+        third = read_lora(out / "best")
+        shutil.rmtree(out / "checkpoint-3")
+        patch.setattr("text_to_image_lora.stopping.take_in", at(set()))
+        train(max_train_steps=3, **options)
+    best, first = read_lora(out / "best"), read_lora(out / "checkpoint-1")
+    assert all(torch.equal(best[name], first[name]) for name in best)
+    assert not all(torch.equal(best[name], third[name]) for name in best)
+
+
+def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
+    from text_to_image_lora.records import with_class_pictures
+
+    write_pictures(tmp_path / "class", count=30, seed=5)
+    own, others = (load_records(train_data_dir=folder) for folder in (pictures, tmp_path / "class"))
+    dataset = with_class_pictures(own, others)
+    images = [Picture(f"{i:032x}", 9, 9) for i in range(36)]
+    args = train_script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--seed", "0"])
+    records, shown = train_script.probe_of(args, dataset, images, 6)
+    assert records["is_class"][:] == [False] * 6
+    assert shown == images[:6]
+
+
+def test_class_pictures_alone_are_nothing_to_train_on(train, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "copy")
+    write_pictures(tmp_path / "class", count=3, seed=5)
+    with pytest.raises(InputError, match="can't be divided"):
+        train(validation_data_dir=tmp_path / "copy", class_data_dir=tmp_path / "class")
+
+
+def test_starting_over_leaves_no_validation_of_the_run_before(train):
+    train(**SPLIT)
+    out = train(resume_from_checkpoint="none", seed=3, **SPLIT)
+    assert [row["step"] for row in validations(out)] == [0, 1, 2]
