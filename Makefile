@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"
 
-# The fast tests: under 10 minutes on 2 cores.
+# The fast tests: about a quarter of an hour on 2 cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long"
 
