@@ -8,7 +8,11 @@ Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same comman
 """
 
 import argparse
+import collections
+import contextlib
 import difflib
+import functools
+import math
 import os
 import re
 import shutil
@@ -255,8 +259,44 @@ def parse_args(argv=None):
     return args
 
 
-def check_args(args):
-    """Everything that the flags alone can tell."""
+# What numbers may be: from the first to the second, where there is one.
+RANGES = dict(
+    rank=(1,), resolution=(1,), train_batch_size=(1,), num_train_epochs=(1,), max_train_steps=(1,), max_train_samples=(1,),
+    gradient_accumulation_steps=(1,), checkpoints_total_limit=(1,), checkpointing_steps=(0,), save_every_n_epochs=(0,),
+    validation_steps=(1,), validation_epochs=(0,), validation_inference_steps=(1,), num_validation_images=(0,),
+    validation_split=(0, 0.5), early_stopping_patience=(1,), cache_variations=(0,), dataloader_num_workers=(0,),
+    max_grad_norm=(0,), clip_skip=(0,), seed=(0,), lr_num_cycles=(1,), lr_warmup_steps=(0,),
+    lr_warmup_ratio=(0, 1), adam_weight_decay=(0,), adam_epsilon=(0,), noise_offset=(0,), input_perturbation=(0,),
+    keep_tags=(0,), tag_variations=(1,), bucket_min_size=(1,), bucket_max_size=(1,), bucket_step=(1,),
+    random_crop_scale=(0.1, 1), random_rotation=(0, 180), random_brightness=(0, 1), random_contrast=(0, 1),
+    random_saturation=(0, 1), random_hue=(0, 0.5), prior_loss_weight=(0,), text_encoder_rank=(1,),
+    perceptual_loss_weight=(0,), perceptual_max_timestep=(1,), logit_mean=(-100, 100), mode_scale=(-1, 1.75),
+)  # fmt: skip
+POSITIVE = ("learning_rate", "text_encoder_lr", "loraplus_lr_ratio", "lora_alpha", "snr_gamma", "huber_c", "logit_std")
+BELOW_ONE = ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema_decay")
+
+
+def check_numbers(args):
+    for name, (least, *most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not (value >= least and all(value <= limit for limit in most)):  # holds for nan too
+            allowed = f"from {least} to {most[0]}" if most else f"{least} or more"
+            raise InputError(f"--{name} {value}: it must be {allowed}.")
+    for name in POSITIVE:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
+    for name in BELOW_ONE:
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
+    if args.seed is not None and args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed}: it must be less than {2**63}.")
+    if args.timestep_range is not None and not 0 <= args.timestep_range[0] < args.timestep_range[1] <= 1000:
+        given = " ".join(map(str, args.timestep_range))
+        raise InputError(f"--timestep_range {given}: write two numbers from 0 to 1000, the smaller one first.")
+
+
+def check_model_and_data(args):
     if args.pretrained_model_name_or_path is None:
         raise InputError("--pretrained_model_name_or_path is needed: a hub id, a local folder or a single file.")
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -273,20 +313,26 @@ def check_args(args):
     for name, text in prompts.items():
         if text is not None and not text.strip():
             raise InputError(f"--{name} is empty: write what the pictures show.")
-    at_least = dict(
-        rank=1, resolution=1, train_batch_size=1, num_train_epochs=1, max_train_steps=1, gradient_accumulation_steps=1,
-        max_train_samples=1, checkpoints_total_limit=1, validation_steps=1, validation_inference_steps=1,
-        checkpointing_steps=0, save_every_n_epochs=0, cache_variations=0, lr_warmup_steps=0, num_validation_images=0,
-        validation_epochs=0, dataloader_num_workers=0, max_grad_norm=0, clip_skip=0, seed=0, lr_num_cycles=1,
-        adam_weight_decay=0, adam_epsilon=0, noise_offset=0, keep_tags=0, tag_variations=1, bucket_min_size=1,
-        bucket_max_size=1, bucket_step=1, random_rotation=0, random_brightness=0, random_contrast=0,
-        random_saturation=0, random_hue=0, prior_loss_weight=0, early_stopping_patience=1, input_perturbation=0,
-        text_encoder_rank=1, perceptual_loss_weight=0, perceptual_max_timestep=1,
-    )  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:  # so that it holds for nan too
-            raise InputError(f"--{name} {value}: it must be {least} or more.")
+    vae = args.pretrained_vae_model_name_or_path
+    if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
+        raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
+    if args.preview_data is not None and Path(args.preview_data).suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise InputError(f"--preview_data {args.preview_data}: name a .png, .jpg or .webp file.")
+
+
+def check_lora_and_optimizer(args):
+    """And settles what the optimizer, its learning rate and the LoRA's alpha are."""
+    if args.init_lora_weights not in ("true", "gaussian", "orthogonal"):
+        rewrites = args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
+        reason = " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
+        raise InputError(f"--init_lora_weights {args.init_lora_weights}: choose true, gaussian or orthogonal.{reason}")
+    if args.lora_weights is not None and not Path(args.lora_weights).exists():
+        raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    if not args.train_text_encoder and (args.text_encoder_rank is not None or args.text_encoder_lr is not None):
+        raise InputError(
+            "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add --train_text_encoder."
+        )
     if args.use_8bit_adam and args.optimizer not in (None, "adamw8bit"):
         raise InputError(f"Pass one of --use_8bit_adam and --optimizer {args.optimizer}.")
     args.optimizer = "adamw8bit" if args.use_8bit_adam else args.optimizer or "adamw"
@@ -294,68 +340,18 @@ def check_args(args):
         raise InputError(
             f"--optimizer schedulefree needs no --lr_scheduler {args.lr_scheduler}: leave that out, or take another optimizer."
         )
-    check_optimizer(args.optimizer, args.optimizer_args)
-    if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
-    if not args.train_text_encoder and (args.text_encoder_rank is not None or args.text_encoder_lr is not None):
-        raise InputError(
-            "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add --train_text_encoder."
-        )
     if args.optimizer == "prodigy" and (args.loraplus_lr_ratio is not None or args.text_encoder_lr is not None):
         raise InputError(
             "--optimizer prodigy has one learning rate for all: leave --loraplus_lr_ratio and --text_encoder_lr out."
         )
-    if not abs(args.logit_mean) < 100 or not -1 <= args.mode_scale <= 1.75:
-        raise InputError(
-            f"--logit_mean {args.logit_mean} and --mode_scale {args.mode_scale}: the second must be from -1 to 1.75, both finite."
-        )
-    if args.snr_gamma is not None and args.debiased_estimation:
-        raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
+    check_optimizer(args.optimizer, args.optimizer_args)
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+
+
+def check_schedule_and_loss(args):
     if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
         raise InputError("Pass one of --lr_warmup_steps and --lr_warmup_ratio.")
-    if args.lr_warmup_ratio is not None and not 0 <= args.lr_warmup_ratio <= 1:
-        raise InputError(f"--lr_warmup_ratio {args.lr_warmup_ratio}: it must be from 0 to 1.")
-    if args.timestep_range is not None and not 0 <= args.timestep_range[0] < args.timestep_range[1] <= 1000:
-        raise InputError(
-            f"--timestep_range {' '.join(map(str, args.timestep_range))}: write two numbers from 0 to 1000, the smaller one first."
-        )
-    for name in (
-        "learning_rate",
-        "lora_alpha",
-        "snr_gamma",
-        "huber_c",
-        "loraplus_lr_ratio",
-        "logit_std",
-        "text_encoder_lr",
-    ):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name} {value}: it must be more than 0 and finite.")
-    if not 0 <= args.validation_split <= 0.5:
-        raise InputError(f"--validation_split {args.validation_split}: it must be from 0 to 0.5.")
-    if args.validation_split and args.validation_data_dir:
-        raise InputError("Pass one of --validation_split and --validation_data_dir.")
-    if args.early_stopping_patience and not (args.validation_split or args.validation_data_dir):
-        raise InputError("--early_stopping_patience needs pictures to judge by: add --validation_split 0.1")
-    if args.early_stopping_patience and not (args.validation_steps or args.validation_epochs):
-        raise InputError(
-            "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
-        )
-    for name in ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema_decay"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: it must be at least 0 and less than 1.")
-    most = dict(random_rotation=180, random_brightness=1, random_contrast=1, random_saturation=1, random_hue=0.5)
-    for name, value in most.items():
-        if getattr(args, name) > value:
-            raise InputError(f"--{name} {getattr(args, name)}: it must be {value} or less.")
-    if not 0.1 <= args.random_crop_scale <= 1:
-        raise InputError(f"--random_crop_scale {args.random_crop_scale}: it must be from 0.1 to 1.")
-    if args.seed is not None and args.seed >= 2**63:
-        raise InputError(f"--seed {args.seed}: it must be less than {2**63}.")
-    if args.init_lora_weights not in ("true", "gaussian", "orthogonal"):
-        rewrites = args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
-        reason = " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
-        raise InputError(f"--init_lora_weights {args.init_lora_weights}: choose true, gaussian or orthogonal.{reason}")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
         raise InputError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01.")
     factor = r"\d*\.?\d+(e[+-]?\d+)?"
@@ -368,23 +364,38 @@ def check_args(args):
         raise InputError(
             f"--learning_rate {args.learning_rate}: polynomial ends at 1e-07, so it must be more than that."
         )
-    vae = args.pretrained_vae_model_name_or_path
-    if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
-        raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
-    if args.lora_weights is not None and not Path(args.lora_weights).exists():
-        raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
-    if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if args.snr_gamma is not None and args.debiased_estimation:
+        raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
+
+
+def check_validation_and_upload(args):
+    """And settles what the validation prompts are."""
+    if args.validation_split and args.validation_data_dir:
+        raise InputError("Pass one of --validation_split and --validation_data_dir.")
+    if args.early_stopping_patience and not (args.validation_split or args.validation_data_dir):
+        raise InputError("--early_stopping_patience needs pictures to judge by: add --validation_split 0.1")
+    if args.early_stopping_patience and not (args.validation_steps or args.validation_epochs):
         raise InputError(
-            "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
+            "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
         )
-    if args.preview_data is not None and Path(args.preview_data).suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise InputError(f"--preview_data {args.preview_data}: name a .png, .jpg or .webp file.")
-    args.resume_from_checkpoint = None if args.resume_from_checkpoint == "none" else args.resume_from_checkpoint
-    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
     args.validation_prompts = [*prompts, *args.validation_prompts] if args.num_validation_images else []
     if any(not prompt.strip() for prompt in args.validation_prompts):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
+    if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise InputError(
+            "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
+        )
+
+
+def check_args(args):
+    """Everything that the flags alone can tell; defaults that depend on other flags are settled."""
+    check_model_and_data(args)
+    check_numbers(args)
+    check_lora_and_optimizer(args)
+    check_schedule_and_loss(args)
+    check_validation_and_upload(args)
+    args.resume_from_checkpoint = None if args.resume_from_checkpoint == "none" else args.resume_from_checkpoint
 
 
 def check_folder(output_dir, flag):
@@ -492,113 +503,30 @@ def check_inputs(args, leave_out=None):
 
 
 def settle_buckets(args, image_factor):
-    """Settles the limits of the buckets, and checks that sizes can be made of them."""
-    if not args.aspect_ratio_buckets:
-        given = [n for n in ("bucket_min_size", "bucket_max_size", "bucket_step") if getattr(args, n) is not None]
-        if given or args.bucket_no_upscale:
-            raise InputError(
-                f"--{(given or ['bucket_no_upscale'])[0]} says how buckets are: add --aspect_ratio_buckets."
-            )
+    """Settles the limits of the buckets; `InputError` where no sizes can be made of them, or there are to be no buckets."""
+    names = dict(smallest="bucket_min_size", largest="bucket_max_size", step="bucket_step")
+    limits = {limit: getattr(args, name) for limit, name in names.items()}
+    if args.aspect_ratio_buckets:
+        for limit, value in buckets.settle_limits(args.resolution, image_factor, **limits).items():
+            setattr(args, names[limit], value)
         return
-    if args.bucket_step is None:
-        args.bucket_step = image_factor * max(1, min(64, args.resolution // 8) // image_factor)
-    if args.bucket_step % image_factor:
-        near = max(round(args.bucket_step / image_factor), 1) * image_factor
-        raise InputError(
-            f"--bucket_step {args.bucket_step}: this model needs a multiple of {image_factor}, e.g. {near}."
-        )
-    if args.bucket_min_size is None:
-        args.bucket_min_size = max(args.resolution // 2 // args.bucket_step, 1) * args.bucket_step
-    args.bucket_max_size = 2 * args.resolution if args.bucket_max_size is None else args.bucket_max_size
-    step = args.bucket_step  # inwards, so that every side is a multiple of it
-    args.bucket_min_size = -(-args.bucket_min_size // step) * step
-    args.bucket_max_size = args.bucket_max_size // step * step
-    limits = dict(smallest=args.bucket_min_size, largest=args.bucket_max_size, step=step)
-    buckets.make_buckets(args.resolution, **limits)
+    given = [names[limit] for limit, value in limits.items() if value is not None]
+    if given or args.bucket_no_upscale:
+        raise InputError(f"--{(given or ['bucket_no_upscale'])[0]} says how buckets are: add --aspect_ratio_buckets.")
 
 
-def sizes_to_train_at(args, images, say):
-    """(width, height) in pixels for each picture; tells how many pictures are enlarged."""
+def sizes_to_train_at(args, images):
+    """(width, height) in pixels for each picture."""
     if not args.aspect_ratio_buckets:
-        sizes = [(args.resolution, args.resolution)] * len(images)
-    else:
-        sizes = buckets.sizes_of(
-            [(image.width, image.height) for image in images],
-            args.resolution,
-            smallest=args.bucket_min_size,
-            largest=args.bucket_max_size,
-            step=args.bucket_step,
-            no_upscale=args.bucket_no_upscale,
-        )
-    small = sum(im.width < size[0] or im.height < size[1] for im, size in zip(images, sizes, strict=True))
-    if small:
-        say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
-    return sizes
-
-
-def divide(args, dataset, images, others, say):
-    """((records, pictures) to train on, (records, pictures) to validate on), with nothing in both.
-
-    `others` are the records and pictures of --validation_data_dir, or None. Pictures to train on that look like one to
-    validate on are left out, and so are the class pictures.
-    """
-    from text_to_image_lora import pictures
-
-    def part(indices):
-        return dataset.select(indices), [images[index] for index in indices]
-
-    if others is not None:
-        held_out, seen = others, [*images, *others[1]]
-    else:
-        own = [index for index, is_class in enumerate(dataset["is_class"]) if not is_class]
-        chosen = pictures.hold_out([images[index] for index in own], args.validation_split)
-        held_out = part([own[index] for index in chosen])
-        seen = [*images, *held_out[1]]
-    groups = pictures.groups_of(seen)
-    taken = set(groups[len(images) :])
-    kept = [index for index, group in enumerate(groups[: len(images)]) if group not in taken]
-    more = len(images) - len(kept) - (0 if others is not None else len(held_out[1]))
-    if all(dataset["is_class"][index] for index in kept) or not held_out[1]:
-        raise InputError(
-            f"{len(images)} pictures can't be divided into some to train on and others to validate on (those that look "
-            "alike stay together). Leave --validation_split out, or bring more."
-        )
-    if more:
-        say(f"{more} pictures are not trained on, because they look like one that is validated on")
-    if len(held_out[1]) < 10:
-        say(
-            f"only {len(held_out[1])} pictures to validate on: the validation loss is a rough guide (10 or more are better)"
-        )
-    return part(kept), held_out
-
-
-def probe_of(args, dataset, images, count):
-    """As many records and pictures that are trained on; their loss beside that of the others shows the overfitting."""
-    import numpy as np
-
-    own = np.flatnonzero(~np.asarray(dataset["is_class"][:], dtype=bool))
-    chosen = sorted(np.random.default_rng([args.seed, 2]).permutation(own)[:count].tolist())
-    return dataset.select(chosen), [images[index] for index in chosen]
-
-
-def make_validation_set(args, base, records, images, build_cache):
-    """The `ValidationSet` of some records and pictures, through the cache: cropped in the middle, nothing augmented."""
-    from text_to_image_lora.transforms import Augmentation
-    from text_to_image_lora.validation import ValidationSet
-
-    sizes, captions = sizes_to_train_at(args, images, lambda line: None), records["captions"][:]
-    masked = any(mask is not None for mask in records["mask"])
-    latents, prompts = build_cache(
-        records,
-        images,
-        sizes,
-        [group[:1] for group in captions],
-        latent_shapes=base.latent_shapes(sizes),
-        augmentation=Augmentation(center_crop=True),
-        cache_variations=1,
-        masked=masked,
+        return [(args.resolution, args.resolution)] * len(images)
+    return buckets.sizes_of(
+        [(image.width, image.height) for image in images],
+        args.resolution,
+        smallest=args.bucket_min_size,
+        largest=args.bucket_max_size,
+        step=args.bucket_step,
+        no_upscale=args.bucket_no_upscale,
     )
-    return ValidationSet(images, captions, latents=latents, prompts=prompts, masked=masked)
 
 
 def timestep_sampling_of(args, num_train_timesteps):
@@ -727,9 +655,9 @@ def look_at_data(args, base, dataset, validation_dataset, left_out):
             good, bad = pictures.examine(validation_dataset, range(len(validation_dataset)))
             left_out += [(validation_dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
             others = validation_dataset.select(sorted(good)), [good[index] for index in sorted(good)]
-        (dataset, images), validated = divide(args, dataset, images, others, print)
+        (dataset, images), validated = pictures.divide(dataset, images, others, args.validation_split, print)
         num_validated = len(validated[1])
-    sizes = sizes_to_train_at(args, images, lambda line: None)
+    sizes = sizes_to_train_at(args, images)
     sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer, token_counts, num_chunks, too_long = models.load_tokenizer(base), None, 1, None
     if tokenizer is not None:
@@ -912,6 +840,121 @@ def upload(args, say):
     say(f"uploaded: {url}")
 
 
+def pictures_to_use(args, dataset, validation_dataset, accelerator, say):
+    """((records, pictures) to train on, the same to validate on or None); those that can't be decoded are left out."""
+    from text_to_image_lora import pictures
+
+    def usable(records):
+        folder = Path(args.latent_cache_dir).expanduser()
+        return pictures.usable_pictures(
+            records, folder, skip_bad_images=args.skip_bad_images, accelerator=accelerator, say=say
+        )
+
+    dataset, images = usable(dataset)
+    if validation_dataset is None and not args.validation_split:
+        return (dataset, images), None
+    others = None if validation_dataset is None else usable(validation_dataset)
+    return pictures.divide(dataset, images, others, args.validation_split, say)
+
+
+def make_validation_set(args, base, records, images, build_cache):
+    """The `ValidationSet` of some records and pictures, through the cache: cropped in the middle, nothing augmented."""
+    from text_to_image_lora.transforms import Augmentation
+    from text_to_image_lora.validation import ValidationSet
+
+    sizes, captions = sizes_to_train_at(args, images), [group[:1] for group in records["captions"]]
+    masked = any(mask is not None for mask in records["mask"])
+    latents, prompts = build_cache(
+        records, images, sizes, captions, latent_shapes=base.latent_shapes(sizes), cache_variations=1,
+        augmentation=Augmentation(center_crop=True), masked=masked,
+    )  # fmt: skip
+    return ValidationSet(images, captions, latents=latents, prompts=prompts, masked=masked)
+
+
+def make_optimizer_and_schedule(args, adapted, sampler, device):
+    """(optimizer, lr_scheduler) for the adapted models; settles how many steps there are, and how many of warm-up."""
+    from diffusers.optimization import get_scheduler
+
+    from text_to_image_lora import optimizers
+
+    scale = sampler.effective_batch_size if args.scale_lr else 1
+    own = {"text_encoder": args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr}
+    groups = []
+    for name, model in adapted.items():
+        groups += optimizers.parameter_groups(model, scale * own.get(name, args.learning_rate), args.loraplus_lr_ratio)
+    optimizer = optimizers.make_optimizer(
+        args.optimizer,
+        groups,
+        learning_rate=scale * args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        words=args.optimizer_args,
+        device=device,
+    )
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
+    if args.lr_warmup_ratio is not None:
+        args.lr_warmup_steps = round(args.lr_warmup_ratio * args.max_train_steps)
+    elif args.lr_warmup_steps is None:
+        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules or None,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    return optimizer, lr_scheduler
+
+
+def make_loader(args, dataset, images, sizes, captions, sampler, *, num_train_timesteps, device, **cached):
+    """The loader of the micro-batches; `cached` is what `TrainingSet` takes beside."""
+    import torch
+
+    from text_to_image_lora import data
+
+    training_set = data.TrainingSet(
+        dataset,
+        images,
+        sizes,
+        captions,
+        num_train_timesteps=num_train_timesteps,
+        timestep_sampling=timestep_sampling_of(args, num_train_timesteps),
+        caption_dropout=args.caption_dropout,
+        shuffle_tags=args.shuffle_tags,
+        keep_tags=args.keep_tags,
+        interpolation=args.image_interpolation_mode,
+        augmentation=augmentation_of(args),
+        input_perturbation=args.input_perturbation,
+        perceptual=args.perceptual_loss == "self",
+        seed=args.seed,
+        **cached,
+    )
+    return torch.utils.data.DataLoader(
+        training_set,
+        batch_sampler=sampler,
+        collate_fn=data.collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def tell_samples(args, dataset, images, sizes, sampler, say):
+    """Says what is enlarged, and what the buckets and the concepts hold."""
+    small = buckets.num_enlarged(images, sizes)
+    if small:
+        say(f"{small} of {len(images)} pictures are smaller than what they are trained at, and are enlarged")
+    if args.aspect_ratio_buckets:
+        say("\n".join(buckets.table(sizes, sampler.samples)))
+    if args.balance is not None:
+        concepts = dataset["concept"][:]
+        for concept, count in sorted(collections.Counter(concepts[i] for i in sampler.samples).items()):
+            say(f"concept {concept}: {concepts.count(concept)} pictures, {count} samples an epoch")
+
+
 def main(args):
     started = time.time()
     shown = hide_secrets(args)
@@ -927,17 +970,11 @@ def main(args):
             look_at_data(args, base, dataset, validation_dataset, left_out)
         return
 
-    import collections
-    import contextlib
-    import functools
-    import math
-
     import diffusers
     import torch
     import transformers
     import yaml
     from accelerate.utils import broadcast_object_list
-    from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
@@ -956,7 +993,7 @@ def main(args):
         stopping,
         tracking,
         validation,
-    )
+    )  # fmt: skip
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -966,30 +1003,13 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
-    dataset, images = pictures.usable_pictures(
-        dataset,
-        Path(args.latent_cache_dir).expanduser(),
-        skip_bad_images=args.skip_bad_images,
-        accelerator=accelerator,
-        say=say,
-    )
-    validated = None
-    if args.validation_split or validation_dataset is not None:
-        if validation_dataset is not None:
-            validation_dataset = pictures.usable_pictures(
-                validation_dataset,
-                Path(args.latent_cache_dir).expanduser(),
-                skip_bad_images=args.skip_bad_images,
-                accelerator=accelerator,
-                say=say,
-            )
-        (dataset, images), validated = divide(args, dataset, images, validation_dataset, say)
+    (dataset, images), validated = pictures_to_use(args, dataset, validation_dataset, accelerator, say)
     masked = any(row is not None for row in dataset["mask"])
     if masked and args.perceptual_loss is not None:
         raise InputError(
             "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
         )
-    sizes = sizes_to_train_at(args, images, say)
+    sizes = sizes_to_train_at(args, images)
     latent_shapes = base.latent_shapes(sizes)
     args.cache_variations = num_variations(args)
 
@@ -1006,6 +1026,7 @@ def main(args):
         checkpoint.check_same_run(resume_path, settings_before, settings)
     else:
         state = checkpoint.TrainState(seed=args.seed)
+    tell_samples(args, dataset, images, sizes, sampler, say)
 
     # Models. The LoRA is added first: a wrong --target_modules costs seconds.
     tokenizer, text_encoder, vae, unet, scheduler_config = models.load_components(
@@ -1021,7 +1042,6 @@ def main(args):
     )
     if args.preview_data is not None and accelerator.is_main_process:
         say(write_preview(args, dataset, images, sizes, sampler))
-    caption_lists = captions_to_train_on(args, dataset)
     noise_scheduler = models.make_noise_scheduler(
         scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
     )
@@ -1042,10 +1062,10 @@ def main(args):
 
     @torch.no_grad()
     def text_encode(texts, clip_skip=args.clip_skip):
-        training = (
-            accelerator.autocast() if args.train_text_encoder else contextlib.nullcontext()
-        )  # its LoRA is float32
-        with validation.evaluating(text_encoder), training:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(validation.evaluating(text_encoder))
+            if args.train_text_encoder:  # its LoRA is float32
+                stack.enter_context(accelerator.autocast())
             return prompts.encode_prompts(tokenizer, text_encoder, texts, clip_skip, num_chunks).to(weight_dtype)
 
     def embeds_to_validate():
@@ -1055,42 +1075,36 @@ def main(args):
 
     embeds = embeds_to_validate() if args.validation_prompts and not args.train_text_encoder else None
     scaling_factor, latent_dtype = vae.config.scaling_factor, torch.float16 if precision != "no" else torch.float32
+    of_text = dict(text_encode=None, text_identity="")
+    if not args.train_text_encoder:
+        of_text = dict(
+            text_encode=text_encode, text_identity=f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}"
+        )
     build_cache = functools.partial(
         caching.build,
         vae_encode=vae_encode,
         vae_identity=models.weights_identity(vae),
         latent_dtype=latent_dtype,
-        text_encode=None if args.train_text_encoder else text_encode,
-        text_identity=""
-        if args.train_text_encoder
-        else f"{models.text_identity(tokenizer, text_encoder)} x {num_chunks}",
-        clip_skip=args.clip_skip,
         prompt_shape=(77 * num_chunks, base.cross_attention_dim),
         prompt_dtype=weight_dtype,
+        clip_skip=args.clip_skip,
+        **of_text,
         folder=Path(args.latent_cache_dir).expanduser(),
         accelerator=accelerator,
         interpolation=args.image_interpolation_mode,
         seed=args.seed,
     )
-    latent_cache, prompt_cache = (None, None), (None, None)
+    caption_lists = captions_to_train_on(args, dataset)
+    cached = dict(latents=(None, None), prompts=(None, None), latent_shapes=latent_shapes, masked=masked)
     if args.cache_variations:
-        latent_cache, prompt_cache = build_cache(
-            dataset,
-            images,
-            sizes,
-            caption_lists,
-            latent_shapes=latent_shapes,
-            augmentation=augmentation_of(args),
-            cache_variations=args.cache_variations,
-            caption_dropout=args.caption_dropout,
-            masked=masked,
-        )
-    validation_sets = [
-        make_validation_set(args, base, records, shown, build_cache)
-        for records, shown in (
-            [] if validated is None else [validated, probe_of(args, dataset, images, len(validated[1]))]
-        )
-    ]
+        cached["latents"], cached["prompts"] = build_cache(
+            dataset, images, sizes, caption_lists, latent_shapes=latent_shapes, masked=masked,
+            cache_variations=args.cache_variations, augmentation=augmentation_of(args), caption_dropout=args.caption_dropout,
+        )  # fmt: skip
+    validation_sets = []  # what is held out, and as much of what is trained on
+    if validated is not None:
+        probe = pictures.probe_of(dataset, images, len(validated[1]), args.seed)
+        validation_sets = [make_validation_set(args, base, *part, build_cache) for part in (validated, probe)]
     if args.cache_variations:
         if args.perceptual_loss == "decoder":
             say("the VAE stays in memory for --perceptual_loss decoder")
@@ -1103,93 +1117,24 @@ def main(args):
             torch.cuda.empty_cache()
 
     # Optimizer, schedule, loader.
-    learning_rate = args.learning_rate
-    text_encoder_lr = learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    if args.scale_lr:
-        learning_rate *= settings["effective_batch_size"]
-        text_encoder_lr *= settings["effective_batch_size"]
-    optimizer = optimizers.make_optimizer(
-        args.optimizer,
-        optimizers.parameter_groups(unet, learning_rate, args.loraplus_lr_ratio)
-        + (
-            optimizers.parameter_groups(text_encoder, text_encoder_lr, args.loraplus_lr_ratio)
-            if args.train_text_encoder
-            else []
-        ),
-        learning_rate=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        words=args.optimizer_args,
-        device=device,
-    )
+    optimizer, lr_scheduler = make_optimizer_and_schedule(args, adapted, sampler, device)
     average = EMAModel(params_to_optimize, decay=args.ema_decay) if args.use_ema else None
-    sampler.first_step = state.global_step
-    if args.aspect_ratio_buckets:
-        say("\n".join(buckets.table(sizes, sampler.samples)))
-    if args.balance is not None:
-        concepts = dataset["concept"][:]
-        for concept, count in sorted(collections.Counter(concepts[i] for i in sampler.samples).items()):
-            say(f"concept {concept}: {concepts.count(concept)} pictures, {count} samples an epoch")
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
-    sampler.num_steps = args.max_train_steps
-    if args.lr_warmup_ratio is not None:
-        args.lr_warmup_steps = round(args.lr_warmup_ratio * args.max_train_steps)
-    if args.lr_warmup_steps is None:
-        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        step_rules=args.lr_step_rules or None,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
     if resume_path is not None:
         adapter = checkpoint.load_checkpoint(
-            resume_path,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            scaler=accelerator.scaler,
-            average=average,
+            resume_path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler, average=average
         )
         if average is not None:
             average.decay = args.ema_decay
         for name, model in adapted.items():
             lora.load_adapter(model, lora.part_of(adapter, name))
-    training_set = data.TrainingSet(
-        dataset,
-        images,
-        sizes,
-        caption_lists,
-        latents=latent_cache,
-        latent_shapes=latent_shapes,
-        prompts=prompt_cache,
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-        caption_dropout=args.caption_dropout,
-        shuffle_tags=args.shuffle_tags,
-        keep_tags=args.keep_tags,
-        masked=masked,
-        interpolation=args.image_interpolation_mode,
-        augmentation=augmentation_of(args),
-        seed=args.seed,
-        timestep_sampling=timestep_sampling_of(args, noise_scheduler.config.num_train_timesteps),
-        input_perturbation=args.input_perturbation,
-        perceptual=args.perceptual_loss == "self",
-    )
-    loader = torch.utils.data.DataLoader(
-        training_set,
-        batch_sampler=sampler,
-        collate_fn=data.collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    unwrapped = unet
+    sampler.first_step, sampler.num_steps = state.global_step, args.max_train_steps
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    loader = make_loader(
+        args, dataset, images, sizes, caption_lists, sampler, num_train_timesteps=num_train_timesteps, device=device, **cached
+    )  # fmt: skip
     trained = accelerator.prepare(*adapted.values())  # as each process wraps them
     trained = [trained] if len(adapted) == 1 else list(trained)
-    unet, optimizer = trained[0], accelerator.prepare(optimizer)
+    optimizer = accelerator.prepare(optimizer)
 
     # Reports and files.
     output_dir = Path(args.output_dir)
@@ -1206,15 +1151,15 @@ def main(args):
         )
     say(
         f"{len(dataset)} pictures, {sampler.steps_per_epoch} steps an epoch, {args.max_train_steps} steps; effective batch "
-        f"{settings['effective_batch_size']} on {world_size} x {device.type} in {str(weight_dtype).removeprefix('torch.')}; "
+        f"{sampler.effective_batch_size} on {world_size} x {device.type} in {str(weight_dtype).removeprefix('torch.')}; "
         f"rank-{args.rank} LoRA on {num_adapted} modules ({sum(p.numel() for p in params_to_optimize):,} parameters)"
     )
     if resume_path is not None:
         say(f"going on from {resume_path} (step {state.global_step})")
 
-    def validate():
+    def make_pictures():
         pipeline = validation.make_pipeline(
-            unwrapped,
+            unet,
             vae,
             scheduler_config,
             prediction_type=noise_scheduler.config.prediction_type,
@@ -1235,45 +1180,23 @@ def main(args):
             validation.save_images(made, args.validation_prompts, folder)
             tracking.log_pictures(accelerator, made, args.validation_prompts, state.global_step)
 
-    @contextlib.contextmanager
-    def weights_for_use():
-        """Inside, the LoRA has the weights to validate and to save; the training's own are put back to the bit."""
-        if average is None and args.optimizer != "schedulefree":
-            yield
-            return
-        before = [parameter.detach().clone() for parameter in params_to_optimize]
-        if args.optimizer == "schedulefree":
-            optimizer.eval()
-        if average is not None:
-            average.copy_to(params_to_optimize)
-        try:
-            yield
-        finally:
-            if args.optimizer == "schedulefree":
-                optimizer.train()
-            with torch.no_grad():
-                for parameter, value in zip(params_to_optimize, before, strict=True):
-                    parameter.copy_(value)
-
-    def validation_losses():
-        return [
-            validation.loss_table(
-                unwrapped,
-                validation_set,
-                noise_scheduler=noise_scheduler,
-                scaling_factor=scaling_factor,
-                weight_dtype=weight_dtype,
-                seed=args.seed,
-                accelerator=accelerator,
-                text_encode=text_encode if args.train_text_encoder else None,
-            )
-            for validation_set in validation_sets
-        ]
+    weights_for_use = functools.partial(optimizers.weights_for_use, params_to_optimize, optimizer, average)
+    validation_losses = functools.partial(
+        validation.loss_tables,
+        unet,
+        validation_sets,
+        noise_scheduler=noise_scheduler,
+        scaling_factor=scaling_factor,
+        weight_dtype=weight_dtype,
+        seed=args.seed,
+        accelerator=accelerator,
+        text_encode=text_encode if args.train_text_encoder else None,
+    )
 
     def judge():
         """Takes in the validation losses of this step; keeps the LoRA in best/ where it is the best so far."""
         table, probe = validation_losses()
-        values = stopping.values_of(table, probe, state.validation, timesteps_validated)
+        values = stopping.values_of(table, probe, state.validation, validation.strata(num_train_timesteps))
         improved = state.global_step > 0 and stopping.take_in(state.validation, table, state.global_step)
         if accelerator.is_main_process:
             metrics_file.write(state.global_step, values)
@@ -1296,79 +1219,31 @@ def main(args):
             )
         return export.save_lora(folder, components, training_header)
 
-    def save():
-        if accelerator.is_main_process:
-            with checkpoint.written_whole(output_dir / f"checkpoint-{state.global_step}") as folder:
-                checkpoint.save_checkpoint(
-                    folder,
-                    adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
-                    average=None if average is None else average.state_dict(),
-                    optimizer=optimizer,
-                    lr_scheduler=lr_scheduler,
-                    scaler=accelerator.scaler,
-                    state=state,
-                    settings=settings,
-                )
-                with weights_for_use():
-                    save_lora(folder)
-                if state.validation is not None and state.validation.best_step:
-                    shutil.copytree(output_dir / "best", folder / "best")
-            checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
-
-    def perceptual_loss(batch, predicted, latents, timesteps):
-        """Sum over the samples of weight x perceptual loss."""
-        if args.perceptual_loss == "self":
-            losses = perceptual.self_loss(
-                unwrapped,
-                predicted,
-                latents,
-                batch["perceptual_noise"],
-                batch["perceptual_timesteps"],
-                batch["encoder_hidden_states"].detach(),
-                noise_scheduler,
-                weight_dtype,
+    def save_checkpoint():
+        with checkpoint.written_whole(output_dir / f"checkpoint-{state.global_step}") as folder:
+            checkpoint.save_checkpoint(
+                folder,
+                adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
+                average=None if average is None else average.state_dict(),
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                scaler=accelerator.scaler,
+                state=state,
+                settings=settings,
             )
-            return (losses * batch["weights"]).sum()
-        seen = (timesteps < args.perceptual_max_timestep).nonzero()[:, 0]
-        if not len(seen):
-            return predicted.sum() * 0
-        losses = perceptual.decoder_loss(vae, predicted[seen], latents[seen], scaling_factor)
-        return (losses * batch["weights"][seen]).sum()
-
-    waiting, smooth = None, None
-    timesteps_validated = validation.strata(noise_scheduler.config.num_train_timesteps)
-
-    def report():
-        """Writes the numbers of the step before: reading them doesn't hold up the device, which has gone on."""
-        nonlocal waiting, smooth
-        if waiting is None:
-            return
-        step, values = waiting
-        waiting = None
-        values = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
-        if not math.isfinite(values["train_loss"]):
-            raise TrainingError(
-                f"The loss of step {step} is {values['train_loss']}. Lower --learning_rate, or use --mixed_precision bf16; "
-                f"what was saved before is in {output_dir}."
-            )
-        values["peak_memory_gib"] = tracking.peak_memory_gib(device)
-        smooth = values["train_loss"] if smooth is None else 0.95 * smooth + 0.05 * values["train_loss"]
-        progress.set_postfix(loss=f"{smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
-        if metrics_file is not None:
-            metrics_file.write(step, values)
-        accelerator.log(values, step=step)
+            with weights_for_use():
+                save_lora(folder)
+            if state.validation is not None:
+                checkpoint.copy_best(output_dir, folder)
+        checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
     if validation_sets:
-        sets = [validation_set.identity() for validation_set in validation_sets]
-        if state.validation is not None and state.validation.pictures != sets:
+        identities = [validation_set.identity() for validation_set in validation_sets]
+        if state.validation is not None and state.validation.pictures != identities:
             say("the pictures to validate on are others than before: what was best so far is looked for anew")
             state.validation = None
-        best_before = None if resume_path is None else resume_path / "best"
-        if state.validation is not None and accelerator.is_main_process and best_before.is_dir():
-            with checkpoint.written_whole(
-                output_dir / "best"
-            ) as folder:  # a later one may be there, of steps given up
-                shutil.copytree(best_before, folder, dirs_exist_ok=True)
+        if state.validation is not None and accelerator.is_main_process:
+            checkpoint.copy_best(resume_path, output_dir)  # a later one may be there, of steps given up
 
     # The loop.
     progress = tqdm(
@@ -1377,13 +1252,14 @@ def main(args):
         desc="training",
         disable=not accelerator.is_local_main_process,
     )
+    reports = tracking.StepReports(accelerator, metrics_file, progress, output_dir)
     for model in adapted.values():
         model.disable_adapters()
     if validation_sets and state.validation is None:
         table, probe = (table.tolist() for table in validation_losses())
-        state.validation = stopping.Validation(base=table, base_probe=probe, best=table, pictures=sets)
+        state.validation = stopping.Validation(base=table, base_probe=probe, best=table, pictures=identities)
     if args.validation_prompts and state.global_step == 0:
-        validate()
+        make_pictures()
     for model in adapted.values():
         model.enable_adapters()
     if validation_sets and state.global_step == 0:
@@ -1409,15 +1285,11 @@ def main(args):
             noisy_latents = noise_scheduler.add_noise(latents, seen_noise, timesteps)
             target = objective.target_of(noise_scheduler, latents, noise, timesteps)
             weights, huber_c = batch["weights"], None
-            if args.snr_gamma is not None or args.debiased_estimation:
-                snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
-                predicted = noise_scheduler.config.prediction_type
-                if args.snr_gamma is not None:
-                    weights = weights * objective.min_snr_weights(snr, args.snr_gamma, predicted)
-                else:
-                    weights = weights * objective.debiased_weights(snr, predicted)
+            weights = weights * objective.timestep_weights(
+                noise_scheduler, timesteps, snr_gamma=args.snr_gamma, debiased=args.debiased_estimation
+            )
             if args.loss_type == "huber":
-                huber_c = objective.scheduled_huber_c(args.huber_c, timesteps, len(noise_scheduler.alphas_cumprod))
+                huber_c = objective.scheduled_huber_c(args.huber_c, timesteps, num_train_timesteps)
             if args.lora_dropout:
                 torch.manual_seed(data.seed_of(args.seed, step, micro_step, rank))
             last = micro_step == num_micro_batches - 1
@@ -1430,62 +1302,70 @@ def main(args):
                             tokenizer, trained[1], batch["captions"], args.clip_skip, num_chunks
                         )
                 model_pred = models.predict(
-                    unet, noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
+                    trained[0], noisy_latents.to(weight_dtype), timesteps, batch["encoder_hidden_states"]
                 )
                 loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"), huber_c)
                 if args.perceptual_loss is not None:
                     truly_noisy = noise_scheduler.add_noise(latents, noise, timesteps)  # without --input_perturbation
                     predicted = perceptual.predicted_clean(noise_scheduler, truly_noisy, model_pred, timesteps)
-                    loss = loss + args.perceptual_loss_weight * perceptual_loss(batch, predicted, latents, timesteps)
+                    loss = loss + args.perceptual_loss_weight * perceptual.perceptual_loss(
+                        args.perceptual_loss, predicted, latents, batch, unet=unet, vae=vae, dtype=weight_dtype,
+                        noise_scheduler=noise_scheduler, scaling_factor=scaling_factor,
+                        max_timestep=args.perceptual_max_timestep,
+                    )  # fmt: skip
                 accelerator.backward(loss)
             train_loss += loss.detach()
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
         optimizer.step()
-        if average is not None:
-            average.step(params_to_optimize)
         lr = lr_scheduler.get_last_lr()[0]
-        if not accelerator.optimizer_step_was_skipped:  # a loss scale that was too high: fp16 tries a lower one
+        # A loss scale that was too high: the step is skipped, and fp16 tries a lower one. Accelerate's own sign of it
+        # misses optimizers that skip by themselves, as fused AdamW does.
+        if accelerator.scaler is None or grad_norm.isfinite():
             lr_scheduler.step()
+            if average is not None:
+                average.step(params_to_optimize)
         optimizer.zero_grad()
         state.global_step += 1
         progress.update()
 
-        report()
         now = time.time()
-        values = {
-            "train_loss": accelerator.reduce(train_loss, "mean"),
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "epoch": state.global_step / sampler.steps_per_epoch,
-            "images_per_second": sampler.num_samples(step) / (now - clock),
-        }
-        waiting, clock = (state.global_step, values), now
+        reports.put(
+            state.global_step,
+            {
+                "train_loss": accelerator.reduce(train_loss, "mean"),
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "epoch": state.global_step / sampler.steps_per_epoch,
+                "images_per_second": sampler.num_samples(step) / (now - clock),
+            },
+        )
+        clock = now
         epoch, into_epoch = divmod(state.global_step, sampler.steps_per_epoch)
         end_of_epoch, finished = into_epoch == 0, state.global_step == args.max_train_steps
         if args.validation_steps:
             due = state.global_step % args.validation_steps == 0
         else:
             due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
-        if finished:
-            report()
-        if validation_sets and (due or finished):  # before a checkpoint, which then knows it
-            report()
+        validates = due or finished
+        if validation_sets and validates:  # before a checkpoint, which then knows it
+            reports.flush()
             with weights_for_use():
                 judge()
             finished = finished or out_of_patience()
-            clock = time.time()
-        if args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0):
-            report()
-            save()
-            clock = time.time()
-        wanted = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
-        if wanted and accelerator.is_main_process:
+        checkpoints = args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0)
+        if finished or checkpoints:
+            reports.flush()
+        if checkpoints and accelerator.is_main_process:
+            save_checkpoint()
+        saves = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
+        if saves and accelerator.is_main_process:
             with weights_for_use():
                 save_lora(output_dir / f"epoch-{epoch:04d}")
-        if args.validation_prompts and (due or finished):
-            report()
+        if args.validation_prompts and validates:
+            reports.flush()
             with weights_for_use():
-                validate()
+                make_pictures()
+        if validates or checkpoints or saves:  # no part of the training's speed
             clock = time.time()
     progress.close()
     if validation_sets:
@@ -1509,7 +1389,7 @@ def main(args):
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
     # interpreter ends, and then now and then abort the process.
     accelerator.wait_for_everyone()
-    unet, trained, model = None, None, None
+    trained, model = None, None
     accelerator.free_memory()
     line = tracking.finish_trackers(accelerator)
     if line is not None:

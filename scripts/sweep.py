@@ -13,7 +13,6 @@ on several that share the folder, the workers divide the trials among them; give
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import re
@@ -24,8 +23,12 @@ import time
 from pathlib import Path
 
 
+sys.path.insert(0, str(Path(__file__).parent))
+import sweep_results  # noqa: E402
+from sweep_results import METRIC, losses_of, shown, trial_dir  # noqa: E402
+
+
 ROOT = Path(__file__).resolve().parents[1]
-METRIC = "validation/relative_loss"
 LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
 SAMPLERS = ("grid", "random", "tpe")
 
@@ -137,10 +140,6 @@ def words_of(flags):
     return words
 
 
-def trial_dir(settings, number):
-    return Path(settings["sweep_dir"]) / f"trial-{number:04d}"
-
-
 def command_of(settings, params, output_dir):
     launcher = shlex.split(settings["launcher"]) if settings["launcher"] else ["python"]
     cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
@@ -183,7 +182,23 @@ def open_study(settings):
         study.set_user_attr("settings", described)  # last: a kill before it leaves a queue that is filled up again
     elif before != described:
         raise SweepError(f"{folder}: it holds another sweep. Name another --sweep_dir for this one.")
+    else:
+        try_again(study)
     return study
+
+
+def try_again(study):
+    """Puts trials that failed, and of whose settings no other is under way or done, in the queue once more."""
+    from optuna.trial import TrialState
+
+    params = {False: [], True: []}
+    for trial in study.get_trials(deepcopy=False):
+        values = trial.params or trial.system_attrs.get("fixed_params", {})
+        params[trial.state == TrialState.FAIL].append(values)
+    for values in params[True]:
+        if values not in params[False]:
+            study.enqueue_trial(values)
+            params[False].append(values)
 
 
 def suggest(trial, sweep):
@@ -208,7 +223,7 @@ def claim(study, settings):
     from optuna.trial import TrialState
 
     def lock_of(number):
-        lock = FileLock(f"{trial_dir(settings, number)}.lock", timeout=0)
+        lock = FileLock(f"{trial_dir(settings['sweep_dir'], number)}.lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -235,21 +250,6 @@ def claim(study, settings):
         return trial, lock_of(trial.number)
 
 
-def losses_of(output_dir):
-    """{step: loss} of a trial's validations so far, the base model's at step 0 left out."""
-    try:
-        lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # half written
-            continue
-    return {row["step"]: row[METRIC] for row in rows if row.get(METRIC) is not None and row["step"] > 0}
-
-
 def stop(process):
     """Ends a command and what it has started: a launcher doesn't pass a signal on."""
     import psutil
@@ -271,7 +271,7 @@ def run_trial(study, settings, trial, params, lock):
     """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print."""
     from optuna.trial import TrialState
 
-    number, output_dir = trial.number, trial_dir(settings, trial.number)
+    number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
     output_dir.mkdir(exist_ok=True)
     command = command_of(settings, params, output_dir)
     (output_dir / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
@@ -308,108 +308,14 @@ def run_trial(study, settings, trial, params, lock):
     return f"{METRIC} {min(losses.values()):.4f}"
 
 
-def rank(study, settings):
-    """Rows of the trials, the best first: place, number, state, loss, step of it, and the varied flags."""
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        losses = losses_of(trial_dir(settings, trial.number))
-        best = min(losses, key=losses.get) if losses else None
-        rows.append(
-            {
-                "trial": trial.number,
-                "state": trial.state.name.lower(),
-                METRIC: trial.value if trial.value is not None else losses.get(best),
-                "best_step": best,
-                **{
-                    key: trial.params.get(key, trial.system_attrs.get("fixed_params", {}).get(key))
-                    for key in settings["sweep"]
-                },
-            }
-        )
-    done = {"complete": 0, "pruned": 1}
-    return sorted(rows, key=lambda row: (done.get(row["state"], 2), row[METRIC] if row[METRIC] is not None else 9e9))
-
-
-def over_seeds(rows, sweep):
-    """The rows of trials that differ by their seed alone as one: mean loss and its standard error, the best first."""
-    groups = {}
-    for row in rows:
-        if row["state"] == "complete":
-            groups.setdefault(tuple((key, row[key]) for key in sweep if key != "seed"), []).append(row[METRIC])
-    found = []
-    for settings, losses in groups.items():
-        mean = sum(losses) / len(losses)
-        error = None
-        if len(losses) > 1:
-            error = (sum((x - mean) ** 2 for x in losses) / (len(losses) - 1) / len(losses)) ** 0.5
-        found.append({METRIC: mean, "standard_error": error, "seeds": len(losses), **dict(settings)})
-    return sorted(found, key=lambda row: row[METRIC])
-
-
-def shown(value):
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows):
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows])
-
-
-def picture_sheet(settings, rows, most=24):
-    """The newest validation pictures of the trials, a row each, the best first; None where there are none."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    strips, side, words, gap = [], 144, 300, 6
-    for row in rows[:most]:
-        folders = sorted((trial_dir(settings, row["trial"]) / "validation").glob("step-*"))
-        paths = sorted(folders[-1].glob("prompt-*.png")) if folders else []
-        if paths:
-            strips.append((row, paths[:8]))
-    if not strips:
-        return None
-    width = words + max(len(paths) for _, paths in strips) * (side + gap) + gap
-    sheet, font = Image.new("RGB", (width, len(strips) * (side + gap) + gap), "white"), ImageFont.load_default(size=14)
-    draw = ImageDraw.Draw(sheet)
-    for number, (row, paths) in enumerate(strips):
-        top = gap + number * (side + gap)
-        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {shown(row[METRIC])}"]
-        lines += [f"{key} {shown(row[key])}" for key in settings["sweep"]]
-        draw.multiline_text((gap, top), "\n".join(lines[:8]), fill="black", font=font, spacing=3)
-        for place, path in enumerate(paths):
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                image.thumbnail((side, side))
-                if max(image.size) < side:
-                    scale = side / max(image.size)
-                    image = image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
-                sheet.paste(image, (words + place * (side + gap), top))
-    return sheet
-
-
 def write_results(study, settings):
     """results.csv, results.md and pictures.png in the sweep's folder; returns what to print."""
-    folder, rows = Path(settings["sweep_dir"]), rank(study, settings)
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    said = [markdown(rows)]
-    if "seed" in settings["sweep"] and rows[0]["state"] == "complete":
-        said += ["", "Over the seeds:", "", markdown(over_seeds(rows, settings["sweep"]))]
-    if rows[0]["state"] == "complete":
-        best = {key: rows[0][key] for key in settings["sweep"]}
-        command = shlex.join(command_of(settings, best, f"{folder.name}-best"))
-        said += [
-            "",
-            f"The best, trial {rows[0]['trial']} (its LoRA: {trial_dir(settings, rows[0]['trial']) / 'best'}):",
-            "",
-            command,
-        ]
-    (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
-    sheet = picture_sheet(settings, rows)
-    if sheet is not None:
-        sheet.save(folder / "pictures.png")
-    return "\n".join(said)
+    folder, varied = Path(settings["sweep_dir"]), list(settings["sweep"])
+    rows = sweep_results.rank(study.get_trials(deepcopy=False), folder, varied)
+    best, command = rows[0], None
+    if best["state"] == "complete":
+        command = shlex.join(command_of(settings, {key: best[key] for key in varied}, f"{folder.name}-best"))
+    return sweep_results.write(rows, folder, varied, command)
 
 
 def main(argv=None):

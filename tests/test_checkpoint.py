@@ -334,3 +334,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     assert "--output_dir" in message
     assert "--resume_from_checkpoint none" in message
     assert "lora_alpha" not in message
+
+
+def test_the_best_lora_is_copied_where_there_is_one(tmp_path):
+    """Somebody may have moved best/ away in the middle of a run: its checkpoints are written all the same."""
+    checkpoint.copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-2").exists()
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "lora").write_text("new")
+    (tmp_path / "checkpoint-2" / "best").mkdir(parents=True)
+    (tmp_path / "checkpoint-2" / "best" / "old").write_text("old")
+    checkpoint.copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
+    assert [path.name for path in (tmp_path / "checkpoint-2" / "best").iterdir()] == ["lora"]

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import sweep
+import sweep_results
 from conftest import ROOT, write_pictures
 from PIL import Image
 
@@ -206,16 +207,18 @@ def test_trials_of_several_seeds_are_one():
         {
             "trial": i,
             "state": "pruned" if key == (2, 8) else "complete",
-            sweep.METRIC: loss,
+            sweep_results.METRIC: loss,
             "seed": key[0],
             "rank": key[1],
         }
         for i, (key, loss) in enumerate(losses.items())
     ]
-    small, large = sweep.over_seeds(rows, {"seed": [0, 1, 2], "rank": [4, 8]})
+    small, large = sweep_results.over_seeds(rows, ["seed", "rank"])
     assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
-    assert small[sweep.METRIC] == pytest.approx(0.625)
+    assert small[sweep_results.METRIC] == pytest.approx(0.625)
     assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
+    assert small["above_best"] is None
+    assert (large["above_best"], large["its_error"]) == pytest.approx((0.125, 0.025))  # of the two seeds both have
 
 
 BAD = {
@@ -262,7 +265,7 @@ def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
-    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", sweep.METRIC)
+    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", sweep_results.METRIC)
     values = {"train_batch_size": {"value": 4}, "rank": {"value": 16}, "learning_rate": {"value": 0.0002}}
     assert values.keys() == settings["parameters"].keys()
     parts = create_sweep_command_args({"args": values})
@@ -285,6 +288,30 @@ def test_a_sweep_whose_trials_fail_ends(tiny_sd, pictures, tmp_path, sampler):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("failed: ") == 2
     assert [row["state"] for row in rows_of(folder)] == ["fail", "fail"]
+
+
+def test_a_trial_that_failed_is_tried_again_by_the_same_command(tiny_sd, pictures, tmp_path):
+    """The machine fails in the second of three trials; once it is well, that one alone is made up for."""
+    folder, broken, launcher = tmp_path / "sweep", tmp_path / "broken", tmp_path / "launcher"
+    launcher.write_text(
+        f'#!/bin/sh\ncase "$*" in *"--rank 4"*) [ -e {broken} ] && exit 1;; esac\nexec {sys.executable} "$@"\n'
+    )
+    launcher.chmod(0o755)
+    broken.touch()
+    words = ["--launcher", launcher, "--sweep", "rank=2,4,8", "--flags", *flags_of(tiny_sd, pictures)]
+    assert run(folder, *words).returncode == 0
+    assert {row["rank"]: row["state"] for row in rows_of(folder)} == {"2": "complete", "4": "fail", "8": "complete"}
+    again = run(folder, *words)  # it fails once more, once
+    assert again.stdout.count("failed: ") == 1
+    broken.unlink()
+    assert run(folder, *words).returncode == 0
+    assert [row["rank"] for row in rows_of(folder) if row["state"] == "complete"].count("4") == 1
+    count = len(rows_of(folder))
+    run(folder, *words)
+    assert len(rows_of(folder)) == count == 5
+    assert times_trained(folder) == {
+        "trial-0000": 1, "trial-0001": 0, "trial-0002": 1, "trial-0003": 0, "trial-0004": 1
+    }  # fmt: skip
 
 
 def test_a_launcher_that_says_2_ends_the_sweep(tmp_path, tiny_sd, pictures):

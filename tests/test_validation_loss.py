@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from conftest import TORCHRUN, read_lora, read_metrics, run_command, write_pictures
 from PIL import Image
 
 from text_to_image_lora import objective, validation
 from text_to_image_lora.checkpoint import read_state
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures import Picture, examine, groups_of, hold_out
+from text_to_image_lora.pictures import Picture, divide, examine, groups_of, hold_out, probe_of
 from text_to_image_lora.records import load_records
 
 
@@ -154,7 +154,7 @@ def test_validation_may_begin_later(train, tmp_path, others):
 # No leak.
 
 
-def test_what_looks_alike_is_never_on_both_sides(tmp_path, monkeypatch):
+def test_what_looks_alike_is_never_on_both_sides(tmp_path):
     """Copies, smaller and recompressed copies, and repeats: the content of no picture held out is trained on."""
     folder = write_pictures(tmp_path / "3_axe", count=12, size=(64, 64))
     (folder / "metadata.jsonl").unlink()
@@ -165,10 +165,7 @@ def test_what_looks_alike_is_never_on_both_sides(tmp_path, monkeypatch):
     good, _ = examine(dataset, range(len(dataset)))
     images = [good[index] for index in range(len(dataset))]
     assert len(set(groups_of(images))) == 12
-    args = train_script.parse_args(
-        ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--validation_split", "0.3"]
-    )
-    (kept, trained), (held_out, validated) = train_script.divide(args, dataset, images, None, lambda line: None)
+    (kept, trained), (held_out, validated) = divide(dataset, images, None, 0.3, lambda line: None)
     assert 4 <= len(validated) <= 6
     assert len(trained) + len(validated) == 20
     assert [len(kept), len(held_out)] == [len(trained), len(validated)]
@@ -313,8 +310,7 @@ def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
     own, others = (load_records(train_data_dir=folder) for folder in (pictures, tmp_path / "class"))
     dataset = with_class_pictures(own, others)
     images = [Picture(f"{i:032x}", 9, 9) for i in range(36)]
-    args = train_script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", "--seed", "0"])
-    records, shown = train_script.probe_of(args, dataset, images, 6)
+    records, shown = probe_of(dataset, images, 6, seed=0)
     assert records["is_class"][:] == [False] * 6
     assert shown == images[:6]
 

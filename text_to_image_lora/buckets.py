@@ -58,6 +58,29 @@ def sizes_of(images, resolution, *, smallest, largest, step, no_upscale):
     return [chosen[size] for size in images]
 
 
+def settle_limits(resolution, image_factor, *, smallest=None, largest=None, step=None):
+    """The limits of the buckets, in pixels, where some are not given: half and twice the resolution, in steps of 64.
+
+    Fewer than 64 for small resolutions, a multiple of `image_factor` always. Sides that are no multiple of the step are
+    moved inwards. Raises `InputError` where no sizes can be made of them.
+    """
+    if step is None:
+        step = image_factor * max(1, min(64, resolution // 8) // image_factor)
+    if step % image_factor:
+        near = max(round(step / image_factor), 1) * image_factor
+        raise InputError(f"--bucket_step {step}: this model needs a multiple of {image_factor}, e.g. {near}.")
+    smallest = max(resolution // 2 // step, 1) * step if smallest is None else smallest
+    largest = 2 * resolution if largest is None else largest
+    limits = dict(smallest=-(-smallest // step) * step, largest=largest // step * step, step=step)
+    make_buckets(resolution, **limits)
+    return limits
+
+
+def num_enlarged(images, sizes):
+    """How many of the pictures (with `width` and `height`) are smaller than the size they are trained at."""
+    return sum(im.width < width or im.height < height for im, (width, height) in zip(images, sizes, strict=True))
+
+
 def table(sizes, samples):
     """Lines that tell each bucket's size, pictures and samples an epoch (indices of pictures), the largest first."""
     pictures, samples = Counter(sizes), Counter(sizes[index] for index in samples)

@@ -108,6 +108,13 @@ def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, 
     (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
 
 
+def copy_best(source, target):
+    """Copies `source`/best, the best LoRA so far, to `target`/best; does nothing where there is none."""
+    if (Path(source) / "best").is_dir():
+        with written_whole(Path(target) / "best") as folder:
+            shutil.copytree(Path(source) / "best", folder, dirs_exist_ok=True)
+
+
 def read_state(path):
     """The `TrainState` and the settings of a checkpoint."""
     try:

@@ -30,6 +30,14 @@ def debiased_weights(snr, prediction_type):
     return 1 / (snr + 1) if prediction_type == "v_prediction" else snr.rsqrt()
 
 
+def timestep_weights(noise_scheduler, timesteps, *, snr_gamma=None, debiased=False):
+    """How much each sample's loss counts by its timestep, float32 (N,): one of the two above, or all alike."""
+    if snr_gamma is None and not debiased:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    snr, predicted = snr_of(noise_scheduler.alphas_cumprod, timesteps), noise_scheduler.config.prediction_type
+    return debiased_weights(snr, predicted) if debiased else min_snr_weights(snr, snr_gamma, predicted)
+
+
 def scheduled_huber_c(huber_c, timesteps, num_train_timesteps):
     """The width of the Huber loss at each timestep (N,): from 1 at the first, falling to `huber_c` at the last.
 

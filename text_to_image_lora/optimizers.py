@@ -1,6 +1,7 @@
 """Optimizers by name, from the libraries that keep them; their options are checked before a model is loaded."""
 
 import ast
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -93,3 +94,31 @@ def parameter_groups(model, learning_rate, lr_ratio=None):
     of_b = [parameter for name, parameter in trained if "lora_B" in name]
     others = [parameter for name, parameter in trained if "lora_B" not in name]
     return [{"params": others, "lr": learning_rate}, {"params": of_b, "lr": learning_rate * lr_ratio}]
+
+
+@contextlib.contextmanager
+def weights_for_use(parameters, optimizer, average=None):
+    """Inside, the parameters have the weights to validate and to save; the training's own are put back to the bit.
+
+    These differ with a moving average (diffusers' `EMAModel`), and with schedule-free optimizers, which have two sets of
+    weights (`eval` and `train` go from one to the other and back, but not exactly).
+    """
+    import torch
+
+    two_sets = hasattr(getattr(optimizer, "optimizer", optimizer), "eval")  # Accelerate's wrapper always has it
+    if average is None and not two_sets:
+        yield
+        return
+    before = [parameter.detach().clone() for parameter in parameters]
+    if two_sets:
+        optimizer.eval()
+    if average is not None:
+        average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        if two_sets:
+            optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)

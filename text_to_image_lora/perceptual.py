@@ -106,3 +106,23 @@ def self_loss(unet, predicted, clean, noise, timesteps, encoder_hidden_states, n
         seen = noise_scheduler.add_noise(predicted, noise, timesteps).to(dtype)
         given = middle_features(unet, seen, timesteps, encoder_hidden_states)
     return (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+
+
+def perceptual_loss(
+    kind, predicted, latents, batch, *, unet, vae, noise_scheduler, scaling_factor, max_timestep, dtype
+):  # fmt: skip
+    """Sum over the samples of weight x loss of that `kind` ("decoder" or "self").
+
+    `batch` has "weights" and "timesteps"; for "self" also "perceptual_noise", "perceptual_timesteps" and
+    "encoder_hidden_states", and `dtype` is the UNet's. The decoder looks only at samples below `max_timestep`: beyond it,
+    what is predicted is no picture yet.
+    """
+    if kind == "self":
+        prompts = batch["encoder_hidden_states"].detach()
+        noise, timesteps = batch["perceptual_noise"], batch["perceptual_timesteps"]
+        losses = self_loss(unet, predicted, latents, noise, timesteps, prompts, noise_scheduler, dtype)
+        return (losses * batch["weights"]).sum()
+    seen = (batch["timesteps"] < max_timestep).nonzero()[:, 0]
+    if not len(seen):
+        return predicted.sum() * 0
+    return (decoder_loss(vae, predicted[seen], latents[seen], scaling_factor) * batch["weights"][seen]).sum()

@@ -177,3 +177,42 @@ def hold_out(pictures, share):
     if not chosen and len(ordered) > 1:
         chosen = min(ordered, key=len)
     return sorted(chosen)
+
+
+def divide(dataset, images, others, share, say):
+    """((records, pictures) to train on, (records, pictures) to validate on), with nothing in both.
+
+    `others` are records and pictures to validate on; where it is None, `share` of the dataset's own are. Pictures to train
+    on that look like one to validate on are left out, and so are class pictures. Raises `InputError` where nothing is left
+    on either side.
+    """
+
+    def part(indices):
+        return dataset.select(indices), [images[index] for index in indices]
+
+    held_out, is_class = others, dataset["is_class"][:]
+    if others is None:
+        own = [index for index, other in enumerate(is_class) if not other]
+        held_out = part([own[index] for index in hold_out([images[index] for index in own], share)])
+    groups = groups_of([*images, *held_out[1]])
+    taken = set(groups[len(images) :])
+    kept = [index for index, group in enumerate(groups[: len(images)]) if group not in taken]
+    more = len(images) - len(kept) - (len(held_out[1]) if others is None else 0)
+    if all(is_class[index] for index in kept) or not held_out[1]:
+        raise InputError(
+            f"{len(images)} pictures can't be divided into some to train on and others to validate on (those that look "
+            "alike stay together). Leave --validation_split out, or bring more."
+        )
+    if more:
+        say(f"{more} pictures are not trained on, because they look like one that is validated on")
+    few = len(held_out[1])
+    if few < 10:
+        say(f"only {few} pictures to validate on: the validation loss is a rough guide (10 or more are better)")
+    return part(kept), held_out
+
+
+def probe_of(dataset, images, count, seed):
+    """As many records and pictures that are trained on; their loss beside that of the others shows the overfitting."""
+    own = np.flatnonzero(~np.asarray(dataset["is_class"][:], dtype=bool))
+    chosen = sorted(np.random.default_rng([seed, 2]).permutation(own)[:count].tolist())
+    return dataset.select(chosen), [images[index] for index in chosen]

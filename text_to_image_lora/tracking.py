@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from .errors import InputError
+from .errors import InputError, TrainingError
 
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -170,3 +170,38 @@ class MetricsFile:
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class StepReports:
+    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs.
+
+    Reading them at once would make the device wait.
+    """
+
+    def __init__(self, accelerator, metrics_file, progress, output_dir):
+        self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
+        self.output_dir, self.waiting, self.smooth = output_dir, None, None
+
+    def put(self, step, values):
+        """Takes numbers and tensors of one number in; those of the step before are written."""
+        self.flush()
+        self.waiting = step, values
+
+    def flush(self):
+        """Writes what waits. Raises `TrainingError` where the loss is not a number."""
+        if self.waiting is None:
+            return
+        (step, values), self.waiting = self.waiting, None
+        values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        loss = values["train_loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of step {step} is {loss}. Lower --learning_rate, or use --mixed_precision bf16; what was saved "
+                f"before is in {self.output_dir}."
+            )
+        values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
+        self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        if self.metrics_file is not None:
+            self.metrics_file.write(step, values)
+        self.accelerator.log(values, step=step)

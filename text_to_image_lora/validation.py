@@ -122,6 +122,11 @@ def loss_table(
     return np.array([found[index] for index in range(len(validation_set))])
 
 
+def loss_tables(unet, validation_sets, **how):
+    """The `loss_table` of each set."""
+    return [loss_table(unet, validation_set, **how) for validation_set in validation_sets]
+
+
 def _noise_of(shape, seed, image_id, k):
     digest = hashlib.sha256(f"{seed} {image_id} {k}".encode()).digest()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))

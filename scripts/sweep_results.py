@@ -1,0 +1,136 @@
+"""What a sweep has found, as tables and a sheet of pictures; `sweep.py` calls it."""
+
+import csv
+import json
+from pathlib import Path
+
+
+METRIC = "validation/relative_loss"
+DONE = {"complete": 0, "pruned": 1}  # states in the order of the table; others come last
+MOST_STRIPS = 24  # trials on the sheet of pictures
+
+
+def trial_dir(folder, number):
+    return Path(folder) / f"trial-{number:04d}"
+
+
+def losses_of(output_dir):
+    """{step: loss} of a trial's validations so far, the base model's at step 0 left out."""
+    try:
+        lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # half written
+            continue
+    return {row["step"]: row[METRIC] for row in rows if row.get(METRIC) is not None and row["step"] > 0}
+
+
+def rank(trials, folder, varied):
+    """Rows of Optuna's trials, the best first: number, state, loss, step of it, and the values of the varied flags."""
+    rows = []
+    for trial in trials:
+        losses = losses_of(trial_dir(folder, trial.number))
+        best = min(losses, key=losses.get) if losses else None
+        row = {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            METRIC: trial.value if trial.value is not None else losses.get(best),
+            "best_step": best,
+        }
+        values = trial.system_attrs.get("fixed_params", {}) | trial.params
+        rows.append(row | {key: values.get(key) for key in varied})
+    return sorted(rows, key=lambda row: (DONE.get(row["state"], 2), row[METRIC] if row[METRIC] is not None else 9e9))
+
+
+def mean_and_error(values):
+    """Mean and its standard error; None for that of a single value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, (sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5
+
+
+def over_seeds(rows, varied):
+    """The rows of trials that differ by their seed alone as one: mean loss and its standard error, the best first.
+
+    Where other settings have the seeds of the best, too, `above_best` is the mean of the differences seed by seed. Its error
+    is the smaller one: part of what a seed does, it does to all.
+    """
+    groups = {}
+    for row in rows:
+        if row["state"] == "complete":
+            values = tuple((key, row[key]) for key in varied if key != "seed")
+            groups.setdefault(values, {})[row["seed"]] = row[METRIC]
+    ranked = sorted(groups.items(), key=lambda item: mean_and_error(list(item[1].values()))[0])
+    found = []
+    for values, losses in ranked:
+        mean, error = mean_and_error(list(losses.values()))
+        row = {METRIC: mean, "standard_error": error, "above_best": None, "its_error": None, "seeds": len(losses)}
+        pairs = [loss - ranked[0][1][seed] for seed, loss in losses.items() if seed in ranked[0][1]]
+        if found and pairs:
+            row["above_best"], row["its_error"] = mean_and_error(pairs)
+        found.append(row | dict(values))
+    return found
+
+
+def shown(value):
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows])
+
+
+def picture_sheet(rows, folder, varied):
+    """The newest validation pictures of the trials, a row each, the best first; None where there are none."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips, side, words, gap = [], 144, 300, 6
+    for row in rows[:MOST_STRIPS]:
+        folders = sorted((trial_dir(folder, row["trial"]) / "validation").glob("step-*"))
+        paths = sorted(folders[-1].glob("prompt-*.png")) if folders else []
+        if paths:
+            strips.append((row, paths[:8]))
+    if not strips:
+        return None
+    width = words + max(len(paths) for _, paths in strips) * (side + gap) + gap
+    sheet, font = Image.new("RGB", (width, len(strips) * (side + gap) + gap), "white"), ImageFont.load_default(size=14)
+    draw = ImageDraw.Draw(sheet)
+    for number, (row, paths) in enumerate(strips):
+        top = gap + number * (side + gap)
+        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {shown(row[METRIC])}"]
+        lines += [f"{key} {shown(row[key])}" for key in varied]
+        draw.multiline_text((gap, top), "\n".join(lines[:8]), fill="black", font=font, spacing=3)
+        for place, path in enumerate(paths):
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+                image.thumbnail((side, side))
+                if max(image.size) < side:
+                    scale = side / max(image.size)
+                    image = image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
+                sheet.paste(image, (words + place * (side + gap), top))
+    return sheet
+
+
+def write(rows, folder, varied, best_command=None):
+    """results.csv, results.md and pictures.png in the sweep's folder; returns the text of the second."""
+    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    said = [markdown(rows)]
+    if "seed" in varied and rows[0]["state"] == "complete":
+        said += ["", "Over the seeds:", "", markdown(over_seeds(rows, varied))]
+    if best_command is not None:
+        number = rows[0]["trial"]
+        said += ["", f"The best, trial {number} (its LoRA: {trial_dir(folder, number) / 'best'}):", "", best_command]
+    (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
+    sheet = picture_sheet(rows, folder, varied)
+    if sheet is not None:
+        sheet.save(folder / "pictures.png")
+    return "\n".join(said)
