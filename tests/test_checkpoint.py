@@ -13,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from text_to_image_lora.checkpoint import (
     TrainState,
     check_same_run,
+    copy_best,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -338,11 +339,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_the_best_lora_is_copied_where_there_is_one(tmp_path):
     """Somebody may have moved best/ away in the middle of a run: its checkpoints are written all the same."""
-    checkpoint.copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
+    copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-2").exists()
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "lora").write_text("new")
     (tmp_path / "checkpoint-2" / "best").mkdir(parents=True)
     (tmp_path / "checkpoint-2" / "best" / "old").write_text("old")
-    checkpoint.copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
+    copy_best(tmp_path / "run", tmp_path / "checkpoint-2")
     assert [path.name for path in (tmp_path / "checkpoint-2" / "best").iterdir()] == ["lora"]
