@@ -38,8 +38,9 @@ test-long: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m long
 
 # Files that this stack writes, read by the newest one; each in an environment of its own.
-test-newest: $(VENV)-newest/installed
+test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
 	$(VENV)-newest/bin/python -m pytest -m lora_file tests/test_export.py
+	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/test_text_encoder.py -k newest
 
 style: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

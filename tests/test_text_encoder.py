@@ -1,12 +1,15 @@
 """--train_text_encoder: its LoRA learns, is in the file, and stock diffusers draws with it what training drew."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command
+from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -58,6 +61,36 @@ def test_stock_diffusers_draws_what_training_drew(train, tiny_sd, options):
     assert abs(drawn[0] - pictures[0]).max() <= 1
     assert abs(drawn[1] - pictures[2]).max() <= 2
     assert abs(pictures[2] - pictures[1]).max() > 3  # the text encoder's part is seen
+
+
+@pytest.mark.skipif("NEWEST_PYTHON" not in os.environ, reason="`make test-newest` says where the newest stack is")
+def test_the_newest_stack_draws_the_same(train, tmp_path):
+    """A run on the embedded base, and `infer.py` with its file on both stacks."""
+    base = ROOT / "models" / "mini-sd"
+    out = train(
+        pretrained_model_name_or_path=base, train_data_dir=ROOT / "metadata" / "weapons", resolution=64, rank=4,
+        max_train_steps=5, train_batch_size=4, learning_rate=5e-3, **TEXT,
+    )  # fmt: skip
+
+    def draw(python, folder, *flags):
+        command = [
+            python,
+            "infer.py",
+            "--pretrained_model_name_or_path",
+            base,
+            "--prompt",
+            "a red axe on a blue background",
+        ]
+        command += ["--num_inference_steps", "6", "--seed", "1", "--output_dir", folder, *flags]
+        subprocess.run([str(word) for word in command], cwd=ROOT, check=True, timeout=300)
+        (path,) = folder.glob("*.png")
+        return np.asarray(Image.open(path), dtype=int)
+
+    here = draw(sys.executable, tmp_path / "here", "--lora", out)
+    there = draw(os.environ["NEWEST_PYTHON"], tmp_path / "there", "--lora", out)
+    plain = draw(sys.executable, tmp_path / "plain")
+    assert abs(here - there).max() <= 1
+    assert abs(here - plain).max() > 20
 
 
 def test_what_is_in_the_file(train, tiny_sd):
