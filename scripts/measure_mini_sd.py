@@ -18,10 +18,12 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFilter
 
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 from draw_datasets import draw_weapon, weapon_scenes  # noqa: E402
 from drawings import COLOURS, KINDS, WEAPONS, draw_scene  # noqa: E402
 from make_mini_sd import RESOLUTION, all_scenes, article, captions_of, held_out_scenes, to_tensor  # noqa: E402
+
+from infer import SCHEDULERS  # noqa: E402
 
 
 BORDER = 3  # pixels at each side that only a background has
@@ -36,7 +38,12 @@ def parse_args(argv=None):
     add("--loras", type=Path, nargs="*", default=[], help="folders of LoRAs trained on metadata/weapons, a seed each")
     add("--guidance_scale", type=float, nargs="+", default=[4.0], help="the first is for the LoRAs too")
     add("--num_inference_steps", type=int, default=30, help="of the sampler, as in infer.py")
-    add("--own_scheduler", action="store_true", help="the pipeline's own PNDM, not the DPM++ 2M of infer.py")
+    add(
+        "--scheduler",
+        choices=SCHEDULERS,
+        default="dpm++",
+        help="as in infer.py; pndm is what the model's folder names",
+    )
     add(
         "--num_pictures",
         type=int,
@@ -192,16 +199,16 @@ def weapon_test_scenes(seed=0):
     ]
 
 
-def load_pipeline(model, lora=None, *, own_scheduler=False):
+def load_pipeline(model, lora=None, *, scheduler="dpm++"):
+    import diffusers
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    if not own_scheduler:
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
+    name, changes, _ = SCHEDULERS[scheduler]
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
@@ -256,7 +263,7 @@ def main(args):
 
     held_out = held_out_scenes()
     held_out = [held_out[i] for i in np.random.default_rng([args.seed, 42]).permutation(len(held_out))]
-    base, chosen = load_pipeline(args.model, own_scheduler=args.own_scheduler), held_out[: args.num_pictures]
+    base, chosen = load_pipeline(args.model, scheduler=args.scheduler), held_out[: args.num_pictures]
     for scale in args.guidance_scale if chosen else ():
         prompts = [captions_of(*scene)[0] for scene in chosen]
         measure(f"base, guidance {scale:g}", base, prompts, chosen, scale, args.seed)
@@ -266,7 +273,7 @@ def main(args):
         seed = args.seed + 1 + i
         prompts = [blossom_caption(*scene) for scene in weapons]
         measure(f"base, asked for blossoms, seed {i}", base, prompts, weapons, scale, seed)
-        pipeline = load_pipeline(args.model, lora, own_scheduler=args.own_scheduler)
+        pipeline = load_pipeline(args.model, lora, scheduler=args.scheduler)
         measure(f"LoRA, asked for blossoms, seed {i}", pipeline, prompts, weapons, scale, seed)
         prompts = [captions_of(*scene)[0] for scene in others]
         measure(f"LoRA, other objects, seed {i}", pipeline, prompts, others, scale, seed)
