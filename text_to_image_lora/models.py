@@ -175,6 +175,10 @@ def load_components(base, *, pretrained_vae=None):
             scheduler_config = dict(pipeline.scheduler.config)
         else:
             weights = dict(variant=base.variant, **options)
+            # The largest first: while a file is read it takes memory twice.
+            unet = diffusers.UNet2DConditionModel.from_pretrained(
+                base.source, subfolder="unet", torch_dtype=torch.float32, **weights
+            )
             tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder="tokenizer", **options)
             text_encoder, loading = transformers.CLIPTextModel.from_pretrained(
                 base.source, subfolder="text_encoder", dtype=torch.float32, output_loading_info=True, **weights
@@ -183,9 +187,6 @@ def load_components(base, *, pretrained_vae=None):
                 raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
             vae = diffusers.AutoencoderKL.from_pretrained(
                 base.source, subfolder="vae", torch_dtype=torch.float32, **weights
-            )
-            unet = diffusers.UNet2DConditionModel.from_pretrained(
-                base.source, subfolder="unet", torch_dtype=torch.float32, **weights
             )
             scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
         # Without its files a tokenizer is empty in silence; one of bytes has 256 words at least.
