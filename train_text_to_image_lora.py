@@ -30,6 +30,7 @@ from text_to_image_lora.tracking import TRACKERS, trackers_of
 
 
 SECRETS = ("hub_token",)
+NOT_SHOWN = (*SECRETS, "config", "local_rank", "left_open")
 ENDLESS_VARIATIONS_CACHED = 4
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 
@@ -255,6 +256,7 @@ def parse_args(argv=None):
             raise InputError(f"{config}: {error}") from error
         argv = words + list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
+    args.left_open = [name for name, value in vars(args).items() if value is None]
     check_args(args)
     return args
 
@@ -266,11 +268,11 @@ RANGES = dict(
     validation_steps=(1,), validation_epochs=(0,), validation_inference_steps=(1,), num_validation_images=(0,),
     validation_split=(0, 0.5), early_stopping_patience=(1,), cache_variations=(0,), dataloader_num_workers=(0,),
     max_grad_norm=(0,), clip_skip=(0,), seed=(0,), lr_num_cycles=(1,), lr_warmup_steps=(0,),
-    lr_warmup_ratio=(0, 1), adam_weight_decay=(0,), adam_epsilon=(0,), noise_offset=(0,), input_perturbation=(0,),
+    lr_power=(0,), lr_warmup_ratio=(0, 1), adam_weight_decay=(0,), adam_epsilon=(0,), noise_offset=(0,), input_perturbation=(0,),
     keep_tags=(0,), tag_variations=(1,), bucket_min_size=(1,), bucket_max_size=(1,), bucket_step=(1,),
     random_crop_scale=(0.1, 1), random_rotation=(0, 180), random_brightness=(0, 1), random_contrast=(0, 1),
     random_saturation=(0, 1), random_hue=(0, 0.5), prior_loss_weight=(0,), text_encoder_rank=(1,),
-    perceptual_loss_weight=(0,), perceptual_max_timestep=(1,), logit_mean=(-100, 100), mode_scale=(-1, 1.75),
+    perceptual_loss_weight=(0,), perceptual_max_timestep=(1,), validation_guidance_scale=(0,), logit_mean=(-100, 100), mode_scale=(-1, 1.75),
 )  # fmt: skip
 POSITIVE = ("learning_rate", "text_encoder_lr", "loraplus_lr_ratio", "lora_alpha", "snr_gamma", "huber_c", "logit_std")
 BELOW_ONE = ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema_decay")
@@ -279,7 +281,7 @@ BELOW_ONE = ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema
 def check_numbers(args):
     for name, (least, *most) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not (value >= least and all(value <= limit for limit in most)):  # holds for nan too
+        if value is not None and not least <= value <= (most or [sys.float_info.max])[0]:  # nor nan, nor infinite
             allowed = f"from {least} to {most[0]}" if most else f"{least} or more"
             raise InputError(f"--{name} {value}: it must be {allowed}.")
     for name in POSITIVE:
@@ -326,6 +328,9 @@ def check_lora_and_optimizer(args):
         rewrites = args.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
         reason = " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
         raise InputError(f"--init_lora_weights {args.init_lora_weights}: choose true, gaussian or orthogonal.{reason}")
+    ranks = [args.rank, *([args.text_encoder_rank] if args.text_encoder_rank is not None else [])]
+    if args.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise InputError(f"--init_lora_weights orthogonal needs an even rank, not {' and '.join(map(str, ranks))}.")
     if args.lora_weights is not None and not Path(args.lora_weights).exists():
         raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
@@ -344,9 +349,18 @@ def check_lora_and_optimizer(args):
         raise InputError(
             "--optimizer prodigy has one learning rate for all: leave --loraplus_lr_ratio and --text_encoder_lr out."
         )
+    if args.optimizer == "prodigy" and args.scale_lr:
+        raise InputError("--optimizer prodigy finds the learning rate itself: leave --scale_lr out.")
     check_optimizer(args.optimizer, args.optimizer_args)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+
+
+def check_polynomial(args, learning_rate):
+    if args.lr_scheduler == "polynomial" and learning_rate <= 1e-7:  # where diffusers' schedule ends
+        raise InputError(
+            f"--learning_rate {args.learning_rate}: polynomial ends at 1e-07, so it must be more than that."
+        )
 
 
 def check_schedule_and_loss(args):
@@ -360,10 +374,8 @@ def check_schedule_and_loss(args):
             f"--lr_step_rules {args.lr_step_rules}: write factor:step pairs and the last factor, such as "
             "1:100,0.1:200,0.01."
         )
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7 and not args.scale_lr:
-        raise InputError(
-            f"--learning_rate {args.learning_rate}: polynomial ends at 1e-07, so it must be more than that."
-        )
+    if not args.scale_lr:
+        check_polynomial(args, args.learning_rate)
     if args.snr_gamma is not None and args.debiased_estimation:
         raise InputError("Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.")
 
@@ -414,7 +426,7 @@ def hide_secrets(args):
         secret = getattr(args, name)
         if secret:
             sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]
-    return {k: v for k, v in vars(args).items() if k not in (*SECRETS, "config", "local_rank") and v not in (None, [])}
+    return {k: v for k, v in vars(args).items() if k not in NOT_SHOWN and v not in (None, [])}
 
 
 def quiet_libraries():
@@ -783,9 +795,20 @@ def adapt(unet, text_encoder, args):
 
 
 def settings_of(args, shown):
-    """The flags that `run.yaml` holds: those that were given, and what the defaults became."""
-    hidden = (*SECRETS, "config", "local_rank", "validation_prompt")
+    """The flags of a run: those that were given, and what the defaults became."""
+    hidden = (*NOT_SHOWN, "validation_prompt")
     return {k: v for k, v in vars(args).items() if k not in hidden and (k in shown or v not in (None, [], "", False))}
+
+
+def write_run_file(args, shown, path):
+    """run.yaml, for --config: the run's flags, its seed, and nothing that follows from other flags.
+
+    So that --config run.yaml --rank 16 has the alpha of rank 16.
+    """
+    import yaml
+
+    flags = {k: v for k, v in settings_of(args, shown).items() if k == "seed" or k not in args.left_open}
+    path.write_text(yaml.safe_dump(flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def without_folders(values):
@@ -871,13 +894,29 @@ def make_validation_set(args, base, records, images, build_cache):
     return ValidationSet(images, captions, latents=latents, prompts=prompts, masked=masked)
 
 
-def make_optimizer_and_schedule(args, adapted, sampler, device):
-    """(optimizer, lr_scheduler) for the adapted models; settles how many steps there are, and how many of warm-up."""
+def settle_steps(args, sampler):
+    """Settles how many steps there are, how many of warm-up, and what --scale_lr makes of the learning rates."""
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
+    if args.lr_warmup_ratio is not None:
+        args.lr_warmup_steps = round(args.lr_warmup_ratio * args.max_train_steps)
+    elif args.lr_warmup_steps is None:
+        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
+    scale = sampler.effective_batch_size if args.scale_lr else 1
+    check_polynomial(args, scale * args.learning_rate)
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= args.max_train_steps:
+        raise InputError(
+            f"--lr_scheduler polynomial: {args.lr_warmup_steps} of {args.max_train_steps} steps are warm-up. Leave some for it."
+        )
+    return scale
+
+
+def make_optimizer_and_schedule(args, adapted, scale, device):
+    """(optimizer, lr_scheduler) for the adapted models; learning rates are multiplied by `scale`."""
     from diffusers.optimization import get_scheduler
 
     from text_to_image_lora import optimizers
 
-    scale = sampler.effective_batch_size if args.scale_lr else 1
     own = {"text_encoder": args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr}
     groups = []
     for name, model in adapted.items():
@@ -892,12 +931,6 @@ def make_optimizer_and_schedule(args, adapted, sampler, device):
         words=args.optimizer_args,
         device=device,
     )
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * sampler.steps_per_epoch
-    if args.lr_warmup_ratio is not None:
-        args.lr_warmup_steps = round(args.lr_warmup_ratio * args.max_train_steps)
-    elif args.lr_warmup_steps is None:
-        args.lr_warmup_steps = min(500, args.max_train_steps // 10)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -973,7 +1006,6 @@ def main(args):
     import diffusers
     import torch
     import transformers
-    import yaml
     from accelerate.utils import broadcast_object_list
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
@@ -1026,6 +1058,7 @@ def main(args):
         checkpoint.check_same_run(resume_path, settings_before, settings)
     else:
         state = checkpoint.TrainState(seed=args.seed)
+    lr_scale = settle_steps(args, sampler)
     tell_samples(args, dataset, images, sizes, sampler, say)
 
     # Models. The LoRA is added first: a wrong --target_modules costs seconds.
@@ -1117,7 +1150,7 @@ def main(args):
             torch.cuda.empty_cache()
 
     # Optimizer, schedule, loader.
-    optimizer, lr_scheduler = make_optimizer_and_schedule(args, adapted, sampler, device)
+    optimizer, lr_scheduler = make_optimizer_and_schedule(args, adapted, lr_scale, device)
     average = EMAModel(params_to_optimize, decay=args.ema_decay) if args.use_ema else None
     if resume_path is not None:
         adapter = checkpoint.load_checkpoint(
@@ -1143,8 +1176,7 @@ def main(args):
     metrics_file = None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        run_file = yaml.safe_dump(settings_of(args, shown), sort_keys=False, allow_unicode=True)
-        (output_dir / "run.yaml").write_text(run_file, encoding="utf-8")
+        write_run_file(args, shown, output_dir / "run.yaml")
         metrics_file = tracking.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
         state.tracker_run_id = tracking.start_trackers(
             accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id
@@ -1197,13 +1229,16 @@ def main(args):
         """Takes in the validation losses of this step; keeps the LoRA in best/ where it is the best so far."""
         table, probe = validation_losses()
         values = stopping.values_of(table, probe, state.validation, validation.strata(num_train_timesteps))
-        improved = state.global_step > 0 and stopping.take_in(state.validation, table, state.global_step)
+        begins = state.global_step == 0 and args.lora_weights is None  # with nothing learnt, it is the base itself
+        improved = not begins and stopping.take_in(state.validation, table, state.global_step)
+        if state.validation.best_step is not None:
+            values["validation/best_step"] = state.validation.best_step
         if accelerator.is_main_process:
             metrics_file.write(state.global_step, values)
             if improved:
                 with checkpoint.written_whole(output_dir / "best") as folder:
                     save_lora(folder)
-            elif not state.validation.best_step:  # what is there is another run's
+            elif state.validation.best_step is None:  # what is there is another run's
                 shutil.rmtree(output_dir / "best", ignore_errors=True)
         accelerator.log(values, step=state.global_step)
 
@@ -1233,7 +1268,7 @@ def main(args):
             )
             with weights_for_use():
                 save_lora(folder)
-            if state.validation is not None:
+            if state.validation is not None and state.validation.best_step is not None:
                 checkpoint.copy_best(output_dir, folder)
         checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
 
@@ -1242,8 +1277,9 @@ def main(args):
         if state.validation is not None and state.validation.pictures != identities:
             say("the pictures to validate on are others than before: what was best so far is looked for anew")
             state.validation = None
-        if state.validation is not None and accelerator.is_main_process:
-            checkpoint.copy_best(resume_path, output_dir)  # a later one may be there, of steps given up
+        if state.validation is not None and accelerator.is_main_process:  # a later one may be there, of steps given up
+            shutil.rmtree(output_dir / "best", ignore_errors=True)
+            checkpoint.copy_best(resume_path, output_dir)
 
     # The loop.
     progress = tqdm(
@@ -1347,7 +1383,7 @@ def main(args):
         else:
             due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
         validates = due or finished
-        if validation_sets and validates:  # before a checkpoint, which then knows it
+        if validation_sets and validates:
             reports.flush()
             with weights_for_use():
                 judge()
@@ -1355,8 +1391,6 @@ def main(args):
         checkpoints = args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0)
         if finished or checkpoints:
             reports.flush()
-        if checkpoints and accelerator.is_main_process:
-            save_checkpoint()
         saves = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
         if saves and accelerator.is_main_process:
             with weights_for_use():
@@ -1365,6 +1399,8 @@ def main(args):
             reports.flush()
             with weights_for_use():
                 make_pictures()
+        if checkpoints and accelerator.is_main_process:  # last, so that what it goes on after is all there
+            save_checkpoint()
         if validates or checkpoints or saves:  # no part of the training's speed
             clock = time.time()
     progress.close()

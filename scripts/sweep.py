@@ -30,6 +30,8 @@ from sweep_results import METRIC, losses_of, shown, trial_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
+REFUSED = "can't be run"
+MOST_REFUSED = 3  # trials, before the sweep ends because not one can be run
 SAMPLERS = ("grid", "random", "tpe")
 
 
@@ -85,7 +87,7 @@ def settle(args):
         if not isinstance(given, dict) or set(given) - set(settings):
             wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "no mapping"
             raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
-        settings |= given
+        settings |= {key: value for key, value in given.items() if value is not None}
     for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -94,12 +96,20 @@ def settle(args):
             key, equals, text = word.partition("=")
             if not equals:
                 raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
+            if not isinstance(settings[name], dict):
+                break  # `check` says so
             settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
     check(settings)
     return settings
 
 
 def check(settings):
+    for key in ("sweep", "flags"):
+        if not isinstance(settings[key], dict):
+            raise SweepError(f"{key}: it must hold one flag a line, such as 'rank: [4, 16]'.")
+    for key, least in (("num_trials", 1), ("seed", 0)):
+        if type(settings[key]) is not int or settings[key] < least:
+            raise SweepError(f"{key} {settings[key]}: it must be a whole number, {least} or more.")
     if settings["sweep_dir"] is None:
         raise SweepError("--sweep_dir is needed: the folder of the sweep.")
     if not settings["sweep"]:
@@ -130,12 +140,15 @@ def check(settings):
 
 
 def words_of(flags):
-    """The flags as words of a command line."""
+    """The flags as words of a command line; true and false are for switches, but where they are names."""
     words = []
     for key, value in flags.items():
-        if value is True or value == "true":
-            words.append(f"--{key}")
-        elif value is not False and value is not None and value != "false":
+        switch = str(value).lower() if key not in ("init_lora_weights",) and not isinstance(value, list) else None
+        if switch in ("true", "false"):
+            words.append(f"--{key}" if switch == "true" else f"--no-{key}")
+        elif isinstance(value, bool):
+            words += [f"--{key}", str(value).lower()]
+        elif value is not None:
             words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
@@ -193,7 +206,7 @@ def try_again(study):
 
     params = {False: [], True: []}
     for trial in study.get_trials(deepcopy=False):
-        values = trial.params or trial.system_attrs.get("fixed_params", {})
+        values = trial.system_attrs.get("fixed_params", {}) | trial.params
         params[trial.state == TrialState.FAIL].append(values)
     for values in params[True]:
         if values not in params[False]:
@@ -302,10 +315,16 @@ def run_trial(study, settings, trial, params, lock):
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {process.returncode}"
         if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in LAUNCHERS_SAY_2):
-            raise SweepError(f"trial {number} can't be run: {reason}")
+            return f"{REFUSED}: {reason}"
         return f"failed: {reason} (see {output_dir / 'log.txt'})"
     study.tell(number, min(losses.values()))
     return f"{METRIC} {min(losses.values()):.4f}"
+
+
+def has_result(study):
+    from optuna.trial import TrialState
+
+    return bool(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
 
 
 def write_results(study, settings):
@@ -332,15 +351,23 @@ def main(argv=None):
         raise SweepError(f"{folder}: it can't be made ({error.strerror}). Pass another --sweep_dir.") from error
     with FileLock(folder / "open.lock"):
         study = open_study(settings)
+    refused = []
     while (claimed := claim(study, settings)) is not None:
         trial, lock = claimed
         params = suggest(trial, settings["sweep"])
         print(
             f"trial {trial.number}: {' '.join(f'{key}={shown(value)}' for key, value in params.items())}", flush=True
         )
-        print(f"trial {trial.number}: {run_trial(study, settings, trial, params, lock)}", flush=True)
+        line = f"trial {trial.number}: {run_trial(study, settings, trial, params, lock)}"
         lock.release()
+        print(line, flush=True)
+        if f": {REFUSED}: " in line:
+            refused.append(line)
+            if len(refused) == MOST_REFUSED and not has_result(study):
+                raise SweepError(line)
     print("\n" + write_results(study, settings))
+    if refused and not has_result(study):
+        raise SweepError(refused[0])
 
 
 if __name__ == "__main__":

@@ -14,36 +14,58 @@ def trial_dir(folder, number):
     return Path(folder) / f"trial-{number:04d}"
 
 
-def losses_of(output_dir):
-    """{step: loss} of a trial's validations so far, the base model's at step 0 left out."""
+def validations_of(output_dir):
+    """The rows of a trial's metrics with a validation so far, the one before its first step left out."""
     try:
         lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return {}
+        return []
     rows = []
     for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:  # half written
             continue
-    return {row["step"]: row[METRIC] for row in rows if row.get(METRIC) is not None and row["step"] > 0}
+    return [row for row in rows if row.get(METRIC) is not None and row["step"] > 0]
+
+
+def losses_of(output_dir):
+    """{step: loss} of a trial's validations so far."""
+    return {row["step"]: row[METRIC] for row in validations_of(output_dir)}
+
+
+def lora_of(output_dir):
+    """Where a trial's LoRA is, in words: the one that the run kept as its best, or else its last."""
+    best = Path(output_dir) / "best"
+    if not best.is_dir():
+        return str(output_dir)
+    return f"{best}, of step {validations_of(output_dir)[-1]['validation/best_step']}"
 
 
 def rank(trials, folder, varied):
-    """Rows of Optuna's trials, the best first: number, state, loss, step of it, and the values of the varied flags."""
+    """Rows of Optuna's trials, the best first: number, state, lowest loss, step of it, and the values of the varied flags.
+
+    Trials that failed and were made up for by another are left out.
+    """
     rows = []
     for trial in trials:
         losses = losses_of(trial_dir(folder, trial.number))
-        best = min(losses, key=losses.get) if losses else None
+        lowest = min(losses, key=losses.get) if losses else None
         row = {
             "trial": trial.number,
             "state": trial.state.name.lower(),
-            METRIC: trial.value if trial.value is not None else losses.get(best),
-            "best_step": best,
+            METRIC: trial.value if trial.value is not None else losses.get(lowest),
+            "at_step": lowest,
         }
         values = trial.system_attrs.get("fixed_params", {}) | trial.params
         rows.append(row | {key: values.get(key) for key in varied})
+    newest = {_key(row, varied): row["trial"] for row in rows}
+    rows = [row for row in rows if row["state"] != "fail" or newest[_key(row, varied)] == row["trial"]]
     return sorted(rows, key=lambda row: (DONE.get(row["state"], 2), row[METRIC] if row[METRIC] is not None else 9e9))
+
+
+def _key(row, names):
+    return json.dumps([row[name] for name in names], default=str)  # lists are values too
 
 
 def mean_and_error(values):
@@ -57,23 +79,27 @@ def mean_and_error(values):
 def over_seeds(rows, varied):
     """The rows of trials that differ by their seed alone as one: mean loss and its standard error, the best first.
 
-    Where other settings have the seeds of the best, too, `above_best` is the mean of the differences seed by seed. Its error
+    `rows` are of `rank`. Where other settings have the seeds of the best, too, `above_best` is the mean of the differences seed by seed. Its error
     is the smaller one: part of what a seed does, it does to all.
     """
-    groups = {}
+    groups, others = {}, [key for key in varied if key != "seed"]
     for row in rows:
         if row["state"] == "complete":
-            values = tuple((key, row[key]) for key in varied if key != "seed")
-            groups.setdefault(values, {})[row["seed"]] = row[METRIC]
-    ranked = sorted(groups.items(), key=lambda item: mean_and_error(list(item[1].values()))[0])
-    found = []
-    for values, losses in ranked:
+            values, losses = groups.setdefault(_key(row, others), ({key: row[key] for key in others}, {}))
+            losses[row["seed"]] = row[METRIC]
+
+    def place(group):  # those that lack seeds come last: they may have had the easy ones
+        return -len(group[1]), mean_and_error(list(group[1].values()))[0]
+
+    found, best = [], None
+    for values, losses in sorted(groups.values(), key=place):
         mean, error = mean_and_error(list(losses.values()))
         row = {METRIC: mean, "standard_error": error, "above_best": None, "its_error": None, "seeds": len(losses)}
-        pairs = [loss - ranked[0][1][seed] for seed, loss in losses.items() if seed in ranked[0][1]]
-        if found and pairs:
+        pairs = [] if best is None else [loss - best[seed] for seed, loss in losses.items() if seed in best]
+        if pairs:
             row["above_best"], row["its_error"] = mean_and_error(pairs)
-        found.append(row | dict(values))
+        best = losses if best is None else best
+        found.append(row | values)
     return found
 
 
@@ -128,7 +154,7 @@ def write(rows, folder, varied, best_command=None):
         said += ["", "Over the seeds:", "", markdown(over_seeds(rows, varied))]
     if best_command is not None:
         number = rows[0]["trial"]
-        said += ["", f"The best, trial {number} (its LoRA: {trial_dir(folder, number) / 'best'}):", "", best_command]
+        said += ["", f"The best, trial {number} (its LoRA: {lora_of(trial_dir(folder, number))}):", "", best_command]
     (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:

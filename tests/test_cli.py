@@ -232,9 +232,8 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
     first = train(output_dir=tmp_path / "first", **options)
     wanted = vars(train_script.parse_args(arguments(output_dir=tmp_path / "first", **options)))
     again = vars(train_script.parse_args([f"--config={first / 'run.yaml'}"]))
-    # Left to be found out, they stand in run.yaml as what they became.
-    settled = ("seed", "lr_warmup_steps", "cache_variations")
-    merged = ("config", "validation_prompt")  # run.yaml has all prompts in validation_prompts
+    settled = ("seed",)  # drawn, it stands in run.yaml
+    merged = ("config", "validation_prompt", "left_open")  # run.yaml has all prompts in validation_prompts
     assert {k: v for k, v in again.items() if k not in settled + merged} == {
         k: v if not isinstance(v, Path) else str(v) for k, v in wanted.items() if k not in settled + merged
     }
@@ -247,6 +246,15 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
     second = train(config=first / "run.yaml", output_dir=tmp_path / "second", **dict.fromkeys(others))
     a, b = read_lora(first), read_lora(second)
     assert all(a[key].equal(b[key]) for key in a | b)
+
+
+def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
+    """The command line can change the rank, and with it goes the alpha; and so on."""
+    out = train(output_dir=tmp_path / "out", lr_warmup_ratio=0.5, max_train_steps=None, num_train_epochs=1, rank=2)
+    argv = ["--config", str(out / "run.yaml"), "--rank", "8", "--num_train_epochs", "3", "--optimizer", "prodigy"]
+    args = train_script.parse_args([*argv, "--learning_rate", "1"])
+    assert (args.lora_alpha, args.max_train_steps, args.lr_warmup_steps, args.lr_warmup_ratio) == (8, None, None, 0.5)
+    assert (args.bucket_step, args.cache_variations, args.num_train_epochs) == (None, None, 3)
 
 
 def test_run_yaml_of_a_run_without_a_seed_draws_the_same_pictures(train, tmp_path):

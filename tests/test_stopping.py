@@ -39,7 +39,7 @@ def test_an_improvement_is_more_than_a_standard_error(fresh):
     mean, error = difference(lucky, fresh.base, fresh.base)
     assert abs(mean) < error
     assert not take_in(fresh, lucky, 1)
-    assert (fresh.best_step, fresh.waited) == (0, 1)
+    assert (fresh.best_step, fresh.waited) == (None, 1)
     assert take_in(fresh, table_of(0.9, noise=0.1, seed=1), 2)
     assert (fresh.best_step, fresh.waited) == (2, 0)
 
@@ -72,3 +72,18 @@ def test_the_gap_is_between_held_out_and_trained_on(fresh):
     assert values["validation/gap"] == pytest.approx(0.4)
     assert values["validation/loss"] == pytest.approx(table_of(0.9).mean())
     assert [values[f"validation/relative_loss_t000{k}"] for k in range(8)] == pytest.approx([0.9] * 8)
+
+
+def test_a_lora_to_begin_with_may_be_the_best(fresh):
+    """Its loss is that of step 0: nothing was waited for yet, and what comes later must be better than it."""
+    assert take_in(fresh, table_of(0.8), 0)
+    assert not take_in(fresh, table_of(0.9), 1)
+    assert (fresh.best_step, fresh.waited, fresh.worse_since) == (0, 1, 1)
+    assert in_words(fresh, 1).startswith(
+        "Validation: best before the first step, 20.0% below the base model's loss; overfitting"
+    )
+
+
+def test_a_lora_to_begin_with_that_is_worse_than_the_base_is_not_waited_for(fresh):
+    assert not take_in(fresh, table_of(1.2), 0)
+    assert (fresh.best_step, fresh.waited, fresh.worse_since) == (None, 0, None)

@@ -100,7 +100,7 @@ def test_what_it_leaves(tiny_sd, pictures, tmp_path):
     done = run(folder, *words)
     assert done.returncode == 0, done.stderr
     table = (folder / "results.md").read_text()
-    assert table.startswith("| trial | state | validation/relative_loss | best_step | rank |\n|---|---|---|---|---|\n")
+    assert table.startswith("| trial | state | validation/relative_loss | at_step | rank |\n|---|---|---|---|---|\n")
     assert table in done.stdout
     best = rows_of(folder)[0]
     line = table.splitlines()[-1]
@@ -213,12 +213,12 @@ def test_trials_of_several_seeds_are_one():
         }
         for i, (key, loss) in enumerate(losses.items())
     ]
-    small, large = sweep_results.over_seeds(rows, ["seed", "rank"])
+    large, small = sweep_results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
     assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
     assert small[sweep_results.METRIC] == pytest.approx(0.625)
     assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
-    assert small["above_best"] is None
-    assert (large["above_best"], large["its_error"]) == pytest.approx((0.125, 0.025))  # of the two seeds both have
+    assert large["above_best"] is None
+    assert (small["above_best"], small["its_error"]) == pytest.approx((-0.125, 0.025))  # of the two seeds both have
 
 
 BAD = {
@@ -231,6 +231,12 @@ BAD = {
     "upside down": (
         ["--sweep", "rank=4..2", "--sampler", "tpe", "--flags", "validation_split=0.1"], "sweep", "rank: a range is min..max"
     ),
+    "flags left empty": (["{tmp}/empty.yaml"], None, "flags: it must hold one flag a line"),
+    "a list": (["{tmp}/list.yaml"], None, "sweep: it must hold one flag a line"),
+    "no trials": (
+        ["--sampler", "random", "--num_trials", "0", "--sweep", "rank=2", "--flags", "validation_split=0.1"], "sweep",
+        "num_trials 0: it must be a whole number, 1 or more",
+    ),
     "no config": (["{tmp}/no.yaml"], "sweep", "no.yaml: it can't be read"),
 }  # fmt: skip
 
@@ -238,6 +244,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told(case, tmp_path):
     words, folder, message = BAD[case]
+    (tmp_path / "empty.yaml").write_text(f"sweep_dir: {tmp_path}/x\nflags: []\n")
+    (tmp_path / "list.yaml").write_text(f"sweep_dir: {tmp_path}/x\nsweep: [rank]\n")
     argv = [word.replace("{tmp}", str(tmp_path)) for word in words]
     with pytest.raises(sweep.SweepError, match=message):
         sweep.main(argv + (["--sweep_dir", str(tmp_path / folder)] if folder else []))
@@ -308,10 +316,41 @@ def test_a_trial_that_failed_is_tried_again_by_the_same_command(tiny_sd, picture
     assert [row["rank"] for row in rows_of(folder) if row["state"] == "complete"].count("4") == 1
     count = len(rows_of(folder))
     run(folder, *words)
-    assert len(rows_of(folder)) == count == 5
+    assert len(rows_of(folder)) == count == 3  # the failed ones that were made up for are not shown
     assert times_trained(folder) == {
         "trial-0000": 1, "trial-0001": 0, "trial-0002": 1, "trial-0003": 0, "trial-0004": 1
     }  # fmt: skip
+
+
+def test_settings_that_training_refuses_do_not_stop_the_others(tiny_sd, pictures, tmp_path):
+    """Schedule-free takes no cosine; the same command says so each time, and ends with a table of the others."""
+    folder = tmp_path / "sweep"
+    words = ["--sweep", "optimizer=schedulefree,adamw", "--flags", *flags_of(tiny_sd, pictures, lr_scheduler="cosine")]
+    for _ in range(2):
+        done = run(folder, *words)
+        assert done.returncode == 0, done.stderr
+        assert "can't be run: train_text_to_image_lora.py: --optimizer schedulefree needs no" in done.stdout
+        assert [(row["state"], row["optimizer"]) for row in rows_of(folder)] == [
+            ("complete", "adamw"), ("fail", "schedulefree")
+        ]  # fmt: skip
+    assert times_trained(folder)["trial-0001"] == 1
+
+
+def test_lists_are_values_over_seeds_too():
+    rows = [
+        {"state": "complete", sweep_results.METRIC: loss, "seed": seed, "target_modules": modules}
+        for seed, modules, loss in ((0, ["to_q"], 0.6), (1, ["to_q"], 0.8), (0, ["to_q", "to_k"], 0.5))
+    ]
+    first, second = sweep_results.over_seeds(rows, ["seed", "target_modules"])
+    assert (first["target_modules"], first["seeds"]) == (["to_q"], 2)  # the other may have had the easy seed
+    assert (second["above_best"], second["its_error"]) == (pytest.approx(-0.1), None)
+
+
+def test_true_and_false_switch_and_are_names():
+    flags = {"random_flip": True, "allow_tf32": "false", "init_lora_weights": True, "rank": 4, "report_to": None}
+    assert sweep.words_of(flags) == [
+        "--random_flip", "--no-allow_tf32", "--init_lora_weights", "true", "--rank", "4"
+    ]  # fmt: skip
 
 
 def test_a_launcher_that_says_2_ends_the_sweep(tmp_path, tiny_sd, pictures):
@@ -323,7 +362,7 @@ def test_a_launcher_that_says_2_ends_the_sweep(tmp_path, tiny_sd, pictures):
         tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of(tiny_sd, pictures)
     )
     assert done.returncode == 2
-    assert "trial 0 can't be run" in done.stderr
+    assert "trial 0: can't be run: " in done.stderr
 
 
 def test_workers_draw_different_trials():

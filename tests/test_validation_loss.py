@@ -255,7 +255,7 @@ def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkey
 
 def test_the_best_is_kept_and_that_of_another_run_is_not(train, tmp_path):
     def change(validation, table, step):
-        validation.best_step = 2 if step >= 2 else 0
+        validation.best_step = 2 if step >= 2 else None
         return step == 2
 
     with pytest.MonkeyPatch.context() as patch:
@@ -318,7 +318,7 @@ def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
 def test_class_pictures_alone_are_nothing_to_train_on(train, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "copy")
     write_pictures(tmp_path / "class", count=3, seed=5)
-    with pytest.raises(InputError, match="can't be divided"):
+    with pytest.raises(InputError, match="All pictures to train on look like one"):
         train(validation_data_dir=tmp_path / "copy", class_data_dir=tmp_path / "class")
 
 
@@ -326,3 +326,57 @@ def test_starting_over_leaves_no_validation_of_the_run_before(train):
     train(**SPLIT)
     out = train(resume_from_checkpoint="none", seed=3, **SPLIT)
     assert [row["step"] for row in validations(out)] == [0, 1, 2]
+
+
+def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
+    """Where training spoils it, best/ holds it."""
+    options = dict(max_train_steps=12, learning_rate=0.03, **SPLIT)
+    first = train(output_dir=tmp_path / "first", **options)
+    spoilt = options | dict(learning_rate=5.0, max_train_steps=2)
+    second = train(output_dir=tmp_path / "second", lora_weights=first / "best", **spoilt)
+    rows = validations(second)
+    assert rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1  # still better than the base
+    assert {row["validation/best_step"] for row in rows} == {0}
+    begun, best = read_lora(first / "best"), read_lora(second / "best")
+    for name in begun:
+        torch.testing.assert_close(best[name], begun[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_best_of_steps_given_up_goes(train):
+    """Gone on from a checkpoint before any step was better than the base, with a later best/ there."""
+    options = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
+
+    def only_second(validation, table, step):
+        validation.best_step = 2 if step == 2 else validation.best_step
+        return step == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("text_to_image_lora.stopping.take_in", only_second)
+        out = train(max_train_steps=2, **options)
+    assert (out / "best").is_dir()
+    train(max_train_steps=1, resume_from_checkpoint="checkpoint-1", **options)
+    assert not (out / "best").exists()
+
+
+def test_a_checkpoint_comes_after_the_pictures_of_its_step(train, monkeypatch):
+    """Killed while it draws, a run goes on from before, and draws them again."""
+    options = dict(max_train_steps=2, checkpointing_steps=1, validation_prompt="an axe", validation_steps=2)
+    draw, calls = validation.generate_images, []
+
+    def killed(*given, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*given, **options)
+
+    monkeypatch.setattr(validation, "generate_images", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    out = train(**options)
+    assert [path.name for path in sorted((out / "validation").iterdir())] == ["step-000000", "step-000002"]
+
+
+def test_a_validation_folder_with_the_same_pictures_is_told(train, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "copy")
+    with pytest.raises(InputError, match="All pictures to train on look like one in --validation_data_dir"):
+        train(validation_data_dir=tmp_path / "copy")

@@ -34,17 +34,21 @@ def add_lora(model, *, rank, lora_alpha, lora_dropout, target_modules, init_lora
                 f"--target_modules {target}: the model has no such layer. Try some of: {', '.join(kinds)}."
             )
     model.requires_grad_(False)
-    model.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            target_modules=list(target_modules),
-            init_lora_weights=INITIALISATIONS[init_lora_weights],
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=list(target_modules),
+        init_lora_weights=INITIALISATIONS[init_lora_weights],
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
+    try:
+        model.add_adapter(config)
+    except ValueError as error:  # such as orthogonal, which peft has for linear layers alone
+        raise InputError(
+            f"The LoRA can't be added ({error}). Check --init_lora_weights and --target_modules."
+        ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

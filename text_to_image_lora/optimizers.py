@@ -21,7 +21,7 @@ OPTIMIZERS = {
     # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
     "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
 }
-RESERVED = ("self", "params", "lr")
+RESERVED = ("self", "params", "lr", "capturable", "differentiable")
 
 
 def parse_options(words):
@@ -48,11 +48,14 @@ def check_optimizer(name, words):
         optimizer_class = getattr(importlib.import_module(module), class_name)
     except ImportError as error:
         raise InputError(f"--optimizer {name} needs {package}. Run: pip install {package}") from error
-    known = [key for key in inspect.signature(optimizer_class.__init__).parameters if key not in RESERVED]
-    for key in options:
+    parameters = inspect.signature(optimizer_class.__init__).parameters
+    known = [key for key in parameters if key not in RESERVED]
+    for key, value in options.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {near}?")
+        if isinstance(value, str) and isinstance(parameters[key].default, (int, float, tuple)):
+            raise InputError(f"--optimizer_args {key}={value}: write a value such as {parameters[key].default}.")
     return optimizer_class, options
 
 
@@ -69,15 +72,15 @@ def make_optimizer(name, groups, *, learning_rate, betas, weight_decay, eps, wor
     _, _, changes, _ = OPTIMIZERS[name]
     given = {"betas": betas, "weight_decay": weight_decay} | ({} if name == "adafactor" else {"eps": eps})
     if name == "adamw":
-        changes = {"fused": device.type == "cuda"}
+        changes = {"fused": device.type == "cuda" and not options.get("foreach")}
     known = inspect.signature(optimizer_class.__init__).parameters
     given = {key: value for key, value in given.items() if key in known}
     given = given | changes | options
-    if name == "schedulefree" and not given["betas"][0]:
-        raise InputError("--optimizer schedulefree needs a first beta above 0 (--adam_beta1): it averages by it.")
     try:
+        if name == "schedulefree" and not given["betas"][0]:
+            raise InputError("--optimizer schedulefree needs a first beta above 0 (--adam_beta1): it averages by it.")
         return optimizer_class(groups, lr=learning_rate, **given)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(
             f"--optimizer {name}: {str(error) or type(error).__name__}. Check --optimizer_args."
         ) from error

@@ -198,6 +198,8 @@ def divide(dataset, images, others, share, say):
     taken = set(groups[len(images) :])
     kept = [index for index, group in enumerate(groups[: len(images)]) if group not in taken]
     more = len(images) - len(kept) - (len(held_out[1]) if others is None else 0)
+    if others is not None and all(is_class[index] for index in kept):
+        raise InputError("All pictures to train on look like one in --validation_data_dir. Put others into it.")
     if all(is_class[index] for index in kept) or not held_out[1]:
         raise InputError(
             f"{len(images)} pictures can't be divided into some to train on and others to validate on (those that look "

@@ -16,7 +16,7 @@ class Validation:
     base: list = field(repr=False)  # of the base model, on the pictures held out
     base_probe: list = field(repr=False)  # the same on as many that are trained on
     best: list = field(repr=False)
-    best_step: int = 0  # 0: the base itself
+    best_step: int | None = None  # None: no step was better than the base itself; 0: a LoRA that the run began with
     waited: int = 0  # validations since
     pictures: list = field(default_factory=list, repr=False)  # what was validated on: the tables are of these alone
     worse_since: int | None = None  # the first step since then from which on all were clearly worse than the best
@@ -40,10 +40,10 @@ def take_in(validation, table, step):
         validation.best, validation.best_step = np.asarray(table).tolist(), step
         validation.waited, validation.worse_since = 0, None
         return True
-    validation.waited += 1
+    validation.waited += step > 0
     if mean <= error:
         validation.worse_since = None
-    elif validation.worse_since is None:
+    elif validation.worse_since is None and step:
         validation.worse_since = step
     return False
 
@@ -62,10 +62,11 @@ def values_of(table, probe, validation, timesteps):
 
 def in_words(validation, step):
     """One sentence on how the run went, for its end."""
-    if not validation.best_step:
+    if validation.best_step is None:
         return f"Validation: no step was better than the base model (of {step}). Lower --learning_rate, or look at the pictures."
     gain = 100 * (1 - float(relative(validation.best, validation.base).mean()))
-    best = f"Validation: best at step {validation.best_step}, {gain:.1f}% below the base model's loss"
+    where = f"best at step {validation.best_step}" if validation.best_step else "best before the first step"
+    best = f"Validation: {where}, {gain:.1f}% below the base model's loss"
     if validation.worse_since is not None:
         return f"{best}; overfitting since step {validation.worse_since}: use best/, or train for fewer steps."
     if validation.best_step == step:
