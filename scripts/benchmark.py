@@ -89,16 +89,26 @@ def make_pictures(folder, resolution, count=8, ending="png"):
 
 
 def run(command, env):
-    """Wall seconds and peak memory (GiB of the CPU's) of a command; its output is shown where it fails."""
-    started = time.time()
+    """Wall seconds, peak memory, and the most of its last third (GiB of the CPU's); output is shown where it fails.
+
+    While models are loaded more memory is taken than by the steps, which are what the last third of a long run does.
+    """
+    import psutil
+
+    started, samples = time.time(), []
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=subprocess.STDOUT, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
+        watched = psutil.Process(process.pid)
+        while (waited := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            samples.append((time.time() - started, watched.memory_info().rss / 2**30))
+            time.sleep(0.05)
+        _, status, usage = waited
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(map(str, command))}\n{log.read().decode()[-4000:]}")
-    return time.time() - started, usage.ru_maxrss / 2**20
+    took = time.time() - started
+    return took, usage.ru_maxrss / 2**20, max(rss for at, rss in samples if at >= samples[-1][0] * 2 / 3)
 
 
 def time_datasets(args, work):
@@ -118,7 +128,7 @@ def time_datasets(args, work):
                 "--max_train_steps", 1, "--report_to", "none", "--seed", 0, "--output_dir", output,
                 "--latent_cache_dir", work / f"cache-{count}", *flags,
             ]  # fmt: skip
-            measured[kind, count] = run(command, env)
+            measured[kind, count] = run(command, env)[:2]
             print(f"{count} pictures, {kind}: {measured[kind, count][0]:.1f} s", flush=True)
     print("\n| command | pictures | s | ms for each further picture | peak memory (GiB) |\n|---|---|---|---|---|")
     for kind in kinds:
@@ -151,7 +161,7 @@ def time_steps(args, work):
         scripts["baseline"] = (args.baseline, args.baseline_flags)
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     seconds = {name: {args.short: [], args.long: []} for name in scripts}
-    memory = dict.fromkeys(scripts, 0.0)
+    peak, in_steps = dict.fromkeys(scripts, 0.0), dict.fromkeys(scripts, 0.0)
     # Once before, untimed: it fills our cache and the system's, which a later run finds filled.
     for turn, steps in enumerate([args.short] + [args.short, args.long] * args.repeats):
         for name, (script, flags) in scripts.items():
@@ -164,17 +174,20 @@ def time_steps(args, work):
                 "--checkpointing_steps", 100000, "--seed", 0, "--output_dir", output, *flags,
             ]  # fmt: skip
             command += ["--report_to", "none"] if name == "ours" else []
-            took, peak = run(command, env)
-            memory[name] = max(memory[name], peak)
-            print(f"{name}: {steps} steps in {took:.1f} s, {peak:.2f} GiB{'' if turn else ' (first)'}", flush=True)
+            took, most, late = run(command, env)
+            peak[name] = max(peak[name], most)
+            if steps == args.long:
+                in_steps[name] = max(in_steps[name], late)
+            print(f"{name}: {steps} steps in {took:.1f} s, {most:.2f} GiB{'' if turn else ' (first)'}", flush=True)
             if turn:
                 seconds[name][steps].append(took)
-    print("\n| script | s/step | start (s) | peak memory (GiB) |\n|---|---|---|---|")
+    print("\n| script | s/step | start (s) | memory in the steps (GiB) | peak memory (GiB) |\n|---|---|---|---|---|")
     per_step = {}
     for name, times in seconds.items():
         short, long = min(times[args.short]), min(times[args.long])
         per_step[name] = (long - short) / (args.long - args.short)
-        print(f"| {name} | {per_step[name]:.2f} | {short - args.short * per_step[name]:.1f} | {memory[name]:.2f} |")
+        start = short - args.short * per_step[name]
+        print(f"| {name} | {per_step[name]:.2f} | {start:.1f} | {in_steps[name]:.2f} | {peak[name]:.2f} |")
     if "baseline" in per_step:
         print(f"\nbaseline / ours: {per_step['baseline'] / per_step['ours']:.2f}")
 
