@@ -165,7 +165,7 @@ def build_parser():
     group("--loss_type", choices=["mse", "huber"], default="mse", help="huber: a scheduled pseudo-Huber loss, for sets with broken pictures or captions in them")
     group("--huber_c", type=float, default=0.1, help="its width at the noisiest timestep")
     group("--perceptual_loss", choices=["decoder", "self"], help="add a loss on features of the VAE's decoder (it then stays in memory), or of the base itself; no other network is needed")
-    group("--perceptual_loss_weight", type=float, default=0.1, help="how much of it")
+    group("--perceptual_loss_weight", type=float, help="how much of it; 0.1 of decoder and 0.01 of self when not given")
     group("--perceptual_max_timestep", type=int, default=400, help="decoder: only for timesteps below this one, where pictures can be seen")
     group("--snr_gamma", type=float, help="Min-SNR loss weighting; 5.0 is usual")
     group("--debiased_estimation", **yes, help="weight the loss by 1 / sqrt(SNR), so that noisy timesteps count more")
@@ -364,6 +364,9 @@ def check_polynomial(args, learning_rate):
 
 
 def check_schedule_and_loss(args):
+    """And settles how much of a perceptual loss there is."""
+    if args.perceptual_loss_weight is None and args.perceptual_loss is not None:
+        args.perceptual_loss_weight = {"decoder": 0.1, "self": 0.01}[args.perceptual_loss]  # docs/findings.md
     if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
         raise InputError("Pass one of --lr_warmup_steps and --lr_warmup_ratio.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, read_lora, read_metrics, run_command
+from conftest import ROOT, read_lora, read_metrics, run_command, train_script
 from diffusers import DDPMScheduler
 
 from text_to_image_lora import lora, models, objective, perceptual
@@ -179,6 +179,13 @@ def test_the_decoder_only_looks_at_little_noise(train):
     assert read_metrics(out)[0]["train_loss"] > 10
 
 
+def test_each_has_its_weight():
+    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
+    for kind, weight in ((None, None), ("decoder", 0.1), ("self", 0.01)):
+        args = train_script.parse_args(words + ([] if kind is None else ["--perceptual_loss", kind]))
+        assert args.perceptual_loss_weight == weight
+
+
 def test_masks_are_refused(train, pictures):
     from PIL import Image
 
@@ -206,7 +213,7 @@ def test_the_vae_stays_and_that_is_told(train, capsys):
 
 
 def test_with_them_the_weapons_are_learned_as_well(tmp_path):
-    """Held-out loss relative to the base after 60 steps: no more than 0.1 above that of a run without."""
+    """Held-out loss relative to the base after 60 steps: no more than 0.02 above that of a run without."""
     found = {}
     for kind in (None, *KINDS):
         words = dict(
@@ -219,4 +226,4 @@ def test_with_them_the_weapons_are_learned_as_well(tmp_path):
         assert done.returncode == 0, done.stderr
         found[kind] = read_metrics(tmp_path / str(kind))[-1]["validation/relative_loss"]
     assert found[None] < 0.75, found
-    assert max(found.values()) < found[None] + 0.1, found
+    assert max(found.values()) < found[None] + 0.02, found
