@@ -144,17 +144,21 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tiny
     assert trainings
     worker.kill()
     worker.wait()
+    # Where the tests run in a shell's background, SIGINT is ignored, and so it would be in what they start.
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    second = subprocess.Popen(command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, **listening)
     try:
-        with subprocess.Popen(command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True) as second:
-            assert second.stdout.readline().startswith("trial 1:")  # and not trial 0, which still trains
-            second.send_signal(signal.SIGINT)
-            second.wait(timeout=60)
-        assert second.returncode == 130
+        assert second.stdout.readline().startswith("trial 1:")  # and not trial 0, which still trains
+        second.send_signal(signal.SIGINT)
+        assert second.wait(timeout=60) == 130
         assert trainings[0].is_running()
     finally:
-        for process in trainings:
+        second.stdout.close()
+        started = psutil.Process(second.pid).children(recursive=True) if second.poll() is None else []
+        for process in [*trainings, *started, second]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        second.wait()
 
 
 def test_ranges_by_random_and_yaml(tiny_sd, pictures, tmp_path):
