@@ -263,21 +263,17 @@ def claim(study, settings):
         return trial, lock_of(trial.number)
 
 
-def stop(process):
-    """Ends a command and what it has started: a launcher doesn't pass a signal on."""
+def stop_children():
+    """Ends what this worker has started, and what that has started: a launcher doesn't pass a signal on."""
     import psutil
 
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
+    family = psutil.Process().children(recursive=True)
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.terminate()
     _, alive = psutil.wait_procs(family, timeout=20)
     for member in alive:
         member.kill()
-    process.wait()
 
 
 def run_trial(study, settings, trial, params, lock):
@@ -303,11 +299,12 @@ def run_trial(study, settings, trial, params, lock):
                         reported.add(step)
                         trial.report(loss, step)
                         if trial.should_prune():
-                            stop(process)
+                            stop_children()
+                            process.wait()
                             study.tell(number, state=TrialState.PRUNED)
                             return f"stopped at step {step}: worse than the median"
         except BaseException:  # the trial stays unfinished, for the same command to go on with
-            stop(process)
+            stop_children()
             raise
     losses = losses_of(output_dir)
     if process.returncode or not losses:
@@ -378,5 +375,6 @@ if __name__ == "__main__":
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        stop_children()  # one may have been about to start
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)

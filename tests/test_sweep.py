@@ -152,6 +152,7 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tiny
         second.send_signal(signal.SIGINT)
         assert second.wait(timeout=60) == 130
         assert trainings[0].is_running()
+        assert not [p for p in psutil.process_iter(["cmdline"]) if f"{folder}/trial-0001" in (p.info["cmdline"] or [])]
     finally:
         second.stdout.close()
         started = psutil.Process(second.pid).children(recursive=True) if second.poll() is None else []
