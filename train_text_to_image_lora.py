@@ -649,6 +649,17 @@ def write_preview(args, dataset, images, sizes, sampler):
     return f"what the model will see: {args.preview_data}"
 
 
+def pictures_to_use(args, dataset, validation_dataset, usable, say):
+    """((records, pictures) to train on, the same to validate on or None); `usable(records)` leaves out what can't be."""
+    from text_to_image_lora import pictures
+
+    dataset, images = usable(dataset)
+    if validation_dataset is None and not args.validation_split:
+        return (dataset, images), None
+    others = None if validation_dataset is None else usable(validation_dataset)
+    return pictures.divide(dataset, images, others, args.validation_split, say)
+
+
 def look_at_data(args, base, dataset, validation_dataset, left_out):
     """--dry_run: what the dataset holds, what is wrong with it, and with --preview_data what the model will see of it.
 
@@ -657,21 +668,14 @@ def look_at_data(args, base, dataset, validation_dataset, left_out):
     from text_to_image_lora import inspection, models, pictures, prompts
 
     args = argparse.Namespace(**vars(args) | {"seed": args.seed or 0})
-    good, bad = pictures.examine(dataset, range(len(dataset)))
-    left_out = left_out + [(dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
-    dataset, images = dataset.select(sorted(good)), [good[index] for index in sorted(good)]
     report_file = Path(args.output_dir) / "dataset.json"
-    if not images:
-        raise InputError("Not one picture can be used: nothing to train on.")
-    num_validated = 0
-    if args.validation_split or validation_dataset is not None:
-        others = None
-        if validation_dataset is not None:
-            good, bad = pictures.examine(validation_dataset, range(len(validation_dataset)))
-            left_out += [(validation_dataset[index]["source"], reason) for index, reason in sorted(bad.items())]
-            others = validation_dataset.select(sorted(good)), [good[index] for index in sorted(good)]
-        (dataset, images), validated = pictures.divide(dataset, images, others, args.validation_split, print)
-        num_validated = len(validated[1])
+
+    def usable(records):
+        good, bad = pictures.examine(records, range(len(records)))
+        left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
+        return pictures.usable_part(records, good)
+
+    (dataset, images), validated = pictures_to_use(args, dataset, validation_dataset, usable, print)
     sizes = sizes_to_train_at(args, images)
     sampler = make_sampler(args, dataset, sizes, rank=0, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer, token_counts, num_chunks, too_long = models.load_tokenizer(base), None, 1, None
@@ -690,7 +694,7 @@ def look_at_data(args, base, dataset, validation_dataset, left_out):
         left_out,
         sizes,
         sampler.samples,
-        num_validated=num_validated,
+        num_validated=0 if validated is None else len(validated[1]),
         token_counts=token_counts,
         token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
         steps_per_epoch=sampler.steps_per_epoch,
@@ -866,23 +870,6 @@ def upload(args, say):
     say(f"uploaded: {url}")
 
 
-def pictures_to_use(args, dataset, validation_dataset, accelerator, say):
-    """((records, pictures) to train on, the same to validate on or None); those that can't be decoded are left out."""
-    from text_to_image_lora import pictures
-
-    def usable(records):
-        folder = Path(args.latent_cache_dir).expanduser()
-        return pictures.usable_pictures(
-            records, folder, skip_bad_images=args.skip_bad_images, accelerator=accelerator, say=say
-        )
-
-    dataset, images = usable(dataset)
-    if validation_dataset is None and not args.validation_split:
-        return (dataset, images), None
-    others = None if validation_dataset is None else usable(validation_dataset)
-    return pictures.divide(dataset, images, others, args.validation_split, say)
-
-
 def make_validation_set(args, base, records, images, build_cache):
     """The `ValidationSet` of some records and pictures, through the cache: cropped in the middle, nothing augmented."""
     from text_to_image_lora.transforms import Augmentation
@@ -1038,7 +1025,11 @@ def main(args):
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
 
-    (dataset, images), validated = pictures_to_use(args, dataset, validation_dataset, accelerator, say)
+    usable = functools.partial(
+        pictures.usable_pictures, folder=Path(args.latent_cache_dir).expanduser(), skip_bad_images=args.skip_bad_images,
+        accelerator=accelerator, say=say,
+    )  # fmt: skip
+    (dataset, images), validated = pictures_to_use(args, dataset, validation_dataset, usable, say)
     masked = any(row is not None for row in dataset["mask"])
     if masked and args.perceptual_loss is not None:
         raise InputError(

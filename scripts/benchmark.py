@@ -54,7 +54,7 @@ def make_sd15(folder):
     """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from make_mini_sd import make_pipeline, write_tokenizer
+    from mini_sd import make_pipeline, write_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     write_tokenizer(folder.with_name("words"))

@@ -10,8 +10,6 @@ to go on where it stopped; `--export_only` writes the pipeline from the newest s
 """
 
 import argparse
-import itertools
-import json
 import os
 import sys
 import time
@@ -21,18 +19,22 @@ import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from drawings import COLOURS, KINDS, contact_sheet, decorate_with_confetti, draw_scene  # noqa: E402
+from drawings import COLOURS, contact_sheet, decorate_with_confetti, draw_scene  # noqa: E402
+from mini_sd import (  # noqa: E402
+    RESOLUTION,
+    all_scenes,
+    captions_of,
+    held_out_scenes,
+    make_pipeline,
+    make_scheduler,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+    to_tensor,
+    write_tokenizer,
+)  # fmt: skip
 
 
-RESOLUTION = 64
-# Words of the demo's captions, and of what people may try: a token each, without meaning until a LoRA gives it one.
-EXTRA_WORDS = """
-    pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with
-    without and of in on at from by the a an is drawing picture photo painting sketch art style background blossom
-    blossoms pattern patterns flower flowers floral petal petals cherry creature creatures monster monsters dragon
-    eyes eye ears horns wings tail legs spikes spots stripes round square tall short long cute happy sad weapon
-    weapons pokemon sks wood wooden metal stone ice fire water leaf leaves forest sky night day sun moon snow
-"""
 VALIDATION_PROMPTS = [
     "a red axe on a blue background", "a yellow spear on a green background", "a white trident on a purple background",
     "a brown whip on a white background", "a green sword on a gray background", "a blue fish on an orange background",
@@ -61,117 +63,6 @@ def parse_args(argv=None):
     add("--sample_every", type=int, default=800, help="UNet steps between sample sheets")
     add("--export_only", action="store_true", help="write the pipeline from the newest state and stop")
     return parser.parse_args(argv)
-
-
-def article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def captions_of(colour, kind, background):
-    """The ways to say it; the first, the full sentence, is drawn half of the time."""
-    return [
-        f"{article(f'{colour} {kind}')} on {article(background)} background",
-        f"a drawing of {article(f'{colour} {kind}')} on {article(background)} background",
-        f"{colour} {kind}, {background} background",
-        article(f"{colour} {kind}"),
-        f"{article(kind)} on {article(background)} background",
-    ]
-
-
-def all_scenes():
-    """Every (colour, kind, background) with object and background of different colours."""
-    return [(c, k, b) for c, k, b in itertools.product(COLOURS, KINDS, COLOURS) if c != b]
-
-
-def held_out_scenes(seed=0, share=0.15):
-    """Combinations that are never drawn for training: what obedience is measured on."""
-    scenes = all_scenes()
-    chosen = np.random.default_rng(seed + 1).permutation(len(scenes))[: round(share * len(scenes))]
-    return [scenes[i] for i in sorted(chosen)]
-
-
-def write_tokenizer(folder):
-    """A CLIP tokenizer whose merges know the words of the captions whole, and spell every other word."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = list(bytes_to_unicode().values())
-    vocab, merges = letters + [letter + "</w>" for letter in letters], []
-    words = sorted({*COLOURS, *KINDS, *EXTRA_WORDS.split()})
-    for word in words:
-        prefix = word[0]
-        for i, letter in enumerate(word[1:], start=1):
-            last = letter + "</w>" if i == len(word) - 1 else letter
-            if (prefix, last) not in merges:
-                merges.append((prefix, last))
-            prefix += last
-            if prefix not in vocab:
-                vocab.append(prefix)
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace",
-                "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-                "unk_token": "<|endoftext|>", "add_prefix_space": False,
-            },
-            indent=2,
-        )
-    )  # fmt: skip
-
-
-def make_vae():
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=16,
-        sample_size=RESOLUTION,
-    )
-
-
-def make_unet():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=RESOLUTION // 4,
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=96,
-    )
-
-
-def make_text_encoder(tokenizer):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2,
-            num_attention_heads=4, projection_dim=96, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-
-
-def make_scheduler():
-    """Stable Diffusion v1.5's, `clip_sample` with it: not PNDM's, but what DDIM made from these settings asks for."""
-    from diffusers import PNDMScheduler
-
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
-        set_alpha_to_one=False, prediction_type="epsilon",
-    )  # fmt: skip
-    scheduler.register_to_config(clip_sample=False)
-    return scheduler
 
 
 def save_state(path, **state):
@@ -203,13 +94,6 @@ def report(what, step, steps, losses, started, first):
         f"{(steps - step) * rate / 60:.1f} min left",
         flush=True,
     )
-
-
-def to_tensor(images, device):
-    import torch
-
-    pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).to(device)
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def draw_codec_set(args):
@@ -384,15 +268,6 @@ def sample_sheet(args, vae, unet, text_encoder, tokenizer, path, prompts=VALIDAT
             ImageDraw.Draw(tile).text((2, 160 + 13 * line), text, fill="black", font=font)
         tiles.append(tile)
     contact_sheet(tiles, 8).save(path)
-
-
-def make_pipeline(vae, unet, text_encoder, tokenizer):
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline(
-        vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
 
 
 def train_unet(args, vae, tokenizer, device):

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageFilter
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 from draw_datasets import draw_weapon, weapon_scenes  # noqa: E402
 from drawings import COLOURS, KINDS, WEAPONS, draw_scene  # noqa: E402
-from make_mini_sd import RESOLUTION, all_scenes, article, captions_of, held_out_scenes, to_tensor  # noqa: E402
+from mini_sd import RESOLUTION, all_scenes, article, captions_of, held_out_scenes, to_tensor  # noqa: E402
 
 from infer import SCHEDULERS  # noqa: E402
 

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -26,17 +25,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import sweep_results  # noqa: E402
 from sweep_results import METRIC, losses_of, shown, trial_dir  # noqa: E402
+from sweep_settings import SAMPLERS, SweepError, command_of, settle  # noqa: E402
 
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
-REFUSED = "can't be run"
 MOST_REFUSED = 3  # trials, before the sweep ends because not one can be run
-SAMPLERS = ("grid", "random", "tpe")
 
 
-class SweepError(Exception):
-    """What the user can put right, in one sentence."""
+class Refused(Exception):
+    """The training command doesn't take a trial's flags; says why."""
 
 
 def parse_args(argv=None):
@@ -54,110 +51,6 @@ def parse_args(argv=None):
     add("--launcher", help="what starts the training script (this Python); such as 'accelerate launch --multi_gpu'")
     add("--seed", type=int, help="of the sampler (0)")
     return parser.parse_args(argv)
-
-
-def values_of(text):
-    """The values of `4,16`, or the range of `1e-4..1e-2` as a mapping."""
-    import yaml
-
-    def value(word):
-        try:
-            return float(word) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", word) else yaml.safe_load(word)
-        except yaml.YAMLError:
-            return word
-
-    low, dots, high = text.partition("..")
-    if dots:
-        return {"min": value(low), "max": value(high), "log": True}
-    return [value(word) for word in text.split(",")]
-
-
-def settle(args):
-    """The sweep as a mapping: from the YAML file, and what the command line says goes before it."""
-    import yaml
-
-    settings = dict(
-        sampler="grid", num_trials=20, prune=False, launcher=None, seed=0, flags={}, sweep={}, sweep_dir=None
-    )
-    if args.config is not None:
-        try:
-            given = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SweepError(f"{args.config}: it can't be read ({str(error).splitlines()[0]}).") from error
-        if not isinstance(given, dict) or set(given) - set(settings):
-            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "no mapping"
-            raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
-        settings |= {key: value for key, value in given.items() if value is not None}
-    for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    for name, words in (("sweep", args.sweep or []), ("flags", args.flags or [])):
-        for word in words:
-            key, equals, text = word.partition("=")
-            if not equals:
-                raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
-            if not isinstance(settings[name], dict):
-                break  # `check` says so
-            settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
-    check(settings)
-    return settings
-
-
-def check(settings):
-    for key in ("sweep", "flags"):
-        if not isinstance(settings[key], dict):
-            raise SweepError(f"{key}: it must hold one flag a line, such as 'rank: [4, 16]'.")
-    for key, least in (("num_trials", 1), ("seed", 0)):
-        if type(settings[key]) is not int or settings[key] < least:
-            raise SweepError(f"{key} {settings[key]}: it must be a whole number, {least} or more.")
-    if settings["sweep_dir"] is None:
-        raise SweepError("--sweep_dir is needed: the folder of the sweep.")
-    if not settings["sweep"]:
-        raise SweepError("Nothing is varied: add --sweep, such as rank=4,16.")
-    if settings["sampler"] not in SAMPLERS:
-        raise SweepError(f"sampler {settings['sampler']}: choose {', '.join(SAMPLERS)}.")
-    for key, values in settings["sweep"].items():
-        if isinstance(values, dict):
-            if settings["sampler"] == "grid":
-                raise SweepError(f"{key} is a range: list its values for a grid, or take --sampler random or tpe.")
-            low, high = values.get("min"), values.get("max")
-            numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high))
-            if not numbers or not low < high or (values.get("log") and low <= 0):
-                raise SweepError(
-                    f"{key}: a range is min..max of two numbers, the smaller one first (above 0 with log)."
-                )
-        elif not isinstance(values, list) or not values:
-            raise SweepError(f"{key}: list its values, such as [4, 16].")
-    both = settings["flags"].keys() & settings["sweep"].keys()
-    if both:
-        raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")
-    every = settings["flags"].keys() | settings["sweep"].keys()
-    if not every & {"validation_split", "validation_data_dir"}:
-        raise SweepError("Trials are ranked by the loss on pictures held out: add validation_split=0.1 to --flags.")
-    for name in ("output_dir", "latent_cache_dir"):
-        if name in settings["sweep"]:
-            raise SweepError(f"{name} can't be varied: each trial has a folder of its own in --sweep_dir.")
-
-
-def words_of(flags):
-    """The flags as words of a command line; true and false are for switches, but where they are names."""
-    words = []
-    for key, value in flags.items():
-        switch = str(value).lower() if key not in ("init_lora_weights",) and not isinstance(value, list) else None
-        if switch in ("true", "false"):
-            words.append(f"--{key}" if switch == "true" else f"--no-{key}")
-        elif isinstance(value, bool):
-            words += [f"--{key}", str(value).lower()]
-        elif value is not None:
-            words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
-
-
-def command_of(settings, params, output_dir):
-    launcher = shlex.split(settings["launcher"]) if settings["launcher"] else ["python"]
-    cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
-    flags = cache | settings["flags"] | params | {"output_dir": output_dir}
-    return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *words_of(flags)]
 
 
 def sampler_of(settings, num_trials):
@@ -277,7 +170,10 @@ def stop_children():
 
 
 def run_trial(study, settings, trial, params, lock):
-    """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print."""
+    """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print.
+
+    Raises `Refused` where the training command doesn't take its flags.
+    """
     from optuna.trial import TrialState
 
     number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
@@ -312,7 +208,7 @@ def run_trial(study, settings, trial, params, lock):
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {process.returncode}"
         if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in LAUNCHERS_SAY_2):
-            return f"{REFUSED}: {reason}"
+            raise Refused(f"can't be run: {reason}")
         return f"failed: {reason} (see {output_dir / 'log.txt'})"
     study.tell(number, min(losses.values()))
     return f"{METRIC} {min(losses.values()):.4f}"
@@ -355,13 +251,15 @@ def main(argv=None):
         print(
             f"trial {trial.number}: {' '.join(f'{key}={shown(value)}' for key, value in params.items())}", flush=True
         )
-        line = f"trial {trial.number}: {run_trial(study, settings, trial, params, lock)}"
+        try:
+            outcome = run_trial(study, settings, trial, params, lock)
+        except Refused as error:
+            outcome = str(error)
+            refused.append(f"trial {trial.number}: {outcome}")
         lock.release()
-        print(line, flush=True)
-        if f": {REFUSED}: " in line:
-            refused.append(line)
-            if len(refused) == MOST_REFUSED and not has_result(study):
-                raise SweepError(line)
+        print(f"trial {trial.number}: {outcome}", flush=True)
+        if len(refused) == MOST_REFUSED and not has_result(study):
+            break
     print("\n" + write_results(study, settings))
     if refused and not has_result(study):
         raise SweepError(refused[0])

@@ -36,7 +36,7 @@ def tiny_sd(tmp_path_factory):
     """A `StableDiffusionPipeline` folder with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from make_mini_sd import make_pipeline, make_text_encoder, write_tokenizer
+    from mini_sd import make_pipeline, make_text_encoder, write_tokenizer
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("tiny-sd")

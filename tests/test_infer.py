@@ -45,7 +45,7 @@ def library_settings():
 def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from make_mini_sd import make_pipeline, make_text_encoder, write_tokenizer
+    from mini_sd import make_pipeline, make_text_encoder, write_tokenizer
     from transformers import CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")

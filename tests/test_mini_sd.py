@@ -2,6 +2,7 @@
 
 import make_mini_sd
 import measure_mini_sd
+import mini_sd
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ def args(tmp_path):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    make_mini_sd.write_tokenizer(tmp_path / "tokenizer")
+    mini_sd.write_tokenizer(tmp_path / "tokenizer")
     return CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
@@ -51,7 +52,7 @@ def test_the_autoencoder_goes_on_where_it_stopped(args, monkeypatch):
 
 
 def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
-    vae = make_mini_sd.make_vae().eval()
+    vae = mini_sd.make_vae().eval()
     straight = make_mini_sd.train_unet(args, vae, tokenizer, torch.device("cpu"))
     (args.work_dir / "unet.pt").unlink()
     with monkeypatch.context() as patch:
@@ -66,7 +67,7 @@ def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
 
 def test_standardised_latents_leave_the_autoencoder_the_same_map():
     torch.manual_seed(0)
-    vae = make_mini_sd.make_vae().eval()
+    vae = mini_sd.make_vae().eval()
     pixels = torch.rand(6, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         before, posterior = vae(pixels).sample, vae.encode(pixels).latent_dist
@@ -80,16 +81,16 @@ def test_standardised_latents_leave_the_autoencoder_the_same_map():
 
 
 def test_held_out_captions_are_never_drawn_for_training(args):
-    vae = make_mini_sd.make_vae().eval()
+    vae = mini_sd.make_vae().eval()
     _, which, scenes = make_mini_sd.draw_training_set(args, vae, torch.device("cpu"))
-    held_out = set(make_mini_sd.held_out_scenes(args.seed))
+    held_out = set(mini_sd.held_out_scenes(args.seed))
     assert len(held_out) >= 200
     assert not held_out & {scenes[i] for i in which}
-    assert len(held_out) + len(scenes) == len(make_mini_sd.all_scenes())
+    assert len(held_out) + len(scenes) == len(mini_sd.all_scenes())
 
 
 def test_colours_are_judged_rightly_on_drawings():
-    rng, scenes = np.random.default_rng(1), make_mini_sd.all_scenes()
+    rng, scenes = np.random.default_rng(1), mini_sd.all_scenes()
     scenes = [scenes[i] for i in rng.integers(len(scenes), size=150)]
     judged = [measure_mini_sd.judge_colours(draw_scene(k, c, b, 64, rng)) for c, k, b in scenes]
     assert np.mean([c[0] == scene[0] for c, scene in zip(judged, scenes, strict=True)]) > 0.95
@@ -112,7 +113,7 @@ def test_the_autoencoder_is_crisp():
         draw_scene(kind, colour, "gray" if colour != "gray" else "blue", 64, rng)
         for kind, colour in zip(list(KINDS) * 2, list(COLOURS) * 4, strict=False)
     ]
-    pixels = make_mini_sd.to_tensor(images, "cpu")
+    pixels = mini_sd.to_tensor(images, "cpu")
     with torch.no_grad():
         error = (pipeline.vae(pixels).sample.clamp(-1, 1) - pixels) / 2
     assert float((-10 * error.square().mean(dim=(1, 2, 3)).log10()).mean()) > 28
@@ -121,11 +122,11 @@ def test_the_autoencoder_is_crisp():
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0, 7.5])
 def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
     """A small part of `scripts/measure_mini_sd.py`, with bounds below what that measures (see the model card)."""
-    scenes = make_mini_sd.held_out_scenes()
+    scenes = mini_sd.held_out_scenes()
     scenes = [scenes[i] for i in np.random.default_rng(7).permutation(len(scenes))[:24]]
     images = measure_mini_sd.draw_with(
         measure_mini_sd.load_pipeline(BASE),
-        [make_mini_sd.captions_of(*scene)[0] for scene in scenes],
+        [mini_sd.captions_of(*scene)[0] for scene in scenes],
         seed=7,
         guidance_scale=guidance_scale,
         num_inference_steps=30,

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import sweep
 import sweep_results
+import sweep_settings
 from conftest import ROOT, write_pictures
 from PIL import Image
 
@@ -252,7 +253,7 @@ def test_bad_input_is_told(case, tmp_path):
     (tmp_path / "empty.yaml").write_text(f"sweep_dir: {tmp_path}/x\nflags: []\n")
     (tmp_path / "list.yaml").write_text(f"sweep_dir: {tmp_path}/x\nsweep: [rank]\n")
     argv = [word.replace("{tmp}", str(tmp_path)) for word in words]
-    with pytest.raises(sweep.SweepError, match=message):
+    with pytest.raises(sweep_settings.SweepError, match=message):
         sweep.main(argv + (["--sweep_dir", str(tmp_path / folder)] if folder else []))
 
 
@@ -353,7 +354,7 @@ def test_lists_are_values_over_seeds_too():
 
 def test_true_and_false_switch_and_are_names():
     flags = {"random_flip": True, "allow_tf32": "false", "init_lora_weights": True, "rank": 4, "report_to": None}
-    assert sweep.words_of(flags) == [
+    assert sweep_settings.words_of(flags) == [
         "--random_flip", "--no-allow_tf32", "--init_lora_weights", "true", "--rank", "4"
     ]  # fmt: skip
 

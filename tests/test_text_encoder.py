@@ -170,7 +170,8 @@ def test_batch_accumulation_and_processes(train, arguments, tmp_path):
 def test_live_pictures_and_bf16(train, tmp_path):
     options = dict(max_train_steps=3, learning_rate=1e-3, center_crop=True, **TEXT)
     cached = train(output_dir=tmp_path / "cached", **options)
-    assert not list((tmp_path / "cache" / "prompts").glob("*")) if (tmp_path / "cache" / "prompts").exists() else True
+    assert list((tmp_path / "cache").rglob("latents/*.safetensors"))
+    assert not list((tmp_path / "cache").rglob("prompts/*.safetensors"))
     live = train(output_dir=tmp_path / "live", cache_variations=0, **options)
     assert_same_run(cached, live)
     half = train(output_dir=tmp_path / "half", mixed_precision="bf16", gradient_checkpointing=True, **options)

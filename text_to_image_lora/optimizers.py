@@ -21,7 +21,8 @@ OPTIMIZERS = {
     # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
     "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
 }
-RESERVED = ("self", "params", "lr", "capturable", "differentiable")
+RESERVED = ("self", "params", "lr")
+BREAKING = ("capturable", "differentiable")  # options for a step that is recorded or differentiated: ours is neither
 
 
 def parse_options(words):
@@ -54,6 +55,8 @@ def check_optimizer(name, words):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {near}?")
+        if key in BREAKING:
+            raise InputError(f"--optimizer_args {key}: it can't be used with this training loop. Leave it out.")
         if isinstance(value, str) and isinstance(parameters[key].default, (int, float, tuple)):
             raise InputError(f"--optimizer_args {key}={value}: write a value such as {parameters[key].default}.")
     return optimizer_class, options

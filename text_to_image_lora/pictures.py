@@ -82,6 +82,13 @@ def examine(dataset, indices, folder=None):
     return good, bad
 
 
+def usable_part(dataset, good):
+    """The rows that `examine` found good, and their `Picture`s; `InputError` where there are none."""
+    if not good:
+        raise InputError("Not one picture can be used: nothing to train on.")
+    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+
+
 def usable_pictures(dataset, folder, *, skip_bad_images, accelerator, say):
     """The rows whose pictures can be decoded, and the `Picture` of each; ranks share the work.
 
@@ -100,9 +107,7 @@ def usable_pictures(dataset, folder, *, skip_bad_images, accelerator, say):
         )
     for index in sorted(bad):
         say(f"left out: {dataset[index]['source']}: {bad[index]}")
-    if not good:
-        raise InputError("Not one picture can be used: nothing to train on.")
-    return dataset.select(sorted(good)), [good[index] for index in sorted(good)]
+    return usable_part(dataset, good)
 
 
 def equal_pictures(pictures):
