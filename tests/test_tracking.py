@@ -190,6 +190,19 @@ def test_metrics_are_the_same_without_a_tracker(offline_run, arguments, tmp_path
     assert not (tmp_path / "untracked" / "wandb").exists()
 
 
+def test_wandb_gets_the_validation_loss_of_each_noise_level(arguments, tmp_path):
+    words = arguments(validation_split=0.34, validation_steps=1, report_to="wandb")
+    done = run_command(words, env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    history = history_of(read_wandb(run))
+    rows = [row for row in read_metrics(tmp_path / "out") if "validation/loss" in row]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert sum(name.startswith("validation/relative_loss_t") for name in row) == 8
+        assert row.items() <= (history[row["step"]] | {"step": row["step"]}).items()
+
+
 def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsys):
     out = tmp_path / "my lora"
     shutil.copytree(offline_run.out, out, symlinks=True)
