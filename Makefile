@@ -3,20 +3,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-long test-newest style quality
+.PHONY: demo test test-long test-newest docs style quality
 
 # A newcomer's first command: trains a LoRA on the bundled weapons with the embedded base, always into a new folder,
 # and makes the before/after picture.
 demo: $(VENV)/installed
 	@$(BIN)/accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
-		--pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons \
-		--resolution 64 --center_crop --random_flip --train_batch_size 4 --max_train_steps 800 \
-		--rank 16 --learning_rate 2.5e-3 --lr_scheduler cosine --seed 0 \
-		--target_modules to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
-		--validation_prompts "a green axe with pink blossoms on a white background" \
-			"a blue whip with pink blossoms on a gray background" \
-		--num_validation_images 3 --validation_guidance_scale 4 --validation_steps 400 \
-		--output_dir $(RUN)
+		--config recipes/demo.yaml --output_dir $(RUN)
 	@$(BIN)/python infer.py --pretrained_model_name_or_path models/mini-sd --lora $(RUN) --compare_base \
 		--prompt "a blue axe with pink blossoms on a gray background" \
 			"a green spear with pink blossoms on a gray background" \
@@ -29,18 +22,22 @@ demo: $(VENV)/installed
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"
 
-# The fast tests: about a quarter of an hour on 2 cores.
+# The fast tests, on two workers.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
-# Many processes, the SD1.5 geometry: under 30 minutes.
+# Many processes, the SD1.5 geometry.
 test-long: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m long
 
 # Files that this stack writes, read by the newest one; each in an environment of its own.
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
-	$(VENV)-newest/bin/python -m pytest -m lora_file tests/test_export.py
-	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/test_text_encoder.py -k newest
+	$(VENV)-newest/bin/python -m pytest -m lora_file tests/models/test_lora_file.py tests/reports/test_model_card.py
+	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py -k newest
+
+# The pages that are made from the code.
+docs: $(VENV)/installed
+	$(BIN)/python scripts/make_docs.py
 
 style: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

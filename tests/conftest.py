@@ -1,5 +1,6 @@
 """What the tests share: a tiny Stable Diffusion made from config, pictures, and the command, in this process or not."""
 
+import functools
 import importlib
 import json
 import os
@@ -71,44 +72,76 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
+def read_records(
+    train_data_dir=None, *, say=print, leave_out=None, max_train_samples=None, dataset_name=None, **flags
+):
+    """`load_records` with the values that these flags of the training script mean."""
+    from text_to_image_lora.pictures.captions import CaptionRules
+    from text_to_image_lora.pictures.layouts import Reading
+    from text_to_image_lora.pictures.sources import load_records
+    from text_to_image_lora.pictures.tables import Columns
+
+    columns = Columns(**{kind: flags.pop(f"{kind}_column", None) for kind in Columns._fields})
+    rules = {"prefix": "caption_prefix", "suffix": "caption_suffix", "trigger_word": "trigger_word"}
+    rules = CaptionRules(**{name: flags.pop(flag) for name, flag in rules.items() if flag in flags})
+    names = {"dataset_layout": "layout", "dataset_config_name": "config_name"}
+    reading = Reading(columns, **{names.get(flag, flag): value for flag, value in flags.items()})
+    return load_records(
+        reading, rules, dataset_name=dataset_name, train_data_dir=train_data_dir, max_train_samples=max_train_samples,
+        leave_out=leave_out, say=say,
+    )  # fmt: skip
+
+
+def make_picture_set(
+    records, *, resolution=32, sizes=None, captions=None, seed=0, interpolation="lanczos", **augmentation
+):
+    """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
+    from text_to_image_lora.pictures.examine import examine
+    from text_to_image_lora.pictures.picture_set import PictureSet, View
+    from text_to_image_lora.pictures.transforms import Augmentation
+
+    records = read_records(records) if isinstance(records, (str, Path)) else records
+    good, bad = examine(records, range(len(records)))
+    assert not bad
+    return PictureSet(
+        records,
+        [good[index] for index in range(len(records))],
+        sizes or [(resolution, resolution)] * len(records),
+        captions or records["captions"][:],
+        View(Augmentation(**augmentation), interpolation, seed),
+    )
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Six 40x32 pictures with captions."""
     return write_pictures(tmp_path / "pictures")
 
 
-@pytest.fixture
-def arguments(tiny_sd, pictures, tmp_path):
-    """The flags of a run that takes a second: 2 steps of batch 2 at 32 px, no tracker."""
-
-    def build(**changes):
-        flags = dict(
-            pretrained_model_name_or_path=tiny_sd, train_data_dir=pictures, resolution=32, train_batch_size=2,
-            max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none", output_dir=tmp_path / "out",
-            latent_cache_dir=tmp_path / "cache", validation_inference_steps=2, num_validation_images=1,
-        )  # fmt: skip
-        words = []
-        for name, value in (flags | changes).items():
-            if value is True:
-                words.append(f"--{name}")
-            elif isinstance(value, (list, tuple)):
-                words += [f"--{name}", *map(str, value)]
-            elif value is not None and value is not False:
-                words += [f"--{name}", str(value)]
-        return words
-
-    return build
+def words_of_run(model, pictures, folder, **changes):
+    """The flags of a run that takes a second: 2 steps of batch 2 at 32 px, no tracker; what is None or False is left out."""
+    flags = dict(
+        pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
+        max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none", output_dir=folder / "out",
+        latent_cache_dir=folder / "cache", validation_inference_steps=2, num_validation_images=1,
+    )  # fmt: skip
+    words = []
+    for name, value in (flags | changes).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return words
 
 
-@pytest.fixture
-def train(arguments, monkeypatch):
-    """Runs the script's `main` in this process with the given flags; returns the output folder."""
+def train_here(words):
+    """Runs the script's `main` in this process; returns the output folder."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    def run(**changes):
-        from accelerate.state import AcceleratorState, GradientState, PartialState
-
-        words = arguments(**changes)
-        monkeypatch.setattr(sys, "argv", ["train_text_to_image_lora.py", *words])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_text_to_image_lora.py", *words])
         try:
             train_script.main(train_script.parse_args(words))
         finally:
@@ -116,7 +149,55 @@ def train(arguments, monkeypatch):
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             PartialState._reset_state()
-        return Path(words[words.index("--output_dir") + 1])
+    return Path(words[words.index("--output_dir") + 1])
+
+
+@pytest.fixture(scope="session")
+def train_in(tiny_sd):
+    """`train_in(folder, **flags)`: a run like those of `train`, for fixtures that several tests read."""
+
+    def run(folder, **changes):
+        pictures = folder / "pictures" if (folder / "pictures").exists() else write_pictures(folder / "pictures")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            return train_here(words_of_run(tiny_sd, pictures, folder, **changes))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_on_weapons(tmp_path_factory):
+    """`train_on_weapons(output_dir, **flags)`: a run of the embedded base on the bundled weapons; all share a cache."""
+    common = dict(
+        resolution=64, train_batch_size=4, center_crop=True, latent_cache_dir=tmp_path_factory.mktemp("cache")
+    )
+
+    def run(output_dir, **changes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            flags = common | dict(output_dir=output_dir) | changes
+            flags = dict(train_data_dir=ROOT / "metadata" / "weapons") | flags
+            return train_here(words_of_run(ROOT / "models" / "mini-sd", None, output_dir, **flags))
+
+    return run
+
+
+@pytest.fixture
+def arguments(tiny_sd, pictures, tmp_path):
+    """The words of a tiny run, see `words_of_run`."""
+
+    def build(**changes):
+        return words_of_run(tiny_sd, pictures, tmp_path, **changes)
+
+    return build
+
+
+@pytest.fixture
+def train(arguments):
+    """Runs the script's `main` in this process with the given flags; returns the output folder."""
+
+    def run(**changes):
+        return train_here(arguments(**changes))
 
     return run
 
@@ -142,3 +223,47 @@ def read_lora(folder):
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+@functools.cache
+def held_out_weapons():
+    """Latents and hidden states of the pictures of metadata/weapons_test, as the embedded base has them."""
+    import measure_mini_sd
+    import torch
+
+    pipeline, folder = measure_mini_sd.load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    images = [Image.open(folder / row["file_name"]).convert("RGB").resize((64, 64), Image.LANCZOS) for row in rows]
+    pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        return latents, pipeline.encode_prompt([row["text"] for row in rows], "cpu", 1, False)[0]
+
+
+def held_out_loss(lora=None, strata=4):
+    """Mean noise-prediction loss on pictures never trained on, of the embedded base with the LoRA in a folder.
+
+    By other code than the trainer's, which reads the file as anybody would; noise and timesteps are the same for all.
+    """
+    import measure_mini_sd
+    import torch
+    from diffusers import DDPMScheduler
+
+    pipeline = measure_mini_sd.load_pipeline(ROOT / "models" / "mini-sd", lora)
+    (latents, hidden_states), losses = held_out_weapons(), []
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    for k in range(strata):
+        timesteps = torch.full((len(latents),), int((k + 0.5) * 1000 / strata))
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(k))
+        with torch.no_grad():
+            pred = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, hidden_states).sample
+        losses.append(torch.nn.functional.mse_loss(pred, noise).item())
+    return float(np.mean(losses))
+
+
+base_loss = functools.cache(held_out_loss)
+
+
+def relative_loss(lora):
+    """`held_out_loss` as a share of the base's own."""
+    return held_out_loss(lora) / base_loss()

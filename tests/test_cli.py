@@ -1,19 +1,33 @@
 """The command as a person types it: its flags, its answers to mistakes, its output, its launchers."""
 
+import copy
+import json
 import os
+import re
 import resource
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from conftest import (
+    ROOT,
+    TORCHRUN,
+    read_lora,
+    read_metrics,
+    run_command,
+    train_script,
+    words_of_run,
+    write_pictures,
+)  # fmt: skip
 
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import check_writable
+from text_to_image_lora.models.families import STABLE_DIFFUSION
 
 
 # The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with what a person may write and what it means.
@@ -110,8 +124,16 @@ def test_choices_of_diffusers_are_taken(name, value):
     assert getattr(train_script.build_parser().parse_args([f"--{name}", value]), name) == value
 
 
-def test_a_command_written_for_diffusers_runs(train, tmp_path):
-    """Every flag of theirs that a local run on a CPU can have, in one command."""
+def test_a_command_written_for_diffusers_runs(train, tmp_path, monkeypatch):
+    """Every flag of theirs that a local run on a CPU can have, in one command; nothing writes into what was parsed."""
+    parsed, parse_args = [], train_script.parse_args
+
+    def remember(words):
+        args = parse_args(words)
+        parsed.append((args, copy.deepcopy(vars(args))))
+        return args
+
+    monkeypatch.setattr(train_script, "parse_args", remember)
     output_dir = train(
         image_column="image", caption_column="text", validation_prompt="a red axe", validation_epochs=1,
         max_train_samples=4, cache_dir=tmp_path / "downloads", center_crop=True, random_flip=True, num_train_epochs=1,
@@ -126,6 +148,8 @@ def test_a_command_written_for_diffusers_runs(train, tmp_path):
     # scale_lr: 2 pictures x 2 accumulation; then the cosine is halfway.
     assert [row["lr"] for row in read_metrics(output_dir)] == pytest.approx([4e-4, 2e-4])
     assert read_lora(output_dir)
+    ((args, before),) = parsed
+    assert vars(args) == before
 
 
 def test_an_unknown_flag_names_the_nearest():
@@ -134,28 +158,24 @@ def test_an_unknown_flag_names_the_nearest():
     assert refused("--xyzzy") == "there is no flag --xyzzy. See --help."
 
 
-def test_flags_are_not_abbreviated():
-    assert "--resolution" in refused("--resol", "64")
-
-
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["--adam_beta1", "1.5"], "--adam_beta1 1.5: it must be at least 0 and less than 1"),
-        (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1: it must be at least 0 and less than 1"),
-        (["--adam_weight_decay", "-1"], "--adam_weight_decay -1.0: it must be 0 or more"),
-        (["--adam_epsilon", "-1"], "--adam_epsilon -1.0: it must be 0 or more"),
-        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more"),
-        (["--learning_rate", "inf"], "--learning_rate inf: it must be more than 0"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: it must be more than 0"),
-        (["--noise_offset", "nan"], "--noise_offset nan"),
-        (["--seed", str(2**64)], f"--seed {2**64}: it must be less than"),
-        (["--seed", "-1"], "--seed -1: it must be 0 or more"),
+        (["--adam_beta1", "1.5"], "--adam_beta1 1.5: it must be at least 0 and less than 1."),
+        (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1: it must be at least 0 and less than 1."),
+        (["--adam_weight_decay", "-1"], "--adam_weight_decay -1: it must be 0 or more."),
+        (["--adam_epsilon", "-1"], "--adam_epsilon -1: it must be 0 or more."),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more."),
+        (["--learning_rate", "inf"], "--learning_rate inf: it must be more than 0 and finite."),
+        (["--learning_rate", "0"], "--learning_rate 0: it must be more than 0 and finite."),
+        (["--noise_offset", "nan"], "--noise_offset nan: it must be 0 or more."),
+        (["--seed", str(2**64)], f"--seed {2**64}: it must be from 0 to {2**63 - 1}."),
+        (["--seed", "-1"], f"--seed -1: it must be from 0 to {2**63 - 1}."),
         (
             ["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"],
             "--learning_rate 1e-08: polynomial ends at 1e-07",
         ),
-        (["--lora_dropout", "1"], "--lora_dropout 1.0: it must be at least 0 and less than 1"),
+        (["--lora_dropout", "1"], "--lora_dropout 1: it must be at least 0 and less than 1."),
         (["--lr_scheduler", "piecewise_constant"], "needs --lr_step_rules"),
         (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:x,0.1"], "--lr_step_rules 1:x,0.1:"),
         (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10"], "--lr_step_rules 1:10:"),
@@ -172,72 +192,28 @@ def test_a_step_rule_is_taken():
     assert parse("--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,1e-2").lr_step_rules
 
 
-# --config
-
-
-@pytest.fixture
-def config(tmp_path):
-    """Writes a YAML file and returns the flag that reads it."""
-
-    def write(text):
-        path = tmp_path / "run.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return f"--config={path}"
-
-    return write
-
-
-def test_config_is_read_and_the_command_line_wins(config):
-    flag = config(
-        "rank: 8\nlearning_rate: 1e-3\ncenter_crop: true\nrandom_flip: true\nallow_tf32: false\nsnr_gamma:\n"
-        "validation_prompts:\n- a red axe\n- 'yes'\nseed: 7\nvalidation_negative_prompt: -blurry\n"
-    )
-    args = parse(flag, "--rank", "2", "--no-random_flip", "--seed=0")
-    assert (args.rank, args.seed, args.learning_rate) == (2, 0, 1e-3)
-    assert (args.center_crop, args.random_flip, args.allow_tf32, args.snr_gamma) == (True, False, False, None)
-    assert (args.validation_prompts, args.validation_negative_prompt) == (["a red axe", "yes"], "-blurry")
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("rnak: 4", "there is no flag 'rnak'. Did you mean rank?"),
-        ("help: true", "there is no flag 'help'"),
-        ("config: other.yaml", "there is no flag 'config'"),
-        ("rank: four", "invalid int value: 'four'"),
-        ("rank: [1, 2]", "unrecognized arguments: 2"),
-        ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
-        ("mixed_precision: no", "'mixed_precision' takes a value, not false; quote it if it is a word"),
-        ("center_crop: 1", "center_crop"),
-        ("- rank\n- 4", "it must hold one flag a line"),
-        ("rank: 4: 5", "it can't be read as YAML"),
-        (b"rank: \xff\xfe", "it can't be read as YAML"),
-    ],
-)
-def test_a_bad_config_is_told_with_its_name(config, tmp_path, text, answer):
-    message = refused(config(text))
-    assert answer in message
-    assert str(tmp_path / "run.yaml") in message
-
-
-def test_a_config_that_is_not_there(tmp_path):
-    assert str(tmp_path / "void.yaml") in refused(f"--config={tmp_path}/void.yaml")
+# run.yaml
 
 
 def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
     options = dict(
         rank=2, lora_alpha=3, center_crop=True, snr_gamma=5, seed=None, target_modules=["to_q", "to_k"], use_rslora=True,
         validation_prompt="a red axe: 'sharp' # 1", lr_scheduler="linear", init_lora_weights="true", max_train_steps=3,
+        max_train_samples=3,
     )  # fmt: skip
     first = train(output_dir=tmp_path / "first", **options)
-    wanted = vars(train_script.parse_args(arguments(output_dir=tmp_path / "first", **options)))
-    again = vars(train_script.parse_args([f"--config={first / 'run.yaml'}"]))
-    settled = ("seed",)  # drawn, it stands in run.yaml
-    merged = ("config", "validation_prompt", "left_open")  # run.yaml has all prompts in validation_prompts
-    assert {k: v for k, v in again.items() if k not in settled + merged} == {
-        k: v if not isinstance(v, Path) else str(v) for k, v in wanted.items() if k not in settled + merged
-    }
-    assert again["seed"] is not None
+    wanted = train_script.parse_args(arguments(output_dir=tmp_path / "first", **options))
+    again = train_script.parse_args([f"--config={first / 'run.yaml'}"])
+    assert again.seed is not None  # drawn, it stands in run.yaml
+    assert train_script.sample_prompts(again) == train_script.sample_prompts(wanted) == [options["validation_prompt"]]
+    not_the_same = (
+        "seed",
+        "config",
+        "validation_prompt",
+        "validation_prompts",
+    )  # run.yaml has all prompts in the last
+    again, wanted = ({k: v for k, v in vars(args).items() if k not in not_the_same} for args in (again, wanted))
+    assert again == wanted
 
     others = (
         "pretrained_model_name_or_path", "train_data_dir", "resolution", "train_batch_size", "learning_rate",
@@ -253,16 +229,16 @@ def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
     out = train(output_dir=tmp_path / "out", lr_warmup_ratio=0.5, max_train_steps=None, num_train_epochs=1, rank=2)
     argv = ["--config", str(out / "run.yaml"), "--rank", "8", "--num_train_epochs", "3", "--optimizer", "prodigy"]
     args = train_script.parse_args([*argv, "--learning_rate", "1"])
-    assert (args.lora_alpha, args.max_train_steps, args.lr_warmup_steps, args.lr_warmup_ratio) == (8, None, None, 0.5)
+    assert (args.lora_alpha, args.max_train_steps, args.lr_warmup_steps, args.lr_warmup_ratio) == (
+        None,
+        None,
+        None,
+        0.5,
+    )
     assert (args.bucket_step, args.cache_variations, args.num_train_epochs) == (None, None, 3)
-
-
-def test_run_yaml_of_a_run_without_a_seed_draws_the_same_pictures(train, tmp_path):
-    first = train(output_dir=tmp_path / "first", max_train_samples=3, seed=None)
-    seed = yaml.safe_load((first / "run.yaml").read_text())["seed"]
-    second = train(output_dir=tmp_path / "second", max_train_samples=3, seed=seed)
-    a, b = read_lora(first), read_lora(second)
-    assert all(a[key].equal(b[key]) for key in a | b)
+    assert train_script.lora_settings_of(args, STABLE_DIFFUSION).alpha == 8
+    schedule = train_script.schedule_of(args, steps_per_epoch=10)
+    assert (schedule.num_steps, schedule.warmup_steps) == (30, 15)
 
 
 # Bad input, through the real command.
@@ -289,10 +265,10 @@ BAD_INPUT = {
     "image column": (dict(image_column="imgae"), "there is no column 'imgae'"),
     "unknown flag": (dict(rnak=4), "there is no flag --rnak. Did you mean --rank?"),
     "unknown choice": (dict(lr_scheduler="cosin"), "--lr_scheduler: invalid choice: 'cosin'"),
-    "no number": (dict(rank="four"), "--rank: invalid int value: 'four'"),
+    "no number": (dict(rank="four"), "--rank four: it must be a whole number, 1 or more."),
     "resolution": (dict(resolution=36), "--resolution 36: this model needs a multiple of 8, e.g. 32"),
-    "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more"),
-    "too large a split": (dict(validation_split=0.9), "--validation_split 0.9: it must be from 0 to 0.5"),
+    "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more."),
+    "too large a split": (dict(validation_split=0.9), "--validation_split 0.9: it must be from 0 to 0.5."),
     "two ways to validate": (
         dict(validation_split=0.1, validation_data_dir="{tmp}"), "Pass one of --validation_split and --validation_data_dir"
     ),
@@ -302,7 +278,7 @@ BAD_INPUT = {
         "--early_stopping_patience needs validations",
     ),
     "validation folder": (dict(validation_data_dir="{tmp}/void"), "{tmp}/void: there is no such folder"),
-    "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more"),
+    "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more."),
     "file in the way": (dict(output_dir="{tmp}/file/out"), "{tmp}/file/out: it can't be written"),
     "file in the preview's way": (
         dict(preview_data="{tmp}/file/sheet.png"),
@@ -321,53 +297,91 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
+# Each case as the command is started, but in one process: the imports that all need are the slowest part of an answer.
+ANSWER_ALL = """
+import contextlib, io, json, runpy, sys, time
+from pathlib import Path
+
+answers = {}
+for case, words in json.load(sys.stdin).items():
+    sys.argv = ["train_text_to_image_lora.py", *words]
+    out, err, code, start = io.StringIO(), io.StringIO(), 0, time.process_time()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path("train_text_to_image_lora.py", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    files = sorted(map(str, Path(FOLDER).rglob("*")))
+    seconds = time.process_time() - start
+    answers[case] = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": seconds, "files": files}
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_sd, no_torch, tmp_path_factory):
+    """What each case of `BAD_INPUT` is answered with, the folder that they are about, and what was in it before."""
+    folder = tmp_path_factory.mktemp("bad input")
+    pictures = write_pictures(folder / "pictures")
+    (folder / "empty").mkdir()
+    shutil.copytree(pictures, folder / "bare", ignore=shutil.ignore_patterns("*.jsonl"))
+    (folder / "file").write_text("[]")
+    words = {}
+    for case, (changes, _) in BAD_INPUT.items():
+        changes = {k: v.format(tmp=folder) if isinstance(v, str) else v for k, v in changes.items()}
+        words[case] = [*map(str, words_of_run(tiny_sd, pictures, folder, **changes))]
+    before = sorted(map(str, folder.rglob("*")))
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER_ALL.replace("FOLDER", repr(str(folder)))], input=json.dumps(words), text=True,
+        capture_output=True, cwd=ROOT, env=os.environ | no_torch, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout), folder, before
+
+
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_answered_in_one_line_at_once(case, arguments, no_torch, tmp_path):
-    (tmp_path / "empty").mkdir()
-    shutil.copytree(tmp_path / "pictures", tmp_path / "bare", ignore=shutil.ignore_patterns("*.jsonl"))
-    (tmp_path / "file").write_text("[]")
-    before = sorted(tmp_path.rglob("*"))
-    changes, answer = BAD_INPUT[case]
-    words = arguments(**{k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()})
+def test_bad_input_is_answered_in_one_line_at_once(case, answers):
+    answers, folder, before = answers
+    given = answers[case]
+    assert given["code"] == 2, given["err"]
+    assert given["out"] == ""
+    assert given["err"].startswith("train_text_to_image_lora.py: ")
+    assert given["err"].count("\n") == 1
+    assert BAD_INPUT[case][1].format(tmp=folder) in given["err"]
+    assert given["seconds"] < 3
+    assert given["files"] == before  # no output folder, no cache
+
+
+def test_a_real_command_answers_bad_input_at_once(arguments, no_torch, pictures, tmp_path):
+    (pictures / "metadata.jsonl").unlink()
     start = cpu_seconds()
-    done = run_command(words, env=no_torch, timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("train_text_to_image_lora.py: ")
-    assert done.stderr.count("\n") == 1
-    assert answer.format(tmp=tmp_path) in done.stderr
+    done = run_command(arguments(), env=no_torch)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train_text_to_image_lora.py: .*the pictures have no captions. .*\n", done.stderr)
     assert cpu_seconds() - start < 3
-    assert sorted(tmp_path.rglob("*")) == before  # no output folder, no cache
+    assert not (tmp_path / "out").exists()
 
 
-def test_fp16_without_a_gpu_by_the_launcher(arguments, tmp_path):
-    start = cpu_seconds()
-    done = run_command(arguments(), env={"ACCELERATE_MIXED_PRECISION": "fp16", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == (
-        "train_text_to_image_lora.py: --mixed_precision fp16 needs a GPU: on a CPU it would train in float32. "
-        "Use bf16 or no.\n"
+@pytest.mark.parametrize("by", ["launcher", "flag"])
+def test_fp16_without_a_gpu(train, tmp_path, monkeypatch, by):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError) as caught:
+        train(mixed_precision="fp16" if by == "flag" else None)
+    assert str(caught.value) == (
+        "--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no."
     )
-    assert cpu_seconds() - start < 10
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "cache").exists()
 
 
-def test_fp16_without_a_gpu_by_the_flag(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    with pytest.raises(InputError, match="--mixed_precision fp16 needs a GPU"):
-        train(mixed_precision="fp16")
-    assert not (tmp_path / "out").exists()
-
-
 def test_help_is_quick_and_needs_no_torch(no_torch):
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(2):
+        start = cpu_seconds()
         done = run_command(["--help"], env=no_torch)
-        times.append(time.perf_counter() - start)
+        times.append(cpu_seconds() - start)
     assert done.returncode == 0, done.stderr
     assert all(f"--{name}" in done.stdout for name in UPSTREAM_FLAGS)
     assert min(times) < 0.5
@@ -414,7 +428,7 @@ def test_the_output_folder_is_checked_by_all_processes_at_once(tmp_path):
     def check():
         try:
             for i in range(100):
-                train_script.check_folder(tmp_path / f"{i}" / "deep" / "out", "--output_dir")
+                check_writable(tmp_path / f"{i}" / "deep" / "out", "--output_dir")
         except InputError as error:
             failures.append(error)
 
@@ -436,9 +450,8 @@ TWO_BY_ACCELERATE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, TWO_BY_ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_answer_bad_input_once(launcher, arguments):
-    done = run_command(arguments(rank=0), launcher)
+def test_two_processes_answer_bad_input_once(arguments):
+    done = run_command(arguments(rank=0), TWO_BY_ACCELERATE)
     assert done.returncode != 0
     assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
 
@@ -448,6 +461,7 @@ def test_a_slow_first_process_answers_too(arguments, tmp_path):
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(1)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     done = run_command(arguments(rank=0), TORCHRUN, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode != 0
     assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
 
 

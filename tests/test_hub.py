@@ -1,123 +1,34 @@
 """The hub on a loopback port: what is uploaded, what happens where that fails, and datasets as the hub keeps them."""
 
-import base64
-import contextlib
-import hashlib
 import json
-import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import pytest
 import torch
+import wandb
 import yaml
-from conftest import read_lora, read_metrics, run_command, write_pictures
-from test_export import Hub
-from test_tracking import read_wandb
+from conftest import read_lora, read_metrics, read_records, run_command, write_pictures
+from loopback_hub import FailingHub, Hub, Repositories, environment, serving, taken_for_the_hub, uploaded
+from wandb_record import read_wandb
 
-from text_to_image_lora.records import load_records
+from text_to_image_lora.errors import TrainingError
 
 
 SECRET = "hf_TopSecretTokenOfTheTest"
 PROMPTS = ["a red axe", "a blue axe"]
 
 
-class FailingHub(Hub):
-    """Answers `server.failing` (a path's end) with a status instead."""
-
-    def do_POST(self):
-        path, status = self.server.failing
-        if not self.path.endswith(path):
-            super().do_POST()
-            return
-        self.rfile.read(int(self.headers["Content-Length"]))
-        answer = json.dumps({"error": "the server's reason\nin two lines"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-
-class Repositories(BaseHTTPRequestHandler):
-    """The folders `server.root`/owner/name as the hub gives models and datasets out; whatever else is asked is 404."""
-
-    def do_GET(self):
-        path, commit = self.path.partition("?")[0], "a" * 40
-        match = re.fullmatch(r"(/api)?(/datasets|/models)?(/owner/\w+)(.*)", path)
-        content, headers = None, {"X-Repo-Commit": commit}
-        if match:
-            folder = self.server.root / match[3][1:]
-            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-            place = re.fullmatch(r"/(revision|tree|resolve)/[^/]+/?(.*)", match[4])
-            if match[1] and (match[4] == "" or place[1] == "revision"):
-                siblings = [{"rfilename": name} for name in files]
-                content = json.dumps({"id": match[3][1:], "sha": commit, "siblings": siblings}).encode()
-            elif match[1] and place[1] == "tree":
-                entries = [
-                    {"type": kind, "path": file.relative_to(folder).as_posix(), "oid": commit, "size": 1}
-                    for file in (folder / place[2]).rglob("*")
-                    for kind in ["file" if file.is_file() else "directory"]
-                ]
-                content = json.dumps(entries).encode()
-            elif place and place[1] == "resolve" and place[2] in files:
-                content = files[place[2]].read_bytes()
-                headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
-            else:
-                headers["X-Error-Code"] = "EntryNotFound"
-        self.send_response(404 if content is None else 200)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content or b"")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        """Quiet."""
-
-
-@contextlib.contextmanager
-def serving(handler, **attributes):
-    """A server on a free port; `seen` keeps its requests."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    vars(server).update(seen=[], **attributes)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def environment(server, folder, **more):
-    """For a child that is to take the server for the hub."""
-    return {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
-        "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", **more,
-    }  # fmt: skip
-
-
-def uploaded(server):
-    """{path: content} of the one commit."""
-    (commit,) = (body for _, path, _, body in server.seen if path.endswith("/commit/main"))
-    rows = [row["value"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"]
-    return {row["path"]: base64.b64decode(row["content"]) for row in rows}
-
-
-def test_push_to_hub_uploads_weights_card_and_pictures_only(arguments, tmp_path):
-    out = tmp_path / "out"
-    words = arguments(
-        push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
-        save_every_n_epochs=1, validation_steps=1,
-    )  # fmt: skip
-    with serving(Hub) as server:
-        done = run_command(words, env=environment(server, tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "uploaded: " in done.stdout
-    assert "/me/axes/commit/abc" in done.stdout
+def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, capfd):
+    with serving(Hub) as server, taken_for_the_hub(server):
+        out = train(
+            push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
+            save_every_n_epochs=1, validation_steps=1,
+        )  # fmt: skip
+    wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
+    said = capfd.readouterr()
+    assert "uploaded: " in said.out
+    assert "/me/axes/commit/abc" in said.out
     files = uploaded(server)
     pictures = [f"validation/step-000002/prompt-0{k}-0.png" for k in (0, 1)]
     assert set(files) == {"pytorch_lora_weights.safetensors", "README.md", *pictures}
@@ -137,24 +48,29 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(arguments, tmp_path)
         assert method == "GET" or headers["Authorization"] == f"Bearer {SECRET}"
         assert {name.lower() for name, value in headers.items() if SECRET in value} <= {"authorization"}
         assert SECRET.encode() not in body + path.encode()
-    assert SECRET not in done.stdout + done.stderr
+    assert SECRET not in said.out + said.err
     for path in out.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize(
-    "failing", [("/api/repos/create", 500), ("/commit/main", 403)], ids=["breaks down", "may not"]
-)
-def test_a_failing_upload_loses_nothing(arguments, tmp_path, failing):
+def test_an_upload_that_breaks_down_is_told(train, tmp_path):
+    told = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
+    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), told as caught:
+        train(push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET)
+    assert "\n" not in str(caught.value)
+    assert len(read_lora(tmp_path / "out")) == 60
+
+
+def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    words = arguments(push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, report_to="wandb")
-    with serving(FailingHub, failing=failing) as server:
-        done = run_command(words, env=environment(server, tmp_path))
+    flags = dict(push_to_hub=True, hub_model_id="me/axes", report_to="wandb")
+    with serving(FailingHub, failing=("/commit/main", 403)) as server:
+        done = run_command(arguments(hub_token=SECRET, **flags), env=environment(server, tmp_path))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("train_text_to_image_lora.py: The upload failed (")
-    assert str(failing[1]) in last
+    assert "403" in last
     assert f"Everything is in {out}: run the same command again" in last
     assert SECRET not in done.stdout + done.stderr
     assert len(read_lora(out)) == 60
@@ -164,14 +80,12 @@ def test_a_failing_upload_loses_nothing(arguments, tmp_path, failing):
     assert "wandb sync" in done.stdout
     (run,) = (out / "wandb").glob("offline-run-*")
     assert [record.exit.exit_code for record in read_wandb(run) if record.HasField("exit")] == [0]
-    if failing[1] == 500:
-        return
     # And the same command again uploads it, without training again.
     before = (out / "pytorch_lora_weights.safetensors").read_bytes()
-    words = [word for word in words if word not in ("--hub_token", SECRET)]
-    with serving(Hub) as server:
-        done = run_command(words, env=environment(server, tmp_path, HF_TOKEN=SECRET))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with serving(Hub) as server, taken_for_the_hub(server):
+        train(**flags)
+    assert "uploaded: " in capsys.readouterr().out
     assert uploaded(server).keys() == {"pytorch_lora_weights.safetensors", "README.md"}
     assert uploaded(server)["pytorch_lora_weights.safetensors"] == before
     assert {headers["Authorization"] for method, _, headers, _ in server.seen if method == "POST"} == {
@@ -209,10 +123,11 @@ def test_a_parquet_dataset_trains_like_the_same_pictures_in_a_folder(train, parq
     )  # fmt: skip
     first, second = read_lora(a), read_lora(b)
     assert all(torch.equal(first[key], second[key]) for key in first)
-    chinese = load_records(dataset_name=str(pokemon), caption_column="zh_text", cache_dir=tmp_path / "hf")
+    chinese = read_records(dataset_name=str(pokemon), caption_column="zh_text", cache_dir=tmp_path / "hf")
     assert chinese["captions"][0] == ["斧 0"]
 
 
+@pytest.mark.long
 def test_model_and_dataset_by_their_names_on_the_hub(tiny_sd, arguments, train, parquet, tmp_path):
     plain, pokemon = parquet
     (tmp_path / "root" / "owner").mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import write_pictures
 from PIL import Image, ImageChops
 
 
@@ -109,6 +112,26 @@ def lora(lora_weights, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def write_lora(lora_weights, tmp_path_factory):
+    """A function that writes a LoRA file with these strings in its header, and returns its path."""
+    from safetensors.torch import save_file
+
+    def write(name, weights=None, **header):
+        path = tmp_path_factory.mktemp("loras") / f"{name}.safetensors"
+        save_file(weights or flat(lora_weights), path, {"format": "pt", **header})
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def compared(model, lora, tmp_path_factory):
+    """The pictures of the base model and of the LoRA as it is, both of seed 0."""
+    base, with_lora, _ = draw(model, tmp_path_factory.mktemp("compared"), "--lora", lora, "--compare_base").values()
+    return base, with_lora
+
+
 def flat(lora_weights):
     return {f"{part}.{key}": value for part, weights in lora_weights.items() for key, value in weights.items()}
 
@@ -174,7 +197,7 @@ def test_command_draws_names_and_labels(model, lora, tmp_path):
     assert pictures["comparison.png"].text["prompt"] == f"{PROMPT} | a yellow spear"
 
 
-def test_equals_stock_diffusers(model, lora, tmp_path):
+def test_equals_stock_diffusers(model, lora, compared, tmp_path):
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -188,19 +211,22 @@ def test_equals_stock_diffusers(model, lora, tmp_path):
         if with_lora:
             pipe.load_lora_weights(lora, weight_name=infer.WEIGHT_NAME)
         stock += pipe(PROMPT, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
-    base, with_lora, sheet = draw(model, tmp_path / "out", "--lora", lora, "--compare_base").values()
-    assert difference(base, stock[0]) == 0
-    assert difference(with_lora, stock[1]) == 0
-    assert difference(base, with_lora) > 3
+    assert difference(compared[0], stock[0]) == 0
+    assert difference(compared[1], stock[1]) == 0
+    assert difference(*compared) > 3
 
 
 def test_picture_i_is_seed_plus_i(model, tmp_path):
-    two = draw(model, tmp_path / "two", "--num_images", 2, "--seed", 5, prompt=("a dog", PROMPT))
-    one = draw(model, tmp_path / "one", "--seed", 6, prompt=("a dog",))
-    assert list(two) == [f"{n}-seed{s}.png" for n in ("00-a-dog", f"01-{PROMPT.replace(' ', '-')}") for s in (5, 6)]
-    # A batch of two rounds otherwise than a batch of one.
-    assert difference(two["00-a-dog-seed6.png"], one["00-a-dog-seed6.png"]) <= 1
-    assert difference(two["00-a-dog-seed5.png"], two["00-a-dog-seed6.png"]) > 3
+    """In the second batch of a prompt too."""
+    flags = ["--guidance_scale", 1, "--seed"]
+    five = draw(model, tmp_path / "five", *flags, 5, "--num_images", 5, prompt=("a dog", PROMPT))
+    stems = ("00-a-dog", f"01-{PROMPT.replace(' ', '-')}")
+    assert list(five) == [f"{stem}-seed{seed}.png" for stem in stems for seed in range(5, 10)]
+    dogs = [five[f"00-a-dog-seed{seed}.png"] for seed in range(5, 10)]
+    assert min(difference(a, b) for a, b in itertools.combinations(dogs, 2)) > 3
+    for seed in (6, 9):
+        (alone,) = draw(model, tmp_path / str(seed), *flags, seed, prompt=("a dog",)).values()
+        assert difference(dogs[seed - 5], alone) <= 1  # a batch of four rounds otherwise than a batch of one
 
 
 def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
@@ -213,12 +239,126 @@ def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
     assert (tmp_path / name).read_bytes() == first
 
 
-def test_lora_scale(model, lora, tmp_path):
-    base, zero, _ = draw(model, tmp_path / "0", "--lora", lora, "--lora_scale", 0, "--compare_base").values()
-    assert difference(base, zero) == 0
+def test_several_loras_add_up(model, lora, compared, lora_weights, write_lora, tmp_path):
+    """Like one LoRA with the ranks of both and the strengths in its weights; the second has no text encoder's part."""
+    import torch
+
+    hat = {f"unet.{key}": value.flip(-1).contiguous() for key, value in lora_weights["unet"].items()}
+    both = {k: v * (0.8 if "lora_B" in k else 1) for k, v in flat(lora_weights).items()}
+    for key, value in hat.items():
+        both[key] = torch.cat([both[key], value * 0.5 if "lora_B" in key else value], dim=int("lora_B" in key))
+    hat = write_lora("hat, red", hat)
+    (added,) = draw(model, tmp_path / "added", "--lora", hat, f"{lora}:0.8", "--lora_scale", 0.5).values()
+    (one,) = draw(model, tmp_path / "one", "--lora", write_lora("both", both)).values()
+    assert difference(added, one) <= 1
+    assert min(difference(added, picture) for picture in compared) > 3
+    (zero,) = draw(model, tmp_path / "zero", "--lora", f"{lora}:0", f"{hat}:0").values()
+    assert difference(zero, compared[0]) == 0
+
+    (path,) = (tmp_path / "added").iterdir()
+    text = Image.open(path).text
+    assert text["parameters"].endswith('Lora: "hat  red:0.5, axe:0.8"')
+    assert (text["lora"], text["lora_scale"]) == (f"{hat}\n{lora}", "0.5\n0.8")
 
 
-def test_kohya_file(model, lora, lora_weights, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="Windows allows no colon in a name")
+def test_strength_after_the_last_colon(write_lora, tmp_path):
+    odd = tmp_path / "odd:0.5"
+    odd.mkdir()
+    write_lora("hat").rename(odd / infer.WEIGHT_NAME)
+    for given, path, scale in ((odd, odd, 0.7), (f"{odd}:-0.25", odd, -0.25), (f"{odd}:1e-1", odd, 0.1)):
+        found = infer.find_lora(str(given), 0.7, "lora0")
+        assert (found.given, found.path, found.scale) == (str(path), odd / infer.WEIGHT_NAME, scale)
+
+
+AS_TRAINED = dict(prediction_type="v_prediction", rescale_betas_zero_snr="True", clip_skip="1", long_prompts="True")
+
+
+def test_drawn_as_it_was_trained(tiny_pipeline, model, write_lora, tmp_path, capsys):
+    """What stock diffusers draws when told all that the header says."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    if not hasattr(tiny_pipeline.text_encoder, "text_model"):
+        pytest.skip("no pipeline of diffusers can skip CLIP layers with transformers 5.6 and later")
+    lora = write_lora("axe", **AS_TRAINED, pretrained_vae_model_name_or_path="mse")
+    (own,) = draw(model, tmp_path / "own", "--lora", lora, prompt=("a red axe " * 26,)).values()  # 75 + 3 tokens
+    assert capsys.readouterr().err.splitlines() == [
+        "note: the LoRA was trained with the VAE mse; the pictures are not drawn so: its header has the last part of the "
+        "path alone. Pass --vae with the whole.",
+        "note: the LoRA was trained with v-prediction, zero terminal SNR, long prompts and clip skip 1; "
+        "the pictures are drawn so",
+    ]
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    changes = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, **changes)
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    chunks = {"prompt_embeds": [("a red axe " * 25, 1), ("a red axe", 1)], "negative_prompt_embeds": [("", None)] * 2}
+    with torch.no_grad():
+        embeds = {
+            name: torch.cat([pipe.encode_prompt(text, "cpu", 1, False, clip_skip=n)[0] for text, n in parts], dim=1)
+            for name, parts in chunks.items()
+        }
+    stock = pipe(**embeds, num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert difference(own, stock) <= 1
+
+
+def test_why_it_is_not_drawn_as_trained(model, write_lora, tmp_path, monkeypatch, capsys):
+    lora = write_lora("axe", **AS_TRAINED, pretrained_vae_model_name_or_path="owner/name")
+    monkeypatch.setattr(infer, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))  # all is said by then
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, tmp_path / "out", "--lora", lora, "--scheduler", "heun", "--clip_skip", 0)
+    lines = capsys.readouterr().err.splitlines()
+    reasons = {
+        "zero terminal SNR": "--scheduler heun can't. Leave it out, or take ddim.",
+        "clip skip 1": "--clip_skip 0 overrules it.",
+        "the VAE owner/name": "--vae owner/name is no file or folder here, and the hub does not give it: ",
+    }
+    for line, (words, reason) in zip(lines, reasons.items()):
+        assert line.startswith(f"note: the LoRA was trained with {words}; the pictures are not drawn so: {reason}")
+    assert lines[3:] == ["note: the LoRA was trained with v-prediction and long prompts; the pictures are drawn so"]
+
+
+def test_another_vae(tiny_pipeline, model, lora, compared, write_lora, tmp_path, monkeypatch, capsys):
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    vae = copy.deepcopy(tiny_pipeline.vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.3
+    vae.save_pretrained(tmp_path / "bright")
+    pipe = StableDiffusionPipeline(**{**tiny_pipeline.components, "vae": vae}, requires_safety_checker=False)
+    weights = single_file_weights(pipe)
+    save_file({k: v for k, v in weights.items() if k.startswith("first_stage")}, tmp_path / "bright.safetensors")
+    monkeypatch.chdir(tmp_path)
+    trained = write_lora("trained", pretrained_vae_model_name_or_path="bright")
+    (by_header,) = draw(model, tmp_path / "1", "--lora", trained).values()
+    assert capsys.readouterr().err == "note: the LoRA was trained with the VAE bright; the pictures are drawn so\n"
+    (by_flag,) = draw(model, tmp_path / "2", "--lora", lora, "--vae", "bright.safetensors").values()
+    assert difference(by_header, by_flag) == 0
+    assert difference(by_header, compared[1]) > 30
+    (path,) = (tmp_path / "2").iterdir()
+    assert Image.open(path).text["vae"] == "bright.safetensors"
+    assert ", VAE: bright, Lora: axe:1" in Image.open(path).text["parameters"]
+
+
+def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
+    """The training script's validation picture is drawn again, by what its LoRA file says."""
+    prompt = "a red axe " * 26
+    out = train(
+        train_data_dir=write_pictures(tmp_path / "pictures", captions=[prompt]),  # as many chunks as the prompt
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_skip=1, long_prompts=True, learning_rate=0.1,
+        validation_prompt=prompt, validation_inference_steps=3,
+    )  # fmt: skip
+    capsys.readouterr()
+    flags = ["--lora", out, "--num_inference_steps", 3]
+    (picture,) = draw(tiny_sd, tmp_path / "drawn", *flags, prompt=(prompt,)).values()
+    assert "v-prediction, zero terminal SNR, long prompts and clip skip 1; the pictures are" in capsys.readouterr().err
+    assert difference(picture, Image.open(out / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
+
+
+def test_kohya_file(model, compared, lora_weights, tmp_path, capsys):
     """Names with underscores pass the check, and draw the same picture as those with dots."""
     import torch
     from safetensors.torch import save_file
@@ -229,10 +369,11 @@ def test_kohya_file(model, lora, lora_weights, tmp_path):
         path = path.replace("text_encoder.", "te.", 1).replace(".", "_")
         kohya[f"lora_{path}.{leaf.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}"] = value
         kohya[f"lora_{path}.alpha"] = torch.tensor(4.0)
-    save_file(kohya, tmp_path / "kohya.safetensors")
-    (ours,) = draw(model, tmp_path / "ours", "--lora", lora).values()
+    header = {"ss_clip_skip": "2", "ss_v2": "False"}  # has no say
+    save_file(kohya, tmp_path / "kohya.safetensors", header)
     (theirs,) = draw(model, tmp_path / "theirs", "--lora", tmp_path / "kohya.safetensors").values()
-    assert difference(ours, theirs) <= 1
+    assert difference(compared[1], theirs) <= 1
+    assert capsys.readouterr().err == ""
 
 
 def test_schedulers_draw(tiny_pipeline):
@@ -242,8 +383,28 @@ def test_schedulers_draw(tiny_pipeline):
     pipe.set_progress_bar_config(disable=True)
     for name, changes, _ in infer.SCHEDULERS.values():
         pipe.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config, **changes)
-        latents = pipe(PROMPT, num_inference_steps=3, output_type="latent").images
+        latents = pipe(PROMPT, guidance_scale=1, num_inference_steps=3, output_type="latent").images
         assert latents.isfinite().all(), name
+
+
+def test_schedulers_with_zero_terminal_snr(tiny_pipeline):
+    import diffusers
+    import torch
+
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for flag, (name, *_) in infer.SCHEDULERS.items():
+        can = "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, name)).parameters
+        assert can == (flag not in infer.NO_ZERO_SNR), name
+        if can:
+            training = {"prediction_type": "v_prediction", "zero_snr": True}
+            scheduler = infer.make_scheduler(tiny_pipeline.scheduler, flag, training)
+            scheduler.set_timesteps(3)
+            assert scheduler.timesteps[0] == 999, name
+            sample = latents * scheduler.init_noise_sigma
+            for timestep in scheduler.timesteps:
+                prediction = scheduler.scale_model_input(sample, timestep)
+                sample = scheduler.step(prediction, timestep, sample).prev_sample
+            assert sample.isfinite().all(), name
 
 
 def test_no_sampler_clips_latents(tiny_pipeline):
@@ -255,12 +416,14 @@ def test_no_sampler_clips_latents(tiny_pipeline):
         assert not getattr(diffusers, name).from_config(settings, **changes).config.get("clip_sample")
 
 
-def test_clip_skip(tiny_pipeline, model, tmp_path):
+def test_clip_skip(tiny_pipeline, model, write_lora, compared, tmp_path, capsys):
     if not hasattr(tiny_pipeline.text_encoder, "text_model"):
         pytest.skip("no pipeline of diffusers can skip CLIP layers with transformers 5.6 and later")
-    (plain,), (skipped,) = (draw(model, tmp_path / n, *("--clip_skip", n)).values() for n in "01")
-    assert difference(plain, skipped) > 0
-    (path,) = (tmp_path / "1").iterdir()
+    lora = write_lora("axe", prediction_type="epsilon", rescale_betas_zero_snr="False", clip_skip="1")
+    (skipped,) = draw(model, tmp_path, "--lora", lora, "--clip_skip", 1).values()
+    assert capsys.readouterr().err == ""  # a base of epsilon, and a flag that agrees with the header, are no news
+    assert difference(compared[1], skipped) > 0
+    (path,) = tmp_path.iterdir()
     assert Image.open(path).text["clip_skip"] == "1"
     assert Image.open(path).text["parameters"].endswith("Clip skip: 2")
 
@@ -325,7 +488,7 @@ class Shell:
         return os.system, (f"touch {self.path}",)
 
 
-def test_single_files(tiny_pipeline, model, lora_weights, tmp_path, monkeypatch, capsys):
+def test_single_files(tiny_pipeline, model, compared, lora_weights, tmp_path, monkeypatch, capsys):
     import types
 
     import numpy as np
@@ -345,10 +508,9 @@ def test_single_files(tiny_pipeline, model, lora_weights, tmp_path, monkeypatch,
     torch.save({"state_dict": weights, "callbacks": callbacks}, tmp_path / "model.ckpt")
     torch.save({"state_dict": weights, "callbacks": Shell(tmp_path / "hacked")}, tmp_path / "evil.ckpt")
 
-    (folder,) = draw(model, tmp_path / "0").values()
     for file in ("model.safetensors", "model.ckpt"):
         (picture,) = draw(tmp_path / file, tmp_path / file[-4:], "--single_file_config", model).values()
-        assert difference(folder, picture) == 0, file
+        assert difference(compared[0], picture) == 0, file
     with pytest.raises(SystemExit):
         draw(tmp_path / "evil.ckpt", tmp_path / "1", "--single_file_config", model)
     assert "carries more than weights (posix.system)" in capsys.readouterr().err
@@ -376,22 +538,30 @@ def bad_files(lora_weights, tmp_path_factory):
     save_file(good | {first: torch.zeros(4, 5), second: torch.zeros(5, 4)}, folder / "size.safetensors")
     save_file({key: value for key, value in good.items() if key != second}, folder / "half.safetensors")
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file(good, folder / "v.safetensors", {"prediction_type": "v_prediction"})
+    save_file(good, folder / "skip.safetensors", {"clip_skip": "1"})
+    save_file(good, folder / "skip5.safetensors", {"clip_skip": "5"})
     (folder / "cut.safetensors").write_bytes((folder / "size.safetensors").read_bytes()[:-100])
     (folder / "lora.bin").write_bytes(b"")
     (folder / "empty.txt").write_text("\n \n")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "flux").mkdir()
     (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (folder / "wide").mkdir()
+    (folder / "wide" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
     return folder
 
 
 BAD_INPUT = {
-    "--num_images 0": "must be 1 or more",
-    "--num_inference_steps -1": "must be 1 or more",
-    "--height 100": "must be a multiple of 8",
-    "--width 0": "must be a multiple of 8",
-    "--clip_skip -1": "must be 0 or more",
-    "--guidance_scale nan": "finite",
+    "--num_images 0": "must be a whole number, 1 or more",
+    "--num_inference_steps -1": "must be a whole number, 1 or more",
+    "--height 100": "must be a whole number, a multiple of 8",
+    "--width 0": "must be a whole number, a multiple of 8",
+    "--clip_skip -1": "must be a whole number, 0 or more",
+    "--clip_skip 2": "the text encoder has 2 layers. Pass --clip_skip 1 at most",
+    "--guidance_scale nan": "it must be a finite number",
+    "--lora_scale inf": "it must be a finite number",
+    "--lora_scale 0.5": "--lora_scale needs --lora",
     "--scheduler eulr": "invalid choice: 'eulr'",
     "--num_inference_step 3": "Did you mean --num_inference_steps?",
     "--promt dog": "Did you mean --prompt?",
@@ -416,19 +586,41 @@ BAD_INPUT = {
     "--lora {bad}/layer.safetensors": "1 of its",
     "--lora {bad}/size.safetensors": "2 of its",
     "--lora {bad}/half.safetensors": "1 of its",
+    "--lora {bad}/skip.safetensors:nan": "must be a finite number",
+    "--lora {bad}/skip.safetensors:0,5": "does not exist",
+    "--lora {bad}/skip.safetensors {bad}/none": "does not exist",
+    "--lora {bad}/skip5.safetensors": "clip skip 5: the text encoder has 2 layers",
+    "--lora {bad}/v.safetensors {bad}/skip.safetensors": "v.safetensors was trained with prediction_type v_prediction, ",
+    "--lora {bad}/skip5.safetensors {bad}/skip.safetensors": "skip.safetensors with 1. Pass --clip_skip to choose.",
+    "--vae ./missing": "does not exist",
+    "--vae {bad}": "holds no config.json of an AutoencoderKL",
+    "--vae {bad}/wide": "makes latents of 16 channels, and the UNet takes 4",
+    "--vae {bad}/lora.bin": "must be .safetensors, .ckpt or .pt",
+    "--vae {bad}/cut.safetensors": "not a whole safetensors file",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_INPUT)
-def test_bad_input(flags, model, bad_files, tmp_path):
-    argv = ["--pretrained_model_name_or_path", model, "--prompt", "a dog", "--output_dir", tmp_path / "out"]
-    code, out, err, seconds = command(*argv, *flags.format(bad=bad_files).split())
-    assert (code, out) == (2, "")
+def test_bad_input(flags, model, bad_files, tmp_path, monkeypatch, capsys):
+    """One line before anything is loaded; nothing is written."""
+    monkeypatch.setattr(infer, "load_pipeline", lambda *args: pytest.fail("a model is loaded"))
+    argv = ["--pretrained_model_name_or_path", model, "--prompt", "a dog", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        infer.main([*argv, *flags.format(bad=bad_files).split()])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
     assert err.startswith("infer.py: error: ")
     assert len(err.splitlines()) == 1
     assert BAD_INPUT[flags] in err
-    assert seconds < 3
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_of_the_command(model, bad_files, tmp_path):
+    argv = ["--pretrained_model_name_or_path", model, "--prompt", "a dog", "--output_dir", tmp_path / "out"]
+    code, out, err, seconds = command(*argv, "--lora", bad_files / "layer.safetensors", "--vae", bad_files / "wide")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "1 of its" in err
+    assert seconds < 3  # no torch
 
 
 def test_help_is_quick_and_needs_no_torch():
@@ -460,7 +652,8 @@ def test_imports_nothing_local():
 def test_comparison_sheet(count, columns, bands, side):
     """Every tile is whole, in its row and its column."""
     red, blue = Image.new("RGB", (side, side), (255, 0, 0)), Image.new("RGB", (side, side), (0, 0, 255))
-    sheet = infer.comparison_sheet([("a long prompt " * 20, "", red, blue)] * count, scale=0.5)
+    rows = [("base", ""), ("with LoRA", "at 0.5")]
+    sheet = infer.layout(rows, [("a long prompt " * 20, "")] * count, [red] * count + [blue] * count)
     tile = 256 if side == 64 else 512
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 20)}
     assert counts[255, 0, 0] == counts[0, 0, 255] == count * tile**2
@@ -469,3 +662,21 @@ def test_comparison_sheet(count, columns, bands, side):
     assert sheet.width - blue_box[2] == sheet.width - red_box[2] == sheet.height - blue_box[3]
     assert columns * tile < sheet.width < (columns + 2) * tile
     assert sheet.height > bands * 2 * tile
+
+
+def test_any_grid():
+    """Three rows with long labels, in two bands: read from left to right and from top to bottom, the tiles are in order."""
+    cells = [(row, column) for row in range(3) for column in range(9)]
+    images = [Image.new("RGB", (64, 64), (250, 10 + 40 * row, 10 + 20 * column)) for row, column in cells]
+    rows = [(f"a label of row {row} that has no end " * 3, "its note") for row in range(3)]
+    sheet = infer.layout(rows, [(f"column {column}", "") for column in range(9)], images)
+    colours = sheet.getcolors(maxcolors=1 << 20)
+    assert {colour for number, colour in colours if number == 256**2} == {image.getpixel((0, 0)) for image in images}
+    places = {}
+    for y, x in itertools.product(range(0, sheet.height, 16), range(0, sheet.width, 16)):
+        red, green, blue = sheet.getpixel((x, y))
+        if red == 250 and green < 100:
+            places.setdefault(((green - 10) // 40, (blue - 10) // 20), (x, y))
+    bands = [range(5), range(5, 9)]
+    assert list(places) == [(row, column) for band in bands for row in range(3) for column in band]
+    assert all(places[row, 0][0] == places[row, 5][0] for row in range(3))

@@ -9,8 +9,9 @@ from conftest import read_metrics, run_command
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from text_to_image_lora import lora
 from text_to_image_lora.errors import TrainingError
+from text_to_image_lora.models import lora
+from text_to_image_lora.models.families import STABLE_DIFFUSION
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 does not exist on a CPU")
@@ -88,6 +89,7 @@ def test_bf16_with_options_keeps_the_lora_in_float32(train, first_forward, optio
     assert {value.dtype for value in adapter.values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_bf16_by_the_launcher_is_bf16_by_the_flag(train, arguments, tmp_path):
     done = run_command(arguments(output_dir=tmp_path / "launched"), LAUNCH_BF16)
     assert done.returncode == 0, done.stderr
@@ -157,22 +159,26 @@ def prediction(unet):
 def trained_prediction(tiny_sd, checkpoint, **options):
     """The UNet with the checkpoint's own tensors, put on as training does."""
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    settings = dict(lora_dropout=0.0, target_modules=lora.TARGET_MODULES, init_lora_weights="true")
-    lora.add_lora(unet, **({"use_rslora": False, "use_dora": False} | settings | options))
+    settings = lora.LoraSettings(target_modules=STABLE_DIFFUSION.target_modules, init="true", **options)
+    lora.add_lora(unet, settings)
     lora.load_adapter(unet, load_file(checkpoint / "adapter.safetensors"))
     return prediction(unet)
 
 
-@pytest.mark.lora_file
+@pytest.mark.filterwarnings("ignore:.*load_attn_procs:FutureWarning")  # deprecated in 0.39, which is pinned for it
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rsLoRA", "DoRA"])
-def test_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options):
-    output_dir = train(rank=4, lora_alpha=6, max_train_steps=4, **options)
-    wanted = trained_prediction(tiny_sd, output_dir / "checkpoint-4", rank=4, lora_alpha=6, **options)
+def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options):
+    """Alpha is not in upstream's file: with another one than the rank, the reloaded LoRA is too strong or too weak."""
+    output_dir = train(rank=2, lora_alpha=7, max_train_steps=3, **options)
+    wanted = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, alpha=7, **options)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     base = prediction(pipeline.unet)
-    pipeline.load_lora_weights(output_dir, weight_name="pytorch_lora_weights.safetensors")
-    torch.testing.assert_close(prediction(pipeline.unet), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - base).abs().max() > 1e-2
+    for reader in (pipeline.load_lora_weights, pipeline.unet.load_attn_procs):
+        pipeline.unload_lora_weights()
+        torch.testing.assert_close(prediction(pipeline.unet), base)
+        reader(output_dir, weight_name="pytorch_lora_weights.safetensors")
+        torch.testing.assert_close(prediction(pipeline.unet), wanted, atol=1e-5, rtol=1e-5)
     # With the alpha lost it would be another model: the comparison sees that.
-    wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-4", rank=4, lora_alpha=4, **options)
-    assert (wanted - wrong).abs().max() > 1e-3
+    wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, alpha=2, **options)
+    assert (wanted - wrong).abs().max() > 1e-2

@@ -51,27 +51,57 @@ def assert_equal(a, b):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-# 6 pictures in batches of 2: three steps an epoch.
+@pytest.fixture(scope="module")
+def two_steps(train_in, tmp_path_factory):
+    return train_in(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def two(two_steps, tmp_path):
+    """A finished run of two steps, where `train` goes on."""
+    return shutil.copytree(two_steps, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def six_steps(train_in, tmp_path_factory):
+    """A finished run of two epochs: 6 pictures in batches of 2, and a checkpoint after each epoch."""
+    return train_in(tmp_path_factory.mktemp("six"), max_train_steps=6, checkpointing_steps=3)
+
+
+def stopped(run, copy, step):
+    """A copy of a run, as if it had been stopped after the checkpoint of that step: of later ones a line is left."""
+    shutil.copytree(run, copy)
+    for path in copy.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[: step + 2])[:-20])  # the last was half written
+    (copy / "pytorch_lora_weights.safetensors").unlink()
+    return copy
+
+
+def test_a_run_in_parts_is_the_run_straight_through(train, six_steps, tmp_path):
+    """It was asked for a few steps more each time: within an epoch, after one, and before the end of the next."""
+    for step in (2, 3, 5, 6):
+        train(max_train_steps=step)
+    assert_same_end(six_steps, tmp_path / "out", 6)
+
+
 @pytest.mark.parametrize(
-    ("stops", "options"),
+    ("stop", "options"),
     [
-        ((3,), {}),
-        ((2, 4, 5), {}),
-        ((4,), {"lora_dropout": 0.5}),
-        ((2,), {"use_8bit_adam": True, "rank": 64}),
-        ((4,), {"gradient_accumulation_steps": 2, "train_batch_size": 1, "random_flip": True, "noise_offset": 0.1}),
-        ((4,), {"cache_variations": 0, "dataloader_num_workers": 1}),
-        ((4,), {"mixed_precision": "bf16", "use_dora": True}),
+        (4, {"lora_dropout": 0.5}),
+        (2, {"use_8bit_adam": True, "rank": 64}),
+        (4, {"gradient_accumulation_steps": 2, "train_batch_size": 1, "random_flip": True, "noise_offset": 0.1}),
+        (4, {"cache_variations": 0, "dataloader_num_workers": 1}),
+        (4, {"mixed_precision": "bf16", "use_dora": True}),
     ],
-    ids=["epoch", "mid-epoch", "dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA"],
+    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA"],
 )
-def test_a_run_in_parts_is_the_run_straight_through(train, tmp_path, stops, options):
-    straight, parts = tmp_path / "one", tmp_path / "two"
-    train(max_train_steps=6, output_dir=straight, **options)
-    for step in (*stops, 6):
-        train(max_train_steps=step, output_dir=parts, **options)
-    shutil.rmtree(tmp_path / "cache")
-    assert_same_end(straight, parts, 6)
+def test_a_run_that_stopped_ends_as_the_run_straight_through(train, tmp_path, stop, options):
+    options |= dict(max_train_steps=6, checkpointing_steps=stop)
+    straight = train(output_dir=tmp_path / "one", **options)
+    assert_same_end(straight, train(output_dir=stopped(straight, tmp_path / "two", stop), **options), 6)
 
 
 def test_another_dropout_would_be_seen(train, tmp_path):
@@ -87,16 +117,9 @@ def test_a_run_that_stopped_goes_on_with_its_schedule(train, tmp_path, scheduler
     """Stopped after the checkpoint of step 3: what came later is lost, but for lines of metrics.jsonl."""
     options = dict(max_train_steps=7, checkpointing_steps=3, lr_scheduler=scheduler, lr_warmup_steps=5)
     straight = train(output_dir=tmp_path / "one", **options)
-    stopped = train(output_dir=tmp_path / "two", **options)
-    names = sorted(path.name for path in stopped.glob("checkpoint-*"))
+    names = sorted(path.name for path in straight.glob("checkpoint-*"))
     assert names == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
-    for name in ("checkpoint-6", "checkpoint-7"):
-        shutil.rmtree(stopped / name)
-    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "metrics.jsonl").write_text("".join(lines[:5])[:-20])  # the fifth was half written
-    (stopped / "pytorch_lora_weights.safetensors").unlink()
-    train(output_dir=stopped, **options)
-    assert_same_end(straight, stopped, 7)
+    assert_same_end(straight, train(output_dir=stopped(straight, tmp_path / "two", 3), **options), 7)
     assert len({row["lr"] for row in read_metrics(straight)}) > 5
 
 
@@ -147,20 +170,19 @@ def test_the_seed_of_a_run_without_one_is_kept(train, tmp_path):
         train(seed=seed + 1, max_train_steps=4)
 
 
-def test_none_starts_over(train, tmp_path, capsys):
-    straight = train(max_train_steps=3, learning_rate=1e-3, output_dir=tmp_path / "one")
-    output_dir = train(max_train_steps=6, checkpointing_steps=3, learning_rate=1e-2, output_dir=tmp_path / "two")
+@pytest.mark.parametrize("limit", [None, 1])
+def test_none_starts_over(train, six_steps, tmp_path, capsys, limit):
+    """And leaves no checkpoint of the run that was given up.
+
+    Else the limit deletes the new ones in its favour, and `latest` goes on from it.
+    """
+    options = dict(max_train_steps=3, learning_rate=1e-3, checkpoints_total_limit=limit)
+    straight = train(output_dir=tmp_path / "one", **options)
+    output_dir = shutil.copytree(six_steps, tmp_path / "two")
     capsys.readouterr()
-    train(max_train_steps=3, learning_rate=1e-3, resume_from_checkpoint="none", output_dir=output_dir)
+    train(resume_from_checkpoint="none", output_dir=output_dir, **options)
     assert "going on" not in capsys.readouterr().out
     assert_same_end(straight, output_dir, 3)
-
-
-@pytest.mark.parametrize("limit", [None, 1])
-def test_none_leaves_no_checkpoint_of_the_run_that_was_given_up(train, limit):
-    """Else the limit deletes the new ones in its favour, and `latest` goes on from it."""
-    output_dir = train(max_train_steps=6, checkpointing_steps=3, learning_rate=1e-2)
-    train(max_train_steps=3, checkpoints_total_limit=limit, resume_from_checkpoint="none")
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
@@ -176,46 +198,39 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_another_run_is_refused_with_what_differs(train, what):
-    output_dir = train()
+def assert_refused(train, output_dir, **changes):
+    """Returns the one line that says so; nothing has changed."""
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    changes, answer = CHANGES[what]
     with pytest.raises(InputError) as caught:
         train(max_train_steps=4, **changes)
     message = str(caught.value)
-    assert f"{output_dir}/checkpoint-2: it belongs to another run ({answer}" in message
+    assert f"{output_dir}/checkpoint-2: it belongs to another run (" in message
     assert message.count(" was ") == 1
     assert message.endswith("Pass another --output_dir, or --resume_from_checkpoint none to start over in this one.")
     assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+    return message
+
+
+ANOTHER_DATASET = r"another run \(dataset was '(\w+)', is '(?!\1)\w+'\)\. "
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_run_is_refused_with_what_differs(train, two, what):
+    changes, answer = CHANGES[what]
+    assert f"({answer}" in assert_refused(train, two, **changes)
 
 
 @pytest.mark.parametrize("what", ["pictures", "captions"])
-def test_other_pictures_and_captions_are_refused(train, pictures, what):
-    train()
+def test_other_pictures_and_captions_are_refused(train, two, pictures, what):
     if what == "pictures":
         write_pictures(pictures, seed=1)
     else:
         file = pictures / "metadata.jsonl"
         file.write_text(file.read_text().replace("number 5", "number 6"))
-    with pytest.raises(InputError, match=r"it belongs to another run \(dataset was '\w+', is '\w+'\)\."):
-        train(max_train_steps=4)
+    assert re.search(ANOTHER_DATASET, assert_refused(train, two))
 
 
-def assert_refused_in_one_line(words, output_dir):
-    """The real command: exit code 2, which dataset it was and is, and nothing changed."""
-    before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    done = run_command(words)
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(
-        rf"train_text_to_image_lora\.py: {output_dir}/checkpoint-2: it belongs to another run "
-        r"\(dataset was '(\w+)', is '(?!\1)\w+'\)\. Pass another --output_dir, or --resume_from_checkpoint none .*\n",
-        done.stderr,
-    )
-    assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-
-
-def test_other_repeats_of_the_same_pictures_are_refused(train, arguments, tmp_path):
+def test_other_repeats_of_the_same_pictures_are_refused(train, tmp_path):
     folder = write_pictures(tmp_path / "set" / "1_axe")
     for row in map(json.loads, (folder / "metadata.jsonl").read_text().splitlines()):
         (folder / row["file_name"]).with_suffix(".txt").write_text(row["text"])
@@ -225,10 +240,10 @@ def test_other_repeats_of_the_same_pictures_are_refused(train, arguments, tmp_pa
     folder = folder.rename(tmp_path / "set" / "1_whip")
     train(train_data_dir=tmp_path / "set")
     folder.rename(tmp_path / "set" / "3_whip")
-    assert_refused_in_one_line(arguments(train_data_dir=tmp_path / "set", max_train_steps=4), output_dir)
+    assert re.search(ANOTHER_DATASET, assert_refused(train, output_dir, train_data_dir=tmp_path / "set"))
 
 
-def test_other_samples_an_epoch_are_refused(train, arguments, pictures):
+def test_other_samples_an_epoch_are_refused(train, pictures):
     """The same pictures and captions, and one of them is of another concept, so that it is drawn more often."""
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
 
@@ -242,11 +257,10 @@ def test_other_samples_an_epoch_are_refused(train, arguments, pictures):
     sort_into("ccccdd")  # other names, the same samples
     train(**options)
     sort_into("aaaaba")
-    assert_refused_in_one_line(arguments(max_train_steps=4, **options), output_dir)
+    assert re.search(ANOTHER_DATASET, assert_refused(train, output_dir, **options))
 
 
-def test_pictures_that_only_moved_are_the_same_run(train, pictures, tmp_path):
-    train()
+def test_pictures_that_only_moved_are_the_same_run(train, two, pictures, tmp_path):
     pictures.rename(tmp_path / "elsewhere")
     train(max_train_steps=4, train_data_dir=tmp_path / "elsewhere")
 
@@ -259,22 +273,14 @@ def test_pictures_that_only_moved_are_the_same_run(train, pictures, tmp_path):
         ("adam_weight_decay", 0.5),
     ],
 )
-def test_another_learning_rate_is_used_or_refused(train, tmp_path, name, value):
-    output_dir = train(max_train_steps=3)
-    as_before = train(max_train_steps=3, output_dir=tmp_path / "as before")
-    train(max_train_steps=6, output_dir=as_before)
-    try:
-        train(max_train_steps=6, **{name: value})
-    except InputError as error:
-        assert re.search(rf"{name} was .*, is {value}", str(error))  # noqa: PT017 (either way is right)
-    else:
-        a, b = (read_metrics(folder)[-1] for folder in (output_dir, as_before))
-        assert (a["lr"], a["train_loss"]) != (b["lr"], b["train_loss"])
+def test_another_learning_rate_is_used(train, six_steps, tmp_path, name, value):
+    out = train(output_dir=stopped(six_steps, tmp_path / "out", 3), max_train_steps=6, **{name: value})
+    a, b = (read_metrics(folder)[-1] for folder in (out, six_steps))
+    assert (a["lr"], a["train_loss"]) != (b["lr"], b["train_loss"])
 
 
-def test_half_written_checkpoints_are_passed_over(train, tmp_path, capsys):
-    straight = train(max_train_steps=4, output_dir=tmp_path / "one")
-    output_dir = train(output_dir=tmp_path / "two")
+def test_half_written_checkpoints_are_passed_over(train, two, tmp_path, capsys):
+    straight, output_dir = train(max_train_steps=4, output_dir=tmp_path / "one"), two
     shutil.copytree(output_dir / "checkpoint-2", output_dir / "checkpoint-9")
     (output_dir / "checkpoint-9" / "state.json").unlink()
     shutil.copytree(output_dir / "checkpoint-2", output_dir / ".checkpoint-9.tmp")
@@ -288,13 +294,12 @@ def test_half_written_checkpoints_are_passed_over(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_is_told(train, file):
-    output_dir = train()
-    path = output_dir / "checkpoint-2" / file
+def test_a_damaged_checkpoint_is_told(train, two, file):
+    path = two / "checkpoint-2" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError) as caught:
         train(max_train_steps=4)
-    assert str(output_dir / "checkpoint-2") in str(caught.value)
+    assert str(two / "checkpoint-2") in str(caught.value)
     assert str(caught.value).endswith("Resume from another one.")
     assert "\n" not in str(caught.value)
 
@@ -312,8 +317,7 @@ def test_checkpointing_steps_0_writes_none(train, capsys):
     assert "going on" not in capsys.readouterr().out
 
 
-def test_a_refused_run_writes_no_preview(train, tmp_path):
-    train()
+def test_a_refused_run_writes_no_preview(train, two, tmp_path):
     with pytest.raises(InputError, match="another run"):
         train(rank=8, lora_alpha=4, max_train_steps=4, preview_data=tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command
+from conftest import read_lora, read_metrics
+
+from text_to_image_lora.training.objective import Diffusion
 
 
 def assert_close(first, second):
@@ -38,16 +40,8 @@ def test_schedules_and_their_warm_up(train, name):
     assert rates == pytest.approx(SCHEDULES[name], abs=1e-4)
 
 
-def test_warm_up_counts_optimizer_steps_on_two_processes(arguments, tmp_path):
-    """A schedule prepared by Accelerate would be stepped once for each process."""
-    done = run_command(arguments(lr_scheduler="linear", **WARMED_UP), TORCHRUN, env={"ACCELERATE_USE_CPU": "true"})
-    assert done.returncode == 0, done.stderr
-    rates = [row["lr"] / 1e-2 for row in read_metrics(tmp_path / "out")]
-    assert rates == pytest.approx(SCHEDULES["linear"], abs=1e-4)
-
-
 def test_a_usable_lora_every_so_many_epochs(train):
-    output_dir = train(max_train_steps=9, save_every_n_epochs=2)  # six pictures in twos: three steps an epoch
+    output_dir = train(max_train_steps=7, save_every_n_epochs=2)  # six pictures in twos: three steps an epoch
     assert sorted(path.name for path in output_dir.glob("epoch-*")) == ["epoch-0002"]
     early, late = read_lora(output_dir / "epoch-0002"), read_lora(output_dir)
     assert early.keys() == late.keys()
@@ -63,3 +57,60 @@ def test_each_initialisation_starts_at_the_base_and_trains(train, name):
     plain = [row["train_loss"] for row in read_metrics(train(init_lora_weights="true", max_train_steps=1))]
     assert losses[0] == pytest.approx(plain[0], rel=1e-5)
     assert len(losses) == 6
+
+
+# Timesteps and noise.
+
+
+@pytest.fixture
+def drawn(train, monkeypatch):
+    """The timesteps and noises of a run: those on the model's input, and those that its target is made of."""
+
+    def run(**flags):
+        rows, add_noise, targets, target = [], Diffusion.add_noise, [], Diffusion.target
+
+        def spy(self, latents, noise, timesteps):
+            rows.append((timesteps.clone(), noise.clone()))
+            return add_noise(self, latents, noise, timesteps)
+
+        def spy_on_target(self, latents, noise, timesteps):
+            targets.append(noise.clone())
+            return target(self, latents, noise, timesteps)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Diffusion, "add_noise", spy)
+            patch.setattr(Diffusion, "target", spy_on_target)
+            train(resume_from_checkpoint="none", **flags)
+        return torch.cat([t for t, _ in rows]).tolist(), torch.cat([n for _, n in rows]), torch.cat(targets)
+
+    return run
+
+
+def test_the_timesteps_of_a_run_are_those_that_were_asked_for(drawn):
+    """That all of the range comes, and how the schemes spread, is in `training/test_data.py`."""
+    timesteps, _, _ = drawn(timestep_range=[200, 210], max_train_steps=8)
+    assert len(timesteps) == 16
+    assert set(timesteps) <= set(range(200, 210))
+    assert len(set(timesteps)) > 4
+    odd, _, _ = drawn(timestep_sampling="logit_normal", logit_mean=-30, max_train_steps=2)
+    assert set(odd) == {999}
+
+
+def test_input_perturbation_is_on_the_input_alone(drawn):
+    plain_steps, plain, clean = drawn(max_train_steps=10)
+    assert torch.equal(plain, clean)
+    steps, perturbed, target = drawn(max_train_steps=10, input_perturbation=0.1)
+    assert steps == plain_steps
+    assert torch.equal(target, clean)
+    assert (perturbed - clean).std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_huber_run_has_the_formulas_loss(train, tmp_path):
+    """The run's first loss, from the first losses of a plain one: the same draws, another formula."""
+    options = dict(timestep_range=[990, 1000], max_train_steps=1)
+    plain, narrow, wide = (
+        read_metrics(train(output_dir=tmp_path / str(i), **options, **flags))[0]["train_loss"]
+        for i, flags in enumerate([{}, *(dict(loss_type="huber", huber_c=c) for c in (1.0, 1e4))])
+    )
+    assert narrow < plain
+    assert wide == pytest.approx(plain, rel=1e-2)  # so wide that it is the square

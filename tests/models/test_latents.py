@@ -1,0 +1,36 @@
+"""Pixels become the latents that diffusers makes of them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from text_to_image_lora.models.latents import LatentEncoder
+from text_to_image_lora.models.modules import weights_identity
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_sd):
+    return AutoencoderKL.from_pretrained(tiny_sd / "vae").eval()
+
+
+def test_pictures_are_encoded_as_in_diffusers(vae):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), dtype=np.uint8)
+    encoder = LatentEncoder(vae, torch.float16)
+    mean, std = encoder(torch.from_numpy(pixels))
+    processed = VaeImageProcessor(vae_scale_factor=4).preprocess([Image.fromarray(picture) for picture in pixels])
+    with torch.no_grad():
+        wanted = vae.encode(processed).latent_dist
+    assert mean.shape == std.shape == (2, *encoder.shape((40, 32))) == (2, 4, 8, 10)
+    assert mean.dtype == std.dtype == torch.float32
+    assert not mean.requires_grad
+    torch.testing.assert_close(mean, wanted.mean)
+    torch.testing.assert_close(std, wanted.std)
+
+
+def test_what_the_cache_must_know_of_the_vae(vae):
+    encoder = LatentEncoder(vae, torch.float16)
+    assert (encoder.factor, encoder.scaling_factor, encoder.dtype) == (4, vae.config.scaling_factor, torch.float16)
+    assert encoder.identity == weights_identity(vae)

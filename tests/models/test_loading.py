@@ -1,0 +1,428 @@
+"""Base models in every form that people have them: folder, hub cache, single file, old pickles."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import types
+
+import diffusers
+import pytest
+import torch
+from conftest import read_lora
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.models import loading
+from text_to_image_lora.models.modules import weights_identity
+
+
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def renamed(state_dict, rules, prefix):
+    """The tensors under their new names: each of the rules (pattern, replacement) is applied in turn."""
+    out = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        out[prefix + key] = value.contiguous()
+    return out
+
+
+def to_ldm(folder):
+    """The weights of `tiny_sd` as Stability's and CompVis' single files name them (diffusers reads them back)."""
+    layers = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
+    blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
+    unet, vae, text_encoder = (
+        load_file(next((folder / name).glob("*.safetensors"))) for name in ("unet", "vae", "text_encoder")
+    )
+
+    def exactly(mapping):
+        return [(f"^{re.escape(new)}$", old) for new, old in mapping.items()]
+
+    unet_rules = [
+        *exactly(DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]),
+        # A block has one layer and, but for the last, one more input block for its downsampler.
+        (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
+        (r"^down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0"),
+        (r"^down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1"),
+        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0"),
+        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1"),
+        (r"^up_blocks\.0\.upsamplers\.0\.conv", "output_blocks.1.2.conv"),
+        (r"(put_blocks\.\d\.0)\.norm1", r"\1.in_layers.0"),
+        (r"(put_blocks\.\d\.0)\.conv1", r"\1.in_layers.2"),
+        (r"(put_blocks\.\d\.0)\.norm2", r"\1.out_layers.0"),
+        (r"(put_blocks\.\d\.0)\.conv2", r"\1.out_layers.3"),
+        (r"time_emb_proj", "emb_layers.1"),
+        (r"conv_shortcut", "skip_connection"),
+    ]
+    vae_rules = [
+        *exactly(DIFFUSERS_TO_LDM_MAPPING["vae"]),
+        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{blocks - 1 - int(m[1])}.block"),
+        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample"),
+        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+    ]
+    assert layers == 2
+    vae = renamed(vae, vae_rules, "first_stage_model.")
+    for key in vae:
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # they were convolutions once
+            vae[key] = vae[key][:, :, None, None]
+    return {
+        **renamed(unet, unet_rules, "model.diffusion_model."),
+        **vae,
+        **renamed(text_encoder, [], "cond_stage_model.transformer."),
+    }
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny_sd, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    save_file(to_ldm(tiny_sd), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_only(tiny_sd, tmp_path_factory):
+    """What a person keeps beside a single file: the base model's folder without its weights."""
+    folder = tmp_path_factory.mktemp("config") / "tiny"
+    shutil.copytree(tiny_sd, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+class Attack:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def lightning_checkpoint(path, tensors):
+    """A .ckpt as Lightning wrote it in 2022: the callback's class is a key in the pickle."""
+    parents = [LIGHTNING.rsplit(".", n)[0] for n in range(3)]
+    for name in parents:
+        assert name not in sys.modules
+        sys.modules[name] = types.ModuleType(name)
+    module = sys.modules[LIGHTNING]
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    try:
+        torch.save(
+            {
+                "epoch": 3,
+                "callbacks": {module.ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "dirpath": "/x"}},
+                "state_dict": tensors,
+            },
+            path,
+        )
+    finally:
+        for name in parents:
+            del sys.modules[name]
+    return path
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def load(name, pretrained_vae=None, **options):
+    """The `Components` of a base model."""
+    return loading.load_components(loading.find_base_model(str(name), **options), pretrained_vae=pretrained_vae)
+
+
+def test_find_a_folder(tiny_sd):
+    base = loading.find_base_model(str(tiny_sd))
+    assert (base.kind, base.source) == ("folder", str(tiny_sd))
+    assert (base.image_factor, base.vae_factor, base.latent_channels, base.cross_attention_dim) == (8, 4, 4, 96)
+    assert (base.latent_shape((64, 32)), base.condition_shapes(2)) == (
+        (4, 8, 16), {"encoder_hidden_states": (154, 96)}
+    )  # fmt: skip
+
+
+def test_find_a_single_file(single_file, config_only):
+    assert loading.find_base_model(str(single_file)).image_factor == 64  # SD1.5's, where no configuration says other
+    base = loading.find_base_model(str(single_file), single_file_config=str(config_only))
+    assert (base.kind, base.image_factor, base.cross_attention_dim) == ("file", 8, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.safetensors", "gone.safetensors: there is no such file"),
+        ("gone.ckpt", "gone.ckpt: there is no such file"),
+        ("./gone", "./gone: there is no such folder or file"),
+        ("a/b/c", "a/b/c: there is no such folder or file"),
+        ("models/mini-sdd", "models/mini-sdd: neither a folder here nor a model that the hub gives"),
+        ("empty", "empty: it holds no model_index.json"),
+        ("other", "other: a StableDiffusion3Pipeline is not supported; supported: StableDiffusionPipeline"),
+        ("broken", "broken/model_index.json: it can't be read"),
+        ("part", "part/vae/config.json: it can't be read"),
+    ],
+)
+def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    for folder, index in (
+        ("other", '{"_class_name": "StableDiffusion3Pipeline"}'),
+        ("broken", "{"),
+        ("part", '{"_class_name": "StableDiffusionPipeline"}'),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model_index.json").write_text(index)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=f"^{re.escape(message)}") as error:
+        loading.find_base_model(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_single_files_configuration_must_be_one(single_file, tmp_path):
+    with pytest.raises(InputError, match=r"it holds no model_index.json \(--single_file_config\)"):
+        loading.find_base_model(str(single_file), single_file_config=str(tmp_path))
+
+
+def test_a_single_file_without_its_configuration_needs_the_hub(single_file):
+    with pytest.raises(InputError, match="pass --single_file_config FOLDER") as error:
+        load(single_file)
+    assert "\n" not in str(error.value)
+
+
+def test_load_a_folder(tiny_sd):
+    (tokenizer,), (text_encoder,), vae, unet, scheduler_config = load(tiny_sd)
+    stock = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    for model, wanted in ((text_encoder, stock.text_encoder), (vae, stock.vae), (unet, stock.unet)):
+        assert same_weights(model, wanted)
+        assert not model.training
+        assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
+    assert tokenizer("a red axe").input_ids == stock.tokenizer("a red axe").input_ids
+    assert scheduler_config["_class_name"] == "PNDMScheduler"
+
+
+# diffusers 0.39 passes an argument that huggingface_hub 1.x no longer knows.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
+def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_path):
+    repository = tmp_path / "hub" / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tiny_sd, repository / "snapshots" / ("a" * 40))
+    base, here = loading.find_base_model("owner/tiny", cache_dir=tmp_path / "hub"), load(tiny_sd)
+    assert (base.kind, base.image_factor) == ("hub", 8)
+    there = loading.load_components(base)
+    assert loading.load_tokenizer(base)("a red axe").input_ids == here.tokenizers[0]("a red axe").input_ids
+    assert same_weights(there.text_encoders[0], here.text_encoders[0])
+    assert same_weights(there.vae, here.vae)
+    assert same_weights(there.denoiser, here.denoiser)
+    assert there.scheduler_config == here.scheduler_config
+    # A VAE in a single file has no configuration of its own.
+    assert same_weights(loading.load_components(base, pretrained_vae=str(single_file)).vae, here.vae)
+
+
+@pytest.fixture(scope="module")
+def from_folder(train_in, tmp_path_factory):
+    """A run on the folder, which those on other forms of the model, or on another VAE, are compared with."""
+    folder = tmp_path_factory.mktemp("from-folder")
+    return folder, train_in(folder, **FLAGS)
+
+
+FLAGS = dict(validation_prompt="a red axe", clip_skip=1)
+
+
+def drawn(output_dir, step):
+    with Image.open(output_dir / f"validation/step-{step:06d}/prompt-00-0.png") as image:
+        return image.tobytes()
+
+
+def test_training_from_a_single_file_equals_training_from_the_folder(from_folder, train, single_file, config_only):
+    folder, a = from_folder
+    b = train(
+        pretrained_model_name_or_path=single_file, single_file_config=config_only, train_data_dir=folder / "pictures",
+        **FLAGS,
+    )  # fmt: skip
+    first, second = read_lora(a), read_lora(b)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [drawn(a, step) for step in (0, 2)] == [drawn(b, step) for step in (0, 2)]
+
+
+def test_a_lightning_checkpoint_loads(tiny_sd, single_file, config_only, tmp_path):
+    path = lightning_checkpoint(tmp_path / "old.ckpt", load_file(single_file))
+    assert LIGHTNING.encode() in path.read_bytes()
+    with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
+        torch.load(path, weights_only=True)
+    _, (text_encoder,), vae, unet, scheduler_config = load(path, single_file_config=str(config_only))
+    _, (text_encoder_2,), vae_2, unet_2, scheduler_config_2 = load(tiny_sd)
+    assert same_weights(text_encoder, text_encoder_2)
+    assert same_weights(vae, vae_2)
+    assert same_weights(unet, unet_2)
+    assert scheduler_config["_class_name"] == scheduler_config_2["_class_name"]
+    # The stand-ins are there for the loading only.
+    assert LIGHTNING not in sys.modules
+    with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("as_vae", [False, True])
+def test_a_checkpoint_that_runs_code_is_refused(tiny_sd, single_file, config_only, tmp_path, as_vae):
+    target = tmp_path / "executed"
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": load_file(single_file), "callbacks": Attack(str(target))}, path)
+    options = dict(name=tiny_sd, pretrained_vae=str(path)) if as_vae else dict(name=path)
+    with pytest.raises(InputError, match=r"evil\.ckpt: .* could run code") as error:
+        load(**options, single_file_config=str(config_only))
+    assert "\n" not in str(error.value)
+    assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.is_dir()  # so it was a working attack
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["lora", "no text encoder", "no unet", "cut", "empty", "unet weight", "vae weight", "text weight", "inpaint"],
+)
+def test_a_single_file_that_is_no_base_model_is_told_in_one_line(single_file, config_only, tmp_path, what):
+    path, tensors = tmp_path / f"{what}.safetensors", load_file(single_file)
+    if what == "lora":
+        save_file({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.ones(4, 8)}, path)
+    elif what == "no text encoder":
+        save_file({key: value for key, value in tensors.items() if not key.startswith("cond_stage")}, path)
+    elif what == "no unet":
+        save_file({key: value for key, value in tensors.items() if not key.startswith("model.diff")}, path)
+    elif what.endswith("weight"):
+        lost = {"unet": "attn1.to_q.weight", "vae": "encoder.mid.attn_1.q.weight", "text": "q_proj.weight"}
+        tensors.pop(next(key for key in tensors if key.endswith(lost[what.split()[0]])))
+        save_file(tensors, path)
+    elif what == "inpaint":
+        tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(8, 9, 3, 3)
+        save_file(tensors, path)
+    else:
+        path.write_bytes(single_file.read_bytes()[: 10_000 if what == "cut" else 0])
+    with pytest.raises(InputError, match=f"{what}.safetensors") as error:
+        load(path, single_file_config=str(config_only))
+    assert "\n" not in str(error.value)
+
+
+def other_vae(folder, **changes):
+    torch.manual_seed(5)
+    options = dict(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, sample_size=32,
+    )  # fmt: skip
+    vae = AutoencoderKL(**options | changes)
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_another_vae_is_used(tiny_sd, from_folder, train, tmp_path):
+    wanted = other_vae(tmp_path / "vae")
+    assert same_weights(load(tiny_sd, pretrained_vae=str(tmp_path / "vae")).vae, wanted)
+    folder, a = from_folder
+    b = train(
+        pretrained_vae_model_name_or_path=tmp_path / "vae", train_data_dir=folder / "pictures", **FLAGS,
+    )  # fmt: skip
+    first, second = read_lora(a), read_lora(b)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert drawn(a, 0) != drawn(b, 0)
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
+def test_another_vae_may_be_a_single_file(tiny_sd, single_file, config_only, tmp_path, prefix):
+    tensors = {
+        key.replace("first_stage_model.", prefix): value + 1
+        for key, value in load_file(single_file).items()
+        if key.startswith("first_stage_model.")
+    }
+    path = tmp_path / "vae.safetensors"
+    save_file(tensors, path)
+    wanted = {key: value + 1 for key, value in load(tiny_sd).vae.state_dict().items()}
+    for base in (dict(name=tiny_sd), dict(name=single_file, single_file_config=str(config_only))):
+        given = load(**base, pretrained_vae=str(path)).vae.state_dict()
+        assert given.keys() == wanted.keys()
+        assert all(torch.equal(given[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("changes", [dict(latent_channels=16), dict(block_out_channels=(8, 8))], ids=str)
+def test_a_vae_whose_latents_do_not_fit_is_told(tiny_sd, tmp_path, changes):
+    count = len(changes.get("block_out_channels", (8, 8, 8)))
+    changes |= dict(down_block_types=("DownEncoderBlock2D",) * count, up_block_types=("UpDecoderBlock2D",) * count)
+    other_vae(tmp_path / "vae", **changes)
+    with pytest.raises(InputError, match="do not fit") as error:
+        load(tiny_sd, pretrained_vae=str(tmp_path / "vae"))
+    assert str(tmp_path / "vae") in str(error.value)
+
+
+def test_a_vae_that_is_not_there_is_told_by_its_name(tiny_sd):
+    with pytest.raises(InputError, match="^/gone/vae: ") as error:
+        load(tiny_sd, pretrained_vae="/gone/vae")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "lost"),
+    [
+        *((part, "file") for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")),
+        *((part, "weight") for part in ("unet", "vae", "text_encoder")),
+    ],
+)
+def test_a_folder_that_lacks_something_is_told(tiny_sd, tmp_path, part, lost):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    weights = list(folder.glob(f"{part}/*.safetensors"))
+    if lost == "weight":
+        tensors = load_file(weights[0])
+        tensors.pop(next(key for key in tensors if "to_q" in key or "q_proj" in key))
+        save_file(tensors, weights[0], metadata={"format": "pt"})
+    else:
+        for file in weights or folder.glob(f"{part}/*"):
+            file.unlink()
+    with pytest.raises(InputError, match=f"^{folder}: this model can't be loaded") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)
+    path.write_text(json.dumps(json.loads(path.read_text()) | xl))
+    with pytest.raises(InputError, match="not of the family of Stable Diffusion 1 and 2"):
+        load(tmp_path / "model")
+
+
+def test_weights_identity_is_that_of_the_weights(tiny_sd, single_file, config_only, tmp_path):
+    shutil.copytree(tiny_sd, tmp_path / "elsewhere")
+    first, second = load(tiny_sd), load(tmp_path / "elsewhere")
+    third = load(single_file, single_file_config=str(config_only))
+    first, second, third = ((*loaded.text_encoders, loaded.vae, loaded.denoiser) for loaded in (first, second, third))
+    for a, b, c in zip(first, second, third, strict=True):
+        identity = weights_identity(a)
+        assert identity == weights_identity(b) == weights_identity(c)
+        parameter = list(b.parameters())[-1]
+        parameter.data.view(-1)[-1] += 1e-6
+        assert weights_identity(b) != identity
+    assert len({weights_identity(model) for model in first}) == 3
+    assert weights_identity(first[1].bfloat16()) != weights_identity(third[1])
+
+
+def test_the_noise_schedule_is_the_base_models(tiny_sd):
+    scheduler_config = load(tiny_sd).scheduler_config
+    schedule = loading.make_noise_scheduler(scheduler_config)
+    assert type(schedule) is diffusers.DDPMScheduler
+    assert schedule.config.prediction_type == "epsilon"
+    assert (schedule.config.beta_start, schedule.config.beta_end) == (0.00085, 0.012)
+    zero = loading.make_noise_scheduler(scheduler_config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert zero.alphas_cumprod[-1] == 0
+    with pytest.raises(InputError, match="choose epsilon or v_prediction"):
+        loading.make_noise_scheduler({**scheduler_config, "prediction_type": "sample"})
+    with pytest.raises(InputError, match="needs --prediction_type v_prediction"):
+        loading.make_noise_scheduler({**scheduler_config, "rescale_betas_zero_snr": True})

@@ -1,0 +1,159 @@
+"""Pictures that are the same or look alike are found, and are never on both sides of a division."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import make_picture_set, read_records, write_pictures
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.alike import alike_pictures, divide, equal_pictures, groups_of, hold_out, probe_of
+from text_to_image_lora.pictures.examine import Picture, difference_hash, examine
+from text_to_image_lora.pictures.records import with_class_pictures
+
+
+def silent(line):
+    pass
+
+
+def random_pictures(count, rng):
+    return [Picture(rng.bytes(16).hex(), 9, 9, int.from_bytes(rng.bytes(16))) for _ in range(count)]
+
+
+def test_alike_is_the_same_picture_and_not_another():
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+        for _ in range(40)
+    ]
+    found = []
+    for i, picture in enumerate(pictures):
+        found.append(Picture(f"{i}", 96, 96, difference_hash(picture)))
+    for i, picture in enumerate(pictures):
+        smaller = picture.resize((50, 50))
+        found.append(Picture(f"{40 + i}", 50, 50, difference_hash(smaller)))
+    assert alike_pictures(found) == [[i, 40 + i] for i in range(40)]
+
+
+def test_equal_is_the_same_file():
+    a, b, c = random_pictures(3, np.random.default_rng(0))
+    others = [a, b._replace(hash=a.hash), c, a, c, a]
+    assert equal_pictures(others) == [[0, 3, 5], [2, 4]]
+    assert alike_pictures(others) == [[0, 1]]  # a file that is there again is no other one
+    assert groups_of(others) == [0, 0, 2, 0, 2, 0]
+
+
+# A division.
+
+
+@pytest.fixture
+def divided(tmp_path):
+    """A set with copies, smaller and recompressed copies, divided: (to train on, to validate on)."""
+    folder = write_pictures(tmp_path / "3_axe", count=12, size=(64, 64))
+    (folder / "metadata.jsonl").unlink()
+    for i in range(4):
+        shutil.copy(folder / f"{i}.png", folder / f"copy{i}.png")
+        Image.open(folder / f"{i + 4}.png").resize((48, 48)).save(folder / f"small{i}.jpg", quality=80)
+    pictures = make_picture_set(read_records(folder, say=silent))
+    assert len(set(groups_of(pictures.facts))) == 12
+    return divide(pictures, None, 0.3, silent)
+
+
+def test_what_looks_alike_is_never_on_both_sides(divided):
+    """The content of no picture held out is trained on."""
+    kept, held_out = divided
+    assert 4 <= len(held_out) <= 6
+    assert len(kept) + len(held_out) == 20
+    groups = groups_of([*kept.facts, *held_out.facts])
+    assert not set(groups[: len(kept)]) & set(groups[len(kept) :])
+    assert set(kept.records["num_repeats"]) == {3}
+    for part in divided:
+        looked_at, _ = examine(part.records, range(len(part)))
+        assert [looked_at[index] for index in range(len(part))] == part.facts
+        assert part.captions == part.records["captions"][:]
+
+
+def test_the_split_is_the_pictures_own():
+    """It depends on content alone: not on order, and a picture more moves few others."""
+    rng = np.random.default_rng(0)
+    images = random_pictures(100, rng)
+    chosen = {images[i].image_id for i in hold_out(images, 0.1)}
+    assert len(chosen) == 10
+    assert {images[::-1][i].image_id for i in hold_out(images[::-1], 0.1)} == chosen
+    more = [*images, *random_pictures(10, rng)]
+    assert len({more[i].image_id for i in hold_out(more, 0.1)} & chosen) >= 8
+    assert len(hold_out(images[:3], 0.01)) == 1
+    assert hold_out(images[:1] * 5, 0.2) == []
+    # A crowd of alike pictures is too much of the whole; others are there.
+    crowd = [image._replace(hash=images[0].hash) for image in images[:60]] + images[60:]
+    assert all(index >= 60 for index in hold_out(crowd, 0.1))
+
+
+@pytest.fixture
+def others(tmp_path):
+    return write_pictures(tmp_path / "others", count=3, seed=9)
+
+
+def with_class(pictures, class_pictures):
+    return make_picture_set(with_class_pictures(read_records(pictures), read_records(class_pictures)))
+
+
+def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others):
+    shutil.copy(pictures / "2.png", others / "same.png")
+    Image.open(pictures / "4.png").resize((80, 64)).save(others / "larger.png")
+    with open(others / "metadata.jsonl", "a") as file:
+        for name in ("same.png", "larger.png"):
+            file.write(json.dumps({"file_name": name, "text": "x"}) + "\n")
+    whole, validated, said = make_picture_set(pictures), make_picture_set(others), []
+    kept, held_out = divide(whole, validated, 0.0, said.append)
+    assert kept.facts == [whole.facts[index] for index in (0, 1, 3, 5)]
+    assert held_out is validated
+    assert said == [
+        "2 pictures are not trained on, because they look like one that is validated on",
+        "only 5 pictures to validate on: the validation loss is a rough guide (10 or more are better)",
+    ]
+
+
+def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
+    pictures = make_picture_set(pictures)
+    with pytest.raises(InputError, match="All pictures to train on look like one in --validation_data_dir"):
+        divide(pictures, pictures, 0.0, silent)
+
+
+def test_class_pictures_are_not_validated_on(pictures, tmp_path):
+    both, said = with_class(pictures, write_pictures(tmp_path / "class", count=6, seed=5)), []
+    kept, held_out = divide(both, None, 0.34, said.append)
+    assert len(held_out) == 2
+    assert held_out.is_class == [False] * 2
+    assert sorted(kept.is_class) == [False] * 4 + [True] * 6
+    assert [line.partition(":")[0] for line in said] == ["only 2 pictures to validate on"]
+
+
+def test_class_pictures_alone_are_nothing_to_train_on(pictures, tmp_path):
+    both = with_class(pictures, write_pictures(tmp_path / "class", count=3, seed=5))
+    with pytest.raises(InputError, match="All pictures to train on look like one"):
+        divide(both, make_picture_set(pictures), 0.0, silent)
+
+
+def test_copies_alone_cannot_be_divided(tmp_path):
+    pictures = make_picture_set(write_pictures(tmp_path / "one", count=1)).select([0] * 4)
+    with pytest.raises(InputError, match="4 pictures can't be divided"):
+        divide(pictures, None, 0.25, silent)
+
+
+def test_a_dry_run_divides_too(train, tmp_path, capsys):
+    train(dry_run=True, validation_split=0.34)
+    assert "4 pictures, 4 captions (4 different); 2 more to validate on" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["validated"] == 2
+
+
+def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
+    both = with_class(pictures, write_pictures(tmp_path / "class", count=30, seed=5))
+    probe = probe_of(both, 6, seed=0)
+    assert probe.is_class == [False] * 6
+    assert probe.facts == both.facts[:6]
+    some = [probe_of(both, 3, seed=seed) for seed in (0, 0, 1)]
+    assert some[0].facts == some[1].facts != some[2].facts
+    assert len(set(some[0].facts)) == 3

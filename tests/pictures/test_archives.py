@@ -1,0 +1,155 @@
+"""An archive becomes a folder, once; what an archive should not be is refused, and nothing of it stays."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+
+import pytest
+from conftest import read_records
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures import archives
+from text_to_image_lora.pictures.archives import unpack
+
+
+def picture(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 5), (shade, 0, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+GOOD = {f"{i}.png": picture(i) for i in range(4)} | {f"{i}.txt": f"cat {i}".encode() for i in range(4)}
+CAPTIONS = [[f"cat {i}"] for i in range(4)]
+
+
+def pack(archive, members):
+    """An archive of these members ({name: bytes}), of the kind that its name says."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, data in members.items():
+                file.writestr(name, data)
+    else:
+        with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as file:
+            for name, data in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+    return archive
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "archives"
+
+
+@pytest.fixture
+def refusal(tmp_path, folder):
+    """The refusal of an archive, in one line; nothing else is there than before."""
+
+    def refusal(archive):
+        folder.mkdir(exist_ok=True)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError) as caught:
+            unpack(archive, folder)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert str(caught.value).startswith(f"{archive}: ")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return refusal
+
+
+def test_an_archive_is_unpacked_once(tmp_path, folder):
+    archive = pack(tmp_path / "set.zip", GOOD)
+    first = unpack(archive, folder)
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == GOOD
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert unpack(archive, folder) == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_renamed_archive(tmp_path, folder):
+    """The name can say the repeats, so the same bytes under another name are unpacked again."""
+    archive = pack(tmp_path / "set.zip", GOOD)
+    first = read_records(archive, archive_dir=folder)
+    again = read_records(archive.rename(tmp_path / "10_other.zip"), archive_dir=folder)
+    assert again["captions"][:] == first["captions"][:] == CAPTIONS
+    assert first["num_repeats"][:] == [1] * 4
+    assert again["num_repeats"][:] == [10] * 4
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "../../evil.txt", "a/../../evil.txt", "/evil.txt", "..\\evil.txt", "C:\\evil.txt"]
+)
+def test_an_archive_cannot_write_elsewhere(tmp_path, refusal, name):
+    assert "would leave the folder" in refusal(pack(tmp_path / "a.zip", GOOD | {name: b"evil"}))
+
+
+def test_a_bad_archive_is_refused_where_bad_rows_are_left_out_too(tmp_path, folder):
+    archive = pack(tmp_path / "a.zip", GOOD | {"../evil.png": b"evil"})
+    with pytest.raises(InputError, match="would leave the folder"):
+        read_records(archive, archive_dir=folder, leave_out=print)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_tar_with_links(tmp_path, refusal, ending, kind):
+    with tarfile.open(tmp_path / f"a{ending}", "w:gz" if ending == ".tar.gz" else "w") as file:
+        member = tarfile.TarInfo("0.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        file.addfile(member)
+    assert "'0.png' is a link" in refusal(tmp_path / f"a{ending}")
+
+
+def test_a_zip_with_links(tmp_path, refusal):
+    info = zipfile.ZipInfo("0.png")
+    info.create_system, info.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(info, "/etc/passwd")
+    assert "'0.png' is a link" in refusal(tmp_path / "a.zip")
+
+
+def test_a_bomb(tmp_path, refusal):
+    archive = pack(tmp_path / "a.zip", {"0.png": b"\0" * 2**27})
+    assert archive.stat().st_size < 2**18
+    assert "unpacks to far more than its size" in refusal(archive)
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_an_archive_of_too_many_files(tmp_path, refusal, folder, monkeypatch, ending):
+    """Empty ones too: they take no room that could be counted, but a place in the file system each."""
+    monkeypatch.setattr(archives, "MOST_FILES", 10)
+    more = [f"more{i}.txt" for i in range(3)]
+    enough = pack(tmp_path / f"enough{ending}", GOOD | dict.fromkeys(more[:2], b""))
+    assert len(read_records(enough, archive_dir=folder)) == 4
+    for content in (b"", b"a cat"):
+        archive = pack(tmp_path / f"more{ending}", GOOD | dict.fromkeys(more, content))
+        assert "it has more than 10 files. Unpack it yourself" in refusal(archive)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
+def test_a_broken_archive(tmp_path, refusal, ending):
+    archive = pack(tmp_path / f"set{ending}", GOOD)
+    data = archive.read_bytes()
+    for broken in (b"", b"no archive", data[: len(data) // 2]):
+        archive.write_bytes(broken)
+        assert "can't be unpacked" in refusal(archive)
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_tar_that_is_cut_off_between_two_members(tmp_path, refusal, ending):
+    """Or in the header of one, or whose header is broken: `tarfile` itself ends there and says nothing."""
+    whole = pack(tmp_path / "set.tar", GOOD).read_bytes()
+    for broken in (whole[:2048], whole[:2100], whole[:2048] + b"x" * 512 + whole[2560:]):
+        (tmp_path / f"a{ending}").write_bytes(gzip.compress(broken) if ending == ".tar.gz" else broken)
+        assert "can't be unpacked (it is cut off)" in refusal(tmp_path / f"a{ending}")
+
+
+def test_a_folder_with_an_archive_in_it(tmp_path, folder):
+    pack(tmp_path / "pictures.zip", GOOD)
+    with pytest.raises(InputError, match=r"Pass the archive: .*pictures\.zip"):
+        read_records(tmp_path, archive_dir=folder)
+    assert (tmp_path / "pictures.zip").exists()

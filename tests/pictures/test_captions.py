@@ -1,0 +1,163 @@
+"""What is done to captions: a trigger, tags in another order, the empty caption, and the same in the cache and live."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import make_picture_set, read_metrics, read_records, write_pictures
+from hypothesis import given
+from hypothesis import strategies as st
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.models.loading import find_base_model
+from text_to_image_lora.pictures.captions import CaptionRules, edit_caption, shuffle_tags, shuffled_variations
+from text_to_image_lora.training.batches import Sample
+from text_to_image_lora.training.data import Draws, TrainingSet
+
+
+def test_edited_captions(tmp_path):
+    captions = ["a red axe", "a blue axe, old", "écru spear 绿", 'a "long" spear']
+    folder = write_pictures(tmp_path / "set", count=4, captions=captions)
+    edited = read_records(folder, trigger_word="axe", caption_prefix="<", caption_suffix=">")["captions"][:]
+    assert edited == [["<a red axe>"], ["<a blue axe, old>"], ["<axe, écru spear 绿>"], ['<axe, a "long" spear>']]
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "expected"),
+    [
+        ("two axes", "axe", "axe, two axes"),  # it is looked for as a word
+        ("(AXE), big", "axe", "(AXE), big"),
+        ("c++ code", "c++", "c++ code"),
+        ("a cat", None, "a cat"),
+    ],
+)
+def test_a_trigger_is_put_in_front_where_it_is_missing(caption, trigger, expected):
+    assert edit_caption(caption, CaptionRules(trigger_word=trigger)) == expected
+
+
+tags = st.lists(st.text("abc ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1, max_size=6)
+
+
+@given(tags, st.integers(0, 8), st.integers(0, 2**32 - 1))
+def test_shuffling_loses_no_tag_and_keeps_the_first(words, keep, seed):
+    out = shuffle_tags(" ,  ".join(words) + ",", np.random.default_rng(seed), keep).split(", ")
+    assert out[:keep] == words[:keep]
+    assert Counter(out) == Counter(words)
+
+
+def test_every_order_occurs():
+    orders = {shuffle_tags("sks, a, b, c", np.random.default_rng(seed), 1) for seed in range(200)}
+    assert len(orders) == 6
+
+
+def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
+    rules = CaptionRules(tag_variations=8)
+    first = shuffled_variations(["a, b, c, d"], rules, seed=0)
+    assert first == shuffled_variations(["a, b, c, d"], rules, seed=0)
+    assert len(first) == 8
+    assert len(set(first)) >= 4
+    assert first != shuffled_variations(["a, b, c, d"], rules, seed=1)
+    assert shuffled_variations(["one tag"], rules, seed=0) == ["one tag"] * 8
+    assert all(
+        order.startswith("a, b, ") for order in shuffled_variations(["a, b, c, d"], rules._replace(keep_tags=2), 0)
+    )
+    # A caption without tags is drawn as often as one with many.
+    many = shuffled_variations(["a sentence", "a, b"], rules._replace(tag_variations=30), seed=0)
+    assert many.count("a sentence") == 30
+
+
+@pytest.fixture
+def make_set(tiny_sd, tmp_path):
+    """A `TrainingSet` that encodes live, of one picture with one caption."""
+    pictures = make_picture_set(write_pictures(tmp_path / "set", count=1, captions=["sks, red, old, big"]))
+
+    def make(**rules):
+        return TrainingSet(pictures, find_base_model(str(tiny_sd)), Draws(0, 1000, CaptionRules(**rules)))
+
+    return make
+
+
+def test_caption_dropout(make_set):
+    plain, dropping = make_set(), make_set(dropout=0.3)
+    samples = [(plain[Sample(0, step, 0, 1.0)], dropping[Sample(0, step, 0, 1.0)]) for step in range(300)]
+    dropped = [b["captions"] == "" for _, b in samples]
+    assert 60 < sum(dropped) < 120
+    assert all(b["captions"] == a["captions"] for (a, b), gone in zip(samples, dropped, strict=True) if not gone)
+    # What is dropped changes no other draw.
+    assert all((a["noise"] == b["noise"]).all() and a["timesteps"] == b["timesteps"] for a, b in samples)
+    assert all((a["pixels"] == b["pixels"]).all() for a, b in samples)
+
+
+def test_tags_are_shuffled_anew_each_step_when_live(make_set):
+    shuffling = make_set(shuffle_tags=True, keep_tags=1)
+    drawn = Counter(shuffling[Sample(0, step, 0, 1.0)]["captions"] for step in range(120))
+    assert len(drawn) == 6
+    assert all(caption.startswith("sks, ") for caption in drawn)
+
+
+def test_dropped_captions_are_the_same_cached_and_live(train, pictures):
+    """With most captions dropped, and one variation of each picture, the cache gives the losses of encoding live."""
+
+    def losses(name, **options):
+        folder = train(max_train_steps=4, center_crop=True, output_dir=pictures.parent / name, **options)
+        return [row["train_loss"] for row in read_metrics(folder)]
+
+    cached = losses("cached", caption_dropout=0.9)
+    assert cached == pytest.approx(losses("live", caption_dropout=0.9, cache_variations=0), rel=1e-4)
+    assert cached != pytest.approx(losses("plain"), rel=1e-4)
+
+
+def test_each_different_order_is_encoded_once(train, pictures, tmp_path):
+    """`--tag_variations` orders of each caption are encoded, and trained on."""
+    from safetensors import safe_open
+
+    folder = write_pictures(tmp_path / "tags", count=2, captions=["sks, a, b, c", "sks, d, e, f"])
+    train(train_data_dir=folder, shuffle_tags=True, keep_tags=1, tag_variations=4, max_train_steps=3)
+    shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
+    with safe_open(shards[0], "pt") as file:
+        counts = [file.get_slice(name).get_shape()[0] for name in sorted(file.keys())]
+    rules = CaptionRules(keep_tags=1, tag_variations=4)
+    expected = sum(len(set(shuffled_variations([c], rules, 0))) for c in ("sks, a, b, c", "sks, d, e, f"))
+    assert len(shards) == 1
+    assert counts == [expected]
+    assert expected > 4
+
+
+# Long prompts.
+
+
+LONG = "a red axe on a blue background, " * 20
+
+
+def test_long_prompts_train_and_validate(train, tmp_path, capsys):
+    """Whole or cut is another training; from the cache and live it is the same one."""
+    folder = write_pictures(tmp_path / "long", captions=[LONG, "a cat"])
+
+    def losses(name, **options):
+        out = train(train_data_dir=folder, center_crop=True, output_dir=tmp_path / name, **options)
+        return [row["train_loss"] for row in read_metrics(out)]
+
+    whole = losses("whole", long_prompts=True, validation_prompt="an axe")
+    assert "3 captions have more than 77 tokens; every prompt is encoded in" in capsys.readouterr().out
+    assert list((tmp_path / "whole" / "validation").iterdir())
+    assert losses("live", long_prompts=True, cache_variations=0) == pytest.approx(whole, rel=1e-4)
+    capsys.readouterr()
+    cut = losses("cut")
+    assert "3 captions have more than 77 tokens, and what follows is cut (--long_prompts reads them whole)" in (
+        capsys.readouterr().out
+    )
+    assert cut != pytest.approx(whole, rel=1e-4)
+
+
+def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
+    """All prompts get as many chunks as the longest, so one that is a whole book would fill the memory."""
+    folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
+    with pytest.raises(InputError) as caught:
+        train(train_data_dir=folder, long_prompts=True)
+    assert str(caught.value) == (
+        f"{folder}/metadata.jsonl:2: '1.png': its caption of 753 tokens would make every prompt 11 chunks long. Shorten "
+        "it (10 chunks are the limit), or leave --long_prompts out."
+    )
+    assert not (tmp_path / "out").exists()
+    write_pictures(folder, count=2, captions=["a cat", "axe " * 750])
+    assert read_metrics(train(train_data_dir=folder, long_prompts=True))

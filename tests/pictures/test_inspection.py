@@ -1,0 +1,149 @@
+"""What --dry_run and --preview_data tell of a dataset: what there is, what is wrong, what the model will see."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import make_picture_set, run_command, write_pictures
+from PIL import Image, ImageFont
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.inspection import LISTED, describe, lines_of, wrapped
+
+
+@pytest.fixture
+def motley(tmp_path):
+    """Six pictures: one of them twice, one twice in another size and format, one broken, one caption far too long."""
+    folder = write_pictures(tmp_path / "motley", count=6)
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    Image.open(folder / "1.png").resize((80, 64)).convert("RGB").save(folder / "again.jpg", quality=85)
+    (folder / "broken.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    rows = [{"file_name": name, "text": "a green axe"} for name in ("copy.png", "again.jpg", "broken.png")]
+    rows += [{"file_name": "gone.png", "text": "a green axe"}, {"file_name": "3.png", "text": "axe " * 100}]
+    with open(folder / "metadata.jsonl", "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys, tmp_path):
+    with pytest.raises(InputError, match=r"gone\.png' does not exist \(2 such pictures or rows in all\)"):
+        train(train_data_dir=motley, dry_run=True)
+    report = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert report["pictures"] == 9
+    assert [row["reason"] for row in report["left_out"]][0] == "'gone.png' does not exist"
+    assert "it can't be decoded" in report["left_out"][1]["reason"]
+    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png of two rows
+    assert [["0.png" in a, "copy.png" in b] for a, b in report["equal"][:1]] == [[True, True]]
+    assert [["1.png" in a, "again.jpg" in b] for a, b in report["alike"]] == [[True, True]]
+    assert len(report["tokens"]["cut"]) == 1
+    assert report["tokens"]["most"] > 100
+    assert report["samples_an_epoch"] == 9
+    assert report["steps_an_epoch"] == 5
+    out = capsys.readouterr().out
+    assert "2 left out, as they can't be used:" in out
+    assert "1 times pictures look alike:" in out
+    assert "1 captions are cut at the limit:" in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_of_a_good_dataset(train, capsys, tmp_path):
+    train(dry_run=True, random_flip=True, aspect_ratio_buckets=True)
+    assert "6 pictures, 6 captions (6 different)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == []
+
+
+def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
+    options = dict(random_flip=True, center_crop=True)
+    train(dry_run=True, **options)
+    expected = json.loads((tmp_path / "out" / "dataset.json").read_text())["cache_bytes"]
+    train(**options)
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert expected <= taken < 1.02 * expected
+
+
+def test_a_dry_run_by_the_command(arguments, tmp_path):
+    """With exit code 0 and nothing on stderr; the UNet isn't even looked at."""
+    base = tmp_path / "base"
+    words = list(map(str, arguments()))
+    place = words.index("--pretrained_model_name_or_path") + 1
+    shutil.copytree(words[place], base)
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    words[place] = str(base)
+    done = run_command([*words, "--dry_run"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "6 pictures, 6 captions" in done.stdout
+
+
+def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
+    sheet_file = tmp_path / "sheet.png"
+    train(dry_run=True, preview_data=sheet_file, random_flip=True, random_hue=0.1, cache_variations=3)
+    sheet = Image.open(sheet_file)
+    assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
+    expected = make_picture_set(pictures, random_flip=True, hue=0.1)
+    rows = []
+    for index in range(6):
+        tile = Image.fromarray(expected.pixels(index, 1)).resize((192, 192), Image.Resampling.LANCZOS)
+        rows += [
+            row
+            for row in range(6)
+            if (np.asarray(sheet.crop((208, 8 + 200 * row, 400, 200 + 200 * row))) == np.asarray(tile)).all()
+        ]
+    assert sorted(rows) == list(range(6))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_the_preview_makes_its_folder(train, tmp_path, capsys, dry_run):
+    sheet_file = tmp_path / "to" / "be" / "made" / "sheet.jpg"
+    train(dry_run=dry_run, preview_data=sheet_file)
+    assert f"what the model will see: {sheet_file}\n" in capsys.readouterr().out
+    with Image.open(sheet_file) as sheet:
+        assert sheet.format == "JPEG"
+        assert sheet.size == (4 * 200 + 460, 6 * 200 + 8)
+
+
+def test_a_preview_that_is_a_folder_is_refused(train, tmp_path):
+    (tmp_path / "sheet.png").mkdir()
+    with pytest.raises(InputError, match="--preview_data"):
+        train(preview_data=tmp_path / "sheet.png")
+
+
+def test_a_dry_run_refuses_the_captions_that_training_refuses(train, tmp_path):
+    folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
+    with pytest.raises(InputError, match="11 chunks"):
+        train(train_data_dir=folder, long_prompts=True, dry_run=True)
+
+
+def test_the_report_on_a_set(pictures, tmp_path):
+    """Numbers of what there is, without a tokenizer too; the terminal shows the first few of each finding."""
+    sizes = [(64, 64)] + [(32, 32)] * 5
+    both = make_picture_set(pictures, sizes=sizes, captions=[["a cat", "my cat"]] * 2 + [["a dog"]] * 4)
+    left_out = [(f"{i}.png", "the file is empty") for i in range(LISTED + 2)]
+    report = describe(
+        both, left_out, np.array([0, 0, 1, 2, 3, 4, 5]), num_validated=3, token_counts=None, token_limit=None,
+        steps_per_epoch=4, cache_bytes=3 * 2**20,
+    )  # fmt: skip
+    assert report["tokens"] is None
+    assert (report["pictures"], report["validated"], report["captions"], report["different_captions"]) == (6, 3, 8, 3)
+    assert report["sizes"] == {
+        "32x32": {"pictures": 5, "samples_an_epoch": 5},
+        "64x64": {"pictures": 1, "samples_an_epoch": 2},
+    }
+    assert report["concepts"] == {"pictures": {"pictures": 6, "samples_an_epoch": 7}}
+    assert [line.rpartition(": ")[2] for line in report["enlarged"]] == ["40x32"]
+    lines = lines_of(report)
+    assert lines[0] == "6 pictures, 8 captions (3 different); 3 more to validate on"
+    assert lines[1] == "7 samples and 4 steps an epoch; the cache takes about 3 MiB"
+    assert f"{LISTED + 2} left out, as they can't be used:" in lines
+    assert "  ... and 2 more, all in the JSON file" in lines
+    assert not any("tokens" in line for line in lines)
+
+
+def test_captions_are_wrapped():
+    font = ImageFont.load_default(size=13)
+    lines = wrapped("a red axe on a blue background " * 3 + "x" * 200, font, 120)
+    assert " ".join(lines) == "a red axe on a blue background " * 3 + "x" * 200
+    assert all(font.getlength(line) <= 120 for line in lines[:-1])
+    assert lines[-1] == "x" * 200

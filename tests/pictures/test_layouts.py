@@ -1,0 +1,339 @@
+"""Folders made for other tools: the same pictures give the same records, whichever way their captions are kept."""
+
+import json
+import shutil
+import tarfile
+import unicodedata
+import zipfile
+
+import pytest
+from conftest import read_records
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.layouts import LAYOUTS
+from text_to_image_lora.pictures.records import image_id, read_image_bytes
+
+
+CAPTIONS = {"axe": ["a red axe", "a blue axe, old"], "spear": ["écru spear 绿", 'a "long" spear']}
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def load(tmp_path, said):
+    def load(*folders, **options):
+        return read_records([*folders], archive_dir=tmp_path / "archives", say=said.append, **options)
+
+    return load
+
+
+def save_picture(path, shade):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (6, 5), (shade, 0, 90)).save(path)
+
+
+def write(text, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def build(folder, layout):
+    """The four pictures of `CAPTIONS`, laid out for one tool or another."""
+    rows = [(kind, i, caption) for kind, group in CAPTIONS.items() for i, caption in enumerate(group)]
+    for shade, (kind, i, caption) in enumerate(rows):
+        name = f"{kind}_{i}.png"
+        if layout in ("csv", "jsonl"):
+            save_picture(folder / name, shade)
+        elif layout == "nested jsonl":
+            save_picture(folder / kind / name, shade)
+            with open(folder / kind / "metadata.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"file_name": name, "text": caption}) + "\n")
+        elif layout in ("kohya .txt", "kohya .caption"):
+            save_picture(folder / f"1_{kind}" / name, shade)
+            write(caption + "\n", (folder / f"1_{kind}" / name).with_suffix(layout.split()[1]))
+        elif layout == "beside":
+            save_picture(folder / name, shade)
+            write(caption, (folder / name).with_suffix(".txt"))
+        elif layout == "nested beside":
+            save_picture(folder / kind / name, shade)
+            write(caption, (folder / kind / name).with_suffix(".txt"))
+    if layout == "csv":
+        quoted = ['"{}"'.format(caption.replace('"', '""')) for _, _, caption in rows]
+        lines = [f"{kind}_{i}.png,{text}\n" for (kind, i, _), text in zip(rows, quoted, strict=True)]
+        write("file_name,text\n" + "".join(lines), folder / "metadata.csv")
+    if layout == "jsonl":
+        lines = [json.dumps({"file_name": f"{kind}_{i}.png", "text": text}) + "\n" for kind, i, text in rows]
+        write("".join(lines), folder / "metadata.jsonl")
+    return folder
+
+
+BUILT = ["csv", "jsonl", "nested jsonl", "kohya .txt", "kohya .caption", "beside", "nested beside"]
+
+
+def content_of(dataset):
+    return [(image_id(read_image_bytes(row["image"])), row["captions"], row["num_repeats"]) for row in dataset]
+
+
+@pytest.fixture
+def expected(tmp_path, load):
+    found = content_of(load(build(tmp_path / "expected", "jsonl")))
+    assert [captions for _, captions, _ in found] == [[caption] for group in CAPTIONS.values() for caption in group]
+    return found
+
+
+def pack(folder, ending):
+    """The folder in an archive, as a file manager packs it: with the folder itself, or only what is in it."""
+    archive = folder.parent / (folder.name + ending)
+    if ending == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in sorted(folder.rglob("*")):
+                file.write(path, path.relative_to(folder))
+            file.writestr("__MACOSX/._axe_0.png", b"no picture")
+            file.writestr(".DS_Store", b"no picture")
+    else:
+        with tarfile.open(archive, "w:gz" if ending.endswith("gz") else "w") as file:
+            file.add(folder, folder.name)
+    shutil.rmtree(folder)
+    return archive
+
+
+@pytest.mark.parametrize("layout", BUILT)
+@pytest.mark.parametrize("ending", ["", ".zip", ".tar", ".tar.gz"])
+def test_the_same_records_in_every_layout(tmp_path, load, expected, layout, ending):
+    folder = build(tmp_path / "set", layout)
+    dataset = load(pack(folder, ending) if ending else folder)
+    assert content_of(dataset) == expected
+    if layout in ("nested jsonl", "kohya .txt", "kohya .caption", "nested beside"):
+        assert dataset["concept"][:] == ["axe", "axe", "spear", "spear"]
+    else:
+        assert set(dataset["concept"]) == {"set"}
+
+
+def test_several_sources(tmp_path, load, expected):
+    folder, archive = build(tmp_path / "one", "kohya .txt"), pack(build(tmp_path / "two", "csv"), ".zip")
+    assert content_of(load(folder, archive)) == expected + expected
+
+
+def test_repeats_of_the_parent_and_of_the_inner_folder(tmp_path, load, said):
+    for name, count in (("10_red axe", 2), ("3_spear", 1)):
+        for i in range(count):
+            save_picture(tmp_path / "set" / name / f"{i}.jpg", i)
+            write(f"{name} {i}", tmp_path / "set" / name / f"{i}.txt")
+    dataset = load(tmp_path / "set")
+    assert dataset["num_repeats"][:] == [10, 10, 3]
+    assert dataset["concept"][:] == ["red axe", "red axe", "spear"]
+    assert said == [
+        f"{tmp_path}/set/10_red axe: 2 pictures, 10 times each an epoch",
+        f"{tmp_path}/set/3_spear: 1 pictures, 3 times each an epoch",
+    ]
+    inner = load(tmp_path / "set" / "10_red axe")
+    assert inner["num_repeats"][:] == [10, 10]
+    assert inner["captions"][:] == dataset["captions"][:2]
+
+
+def test_kohya_pictures_without_a_caption_file_take_their_folders_name(tmp_path, load, said):
+    for name in ("a", "b"):
+        save_picture(tmp_path / "2_sks_dog" / f"{name}.png", 0)
+    write("a dog on a sofa", tmp_path / "2_sks_dog" / "a.txt")
+    assert load(tmp_path)["captions"][:] == [["a dog on a sofa"], ["sks dog"]]
+    assert f"{tmp_path}: 1 pictures have no caption file; their folder's name is their caption" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [("[sks]_[golden retriever]", "sks golden retriever"), ("sks_golden_retriever", "sks golden retriever")],
+)
+def test_trigger_and_class_from_the_folders_name(tmp_path, load, said, name, caption):
+    save_picture(tmp_path / "set" / name / "0.png", 0)
+    save_picture(tmp_path / "set" / "wvy_cat" / "0.png", 1)
+    dataset = load(tmp_path / "set")
+    assert dataset["captions"][:] == [[caption], ["wvy cat"]]
+    assert dataset["concept"][:] == ["sks", "wvy"]
+    assert said[0] == f"{tmp_path}/set: 1 pictures have the caption '{caption}' (--caption_template)"
+    template = "a painting of {trigger}, a {class}"
+    assert load(tmp_path / "set", caption_template=template)["captions"][:] == [
+        ["a painting of sks, a golden retriever"],
+        ["a painting of wvy, a cat"],
+    ]
+
+
+def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
+    save_picture(tmp_path / "my_pictures" / "0.png", 0)
+    with pytest.raises(InputError, match="have no captions.*--instance_prompt"):
+        load(tmp_path / "my_pictures")
+    chosen = load(tmp_path / "my_pictures", dataset_layout="trigger_class")
+    assert chosen["captions"][:] == [["my pictures"]]
+    assert load(tmp_path / "my_pictures", instance_prompt="sks")["captions"][:] == [["sks"]]
+
+
+def test_a_layout_that_is_asked_for(tmp_path, load, said):
+    """Metadata goes before caption files, as it is the more explicit; `--dataset_layout` turns that round."""
+    folder = build(tmp_path / "set", "beside")
+    write("file_name,text\naxe_0.png,from the table\n", folder / "metadata.csv")
+    assert load(folder)["captions"][:] == [["from the table"]]
+    assert "3 pictures have no row in a metadata file and will not be trained on" in said[0]
+    assert load(folder, dataset_layout="caption_files")["captions"][0] == ["a red axe"]
+    for layout in set(LAYOUTS) - {"metadata", "caption_files", "kohya"}:
+        options = {"instance_prompt": "sks"} if layout == "instance" else {}
+        if layout == "trigger_class":
+            with pytest.raises(InputError, match=r"name the folder \[trigger\]_\[class\]"):
+                load(folder, dataset_layout=layout, **options)
+        else:
+            assert load(folder, dataset_layout=layout, **options)["captions"][:] == [["sks"]] * 4
+    with pytest.raises(InputError, match="needs --instance_prompt"):
+        load(folder, dataset_layout="instance")
+
+
+def test_several_lines_are_several_captions(tmp_path, load):
+    save_picture(tmp_path / "0.png", 0)
+    write("\ufeffa cat\r\n\r\n my cat \n", tmp_path / "0.txt")
+    assert load(tmp_path)["captions"][:] == [["a cat", "my cat"]]
+    (tmp_path / "0.txt").write_bytes("ein Käter".encode("utf-16"))
+    assert load(tmp_path)["captions"][:] == [["ein Käter"]]
+
+
+def test_caption_files_that_are_missing_or_empty(tmp_path, load):
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", i)
+    write("a cat", tmp_path / "0.txt")
+    write(" \n", tmp_path / "1.txt")
+    with pytest.raises(
+        InputError, match=r"1\.png: its caption file 1\.txt is empty\. Write one, or pass --skip_bad_images"
+    ):
+        load(tmp_path)
+    left_out = []
+    assert load(tmp_path, leave_out=lambda *row: left_out.append(row))["captions"][:] == [["a cat"]]
+    assert left_out == [
+        (f"{tmp_path}/1.png", "its caption file 1.txt is empty"),
+        (f"{tmp_path}/2.png", "there is no 2.txt beside it"),
+    ]
+    (tmp_path / "1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"1\.txt: it can't be read .*Save it again as UTF-8"):
+        load(tmp_path)
+
+
+def test_hidden_files_are_no_pictures(tmp_path, load):
+    folder = build(tmp_path / "set", "beside")
+    for name in (".hidden.png", "._axe_0.png", "__MACOSX/axe_0.png", ".ipynb_checkpoints/axe_0.png", "Thumbs.db"):
+        write("no picture", folder / name)
+    assert len(load(folder)) == 4
+
+
+def test_pictures_and_rows_that_do_not_meet(tmp_path, load, said):
+    for i in range(3):
+        save_picture(tmp_path / f"{i}.png", i)
+    write("file_name,text\n0.png,a cat\n0.png,my cat\n", tmp_path / "metadata.csv")
+    assert load(tmp_path)["captions"][:] == [["a cat"], ["my cat"]]
+    assert said == [
+        f"{tmp_path}: 2 pictures have no row in a metadata file and will not be trained on; the first: {tmp_path}/1.png",
+        f"{tmp_path}: 1 rows name a picture that another row names too; each row counts",
+    ]
+
+
+@pytest.mark.parametrize(("on_disk", "in_row"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_spelt_the_other_way(tmp_path, load, on_disk, in_row):
+    save_picture(tmp_path / unicodedata.normalize(on_disk, "épée.png"), 0)
+    write(f"file_name,text\n{unicodedata.normalize(in_row, 'épée.png')},a sword\n", tmp_path / "metadata.csv")
+    assert load(tmp_path)["captions"][:] == [["a sword"]]
+
+
+def test_a_misspelt_name_is_told_with_the_nearest_there_is(tmp_path, load):
+    save_picture(tmp_path / "axe.PNG", 0)
+    write("file_name,text\naxe.png,an axe\n", tmp_path / "metadata.csv")
+    with pytest.raises(InputError, match=r"'axe\.png' does not exist \(there is 'axe\.PNG'\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_with_other_delimiters(tmp_path, load, delimiter):
+    save_picture(tmp_path / "0.png", 0)
+    write(f"file_name{delimiter}text\n0.png{delimiter}a cat, old\n", tmp_path / "metadata.csv")
+    assert load(tmp_path)["captions"][:] == [["a cat, old"]]
+
+
+def test_a_metadata_file_in_utf_16(tmp_path, load):
+    save_picture(tmp_path / "0.png", 0)
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\n0.png,ein Käter\n".encode("utf-16"))
+    assert load(tmp_path)["captions"][:] == [["ein Käter"]]
+
+
+def test_a_link_out_of_the_folder(tmp_path, load):
+    save_picture(tmp_path / "secret.png", 0)
+    folder = build(tmp_path / "set", "beside")
+    (folder / "b.png").symlink_to(tmp_path / "secret.png")
+    write("mine", folder / "b.txt")
+    with pytest.raises(InputError, match=r"b\.png: it is a link out of the dataset folder"):
+        load(folder, leave_out=print)
+
+
+def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said):
+    build(tmp_path / "set" / "train", "csv")
+    build(tmp_path / "set" / "test", "csv")
+    assert len(load(tmp_path / "set")) == 4
+    assert said == [f"{tmp_path}/set: training on its folder train, not on test"]
+
+
+def test_column_flags_without_a_table(tmp_path, load):
+    folder = build(tmp_path / "set", "beside")
+    for options, wrong in ((dict(image_column="photo"), "'photo'"), (dict(caption_column="words"), "'words'")):
+        with pytest.raises(InputError, match=f"no metadata file, so no column {wrong}"):
+            load(folder, **options)
+
+
+def test_no_repeats(tmp_path, load):
+    save_picture(tmp_path / "0_dog" / "0.png", 0)
+    with pytest.raises(InputError, match="0 repeats"):
+        load(tmp_path)
+
+
+def test_concepts_from_a_column(tmp_path, load):
+    for i in range(2):
+        save_picture(tmp_path / f"{i}.png", i)
+    write("file_name,text,kind\n0.png,a cat,cats\n1.png,a dog,dogs\n", tmp_path / "metadata.csv")
+    assert load(tmp_path, concept_column="kind")["concept"][:] == ["cats", "dogs"]
+    with pytest.raises(InputError, match=r"no column 'knid' \(--concept_column\)"):
+        load(tmp_path, concept_column="knid")
+
+
+def test_a_year_is_no_number_of_repeats(tmp_path, load):
+    save_picture(tmp_path / "2024_summer" / "0.png", 0)
+    with pytest.raises(InputError, match="its name says 2024 repeats"):
+        load(tmp_path)
+
+
+def test_a_link_to_a_folder_is_not_passed_over(tmp_path, load):
+    build(tmp_path / "elsewhere", "beside")
+    build(tmp_path / "set", "beside")
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="more: it is a link to a folder"):
+        load(tmp_path / "set")
+
+
+def test_splits_in_capitals(tmp_path, load, said):
+    build(tmp_path / "set" / "Train", "csv")
+    build(tmp_path / "set" / "Test", "csv")
+    assert len(load(tmp_path / "set")) == 4
+    assert said == [f"{tmp_path}/set: training on its folder Train, not on Test"]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV"])
+def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, said, name):
+    folder = tmp_path / "set"
+    for shade, part in enumerate(("train", "test", "validation")):
+        save_picture(folder / part / "0.png", shade)
+        write(f"beside, in {part}", folder / part / "0.txt")
+    write("file_name,text\n" + "".join(f"{part}/0.png,a {part}\n" for part in ("train", "test")), folder / name)
+    assert load(folder)["captions"][:] == [["a train"], ["a test"]]
+    assert said == [
+        f"{folder}: 1 picture has no row in a metadata file and will not be trained on; the first: "
+        f"{folder}/validation/0.png"
+    ]
+    # Without it, they are splits.
+    said.clear()
+    (folder / name).unlink()
+    assert load(folder)["captions"][:] == [["beside, in train"]]
+    assert said == [f"{folder}: training on its folder train, not on test, validation"]

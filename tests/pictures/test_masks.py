@@ -1,0 +1,166 @@
+"""Masks weight the loss, wherever they come from; they are cut as their pictures are."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_picture_set, read_metrics, read_records, write_pictures
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.records import read_image_bytes
+from text_to_image_lora.pictures.transforms import Variation, apply_variation, apply_variation_to_mask, open_mask
+
+
+def half(size=(40, 32)):
+    """White on the left half, black on the right."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+@pytest.mark.parametrize(
+    "variation", [Variation(0, 0, False), Variation(8, 0, True), Variation(3, 2, False, share=0.8), Variation(2, 1, True, turn=30.0)]
+)  # fmt: skip
+def test_a_mask_is_cut_as_its_picture(variation):
+    """A picture that is its own mask stays its own mask."""
+    rng = np.random.default_rng(1)
+    mask = Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
+    pixels = apply_variation(mask.convert("RGB"), variation, (32, 32), "bilinear")[..., 0]
+    expected = pixels.reshape(8, 4, 8, 4).mean(axis=(1, 3)) / 255
+    cut = apply_variation_to_mask(mask, variation, (32, 32), 4)
+    assert cut.dtype == np.float32
+    assert np.abs(cut - expected).max() < 1e-6
+
+
+@pytest.fixture
+def masked(tmp_path):
+    folder = write_pictures(tmp_path / "masked", count=4)
+    half().save(folder / "1.mask.png")
+    return folder
+
+
+def test_a_mask_beside_its_picture(masked):
+    said = []
+    dataset = read_records(masked, say=said.append)
+    assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
+    assert len(dataset) == 4
+    assert said == []  # a mask is no picture without a row
+    pictures = make_picture_set(dataset, center_crop=True)
+    assert (pictures.mask(0, 0, 4) == 1).all()
+    mask = pictures.mask(1, 0, 4)
+    assert (mask[:, :4] == 1).all()
+    assert (mask[:, 4:] == 0).all()
+    # Caption files: the same.
+    for i in range(4):
+        (masked / f"{i}.txt").write_text("a cat")
+    (masked / "metadata.jsonl").unlink()
+    assert [row["mask"] is not None for row in read_records(masked)] == [False, True, False, False]
+
+
+def test_a_column_of_masks(tmp_path):
+    folder = write_pictures(tmp_path / "set", count=2)
+    half().save(folder / "left.png")
+    rows = [
+        {"file_name": "0.png", "text": "a", "where": "left.png"},
+        {"file_name": "1.png", "text": "b", "where": None},
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = read_records(folder, mask_column="where")
+    assert read_image_bytes(dataset[0]["mask"]) == (folder / "left.png").read_bytes()
+    assert dataset[1]["mask"] is None
+    assert dataset["captions"][:] == [["a"], ["b"]]
+    with pytest.raises(InputError, match="no column 'were' \\(--mask_column\\)"):
+        read_records(folder, mask_column="were")
+    rows[1]["where"] = "../left.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        InputError, match=r"metadata.jsonl:2: its mask '../left.png' does not exist in the dataset folder"
+    ):
+        read_records(folder, mask_column="where")
+
+
+def test_a_broken_mask_is_told(train, masked):
+    (masked / "1.mask.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"1\.png'?: its mask: it can't be decoded"):
+        train(train_data_dir=masked)
+
+
+@pytest.mark.parametrize("layout", ["metadata", "caption_files"])
+def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout):
+    for name in ("11.mask.png", "one.mask.png"):  # slips for 1.mask.png
+        half().save(masked / name)
+    if layout == "caption_files":
+        for i in range(4):
+            (masked / f"{i}.txt").write_text("a cat")
+        (masked / "metadata.jsonl").unlink()
+    said = []
+    dataset = read_records(masked, say=said.append)
+    assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
+    assert said == [f"{masked}: 2 masks belong to no picture, as their names say; the first: 11.mask.png"]
+
+
+def erased(mode):
+    """The mask of `half` as an editor may save it: white everywhere, and its right half erased."""
+    if mode == "P":
+        mask = Image.new("P", (40, 32), 0)
+        mask.putpalette([255, 255, 255] * 2)
+        mask.paste(1, (20, 0, 40, 32))
+        return mask, {"transparency": 1}
+    mask = Image.new(mode, (40, 32), "white")
+    mask.putalpha(half())
+    return mask, {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_in_a_mask_does_not_count(tmp_path, mode):
+    mask, options = erased(mode)
+    mask.save(tmp_path / "mask.png", **options)
+    with Image.open(tmp_path / "mask.png") as stored:
+        assert stored.mode == mode
+    cut = apply_variation_to_mask(
+        open_mask((tmp_path / "mask.png").read_bytes(), (40, 32)), Variation(4, 0, False), (32, 32), 4
+    )
+    assert (cut[:, :4] == 1).all()
+    assert (cut[:, 4:] == 0).all()
+
+
+def test_what_is_half_transparent_in_a_mask_counts_half(tmp_path):
+    Image.new("LA", (40, 32), (255, 128)).save(tmp_path / "mask.png")
+    mask = open_mask((tmp_path / "mask.png").read_bytes(), (40, 32))
+    assert mask.getextrema() == (128, 128)
+
+
+# Class pictures.
+
+
+def test_masks_weight_what_is_learned(train, masked, tmp_path):
+    """From the cache as live; and the cache doesn't serve the mask of before."""
+
+    def losses(name, **options):
+        out = train(train_data_dir=masked, center_crop=True, output_dir=tmp_path / name, **options)
+        return [row["train_loss"] for row in read_metrics(out)]  # of two steps: each of the four pictures once
+
+    cached = losses("cached")
+    assert losses("live", cache_variations=0) == pytest.approx(cached, rel=1e-4)
+    half().rotate(180).save(masked / "1.mask.png")
+    turned = losses("turned")
+    (masked / "1.mask.png").unlink()
+    without = losses("without")
+    for a, b in ((cached, turned), (cached, without), (turned, without)):
+        assert a != pytest.approx(b, rel=1e-4)
+
+
+def test_an_empty_mask_is_told_or_left_out_with_its_picture(train, masked, capsys):
+    """Also where the picture was seen without one: the list of known pictures goes by content, and no bytes add nothing."""
+    (masked / "1.mask.png").unlink()
+    train(train_data_dir=masked, max_train_steps=1, output_dir=masked.parent / "before")
+    (masked / "1.mask.png").write_bytes(b"")
+    reason = f"{masked}/metadata.jsonl:2: '1.png': its mask: the file is empty"
+    with pytest.raises(InputError) as caught:
+        train(train_data_dir=masked)
+    assert str(caught.value) == f"{reason}. Fix it, or pass --skip_bad_images to leave it out."
+    train(train_data_dir=masked, skip_bad_images=True)
+    out = capsys.readouterr().out
+    assert f"left out: {reason}\n" in out
+    assert "\n3 pictures, " in out

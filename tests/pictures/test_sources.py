@@ -1,0 +1,307 @@
+"""Every source of pictures becomes the same records, and whatever is wrong is told in one line that says where."""
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_records, write_pictures
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.records import image_id, read_image_bytes
+
+
+def picture_bytes(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def pictures_of(records):
+    return [read_image_bytes(row["image"]) for row in records]
+
+
+def refusal(folder):
+    with pytest.raises(InputError) as caught:
+        read_records(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Folders.
+
+
+def test_a_folder_for_each_class(tmp_path):
+    # The dataset itself may lie in a hidden folder; hidden folders in it are somebody's backup.
+    folder = tmp_path / ".data" / "weapons"
+    for kind in ("spear", "axe", ".ipynb_checkpoints", "__MACOSX"):
+        write_pictures(folder / kind, count=1, captions=[f"a {kind}"])
+    dataset = read_records(folder)
+    assert dataset["concept"][:] == ["axe", "spear"]
+    assert dataset["captions"][:] == [["a axe"], ["a spear"]]
+    assert read_records(dataset_name=str(folder))[:] == dataset[:]
+
+
+def test_the_folder_one_stands_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_pictures(tmp_path / "axes", count=1))
+    assert read_records(".")["concept"][:] == ["axes"]
+
+
+def test_folders_without_a_dataset(tmp_path):
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "no pictures and no metadata" in refusal(tmp_path)
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "deep" / "down" / "0.png").write_bytes(picture_bytes("red"))
+    assert "no captions" in refusal(tmp_path)
+
+
+def test_max_train_samples_are_always_the_same(pictures):
+    """Those that upstream draws with the seed 0, whatever the run's own seed is."""
+    whole = read_records(pictures)
+    some = read_records(pictures, max_train_samples=4)
+    assert some[:] == whole.shuffle(seed=0).select(range(4))[:]
+    assert read_records(pictures, max_train_samples=99)[:] == whole[:]
+
+
+# Datasets of the `datasets` library, in a folder and on the hub.
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Writes a dataset with a picture column in one of the library's formats; returns the folder."""
+    import datasets
+
+    def store(kind, image="image", splits=("train",), pictures=("red", "blue"), **texts):
+        texts = texts or {"en_text": ["a red cat", "a blue cat"], "zh_text": ["红猫", "蓝猫"]}
+        features = {name: datasets.Value("string") for name in texts} | {image: datasets.Image()}
+        for name, values in texts.items():
+            if isinstance(values[0], list):
+                features[name] = datasets.List(datasets.Value("string"))
+        cells = [c and {"bytes": picture_bytes(c), "path": None} for c in pictures]
+        dataset = datasets.Dataset.from_dict(texts | {image: cells}, features=datasets.Features(features))
+        folder = tmp_path / kind
+        if kind == "parquet":
+            (folder / "data").mkdir(parents=True)
+            for split in splits:
+                dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        elif kind == "dictionary":
+            datasets.DatasetDict(dict.fromkeys(splits, dataset)).save_to_disk(folder)
+        else:
+            dataset.save_to_disk(folder)
+        return folder
+
+    datasets.disable_progress_bars()
+    yield store
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda folder, **options: read_records(
+        dataset_name=str(folder), cache_dir=str(tmp_path / "datasets-cache"), **options
+    )
+
+
+KINDS = ["parquet", "disk", "dictionary"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_dataset(stored, load, kind):
+    folder = stored(kind, splits=("test", "train"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    dataset = load(folder)
+    assert dataset["captions"][:] == [["a red cat"], ["a blue cat"]]
+    assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
+    assert dataset["concept"][:] == [kind] * 2
+    assert dataset["num_repeats"][:] == [1, 1]
+    assert [source.endswith(f"row {i}") for i, source in enumerate(dataset["source"])] == [True, True]
+    assert load(folder, caption_column="zh_text")["captions"][:] == [["红猫"], ["蓝猫"]]
+    assert load(folder, max_train_samples=1)["captions"][:] == [["a red cat"]]
+    # A user's dataset is read, never written to.
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_columns_of_a_stored_dataset(stored, load):
+    folder = stored("disk", image="photo", words=[["a", "b"], ["c", None]])
+    assert load(folder)["captions"][:] == [["a", "b"], ["c"]]
+    # `image` is upstream's default, so it may be passed without meaning a name.
+    assert load(folder, image_column="image")[:] == load(folder, image_column="photo")[:]
+    for options, wrong in (
+        (dict(caption_column="txet"), "'txet' (--caption_column)"),
+        (dict(caption_column="photo"), "'photo' holds no text"),
+        (dict(image_column="words"), "'words' holds no pictures"),
+        (dict(image_column="foto"), "'foto' (--image_column)"),
+    ):
+        with pytest.raises(InputError, match="words") as caught:
+            load(folder, **options)
+        assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_a_row_without_a_caption_is_refused_or_left_out(stored, load, kind, empty):
+    folder = stored(kind, pictures=("red", "green", "blue"), text=["a", empty, "c"])
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    assert str(caught.value) == (
+        f"{folder}: row 1: column 'text' is empty. Fill or remove the row, or pass --skip_bad_images to leave such rows out."
+    )
+    left_out = []
+    dataset = load(folder, leave_out=lambda *row: left_out.append(row))
+    assert left_out == [(f"{folder}: row 1", "column 'text' is empty")]
+    # The rows that stay keep their pictures and numbers.
+    assert dataset["captions"][:] == [["a"], ["c"]]
+    assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
+    assert dataset["source"][:] == [f"{folder}: row 0", f"{folder}: row 2"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk"])
+def test_bad_rows_of_a_stored_dataset_are_refused_or_left_out_by_the_command(stored, train, tmp_path, capsys, kind):
+    """A caption that is missing is told before models are loaded, a picture when all are looked at."""
+    folder = stored(kind, pictures=("red", "green", "blue", None), text=["a", "", "c", "d"])
+    options = dict(train_data_dir=folder, cache_dir=tmp_path / "datasets-cache")
+    with pytest.raises(InputError) as caught:
+        train(**options)
+    assert str(caught.value).startswith(f"{folder}: row 1: column 'text' is empty. ")
+    train(skip_bad_images=True, max_train_steps=1, **options)
+    out = capsys.readouterr().out
+    assert f"left out: {folder}: row 1: column 'text' is empty\n" in out
+    assert f"left out: {folder}: row 3: there is no picture\n" in out
+    assert out.count("left out") == 2
+    assert "\n2 pictures, 1 steps an epoch" in out
+
+
+@pytest.mark.parametrize("instance_prompt", [None, "sks"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_thumbnails_beside_parquet_files_are_not_trained_on(stored, tmp_path, instance_prompt, count):
+    folder, said = stored("parquet"), []
+    for i in range(count):
+        (folder / f"thumbnail{i}.png").write_bytes(picture_bytes("green"))
+    dataset = read_records(
+        folder, cache_dir=str(tmp_path / "datasets-cache"), instance_prompt=instance_prompt, say=said.append
+    )
+    assert dataset["captions"][:] == [["a red cat"], ["a blue cat"]]
+    assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
+    assert f"{folder}: training on its parquet or arrow files, not on the pictures beside them" in said
+
+
+def test_a_stored_dataset_without_train_split(stored, load):
+    assert len(load(stored("parquet", splits=("validation",)))) == 2
+    with pytest.raises(InputError, match="no split 'train', only: a, b"):
+        load(stored("dictionary", splits=("a", "b")))
+
+
+def test_a_stored_dataset_without_pictures(load, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "words" / "train.parquet")
+    with pytest.raises(InputError, match="no column with pictures. The columns are: text"):
+        load(tmp_path / "words")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_stored_dataset(stored, load, kind):
+    folder = stored(kind)
+    for path in [*folder.rglob("*.arrow"), *folder.rglob("*.parquet")]:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="can't be loaded") as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["no/such", "nothing", "./nowhere", "../up", "~/home", "/root/x", "a/b/c", "http://a.b"]
+)
+def test_a_dataset_that_is_nowhere(load, name):
+    with pytest.raises(InputError) as caught:
+        load(name)
+    assert str(caught.value).startswith(f"{name}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_concepts_from_the_labels_of_a_stored_dataset(load, tmp_path):
+    import datasets
+
+    cell = {"bytes": picture_bytes("red"), "path": None}
+    columns = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["cats", "dogs"]),
+    }
+    rows = {"image": [cell, cell], "text": ["a", "b"], "label": [1, 0]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(tmp_path / "stored")
+    dataset = load(tmp_path / "stored", concept_column="label")
+    assert dataset["concept"][:] == ["dogs", "cats"]
+    assert dataset["captions"][:] == [["a"], ["b"]]
+
+
+def test_masks_of_a_stored_dataset(load, tmp_path):
+    import datasets
+
+    red, blue = ({"bytes": picture_bytes(colour), "path": None} for colour in ("red", "blue"))
+    columns = {"photo": datasets.Image(), "where": datasets.Image(), "text": datasets.Value("string")}
+    rows = {"photo": [red, blue], "where": [blue, None], "text": ["a", "b"]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).save_to_disk(tmp_path / "stored")
+    dataset = load(tmp_path / "stored", image_column="photo", mask_column="where")
+    assert read_image_bytes(dataset[0]["mask"]) == picture_bytes("blue")
+    assert dataset[1]["mask"] is None
+    with pytest.raises(InputError, match="'text' holds no pictures \\(--mask_column\\)"):
+        load(tmp_path / "stored", mask_column="text")
+
+
+def test_shards_of_webdataset(load, tmp_path):
+    """A folder of tar files, each with pictures and captions of the same names."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    colours = ["red", "green", "blue", "white"]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as file:
+            for i in range(2):
+                for ending, data in (
+                    ("png", picture_bytes(colours[2 * shard + i])),
+                    ("txt", f"cat {shard}{i}".encode()),
+                ):
+                    member = tarfile.TarInfo(f"{shard}{i}.{ending}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+    dataset = load(folder)
+    assert dataset["captions"][:] == [["cat 00"], ["cat 01"], ["cat 10"], ["cat 11"]]
+    assert pictures_of(dataset) == [picture_bytes(colour) for colour in colours]
+
+
+# The bundled sets.
+
+
+@pytest.mark.parametrize(
+    ("name", "concepts"),
+    [
+        ("weapons", {"axe": 24, "spear": 24, "trident": 24, "whip": 24}),
+        ("weapons/axe", {"axe": 24}),
+        ("weapons_test", {"weapons_test": 24}),
+        ("creatures", {"creatures": 40}),
+    ],
+)
+def test_bundled_sets(name, concepts):
+    dataset = read_records(ROOT / "metadata" / name)
+    held = dataset["concept"][:]
+    assert {concept: held.count(concept) for concept in held} == concepts
+    assert len({image_id(read_image_bytes(row["image"])) for row in dataset}) == len(dataset)
+    assert all(len(captions) == 1 and len(captions[0]) > 10 for captions in dataset["captions"])
+
+
+@pytest.mark.long
+def test_bundled_sets_are_what_the_script_draws(tmp_path):
+    script = ROOT / "scripts" / "draw_datasets.py"
+    subprocess.run([sys.executable, script, "--output_dir", tmp_path], check=True)
+    drawn, bundled = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path, ROOT / "metadata")
+    )
+    del bundled[Path("README.md")]
+    assert drawn.keys() == bundled.keys()
+    assert [path for path in drawn if drawn[path] != bundled[path]] == []

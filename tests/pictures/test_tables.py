@@ -1,0 +1,198 @@
+"""Metadata files: rows, captions and columns are found, and a broken line is named with its number."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import read_records
+from PIL import Image
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.records import read_image_bytes
+from text_to_image_lora.pictures.tables import CAPTION_COLUMNS
+
+
+def save_pictures(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (40 * i, 0, 0)).save(folder / name)
+    return folder
+
+
+def names_of(dataset):
+    return [Path(row["image"]["path"]).name for row in dataset]
+
+
+def refusal(folder, **options):
+    """The message of the `InputError` that loading a folder ends in: one line that starts with where."""
+    with pytest.raises(InputError) as caught:
+        read_records(folder, **options)
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message
+
+
+CAPTIONS = ["plain", 'commas, and "quotes"', "two\nlines", "odd \u2028 breaks \x85 of \x0c lines", "écru 绿"]
+
+
+def write_metadata(folder, kind, rows):
+    file = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write_text(text, encoding="utf-8")
+    elif kind == "csv":
+        with open(file, "w", encoding="utf-8", newline="") as lines:
+            writer = csv.DictWriter(lines, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_metadata_file(tmp_path, kind):
+    files = [f"{i}.png" for i in range(5)]
+    folder = save_pictures(tmp_path / "animals", *files)
+    write_metadata(folder, kind, [{"file_name": f, "text": c} for f, c in zip(files, CAPTIONS)])
+    dataset = read_records(folder)
+    assert names_of(dataset) == files
+    assert dataset["captions"][:] == [[caption] for caption in CAPTIONS]
+    assert set(dataset["concept"]) == {"animals"}
+    assert set(dataset["num_repeats"]) == {1}
+    assert read_image_bytes(dataset[3]["image"]) == (folder / "3.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_as_excel_saves_it(tmp_path, kind):
+    folder = save_pictures(tmp_path, "0.png", "1.png")
+    write_metadata(folder, kind, [{"file_name": f"{i}.png", "text": f"é {i}"} for i in range(2)])
+    file = folder / f"metadata.{kind}"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_records(folder)["captions"][:] == [["é 0"], ["é 1"]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_several_captions(tmp_path, kind):
+    folder = save_pictures(tmp_path, "0.png", "1.png")
+    rows = [{"file_name": "0.png", "text": ["a cat", "my cat"]}, {"file_name": "1.png", "text": ["a dog"]}]
+    assert read_records(write_metadata(folder, kind, rows))["captions"][:] == [r["text"] for r in rows]
+
+
+@pytest.mark.parametrize("column", [*CAPTION_COLUMNS, "words of the artist"])
+def test_the_caption_column_is_found(tmp_path, column):
+    folder = save_pictures(tmp_path, "0.png")
+    other = {} if column not in CAPTION_COLUMNS else {"author": "me"}
+    write_metadata(folder, "jsonl", [{"width": 4, **other, "file_name": "0.png", column: "a cat"}])
+    assert read_records(folder)["captions"][:] == [["a cat"]]
+
+
+def test_the_caption_column_that_is_asked_for(tmp_path):
+    folder = save_pictures(tmp_path, "0.png")
+    write_metadata(folder, "jsonl", [{"file_name": "0.png", "text": "a cat", "notes": "blurred", "width": 4}])
+    assert read_records(folder, caption_column="notes")["captions"][:] == [["blurred"]]
+    for asked in ("txet", "width"):
+        message = refusal(folder, caption_column=asked)
+        assert f"'{asked}'" in message
+        assert "file_name, text, notes, width" in message
+
+
+def test_columns_that_cannot_be_found(tmp_path):
+    folder = save_pictures(tmp_path, "0.png")
+    write_metadata(folder, "jsonl", [{"file_name": "0.png", "author": "me", "notes": "blurred", "width": 4}])
+    assert "--caption_column, one of: author, notes." in refusal(folder)
+    write_metadata(folder, "jsonl", [{"file_name": "0.png", "width": 4}])
+    assert "no captions. The columns are: file_name, width" in refusal(folder)
+    write_metadata(folder, "jsonl", [{"file": "0.png", "text": "a cat"}])
+    assert "no column 'file_name'. The columns are: file, text." in refusal(folder)
+    assert "no column 'path'. The columns are: file, text." in refusal(folder, image_column="path")
+    assert names_of(read_records(folder, image_column="file")) == ["0.png"]
+
+
+GOOD = '{"file_name": "0.png", "text": "a cat"}\n'
+BAD_LINES = [
+    ("metadata.jsonl", GOOD + '\n{"file_name": "1.png", "text": \n', 3, "not JSON"),
+    ("metadata.jsonl", GOOD + "[1, 2]\n", 2, "not a JSON object"),
+    ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": "half of an emoji \\ud83d"}\n', 2, "surrogates"),
+    ("metadata.csv", 'file_name,text\n0.png,"a cat\n', 2, "this row is not CSV"),
+    ("metadata.csv", "file_name,text\n0.png,a cat\n1.png,a dog, running\n", 3, "more fields"),
+    ("metadata.csv", b"file_name,text\n0.png,caf\xe9\n", None, "UTF-8"),
+    ("metadata.parquet", b"PAR1 and no more", None, "can't be read"),
+]
+BAD_ROWS = [
+    ("metadata.jsonl", GOOD + '\n{"file_name": "1.jpg", "text": "a dog"}\n', 3, "'1.jpg' does not exist"),
+    ("metadata.jsonl", GOOD + '{"file_name": "", "text": "a dog"}\n', 2, "'file_name' is empty"),
+    ("metadata.jsonl", GOOD + '{"text": "a dog"}\n', 2, "'file_name' is empty"),
+    ("metadata.jsonl", GOOD + '{"file_name": "https://a.org/1.png", "text": "a dog"}\n', 2, "is a URL"),
+    ("metadata.jsonl", GOOD + '{"file_name": "1\\u0000.png", "text": "a dog"}\n', 2, "does not exist"),
+    ("metadata.jsonl", GOOD + json.dumps({"file_name": 300 * "1", "text": "a dog"}) + "\n", 2, "does not exist"),
+    ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": null}\n', 2, "'text' is empty"),
+    ("metadata.jsonl", GOOD + '{"file_name": "1.png", "text": []}\n', 2, "'text' is empty"),
+    ("metadata.csv", "file_name,text\n0.png,a cat\n1.png\n", 3, "'text' is empty"),
+    ("metadata.csv", "file_name,text\n\n0.png,a cat\n\n1.jpg,a dog\n", 5, "'1.jpg' does not exist"),
+    ("metadata.csv", 'file_name,text\n0.png,"a\ncat"\n1.jpg,a dog\n', 4, "'1.jpg' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "line", "reason"), BAD_LINES + BAD_ROWS)
+def test_a_bad_line_is_named(tmp_path, file, content, line, reason):
+    folder = save_pictures(tmp_path, "0.png", "1.png")
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refusal(folder)
+    assert message.startswith(f"{folder / file}:" + (f"{line}: " if line else " "))
+    assert reason in message
+
+
+@pytest.mark.parametrize(("file", "content", "line", "reason"), BAD_ROWS)
+def test_bad_rows_are_left_out_when_asked(tmp_path, file, content, line, reason):
+    folder, left_out = save_pictures(tmp_path, "0.png", "1.png"), []
+    (folder / file).write_text(content)
+    assert names_of(read_records(folder, leave_out=lambda *row: left_out.append(row))) == ["0.png"]
+    assert [where for where, _ in left_out] == [f"{folder / file}:{line}"]
+    assert reason in left_out[0][1]
+    (folder / "0.png").unlink()
+    assert "no row" in refusal(folder, leave_out=print)
+
+
+def test_a_table_without_rows(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    assert "no row" in refusal(tmp_path)
+
+
+def test_trailing_commas_say_nothing(tmp_path):
+    folder = save_pictures(tmp_path, "0.png")
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a cat,,\n")
+    assert read_records(folder)["captions"][:] == [["a cat"]]
+
+
+def test_two_metadata_files_of_one_folder(tmp_path):
+    folder = save_pictures(tmp_path, "0.png")
+    for kind in ("csv", "jsonl"):
+        write_metadata(folder, kind, [{"file_name": "0.png", "text": "a cat"}])
+    message = refusal(folder)
+    assert "metadata.csv" in message
+    assert "metadata.jsonl" in message
+
+
+@pytest.mark.parametrize("how", ["up", "absolute", "link"])
+def test_a_picture_outside_of_the_dataset_is_refused(tmp_path, how):
+    folder = save_pictures(tmp_path / "set", "0.png")
+    save_pictures(tmp_path, "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    name = {"up": "../secret.png", "absolute": str(tmp_path / "secret.png"), "link": "link.png"}[how]
+    write_metadata(folder, "jsonl", [{"file_name": name, "text": "mine"}])
+    for leave_out in (None, print):
+        assert "leaves the dataset folder" in refusal(folder, leave_out=leave_out)
+
+
+def test_a_picture_elsewhere_inside_of_the_dataset(tmp_path):
+    save_pictures(tmp_path, "all/0.png", "axe/parts/1.png")
+    rows = [{"file_name": name, "text": "an axe"} for name in ("../all/0.png", "parts/1.png", "parts/../parts/1.png")]
+    write_metadata(tmp_path / "axe", "jsonl", rows)
+    assert names_of(read_records(tmp_path)) == ["0.png", "1.png", "1.png"]

@@ -1,0 +1,77 @@
+"""`metrics.jsonl` and the numbers of each step: whole lines, each once, and no loss that is not a number."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_metrics
+
+from text_to_image_lora.errors import TrainingError
+from text_to_image_lora.reports.metrics import MetricsFile, StepReports, peak_memory_gib
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A file of steps 0 to 3, of which the last was being written when the run was killed."""
+    path = tmp_path / "metrics.jsonl"
+    metrics_file = MetricsFile(path, 0)
+    for step in range(3):
+        metrics_file.write(step, {"train_loss": 1 / (1 + step)})
+    with open(path, "a") as file:
+        file.write('{"step": 3, "train_lo')
+    return path
+
+
+@pytest.mark.parametrize(("first_step", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2]), (5, [0, 1, 2])])
+def test_what_a_resumed_run_does_again_goes(written, first_step, kept):
+    MetricsFile(written, first_step).write(first_step + 1, {"train_loss": 0.5})
+    assert [row["step"] for row in read_metrics(written.parent)] == [*kept, first_step + 1]
+
+
+def test_json_has_no_infinity(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl", 0).write(1, {"grad_norm": math.inf, "lr": 1e-4, "train_loss": math.nan})
+    assert read_metrics(tmp_path) == [{"step": 1, "grad_norm": None, "lr": 1e-4, "train_loss": None}]
+
+
+def test_starting_over_begins_new_metrics(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
+    out = train(max_train_steps=1, resume_from_checkpoint="none")
+    assert [row["step"] for row in read_metrics(out)] == [1]
+
+
+@pytest.fixture
+def reports(tmp_path):
+    """`StepReports` whose tracker keeps what it gets in `logged`."""
+    logged = []
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda values, step: logged.append((step, dict(values)))
+    )
+    progress = SimpleNamespace(set_postfix=lambda **shown: None)
+    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path)
+    made.logged = logged
+    return made
+
+
+def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
+    reports.put(1, {"train_loss": torch.tensor(0.5), "lr": 1e-4})
+    assert reports.logged == []
+    reports.put(2, {"train_loss": torch.tensor(0.25), "lr": 1e-4})
+    assert [step for step, _ in reports.logged] == [1]
+    for _ in range(2):  # the second has nothing to write
+        reports.flush()
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], row["train_loss"], row["lr"]) for row in rows] == [(1, 0.5, 1e-4), (2, 0.25, 1e-4)]
+    assert [{"step": step, **values} for step, values in reports.logged] == rows
+    assert 0.01 < peak_memory_gib(torch.device("cpu")) < 64
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run(reports, tmp_path, loss):
+    reports.put(7, {"train_loss": torch.tensor(loss), "lr": 1e-4})
+    with pytest.raises(TrainingError, match=f"The loss of step 7 is {loss}. Lower --learning_rate"):
+        reports.flush()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert reports.logged == []

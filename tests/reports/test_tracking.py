@@ -1,0 +1,376 @@
+"""What a run reports is read back from where it went: W&B's own records, TensorBoard, trackio."""
+
+import json
+import shlex
+import shutil
+import socket
+import sqlite3
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+from conftest import ROOT, read_metrics, run_command, words_of_run, write_pictures
+from PIL import Image
+from wandb_record import history_of, read_wandb
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.reports import tracking
+
+
+wandb = pytest.importorskip("wandb")
+
+KEY = "k" * 40
+SECRET = "hf_TopSecretTokenOfTheTest"
+PROMPTS = ["a red axe", "a blue axe, 日本, 50% off"]
+DETERMINISTIC = ("step", "train_loss", "lr", "grad_norm", "epoch")
+RUN = dict(rank=3, max_train_steps=3, validation_split=0.34, validation_steps=2)  # of the six pictures, two
+
+
+def steps_in(folder):
+    """The rows of metrics.jsonl that steps of the training wrote."""
+    return [row for row in read_metrics(folder) if "train_loss" in row]
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that answers 401 and keeps what it was asked in `server.seen`."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append(self.path)
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def refusing_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def offline_run(tiny_sd, tmp_path_factory, refusing_server):
+    """The command as typed, with a token and W&B; the finished process and the output folder."""
+    folder = tmp_path_factory.mktemp("tracked")
+    out = folder / "my lora"
+    pictures = write_pictures(folder / "pictures")
+    words = words_of_run(
+        tiny_sd, pictures, folder, output_dir=out, report_to="wandb", checkpointing_steps=2, validation_prompts=PROMPTS,
+        validation_inference_steps=1, **RUN,
+    )  # fmt: skip
+    words.append(f"--hub_token={SECRET}")
+    refusing_server.seen.clear()
+    # A key and a network, and still offline, because WANDB_MODE says so.
+    url = f"http://127.0.0.1:{refusing_server.server_port}"
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
+    done = run_command(words, env=environment)
+    assert done.returncode == 0, done.stderr
+    (run,) = (out / "wandb").glob("offline-run-*")
+    return SimpleNamespace(done=done, out=out, run=run, pictures=pictures, asked=list(refusing_server.seen))
+
+
+def test_wandb_gets_the_numbers_of_metrics_jsonl(offline_run):
+    rows, history = steps_in(offline_run.out), history_of(read_wandb(offline_run.run))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0].keys() == {*DETERMINISTIC, "images_per_second", "peak_memory_gib"}
+    for row in rows:
+        assert row.items() <= (history[row["step"]] | {"step": row["step"]}).items()
+        assert row["images_per_second"] > 0
+        assert 0.1 < row["peak_memory_gib"] < 8
+
+
+def test_wandb_gets_the_validation_loss_of_each_noise_level(offline_run):
+    history = history_of(read_wandb(offline_run.run))
+    rows = [row for row in read_metrics(offline_run.out) if "validation/loss" in row]
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    for row in rows:
+        assert sum(name.startswith("validation/relative_loss_t") for name in row) == 8
+        assert row.items() <= (history[row["step"]] | {"step": row["step"]}).items()
+
+
+def test_wandb_gets_the_pictures_with_step_and_prompt(offline_run):
+    history = history_of(read_wandb(offline_run.run))
+    with_pictures = {step for step, row in history.items() if "validation.filenames" in row}
+    assert with_pictures == {0, 2, 3}
+    for step in with_pictures:
+        row = history[step]
+        assert row["validation._type"] == "images/separated"
+        assert row["validation.captions"] == [f"{prompt} (0)" for prompt in PROMPTS]
+        for k, name in enumerate(row["validation.filenames"]):
+            logged = Image.open(offline_run.run / "files" / name)
+            saved = Image.open(offline_run.out / "validation" / f"step-{step:06d}" / f"prompt-{k:02d}-0.png")
+            assert logged.tobytes() == saved.tobytes()
+
+
+def test_wandb_gets_the_configuration(offline_run):
+    records = read_wandb(offline_run.run)
+    config = {item.key: json.loads(item.value_json) for record in records for item in record.config.update}
+    assert config["rank"] == 3
+    assert config["learning_rate"] == 1e-2
+    assert config["effective_batch_size"] == 2
+    assert json.loads(config["target_modules"])[0] == "to_q"
+    assert config["validation_prompts"] == json.dumps(PROMPTS)
+    assert not any("token" in key for key in config)
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.display_name) == ("text2image-fine-tune", "my lora")
+    (exit_record,) = (record.exit for record in records if record.WhichOneof("record_type") == "exit")
+    assert exit_record.exit_code == 0
+
+
+def test_the_token_is_nowhere(offline_run):
+    (arguments,) = (record.environment.args for record in read_wandb(offline_run.run) if record.environment.args)
+    assert "--hub_token=***" in arguments
+    files = [path for path in offline_run.out.parent.rglob("*") if path.is_file()]
+    assert {"run.yaml", "README.md", "metrics.jsonl", "debug.log", "state.json"} <= {path.name for path in files}
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in offline_run.done.stdout + offline_run.done.stderr
+
+
+def test_the_last_line_is_a_command_that_works(offline_run):
+    last = offline_run.done.stdout.splitlines()[-1]
+    words = shlex.split(last.partition("To upload it: ")[2])
+    assert words[:2] == ["wandb", "sync"]
+    assert [(ROOT / word).resolve() for word in words[2:]] == [offline_run.run.resolve()]
+    assert "wandb:" not in offline_run.done.stderr
+
+
+def test_offline_means_that_nobody_is_asked(offline_run):
+    assert offline_run.asked == []
+
+
+def test_metrics_are_the_same_without_a_tracker(offline_run, train):
+    out = train(**RUN)
+    for tracked, untracked in zip(read_metrics(offline_run.out), read_metrics(out), strict=True):
+        assert list(tracked) == list(untracked)
+        for name in tracked.keys() - {"images_per_second", "peak_memory_gib"}:
+            assert tracked[name] == pytest.approx(untracked[name], rel=1e-5)
+    assert not (out / "wandb").exists()
+
+
+def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsys):
+    out = tmp_path / "my lora"
+    shutil.copytree(offline_run.out, out, symlinks=True)
+    # Killed after step 3, in the middle of its line, with the last checkpoint at step 2.
+    shutil.rmtree(out / "checkpoint-3")
+    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + '{"step": 4, "train_lo')
+    before = steps_in(offline_run.out)
+    train(output_dir=out, report_to="wandb", **RUN | dict(max_train_steps=4))
+    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
+    first, second = sorted((out / "wandb").glob("offline-run-*"))
+    assert first.name == offline_run.run.name
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
+    rows = steps_in(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[:2] == before[:2]
+    assert rows[2]["train_loss"] == pytest.approx(before[2]["train_loss"], rel=1e-5)
+    assert history_of(read_wandb(second)).keys() == {3, 4}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert [Path(word).resolve() for word in shlex.split(last)[-2:]] == [first.resolve(), second.resolve()]
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """Makes exactly these trackers importable (as empty packages)."""
+
+    def only(*names):
+        for name in tracking.TRACKERS:
+            monkeypatch.setitem(sys.modules, name, None)
+        for name in names:
+            monkeypatch.delitem(sys.modules, name)
+            (tmp_path / "site" / name).mkdir(parents=True)
+            (tmp_path / "site" / name / "__init__.py").touch()
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+
+    return only
+
+
+@pytest.mark.parametrize(
+    ("there", "report_to", "names"),
+    [
+        (["wandb", "tensorboard"], None, ["wandb"]),
+        (["tensorboard"], None, []),
+        (["wandb", "trackio"], "none", []),
+        (["wandb", "trackio"], "all", ["wandb", "trackio"]),
+        ([], "all", []),
+        (["wandb", "trackio", "tensorboard"], "trackio", ["trackio"]),
+        (["tensorboard"], "tensorboard", ["tensorboard"]),
+    ],
+)
+def test_trackers_of(installed, there, report_to, names):
+    installed(*there)
+    assert tracking.trackers_of(report_to) == names
+
+
+@pytest.mark.parametrize("name", tracking.TRACKERS)
+def test_a_missing_tracker_is_named_with_its_remedy(installed, name):
+    installed()
+    with pytest.raises(InputError, match=f"--report_to {name}: it is not installed. Run: pip install {name}$"):
+        tracking.trackers_of(name)
+
+
+def test_a_folder_called_wandb_is_not_the_package(installed, tmp_path, monkeypatch):
+    installed("tensorboard")
+    (tmp_path / "site" / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert tracking.trackers_of(None) == []
+
+
+@pytest.fixture
+def network(monkeypatch, tmp_path):
+    """A machine of its own: no key, no W&B settings, no proxy; a port that answers and one that doesn't."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    wandb.teardown()  # it keeps what it read of the environment
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answers = f"127.0.0.1:{server.getsockname()[1]}"
+        yield SimpleNamespace(answers=answers, silent=silent, folder=tmp_path)
+    wandb.teardown()
+
+
+def test_wandb_is_offline_without_a_key(network, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{network.answers}")
+    assert tracking.wandb_mode() == "offline"
+
+
+@pytest.mark.parametrize("where", ["environment", "netrc"])
+@pytest.mark.parametrize(("place", "mode"), [("answers", "online"), ("silent", "offline")])
+def test_wandb_is_online_with_a_key_and_a_network(network, monkeypatch, where, place, mode):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{getattr(network, place)}")
+    if where == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+    else:  # as `wandb login` writes it
+        path = network.folder / "netrc"
+        path.write_text(f"machine {getattr(network, place)}\n  login user\n  password {KEY}\n")
+        path.chmod(0o600)
+    assert tracking.wandb_mode() == mode
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_the_users_own_choice_goes_before(network, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{network.silent if mode == 'online' else network.answers}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert tracking.wandb_mode() == mode
+
+
+def test_wandb_offline_and_login_host_are_heeded(network, monkeypatch):
+    """`wandb offline` and `wandb login --host` write a settings file."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    settings = network.folder / "wandb-config" / "settings"
+    settings.parent.mkdir()
+    settings.write_text(f"[default]\nbase_url = http://{network.answers}\n")
+    assert tracking.wandb_mode() == "online"
+    wandb.teardown()
+    settings.write_text(f"[default]\nbase_url = http://{network.answers}\nmode = offline\n")
+    assert tracking.wandb_mode() == "offline"
+
+
+def test_a_proxy_is_a_network(network, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid")
+    monkeypatch.setenv("http_proxy", f"http://{network.answers}")
+    assert tracking.wandb_mode() == "online"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("WANDB_API_KEY", "short", "40"), ("WANDB_MODE", "sometimes", "mode"), ("WANDB_BASE_URL", "wandb", "base_url")],
+)
+def test_wandb_settings_that_are_wrong_are_told_in_one_line(network, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message) as error:
+        tracking.wandb_mode()
+    assert "--report_to none" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def accelerator():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    yield Accelerator(cpu=True, log_with="wandb")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, accelerator, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing_server.server_port}")
+    refusing_server.seen.clear()
+    run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    assert "/graphql" in refusing_server.seen
+    accelerator.log({"train_loss": 0.5}, step=1)
+    line = tracking.finish_trackers(accelerator)
+    (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
+    assert shlex.split(line)[-1] == str(folder)
+    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
+    assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
+    told = capsys.readouterr().err
+    assert "doesn't take the run" in told
+    assert KEY not in told
+
+
+def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    tracking.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, ["an axe"], 0)
+    assert tracking.finish_trackers(accelerator) is None
+
+
+LONG = "a drawing of a very long prompt, " * 4
+
+
+def test_tensorboard_gets_numbers_and_pictures(train, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not among the requirements")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = train(report_to="tensorboard", validation_prompts=[f"{LONG} 1", f"{LONG} 2"], num_validation_images=2)
+    rows = read_metrics(out)
+    events = EventAccumulator(str(out / "logs" / "text2image-fine-tune"), size_guidance={"images": 0}).Reload()
+    for name in rows[0].keys() - {"step"}:
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    tags = events.Tags()["images"]
+    assert [tag.partition(" ")[0] for tag in tags] == ["validation/0-a", "validation/1-a"]
+    for tag in tags:  # the pictures of a prompt side by side
+        assert [(event.step, event.width, event.height) for event in events.Images(tag)] == [(0, 64, 32), (2, 64, 32)]
+
+
+def test_trackio_gets_numbers_and_pictures(arguments, tmp_path):
+    pytest.importorskip("trackio", reason="trackio is not among the requirements")
+    words = arguments(report_to="trackio", validation_prompts=PROMPTS)
+    done = run_command(words, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "trackio" / "text2image-fine-tune.db") as database:
+        logged = [(step, json.loads(values)) for step, values in database.execute("SELECT step, metrics FROM metrics")]
+    for row in read_metrics(tmp_path / "out"):
+        assert any(step == row["step"] and values.items() >= row.items() - {("step", step)} for step, values in logged)
+    captions = {
+        (step, value["caption"])
+        for step, values in logged
+        for value in values.values()
+        if isinstance(value, dict) and value.get("_type") == "trackio.image"
+    }
+    assert captions == {(step, prompt) for step in (0, 2) for prompt in PROMPTS}

@@ -1,0 +1,285 @@
+"""The validation loss: the same whatever the run is like around it, nothing of it in training, and it stops a run."""
+
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import read_lora, read_metrics, write_pictures
+
+from text_to_image_lora.reports import validation_loss
+from text_to_image_lora.reports.sample_pictures import Painter
+from text_to_image_lora.reports.stopping import Validation
+from text_to_image_lora.training import objective
+from text_to_image_lora.training.checkpoint import read_state
+
+
+SPLIT = dict(validation_split=0.34, validation_steps=1)  # two of the six pictures
+
+
+def validations(folder):
+    return [row for row in read_metrics(folder) if "validation/loss" in row]
+
+
+def judged_at(checkpoint):
+    """What the judge of a run knew at a checkpoint."""
+    return Validation(**read_state(checkpoint)[0].validation)
+
+
+@pytest.fixture
+def others(tmp_path):
+    return write_pictures(tmp_path / "others", count=3, seed=9)
+
+
+@pytest.fixture(scope="module")
+def validated(train_in, tmp_path_factory):
+    """Four steps, each validated on three other pictures."""
+    folder = tmp_path_factory.mktemp("validated")
+    others = write_pictures(folder / "others", count=3, seed=9)
+    return train_in(folder, validation_data_dir=others, validation_steps=1, max_train_steps=4)
+
+
+# What it is.
+
+
+def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
+    """Against a plain loop in float64: every picture, every stratum, noise by (seed, picture, k), the posterior's mean."""
+    tables = []
+    original = validation_loss.LossMeter.__call__
+
+    def look(meter, validation_set):
+        table = original(meter, validation_set)
+        tables.append((meter, validation_set, table))
+        return table
+
+    monkeypatch.setattr(validation_loss.LossMeter, "__call__", look)
+    train(validation_data_dir=others, validation_steps=2, seed=5, lora_dropout=0.5, random_flip=True)
+    meter, validation_set, table = tables[-2]
+    assert table.shape == (3, 8)
+    assert validation_loss.strata(1000) == [62, 187, 312, 437, 562, 687, 812, 937]
+    scheduler, unet = meter.diffusion.noise_scheduler, meter.denoiser.eval()
+    for index in range(3):
+        row, name = validation_set[index], validation_set.pictures.facts[index].image_id
+        for k, t in enumerate(validation_loss.strata(1000)):
+            noise = validation_loss._noise_of(row["mean"].shape, 5, name, k)[None]
+            t = torch.tensor([t])
+            noisy = scheduler.add_noise(row["mean"][None] * meter.scaling_factor, noise, t)
+            with torch.no_grad():
+                pred = unet(noisy, t, row["condition"]["encoder_hidden_states"][None]).sample
+            assert table[index, k] == pytest.approx(float((pred.double() - noise.double()).square().mean()), rel=1e-4)
+    noises = [validation_loss._noise_of((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
+
+
+def test_a_mask_hides_from_it():
+    pred, target, mask = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    pred[0, 0, 0], mask[0, 0, 1] = 1, 0
+    assert objective.loss_of_samples(pred, target, mask).tolist() == [0, 1]
+    assert objective.loss_of_samples(pred, target).tolist() == [0.5, 1]
+
+
+def test_it_starts_at_the_base(validated):
+    first, *rest = validations(validated)
+    assert [row["step"] for row in (first, *rest)] == [0, 1, 2, 3, 4]
+    assert {v for name, v in first.items() if "relative" in name} == {1.0}
+    assert first["validation/gap"] == 0
+    assert sum("relative_loss_t" in name for name in first) == 8
+    assert len({row["validation/loss"] for row in (first, *rest)}) == 5
+
+
+def test_from_a_lora_it_is_relative_to_the_base_all_the_same(train, validated, others):
+    end = validations(validated)[-1]
+    again = validations(train(lora_weights=validated, validation_data_dir=others, max_train_steps=1))[0]
+    assert again["step"] == 0
+    assert again["validation/relative_loss"] == pytest.approx(end["validation/relative_loss"], rel=1e-5)
+
+
+# The same whatever is around it.
+
+
+def test_nothing_of_the_training_changes_it(train, validated, others):
+    changes = dict(train_batch_size=4, random_flip=True, caption_dropout=0.5, rank=2)
+    out = train(validation_data_dir=others, max_train_steps=1, **changes)
+    assert validations(out)[0] == validations(validated)[0]
+
+
+def test_the_order_of_the_rows_does_not_change_it(train, branches, pictures):
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    random.Random(1).shuffle(lines)
+    (pictures / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    first, second = validations(branches)[0], validations(train(max_train_steps=1, **SPLIT))[0]
+    assert second["validation/loss"] == pytest.approx(first["validation/loss"], rel=1e-12)
+
+
+def test_training_does_not_notice_it(train, tmp_path, others):
+    options = dict(max_train_steps=4, lora_dropout=0.3, random_flip=True, caption_dropout=0.3)
+    without = train(output_dir=tmp_path / "without", **options)
+    with_it = train(output_dir=tmp_path / "with", validation_data_dir=others, validation_steps=1, **options)
+    a, b = read_lora(without), read_lora(with_it)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_goes_on_after_a_stop(train, tmp_path):
+    options = dict(checkpointing_steps=2, checkpoints_total_limit=9, learning_rate=0.03, max_train_steps=6, **SPLIT)
+    straight = train(output_dir=tmp_path / "straight", **options)
+    stopped = shutil.copytree(straight, tmp_path / "stopped")
+    for step in (4, 6):
+        shutil.rmtree(stopped / f"checkpoint-{step}")
+    train(output_dir=stopped, **options)
+    assert validations(straight) == validations(stopped)
+    ends = [judged_at(folder / "checkpoint-6") for folder in (straight, stopped)]
+    assert ends[0] == ends[1]
+    assert ends[0].best_step > 0
+    a, b = read_lora(straight / "best"), read_lora(stopped / "best")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_validation_may_begin_later(train, validated, others):
+    """The base is measured then, from the model with its LoRA switched off."""
+    train()
+    late = train(validation_data_dir=others, validation_steps=1, max_train_steps=4)
+    assert judged_at(late / "checkpoint-4").base == judged_at(validated / "checkpoint-4").base
+    assert validations(late)[-1] == validations(validated)[-1]
+
+
+# Stopping.
+
+
+def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkeypatch):
+    def no_better(validation, table, step):
+        validation.waited += 1
+        return False
+
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", no_better)
+    options = dict(max_train_steps=20, early_stopping_patience=3, **SPLIT)
+    out = train(**options)
+    assert [row["step"] for row in validations(out)] == [0, 1, 2, 3]
+    assert read_metrics(out)[-1]["step"] == 3
+    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert (out / "checkpoint-3").is_dir()
+    assert not (out / "best").exists()
+    weights = read_lora(out)
+    train(**options)
+    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert all(torch.equal(weights[name], value) for name, value in read_lora(out).items())
+    train(**options | dict(early_stopping_patience=4))
+    assert [row["step"] for row in validations(out)] == [0, 1, 2, 3, 4]
+
+
+def test_other_pictures_to_validate_on_begin_anew(train, validated, others, tmp_path, capsys):
+    """Their losses can't be compared with those of before, whether they are as many or not."""
+    out = shutil.copytree(validated, tmp_path / "out")
+    write_pictures(others, count=4, seed=11)
+    train(max_train_steps=5, validation_data_dir=others, validation_steps=1)
+    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    before, after = judged_at(validated / "checkpoint-4"), judged_at(out / "checkpoint-5")
+    assert (len(before.base), len(after.base)) == (3, 4)
+
+
+# The best is kept.
+
+
+def best_at(*steps):
+    """A stand-in for `stopping.take_in` that finds these steps better than all before, and no other."""
+
+    def take_in(validation, table, step):
+        if step in steps:
+            validation.best_step = step
+        return step in steps
+
+    return take_in
+
+
+BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
+
+
+@pytest.fixture(scope="module")
+def branches(train_in, tmp_path_factory):
+    """Four steps with a checkpoint each; the second was the best, and then the third."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("text_to_image_lora.reports.stopping.take_in", best_at(2, 3))
+        return train_in(tmp_path_factory.mktemp("branches"), max_train_steps=4, **BRANCH)
+
+
+@pytest.fixture
+def branch(branches, tmp_path):
+    """The run of `branches` where `train` goes on."""
+    return shutil.copytree(branches, tmp_path / "out")
+
+
+def same(a, b):
+    a, b = read_lora(a), read_lora(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_best_is_kept(branches):
+    assert same(branches / "best", branches / "checkpoint-3")
+    assert not same(branches / "best", branches)
+
+
+def test_starting_over_leaves_nothing_of_the_run_before(train, branch):
+    assert (branch / "best").is_dir()
+    train(learning_rate=5.0, resume_from_checkpoint="none", **SPLIT)
+    assert not (branch / "best").exists()
+    assert [row["step"] for row in validations(branch)] == [0, 1, 2]
+
+
+def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train, branch, monkeypatch):
+    """After a stop, best/ may hold a later step's, of a branch that is given up."""
+    assert not same(branch / "checkpoint-2", branch / "checkpoint-3")
+    for step in (3, 4):
+        shutil.rmtree(branch / f"checkpoint-{step}")
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", best_at())
+    train(max_train_steps=3, **BRANCH)
+    assert same(branch / "best", branch / "checkpoint-2")
+
+
+def test_a_best_of_steps_given_up_goes(train, branch):
+    """Gone on from a checkpoint before any step was better than the base, with a later best/ there."""
+    train(max_train_steps=1, resume_from_checkpoint="checkpoint-1", **BRANCH)
+    assert not (branch / "best").exists()
+
+
+def test_a_best_that_somebody_moved_away_stops_no_checkpoint(tmp_path):
+    """In the middle of a run; where it is there, it takes the place of what the checkpoint's folder has."""
+    judge = SimpleNamespace(output_dir=tmp_path / "run", validation=SimpleNamespace(best_step=2))
+    validation_loss.Judge.keep_best(judge, tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-2").exists()
+    for folder, name in (("run", "lora"), ("checkpoint-2", "old")):
+        (tmp_path / folder / "best").mkdir(parents=True)
+        (tmp_path / folder / "best" / name).touch()
+    validation_loss.Judge.keep_best(judge, tmp_path / "checkpoint-2")
+    assert [path.name for path in (tmp_path / "checkpoint-2" / "best").iterdir()] == ["lora"]
+
+
+def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
+    """Where training spoils it, best/ holds it."""
+    options = dict(max_train_steps=12, learning_rate=0.03, **SPLIT)
+    first = train(output_dir=tmp_path / "first", **options)
+    spoilt = options | dict(learning_rate=5.0, max_train_steps=2)
+    second = train(output_dir=tmp_path / "second", lora_weights=first / "best", **spoilt)
+    rows = validations(second)
+    assert rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1  # still better than the base
+    assert {row["validation/best_step"] for row in rows} == {0}
+    begun, best = read_lora(first / "best"), read_lora(second / "best")
+    for name in begun:
+        torch.testing.assert_close(best[name], begun[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_comes_after_the_pictures_of_its_step(train, monkeypatch):
+    """Killed while it draws, a run goes on from before, and draws them again."""
+    options = dict(max_train_steps=2, checkpointing_steps=1, validation_prompt="an axe", validation_steps=2)
+    generate, calls = Painter.generate, []
+
+    def killed(painter):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(painter)
+
+    monkeypatch.setattr(Painter, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    out = train(**options)
+    assert [path.name for path in sorted((out / "validation").iterdir())] == ["step-000000", "step-000002"]

@@ -1,0 +1,81 @@
+"""A Stable Diffusion pipeline as small as its real classes allow, and LoRAs on its parts.
+
+Nothing is imported that the newest stack's environment lacks: `make test-newest` runs tests with it.
+"""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+# The layers that training adapts, and two of other kinds.
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # what --train_text_encoder adapts
+
+
+def small_pipeline():
+    """A `StableDiffusionPipeline` with random weights and a tokenizer of ten letters."""
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", *(letter + end for letter in "abcdefghij" for end in ("", "</w>"))]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def trained(model, targets, **options):
+    """A copy of the model with an adapter whose lora_B and DoRA magnitudes are away from their start."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            parameter.data *= 1 + torch.rand(parameter.shape)
+    return model.eval()
+
+
+def adapter(model):
+    """The adapter's tensors and its configuration."""
+    return get_peft_model_state_dict(model), model.peft_config["default"]
+
+
+def pipeline_with(base, **components):
+    """The base's pipeline with copies of its models, but for those given."""
+    parts = {name: copy.deepcopy(part) for name, part in base.components.items() if name not in components}
+    pipe = StableDiffusionPipeline(**parts, **components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

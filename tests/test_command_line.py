@@ -1,0 +1,196 @@
+"""The dress of a command line: bounds, answers of one line, the help, and flags from a YAML file."""
+
+import argparse
+
+import pytest
+
+from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
+from text_to_image_lora.errors import InputError
+
+
+def small_parser():
+    """A flag of each kind."""
+    parser = Parser(description="A small command.")
+    add = parser.add_argument
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add("--config")
+    add("--rank", type=at_least(1), default=4, help="dimension of the update matrices")
+    add("--seed", type=between(0, 2**63 - 1, int), help="makes a run reproducible")
+    add("--learning_rate", type=above(0), help="learning rate after warm-up")
+    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient")
+    add("--adam_beta1", type=from_up_to(0, 1), default=0.9, help="decay")
+    add("--lr_scheduler", choices=["constant", "cosine"], default="constant", help="how the learning rate changes")
+    add("--mixed_precision", choices=["no", "bf16"], help="precision of the base")
+    add("--prompts", nargs="+", default=[], help="several prompts")
+    add("--negative_prompt", default="", help="what to avoid")
+    add("--center_crop", default=False, help="crop the middle", **switch)
+    add("--random_flip", default=False, help="mirror half of the pictures", **switch)
+    add("--allow_tf32", default=True, help="faster products", **switch)
+    return parser
+
+
+def parse(*words):
+    return small_parser().parse(list(words))
+
+
+def refused(*words):
+    """The one line that these words are answered with."""
+    with pytest.raises(InputError) as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    ("number", "taken", "others"),
+    [
+        (at_least(1), {"1": 1, "007": 7, " 4 ": 4}, ["0", "-1"]),
+        (at_least(0, float), {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "inf", "-inf", "nan"]),
+        (between(0, 0.5), {"0": 0.0, "0.5": 0.5}, ["-1e-9", "0.51", "inf", "nan"]),
+        (between(0, 2**63 - 1, int), {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
+        (above(0), {"1e-9": 1e-9, "1": 1.0}, ["0", "-1", "inf", "nan"]),
+        (from_up_to(0, 1), {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "inf"]),
+    ],
+    ids=["at_least", "at_least float", "between", "between int", "above", "from_up_to"],
+)
+def test_a_number_within_its_bounds_is_taken_and_no_other(number, taken, others):
+    for text, value in taken.items():
+        assert number(text) == value
+        assert type(number(text)) is number.kind
+    for text in others:
+        with pytest.raises(argparse.ArgumentTypeError) as caught:
+            number(text)
+        assert str(caught.value) == f"{text}: it must be {number.allowed}"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--rank", "0"], "--rank 0: it must be 1 or more."),
+        (["--rank=-1"], "--rank -1: it must be 1 or more."),
+        (["--rank", "four"], "--rank four: it must be a whole number, 1 or more."),
+        (["--rank", "4.0"], "--rank 4.0: it must be a whole number, 1 or more."),
+        (["--rank", ""], "--rank : it must be a whole number, 1 or more."),
+        (["--seed", str(2**64)], f"--seed {2**64}: it must be from 0 to {2**63 - 1}."),
+        (["--seed", "x"], f"--seed x: it must be a whole number, from 0 to {2**63 - 1}."),
+        (["--learning_rate", "0.0"], "--learning_rate 0.0: it must be more than 0 and finite."),
+        (["--learning_rate", "inf"], "--learning_rate inf: it must be more than 0 and finite."),
+        (["--learning_rate", "1e-4x"], "--learning_rate 1e-4x: it must be more than 0 and finite."),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more."),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1: it must be 0 or more."),
+        (["--adam_beta1", "1.0"], "--adam_beta1 1.0: it must be at least 0 and less than 1."),
+    ],
+)
+def test_the_answer_has_the_number_as_it_was_typed(words, answer):
+    assert refused(*words) == answer
+
+
+# Answers.
+
+
+def test_an_unknown_flag_names_the_nearest():
+    assert refused("--learning_rat", "1e-4") == "there is no flag --learning_rat. Did you mean --learning_rate?"
+    assert refused("--rnak=4") == "there is no flag --rnak. Did you mean --rank?"
+    assert refused("--no-center_corp") == "there is no flag --no-center_corp. Did you mean --no-center_crop?"
+    assert refused("--xyzzy") == "there is no flag --xyzzy. See --help."
+    assert "stray" in refused("stray")
+
+
+def test_flags_are_not_abbreviated():
+    assert refused("--learn", "1e-4").startswith("there is no flag --learn.")
+    with pytest.raises(InputError):
+        parse("--center")
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--lr_scheduler", "cosin"], "--lr_scheduler: invalid choice: 'cosin'"),
+        (["--rank"], "--rank: expected one argument"),
+        (["--center_crop=1"], "--center_crop"),
+    ],
+)
+def test_other_mistakes_are_told_with_their_flag(words, answer):
+    assert answer in refused(*words)
+
+
+def test_help_shows_the_defaults_that_say_something(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help", "--config", "void.yaml")
+    assert end.value.code == 0
+    lines = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines() if line.strip()
+    }
+    assert lines["--rank"] == "N dimension of the update matrices (default: 4)"
+    assert lines["--seed"] == "N makes a run reproducible"
+    assert lines["--max_grad_norm"] == "X clip the gradient (default: 1.0)"
+    assert lines["--negative_prompt"] == "NAME"  # and its help on a line of its own, without a default
+    assert "default: []" not in str(lines)
+    assert "default: False" not in str(lines)
+
+
+# --config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a YAML file and returns the flag that reads it."""
+
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return f"--config={path}"
+
+    return write
+
+
+def test_config_is_read_and_the_command_line_wins(config):
+    flag = config(
+        "rank: 8\nlearning_rate: 1e-3\ncenter_crop: true\nrandom_flip: true\nallow_tf32: false\nmixed_precision:\n"
+        "prompts:\n- a red axe\n- 'yes'\nseed: 7\nnegative_prompt: -blurry\n"
+    )
+    args = parse(flag, "--rank", "2", "--no-random_flip", "--seed=0")
+    assert (args.rank, args.seed, args.learning_rate) == (2, 0, 1e-3)
+    assert (args.center_crop, args.random_flip, args.allow_tf32, args.mixed_precision) == (True, False, False, None)
+    assert (args.prompts, args.negative_prompt) == (["a red axe", "yes"], "-blurry")
+    assert parse(flag, "--prompts", "a blue axe").prompts == ["a blue axe"]
+
+
+def test_an_empty_config_says_nothing(config):
+    assert vars(parse(config("# only a comment\n"))) | {"config": None} == vars(parse())
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("rnak: 4", "there is no flag 'rnak'. Did you mean rank?"),
+        ("4: 4", "there is no flag '4'."),
+        ("help: true", "there is no flag 'help'"),
+        ("config: other.yaml", "there is no flag 'config'"),
+        ("rank: four", "--rank four: it must be a whole number, 1 or more."),
+        ("rank: 0", "--rank 0: it must be 1 or more."),
+        ("learning_rate: .nan", "--learning_rate nan: it must be more than 0 and finite."),
+        ("rank: [1, 2]", "unrecognized arguments: 2"),
+        ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
+        ("mixed_precision: no", "'mixed_precision' takes a value, not false; quote it if it is a word"),
+        ("center_crop: 1", "center_crop"),
+        ("- rank\n- 4", "it must hold one flag a line"),
+        ("rank: 4: 5", "it can't be read as YAML"),
+        (b"rank: \xff\xfe", "it can't be read as YAML"),
+    ],
+)
+def test_a_bad_config_is_told_with_its_name(config, tmp_path, text, answer):
+    message = refused(config(text))
+    assert answer in message
+    assert message.startswith(str(tmp_path / "run.yaml"))
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    assert refused(f"--config={tmp_path}/void.yaml").startswith(f"{tmp_path}/void.yaml: it can't be read as YAML (")
+
+
+def test_a_mistake_on_the_command_line_is_not_the_files(config, tmp_path):
+    assert refused(config("rank: 8"), "--rank", "0") == "--rank 0: it must be 1 or more."

@@ -1,0 +1,139 @@
+"""Files are written whole or not at all, reasons fit into one line, and a path is not taken for a hub id."""
+
+import os
+
+import pytest
+
+from text_to_image_lora.files import is_hub_id, reason_of, remove_folder, write_whole, written_whole
+
+
+def content(folder):
+    """{path in the folder: bytes} of all its files; a folder without any is there with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.is_file() or not any(path.iterdir())
+    }
+
+
+def write(path, text, *, folder, shared, then=lambda: None):
+    """Writes a file, or a folder with one in it, and does something before it is in place."""
+    with written_whole(path, folder=folder, shared=shared) as temporary:
+        file = temporary / "sub" / "file.txt" if folder else temporary
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        then()
+
+
+KINDS = pytest.mark.parametrize(("folder", "shared"), [(False, False), (True, False), (False, True), (True, True)])
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+@KINDS
+def test_an_exception_leaves_what_was_there(tmp_path, folder, shared):
+    write(tmp_path / "there", "old", folder=folder, shared=shared)
+    before = content(tmp_path)
+    for name in ("there", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / name, "half", folder=folder, shared=shared, then=stop)
+        assert content(tmp_path) == before
+
+
+@KINDS
+def test_nothing_is_there_before_it_is_whole(tmp_path, folder, shared):
+    """Beside it there is a hidden thing without an ending, which no reader takes for weights."""
+    seen, target = [], tmp_path / "deep" / "a.safetensors"
+    write(target, "new", folder=folder, shared=shared, then=lambda: seen.extend(target.parent.iterdir()))
+    assert [(path.name[0], path.suffix) for path in seen] == [(".", ".tmp")]
+    assert list(target.parent.iterdir()) == [target]
+    assert (target / "sub" / "file.txt" if folder else target).read_text() == "new"
+
+
+def test_a_file_is_replaced(tmp_path):
+    for shared in (False, True):
+        for text in ("first", "second"):
+            write(tmp_path / "file", text, folder=False, shared=shared)
+            assert content(tmp_path) == {"file": text.encode()}
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("first", "second"):
+        with written_whole(tmp_path / "deep" / "folder", folder=True) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / f"{name}.txt").write_text(name)
+    assert content(tmp_path) == {"deep/folder/sub/second.txt": b"second"}
+
+
+def test_what_a_kill_left_is_not_taken_up(tmp_path):
+    """A half written folder, and an old one that was set aside, of a process that is no more."""
+    for name in (".folder.tmp", ".folder.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left").write_text("half")
+    for text in ("one", "two"):
+        write(tmp_path / "folder", text, folder=True, shared=False)
+    assert content(tmp_path) == {"folder/sub/file.txt": b"two"}
+
+
+@pytest.mark.parametrize(("folder", "stays"), [(True, "inner"), (False, "outer")])
+def test_several_processes_may_write_what_is_shared(tmp_path, folder, stays):
+    """Two at once: neither disturbs the other; of folders the first that is in place stays."""
+    path, options = tmp_path / "thing", dict(folder=folder, shared=True)
+    write(path, "outer", **options, then=lambda: write(path, "inner", **options))
+    assert content(tmp_path) == {"thing/sub/file.txt" if folder else "thing": stays.encode()}
+
+
+def test_a_shared_folder_that_cannot_be_put_in_place_is_told(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError("no room")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no room"):
+        write(tmp_path / "folder", "new", folder=True, shared=True)
+    assert content(tmp_path) == {}
+
+
+def test_text_is_written_as_utf_8_and_bytes_as_they_are(tmp_path):
+    write_whole(tmp_path / "new" / "text", "Äxte\n")
+    write_whole(tmp_path / "bytes", b"\r\n\xff")
+    assert content(tmp_path) == {"new/text": "Äxte\n".encode(), "bytes": b"\r\n\xff"}
+
+
+def test_a_folder_is_removed_whole(tmp_path):
+    """Also where an earlier removal was killed halfway."""
+    for name in ("run", ".run.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_folder(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("one line"), "one line"),
+        (ValueError("\n  first:\nsecond"), "first"),
+        (ValueError(""), "ValueError"),
+        (MemoryError(), "MemoryError"),
+        (ValueError(" \n "), "ValueError"),
+    ],
+)
+def test_a_reason_is_one_line(error, reason):
+    assert reason_of(error) == reason
+
+
+@pytest.mark.parametrize("name", ["gpt2", "owner/name", "a-b/c_d.e-1.5"])
+def test_hub_ids(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id(name)
+    (tmp_path / name).mkdir(parents=True)
+    assert not is_hub_id(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/abs/path", "./here", "../up", "a/b/c", "owner/", "~/x", "with space", "é/x", "a\n"]
+)
+def test_what_is_no_hub_id(name):
+    assert not is_hub_id(name)

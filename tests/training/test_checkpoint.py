@@ -1,0 +1,310 @@
+"""Training state on disk: after a kill at any moment there is a whole checkpoint, and no code in it is ever run."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers.optimization import get_scheduler
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import written_whole
+from text_to_image_lora.training.checkpoint import (
+    TrainState,
+    check_same_run,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+
+
+SETTINGS = {"rank": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]}
+
+
+def make_run(steps=3):
+    """A model's parameters with an optimizer and a schedule that have gone some steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=10)
+    advance(model, optimizer, lr_scheduler, steps)
+    return model, optimizer, lr_scheduler
+
+
+def advance(model, optimizer, lr_scheduler, steps):
+    for _ in range(steps):
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+
+
+def save(output_dir, step, run=None):
+    model, optimizer, lr_scheduler = run or make_run()
+    with written_whole(output_dir / f"checkpoint-{step}", folder=True) as folder:
+        save_checkpoint(
+            folder, adapter=model.state_dict(), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None,
+            state=TrainState(seed=7, global_step=step), settings=SETTINGS,
+        )  # fmt: skip
+    return output_dir / f"checkpoint-{step}"
+
+
+def names(output_dir):
+    return [path.name for path in list_checkpoints(output_dir)]
+
+
+# Saving and loading.
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    run = make_run()
+    path = save(tmp_path, 3, run)
+    advance(*run, steps=4)
+    model, optimizer, lr_scheduler = make_run(steps=0)
+    model.load_state_dict(load_checkpoint(path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None))
+    assert lr_scheduler.get_last_lr() != run[2].get_last_lr()
+    advance(model, optimizer, lr_scheduler, steps=4)
+    assert lr_scheduler.get_last_lr() == run[2].get_last_lr()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), run[0].parameters()))
+    assert read_state(path) == (TrainState(seed=7, global_step=3, tracker_run_id=None), SETTINGS)
+
+
+def test_the_loss_scale_comes_back(tmp_path):
+    model, optimizer, lr_scheduler = make_run()
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    with written_whole(tmp_path / "checkpoint-1", folder=True) as folder:
+        save_checkpoint(
+            folder, adapter=model.state_dict(), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler,
+            state=TrainState(seed=0), settings={},
+        )  # fmt: skip
+    fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
+    load_checkpoint(tmp_path / "checkpoint-1", optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=fresh)
+    assert fresh.get_scale() == 512.0
+
+
+class Code:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def break_adapter(path, victim):
+    (path / "adapter.safetensors").write_bytes((path / "adapter.safetensors").read_bytes()[:-1])
+
+
+def break_optimizer(path, victim):
+    (path / "optimizer.pt").write_bytes((path / "optimizer.pt").read_bytes()[:500])
+
+
+def empty_optimizer(path, victim):
+    (path / "optimizer.pt").write_bytes(b"")
+
+
+def lose_optimizer(path, victim):
+    (path / "optimizer.pt").unlink()
+
+
+def pickle_code(path, victim):
+    (path / "optimizer.pt").write_bytes(pickle.dumps({"optimizer": Code(victim)}, protocol=2))
+
+
+def save_code(path, victim):
+    torch.save({"optimizer": Code(victim)}, path / "optimizer.pt")
+
+
+def save_another_thing(path, victim):
+    torch.save([1, 2], path / "optimizer.pt")
+
+
+def save_another_optimizer(path, victim):
+    stored = torch.load(path / "optimizer.pt", weights_only=True)
+    stored["optimizer"]["param_groups"][0]["params"] = [0]
+    torch.save(stored, path / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        break_adapter, break_optimizer, empty_optimizer, lose_optimizer, pickle_code, save_code, save_another_thing,
+        save_another_optimizer,
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded_is_told_and_not_run(tmp_path, damage):
+    path, victim = save(tmp_path, 3), tmp_path / "victim"
+    damage(path, victim)
+    _, optimizer, lr_scheduler = make_run()
+    with pytest.raises(InputError, match="can't be loaded") as caught:
+        load_checkpoint(path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": {}}', '{"state": {"step": 1}, "settings": {}}'])
+def test_a_state_that_cannot_be_read_is_told(tmp_path, text):
+    path = save(tmp_path, 3)
+    (path / "state.json").write_text(text)
+    with pytest.raises(InputError, match="can't be read") as caught:
+        read_state(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+KILLED_ANYWHERE = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from text_to_image_lora.files import written_whole
+from text_to_image_lora.training.checkpoint import list_checkpoints, prune_checkpoints
+
+FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+def write(number, text):
+    with written_whole(Path(f"checkpoint-{{number}}"), folder=True) as folder:
+        for name in FILES:
+            (folder / name).write_text(text)
+
+def save_over_an_old_one_and_prune(kill_at):
+    seen = 0
+    def count(event, arguments):
+        nonlocal seen
+        if event in CHANGES:
+            seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    write(2, "new")
+    prune_checkpoints(".", 1, newest=2)
+
+kill_at, survived = 0, False
+while not survived:
+    kill_at += 1
+    os.mkdir(f"run-{{kill_at}}")
+    os.chdir(f"run-{{kill_at}}")
+    write(1, "old"), write(2, "old")
+    child = os.fork()
+    if child == 0:
+        save_over_an_old_one_and_prune(kill_at)
+        os._exit(0)
+    survived = os.waitpid(child, 0)[1] == 0
+    found = {{
+        path.name: [(path / name).read_text() if (path / name).exists() else None for name in FILES]
+        for path in list_checkpoints(".")
+    }}
+    prune_checkpoints(".", 1, newest=2)
+    write(3, "new")
+    print(json.dumps([found, [path.name for path in list_checkpoints(".")]]))
+    os.chdir("..")
+"""
+
+
+def test_killed_at_any_moment_there_is_a_whole_checkpoint(tmp_path):
+    script = KILLED_ANYWHERE.format(root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outcomes) > 15
+    for found, later in outcomes:
+        assert found
+        assert all(contents in (["old"] * 3, ["new"] * 3) for contents in found.values()), found
+        assert "checkpoint-3" in later
+    assert outcomes[0][0] == {"checkpoint-1": ["old"] * 3, "checkpoint-2": ["old"] * 3}
+    assert outcomes[-1][0] == {"checkpoint-2": ["new"] * 3}
+
+
+# Finding.
+
+
+def test_only_whole_checkpoints_are_listed_in_order(tmp_path):
+    assert list_checkpoints(tmp_path / "nowhere") == []
+    for step in (100, 20, 3):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "checkpoint-600").write_text("a file")
+    (tmp_path / ".checkpoint-700.tmp").mkdir()
+    for name in ("checkpoint-best", "checkpoint-8-old", "my-checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+
+
+def test_a_checkpoint_is_found_as_people_write_it(tmp_path, monkeypatch):
+    """Fault 4: upstream takes the basename, which is empty after a slash."""
+    output_dir = tmp_path / "out"
+    path = save(output_dir, 20)
+    save(output_dir, 30)
+    monkeypatch.chdir(tmp_path)
+    for wanted in (
+        "checkpoint-20",
+        "checkpoint-20/",
+        "out/checkpoint-20",
+        "out/checkpoint-20//",
+        str(path),
+        f"{path}/",
+    ):
+        assert find_checkpoint(output_dir, wanted).resolve() == path
+    # Moved from another machine, it is found by its last name.
+    assert find_checkpoint(output_dir, "/content/drive/run/checkpoint-20/") == path
+    # Of another run, it is found where it is.
+    other = save(tmp_path / "other", 20)
+    assert find_checkpoint(output_dir, str(other)) == other
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+    save(tmp_path, 3)
+    assert find_checkpoint(tmp_path, "none") is None
+
+
+@pytest.mark.parametrize(
+    "wanted", ["checkpoint-7", "checkpoint-40", "/nowhere/checkpoint-7/", "", ".", "checkpoint_old"]
+)
+def test_an_unknown_checkpoint_is_told_with_those_there_are(tmp_path, wanted):
+    save(tmp_path, 20)
+    (tmp_path / "checkpoint-40").mkdir()
+    with pytest.raises(InputError, match="there are: checkpoint-20.") as caught:
+        find_checkpoint(tmp_path, wanted)
+    assert "--resume_from_checkpoint" in str(caught.value)
+    with pytest.raises(InputError, match="there are: none."):
+        find_checkpoint(tmp_path / "nowhere", wanted)
+
+
+# Pruning, and whose checkpoint it is.
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, 4), (9, 4), (4, 4), (2, 2), (1, 1)])
+def test_the_newest_are_kept(tmp_path, limit, kept):
+    steps = (5, 10, 90, 100)
+    for step in steps:
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-7").mkdir()  # not ours to delete: it is no checkpoint
+    (tmp_path / "notes").mkdir()
+    prune_checkpoints(tmp_path, limit, newest=100)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in steps[4 - kept :]]
+    assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "checkpoint-7", "notes"}
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    path = save(tmp_path, 3)
+    before = read_state(path)[1]
+    check_same_run(path, before, {"rank": 4, "lora_alpha": 4, "target_modules": ["to_q"]})
+    with pytest.raises(InputError) as caught:
+        check_same_run(path, before, {"rank": 8, "lora_alpha": 4.0, "target_modules": ["to_q"], "seed": 1})
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "(rank was 4, is 8; seed was None, is 1)" in message
+    assert "--output_dir" in message
+    assert "--resume_from_checkpoint none" in message
+    assert "lora_alpha" not in message

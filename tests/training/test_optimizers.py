@@ -1,0 +1,173 @@
+"""Each optimizer trains, goes on where it stopped, and says what is wrong with its options."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import read_lora, read_metrics, relative_loss
+from safetensors.torch import load_file
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.training import optimizers
+
+
+LEARNING_RATES = {"adamw": 2e-3, "adamw8bit": 2e-3, "prodigy": 1.0, "schedulefree": 5e-3, "adafactor": 2e-3}
+STEPS = {"prodigy": 50}  # it has to find the size of its steps first
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_it_lowers_the_loss_on_the_weapons(name, train_on_weapons, tmp_path):
+    """On the embedded base, in 20 steps or 50; judged by pictures that it never saw, with the LoRA's file."""
+    options = dict(optimizer=name, learning_rate=LEARNING_RATES[name], rank=8, max_train_steps=STEPS.get(name, 20))
+    assert relative_loss(train_on_weapons(tmp_path / "out", **options)) < (0.85 if name in STEPS else 0.7)
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_it_goes_on_where_it_stopped(name, train, tmp_path):
+    options = dict(
+        optimizer=name, learning_rate=LEARNING_RATES[name], use_ema=True, max_train_steps=6, checkpointing_steps=3
+    )
+    straight = train(output_dir=tmp_path / "straight", **options)
+    parts = shutil.copytree(straight, tmp_path / "parts")
+    shutil.rmtree(parts / "checkpoint-6")
+    (parts / "pytorch_lora_weights.safetensors").unlink()
+    train(output_dir=parts, **options)
+    for name in (".", "checkpoint-6"):
+        a, b = read_lora(straight / name), read_lora(parts / name)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    first, second = (load_file(folder / "checkpoint-6" / "adapter.safetensors") for folder in (straight, parts))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_flags_of_now_hold_after_a_stop_and_what_was_learnt_stays(train):
+    options = dict(optimizer="prodigy", learning_rate=1.0, checkpointing_steps=20)
+    out = train(optimizer_args=["d_coef=1.0"], max_train_steps=20, **options)
+    before = torch.load(out / "checkpoint-20" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert before["d"] > before["d0"]
+    train(optimizer_args=["d_coef=0.5"], max_train_steps=22, **options)
+    after = torch.load(out / "checkpoint-22" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert after["d_coef"] == 0.5
+    assert after["d"] >= before["d"]
+    assert after["k"] == 22
+
+
+# What is saved and validated.
+
+
+def test_schedulefree_saves_its_average_and_trains_on_with_its_own(train, tmp_path):
+    options = dict(optimizer="schedulefree", learning_rate=1e-2, max_train_steps=4)
+    out = train(output_dir=tmp_path / "one", **options)
+    trained = load_file(out / "checkpoint-4" / "adapter.safetensors")
+    saved = read_lora(out)
+    assert not all(
+        torch.allclose(saved["unet." + name.replace(".default", "")], value) for name, value in trained.items()
+        if "lora_A" in name
+    )  # fmt: skip
+    # Validating in every step changes nothing.
+    validated = train(output_dir=tmp_path / "two", validation_prompt="an axe", validation_steps=1, **options)
+    again = load_file(validated / "checkpoint-4" / "adapter.safetensors")
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def test_ema_saves_the_average_of_the_weights(train, tmp_path):
+    """Against the average taken by hand from the checkpoints of every step."""
+    options = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9, lora_alpha=4)
+    plain = train(output_dir=tmp_path / "plain", **options)
+    out = train(output_dir=tmp_path / "ema", use_ema=True, ema_decay=0.6, **options)
+    steps = [load_file(out / f"checkpoint-{step}" / "adapter.safetensors") for step in range(1, 5)]
+    trained = load_file(plain / "checkpoint-4" / "adapter.safetensors")
+    assert all(torch.equal(trained[name], steps[-1][name]) for name in trained)  # the training itself is the same
+    average = {name: torch.zeros_like(value) if "lora_B" in name else None for name, value in trained.items()}
+    for step, weights in enumerate(steps, start=1):
+        decay = min(0.6, step / (9 + step)) if step > 1 else 0.0  # EMAModel's: (1 + n) / (10 + n) after n steps
+        for name in average:
+            if average[name] is not None:
+                average[name] = weights[name] + decay * (average[name] - weights[name])
+    saved = read_lora(out)
+    for name, value in average.items():
+        if value is not None:
+            torch.testing.assert_close(saved[f"unet.{name}"], value, rtol=1e-4, atol=1e-6)
+
+
+# Options.
+
+
+def test_loraplus_has_two_learning_rates(train):
+    out = train(loraplus_lr_ratio=16, learning_rate=1e-3, lr_scheduler="cosine", max_train_steps=4)
+    groups = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [1e-3, 16e-3]
+    assert [len(group["params"]) for group in groups] == [30, 30]
+
+
+def test_options_reach_the_optimizer(train):
+    out = train(optimizer="adafactor", optimizer_args=["clip_threshold=0.5", "beta1=0.9"])
+    group = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (group["clip_threshold"], group["beta1"], group["scale_parameter"]) == (0.5, 0.9, False)
+
+
+def test_a_value_may_be_any_literal():
+    words = ["betas=(0.9,0.99)", "eps=1e-6", "amsgrad=True", "name=word"]
+    assert optimizers.parse_options(words) == dict(betas=(0.9, 0.99), eps=1e-6, amsgrad=True, name="word")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(optimizer_args=["weight_dcay=0.1"]), "adamw has no such option. Did you mean weight_decay?"),
+        (dict(optimizer="prodigy", optimizer_args=["d_coeff=2"]), "prodigy has no such option. Did you mean d_coef?"),
+        (dict(optimizer_args=["weight_decay"]), "--optimizer_args weight_decay: write key=value"),
+        (dict(optimizer_args=["lr=3"]), "--optimizer_args lr: adamw has no such option"),
+        (dict(optimizer_args=["weight_decay=-1"]), "--optimizer adamw: Invalid weight_decay value: -1"),
+        (dict(optimizer="prodigy", use_8bit_adam=True), "Pass one of --use_8bit_adam and --optimizer prodigy"),
+        (dict(optimizer="schedulefree", lr_scheduler="cosine"), "schedulefree needs no --lr_scheduler cosine"),
+        (dict(snr_gamma=5, debiased_estimation=True), "Pass one of --snr_gamma and --debiased_estimation"),
+        (dict(lr_warmup_ratio=0.1, lr_warmup_steps=3), "Pass one of --lr_warmup_steps and --lr_warmup_ratio"),
+        (dict(lr_warmup_ratio=1.5), "--lr_warmup_ratio 1.5: it must be from 0 to 1."),
+        (dict(timestep_range=[500, 100]), "--timestep_range 500 100: write two numbers from 0 to 1000"),
+        (dict(optimizer="prodigy", loraplus_lr_ratio=4), "--optimizer prodigy has one learning rate for all"),
+        (dict(optimizer="schedulefree", adam_beta1=0), "--optimizer schedulefree needs a first beta above 0"),
+        (dict(mode_scale=-1.5), "--mode_scale -1.5: it must be from -1 to 1.75"),
+        (dict(logit_mean="nan"), "--logit_mean nan: it must be from -100 to 100"),
+        (dict(huber_c=0), "--huber_c 0: it must be more than 0"),
+        (dict(optimizer="schedulefree", optimizer_args=["betas=0.9"]), "--optimizer schedulefree: "),
+        (dict(optimizer_args=["fused=True", "foreach=True"]), "--optimizer adamw: `fused` and `foreach` cannot be"),
+        (dict(optimizer_args=["capturable=True"]), "--optimizer_args capturable: it can't be used"),
+        (
+            dict(optimizer="prodigy", optimizer_args=["d_coef=abc"]),
+            "--optimizer_args d_coef=abc: write a value such as 1",
+        ),
+        (dict(optimizer="prodigy", scale_lr=True), "--optimizer prodigy finds the learning rate itself"),
+        (dict(init_lora_weights="orthogonal", rank=3), "orthogonal needs an even rank, not 3"),
+        (
+            dict(init_lora_weights="orthogonal", target_modules=["to_q", "conv1"]),
+            "The LoRA can't be added (Unknown init",
+        ),
+        (dict(lr_scheduler="polynomial", lr_warmup_ratio=1), "polynomial: 2 of 2 steps are warm-up"),
+        (dict(lr_scheduler="polynomial", learning_rate=1e-9, scale_lr=True), "polynomial ends at 1e-07"),
+        (dict(lr_scheduler="polynomial", lr_power="nan"), "--lr_power nan: it must be 0 or more"),
+        (dict(noise_offset="inf"), "--noise_offset inf: it must be 0 or more"),
+        (dict(validation_guidance_scale="nan"), "--validation_guidance_scale nan: it must be 0 or more"),
+        (dict(ema_decay=1), "--ema_decay 1: it must be at least 0 and less than 1."),
+    ],
+    ids=str,
+)
+def test_bad_flags_are_told(train, flags, message):
+    with pytest.raises(InputError) as caught:
+        train(**flags)
+    assert message in str(caught.value)
+
+
+def test_an_optimizer_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "prodigy", ("no_such_package", "Prodigy", {}, "prodigyopt"))
+    with pytest.raises(InputError, match="--optimizer prodigy needs prodigyopt. Run: pip install prodigyopt"):
+        optimizers.check_optimizer("prodigy", [])
+
+
+def test_prodigy_starts_at_1_and_the_others_at_1e_4(train):
+    assert read_metrics(train(optimizer="prodigy", learning_rate=None))[0]["lr"] == 1.0
+    assert read_metrics(train(learning_rate=None, resume_from_checkpoint="none"))[0]["lr"] == 1e-4
+
+
+def test_warmup_as_a_ratio(train):
+    rows = read_metrics(train(lr_scheduler="constant_with_warmup", lr_warmup_ratio=0.5, max_train_steps=8))
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * min(k / 4, 1) for k in range(8)])

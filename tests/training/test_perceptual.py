@@ -1,0 +1,247 @@
+"""The perceptual losses: zero at the truth, as the formula says, felt by the LoRA alone, and no harm to learning."""
+
+import pytest
+import torch
+from conftest import read_lora, read_metrics, relative_loss, train_script
+from diffusers import DDPMScheduler
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.models import lora
+from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.loading import find_base_model, load_components
+from text_to_image_lora.training import perceptual
+from text_to_image_lora.training.objective import Diffusion, Loss
+from text_to_image_lora.training.perceptual import PerceptualLoss
+
+
+KINDS = ["decoder", "self"]
+
+
+SCALING_FACTOR = 0.5
+
+
+@pytest.fixture
+def loaded(tiny_sd):
+    """VAE and adapted UNet, with a LoRA that does something."""
+    loaded = load_components(find_base_model(str(tiny_sd)))
+    torch.manual_seed(0)
+    lora.add_lora(loaded.denoiser, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    for name, parameter in loaded.denoiser.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return loaded.vae, loaded.denoiser
+
+
+@pytest.fixture
+def diffusion():
+    return Diffusion(DDPMScheduler(beta_schedule="scaled_linear"))
+
+
+@pytest.fixture
+def loss_of(loaded, diffusion):
+    """`loss_of(kind, ...)`: the perceptual loss of a prediction, of weight 1 for each sample, as the loop has it."""
+    vae, unet = loaded
+
+    def build(kind, model_pred, clean, noise, batch, max_timestep=1000):
+        loss = Loss(perceptual=kind, perceptual_max_timestep=max_timestep)
+        perceptual_loss = PerceptualLoss(
+            loss, family=STABLE_DIFFUSION, denoiser=unet, vae=vae, diffusion=diffusion, scaling_factor=SCALING_FACTOR,
+            dtype=torch.float32,
+        )  # fmt: skip
+        return perceptual_loss(model_pred, clean, noise, batch)
+
+    return build
+
+
+@pytest.fixture
+def numbers():
+    """Clean latents, the noise on them, another prediction of it, and the batch of three samples that they are of."""
+    generator = torch.Generator().manual_seed(1)
+    clean, predicted, noise, other_noise = torch.randn(4, 3, 4, 8, 8, generator=generator)
+    states = torch.randn(3, 77, 96, generator=generator)
+    batch = dict(
+        timesteps=torch.tensor([10, 500, 700]), weights=torch.ones(3), condition={"encoder_hidden_states": states},
+        perceptual_timesteps=torch.tensor([300, 20, 980]), perceptual_noise=other_noise,
+    )  # fmt: skip
+    return clean, noise, predicted, batch
+
+
+def of_sample(batch, i):
+    """The batch with the weight of one sample alone."""
+    return batch | {"weights": torch.eye(3)[i]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_at_the_truth_and_only_there(diffusion, loss_of, numbers, kind, monkeypatch):
+    clean, noise, predicted, batch = numbers
+    with torch.no_grad():
+        for i in range(3):
+            assert loss_of(kind, predicted, clean, noise, of_sample(batch, i)) > 0
+            # To rounding where the latents come back from noise, exactly where they are the true ones.
+            assert loss_of(kind, noise, clean, noise, of_sample(batch, i)) < 1e-6
+        monkeypatch.setattr(diffusion, "clean_estimate", lambda noisy_latents, model_pred, timesteps: clean)
+        assert loss_of(kind, predicted, clean, noise, batch) == 0
+
+
+def test_the_decoders_against_a_plain_loop_in_float64(loaded, diffusion, loss_of, numbers):
+    vae, _ = loaded
+    clean, noise, model_pred, batch = numbers
+    timesteps = batch["timesteps"]
+    predicted = diffusion.clean_estimate(diffusion.add_noise(clean, noise, timesteps), model_pred, timesteps)
+    with torch.no_grad():
+        losses = [loss_of("decoder", model_pred, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+        vae = vae.double()
+        for i in range(3):
+            features = []
+            for latents in (predicted, clean):
+                latents = latents[i : i + 1].double() / SCALING_FACTOR
+                hidden, kept = vae.decoder.conv_in(vae.post_quant_conv(latents)), []
+                for block in (vae.decoder.mid_block, vae.decoder.up_blocks[0], vae.decoder.up_blocks[1]):
+                    hidden = block(hidden)
+                    kept.append(hidden[0])
+                features.append(kept)
+            layers = []
+            for a, b in zip(*features):
+                channels = [((x - y) / y.std()).square().mean() for x, y in zip(a, b)]
+                layers.append(torch.stack(channels).mean())
+            assert losses[i] == pytest.approx(torch.stack(layers).mean().item(), rel=1e-3)
+
+
+def test_the_decoder_looks_at_timesteps_below_its_limit_alone(loss_of, numbers):
+    clean, noise, predicted, batch = numbers
+    each = [loss_of("decoder", predicted, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+    for limit, seen in ((1000, 3), (700, 2), (500, 1), (10, 0)):
+        found = loss_of("decoder", predicted, clean, noise, batch, max_timestep=limit).item()
+        assert found == pytest.approx(sum(each[:seen]), rel=1e-4)
+
+
+def test_the_bases_own_against_a_base_without_a_lora(diffusion, loss_of, numbers, tiny_sd):
+    clean, noise, model_pred, batch = numbers
+    timesteps = batch["timesteps"]
+    predicted = diffusion.clean_estimate(diffusion.add_noise(clean, noise, timesteps), model_pred, timesteps)
+    base, seen = load_components(find_base_model(str(tiny_sd))).denoiser.double(), []
+    with torch.no_grad():
+        losses = [loss_of("self", model_pred, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+        # The tiny UNet has no middle block.
+        base.down_blocks[-1].register_forward_hook(lambda module, given, output: seen.append(output[0]))
+        noise, timesteps = batch["perceptual_noise"].double(), batch["perceptual_timesteps"]
+        states = batch["condition"]["encoder_hidden_states"].double()
+        for latents in (predicted, clean):
+            base(diffusion.add_noise(latents.double(), noise, timesteps), timesteps, states)
+    expected = (seen[0] - seen[1]).square().mean(dim=(1, 2, 3))
+    assert losses == pytest.approx(expected.tolist(), rel=1e-3)
+
+
+def test_the_lora_is_off_only_inside(loaded, numbers):
+    _, unet = loaded
+    clean, _, _, batch = numbers
+    timesteps, states = batch["timesteps"], batch["condition"]["encoder_hidden_states"]
+    before = unet(clean, timesteps, states).sample
+    with perceptual.plain(unet):
+        without = unet(clean, timesteps, states).sample
+    assert (before - without).abs().max() > 1e-3
+    assert torch.equal(unet(clean, timesteps, states).sample, before)
+    assert all(p.requires_grad for name, p in unet.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, loss_of, numbers, kind, checkpointing):
+    vae, unet = loaded
+    vae.requires_grad_(False)
+    unet.train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    clean, noise, _, batch = numbers
+    noisy_latents = diffusion.add_noise(clean, noise, batch["timesteps"])
+
+    def loss():
+        prediction = unet(noisy_latents, batch["timesteps"], **batch["condition"]).sample
+        return loss_of(kind, prediction, clean, noise, batch)
+
+    loss().backward()
+    gradients = {name: p.grad for name, p in [*unet.named_parameters(), *vae.named_parameters()] if p.grad is not None}
+    assert gradients
+    assert all("lora_" in name and value.abs().max() > 0 for name, value in gradients.items())
+    assert len(gradients) == sum(p.requires_grad for p in unet.parameters())
+    assert not any("lora_" in name and value.isnan().any() for name, value in gradients.items())
+    # The slope is the true one, through the frozen features too.
+    name, parameter = next((n, p) for n, p in unet.named_parameters() if "up_blocks" in n and "lora_B" in n)
+    direction, step = torch.sign(gradients[name]), 1e-3
+    with torch.no_grad():
+        parameter += step * direction
+        above = loss()
+        parameter -= 2 * step * direction
+        below = loss()
+    slope = (gradients[name] * direction).sum().item()
+    assert ((above - below) / (2 * step)).item() == pytest.approx(slope, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_it(train, tmp_path, kind):
+    """It changes the run, not the draws; batch and accumulation are one; and it goes on where it stopped."""
+    options = dict(max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3, perceptual_max_timestep=900)
+    plain = read_metrics(train(output_dir=tmp_path / "plain", train_batch_size=4, **options))
+    options |= dict(perceptual_loss=kind, perceptual_loss_weight=1)
+    whole = train(output_dir=tmp_path / "whole", train_batch_size=4, **options)
+    parts = train(output_dir=tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=4, **options)
+    assert read_metrics(whole)[0]["train_loss"] > plain[0]["train_loss"]
+    for a, b in zip(read_metrics(whole), read_metrics(parts), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+    for file in (whole / "checkpoint-4").iterdir():
+        file.unlink()
+    before = read_lora(whole)
+    again = read_lora(train(output_dir=whole, train_batch_size=4, **options))
+    assert all(torch.equal(before[name], again[name]) for name in before)
+    short = options | dict(max_train_steps=1)
+    none = train(output_dir=tmp_path / "none", train_batch_size=4, **short | dict(perceptual_loss_weight=0))
+    assert read_metrics(none)[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-6)
+    half = dict(mixed_precision="bf16", gradient_checkpointing=True, cache_variations=0)
+    train(output_dir=tmp_path / "half", **short | half)
+
+
+def test_each_has_its_weight():
+    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
+    for kind, weight in ((None, None), ("decoder", 0.1), ("self", 0.01)):
+        args = train_script.parse_args(words + ([] if kind is None else ["--perceptual_loss", kind]))
+        assert train_script.loss_of(args).perceptual_weight == weight
+        assert train_script.loss_of(args).perceptual_max_timestep == 400
+    args = train_script.parse_args([*words, "--perceptual_loss", "self", "--perceptual_loss_weight", "0"])
+    assert train_script.loss_of(args).perceptual_weight == 0
+
+
+def test_masks_are_refused(train, pictures):
+    from PIL import Image
+
+    Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
+    with pytest.raises(InputError, match="--perceptual_loss looks at whole pictures, and some of these have masks"):
+        train(perceptual_loss="self")
+
+
+def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monkeypatch):
+    """What the base is asked with has no gradients, and the estimate is of the noise without its perturbation."""
+    seen, original = [], perceptual.middle_features
+
+    def look(family, unet, noisy_latents, timesteps, condition):
+        seen.append({name: value.requires_grad for name, value in condition.items()})
+        return original(family, unet, noisy_latents, timesteps, condition)
+
+    monkeypatch.setattr(perceptual, "middle_features", look)
+    train(perceptual_loss="self", train_text_encoder=True, input_perturbation=0.1)
+    assert seen == [{"encoder_hidden_states": False}] * 4  # two steps, the true latents and the predicted ones
+
+
+def test_the_vae_stays_and_that_is_told(train, capsys):
+    train(perceptual_loss="decoder")
+    assert "the VAE stays in memory for --perceptual_loss decoder" in capsys.readouterr().out
+
+
+def test_with_them_the_weapons_are_learned_as_well(train_on_weapons, tmp_path):
+    """Held-out loss relative to the base's: no more than 0.02 above that of a run without."""
+    options = dict(rank=16, max_train_steps=20, learning_rate=2.5e-3, lr_scheduler="cosine")
+    found = {}
+    for kind in (None, *KINDS):
+        out = train_on_weapons(tmp_path / str(kind), perceptual_loss=kind, **options)
+        found[kind] = relative_loss(out)
+    assert found[None] < 0.7, found
+    assert max(found.values()) < found[None] + 0.02, found

@@ -1,0 +1,116 @@
+"""The dress of a command line: answers of one line, numbers within bounds, and flags from a YAML file."""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from .errors import InputError
+from .files import reason_of
+
+
+class Number:
+    """An argparse type: a number, and what it may be in words; another one is refused with them."""
+
+    def __init__(self, kind, allowed, accepts):
+        self.kind, self.allowed, self.accepts = kind, allowed, accepts
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = None
+        if value is None or not self.accepts(value):  # nan is within no bounds
+            whole = "a whole number, " if value is None and self.kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text}: it must be {whole}{self.allowed}")
+        return value
+
+
+def at_least(least, kind=int):
+    return Number(kind, f"{least} or more", lambda value: least <= value < float("inf"))
+
+
+def between(least, most, kind=float):
+    """Both ends included."""
+    return Number(kind, f"from {least} to {most}", lambda value: least <= value <= most)
+
+
+def above(least, kind=float):
+    return Number(kind, f"more than {least} and finite", lambda value: least < value < float("inf"))
+
+
+def from_up_to(least, end, kind=float):
+    """The end is not included."""
+    return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something, and one letter for what a flag takes."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(getattr(action.type, "kind", action.type), "NAME")
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with an `InputError` of one line, and names the nearest flag there is."""
+
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+
+    def error(self, message):
+        if "unrecognized arguments:" in message:
+            words = [word.partition("=")[0] for word in message.split(": ", 1)[1].split()]  # a value may be a secret
+            unknown = [word for word in words if word.startswith("-")]
+            known = [option for action in self._actions for option in action.option_strings]
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], known, n=1)
+                message = f"there is no flag {unknown[0]}." + (f" Did you mean {near[0]}?" if near else " See --help.")
+        elif refused := re.fullmatch(r"argument (--\w+): (.*: it must be .*)", message):
+            message = f"{refused[1]} {refused[2]}."
+        raise InputError(message)
+
+    def parse(self, argv=None):
+        """The flags as a namespace: those of the file that `--config` names, and over them those of the command line."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if "--help" in argv or "-h" in argv:
+            return self.parse_args(argv)
+        config = self.parse_known_args(argv)[0].config
+        return self.parse_args(argv if config is None else [*self._words_of(config), *argv])
+
+    def _words_of(self, config):
+        """The flags in a YAML file as words of a command line."""
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: it can't be read as YAML ({reason_of(error)}).") from error
+        if not isinstance(values, dict | None):
+            raise InputError(f"{config}: it must hold one flag a line, such as 'rank: 16'.")
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        words = []
+        for key, value in (values or {}).items():
+            if key not in actions:
+                near = difflib.get_close_matches(str(key), actions, n=1)
+                raise InputError(
+                    f"{config}: there is no flag '{key}'." + (f" Did you mean {near[0]}?" if near else "")
+                )
+            if isinstance(value, bool):
+                if actions[key].nargs != 0:
+                    raise InputError(
+                        f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word."
+                    )
+                words.append(f"--{key}" if value else f"--no-{key}")
+            elif isinstance(value, list):
+                words += [f"--{key}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{key}={value}")
+        try:
+            self.parse_args(words)
+        except InputError as error:
+            raise InputError(f"{config}: {error}") from error
+        return words

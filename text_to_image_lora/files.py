@@ -1,0 +1,132 @@
+"""What every room does with files, errors and the hub, in one way: written whole or not at all, told in one line."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import InputError
+
+
+HUB_SECONDS = 3  # that the hub has to answer: a download without a network would retry for half a minute
+
+
+@contextlib.contextmanager
+def written_whole(path, *, folder=False, shared=False):
+    """A temporary path that becomes `path` in one rename, when all has been written to it; with `folder` it is one.
+
+    After an exception `path` is as before. After a kill it is as before or new, or, where a folder replaces another and
+    the kill fell between two renames, not there; a part of it is never there. With `shared` several processes may write
+    the same at once: a folder that another one has put there first stays, and nothing waits for the disk, since what is
+    shared can be made again.
+    """
+    path = Path(path)
+    mark = f".{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f".{path.name}{mark}.tmp")  # no ending: readers take any .safetensors for weights
+    _remove(temporary)
+    (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        for file in [] if shared else temporary.rglob("*") if folder else [temporary]:
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        if folder and shared:
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                if not path.exists():  # else another process was quicker
+                    raise
+        elif folder and path.exists():
+            before = _set_aside(path)
+            os.replace(temporary, path)
+            shutil.rmtree(before)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def write_whole(path, data):
+    """Writes text (as UTF-8) or bytes, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove_folder(path):
+    """Deletes a folder so that no half of it is ever taken for a whole."""
+    shutil.rmtree(_set_aside(Path(path)))
+
+
+def _set_aside(path):
+    hidden = path.with_name(f".{path.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    return hidden
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def check_writable(folder, flag):
+    """Raises `InputError` where the folder that the flag names can't be written; makes nothing."""
+    path = Path(folder)
+    try:
+        nearest = next(p for p in (path, *path.parents) if p.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise InputError(f"{folder}: it can't be written ({error.strerror}). Pass another {flag}.") from error
+
+
+def without_folders(values):
+    """The values as strings; of an absolute path the last name only, the rest would tell of the author's disk."""
+
+    def shown(value):
+        return Path(value).name if os.path.isabs(value) else value
+
+    return {
+        name: " ".join(shown(str(v)) for v in value) if isinstance(value, list) else shown(str(value))
+        for name, value in values.items()
+    }
+
+
+def reason_of(error):
+    """The first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
+
+
+def is_hub_id(name):
+    """Whether this can name a repository of the hub, `owner/name` or `name`; what is a path here does not."""
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII)) and not os.path.exists(name)
+
+
+def ask_hub(name, kind, revision=None):
+    """Asks the hub once whether it has this "model" or "dataset"; raises what the hub's client raises."""
+    from huggingface_hub import HfApi
+
+    HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS)
+
+
+def hub_file(name, file, *, revision=None, cache_dir=None):
+    """The local path of a small file of a hub model: from the local cache, else from the hub.
+
+    Raises what the hub's client raises where neither has it.
+    """
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    cached = try_to_load_from_cache(name, file, revision=revision, cache_dir=cache_dir)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not constants.HF_HUB_OFFLINE:
+        ask_hub(name, "model", revision)
+    return Path(hf_hub_download(name, file, revision=revision, cache_dir=cache_dir))

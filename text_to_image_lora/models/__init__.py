@@ -1,0 +1,1 @@
+"""What is trained: model families, loading, prompts, LoRA and its file."""

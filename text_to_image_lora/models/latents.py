@@ -1,0 +1,35 @@
+"""Pixels become latents: the VAE of a run, and what the cache must know of it."""
+
+import functools
+
+from .modules import weights_identity
+
+
+class LatentEncoder:
+    """A VAE that encodes uint8 pixels; latents are cached in `dtype`."""
+
+    def __init__(self, vae, dtype):
+        self.vae, self.dtype = vae, dtype
+        self.channels, self.factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.scaling_factor = vae.config.scaling_factor
+
+    @functools.cached_property
+    def identity(self):
+        """A hash of the VAE's configuration and weights."""
+        return weights_identity(self.vae)
+
+    def shape(self, size):
+        """(channels, height, width) of the latent of (width, height) in pixels."""
+        return self.channels, size[1] // self.factor, size[0] // self.factor
+
+    def __call__(self, pixels):
+        """Posterior mean and standard deviation, float32 (N, C, h, w) each, of uint8 pixels (N, H, W, 3).
+
+        They are the VAE's own latents, not yet multiplied by its scaling factor.
+        """
+        import torch
+
+        pixels = pixels.to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean.float(), posterior.std.float()

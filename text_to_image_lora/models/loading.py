@@ -1,0 +1,286 @@
+"""How a base model is found and loaded, from a folder, the hub or a single file.
+
+torch, diffusers and transformers are imported inside the functions, so that `find_base_model` can tell within a second
+that a base model is not there or does not fit.
+"""
+
+import contextlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..files import hub_file, is_hub_id, reason_of
+from .families import FAMILIES, STABLE_DIFFUSION, Family, family_of
+
+
+class BaseModel(NamedTuple):
+    """Where a base model is and what its configuration files say; nothing is loaded yet."""
+
+    source: str
+    kind: str  # "folder", "hub" or "file"
+    family: Family
+    image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
+    latent_channels: int
+    vae_factor: int
+    cross_attention_dim: int
+    text_layers: int
+    single_file_config: str | None
+    revision: str | None
+    variant: str | None
+    cache_dir: str | None
+
+    def latent_shape(self, size):
+        """(channels, height, width) of the latent of (width, height) in pixels."""
+        return self.latent_channels, size[1] // self.vae_factor, size[0] // self.vae_factor
+
+    def condition_shapes(self, num_chunks):
+        """{name: shape} of what a caption becomes, in that many chunks of tokens."""
+        return self.family.condition_shapes(self, num_chunks)
+
+
+class Components(NamedTuple):
+    """The models of a base, float32, frozen, in eval mode; tokenizers and text encoders in their family's order."""
+
+    tokenizers: tuple
+    text_encoders: tuple
+    vae: Any
+    denoiser: Any
+    scheduler_config: dict
+
+
+def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
+    """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
+    path = Path(name)
+    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
+        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
+            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
+        folder = single_file_config
+        kind = "file"
+    elif path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
+        folder, kind = name, "folder"
+    elif not is_hub_id(name):
+        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
+    else:
+        folder, kind = None, "hub"
+
+    def read(file):
+        if kind == "hub":
+            return json.loads(_hub_file(name, file, revision, cache_dir).read_text(encoding="utf-8"))
+        try:
+            return json.loads(Path(folder, file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
+
+    if kind == "file" and folder is None:
+        # A single file names no family; its configuration comes from the hub when it is loaded.
+        family, vae, unet, text = STABLE_DIFFUSION, {}, {}, {}
+    else:
+        pipeline = read("model_index.json").get("_class_name")
+        family = family_of(pipeline)
+        if family is None:
+            supported = ", ".join(dict.fromkeys(row.pipeline for row in FAMILIES))
+            raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
+        parts = ("vae", family.denoiser, family.text_encoders[0].name)
+        vae, unet, text = (read(f"{part}/config.json") for part in parts)
+    vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
+    return BaseModel(
+        name,
+        kind,
+        family,
+        image_factor=vae_factor * 2 ** (len(unet.get("block_out_channels", [1] * 4)) - 1),
+        latent_channels=vae.get("latent_channels", 4),
+        vae_factor=vae_factor,
+        cross_attention_dim=unet.get("cross_attention_dim", family.cross_attention_dim),
+        text_layers=text.get("num_hidden_layers", family.text_layers),
+        single_file_config=single_file_config,
+        revision=revision,
+        variant=variant,
+        cache_dir=cache_dir,
+    )
+
+
+def _hub_file(name, file, revision, cache_dir):
+    """`hub_file`, with an `InputError` where neither the local cache nor the hub has it."""
+    try:
+        return hub_file(name, file, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # the client's errors have no common base: no network, no such model, gated, bad token
+        raise InputError(
+            f"{name}: neither a folder here nor a model that the hub gives ({reason_of(error)}). Check the spelling, your "
+            "network and `hf auth login`, or pass a local folder."
+        ) from error
+
+
+@contextlib.contextmanager
+def lightning_stubs():
+    """Lets `weights_only` loading pass over the Lightning callbacks that old `.ckpt` files hold.
+
+    The stand-ins carry no behaviour: a checkpoint can name them, and nothing of Lightning's is imported or run.
+    """
+    import torch
+
+    names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
+    with torch.serialization.safe_globals([type("ModelCheckpoint", (), {"__module__": name}) for name in names]):
+        yield
+
+
+def load_tokenizer(base):
+    """The tokenizer of a base model; None where that is a single file and its configuration is not here."""
+    import transformers
+
+    options = dict(revision=base.revision, cache_dir=base.cache_dir) if base.kind != "file" else {}
+    source = base.source if base.kind != "file" else base.single_file_config
+    if source is None:
+        return None
+    name = base.family.text_encoders[0].tokenizer
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(source, subfolder=name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: its tokenizer can't be loaded ({reason_of(error)}).") from error
+
+
+def load_components(base, *, pretrained_vae=None):
+    """The `Components` of a base model; `InputError` with the reason where a file is missing or does not fit."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    source = base.source
+    try:
+        loaded = _from_single_file(base) if base.kind == "file" else _from_folder(base)
+        for tokenizer, text_encoder in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
+            # Without its files a tokenizer is empty in silence; one of bytes has 256 words at least.
+            if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {len(tokenizer)} words and the text encoder {text_encoder.config.vocab_size}"
+                )
+            limit = text_encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        _check_denoiser(base, loaded.vae, loaded.denoiser)
+        if pretrained_vae is not None:
+            source = pretrained_vae
+            loaded = loaded._replace(vae=_load_vae(base, pretrained_vae))
+            _check_denoiser(base, loaded.vae, loaded.denoiser)
+        named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
+        for name, model in [*named, ("UNet", loaded.denoiser)]:
+            missing = [key for key, value in model.named_parameters() if value.is_meta]
+            if missing:  # diffusers leaves them without data and only logs it
+                raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+        raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, error)}") from error
+    for model in (*loaded.text_encoders, loaded.vae, loaded.denoiser):
+        model.requires_grad_(False)
+        model.eval()
+    return loaded
+
+
+def _from_single_file(base):
+    import diffusers
+    import torch
+
+    family = base.family
+    with lightning_stubs():
+        pipeline = getattr(diffusers, family.pipeline).from_single_file(
+            base.source, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
+            local_files_only=base.single_file_config is not None, **family.pipeline_options,
+        )  # fmt: skip
+    return Components(
+        tuple(getattr(pipeline, row.tokenizer) for row in family.text_encoders),
+        tuple(getattr(pipeline, row.name) for row in family.text_encoders),
+        pipeline.vae,
+        getattr(pipeline, family.denoiser),
+        dict(pipeline.scheduler.config),
+    )
+
+
+def _from_folder(base):
+    """From a diffusers folder, here or on the hub."""
+    import diffusers
+    import torch
+    import transformers
+
+    family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
+    weights = dict(variant=base.variant, **options)
+    # The largest first: while a file is read it takes memory twice.
+    denoiser = getattr(diffusers, family.denoiser_class).from_pretrained(
+        base.source, subfolder=family.denoiser, torch_dtype=torch.float32, **weights
+    )
+    tokenizers, text_encoders = [], []
+    for row in family.text_encoders:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder=row.tokenizer, **options)
+        text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
+            base.source, subfolder=row.name, dtype=torch.float32, output_loading_info=True, **weights
+        )
+        if loading["missing_keys"]:  # transformers fills them with noise and only logs it
+            raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
+        tokenizers.append(tokenizer)
+        text_encoders.append(text_encoder)
+    vae = diffusers.AutoencoderKL.from_pretrained(base.source, subfolder="vae", torch_dtype=torch.float32, **weights)
+    scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
+    return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, scheduler_config)
+
+
+def _why_not_loaded(base, error):
+    causes = [error]
+    while causes[-1].__context__ is not None:
+        causes.append(causes[-1].__context__)
+    if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
+        return "it holds more than weights, and unpickling that could run code. Take the .safetensors version"
+    if isinstance(error, NotImplementedError):  # copying a weight that has no data
+        return "some of its weights are missing"
+    if base.kind == "file" and base.single_file_config is None and isinstance(error, OSError):
+        return f"{reason_of(error)} Where the hub is out of reach, pass --single_file_config FOLDER."
+    return reason_of(error)
+
+
+def _load_vae(base, name):
+    """A VAE from a hub id, a folder or a single file, whose configuration is then that of the base model's VAE."""
+    import diffusers
+    import torch
+
+    if Path(name).suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
+        return diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, cache_dir=base.cache_dir)
+    config = base.single_file_config if base.kind == "file" else base.source
+    if base.kind == "hub":
+        config = str(_hub_file(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
+    with lightning_stubs():
+        return diffusers.AutoencoderKL.from_single_file(
+            name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
+        )
+
+
+def _check_denoiser(base, vae, unet):
+    """Raises `ValueError` where the UNet does not take this VAE's latents, and nothing but them and a prompt."""
+    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    if (channels, factor) != (base.latent_channels, base.vae_factor) or channels != unet.config.in_channels:
+        raise ValueError(
+            f"latents of {channels} channels at 1/{factor} do not fit a UNet of {unet.config.in_channels} channels at "
+            f"1/{base.vae_factor}"
+        )
+    if unet.config.addition_embed_type != base.family.addition_embed_type:
+        raise ValueError(f"it is not of the family of {base.family.name}")
+
+
+def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_betas_zero_snr=False):
+    """The training schedule (DDPM) of a base model; zero terminal SNR as in Lin et al., 2023 (arXiv:2305.08891).
+
+    The rescaling is part of the scheduler's configuration, so everything computed from `alphas_cumprod` sees it.
+    """
+    import diffusers
+
+    changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
+    if rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    noise_scheduler = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    config = noise_scheduler.config
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise InputError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR the noise says nothing of the "
+            "picture."
+        )
+    return noise_scheduler

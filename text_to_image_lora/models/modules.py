@@ -1,0 +1,29 @@
+"""What can be done with any model in memory: eval mode for a while, and an identity of its weights."""
+
+import contextlib
+import hashlib
+import json
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode inside, and the mode it had afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def weights_identity(model):
+    """A hash of a model's configuration and weights: the same for the same model, wherever it was loaded from."""
+    import torch
+
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    config = {k: v for k, v in dict(config).items() if not k.startswith("_") and k not in ("transformers_version",)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

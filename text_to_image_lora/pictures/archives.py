@@ -1,0 +1,102 @@
+"""A .zip or .tar archive becomes a folder, once; nothing in it can be written anywhere else, or without end."""
+
+import hashlib
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from ..errors import InputError
+from ..files import reason_of, written_whole
+
+
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+BLOCK = 2**20
+# What an archive may unpack to: pictures are compressed already, so a ratio like this is a bomb, not a dataset.
+MOST_BYTES_PER_BYTE = 100
+ALWAYS_ALLOWED_BYTES = 2**26
+MOST_FILES = 2_000_000
+
+
+def is_archive(path):
+    return Path(path).name.lower().endswith(ARCHIVE_ENDINGS) and Path(path).is_file()
+
+
+def unpack(archive, folder):
+    """The folder with the archive's files, below `folder` and named by the archive's content: unpacked only once.
+
+    Hidden files are left out. A link, a member that would leave the folder, an archive that unpacks to more than
+    `MOST_BYTES_PER_BYTE` times its size, and one that is broken or encrypted are an `InputError`; what was unpacked until
+    then is removed.
+    """
+    archive, digest = Path(archive), hashlib.sha256()
+    try:
+        digest.update(archive.name.encode())  # a name can be a caption: another name is another folder
+        with open(archive, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{archive}: it can't be read ({error.strerror}).") from error
+    name = archive.name[: -len(next(e for e in ARCHIVE_ENDINGS if archive.name.lower().endswith(e)))]
+    # The last folder has the archive's name, because folders' names can be captions, repeats and concepts.
+    target = Path(folder) / digest.hexdigest()[:32] / name
+    if target.exists():
+        return target
+    try:
+        with written_whole(target.parent, folder=True, shared=True) as temporary:
+            (temporary / name).mkdir()
+            _unpack_members(archive, temporary / name)
+    except InputError:
+        raise
+    except Exception as error:  # each kind of archive has errors of its own
+        raise InputError(
+            f"{archive}: it can't be unpacked ({reason_of(error)}). Pack or download it again."
+        ) from error
+    return target
+
+
+def _unpack_members(archive, target):
+    room = max(ALWAYS_ALLOWED_BYTES, MOST_BYTES_PER_BYTE * archive.stat().st_size)
+    room = min(room, shutil.disk_usage(target).free)
+    for count, (name, source) in enumerate(_members(archive), start=1):
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if count > MOST_FILES:
+            raise InputError(
+                f"{archive}: it has more than {MOST_FILES:,} files. Unpack it yourself, and pass the folder."
+            )
+        if not parts or ".." in parts or name.startswith(("/", "\\")) or parts[0][1:2] == ":":
+            raise InputError(f"{archive}: its member {name!r} would leave the folder. Pack the pictures again.")
+        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            continue
+        if source is None:
+            raise InputError(f"{archive}: its member {name!r} is a link. Pack the pictures themselves.")
+        path = target.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with source() as member, open(path, "wb") as file:
+            while block := member.read(BLOCK):
+                room -= len(block)
+                if room < 0:
+                    raise InputError(
+                        f"{archive}: it unpacks to far more than its size, or than the disk holds. Unpack it yourself "
+                        "if you trust it, and pass the folder."
+                    )
+                file.write(block)
+
+
+def _members(archive):
+    """(name, function that opens it) of each file; None in place of the function for what is no regular file."""
+    if archive.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as pack:
+            for member in pack.infolist():
+                is_link = member.external_attr >> 16 & 0o170000 == 0o120000
+                if not member.is_dir():
+                    yield member.filename, None if is_link else lambda member=member: pack.open(member)
+    else:
+        with tarfile.open(archive) as pack:
+            for member in pack:
+                if not member.isdir():
+                    name = member.name.removeprefix("./")
+                    yield name, (lambda member=member: pack.extractfile(member)) if member.isfile() else None
+            pack.fileobj.seek(pack.offset)
+            if pack.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut off")  # `tarfile` takes a member that it can't read for the end

@@ -1,0 +1,238 @@
+"""Every source of pictures (folders in any layout, archives, stored and hub datasets) becomes records.
+
+Nothing here needs torch: a wrong folder, column or row is told before anything heavy is imported.
+"""
+
+import itertools
+import os
+import re
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import ask_hub, is_hub_id, reason_of
+from .archives import ARCHIVE_ENDINGS, is_archive, unpack
+from .captions import edit_caption
+from .layouts import METADATA_NAMES, PICTURE_ENDINGS, find_files, read_folder, recognise
+from .records import features_of_records, with_captions, with_columns
+from .tables import captions_of, choose_caption_column
+
+
+IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
+ROWS_TOGETHER = 5000  # that are Python objects at the same time
+OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
+
+
+def load_records(
+    reading, caption_rules, *, dataset_name=None, train_data_dir=None, max_train_samples=None,
+    leave_out=None, say=print,
+):  # fmt: skip
+    """The records (see `records.py`) of a hub dataset or of folders and archives, in the order that the source gives.
+
+    `train_data_dir` is a folder or an archive, or a list of them, one after the other; so may `dataset_name` be, which
+    else is a hub id. `say` is told what the user should know. Rows without a picture or a caption go to
+    `leave_out(source, reason)`; where that is None, they are an `InputError`, as is a folder, column, row or caption that
+    can't be used.
+    """
+    if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
+        parts = [_from_hub(dataset_name, reading, leave_out)]
+    else:
+        sources = dataset_name if dataset_name is not None else train_data_dir
+        sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+        parts = []
+        for source in map(Path, sources):
+            folder = unpack(source, reading.archive_dir) if is_archive(source) else source
+            parts.append(_from_folder(folder, reading, leave_out, say))
+    import datasets
+
+    records = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if caption_rules.trigger_word or caption_rules.prefix or caption_rules.suffix:
+        edited = [[edit_caption(caption, caption_rules) for caption in group] for group in records["captions"]]
+        records = with_captions(records, edited)
+    if max_train_samples is not None and max_train_samples < len(records):
+        records = records.shuffle(seed=0, keep_in_memory=True).select(range(max_train_samples))
+    return records
+
+
+def _from_folder(folder, reading, leave_out, say):
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
+    files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
+    parts = {path.relative_to(folder).parts[0] for path in files if path.suffix.lower() in PICTURE_ENDINGS}
+    split = next((name for name in sorted(parts) if name.lower() == "train"), None)
+    others = sorted(name for name in parts if name.lower() in OTHER_SPLITS)
+    at_the_top = {path.name.lower() for path in files if path.parent == folder} & set(METADATA_NAMES)
+    if split is not None and others and not at_the_top and not on_disk:
+        say(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
+        folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
+    endings, stored_files = {path.suffix.lower() for path in files}, None
+    chosen = reading.layout or recognise(folder, files, reading.instance_prompt)
+    if reading.layout is None and chosen in (None, "trigger_class", "instance") and endings & {".parquet", ".arrow"}:
+        if endings & PICTURE_ENDINGS:  # such as the thumbnail of a hub repository
+            say(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
+            endings -= PICTURE_ENDINGS
+            stored_files = _files_to_train_on(folder, files)
+            if reading.instance_prompt is not None:
+                say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
+        chosen = None
+    if chosen is not None:
+        rows = read_folder(folder, chosen, files, reading, leave_out=leave_out, say=say)
+        # In parts, because rows as Python objects take several times the memory of their Arrow table.
+        part, tables = list(itertools.islice(rows, ROWS_TOGETHER)), []
+        import datasets  # now, because it takes longer than to find a wrong column
+
+        while part:
+            tables.append(datasets.Dataset.from_list(part, features=features_of_records()))
+            part = list(itertools.islice(rows, ROWS_TOGETHER))
+        if not tables:
+            raise InputError(f"{folder}: it holds not one picture to train on.")
+        return datasets.concatenate_datasets(tables)
+    if on_disk or (endings & {".parquet", ".arrow", ".tar"} and not endings & PICTURE_ENDINGS):
+        import datasets
+
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        try:
+            if on_disk:
+                stored = datasets.load_from_disk(str(folder))
+            elif stored_files:  # else the library may take the pictures for the dataset
+                kind = stored_files[0].suffix[1:].lower()
+                stored = datasets.load_dataset(kind, data_files=[*map(str, stored_files)], cache_dir=reading.cache_dir)
+            else:
+                stored = datasets.load_dataset(str(folder), reading.config_name, cache_dir=reading.cache_dir)
+        except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
+            raise InputError(
+                f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
+            ) from error
+        return _from_dataset(_train_split(stored, folder), str(folder), reading.columns, leave_out)
+    if endings & PICTURE_ENDINGS:
+        raise InputError(
+            f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
+            "beside each picture, or pass --instance_prompt for all (metadata/README.md shows each layout)."
+        )
+    packed = next((path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)), None)
+    if packed is not None:
+        raise InputError(f"{folder}: it holds no pictures, but an archive. Pass the archive: {packed}")
+    raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
+
+
+def _files_to_train_on(folder, files):
+    """The parquet files, or else the arrow files, less those whose names say that they are of another split."""
+    for ending in (".parquet", ".arrow"):
+        found = [path for path in files if path.suffix.lower() == ending]
+        own = [p for p in found if not OTHER_SPLITS & set(re.split(r"\W|_", p.relative_to(folder).as_posix().lower()))]
+        if own or found:
+            return own or found
+    return []
+
+
+def _from_hub(name, reading, leave_out):
+    """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
+    if not is_hub_id(name):
+        raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
+    import datasets
+    import httpx
+    import huggingface_hub
+
+    datasets.logging.set_verbosity_error()
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            try:
+                ask_hub(name, "dataset")
+            except (OSError, httpx.TransportError) as error:
+                if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
+                    raise
+                # No network: what is in the cache serves, and the client needn't retry for half a minute to find out.
+                huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        where = dict(path=name, name=reading.config_name, cache_dir=reading.cache_dir)
+        features = datasets.load_dataset_builder(**where).info.features
+        if features is not None:
+            _columns_of(features, name, reading.columns)
+        dataset = _train_split(datasets.load_dataset(**where), name)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many kinds: no network, no such repository, gated, no such config
+        raise InputError(
+            f"{name}: neither a folder here nor a hub dataset that can be loaded ({reason_of(error)}). Check the spelling, "
+            "your network and `hf auth login`, or pass a local folder."
+        ) from error
+    return _from_dataset(dataset, name, reading.columns, leave_out)
+
+
+def _train_split(stored, where):
+    if not hasattr(stored, "keys"):
+        return stored
+    if "train" in stored:
+        return stored["train"]
+    if len(stored) == 1:
+        return next(iter(stored.values()))
+    raise InputError(f"{where}: it has no split 'train', only: {', '.join(stored)}.")
+
+
+def _columns_of(features, where, asked):
+    """Image and caption column by type and common name; checks that the mask's and the concept's are there."""
+    import datasets
+
+    columns = list(features)
+    image_column, caption_column, mask_column, concept_column = asked
+    if image_column is not None and image_column not in columns:
+        if not (image_column == "image" and any(isinstance(f, datasets.Image) for f in features.values())):
+            raise InputError(
+                f"{where}: there is no column '{image_column}' (--image_column). The columns are: {', '.join(columns)}."
+            )
+        image_column = None
+    if concept_column is not None and concept_column not in columns:
+        raise InputError(
+            f"{where}: there is no column '{concept_column}' (--concept_column). The columns are: {', '.join(columns)}."
+        )
+    pictures = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    if mask_column is not None:
+        if mask_column not in pictures:
+            raise InputError(f"{where}: column '{mask_column}' holds no pictures (--mask_column). Try: {pictures}.")
+        pictures.remove(mask_column)
+    if image_column is None:
+        named = [c for c in IMAGE_COLUMNS if c in pictures] or pictures
+        if not named:
+            raise InputError(f"{where}: it has no column with pictures. The columns are: {', '.join(columns)}.")
+        image_column = named[0]
+    elif image_column not in pictures:
+        raise InputError(f"{where}: column '{image_column}' holds no pictures (--image_column). Try: {pictures}.")
+
+    def is_text(feature):
+        inner = getattr(feature, "feature", None)
+        inner = inner if inner is not None else feature[0] if isinstance(feature, list) else feature
+        return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
+
+    textual = [c for c, f in features.items() if is_text(f) and c != concept_column]
+    return image_column, choose_caption_column(str(where), columns, textual, caption_column)
+
+
+def _from_dataset(dataset, where, asked, leave_out):
+    """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
+    mask_column, concept_column = asked.mask, asked.concept
+    image_column, caption_column = _columns_of(dataset.features, where, asked)
+    captions = [captions_of(value) for value in dataset[caption_column]]
+    empty = [index for index, group in enumerate(captions) if not group]
+    if empty and leave_out is None:
+        raise InputError(
+            f"{where}: row {empty[0]}: column '{caption_column}' is empty. Fill or remove the row, or pass "
+            "--skip_bad_images to leave such rows out."
+        )
+    for index in empty:
+        leave_out(f"{where}: row {index}", f"column '{caption_column}' is empty")
+    count = len(captions)
+    concepts = [Path(where).name] * count
+    if concept_column is not None:
+        name_of = getattr(dataset.features[concept_column], "int2str", str)  # a label's number has a name
+        concepts = [str(v) if v in (None, -1) else name_of(v) for v in dataset[concept_column]]
+    others = {
+        "captions": captions,
+        "concept": concepts,
+        "num_repeats": [1] * count,
+        "is_class": [False] * count,
+        "source": [f"{where}: row {index}" for index in range(count)],
+    }
+    pictures = dataset.select_columns([c for c in (image_column, mask_column) if c is not None])
+    pictures = pictures.rename_columns({image_column: "image"} | ({mask_column: "mask"} if mask_column else {}))
+    if mask_column is None:
+        others["mask"] = [None] * count
+    whole = with_columns(pictures, others)
+    return whole.select([index for index, group in enumerate(captions) if group]) if empty else whole

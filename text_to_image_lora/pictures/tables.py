@@ -1,0 +1,112 @@
+"""Metadata files (.csv, .jsonl, .parquet) become rows; which of their columns holds the captions."""
+
+import csv
+import io
+import json
+from typing import NamedTuple
+
+from ..errors import InputError
+
+
+CAPTION_COLUMNS = (
+    "text", "caption", "captions", "texts", "prompt", "en_text", "additional_feature", "blip_caption", "description",
+    "title", "txt", "label_text", "sentences",
+)  # fmt: skip
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+class Columns(NamedTuple):
+    """The columns that were asked for by name; None for those that are to be found."""
+
+    image: str | None = None
+    caption: str | None = None
+    mask: str | None = None
+    concept: str | None = None
+
+
+def read_text(file):
+    """A text file in UTF-8, or in UTF-16 where it says so; a file that is neither is an `InputError`."""
+    try:
+        data = file.read_bytes()
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+        return data.decode(encoding)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: it can't be read ({error}). Save it again as UTF-8.") from error
+
+
+def read_table(file):
+    """(line, dict) of each row of a .csv, .jsonl or .parquet file; a broken one is an `InputError` that names the line."""
+    if file.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: it can't be read ({error}). Save it again.") from error
+    text = read_text(file)
+    return _read_csv(file, text) if file.suffix.lower() == ".csv" else _read_jsonl(file, text)
+
+
+def _read_csv(file, text):
+    """Fields between commas; between semicolons or tabs where the first line has more of those, as Excel may save it."""
+    header = text.split("\n", 1)[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=header.count))
+    quote = "Put a caption with commas, quotes or line breaks into double quotes, and double those inside it."
+    rows, number = [], 1
+    try:
+        for row in reader:
+            number = reader.line_num
+            if any(row.get(None, ())):
+                raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
+            rows.append((number, row))
+    except csv.Error as error:
+        raise InputError(f"{file}:{number + 1}: this row is not CSV ({error}). {quote}") from error
+    return rows
+
+
+def _read_jsonl(file, text):
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+        except ValueError as error:
+            reason = getattr(error, "msg", None) or getattr(error, "reason", error)
+            raise InputError(f"{file}:{number}: this line is not JSON ({reason}). Fix or remove it.") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object a line.")
+        rows.append((number, row))
+    return rows
+
+
+def is_caption(value):
+    """Whether a cell can be a caption: text, a list of texts, or nothing."""
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    )
+
+
+def captions_of(value):
+    """The captions in a cell, without the empty ones."""
+    return [c for c in (value if isinstance(value, list) else [value]) if c is not None and c.strip()]
+
+
+def choose_caption_column(where, columns, textual, asked):
+    """The column asked for, else the first of the common names, else the only text column there is."""
+    listed = ", ".join(columns)
+    if asked is not None:
+        if asked not in columns:
+            raise InputError(f"{where}: there is no column '{asked}' (--caption_column). The columns are: {listed}.")
+        if asked not in textual:
+            raise InputError(f"{where}: column '{asked}' holds no text (--caption_column). The columns are: {listed}.")
+        return asked
+    for name in CAPTION_COLUMNS:
+        if name in textual:
+            return name
+    if len(textual) == 1:
+        return textual[0]
+    if not textual:
+        raise InputError(f"{where}: there are no captions. The columns are: {listed}; add a column 'text'.")
+    raise InputError(f"{where}: which column holds the captions? Pass --caption_column, one of: {', '.join(textual)}.")

@@ -1,0 +1,1 @@
+"""What a run tells: validation losses, sample pictures, metrics, trackers, the model card."""

@@ -1,0 +1,80 @@
+"""The numbers of each step: `metrics.jsonl` always, trackers and progress bar with it."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from ..errors import TrainingError
+from ..files import write_whole
+
+
+def peak_memory_gib(device):
+    """The most memory the run has held so far: of the GPU's, or this process's on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a step, the same numbers that the trackers get."""
+
+    def __init__(self, path, first_step):
+        """Starts anew (0) or goes on; lines after `first_step`, of a run that went further before it was resumed, go."""
+        self.path = path = Path(path)
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and 0 < first_step >= json.loads(line)["step"]]
+            if kept != lines:
+                write_whole(path, "".join(kept))
+
+    def write(self, step, values):
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+class StepReports:
+    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs.
+
+    Reading them at once would make the device wait.
+    """
+
+    def __init__(self, accelerator, metrics_file, progress, output_dir):
+        self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
+        self.output_dir, self.waiting, self.smooth = output_dir, None, None
+
+    def put(self, step, values):
+        """Takes numbers and tensors of one number in; those of the step before are written."""
+        self.flush()
+        self.waiting = step, values
+
+    def flush(self):
+        """Writes what waits. Raises `TrainingError` where the loss is not a number."""
+        if self.waiting is None:
+            return
+        (step, values), self.waiting = self.waiting, None
+        values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        loss = values["train_loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss of step {step} is {loss}. Lower --learning_rate, or use --mixed_precision bf16; what was saved "
+                f"before is in {self.output_dir}."
+            )
+        values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
+        self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        if self.metrics_file is not None:
+            self.metrics_file.write(step, values)
+        self.accelerator.log(values, step=step)

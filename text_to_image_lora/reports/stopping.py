@@ -1,0 +1,76 @@
+"""What the validation losses of a run say: whether it still improves, which step was best, since when it overfits.
+
+A loss is judged relative to the base model's own at the same timestep: raw losses span three orders of magnitude over the
+timesteps, so their plain mean sees only the least noisy ones.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Validation:
+    """The tables of losses (pictures x timesteps) that a run is judged by, as lists: they are kept in checkpoints."""
+
+    base: list = field(repr=False)  # of the base model, on the pictures held out
+    base_probe: list = field(repr=False)  # the same on as many that are trained on
+    best: list = field(repr=False)
+    best_step: int | None = None  # None: no step was better than the base itself; 0: a LoRA that the run began with
+    waited: int = 0  # validations since
+    pictures: list = field(
+        default_factory=list, repr=False
+    )  # identities of what was validated on: the tables are of these
+    worse_since: int | None = None  # the first step since then from which on all were clearly worse than the best
+
+
+def relative(table, base):
+    """Loss relative to the base model's at each timestep (T,), of two tables (pictures, T)."""
+    return np.mean(table, axis=0) / np.mean(base, axis=0)
+
+
+def difference(table, before, base):
+    """Mean of the paired differences over all (picture, timestep), relative to the base, and its standard error."""
+    pairs = (np.asarray(table) - np.asarray(before)) / np.mean(base, axis=0)
+    return float(pairs.mean()), float(pairs.std(ddof=1) / np.sqrt(pairs.size))
+
+
+def take_in(validation, table, step):
+    """Takes in the table of a step; returns whether it is the best so far, by more than one standard error."""
+    mean, error = difference(table, validation.best, validation.base)
+    if mean < -error:
+        validation.best, validation.best_step = np.asarray(table).tolist(), step
+        validation.waited, validation.worse_since = 0, None
+        return True
+    validation.waited += step > 0
+    if mean <= error:
+        validation.worse_since = None
+    elif validation.worse_since is None and step:
+        validation.worse_since = step
+    return False
+
+
+def values_of(table, probe, validation, timesteps):
+    """The numbers to report: raw mean, relative to the base in all and at each timestep, and the gap to the probe's."""
+    at_each, of_probe = relative(table, validation.base), relative(probe, validation.base_probe)
+    values = {
+        "validation/loss": float(np.mean(table)),
+        "validation/relative_loss": float(at_each.mean()),
+        "validation/relative_loss_in_training": float(of_probe.mean()),
+        "validation/gap": float(at_each.mean() - of_probe.mean()),
+    }
+    return values | {f"validation/relative_loss_t{t:04d}": float(v) for t, v in zip(timesteps, at_each, strict=True)}
+
+
+def in_words(validation, step):
+    """One sentence on how the run went, for its end."""
+    if validation.best_step is None:
+        return f"Validation: no step was better than the base model (of {step}). Lower --learning_rate, or look at the pictures."
+    gain = 100 * (1 - float(relative(validation.best, validation.base).mean()))
+    where = f"best at step {validation.best_step}" if validation.best_step else "best before the first step"
+    best = f"Validation: {where}, {gain:.1f}% below the base model's loss"
+    if validation.worse_since is not None:
+        return f"{best}; overfitting since step {validation.worse_since}: use best/, or train for fewer steps."
+    if validation.best_step == step:
+        return f"{best}; it was still improving at the end: more steps may help."
+    return f"{best}; no clear change since."
