@@ -48,6 +48,11 @@ TRAINING = {
     "prediction_type": ("prediction_type", {"epsilon": "epsilon", "v_prediction": "v_prediction"}.get, "{}"),
     "zero_snr": ("rescale_betas_zero_snr", {"True": True}.get, "zero terminal SNR"),
     "long_prompts": ("long_prompts", {"True": True}.get, "long prompts"),
+    "num_chunks": (
+        "num_chunks",
+        lambda text: int(text) if text.isdecimal() and int(text) > 1 else None,
+        "{} chunks a prompt",
+    ),
     "clip_skip": ("clip_skip", lambda text: int(text) or None if text.isdecimal() else None, "clip skip {}"),
     "vae": ("pretrained_vae_model_name_or_path", lambda text: text if text != "None" else None, "the VAE {}"),
 }
@@ -151,6 +156,7 @@ def parse_args(argv):
     group = parser.add_argument_group("machine")
     add("--mixed_precision", "number format of the models (default: no; on CUDA bf16, or fp16 without it)", choices=["no", "fp16", "bf16"])
     add("--device", "cpu, cuda, cuda:1, mps, or auto for the fastest there is", "auto")
+    add("--num_cpu_threads", "threads for computing on a CPU (default: the physical cores, unless OMP_NUM_THREADS says otherwise)", type=count)
     group = parser.add_argument_group("output")
     add("--output_dir", "where the pictures go; others there are not overwritten", Path("outputs"), type=Path)
     group.add_argument("--compare_base", action="store_true", help="draw with and without the LoRA: base above LoRA in comparison.png")
@@ -301,8 +307,8 @@ def training_of(loras, own, decided):
     ours, trained = [lora for lora in loras if keys & lora.header.keys()], {}
     for name, (key, value_of, _) in TRAINING.items():
         values = [value_of(lora.header.get(key, "")) or own.get(name) for lora in ours] or [own.get(name)]
-        if name == "long_prompts":  # a short prompt is the same either way
-            values = [any(values) or None]
+        if name in ("long_prompts", "num_chunks"):  # the most of them: the others take longer prompts too
+            values = [max(filter(None, values), default=None)]
         odd = next((i for i, value in enumerate(values) if value != values[0]), 0)
         if odd and name not in decided:
             was, other = (value or "none" for value in (values[0], values[odd]))
@@ -319,7 +325,7 @@ def settle(loras, model, scheduler, flags):
     if scheduler in NO_ZERO_SNR:
         obstacles["zero_snr"] = f"--scheduler {scheduler} can't. Leave it out, or take ddim."
     if model.family != "sd":
-        obstacles["long_prompts"] = "Stable Diffusion XL's prompts are cut."
+        obstacles |= {"long_prompts": "Stable Diffusion XL's prompts are cut.", "num_chunks": ""}
     if "vae" in decided:
         vae_channels(decided["vae"])
     elif (vae := trained["vae"]) and len(Path(vae).parts) == 1 and not Path(vae).exists():
@@ -483,6 +489,20 @@ def choose_device(device, precision):
     return device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
+def set_num_threads(wanted):
+    """Computes with so many threads, or as many as OMP_NUM_THREADS says; else one on each physical core of this process."""
+    import psutil
+    import torch
+
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if wanted is None and said.isdecimal() and not (launched and said == "1"):  # launchers set 1 in silence
+        wanted = int(said)
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(logical, psutil.cpu_count(logical=False) or logical) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, cores if wanted is None else wanted))
+
+
 def load_loras(pipe, loras, clip_skip):
     """Adds the LoRAs to the pipeline, and makes sure that every weight of their files found its place."""
     models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
@@ -529,12 +549,16 @@ def encode_chunks(pipe, token_ids, num_chunks, clip_skip):
     return hidden_states.reshape(1, -1, hidden_states.shape[-1])
 
 
-def prompts_for(pipe, drawing, long_prompts):
-    """What the pipeline is to read: the prompts, or their embeddings where they are longer than it reads whole."""
-    if long_prompts:
+def prompts_for(pipe, drawing, least_chunks):
+    """What the pipeline is to read: the prompts, or their embeddings where they take more chunks than it reads.
+
+    They are padded to `least_chunks` as in training, since the UNet attends to the padding too; 0: cut after the first.
+    """
+    if least_chunks:
         texts = (drawing.prompt, drawing.negative_prompt or "")
         prompt, negative = (pipe.tokenizer(text, add_special_tokens=False).input_ids for text in texts)
-        num_chunks = math.ceil(max(len(prompt), len(negative)) / (pipe.tokenizer.model_max_length - 2))
+        needed = math.ceil(max(len(prompt), len(negative)) / (pipe.tokenizer.model_max_length - 2))
+        num_chunks = max(needed, least_chunks)
         if num_chunks > 1:
             return {
                 "prompt_embeds": encode_chunks(pipe, prompt, num_chunks, drawing.clip_skip),
@@ -545,8 +569,11 @@ def prompts_for(pipe, drawing, long_prompts):
     return {"prompt": drawing.prompt, "negative_prompt": drawing.negative_prompt, "clip_skip": clip_skip}
 
 
-def draw(pipe, drawings, long_prompts=False):
-    """Yields each drawing with its picture, in order; neighbours that differ in the seed alone are drawn at once."""
+def draw(pipe, drawings, least_chunks=0):
+    """Yields each drawing with its picture, in order; neighbours that differ in the seed alone are drawn at once.
+
+    `least_chunks` is as in `prompts_for`.
+    """
     import torch
     from tqdm import tqdm
 
@@ -567,7 +594,7 @@ def draw(pipe, drawings, long_prompts=False):
             set_loras(pipe, first.loras)
             options = {"num_inference_steps": first.num_inference_steps, "guidance_scale": first.guidance_scale}
             options |= {"height": first.height, "width": first.width}
-            options |= prompts_for(pipe, first, long_prompts)
+            options |= prompts_for(pipe, first, least_chunks)
             # Drawn on the CPU, a seed's noise is the same on any device.
             options["generator"] = [torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch]
             images = pipe(num_images_per_prompt=len(batch), callback_on_step_end=advance, **options).images
@@ -713,6 +740,8 @@ def main(argv=None):
         note(line)
 
     device, dtype = choose_device(args.device, args.mixed_precision)
+    if device == "cpu":
+        set_num_threads(args.num_cpu_threads)
     pipe = load_pipeline(model, vae, dtype).to(device)
     if clip_skip and model.family == "sd" and not hasattr(pipe.text_encoder, "text_model"):
         fail("clip skip: diffusers can't do it with transformers 5.6 or later. Install 5.5.4, or pass --clip_skip 0.")
@@ -736,7 +765,8 @@ def main(argv=None):
     seeds, rows = range(args.seed, args.seed + args.num_images), [(), loras] if args.compare_base else [loras]
     drawings = plan(prompts, seeds, rows, like)
     saved, images, source = [], [], dict(model=model.source, vae=vae)
-    for drawing, image in draw(pipe, drawings, training["long_prompts"]):
+    least_chunks = (training["num_chunks"] or 1) if training["long_prompts"] else 0
+    for drawing, image in draw(pipe, drawings, least_chunks):
         chunks = describe(drawing, image, pipe.scheduler, **source)
         saved.append(save_png(image, args.output_dir / f"{drawing.stem}.png", chunks))
         images.append(image)

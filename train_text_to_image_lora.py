@@ -36,6 +36,24 @@ NOT_SHOWN = (*SECRETS, "config", "local_rank")
 ENDLESS_VARIATIONS_CACHED = 4
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
+# What a run that goes on from a checkpoint may have otherwise than before; whatever else differs is refused. Pictures,
+# captions and weights are compared by their content, wherever they come from.
+MAY_CHANGE = set(
+    """
+    config output_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit save_every_n_epochs local_rank
+    num_cpu_threads pretrained_model_name_or_path revision variant single_file_config pretrained_vae_model_name_or_path
+    cache_dir dataset_name dataset_config_name train_data_dir dataset_layout image_column caption_column instance_prompt
+    caption_template trigger_word caption_prefix caption_suffix concept_column mask_column class_data_dir class_prompt
+    max_train_samples dry_run preview_data skip_bad_images latent_cache_dir latent_cache_limit dataloader_num_workers
+    train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
+    text_encoder_lr loraplus_lr_ratio scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio lr_num_cycles lr_power lr_step_rules
+    optimizer_args use_8bit_adam ema_decay adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
+    mixed_precision allow_tf32 enable_xformers_memory_efficient_attention validation_split validation_data_dir
+    early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
+    validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
+    tracker_project_name logging_dir push_to_hub hub_token hub_model_id
+    """.split()  # noqa: SIM905 (one name a word reads better than one a line)
+)
 
 
 def build_parser():
@@ -55,6 +73,7 @@ def build_parser():
     group("--checkpointing_steps", type=at_least(0), default=500, help="optimizer steps between checkpoints, from which a stopped run goes on (one more comes at the end); 0: never")
     group("--checkpoints_total_limit", type=at_least(1), help="keep so many checkpoints and delete the oldest; all when not given")
     group("--save_every_n_epochs", type=at_least(0), default=0, help="write a LoRA ready for use (epoch-0005/...) every so many epochs; 0: only at the end")
+    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; when not given, the physical cores divided by the processes, unless OMP_NUM_THREADS says otherwise")
     group("--local_rank", type=int, default=-1, help="set by the launcher, not by you")
 
     group = parser.add_argument_group("base model").add_argument
@@ -110,6 +129,7 @@ def build_parser():
     group("--skip_bad_images", **yes, help="leave out pictures that can't be read and rows without a picture or caption, instead of stopping")
     group("--cache_variations", type=at_least(0), help="variations of each picture in the cache; when not given 1, 2 with --random_flip, 4 with random crops and other augmentation; 0: no cache, encode in each step")
     group("--latent_cache_dir", metavar="FOLDER", default="~/.cache/text_to_image_lora", help="where latents and prompt embeddings are kept for later runs")
+    group("--latent_cache_limit", type=above(0), metavar="GIB", help="delete what has not been used for longest from --latent_cache_dir, beyond so many GiB; never what this run needs; no limit when not given")
     group("--dataloader_num_workers", type=at_least(0), default=0, help="processes that load data; worth it with --cache_variations 0")
 
     group = parser.add_argument_group("LoRA").add_argument
@@ -580,12 +600,12 @@ def find_inputs(args, leave_out):
     return base, records, validation_records
 
 
-def picture_sets(args, base, records, validation_records, *, usable, seed, say):
+def picture_sets(args, base, records, validation_records, *, usable, say):
     """The `PictureSet` to train on and the one to validate on, or None; `usable(records)` leaves out what can't be used."""
     from text_to_image_lora.pictures.alike import divide
     from text_to_image_lora.pictures.picture_set import PictureSet, View
 
-    view = View(augmentation_of(args), args.image_interpolation_mode, seed)
+    view = View(augmentation_of(args), args.image_interpolation_mode)
 
     def make(records):
         records, facts = usable(records)
@@ -602,8 +622,8 @@ def to_train_on(args, pictures):
     """The pictures as they are trained on: where shuffled tags are cached, each order is a caption of its own."""
     if not args.shuffle_tags or not num_variations(args) or args.train_text_encoder:
         return pictures
-    rules, seed = caption_rules_of(args), pictures.view.seed
-    return pictures.having(captions=[shuffled_variations(group, rules, seed) for group in pictures.captions])
+    rules = caption_rules_of(args)
+    return pictures.having(captions=[shuffled_variations(group, rules) for group in pictures.captions])
 
 
 def write_preview(args, pictures, sampler):
@@ -618,11 +638,14 @@ def write_preview(args, pictures, sampler):
 
 
 def choose_num_chunks(args, tokenizer, sets, say):
-    """How many chunks of tokens the captions of these `PictureSet`s need."""
+    """How many chunks of tokens the captions of these `PictureSet`s and the prompts of the sample pictures need."""
     from text_to_image_lora.models import prompts
 
-    counts = prompts.count_tokens(tokenizer, [group for pictures in sets for group in pictures.captions])
+    captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
+    drawn = [[prompt] for prompt in sample_prompts(args)]
+    counts = prompts.count_tokens(tokenizer, captions + drawn)
+    sources += ["--validation_prompts"] * len(drawn)
     return prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=args.long_prompts, say=say)
 
 
@@ -643,7 +666,7 @@ def look_at_data(args, base, records, validation_records, left_out):
         return examine.usable_part(records, good)
 
     seed, report_file = args.seed or 0, Path(args.output_dir) / "dataset.json"
-    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, seed=seed, say=print)
+    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=print)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     sampler = batches.make_sampler(pictures, batching_of(args, seed), rank=0, world_size=world_size)
     tokenizer, token_counts, num_chunks, too_long = loading.load_tokenizer(base), None, 1, None
@@ -657,7 +680,7 @@ def look_at_data(args, base, records, validation_records, left_out):
     if num_variations(args):
         seen = to_train_on(args, pictures)
         captions = [] if args.train_text_encoder else caching.captions_to_cache(seen, caption_rules_of(args))
-        dtype = torch.float32 if args.mixed_precision in (None, "no") else torch.float16  # or another of two bytes
+        dtype = torch.float32 if precision_of(args) == "no" else torch.float16  # or another of two bytes
         cache_bytes = caching.bytes_of_cache(
             seen, base, variations=num_variations(args), captions=captions, num_chunks=num_chunks, dtype=dtype
         )
@@ -683,29 +706,30 @@ def look_at_data(args, base, records, validation_records, left_out):
 # What a run is, and what is told of it.
 
 
-def identity_of_run(args, pictures, sampler, lora_settings, buckets):
-    """What must be the same for a checkpoint to be gone on from."""
-    limits = [buckets.smallest, buckets.largest, buckets.step] if args.aspect_ratio_buckets else [None] * 3
-    return {
-        "base_model": args.pretrained_model_name_or_path,
-        "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
-        "rank": args.rank,
+def identity_of_run(args, base, pictures, sampler, lora_settings, seed):
+    """What must be the same for a checkpoint to be gone on from, by the flags' names."""
+    limits = buckets_of(args, base) if args.aspect_ratio_buckets else None
+    settled = {
+        "seed": seed,
+        "resolution": resolution_of(args, base),
+        "bucket_min_size": limits and limits.smallest,
+        "bucket_max_size": limits and limits.largest,
+        "bucket_step": limits and limits.step,
+        "clip_skip": args.clip_skip or None,
+        "cache_variations": num_variations(args),
         "lora_alpha": lora_settings.alpha,
         "target_modules": list(lora_settings.target_modules),
-        "use_rslora": args.use_rslora,
-        "use_dora": args.use_dora,
-        "seed": pictures.view.seed,
-        "balance": args.balance,
-        "caption_dropout": args.caption_dropout,
-        "prior_loss_weight": args.prior_loss_weight if args.class_data_dir is not None else None,
-        "long_prompts": args.long_prompts,
-        "tags": [args.shuffle_tags, args.keep_tags, args.tag_variations],
-        "buckets": [*limits, args.bucket_no_upscale],
+        "text_encoder_rank": (args.text_encoder_rank or args.rank) if args.train_text_encoder else None,
+        "optimizer": optimizer_name(args),
+        "loraplus": args.loraplus_lr_ratio is not None,
+        "perceptual_loss_weight": loss_of(args).perceptual_weight,
         "effective_batch_size": sampler.effective_batch_size,
-        "optimizer": [optimizer_name(args), args.loraplus_lr_ratio is not None],
-        "use_ema": args.use_ema,
-        "text_encoder": (args.text_encoder_rank or args.rank) if args.train_text_encoder else None,
+        "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
     }
+    identity = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | settled
+    if args.prediction_type is None:
+        del identity["prediction_type"]  # the base model's own, which is known when it is loaded
+    return identity
 
 
 def write_run_file(args, shown, seed, path):
@@ -720,25 +744,54 @@ def write_run_file(args, shown, seed, path):
     write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
 
 
-def make_accelerator(args, trackers):
-    """The `Accelerator` in the precision that the flag or the launcher asks for; both are checked against the device."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
+def precision_of(args):
+    """The precision that the flag or the launcher asks for."""
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, fp16 or bf16.")
+    return precision
+
+
+def check_launcher():
+    """Raises `InputError` for launches that this training is not made for."""
+    engines = {
+        "DeepSpeed": "DEEPSPEED",
+        "FSDP": "FSDP",
+        "Megatron-LM": "MEGATRON_LM",
+        "ND parallelism": "PARALLELISM_CONFIG",
+    }
+    for name, variable in engines.items():
+        variable = f"ACCELERATE_USE_{variable}"
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+            raise InputError(
+                f"{name} divides a model that doesn't fit one GPU; a LoRA of Stable Diffusion does, and plain data "
+                "parallelism is faster. Launch with --multi_gpu instead (or run `accelerate config` again)."
+            )
+
+
+def make_accelerator(args, trackers):
+    """The `Accelerator` in the run's precision, which is checked against the device; computing threads are settled."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    from text_to_image_lora.training import processes
+
+    precision = precision_of(args)
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
     logging_dir = os.path.join(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
         mixed_precision=precision,
+        # Said outright, or ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide the gradients once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
     )
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(processes.num_cpu_threads(args.num_cpu_threads, os.environ))
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
@@ -762,22 +815,25 @@ class Run(NamedTuple):
     samples: Any
     variations: int  # of each picture in the cache; 0: no cache
     identity: dict  # what must be the same for a checkpoint to be gone on from
+    identity_before: dict | None  # that of the checkpoint
 
 
 def prepare(args, base, records, validation_records, accelerator, say):
     """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
-    from accelerate.utils import broadcast_object_list
-
     from text_to_image_lora.pictures.examine import usable_pictures
     from text_to_image_lora.pictures.inspection import lines_of_samples
-    from text_to_image_lora.training import checkpoint
+    from text_to_image_lora.training import checkpoint, processes
     from text_to_image_lora.training.batches import make_sampler
 
-    resume_path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    drawn = broadcast_object_list([int.from_bytes(os.urandom(4), "little")])[0]
-    state, identity_before = checkpoint.TrainState(seed=drawn if args.seed is None else args.seed), None
-    if resume_path is not None:
-        state, identity_before = checkpoint.read_state(resume_path)
+    def where_it_stopped():
+        path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        if path is not None:
+            return path, *checkpoint.read_state(path)
+        drawn = int.from_bytes(os.urandom(4), "little")
+        return None, checkpoint.TrainState(seed=drawn if args.seed is None else args.seed), None
+
+    # The main process decides: on several machines the others may not see its output folder.
+    resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
     seed = state.seed if args.seed is None else args.seed
     usable = functools.partial(
         usable_pictures,
@@ -786,7 +842,7 @@ def prepare(args, base, records, validation_records, accelerator, say):
         accelerator=accelerator,
         say=say,
     )
-    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, seed=seed, say=say)
+    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=say)
     if pictures.masked and args.perceptual_loss is not None:
         raise InputError(
             "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
@@ -795,7 +851,8 @@ def prepare(args, base, records, validation_records, accelerator, say):
         pictures, batching_of(args, seed), rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     lora_settings = lora_settings_of(args, base.family)
-    identity = identity_of_run(args, pictures, sampler, lora_settings, buckets_of(args, base))
+    identity = identity_of_run(args, base, pictures, sampler, lora_settings, seed)
+    processes.check_alike(identity)
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, identity_before, identity)
     schedule = schedule_of(args, sampler.steps_per_epoch)
@@ -804,7 +861,7 @@ def prepare(args, base, records, validation_records, accelerator, say):
         say(line)
     return Run(
         base, state, resume_path, seed, pictures, validated, sampler, lora_settings, loss_of(args), optimizer_settings,
-        schedule, samples_of(args, base, seed), num_variations(args), identity,
+        schedule, samples_of(args, base, seed), num_variations(args), identity, identity_before,
     )  # fmt: skip
 
 
@@ -853,10 +910,11 @@ def load_models(args, run, weight_dtype, accelerator, say):
     """
     import torch
 
-    from text_to_image_lora.models import loading, lora
+    from text_to_image_lora.models import loading, lora, modules
     from text_to_image_lora.models.latents import LatentEncoder
     from text_to_image_lora.models.prompts import PromptEncoder
     from text_to_image_lora.reports.sample_pictures import Painter, make_pipeline
+    from text_to_image_lora.training import checkpoint
     from text_to_image_lora.training.objective import Diffusion
 
     family, device = run.base.family, accelerator.device
@@ -877,6 +935,12 @@ def load_models(args, run, weight_dtype, accelerator, say):
     adapted = {family.denoiser: denoiser}
     if args.train_text_encoder:
         adapted |= {row.name: model for row, model in zip(family.text_encoders, text_encoders, strict=True)}
+    parts = {family.denoiser: denoiser, "vae": vae}
+    parts |= {row.name: model for row, model in zip(family.text_encoders, text_encoders, strict=True)}
+    run.identity.update({f"{name} weights": modules.sample_identity(model) for name, model in parts.items()})
+    run.identity.update(num_chunks=num_chunks, prediction_type=diffusion.config.prediction_type)
+    if run.resume_path is not None:
+        checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
     num_adapted = adapt(args, adapted, run.lora, family, run.seed)
     for model in adapted.values():
         lora.cast_frozen(model, weight_dtype)
@@ -899,7 +963,7 @@ def load_models(args, run, weight_dtype, accelerator, say):
     return adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter
 
 
-def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator):
+def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
     """Encodes what is not in the cache yet.
 
     Returns the `TrainingSet`'s pictures, their latents and conditions (None where they are encoded live), and the two
@@ -922,6 +986,11 @@ def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator):
             ValidationSet(part, *cache.build(part, 1, [group[0] for group in part.captions], accelerator))
             for part in parts
         ]
+    if accelerator.is_main_process and (run.variations or validation_sets):
+        caches = [cached for part in validation_sets or () for cached in (part.latents, part.prompts)]
+        needed = [cached.reader for cached in (latents, conditions, *caches) if cached is not None]
+        say(caching.trim(cache_folder(args), args.latent_cache_limit, [path for r in needed for path in r.paths]))
+    accelerator.wait_for_everyone()
     return pictures, latents, conditions, validation_sets
 
 
@@ -955,6 +1024,7 @@ def main(args):
     started = time.time()
     shown = hide_secrets(args)
     trackers = trackers_of(args.report_to)
+    check_launcher()
     quiet_libraries()
     left_out = []
     inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None)
@@ -972,7 +1042,7 @@ def main(args):
     from text_to_image_lora.models import lora, lora_file
     from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
     from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, objective, optimizers
+    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
     from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
@@ -981,6 +1051,13 @@ def main(args):
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
     weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     say = tqdm.write if accelerator.is_main_process else lambda line: None
+    if args.hub_token is not None:
+        say(
+            "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in "
+            "the environment, doesn't leak."
+        )
+    if weight_dtype == torch.bfloat16 and processes.emulates_bf16(device):
+        say("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
 
     run = prepare(args, *inputs, accelerator, say)
     family, seed, state, sampler, num_steps = run.base.family, run.seed, run.state, run.sampler, run.schedule.num_steps
@@ -988,7 +1065,9 @@ def main(args):
         args, run, weight_dtype, accelerator, say
     )
     denoiser, scaling_factor = adapted[family.denoiser], latent_encoder.scaling_factor
-    pictures, latents, conditions, validation_sets = fill_cache(args, run, latent_encoder, prompt_encoder, accelerator)
+    pictures, latents, conditions, validation_sets = fill_cache(
+        args, run, latent_encoder, prompt_encoder, accelerator, say
+    )
     if run.variations:  # from here on, the denoiser alone is needed on the device
         latent_encoder, prompt_encoder = None, prompt_encoder if args.train_text_encoder else None
         if args.perceptual_loss == "decoder":
@@ -1003,8 +1082,9 @@ def main(args):
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     average = EMAModel(params_to_optimize, decay=args.ema_decay) if args.use_ema else None
     if run.resume_path is not None:
+        stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
         adapter = checkpoint.load_checkpoint(
-            run.resume_path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler, average=average
+            stored, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler, average=average
         )
         if average is not None:
             average.decay = args.ema_decay
@@ -1035,9 +1115,12 @@ def main(args):
         state.tracker_run_id = tracking.start_trackers(
             accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id
         )
+    num_threads = torch.get_num_threads()
+    threads = f" ({num_threads} thread{'s' if num_threads > 1 else ''})" if device.type == "cpu" else ""
+    device_name = f"{device.type}{threads}"
     say(
         f"{len(pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
-        f"{sampler.effective_batch_size} on {world_size} x {device.type} in {str(weight_dtype).removeprefix('torch.')}; "
+        f"{sampler.effective_batch_size} on {world_size} x {device_name} in {str(weight_dtype).removeprefix('torch.')}; "
         f"rank-{args.rank} LoRA on {num_adapted} modules ({sum(p.numel() for p in params_to_optimize):,} parameters)"
     )
     if run.resume_path is not None:
@@ -1107,7 +1190,8 @@ def main(args):
         step, train_loss = state.global_step, torch.zeros((), device=device)
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
-            batch = data.to_device(next(next_batch), device)
+            batch = next(next_batch)
+            batch = data.to_device(batch, device) | {"timesteps_on_cpu": batch["timesteps"]}
             if "pixels" in batch:
                 batch["mean"], batch["std"] = (
                     t.to(latent_encoder.dtype).float() for t in latent_encoder(batch["pixels"])
@@ -1204,7 +1288,7 @@ def main(args):
         card = model_card.write_model_card(
             output_dir,
             base_model=args.pretrained_model_name_or_path,
-            dataset_name=args.dataset_name or " ".join(args.train_data_dir),
+            dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
             pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)),
             hyperparameters=shown,
             repo_id=args.hub_model_id,

@@ -92,9 +92,7 @@ def read_records(
     )  # fmt: skip
 
 
-def make_picture_set(
-    records, *, resolution=32, sizes=None, captions=None, seed=0, interpolation="lanczos", **augmentation
-):
+def make_picture_set(records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", **augmentation):
     """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
@@ -108,7 +106,7 @@ def make_picture_set(
         [good[index] for index in range(len(records))],
         sizes or [(resolution, resolution)] * len(records),
         captions or records["captions"][:],
-        View(Augmentation(**augmentation), interpolation, seed),
+        View(Augmentation(**augmentation), interpolation),
     )
 
 
@@ -123,7 +121,7 @@ def words_of_run(model, pictures, folder, **changes):
     flags = dict(
         pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
         max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none", output_dir=folder / "out",
-        latent_cache_dir=folder / "cache", validation_inference_steps=2, num_validation_images=1,
+        latent_cache_dir=folder / "cache", validation_inference_steps=2, num_validation_images=1, num_cpu_threads=1,
     )  # fmt: skip
     words = []
     for name, value in (flags | changes).items():
@@ -211,6 +209,40 @@ def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+CORES = 6
+# (flag, environment, threads), on a machine of six physical cores
+THREADS = [
+    (None, {}, 6),
+    (4, {}, 4),
+    (None, {"OMP_NUM_THREADS": "3"}, 3),
+    (None, {"OMP_NUM_THREADS": "1"}, 1),
+    (None, {"OMP_NUM_THREADS": "12"}, 12),
+    (None, {"OMP_NUM_THREADS": "3,2"}, 6),
+    (None, {"OMP_NUM_THREADS": ""}, 6),
+    # accelerate launch sets the 1; torchrun does with several processes.
+    (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 6),
+    (None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3),
+    (None, {"OMP_NUM_THREADS": "2", "ACCELERATE_MIXED_PRECISION": "no"}, 2),
+    (1, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1),
+    (4, {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
+    (None, {"LOCAL_WORLD_SIZE": "4"}, 1),
+    (None, {"LOCAL_WORLD_SIZE": "8"}, 1),
+]
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine of six physical cores with two threads each; the number of threads is put back."""
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2 * CORES if logical else CORES)
+    monkeypatch.setattr("os.cpu_count", lambda: 2 * CORES)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2 * CORES)), raising=False)
+    yield
+    torch.set_num_threads(before)
 
 
 def read_metrics(folder):

@@ -163,12 +163,12 @@ def test_an_unknown_flag_names_the_nearest():
     [
         (["--adam_beta1", "1.5"], "--adam_beta1 1.5: it must be at least 0 and less than 1."),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1: it must be at least 0 and less than 1."),
-        (["--adam_weight_decay", "-1"], "--adam_weight_decay -1: it must be 0 or more."),
-        (["--adam_epsilon", "-1"], "--adam_epsilon -1: it must be 0 or more."),
-        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more."),
+        (["--adam_weight_decay", "-1"], "--adam_weight_decay -1: it must be 0 or more and finite."),
+        (["--adam_epsilon", "-1"], "--adam_epsilon -1: it must be 0 or more and finite."),
+        (["--max_grad_norm", "inf"], "--max_grad_norm inf: it must be 0 or more and finite."),
         (["--learning_rate", "inf"], "--learning_rate inf: it must be more than 0 and finite."),
         (["--learning_rate", "0"], "--learning_rate 0: it must be more than 0 and finite."),
-        (["--noise_offset", "nan"], "--noise_offset nan: it must be 0 or more."),
+        (["--noise_offset", "nan"], "--noise_offset nan: it must be 0 or more and finite."),
         (["--seed", str(2**64)], f"--seed {2**64}: it must be from 0 to {2**63 - 1}."),
         (["--seed", "-1"], f"--seed -1: it must be from 0 to {2**63 - 1}."),
         (
@@ -376,6 +376,28 @@ def test_fp16_without_a_gpu(train, tmp_path, monkeypatch, by):
     assert not (tmp_path / "cache").exists()
 
 
+LAUNCHES = {
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_that_divide_the_model_are_refused(arguments, no_torch, tmp_path, name):
+    """By what `accelerate launch --use_deepspeed` and `--use_fsdp` put into the environment."""
+    done = run_command(arguments(), env=no_torch | {LAUNCHES[name]: "true"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"train_text_to_image_lora.py: {name} divides a model .*--multi_gpu .*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == [tmp_path / "pictures"]
+
+
+def test_a_launch_that_turns_them_off_trains(train, monkeypatch):
+    for variable in LAUNCHES.values():
+        monkeypatch.setenv(variable, "false")
+    assert read_lora(train(max_train_steps=1))
+
+
 def test_help_is_quick_and_needs_no_torch(no_torch):
     times = []
     for _ in range(2):
@@ -479,7 +501,7 @@ def real_run(tiny_sd, tmp_path_factory):
         write_pictures(tmp_path / "pictures"), "--resolution", 32, "--max_train_steps", 3, "--train_batch_size", 2,
         "--seed", 0, "--output_dir", tmp_path / "out", "--latent_cache_dir", tmp_path / "cache",
         "--validation_prompt", "a red axe", "--validation_inference_steps", 2, "--num_validation_images", 1,
-        "--hub_token=hf_never_to_be_seen",
+        "--hub_token=hf_never_to_be_seen", "--num_cpu_threads", 1,
     ]  # fmt: skip
     done = run_command(words, launcher)
     assert done.returncode == 0, done.stderr
@@ -496,10 +518,15 @@ def test_the_documented_command_trains(real_run):
 
 def test_a_run_says_only_what_is_its_own(real_run):
     done, output_dir = real_run
-    first, second, third = done.stdout.splitlines()
-    assert first.startswith("6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x ")
-    assert second.startswith(f"LoRA: {output_dir}/pytorch_lora_weights.safetensors")
-    assert third.startswith("W&B run saved offline. To upload it: wandb sync ")
+    starts = [
+        "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in",
+        f"cache: 0.2 MiB in {output_dir.parent}/cache",
+        "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
+        f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
+        "W&B run saved offline. To upload it: wandb sync ",
+    ]
+    for line, start in zip(done.stdout.splitlines(), starts, strict=True):
+        assert line.startswith(start)
     for line in done.stderr.replace("\r", "\n").splitlines():  # progress bars only
         assert line.split(":")[0].strip() in ("", "encoding pictures", "encoding captions", "training"), line
 

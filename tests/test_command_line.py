@@ -79,8 +79,8 @@ def test_a_number_within_its_bounds_is_taken_and_no_other(number, taken, others)
         (["--learning_rate", "0.0"], "--learning_rate 0.0: it must be more than 0 and finite."),
         (["--learning_rate", "inf"], "--learning_rate inf: it must be more than 0 and finite."),
         (["--learning_rate", "1e-4x"], "--learning_rate 1e-4x: it must be more than 0 and finite."),
-        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more."),
-        (["--max_grad_norm", "-1"], "--max_grad_norm -1: it must be 0 or more."),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: it must be 0 or more and finite."),
+        (["--max_grad_norm", "-1"], "--max_grad_norm -1: it must be 0 or more and finite."),
         (["--adam_beta1", "1.0"], "--adam_beta1 1.0: it must be at least 0 and less than 1."),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import write_pictures
+from conftest import THREADS, write_pictures
 from PIL import Image, ImageChops
 
 
@@ -343,18 +343,50 @@ def test_another_vae(tiny_pipeline, model, lora, compared, write_lora, tmp_path,
     assert ", VAE: bright, Lora: axe:1" in Image.open(path).text["parameters"]
 
 
+@pytest.mark.parametrize("chunks", ["1", "3"])
+def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp_path, capsys, chunks):
+    """The UNet attends to the padding too: to as many chunks as the training had, or more where a prompt needs them."""
+    lora, seen = write_lora("axe", long_prompts="True", num_chunks=chunks), []
+    prompt_for = infer.prompts_for
+
+    def look(*args):
+        seen.append(prompt_for(*args))
+        return seen[-1]
+
+    with mock.patch.object(infer, "prompts_for", look):
+        draw(model, tmp_path, "--lora", lora, prompt=("a red axe", "a red axe " * 80))
+    said = capsys.readouterr().err
+    assert ("3 chunks a prompt" in said) == (chunks == "3")
+    short, long = ([v.shape[1] // 77 for k, v in options.items() if k.endswith("embeds")] for options in seen)
+    assert (short, long) == ([] if chunks == "1" else [3, 3], [4, 4])
+
+
+def test_the_most_chunks_of_several_loras(write_lora):
+    loras = [
+        infer.find_lora(str(write_lora(f"axe{chunks}", long_prompts="True", num_chunks=chunks)), 1.0, f"lora{chunks}")
+        for chunks in ("2", "4", "1")
+    ]
+    base = infer.Model("tiny", None, None, None, "sd", {}, "epsilon")
+    settings, notes = infer.settle(loras, base, None, {})
+    assert (settings["long_prompts"], settings["num_chunks"]) == (True, 4)
+    settings, notes = infer.settle(loras, base._replace(family="sdxl"), None, {})
+    assert (settings["long_prompts"], settings["num_chunks"], len(notes)) == (None, None, 1)
+
+
 def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
     """The training script's validation picture is drawn again, by what its LoRA file says."""
-    prompt = "a red axe " * 26
+    prompt = "a red axe"  # a chunk; the longest caption has two, and so the prompt has in training
     out = train(
-        train_data_dir=write_pictures(tmp_path / "pictures", captions=[prompt]),  # as many chunks as the prompt
+        train_data_dir=write_pictures(tmp_path / "pictures", captions=["a red axe " * 26]),
         prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_skip=1, long_prompts=True, learning_rate=0.1,
         validation_prompt=prompt, validation_inference_steps=3,
     )  # fmt: skip
     capsys.readouterr()
     flags = ["--lora", out, "--num_inference_steps", 3]
     (picture,) = draw(tiny_sd, tmp_path / "drawn", *flags, prompt=(prompt,)).values()
-    assert "v-prediction, zero terminal SNR, long prompts and clip skip 1; the pictures are" in capsys.readouterr().err
+    assert (
+        "zero terminal SNR, long prompts, 2 chunks a prompt and clip skip 1; the pictures" in capsys.readouterr().err
+    )
     assert difference(picture, Image.open(out / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
 
 
@@ -414,6 +446,29 @@ def test_no_sampler_clips_latents(tiny_pipeline):
     settings = {k: v for k, v in tiny_pipeline.scheduler.config.items() if k != "clip_sample"}
     for name, changes, _ in infer.SCHEDULERS.values():
         assert not getattr(diffusers, name).from_config(settings, **changes).config.get("clip_sample")
+
+
+@pytest.mark.parametrize(("wanted", "environment", "threads"), THREADS)
+def test_how_many_threads(cores, monkeypatch, wanted, environment, threads):
+    """The rule of the training; this script imports nothing of it."""
+    import torch
+
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(infer, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))  # settled by then
+    argv = [
+        "--pretrained_model_name_or_path",
+        str(ROOT / "models" / "mini-sd"),
+        "--prompt",
+        "a dog",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        infer.main([*argv, *(["--num_cpu_threads", str(wanted)] if wanted else [])])
+    assert torch.get_num_threads() == threads
 
 
 def test_clip_skip(tiny_pipeline, model, write_lora, compared, tmp_path, capsys):
@@ -554,6 +609,7 @@ def bad_files(lora_weights, tmp_path_factory):
 
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
+    "--num_cpu_threads 0": "must be a whole number, 1 or more",
     "--num_inference_steps -1": "must be a whole number, 1 or more",
     "--height 100": "must be a whole number, a multiple of 8",
     "--width 0": "must be a whole number, a multiple of 8",
@@ -643,7 +699,16 @@ def test_imports_nothing_local():
             assert node.level == 0
             names.add(node.module.split(".")[0])
     third_party = names - sys.stdlib_module_names
-    assert third_party == {"torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "PIL", "tqdm"}
+    assert third_party == {
+        "torch",
+        "diffusers",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "PIL",
+        "tqdm",
+        "psutil",
+    }
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_mission(tiny_sd, tmp_path):
             [*words, *PROMPTS], launcher=TORCHRUN, env=environment(server, tmp_path, WANDB_MODE="offline")
         )
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu in bfloat16" in done.stdout
+    assert "2 x cpu (1 thread) in bfloat16" in done.stdout
 
     # The same numbers in the file and in W&B; W&B has the pictures, at their steps, of both prompts.
     (run,) = (out / "wandb").glob("offline-run-*")

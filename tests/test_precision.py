@@ -1,5 +1,6 @@
 """Precision: the frozen base may be small, the LoRA and its optimizer never; and what was trained is what is loaded."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.training import data
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 does not exist on a CPU")
@@ -35,6 +37,33 @@ def first_forward():
     hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
     yield seen
     hook.remove()
+
+
+@pytest.mark.parametrize("said_by", ["flag", "launcher"])
+def test_a_dry_run_knows_the_precision(train, tmp_path, monkeypatch, said_by):
+    """Half of what float32 takes, whoever asks for bf16."""
+    sizes = []
+    for precision in ("no", "bf16"):
+        if said_by == "launcher":
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        train(dry_run=True, mixed_precision=precision if said_by == "flag" else None)
+        sizes.append(json.loads((tmp_path / "out" / "dataset.json").read_text())["cache_bytes"])
+    assert sizes[0] == 2 * sizes[1] > 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_only_cuda_copies_without_waiting(monkeypatch, device):
+    """From unpinned memory, another device would compute with what is not there yet."""
+    moved, batch = [], {"noise": torch.ones(2), "captions": ["an axe"], "condition": {"states": torch.ones(2)}}
+
+    def look(self, to, non_blocking=False):
+        moved.append((to.type, non_blocking))
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", look)
+        data.to_device(batch, torch.device(device))
+    assert moved == [(device, device == "cuda")] * 2
 
 
 def assert_float32(checkpoint):

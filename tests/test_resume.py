@@ -15,9 +15,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, write_pictures
+from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.training.checkpoint import read_state
 
 
 MEASURED = ("images_per_second", "peak_memory_gib")
@@ -195,6 +197,20 @@ CHANGES = {
     "seed": (dict(seed=1), "seed was 0, is 1"),
     "batch": (dict(gradient_accumulation_steps=2), "effective_batch_size was 2, is 4"),
     "fewer pictures": (dict(max_train_samples=5), "dataset was "),
+    "prediction": (dict(prediction_type="v_prediction"), "prediction_type was 'epsilon', is 'v_prediction'"),
+    "zero SNR": (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr was False, is True"),
+    "clip skip": (dict(clip_skip=1), "clip_skip was None, is 1"),
+    "resolution": (dict(resolution=40), "resolution was 32, is 40"),
+    "loss": (dict(loss_type="huber"), "loss_type was 'mse', is 'huber'"),
+    "Min-SNR": (dict(snr_gamma=5), "snr_gamma was None, is 5.0"),
+    "timesteps": (dict(timestep_sampling="mode"), "timestep_sampling was 'uniform', is 'mode'"),
+    "their range": (dict(timestep_range=[0, 500]), "timestep_range was None, is [0, 500]"),
+    "noise offset": (dict(noise_offset=0.1), "noise_offset was 0.0, is 0.1"),
+    "augmentation": (dict(random_flip=True, cache_variations=4), "random_flip was False, is True"),
+    "empty captions": (dict(caption_dropout=0.1), "caption_dropout was 0.0, is 0.1"),
+    "average": (dict(use_ema=True), "use_ema was False, is True"),
+    "optimizer": (dict(optimizer="adafactor"), "optimizer was 'adamw', is 'adafactor'"),
+    "LoRA+": (dict(loraplus_lr_ratio=16), "loraplus was False, is True"),
 }
 
 
@@ -218,6 +234,45 @@ ANOTHER_DATASET = r"another run \(dataset was '(\w+)', is '(?!\1)\w+'\)\. "
 def test_another_run_is_refused_with_what_differs(train, two, what):
     changes, answer = CHANGES[what]
     assert f"({answer}" in assert_refused(train, two, **changes)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
+def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, tmp_path, component):
+    """As another revision or variant has them, or --pretrained_vae_model_name_or_path."""
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    if component == "unet":  # the same from elsewhere is the same run
+        train(
+            pretrained_model_name_or_path=model, output_dir=shutil.copytree(two, tmp_path / "same"), max_train_steps=3
+        )
+    (file,) = (model / component).glob("*.safetensors")
+    save_file({name: value * 1.001 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    place = {"pretrained_model_name_or_path": model}
+    if component == "vae":
+        place = {"pretrained_vae_model_name_or_path": model / "vae"}
+    assert re.search(rf"run \({component} weights was '\w+', is '\w+'\)", assert_refused(train, two, **place))
+
+
+def test_every_flag_may_change_or_is_of_the_run(two):
+    """A new flag is of the run until it is in the list."""
+    flags = {action.dest for action in train_script.build_parser()._actions} - {"help"}
+    of_the_run = read_state(two / "checkpoint-2")[1].keys()
+    assert of_the_run.isdisjoint(train_script.MAY_CHANGE)
+    assert flags - of_the_run == train_script.MAY_CHANGE
+    weights = {f"{name} weights" for name in ("unet", "text_encoder", "vae")}
+    assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | weights
+
+
+def test_what_may_change_is_taken(train, two, capsys):
+    """Where it lies, how it is reported, how long it goes on, and how its steps are taken."""
+    train(
+        max_train_steps=3, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=1, max_grad_norm=0,
+        adam_weight_decay=0, gradient_checkpointing=True, train_batch_size=1, gradient_accumulation_steps=2,
+        report_to="tensorboard", validation_prompts=["a blue axe"], validation_steps=1, validation_split=0,
+        checkpointing_steps=1, save_every_n_epochs=1, checkpoints_total_limit=2, latent_cache_limit=1, num_cpu_threads=2,
+        mixed_precision="bf16", dataset_layout="metadata", config=two / "run.yaml",
+    )  # fmt: skip
+    assert "checkpoint-2 (step 2)" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(two)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("what", ["pictures", "captions"])
@@ -277,6 +332,10 @@ def test_another_learning_rate_is_used(train, six_steps, tmp_path, name, value):
     out = train(output_dir=stopped(six_steps, tmp_path / "out", 3), max_train_steps=6, **{name: value})
     a, b = (read_metrics(folder)[-1] for folder in (out, six_steps))
     assert (a["lr"], a["train_loss"]) != (b["lr"], b["train_loss"])
+    if name == "learning_rate":
+        assert [row["lr"] for row in read_metrics(out)] == [1e-2] * 3 + [value] * 3
+        stored = torch.load(out / "checkpoint-6" / "optimizer.pt", weights_only=True)
+        assert [group["lr"] for group in stored["optimizer"]["param_groups"]] == [value]
 
 
 def test_half_written_checkpoints_are_passed_over(train, two, tmp_path, capsys):

@@ -19,6 +19,28 @@ def test_gradient_checkpointing_changes_nothing(train, tmp_path):
     assert_close(plain, train(gradient_checkpointing=True, output_dir=tmp_path / "less memory"))
 
 
+def test_the_launchers_accumulation_divides_no_gradient(train, tmp_path, monkeypatch):
+    """`accelerate config` asks for it, and `accelerate launch` puts it into the environment."""
+    plain = train(output_dir=tmp_path / "plain", gradient_accumulation_steps=2)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    told = train(output_dir=tmp_path / "told", gradient_accumulation_steps=2)
+    norms = [[row["grad_norm"] for row in read_metrics(folder)] for folder in (plain, told)]
+    assert norms[0] == norms[1]
+    assert all(value.equal(read_lora(plain)[name]) for name, value in read_lora(told).items())
+
+
+def test_the_dropout_of_each_forward_pass_has_a_seed_of_its_own(train, monkeypatch):
+    seeds, predict = [], Diffusion.weights
+
+    def look(*args, **settings):  # the last before the seed is set
+        seeds.append(torch.initial_seed())
+        return predict(*args, **settings)
+
+    monkeypatch.setattr(Diffusion, "weights", look)
+    train(lora_dropout=0.5, max_train_steps=4, train_batch_size=1, gradient_accumulation_steps=2)
+    assert len(set(seeds[1:])) == len(seeds) - 1 == 7  # each is that of the pass before
+
+
 # The rate of each of six steps as a share of --learning_rate: warm-up over two, then the schedule's own course.
 SCHEDULES = {
     "constant": [1, 1, 1, 1, 1, 1],
@@ -51,10 +73,10 @@ def test_a_usable_lora_every_so_many_epochs(train):
 
 
 @pytest.mark.parametrize("name", ["true", "gaussian", "orthogonal"])
-def test_each_initialisation_starts_at_the_base_and_trains(train, name):
+def test_each_initialisation_starts_at_the_base_and_trains(train, tmp_path, name):
     """Gaussian and true start with B at 0; orthogonal with B and A whose product is 0."""
     losses = [row["train_loss"] for row in read_metrics(train(init_lora_weights=name, max_train_steps=6))]
-    plain = [row["train_loss"] for row in read_metrics(train(init_lora_weights="true", max_train_steps=1))]
+    plain = [row["train_loss"] for row in read_metrics(train(max_train_steps=1, output_dir=tmp_path / "plain"))]
     assert losses[0] == pytest.approx(plain[0], rel=1e-5)
     assert len(losses) == 6
 

@@ -28,7 +28,8 @@ class Number:
 
 
 def at_least(least, kind=int):
-    return Number(kind, f"{least} or more", lambda value: least <= value < float("inf"))
+    finite = " and finite" if kind is float else ""
+    return Number(kind, f"{least} or more{finite}", lambda value: least <= value < float("inf"))
 
 
 def between(least, most, kind=float):

@@ -20,8 +20,8 @@ def written_whole(path, *, folder=False, shared=False):
 
     After an exception `path` is as before. After a kill it is as before or new, or, where a folder replaces another and
     the kill fell between two renames, not there; a part of it is never there. With `shared` several processes may write
-    the same at once: a folder that another one has put there first stays, and nothing waits for the disk, since what is
-    shared can be made again.
+    the same at once: what another one has put there first stays, and nothing waits for the disk, since what is shared can
+    be made again.
     """
     path = Path(path)
     mark = f".{secrets.token_hex(4)}" if shared else ""
@@ -40,6 +40,13 @@ def written_whole(path, *, folder=False, shared=False):
             except OSError:
                 if not path.exists():  # else another process was quicker
                     raise
+        elif shared:
+            try:
+                os.link(temporary, path)  # unlike a rename, it leaves alone what another machine may be reading
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                os.replace(temporary, path)
         elif folder and path.exists():
             before = _set_aside(path)
             os.replace(temporary, path)

@@ -33,4 +33,14 @@ def test_pictures_are_encoded_as_in_diffusers(vae):
 def test_what_the_cache_must_know_of_the_vae(vae):
     encoder = LatentEncoder(vae, torch.float16)
     assert (encoder.factor, encoder.scaling_factor, encoder.dtype) == (4, vae.config.scaling_factor, torch.float16)
-    assert encoder.identity == weights_identity(vae)
+    assert encoder.identity == f"{weights_identity(vae)} cpu"
+
+
+def test_the_identity_is_of_the_device_and_of_its_arithmetic(vae, monkeypatch):
+    """Kernels of a GPU round otherwise than a CPU's, with TF32 much so. No GPU is needed to name one."""
+    identities = set()
+    for device, tf32 in (("cpu", False), ("cpu", True), ("mps", True), ("cuda", False), ("cuda", True)):
+        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", tf32)
+        monkeypatch.setattr(type(vae), "device", torch.device(device))
+        identities.add(LatentEncoder(vae, torch.float16).identity)
+    assert len(identities) == 4  # a CPU has no TF32

@@ -212,12 +212,15 @@ def test_load_a_folder(tiny_sd):
 
 # diffusers 0.39 passes an argument that huggingface_hub 1.x no longer knows.
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
-def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_path):
+@pytest.mark.parametrize("revision", [None, "fixed"])
+def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_path, revision):
+    """That holds one revision and no other: what is loaded without it is not there."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "refs" / (revision or "main")).write_text("a" * 40)
     shutil.copytree(tiny_sd, repository / "snapshots" / ("a" * 40))
-    base, here = loading.find_base_model("owner/tiny", cache_dir=tmp_path / "hub"), load(tiny_sd)
+    base = loading.find_base_model("owner/tiny", revision=revision, cache_dir=tmp_path / "hub")
+    here = load(tiny_sd)
     assert (base.kind, base.image_factor) == ("hub", 8)
     there = loading.load_components(base)
     assert loading.load_tokenizer(base)("a red axe").input_ids == here.tokenizers[0]("a red axe").input_ids

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import read_metrics, write_pictures
 from diffusers import StableDiffusionPipeline
 
 from text_to_image_lora.errors import InputError
@@ -100,11 +101,28 @@ def test_the_identity_is_of_all_that_a_condition_depends_on(loaded, tiny_sd):
     others = [make_encoder(*loaded, clip_skip=1), make_encoder(*loaded, num_chunks=2)]
     again = loading.load_components(loading.find_base_model(str(tiny_sd)))
     assert make_encoder(again.tokenizers[0], again.text_encoders[0]).identity == identity
+    encoder = make_encoder(again.tokenizers[0], again.text_encoders[0])
+    encoder(CAPTIONS)  # leaves its padding in the tokenizer
+    assert make_encoder(again.tokenizers[0], again.text_encoders[0]).identity == identity
     list(again.text_encoders[0].parameters())[0].data.view(-1)[0] += 1e-3
     others.append(make_encoder(tokenizer, again.text_encoders[0]))
     again.tokenizers[0].model_max_length = 50
     others.append(make_encoder(again.tokenizers[0], text_encoder))
-    assert len({identity, *(other.identity for other in others)}) == 5
+    (another,) = loading.load_components(loading.find_base_model(str(tiny_sd))).tokenizers
+    another.add_tokens("trident-of-gold")
+    others.append(make_encoder(another, text_encoder))
+    assert len({identity, *(other.identity for other in others)}) == 6
+
+
+def test_whole_and_cut_prompts_share_a_cache(train, tmp_path):
+    """Captions of the same words in two chunks, and then in one: nothing but the number of chunks differs."""
+    folder = write_pictures(tmp_path / "pictures", captions=["red axe " * 50])
+    losses = [
+        read_metrics(train(train_data_dir=folder, long_prompts=whole, output_dir=tmp_path / f"{i}"))[0]["train_loss"]
+        for i, whole in enumerate([True, False, True])
+    ]
+    assert losses[0] == losses[2] != losses[1]
+    assert len(list((tmp_path / "cache").rglob("prompts/*.safetensors"))) == 2
 
 
 def test_a_long_prompt_is_read_whole_in_chunks(loaded):

@@ -9,12 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command
+from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.loading import find_base_model, load_components
 
 
 PROMPT = "a red axe"
@@ -120,6 +122,21 @@ def test_what_is_in_the_file(runs, tiny_sd):
     assert {name.split(".layers.")[1][0] for name in skipped} == {"0"}
 
 
+def test_its_alpha_is_in_proportion_to_its_rank(tiny_sd):
+    """The file can't show it: there the scale is folded into the weights."""
+    words = ["--pretrained_model_name_or_path", str(tiny_sd), "--train_data_dir", "pictures", "--rank", "4"]
+    words += ["--lora_alpha", "8", "--train_text_encoder", "--text_encoder_rank", "2"]
+    args, family = train_script.parse_args(words), STABLE_DIFFUSION
+    loaded = load_components(find_base_model(str(tiny_sd)))
+    adapted = {"unet": loaded.denoiser, "text_encoder": loaded.text_encoders[0]}
+    train_script.adapt(args, adapted, train_script.lora_settings_of(args, family), family, seed=0)
+    settings = {name: model.peft_config["default"] for name, model in adapted.items()}
+    assert {name: (own.r, own.lora_alpha) for name, own in settings.items()} == {
+        "unet": (4, 8),
+        "text_encoder": (2, 4),
+    }
+
+
 def test_each_has_its_learning_rate(runs):
     groups = torch.load(runs[1]["plain"] / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"][
         "param_groups"
@@ -145,6 +162,17 @@ def test_the_validation_loss_is_of_both(train, tmp_path):
     both = read_metrics(train(output_dir=tmp_path / "both", text_encoder_lr=0.1, **options, **TEXT))
     assert both[0]["validation/loss"] == pytest.approx(alone[0]["validation/loss"], rel=1e-6)
     assert abs(both[-1]["validation/loss"] / alone[-1]["validation/loss"] - 1) > 1e-4
+
+
+def test_nothing_is_dropped_while_validating(runs, train):
+    """From a LoRA that does something, and at a rate so small that it stays as it is."""
+    folder, outs = runs
+    out = train(
+        train_data_dir=folder / "pictures", lora_weights=outs["plain"], text_encoder_rank=2, learning_rate=1e-12,
+        lora_dropout=0.5, validation_split=0.34, validation_steps=1, **TEXT,
+    )  # fmt: skip
+    losses = [row["validation/loss"] for row in read_metrics(out) if "validation/loss" in row]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def assert_same_run(first, second):
@@ -219,5 +247,5 @@ def test_its_flags_without_it_are_told(train):
 def test_another_rank_of_it_is_another_run(runs, train):
     folder, outs = runs
     options = RUN | dict(text_encoder_rank=4, train_data_dir=folder / "pictures", output_dir=outs["plain"])
-    with pytest.raises(InputError, match="text_encoder was 2, is 4"):
+    with pytest.raises(InputError, match="text_encoder_rank was 2, is 4"):
         train(**options)

@@ -72,6 +72,12 @@ def test_small_pictures_keep_their_size_when_asked():
     assert buckets.enlarged(pictures, scaled) == [0, 3, 4]
 
 
+@pytest.mark.parametrize("side", [(100, 3000), (3000, 100), (3000, 1), (100, 1100)])
+def test_without_upscaling_too_no_side_is_over_the_limit(side):
+    limits = Buckets(512, smallest=64, largest=1024, step=64, no_upscale=True)
+    assert limits.sizes_of(sized(side)) == [(64, 1024) if side[1] > side[0] else (1024, 64)]
+
+
 def test_without_buckets_every_picture_is_trained_at_the_square():
     pictures = sized((300, 200), (2000, 1000), (32, 32), (7, 900))
     assert buckets.square(32).sizes_of(pictures) == [(32, 32)] * 4

@@ -8,7 +8,8 @@ from conftest import read_records, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.examine import examine, usable_part, usable_pictures
+from text_to_image_lora.pictures import examine as examine_module
+from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, usable_part, usable_pictures
 from text_to_image_lora.pictures.records import image_id
 
 
@@ -52,11 +53,26 @@ def test_a_row_without_picture_is_told(tmp_path):
 def test_a_picture_seen_before_is_not_decoded_again(pictures, tmp_path):
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
-    memo = tmp_path / "pictures.txt"
+    memo = tmp_path / KNOWN_PICTURES
     assert len(memo.read_text().splitlines()) == 6
     memo.write_text(memo.read_text().replace(f"{first[2].image_id} 40 32", f"{first[2].image_id} 61 49"))
     assert inspect(dataset, tmp_path)[2] == first[2]._replace(width=61, height=49)
     assert len(memo.read_text().splitlines()) == 6
+
+
+def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypatch):
+    """What is found out of a picture may be found out in another way some day; the list of before had no version."""
+    dataset = read_records(pictures)
+    first = inspect(dataset, tmp_path)
+    lies = (tmp_path / KNOWN_PICTURES).read_text().replace(" 40 32 ", " 61 49 ")
+    assert lies.count(" 61 49 ") == 6
+    (tmp_path / KNOWN_PICTURES).unlink()
+    (tmp_path / "pictures.txt").write_text(lies)
+    assert inspect(dataset, tmp_path) == first
+    (tmp_path / KNOWN_PICTURES).write_text(lies)
+    monkeypatch.setattr(examine_module, "KNOWN_PICTURES", "pictures-2.txt")
+    assert inspect(dataset, tmp_path) == first
+    assert (tmp_path / "pictures-2.txt").exists()
 
 
 @pytest.mark.parametrize("lost", range(1, 12))
@@ -64,7 +80,7 @@ def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
     """A run that was killed while it wrote leaves half a line."""
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
-    memo = tmp_path / "pictures.txt"
+    memo = tmp_path / KNOWN_PICTURES
     memo.write_bytes(memo.read_bytes()[:-lost])
     for _ in range(3):
         assert inspect(dataset, tmp_path) == first

@@ -161,10 +161,32 @@ def test_trigger_and_class_from_the_folders_name(tmp_path, load, said, name, cap
     ]
 
 
+def test_a_single_folder_below_is_a_trigger_and_a_class(tmp_path, load, said):
+    for i in range(2):
+        save_picture(tmp_path / "set" / "myAnimeStyleToken_anime_face" / f"{i}.png", i)
+    dataset = load(tmp_path / "set")
+    assert dataset["captions"][:] == [["myAnimeStyleToken anime face"]] * 2
+    assert dataset["concept"][:] == ["myAnimeStyleToken"] * 2
+    caption = "2 pictures have the caption 'myAnimeStyleToken anime face' (--caption_template)"
+    assert said == [f"{tmp_path}/set: {caption}"]
+
+
 def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
     save_picture(tmp_path / "my_pictures" / "0.png", 0)
-    with pytest.raises(InputError, match="have no captions.*--instance_prompt"):
+    with pytest.raises(
+        InputError, match="have no captions.*--instance_prompt.*--dataset_layout trigger_class"
+    ) as caught:
         load(tmp_path / "my_pictures")
+    assert "\n" not in str(caught.value)
+    # Nor beside folders that are meant so, nor where one of them can't mean that.
+    save_picture(tmp_path / "my_pictures" / "sks_dog" / "0.png", 1)
+    with pytest.raises(InputError, match="have no captions"):
+        load(tmp_path / "my_pictures")
+    shutil.rmtree(tmp_path / "my_pictures" / "sks_dog")
+    save_picture(tmp_path / "set" / "sks_dog" / "0.png", 0)
+    save_picture(tmp_path / "set" / "others" / "0.png", 1)
+    with pytest.raises(InputError, match="have no captions.*--dataset_layout trigger_class"):
+        load(tmp_path / "set")
     chosen = load(tmp_path / "my_pictures", dataset_layout="trigger_class")
     assert chosen["captions"][:] == [["my pictures"]]
     assert load(tmp_path / "my_pictures", instance_prompt="sks")["captions"][:] == [["sks"]]
@@ -194,6 +216,16 @@ def test_several_lines_are_several_captions(tmp_path, load):
     assert load(tmp_path)["captions"][:] == [["a cat", "my cat"]]
     (tmp_path / "0.txt").write_bytes("ein Käter".encode("utf-16"))
     assert load(tmp_path)["captions"][:] == [["ein Käter"]]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".caption"])
+@pytest.mark.parametrize("name", ["v1.5-a", "v1.5/a", "a..b", "a.png"])
+def test_names_with_dots_have_their_own_caption_files(tmp_path, load, name, ending):
+    for i, stem in enumerate((name, "v1", "a")):
+        save_picture(tmp_path / f"{stem}.png", i)
+        write(f"of {stem}", tmp_path / f"{stem}{ending}")
+    captions = {row["image"]["path"]: row["captions"] for row in load(tmp_path)}
+    assert captions == {f"{tmp_path}/{stem}.png": [f"of {stem}"] for stem in (name, "v1", "a")}
 
 
 def test_caption_files_that_are_missing_or_empty(tmp_path, load):
@@ -267,6 +299,18 @@ def test_a_link_out_of_the_folder(tmp_path, load):
     (folder / "b.png").symlink_to(tmp_path / "secret.png")
     write("mine", folder / "b.txt")
     with pytest.raises(InputError, match=r"b\.png: it is a link out of the dataset folder"):
+        load(folder, leave_out=print)
+
+
+@pytest.mark.parametrize("layout", ["beside", "jsonl"])
+def test_a_mask_that_is_a_link_out_of_the_folder(tmp_path, load, layout):
+    save_picture(tmp_path / "secret.png", 0)
+    folder = build(tmp_path / "set", layout)
+    save_picture(folder / "hidden" / "0.mask.png", 0)
+    (folder / "axe_0.mask.png").symlink_to(folder / "hidden" / "0.mask.png")
+    assert load(folder)[0]["mask"]["path"] == f"{folder}/axe_0.mask.png"
+    (folder / "axe_1.mask.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(InputError, match=r"axe_1\.mask\.png: it is a link out of the dataset folder\. Copy the mask"):
         load(folder, leave_out=print)
 
 

@@ -1,7 +1,7 @@
 """Records: other captions, pictures of the class behind one's own, and the identities that caches and checkpoints go by."""
 
 import pytest
-from conftest import read_metrics, read_records, write_pictures
+from conftest import read_lora, read_metrics, read_records, write_pictures
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.records import (
@@ -47,6 +47,27 @@ def test_prior_preservation_trains(train, tmp_path, capsys):
         train(class_data_dir=dogs)
     with pytest.raises(InputError, match="--class_prompt is the caption of --class_data_dir's pictures"):
         train(class_prompt="a dog")
+
+
+def test_a_run_leaves_the_class_pictures_captions_alone(train, tmp_path):
+    """With a trigger it is the run whose own captions have it written out, and whose class pictures' do not."""
+    plain, by_hand = (
+        write_pictures(tmp_path / text, count=2, captions=[text]) for text in ("a cat", "my sks, a cat, old")
+    )
+    dogs = write_pictures(tmp_path / "dogs", count=2, seed=5, captions=["a dog"])
+    options = dict(class_data_dir=dogs, class_prompt="a dog")
+
+    def captions():
+        return sorted(path.name for path in (tmp_path / "cache" / "prompts").iterdir())
+
+    written = train(train_data_dir=by_hand, output_dir=tmp_path / "by hand", **options)
+    before = captions()
+    with_trigger = train(
+        train_data_dir=plain, trigger_word="sks", caption_prefix="my ", caption_suffix=", old", **options
+    )
+    assert captions() == before
+    expected, weights = read_lora(written), read_lora(with_trigger)
+    assert all((weights[name] == value).all() for name, value in expected.items())
 
 
 def test_bytes_of_a_cell(tmp_path):

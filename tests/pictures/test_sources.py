@@ -1,6 +1,7 @@
 """Every source of pictures becomes the same records, and whatever is wrong is told in one line that says where."""
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -272,6 +273,102 @@ def test_shards_of_webdataset(load, tmp_path):
     dataset = load(folder)
     assert dataset["captions"][:] == [["cat 00"], ["cat 01"], ["cat 10"], ["cat 11"]]
     assert pictures_of(dataset) == [picture_bytes(colour) for colour in colours]
+
+
+# A stored dataset is somebody's data: what its cells name is opened only where it belongs to the dataset.
+
+
+@pytest.fixture
+def naming(tmp_path):
+    """Writes a stored dataset whose cells are bytes or paths, which the library itself would embed; returns the folder."""
+    import datasets
+    import pyarrow.parquet
+
+    def store(kind, cells, column="image"):
+        inside = [{"bytes": picture_bytes("red"), "path": None}] * len(cells)
+        rows = {"image": inside, "mask": inside} | {column: cells}
+        columns = {"image": datasets.Image(), "mask": datasets.Image(), "text": datasets.Value("string")}
+        rows["text"] = [f"number {i}" for i in range(len(cells))]
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).data.table
+        folder = tmp_path / "stored"
+        folder.mkdir(exist_ok=True)
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, folder / "train.parquet", row_group_size=2)
+        else:
+            with pyarrow.ipc.new_stream(folder / "train.arrow", table.schema) as file:
+                file.write_table(table, max_chunksize=2)
+        return folder
+
+    datasets.disable_progress_bars()
+    yield store
+    datasets.enable_progress_bars()
+
+
+def named(*paths):
+    return [{"bytes": picture_bytes("blue"), "path": "not read.png"}, *({"bytes": None, "path": p} for p in paths)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_a_stored_dataset_reads_no_file_elsewhere(naming, load, tmp_path, kind, column):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture_bytes("green"))
+    folder = naming(kind, [*named(), None, *named()] + named(str(secret)), column)
+    with pytest.raises(InputError) as caught:
+        load(folder, mask_column="mask", leave_out=None)
+    assert str(caught.value) == (
+        f"{folder}: row 4: column '{column}' names a file outside of the dataset ('{secret}'). Fill or remove the row, or "
+        "pass --skip_bad_images to leave such rows out."
+    )
+    left_out = []
+    dataset = load(folder, mask_column="mask", leave_out=lambda *row: left_out.append(row))
+    assert left_out == [(f"{folder}: row 4", f"column '{column}' names a file outside of the dataset ('{secret}')")]
+    assert dataset["captions"][:] == [[f"number {i}"] for i in range(4)]
+    assert [cell and read_image_bytes(cell) for cell in dataset[column]] == [
+        cell and cell["bytes"] for cell in [*named(), None, *named(), *named()]
+    ]
+
+
+def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, monkeypatch):
+    """Regular files in its folder or in the library's caches, however they are spelt."""
+    import datasets
+    from huggingface_hub import constants
+
+    folder, work = naming("parquet", named()), tmp_path / "work"
+    for place in (folder / "sub", work, tmp_path / "stored too", tmp_path / "hub", tmp_path / "prepared"):
+        place.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+    inside, hub, prepared, own_cache = (
+        tmp_path / name for name in ("stored/sub/0.png", "hub/0.png", "prepared/0.png", "datasets-cache/0.png")
+    )
+    own_cache.parent.mkdir(exist_ok=True)
+    for path in (inside, hub, prepared, own_cache, tmp_path / "secret.png", tmp_path / "stored too" / "0.png"):
+        path.write_bytes(picture_bytes("green"))
+    links = {"link": inside, "out": tmp_path / "secret.png", ".up": tmp_path, "to hub": hub}
+    for name, target in {**links, "round": folder / "round"}.items():
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "fifo")
+    monkeypatch.chdir(work)
+    good = [inside, "../stored/sub/0.png", folder / "sub" / ".." / "link", hub, prepared, own_cache, folder / "to hub"]
+    outside = [
+        "/etc/passwd", "/dev/zero", "/proc/self/environ", "../secret.png", "sub/0.png", "~/0.png", "file:///etc/passwd",
+        folder / "out", folder / ".up" / "secret.png", folder / ".." / "secret.png", tmp_path / "stored too" / "0.png",
+        tmp_path / "not there.png", "two\nlines", "",
+    ]  # fmt: skip
+    no_file = [folder, folder / "sub", folder / "fifo", folder / "round", f"{folder}/a\0b", folder / ("x" * 300)]
+    naming("parquet", named(*map(str, [*good, *outside, *no_file])))
+    left_out = []
+    dataset = load(folder, leave_out=lambda *row: left_out.append(row))
+    first = 1 + len(good)
+    expected = [f"column 'image' names a file outside of the dataset ({str(path)!r})" for path in outside]
+    expected += [f"column 'image' names something that is no file ({str(path)!r})" for path in no_file]
+    assert left_out == [(f"{folder}: row {i}", reason) for i, reason in enumerate(expected, start=first)]
+    assert dataset["captions"][:] == [[f"number {i}"] for i in range(first)]
+    assert pictures_of(dataset) == [picture_bytes("blue")] + [picture_bytes("green")] * len(good)
+    # What may be named and is not there is told with the pictures that can't be read.
+    naming("parquet", named(str(folder / "gone.png")))
+    assert len(load(folder)) == 2
 
 
 # The bundled sets.

@@ -25,7 +25,7 @@ def card(output_dir, **options):
     """A model card of ordinary inputs, but for those given."""
     ordinary = {
         "base_model": "owner/model",
-        "dataset_name": "owner/pictures",
+        "dataset_names": ["owner/pictures"],
         "pictures": [],
         "hyperparameters": {"rank": 4},
     }
@@ -33,7 +33,8 @@ def card(output_dir, **options):
 
 
 def test_card_survives_any_prompt(tmp_path):
-    values = {"validation_prompt": HOSTILE, "target_modules": ["to_q", "to_out.0"], "train_data_dir": "/home/me/axes"}
+    values = {"validation_prompt": HOSTILE, "target_modules": ["to_q", "to_out.0"]}
+    values |= {"class_data_dir": "/home/me/axes", "train_data_dir": ["/home/me/axes", "/home/me/my spears", "whips"]}
     path = card(
         tmp_path,
         pictures=[(HOSTILE, tmp_path / "image_0.png"), ("a blue axe", tmp_path / "in a folder" / "image (1).png")],
@@ -68,7 +69,7 @@ def test_card_survives_any_prompt(tmp_path):
     ]
     one_line = " ".join(HOSTILE.split())
     assert cells == [
-        "validation_prompt", one_line, "target_modules", "to_q to_out.0", "train_data_dir", "axes"
+        "validation_prompt", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
     ]  # fmt: skip
     assert {child.type for token in inline for child in token.children} <= {
         "text", "text_special", "code_inline", "image", "softbreak"
@@ -79,13 +80,23 @@ def test_card_tells_no_local_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models/mini-sd").mkdir(parents=True)
     for base_model in ("models/mini-sd", "./models/mini-sd/", str(tmp_path / "models/mini-sd")):
-        path = card(tmp_path, base_model=base_model, dataset_name=base_model, license="mit")
+        path = card(tmp_path, base_model=base_model, dataset_names=[base_model], license="mit")
         assert metadata_load(path).keys() == {"library_name", "license", "tags"}
         text = path.read_text(encoding="utf-8")
         assert "weights for mini-sd, fine-tuned on the mini-sd dataset" in text
         assert "from_pretrained('mini-sd')" in text
         assert "models" not in text
     assert "license" not in metadata_load(card(tmp_path, base_model="models/mini-sd"))
+
+
+def test_card_of_several_datasets(tmp_path):
+    folders = [str(tmp_path / "secret" / name) for name in ("axes", "spears/")]
+    text = card(tmp_path, dataset_names=folders, hyperparameters={"train_data_dir": folders}).read_text(
+        encoding="utf-8"
+    )
+    assert "fine-tuned on the axes and spears dataset" in text
+    assert "secret" not in text
+    assert metadata_load(card(tmp_path, dataset_names=["me/axes", "axes"]))["datasets"] == ["me/axes"]
 
 
 @pytest.mark.lora_file

@@ -30,8 +30,62 @@ def test_the_difference_is_paired():
     mean, error = difference(base * 0.9, base, base)
     assert mean == pytest.approx(-0.1)
     assert error < 0.01
-    pairs = ((base * 0.9 - base) / base.mean(axis=0)).ravel()
-    assert error == pytest.approx(pairs.std(ddof=1) / np.sqrt(40))
+    of_each = ((base * 0.9 - base) / base.mean(axis=0)).mean(axis=1)  # five pictures: Student's t of four
+    assert error == pytest.approx(1.14 * of_each.std(ddof=1) / np.sqrt(5))
+
+
+def test_a_pictures_timesteps_are_one_observation():
+    """They rise and fall together: repeating each of them makes nothing surer, more pictures do."""
+    base, shift = np.ones((20, 8)), np.random.default_rng(0).standard_normal((20, 1))
+    mean, error = difference(base + 0.1 * shift, base, base)
+    assert error == pytest.approx(0.1 * shift.std(ddof=1) / np.sqrt(20))
+    assert error == pytest.approx(difference((base + 0.1 * shift)[:, :1], base[:, :1], base[:, :1])[1])
+    assert (
+        difference(np.tile(base + 0.1 * shift, (4, 1)), np.tile(base, (4, 1)), np.tile(base, (4, 1)))[1] < 0.6 * error
+    )
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 5, 10])
+def test_the_error_of_few_pictures_is_as_sure_as_that_of_many(pictures):
+    """In 84% of runs where nothing changed, the mean is below one error: Student's t, by simulation."""
+    rng, base = np.random.default_rng(pictures), np.ones((pictures, 1))
+    found = [difference(base + rng.standard_normal((pictures, 1)), base, base) for _ in range(4000)]
+    assert np.mean([mean < error for mean, error in found]) == pytest.approx(0.8413, abs=0.02)
+
+
+def test_of_one_picture_the_timesteps_are_all_there_is():
+    base = np.ones((1, 8))
+    table = base + 0.1 * np.array([[1, 1, 1, 1, 1, 1, 1, 9]])
+    mean, error = difference(table, base, base)
+    assert (mean, error) == pytest.approx((0.2, 1.08 * 0.1))  # seven degrees of freedom, deviation sqrt(8) x 0.1
+    assert np.isfinite(difference(base, base, base)).all()
+
+
+def test_timesteps_that_move_together_are_no_overfitting(fresh):
+    """Four of five pictures got better and one much worse: of 40 independent observations it would be clear."""
+    take_in(fresh, table_of(0.8), 1)
+    shifts = np.array([0.75, 0.78, 0.79, 0.79, 1.0])
+    table = table_of(1) * (shifts[:, None] + 0.005 * np.random.default_rng(0).standard_normal((5, 8)))
+    pairs = ((table - table_of(0.8)) / table_of(1)).ravel()
+    assert pairs.mean() > pairs.std(ddof=1) / np.sqrt(40) > 0  # the old formula
+    take_in(fresh, table, 2)
+    assert (fresh.best_step, fresh.worse_since) == (1, None)
+    assert in_words(fresh, 2).endswith("no clear change since.")
+    take_in(fresh, table_of(0.82), 3)  # all of them a little worse is clear
+    assert fresh.worse_since == 3
+
+
+def test_a_mean_within_one_error_says_nothing(fresh):
+    take_in(fresh, table_of(0.8), 1)
+    shifts = np.array([0.75, 0.78, 0.79, 0.80, 0.90])[:, None]
+    mean, error = difference(table_of(1) * shifts, fresh.best, fresh.base)
+    assert 0 < mean < error
+    take_in(fresh, table_of(1) * shifts, 2)
+    assert (fresh.waited, fresh.worse_since) == (1, None)
+    take_in(fresh, table_of(0.9), 3)
+    assert fresh.worse_since == 3
+    take_in(fresh, table_of(1) * shifts, 4)
+    assert fresh.worse_since is None
 
 
 def test_an_improvement_is_more_than_a_standard_error(fresh):

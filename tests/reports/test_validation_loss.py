@@ -72,6 +72,17 @@ def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
     assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
 
 
+def test_float64_is_of_the_cpu_alone(train, others, monkeypatch):
+    """MPS has none: the losses move first. What stands for a tensor of a GPU can do nothing else."""
+    loss_of_samples = validation_loss.loss_of_samples
+
+    def on_mps(*args):
+        return SimpleNamespace(cpu=lambda: loss_of_samples(*args))
+
+    monkeypatch.setattr(validation_loss, "loss_of_samples", on_mps)
+    assert validations(train(validation_data_dir=others, max_train_steps=1))
+
+
 def test_a_mask_hides_from_it():
     pred, target, mask = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     pred[0, 0, 0], mask[0, 0, 1] = 1, 0
@@ -175,6 +186,18 @@ def test_other_pictures_to_validate_on_begin_anew(train, validated, others, tmp_
     assert "the pictures to validate on are others than before" in capsys.readouterr().out
     before, after = judged_at(validated / "checkpoint-4"), judged_at(out / "checkpoint-5")
     assert (len(before.base), len(after.base)) == (3, 4)
+
+
+def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_path, capsys):
+    out = shutil.copytree(validated, tmp_path / "out")
+    options = dict(validation_data_dir=others, validation_steps=1)
+    train(max_train_steps=5, **options)
+    assert "others than before" not in capsys.readouterr().out
+    (others / "metadata.jsonl").write_text((others / "metadata.jsonl").read_text().replace("red", "golden"))
+    train(max_train_steps=6, **options)
+    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    bases = [judged_at(folder / f"checkpoint-{step}").base for folder, step in ((validated, 4), (out, 5), (out, 6))]
+    assert bases[0] == bases[1] != bases[2]
 
 
 # The best is kept.

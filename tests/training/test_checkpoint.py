@@ -19,6 +19,7 @@ from text_to_image_lora.training.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    read_checkpoint,
     read_state,
     save_checkpoint,
 )
@@ -55,6 +56,10 @@ def save(output_dir, step, run=None):
     return output_dir / f"checkpoint-{step}"
 
 
+def load(path, optimizer, lr_scheduler, scaler=None):
+    return load_checkpoint(read_checkpoint(path), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler)
+
+
 def names(output_dir):
     return [path.name for path in list_checkpoints(output_dir)]
 
@@ -67,7 +72,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     path = save(tmp_path, 3, run)
     advance(*run, steps=4)
     model, optimizer, lr_scheduler = make_run(steps=0)
-    model.load_state_dict(load_checkpoint(path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None))
+    model.load_state_dict(load(path, optimizer, lr_scheduler))
     assert lr_scheduler.get_last_lr() != run[2].get_last_lr()
     advance(model, optimizer, lr_scheduler, steps=4)
     assert lr_scheduler.get_last_lr() == run[2].get_last_lr()
@@ -84,8 +89,43 @@ def test_the_loss_scale_comes_back(tmp_path):
             state=TrainState(seed=0), settings={},
         )  # fmt: skip
     fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
-    load_checkpoint(tmp_path / "checkpoint-1", optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=fresh)
+    load(tmp_path / "checkpoint-1", optimizer, lr_scheduler, fresh)
     assert fresh.get_scale() == 512.0
+
+
+def test_the_rate_of_now_holds_from_the_first_step_on(tmp_path):
+    path = save(tmp_path, 3)  # at 1e-2, with a linear schedule over 10 steps, 2 of them warm-up
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    lr_scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=10)
+    load(path, optimizer, lr_scheduler)
+    used = []
+    for _ in range(3):
+        used.append(optimizer.param_groups[0]["lr"])
+        advance(model, optimizer, lr_scheduler, steps=1)
+    assert used == pytest.approx([4e-3 * (10 - step) / 8 for step in (3, 4, 5)])
+
+
+@pytest.mark.parametrize(("before", "now", "device"), [("fused", "foreach", "cpu"), ("foreach", "fused", "meta")])
+def test_the_step_counts_lie_where_the_flags_of_now_want_them(tmp_path, before, now, device):
+    """AdamW's fused kernel has them beside the parameters, the others on the CPU, or each would be waited for.
+
+    The meta device stands for a GPU.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), **{before: True})
+    lr_scheduler = get_scheduler("constant", optimizer)
+    advance(model, optimizer, lr_scheduler, steps=2)
+    path = save(tmp_path, 2, (model, optimizer, lr_scheduler))
+    optimizer = torch.optim.AdamW(torch.nn.Linear(3, 2, device="meta").parameters(), foreach=True)
+    optimizer.param_groups[0].update({"foreach": None, "fused": None} | {now: True})  # no kernel is asked for
+    load(path, optimizer, get_scheduler("constant", optimizer))
+    assert optimizer.param_groups[0][now]
+    states = optimizer.state.values()
+    assert [state["exp_avg"].device.type for state in states] == ["meta"] * 2
+    assert [state["step"].device.type for state in states] == [device] * 2
 
 
 class Code:
@@ -122,6 +162,10 @@ def save_code(path, victim):
     torch.save({"optimizer": Code(victim)}, path / "optimizer.pt")
 
 
+def save_code_in_average(path, victim):
+    torch.save({"shadow_params": [], "decay": Code(victim)}, path / "ema.pt")
+
+
 def save_another_thing(path, victim):
     torch.save([1, 2], path / "optimizer.pt")
 
@@ -135,8 +179,8 @@ def save_another_optimizer(path, victim):
 @pytest.mark.parametrize(
     "damage",
     [
-        break_adapter, break_optimizer, empty_optimizer, lose_optimizer, pickle_code, save_code, save_another_thing,
-        save_another_optimizer,
+        break_adapter, break_optimizer, empty_optimizer, lose_optimizer, pickle_code, save_code, save_code_in_average,
+        save_another_thing, save_another_optimizer,
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_told_and_not_run(tmp_path, damage):
@@ -144,7 +188,7 @@ def test_what_cannot_be_loaded_is_told_and_not_run(tmp_path, damage):
     damage(path, victim)
     _, optimizer, lr_scheduler = make_run()
     with pytest.raises(InputError, match="can't be loaded") as caught:
-        load_checkpoint(path, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None)
+        load(path, optimizer, lr_scheduler)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     assert not victim.exists()
@@ -301,10 +345,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     before = read_state(path)[1]
     check_same_run(path, before, {"rank": 4, "lora_alpha": 4, "target_modules": ["to_q"]})
     with pytest.raises(InputError) as caught:
-        check_same_run(path, before, {"rank": 8, "lora_alpha": 4.0, "target_modules": ["to_q"], "seed": 1})
+        check_same_run(
+            path, before, {"rank": 8, "lora_alpha": 4.0, "target_modules": ["to_k"], "of_a_newer_version": 1}
+        )
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
-    assert "(rank was 4, is 8; seed was None, is 1)" in message
+    assert "(rank was 4, is 8; target_modules was ['to_q'], is ['to_k'])" in message
     assert "--output_dir" in message
     assert "--resume_from_checkpoint none" in message
     assert "lora_alpha" not in message

@@ -133,6 +133,28 @@ def test_one_of_several_captions_is_drawn_each_step(make_set, tmp_path):
     assert all(torch.equal(training_set[Sample(0, 7, 0, 1.0)][name], plain[name]) for name in DRAWS)
 
 
+def test_the_caption_has_nothing_to_do_with_the_variation(make_set, tmp_path):
+    """Of two captions and two orientations all four combinations occur, each as often."""
+    folder = write_pictures(tmp_path / "two", count=1, captions=[["a cat", "my cat"]])
+    training_set = make_set(folder, center_crop=True, random_flip=True)
+    samples = [training_set[Sample(0, step, 0, 1.0)] for step in range(80)]
+    drawn = Counter((sample["captions"], sample["pixels"].numpy().tobytes()) for sample in samples)
+    assert len(drawn) == 4
+    assert min(drawn.values()) > 10
+
+
+def test_which_variation_is_drawn_depends_on_the_seed(make_set):
+    """Which there are does not."""
+    sets = [make_set(draws=Draws(seed, 1000), center_crop=True, random_flip=True) for seed in (0, 1)]
+    first, second = (
+        [training_set[Sample(0, step, 0, 1.0)]["pixels"].numpy().tobytes() for step in range(20)]
+        for training_set in sets
+    )
+    assert first != second
+    assert len(set(first)) == 2
+    assert set(first) == set(second)
+
+
 def test_crops_and_flips_are_drawn_anew_each_step(make_set):
     training_set = make_set()
     assert len({training_set[Sample(0, step, 0, 1.0)]["pixels"].numpy().tobytes() for step in range(30)}) > 8

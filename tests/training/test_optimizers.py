@@ -89,6 +89,14 @@ def test_ema_saves_the_average_of_the_weights(train, tmp_path):
             torch.testing.assert_close(saved[f"unet.{name}"], value, rtol=1e-4, atol=1e-6)
 
 
+def test_an_epochs_lora_is_the_average_too(train):
+    out = train(use_ema=True, save_every_n_epochs=1, max_train_steps=6)
+    epoch, end = read_lora(out / "epoch-0002"), read_lora(out)
+    assert all(torch.equal(epoch[name], value) for name, value in end.items())
+    trained = load_file(out / "checkpoint-6" / "adapter.safetensors")
+    assert any(not torch.equal(end[f"unet.{name}"], value) for name, value in trained.items() if "lora_A" in name)
+
+
 # Options.
 
 
@@ -144,9 +152,9 @@ def test_a_value_may_be_any_literal():
         ),
         (dict(lr_scheduler="polynomial", lr_warmup_ratio=1), "polynomial: 2 of 2 steps are warm-up"),
         (dict(lr_scheduler="polynomial", learning_rate=1e-9, scale_lr=True), "polynomial ends at 1e-07"),
-        (dict(lr_scheduler="polynomial", lr_power="nan"), "--lr_power nan: it must be 0 or more"),
-        (dict(noise_offset="inf"), "--noise_offset inf: it must be 0 or more"),
-        (dict(validation_guidance_scale="nan"), "--validation_guidance_scale nan: it must be 0 or more"),
+        (dict(lr_scheduler="polynomial", lr_power="nan"), "--lr_power nan: it must be 0 or more and finite."),
+        (dict(noise_offset="inf"), "--noise_offset inf: it must be 0 or more and finite."),
+        (dict(validation_guidance_scale="nan"), "--validation_guidance_scale nan: it must be 0 or more and finite."),
         (dict(ema_decay=1), "--ema_decay 1: it must be at least 0 and less than 1."),
     ],
     ids=str,

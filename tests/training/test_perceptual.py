@@ -1,5 +1,7 @@
 """The perceptual losses: zero at the truth, as the formula says, felt by the LoRA alone, and no harm to learning."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import read_lora, read_metrics, relative_loss, train_script
@@ -60,8 +62,8 @@ def numbers():
     clean, predicted, noise, other_noise = torch.randn(4, 3, 4, 8, 8, generator=generator)
     states = torch.randn(3, 77, 96, generator=generator)
     batch = dict(
-        timesteps=torch.tensor([10, 500, 700]), weights=torch.ones(3), condition={"encoder_hidden_states": states},
-        perceptual_timesteps=torch.tensor([300, 20, 980]), perceptual_noise=other_noise,
+        timesteps=torch.tensor([10, 500, 700]), timesteps_on_cpu=torch.tensor([10, 500, 700]), weights=torch.ones(3),
+        condition={"encoder_hidden_states": states}, perceptual_timesteps=torch.tensor([300, 20, 980]), perceptual_noise=other_noise,
     )  # fmt: skip
     return clean, noise, predicted, batch
 
@@ -113,6 +115,21 @@ def test_the_decoder_looks_at_timesteps_below_its_limit_alone(loss_of, numbers):
     for limit, seen in ((1000, 3), (700, 2), (500, 1), (10, 0)):
         found = loss_of("decoder", predicted, clean, noise, batch, max_timestep=limit).item()
         assert found == pytest.approx(sum(each[:seen]), rel=1e-4)
+
+
+def test_the_decoder_chooses_its_samples_without_asking_the_device(loaded, numbers, monkeypatch):
+    """The meta device has no numbers that could be waited for: asked for one, it raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # which knows no meta
+    clean, noise, predicted, batch = numbers
+    loss = PerceptualLoss(
+        Loss(perceptual="decoder", perceptual_max_timestep=600), family=STABLE_DIFFUSION, denoiser=loaded[1],
+        vae=loaded[0].to("meta"), diffusion=Diffusion(DDPMScheduler()), scaling_factor=SCALING_FACTOR, dtype=torch.float32,
+    )  # fmt: skip
+    moved = {name: value.to("meta") for name, value in batch.items() if torch.is_tensor(value)}
+    moved["timesteps_on_cpu"] = batch["timesteps_on_cpu"]
+    for limit in (600, 10):  # some samples, and none
+        loss.loss = loss.loss._replace(perceptual_max_timestep=limit)
+        assert loss(predicted.to("meta"), clean.to("meta"), noise.to("meta"), moved).device.type == "meta"
 
 
 def test_the_bases_own_against_a_base_without_a_lora(diffusion, loss_of, numbers, tiny_sd):
@@ -229,6 +246,25 @@ def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monke
     monkeypatch.setattr(perceptual, "middle_features", look)
     train(perceptual_loss="self", train_text_encoder=True, input_perturbation=0.1)
     assert seen == [{"encoder_hidden_states": False}] * 4  # two steps, the true latents and the predicted ones
+
+
+def test_the_clean_estimate_is_of_the_targets_noise(train, monkeypatch):
+    """With input perturbation, which the target has nothing of."""
+    targets, estimates, target, clean_estimate = [], [], Diffusion.target, Diffusion.clean_estimate
+
+    def look_at_target(self, latents, noise, timesteps):
+        targets.append(self.add_noise(latents, noise, timesteps))
+        return target(self, latents, noise, timesteps)
+
+    def look_at_estimate(self, noisy_latents, model_pred, timesteps):
+        estimates.append(noisy_latents)
+        return clean_estimate(self, noisy_latents, model_pred, timesteps)
+
+    monkeypatch.setattr(Diffusion, "target", look_at_target)
+    monkeypatch.setattr(Diffusion, "clean_estimate", look_at_estimate)
+    train(perceptual_loss="decoder", input_perturbation=0.5)
+    assert len(estimates) == 2
+    assert all(torch.equal(a, b) for a, b in zip(estimates, targets, strict=True))
 
 
 def test_the_vae_stays_and_that_is_told(train, capsys):

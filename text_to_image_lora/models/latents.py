@@ -15,8 +15,12 @@ class LatentEncoder:
 
     @functools.cached_property
     def identity(self):
-        """A hash of the VAE's configuration and weights."""
-        return weights_identity(self.vae)
+        """A hash of the VAE's configuration and weights, and of the kind of device, whose kernels round in their own way."""
+        import torch
+
+        device = self.vae.device.type
+        reduced = device == "cuda" and torch.backends.cudnn.allow_tf32
+        return f"{weights_identity(self.vae)} {device}{' tf32' if reduced else ''}"
 
     def shape(self, size):
         """(channels, height, width) of the latent of (width, height) in pixels."""

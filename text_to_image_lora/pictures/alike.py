@@ -109,7 +109,9 @@ def divide(pictures, others, share, say):
     if more:
         say(f"{more} pictures are not trained on, because they look like one that is validated on")
     few = len(held_out)
-    if few < 10:
+    if few == 1:
+        say("only 1 picture to validate on: best/ and early stopping follow it alone (10 or more are better)")
+    elif few < 10:
         say(f"only {few} pictures to validate on: the validation loss is a rough guide (10 or more are better)")
     return pictures.select(kept), held_out
 

@@ -31,9 +31,12 @@ def shuffle_tags(caption, rng, keep=0):
     return ", ".join(tags[:keep] + [tags[keep:][i] for i in rng.permutation(max(len(tags) - keep, 0))])
 
 
-def shuffled_variations(captions, rules, seed):
-    """`tag_variations` orders of the tags of each caption, alike or not, so that each is drawn as often as before."""
+def shuffled_variations(captions, rules):
+    """`tag_variations` orders of the tags of each caption, alike or not, so that each is drawn as often as before.
+
+    They depend on the captions alone, so that runs of other seeds share the cache.
+    """
     import numpy as np
 
-    rng = np.random.default_rng([seed, zlib.crc32("\n".join(captions).encode())])
+    rng = np.random.default_rng([0, zlib.crc32("\n".join(captions).encode())])
     return [shuffle_tags(caption, rng, rules.keep_tags) for caption in captions for _ in range(rules.tag_variations)]

@@ -14,6 +14,7 @@ from .transforms import ImageError, open_image, open_mask
 
 
 # A line of the list of known pictures; the end of the line too, because a killed run leaves half a line.
+KNOWN_PICTURES = "pictures-1.txt"  # another number for what is found out of a picture in another way
 KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
 
 
@@ -42,7 +43,7 @@ def examine(records, indices, folder=None):
     Pictures are decoded to see that they can be; with a `folder`, which keeps the list, those known by content are not
     decoded again.
     """
-    known, memo = {}, None if folder is None else Path(folder) / "pictures.txt"
+    known, memo = {}, None if folder is None else Path(folder) / KNOWN_PICTURES
     if memo is not None and memo.exists():
         for line in memo.read_bytes().splitlines(keepends=True):
             if match := KNOWN.fullmatch(line):

@@ -75,9 +75,9 @@ def recognise(folder, files, instance_prompt):
         return "caption_files"
     if instance_prompt is not None:
         return "instance"
-    # A folder like `my_pictures` is not meant so, unless its name has the brackets or it is one of several.
+    # The folder that was passed, such as `my_pictures`, is not meant so, unless its name has the brackets.
     if parents and all(
-        TRIGGER_CLASS.fullmatch(parent.resolve().name) and (len(parents) > 1 or "[" in parent.resolve().name)
+        TRIGGER_CLASS.fullmatch(parent.resolve().name) and (parent != Path(folder) or "[" in parent.resolve().name)
         for parent in parents
     ):
         return "trigger_class"
@@ -137,7 +137,7 @@ def read_folder(folder, layout, files, reading, *, leave_out, say):
         if reason is not None:
             leave_out(str(path), reason)
             continue
-        row = _row(path, captions, concept, num_repeats, str(path), _mask_file(path))
+        row = _row(path, captions, concept, num_repeats, str(path), _mask_file(path, folder))
         held[path.parent, num_repeats] += 1
         masks |= _mask_of(row)
         yield row
@@ -176,13 +176,17 @@ def _tell_unused_masks(folder, files, used, say):
         say(f"{folder}: {len(others)} masks belong to no picture, as their names say; the first: {others[0]}")
 
 
-def _mask_file(picture):
-    """The mask beside a picture, if there is one: `name.mask.png`."""
+def _mask_file(picture, folder):
+    """The mask beside a picture, if there is one: `name.mask.png`; a link out of the dataset's folder is refused."""
     try:
         mask = picture.with_name(picture.stem + MASK_ENDING)
-        return mask if mask.is_file() else None
+        if not mask.is_file():
+            return None
     except OSError:  # a name too long for the ending
         return None
+    if not mask.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{mask}: it is a link out of the dataset folder. Copy the mask into it.")
+    return mask
 
 
 def _row(path, captions, concept, num_repeats, source, mask=None):
@@ -281,7 +285,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
             continue
         if reason:
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
-        mask_path = mask_path if mask else _mask_file(path)
+        mask_path = mask_path if mask else _mask_file(path, dataset_folder)
         concept = root.name if asked.concept is None else str(row.get(asked.concept))
         yield _row(path, captions, concept, 1, f"{where}: '{name}'", mask_path)
 

@@ -11,16 +11,19 @@ from .transforms import Augmentation, apply_variation, apply_variation_to_mask, 
 
 
 class View(NamedTuple):
-    """How a picture becomes pixels: what is random about it, from which seed, and how it is resized."""
+    """How a picture becomes pixels: what is random about it, and how it is resized."""
 
     augmentation: Augmentation = Augmentation()
     interpolation: str = "lanczos"
-    seed: int = 0
 
 
 @dataclass
 class PictureSet:
-    """Pictures with their records, facts, sizes and captions; variation k of picture i is the same in every use."""
+    """Pictures with their records, facts, sizes and captions.
+
+    Variation k of a picture depends on the picture alone, so that runs of other seeds share the cache; which of them a
+    sample draws is the seed's.
+    """
 
     records: Any  # a `datasets.Dataset`, see `records.py`
     facts: list  # a `Picture` each
@@ -62,7 +65,7 @@ class PictureSet:
         """The `Variation` k of picture i."""
         fact, view = self.facts[i], self.view
         return draw_variation(
-            fact.width, fact.height, self.sizes[i], view.augmentation, seed=view.seed, image_id=fact.image_id, index=k
+            fact.width, fact.height, self.sizes[i], view.augmentation, image_id=fact.image_id, index=k
         )
 
     def pixels(self, i, k):

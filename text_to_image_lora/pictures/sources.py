@@ -102,11 +102,12 @@ def _from_folder(folder, reading, leave_out, say):
             raise InputError(
                 f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
             ) from error
-        return _from_dataset(_train_split(stored, folder), str(folder), reading.columns, leave_out)
+        return _from_dataset(_train_split(stored, folder), folder, reading, leave_out)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
-            "beside each picture, or pass --instance_prompt for all (metadata/README.md shows each layout)."
+            "beside each picture, pass --instance_prompt for all, or name their folder [trigger]_[class], such as sks_dog, "
+            "and pass --dataset_layout trigger_class (metadata/README.md shows each layout)."
         )
     packed = next((path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)), None)
     if packed is not None:
@@ -154,7 +155,7 @@ def _from_hub(name, reading, leave_out):
             f"{name}: neither a folder here nor a hub dataset that can be loaded ({reason_of(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
-    return _from_dataset(dataset, name, reading.columns, leave_out)
+    return _from_dataset(dataset, name, reading, leave_out)
 
 
 def _train_split(stored, where):
@@ -205,19 +206,56 @@ def _columns_of(features, where, asked):
     return image_column, choose_caption_column(str(where), columns, textual, caption_column)
 
 
-def _from_dataset(dataset, where, asked, leave_out):
+def _files_elsewhere(dataset, column, source, cache_dir):
+    """{row: reason} of the cells of an image column that name a file elsewhere than in the dataset, or no regular one.
+
+    A dataset is somebody's data: such a cell would have any file of this machine read. Allowed are the dataset's own
+    folder and the library's caches of downloads.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    caches = [constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, *([cache_dir] if cache_dir else [])]
+    allowed = [Path(folder).resolve() for folder in (source, *caches)]
+
+    def reason_against(path):
+        try:
+            real = Path(path).resolve()
+            if not any(real.is_relative_to(folder) for folder in allowed):
+                return f"column '{column}' names a file outside of the dataset ({path!r})"
+            if real.is_file() or not real.exists():  # what is not there is told with the pictures that can't be read
+                return None
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
+            pass
+        return f"column '{column}' names something that is no file ({path!r})"
+
+    found, row = {}, 0
+    cells = dataset.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    for table in cells.with_format("arrow").iter(batch_size=1000):
+        for part in table.column(0).chunks:  # the bytes are not read
+            for path, has_bytes in zip(part.field("path").to_pylist(), part.field("bytes").is_valid().to_pylist()):
+                if path is not None and not has_bytes and (reason := reason_against(path)) is not None:
+                    found[row] = reason
+                row += 1
+    return found
+
+
+def _from_dataset(dataset, source, reading, leave_out):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
+    where, asked = str(source), reading.columns
     mask_column, concept_column = asked.mask, asked.concept
     image_column, caption_column = _columns_of(dataset.features, where, asked)
     captions = [captions_of(value) for value in dataset[caption_column]]
-    empty = [index for index, group in enumerate(captions) if not group]
-    if empty and leave_out is None:
+    bad = {index: f"column '{caption_column}' is empty" for index, group in enumerate(captions) if not group}
+    for column in filter(None, (image_column, mask_column)):
+        bad |= _files_elsewhere(dataset, column, source, reading.cache_dir)
+    if bad and leave_out is None:
+        first = min(bad)
         raise InputError(
-            f"{where}: row {empty[0]}: column '{caption_column}' is empty. Fill or remove the row, or pass "
-            "--skip_bad_images to leave such rows out."
+            f"{where}: row {first}: {bad[first]}. Fill or remove the row, or pass --skip_bad_images to leave such rows out."
         )
-    for index in empty:
-        leave_out(f"{where}: row {index}", f"column '{caption_column}' is empty")
+    for index in sorted(bad):
+        leave_out(f"{where}: row {index}", bad[index])
     count = len(captions)
     concepts = [Path(where).name] * count
     if concept_column is not None:
@@ -235,4 +273,4 @@ def _from_dataset(dataset, where, asked, leave_out):
     if mask_column is None:
         others["mask"] = [None] * count
     whole = with_columns(pictures, others)
-    return whole.select([index for index, group in enumerate(captions) if group]) if empty else whole
+    return whole.select([index for index in range(count) if index not in bad]) if bad else whole

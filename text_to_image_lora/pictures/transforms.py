@@ -150,12 +150,12 @@ def covering_size(width, height, size, share, turn):
     return resized_size(width, height, tuple(math.ceil(side / share) for side in window_size(size, turn)))
 
 
-def draw_variation(width, height, size, augmentation, *, seed, image_id, index):
+def draw_variation(width, height, size, augmentation, *, image_id, index):
     """Variation `index` of a picture of width x height, for pixels of `size`: a function of its arguments alone.
 
     With `random_flip`, even and odd indices are each other's orientation, so two variations hold both.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(image_id.encode()), index])
+    rng = np.random.default_rng([zlib.crc32(image_id.encode()), index])
     place = rng.random(2)
 
     def between(least, most):  # in few digits: they are a part of the cache's keys

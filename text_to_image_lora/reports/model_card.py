@@ -15,7 +15,7 @@ def write_model_card(
     output_dir,
     *,
     base_model: str,
-    dataset_name: str,
+    dataset_names: list[str],
     pictures: list[tuple[str, Path]],
     hyperparameters: dict,
     lora_file: str = WEIGHTS_NAME,
@@ -29,11 +29,13 @@ def write_model_card(
     from the hub gets Stable Diffusion's (as in diffusers' examples), and a local one, whose terms are unknown, none.
     """
     on_hub = _is_on_hub(base_model)
-    base, dataset = (name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, dataset_name))
+    base, *datasets = (
+        name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, *dataset_names)
+    )
     pictures = [(prompt, Path(path).relative_to(output_dir).as_posix()) for prompt, path in pictures]
     front = {
         "base_model": base if on_hub else None,
-        "datasets": [dataset] if _is_on_hub(dataset_name) else None,
+        "datasets": [name for name in dataset_names if _is_on_hub(name)],
         "library_name": "diffusers",
         "license": license or ("creativeml-openrail-m" if on_hub else None),
         "instance_prompt": trigger_word,
@@ -52,7 +54,7 @@ def write_model_card(
 {front}---
 # LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}
 
-These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(dataset)} dataset.
+These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(" and ".join(datasets))} dataset.
 {f"The trigger word is {_markdown(trigger_word)}." if trigger_word else ""}
 
 {gallery}

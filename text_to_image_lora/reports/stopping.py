@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+# Student's t at 84.13%, where a normal distribution has 1, by the degrees of freedom.
+STUDENT_T = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14, 5: 1.11, 6: 1.09, 7: 1.08, 8: 1.07, 9: 1.06}
+
+
 @dataclass
 class Validation:
     """The tables of losses (pictures x timesteps) that a run is judged by, as lists: they are kept in checkpoints."""
@@ -30,9 +34,16 @@ def relative(table, base):
 
 
 def difference(table, before, base):
-    """Mean of the paired differences over all (picture, timestep), relative to the base, and its standard error."""
+    """Mean of the paired differences over all pictures, relative to the base, and its standard error.
+
+    A picture's timesteps rise and fall together, so each picture is one observation: taken for independent, they made the
+    error 1.25 to 1.7 times too small on the bundled pictures. Of few pictures the error is widened by Student's t, so that
+    it is as sure as one standard error of many. One picture says nothing of others: its own timesteps are all there is.
+    """
     pairs = (np.asarray(table) - np.asarray(before)) / np.mean(base, axis=0)
-    return float(pairs.mean()), float(pairs.std(ddof=1) / np.sqrt(pairs.size))
+    observed = pairs.mean(axis=1) if len(pairs) > 1 else pairs[0]
+    widened = STUDENT_T.get(len(observed) - 1, 1.0)
+    return float(pairs.mean()), float(widened * observed.std(ddof=1) / np.sqrt(len(observed)))
 
 
 def take_in(validation, table, step):

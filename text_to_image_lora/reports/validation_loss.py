@@ -98,7 +98,7 @@ class LossMeter:
                 noisy_latents = self.diffusion.add_noise(latents, noise, timesteps).to(self.dtype)
                 model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, **condition)
                 target = self.diffusion.target(latents, noise, timesteps)
-                found[index] = loss_of_samples(model_pred, target, row.get("mask")).double().tolist()
+                found[index] = loss_of_samples(model_pred, target, row.get("mask")).cpu().double().tolist()
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])
 

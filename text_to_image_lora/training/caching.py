@@ -6,9 +6,11 @@ has another name. Shards are consecutive parts of the dataset and are encoded in
 each is written whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -109,6 +111,8 @@ def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
     progress = tqdm(total=sum(len(s.entries) for s in mine), desc=title, disable=not show_progress or not mine)
     for shard in mine:
         tensors = encode(shard.entries, progress)
+        if not is_whole(shard):  # damaged, or not there
+            shard.path.unlink(missing_ok=True)
         with written_whole(shard.path, shared=True) as temporary:
             temporary.write_bytes(save(tensors))  # save_file's files are for their owner alone
     progress.close()
@@ -190,6 +194,34 @@ def check_free_disk(folder, needed):
         )
 
 
+def trim(folder, limit_gib, needed):
+    """Deletes the shards that were not used for longest, beyond the limit; returns the line that says what is there.
+
+    The paths in `needed` are marked as used now, and stay. None: no limit.
+    """
+    for path in needed:
+        with contextlib.suppress(OSError):
+            os.utime(path)
+    found = []
+    for path in (path for kind in ("latents", "prompts") for path in (Path(folder) / kind).glob("*.safetensors")):
+        with contextlib.suppress(OSError):  # another process may delete them too
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total, kept, deleted = sum(size for _, size, _ in found), set(map(str, needed)), 0
+    for _, size, path in sorted(found, key=lambda row: row[:2]):
+        if limit_gib is None or total <= limit_gib * 2**30 or str(path) in kept:
+            continue
+        with contextlib.suppress(OSError):
+            path.unlink()
+            total, deleted = total - size, deleted + 1
+    size = f"{total / 2**30:.1f} GiB" if total >= 2**30 else f"{total / 2**20:.1f} MiB"
+    line = f"cache: {size} in {folder}"
+    if deleted:
+        line += f" ({deleted} files that were not used for longest are deleted)"
+    elif limit_gib is not None and total > limit_gib * 2**30:
+        line += f" (over --latent_cache_limit {limit_gib:g}, all of it needed by this run)"
+    return line
+
+
 class Cache(NamedTuple):
     """Where a cache lies, and what fills it."""
 
@@ -232,6 +264,8 @@ class Cache(NamedTuple):
                 show_progress=accelerator.is_local_main_process,
             )  # fmt: skip
             accelerator.wait_for_everyone()
+            for shard_folder in {shard.path.parent for shard in shards}:
+                os.listdir(shard_folder) if shard_folder.exists() else None  # what others wrote on NFS is seen now
             # Where the ranks share no disk, each makes what others have made; elsewhere nothing is missing any more.
             fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
         prompts = None if prompter is None else CachedPrompts(ShardReader(prompt_shards), places)

@@ -1,5 +1,6 @@
 """Training state on disk: written whole or not at all, read back without unpickling code."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -81,16 +82,32 @@ def read_state(path):
         raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
 
 
-def load_checkpoint(path, *, optimizer, lr_scheduler, scaler, average=None):
-    """Puts optimizer, schedule, loss scale and moving average back, and returns the adapter's tensors."""
-    try:
-        adapter = load_file(path / "adapter.safetensors")
-        stored = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+def read_checkpoint(path):
+    """What `save_checkpoint` wrote, as a dict for `load_checkpoint`; nothing is unpickled but tensors."""
+    with refusing(path):
+        return {
+            "path": path,
+            "adapter": load_file(path / "adapter.safetensors"),
+            "average": torch.load(path / "ema.pt", map_location="cpu", weights_only=True)
+            if (path / "ema.pt").exists()
+            else None,
+            **torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        }
+
+
+def load_checkpoint(stored, *, optimizer, lr_scheduler, scaler, average=None):
+    """Puts optimizer, schedule, loss scale and moving average back, and returns the adapter's tensors.
+
+    `stored` is what `read_checkpoint` gave.
+    """
+    with refusing(stored["path"]):
         # What the flags say now holds: only what was learnt comes from the checkpoint.
         kept = {"params", "lr"} | LEARNT
         flags = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         base_lrs = lr_scheduler.base_lrs
-        optimizer.load_state_dict(stored["optimizer"])
+        # Before it is loaded too: whether a step count lies on the GPU follows from what the groups say.
+        groups = [group | flag for group, flag in zip(stored["optimizer"]["param_groups"], flags, strict=True)]
+        optimizer.load_state_dict(stored["optimizer"] | {"param_groups": groups})
         lr_scheduler.load_state_dict(stored["lr_scheduler"] | {"base_lrs": base_lrs})
         factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
         lr_scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors)]
@@ -98,10 +115,18 @@ def load_checkpoint(path, *, optimizer, lr_scheduler, scaler, average=None):
             group.update(flag, lr=lr)
         if average is not None:
             device = average.shadow_params[0].device
-            average.load_state_dict(torch.load(path / "ema.pt", map_location="cpu", weights_only=True))
+            average.load_state_dict(stored["average"])
             average.to(device)
         if scaler is not None and stored["scaler"] is not None:
             scaler.load_state_dict(stored["scaler"])
+    return stored["adapter"]
+
+
+@contextlib.contextmanager
+def refusing(path):
+    """Turns what damaged files raise into an `InputError`."""
+    try:
+        yield
     except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path}: this checkpoint can't be loaded ({reason_of(error)}). Resume from another one."
@@ -110,12 +135,11 @@ def load_checkpoint(path, *, optimizer, lr_scheduler, scaler, average=None):
         raise InputError(
             f"{path}: this checkpoint can't be loaded (optimizer.pt is damaged, or holds code). Resume from another one."
         ) from error
-    return adapter
 
 
 def check_same_run(path, before, now):
     """Raises `InputError` where a checkpoint belongs to another run: names what differs."""
-    different = [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+    different = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
     if different:
         raise InputError(
             f"{path}: it belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "

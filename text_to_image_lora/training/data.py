@@ -153,7 +153,7 @@ def to_device(batch, device):
     return {
         name: to_device(value, device)
         if isinstance(value, dict)
-        else value.to(device, non_blocking=True)
+        else value.to(device, non_blocking=device.type == "cuda")
         if torch.is_tensor(value)
         else value
         for name, value in batch.items()

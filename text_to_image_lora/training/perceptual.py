@@ -105,9 +105,11 @@ class PerceptualLoss:
         predicted = self.diffusion.clean_estimate(noisy_latents, model_pred, timesteps)
         if self.loss.perceptual == "self":
             return (self._self_loss(predicted, latents, batch) * weights).sum()
-        seen = (timesteps < self.loss.perceptual_max_timestep).nonzero()[:, 0]
+        # By the numbers that never left the CPU: to ask the device would wait for it.
+        seen = (batch["timesteps_on_cpu"] < self.loss.perceptual_max_timestep).nonzero()[:, 0]
         if not len(seen):
             return predicted.sum() * 0
+        seen = seen.to(timesteps.device, non_blocking=timesteps.device.type == "cuda")
         return (decoder_loss(self.vae, predicted[seen], latents[seen], self.scaling_factor) * weights[seen]).sum()
 
     def _self_loss(self, predicted, clean, batch):

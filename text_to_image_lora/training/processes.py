@@ -1,0 +1,62 @@
+"""What several processes must agree on, and how many threads each computes with."""
+
+import os
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..errors import InputError
+
+
+def as_main_says(find, accelerator):
+    """What `find()` gives on the main process, on every process; an `InputError` of it is one on all of them."""
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer = [find(), None]
+        except InputError as error:
+            answer = [None, str(error)]
+    found, refused = broadcast_object_list(answer)
+    if refused is not None:
+        raise InputError(refused)
+    return found
+
+
+def check_alike(values):
+    """Raises `InputError` on every process where they don't all have the same dict, and names what differs."""
+    of_all = gather_object([values])
+    for rank, others in enumerate(of_all):
+        differ = sorted(name for name in of_all[0].keys() | others.keys() if of_all[0].get(name) != others.get(name))
+        if differ:
+            raise InputError(
+                f"process {rank} is to train something else than process 0: {', '.join(differ)}. Give all the same "
+                "command and the same pictures."
+            )
+
+
+def num_cpu_threads(wanted, environment):
+    """How many threads a process on a CPU computes with.
+
+    The physical cores divided by this machine's processes, unless OMP_NUM_THREADS says otherwise; the 1 that launchers set
+    in silence doesn't.
+    """
+    if wanted is not None:
+        return wanted
+    said = environment.get("OMP_NUM_THREADS")
+    launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
+    if said is not None and said.isdigit() and not (launched and said == "1"):
+        return max(1, int(said))
+    return max(1, physical_cores() // int(environment.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def physical_cores():
+    """Those that this process may use."""
+    import psutil
+
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(logical, psutil.cpu_count(logical=False) or logical)
+
+
+def emulates_bf16(device):
+    """Whether a GPU says that it has bf16 and emulates it, as a T4 does."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
