@@ -133,9 +133,20 @@ def test_a_lora_to_begin_with_may_be_the_best(fresh):
     assert take_in(fresh, table_of(0.8), 0)
     assert not take_in(fresh, table_of(0.9), 1)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (0, 1, 1)
-    assert in_words(fresh, 1).startswith(
-        "Validation: best before the first step, 20.0% below the base model's loss; overfitting"
+    assert not take_in(fresh, table_of(0.9), 2)
+    assert in_words(fresh, 2).startswith(
+        "Validation: best before the first step, 20.0% below the base model's loss; overfitting since step 1"
     )
+
+
+def test_one_validation_that_is_worse_announces_no_overfitting(fresh):
+    """The last of a run that improved until then, by a little more than one error: that much happens by chance."""
+    take_in(fresh, table_of(0.8), 1)
+    take_in(fresh, table_of(0.81), 2)
+    assert (fresh.waited, fresh.worse_since) == (1, 2)
+    assert in_words(fresh, 2).endswith("no clear change since.")
+    take_in(fresh, table_of(0.82), 3)
+    assert "overfitting since step 2" in in_words(fresh, 3)
 
 
 def test_a_lora_to_begin_with_that_is_worse_than_the_base_is_not_waited_for(fresh):

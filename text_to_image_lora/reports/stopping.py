@@ -80,7 +80,7 @@ def in_words(validation, step):
     gain = 100 * (1 - float(relative(validation.best, validation.base).mean()))
     where = f"best at step {validation.best_step}" if validation.best_step else "best before the first step"
     best = f"Validation: {where}, {gain:.1f}% below the base model's loss"
-    if validation.worse_since is not None:
+    if validation.worse_since is not None and validation.waited > 1:  # a single one that is worse may be chance
         return f"{best}; overfitting since step {validation.worse_since}: use best/, or train for fewer steps."
     if validation.best_step == step:
         return f"{best}; it was still improving at the end: more steps may help."
