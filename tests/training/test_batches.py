@@ -214,3 +214,16 @@ def test_loss_weights_count_whatever_the_batch_holds(batch_size):
             samples = [sample for batch in sampler.micro_batches(step) for sample in batch]
             for sample in samples:
                 assert sample.weight == pytest.approx(weights[sample.index] / mean / len(samples))
+
+
+def test_loss_weights_are_means_over_samples_not_pictures():
+    """Where pictures are repeated unequally: the weights of an epoch's samples are 1 on average."""
+    sampler = EffectiveBatchSampler(
+        samples_of_epoch([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
+        loss_weights=[1.0, 0.25, 0.5],
+    )  # fmt: skip
+    ((batch,),) = [list(sampler.micro_batches(step)) for step in range(sampler.steps_per_epoch)]
+    weights = {sample.index: sample.weight for sample in batch}
+    assert sum(sample.weight for sample in batch) == pytest.approx(1)
+    assert weights[1] == pytest.approx(weights[0] / 4)
+    assert weights[2] == pytest.approx(weights[0] / 2)
