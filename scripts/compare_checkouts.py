@@ -2,7 +2,7 @@
 """Trains with the same seeds in two checkouts and compares what they leave, bit for bit.
 
     python scripts/compare_checkouts.py --before HEAD
-    python scripts/compare_checkouts.py --before HEAD~3 --runs plain buckets --work_dir /tmp/compare
+    python scripts/compare_checkouts.py --before HEAD~3 --runs plain buckets --work_dir ../compare
 
 For a change that is to change no number. Each run is short and trains on the embedded base; together they reach most
 of what the flags can do. Compared are the tensors of every .safetensors file, the metrics that don't measure the
