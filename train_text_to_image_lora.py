@@ -1185,12 +1185,12 @@ def main(args):
     for model in trained:
         model.train()
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
-    next_batch, clock = iter(loader), time.time()
+    batches, clock = iter(loader), time.time()
     while state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
         step, train_loss = state.global_step, torch.zeros((), device=device)
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
-            batch = next(next_batch)
+            batch = next(batches)
             batch = data.to_device(batch, device) | {"timesteps_on_cpu": batch["timesteps"]}
             if "pixels" in batch:
                 batch["mean"], batch["std"] = (

@@ -29,9 +29,8 @@ class Family(NamedTuple):
     denoiser_class: str
     text_encoders: tuple[TextEncoder, ...]
     target_modules: tuple[str, ...]  # the layers that are adapted when nothing else is asked for
-    modules_per_block: (
-        int  # so many of them a transformer block has: an upstream rename must not train less in silence
-    )
+    # How many of them a transformer block has: else a rename upstream would train less in silence
+    modules_per_block: int
     resolution: int  # side of the pictures in pixels, when nothing else is asked for
     cross_attention_dim: int  # where the configuration doesn't say
     text_layers: int  # where the configuration doesn't say
