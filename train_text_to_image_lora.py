@@ -930,8 +930,6 @@ def load_models(args, run, weight_dtype, accelerator, say):
             scheduler_config, prediction_type=args.prediction_type, rescale_betas_zero_snr=args.rescale_betas_zero_snr
         )
     )
-    if device.type != "mps":
-        denoiser.to(memory_format=torch.channels_last)
     adapted = {family.denoiser: denoiser}
     if args.train_text_encoder:
         adapted |= {row.name: model for row, model in zip(family.text_encoders, text_encoders, strict=True)}
@@ -941,6 +939,8 @@ def load_models(args, run, weight_dtype, accelerator, say):
     run.identity.update(num_chunks=num_chunks, prediction_type=diffusion.config.prediction_type)
     if run.resume_path is not None:
         checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
+    if device.type != "mps":
+        denoiser.to(memory_format=torch.channels_last)
     num_adapted = adapt(args, adapted, run.lora, family, run.seed)
     for model in adapted.values():
         lora.cast_frozen(model, weight_dtype)
