@@ -773,7 +773,7 @@ def make_accelerator(args, trackers):
     """The `Accelerator` in the run's precision, which is checked against the device; computing threads are settled."""
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
     from text_to_image_lora.training import processes
 
@@ -787,6 +787,8 @@ def make_accelerator(args, trackers):
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
+        # Plain adapters compute in the base's own precision; peft's, in float32, need the casts.
+        kwargs_handlers=[AutocastKwargs(enabled=bool(args.lora_dropout or args.use_dora))],
     )
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
@@ -1078,9 +1080,9 @@ def main(args):
             torch.cuda.empty_cache()
 
     # Optimizer, schedule, loader.
-    params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
-    average = EMAModel(params_to_optimize, decay=args.ema_decay) if args.use_ema else None
+    params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
+    average = EMAModel(params_to_optimize, decay=args.ema_decay, foreach=True) if args.use_ema else None
     if run.resume_path is not None:
         stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
         adapter = checkpoint.load_checkpoint(
@@ -1190,8 +1192,7 @@ def main(args):
         step, train_loss = state.global_step, torch.zeros((), device=device)
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
-            batch = next(batches)
-            batch = data.to_device(batch, device) | {"timesteps_on_cpu": batch["timesteps"]}
+            batch = next(batches).on(device)
             if "pixels" in batch:
                 batch["mean"], batch["std"] = (
                     t.to(latent_encoder.dtype).float() for t in latent_encoder(batch["pixels"])

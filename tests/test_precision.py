@@ -51,10 +51,29 @@ def test_a_dry_run_knows_the_precision(train, tmp_path, monkeypatch, said_by):
     assert sizes[0] == 2 * sizes[1] > 0
 
 
+BATCH = {
+    "noise": torch.randn(2, 4, 3, 5),
+    "timesteps": torch.tensor([3, 999]),
+    "mask": torch.tensor([[True], [False]]),
+    "captions": ["an axe", "a whip"],
+    "condition": {"states": torch.randn(2, 7).half(), "number": torch.tensor(2.5, dtype=torch.bfloat16)},
+}
+
+
+def test_a_packed_batch_is_the_batch():
+    out = data.Packed(BATCH).on(torch.device("cpu"))
+    assert set(out) == {*BATCH, "timesteps_on_cpu"} and out["captions"] == BATCH["captions"]
+    pairs = [(out[name], BATCH[name]) for name in ("noise", "timesteps", "mask")]
+    pairs += [(out["condition"][name], BATCH["condition"][name]) for name in ("states", "number")]
+    pairs += [(out["timesteps_on_cpu"], BATCH["timesteps"])]
+    for given, expected in pairs:
+        assert given.dtype == expected.dtype and torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
-def test_only_cuda_copies_without_waiting(monkeypatch, device):
+def test_a_batch_goes_over_in_one_copy_and_only_cuda_does_not_wait(monkeypatch, device):
     """From unpinned memory, another device would compute with what is not there yet."""
-    moved, batch = [], {"noise": torch.ones(2), "captions": ["an axe"], "condition": {"states": torch.ones(2)}}
+    moved, batch = [], data.Packed(BATCH)
 
     def look(self, to, non_blocking=False):
         moved.append((to.type, non_blocking))
@@ -62,8 +81,8 @@ def test_only_cuda_copies_without_waiting(monkeypatch, device):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", look)
-        data.to_device(batch, torch.device(device))
-    assert moved == [(device, device == "cuda")] * 2
+        batch.on(torch.device(device))
+    assert moved == [(device, device == "cuda")]
 
 
 def assert_float32(checkpoint):

@@ -55,6 +55,17 @@ def reports(tmp_path):
     return made
 
 
+def test_numbers_are_what_they_were_when_they_were_put(reports, tmp_path):
+    """A tensor that is changed afterwards, as the loop's are, is not read again."""
+    loss = torch.tensor(0.5)
+    reports.put(1, {"train_loss": loss, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)})
+    loss.fill_(7)
+    reports.flush()
+    assert read_metrics(tmp_path)[-1] == {"step": 1, "train_loss": 0.5, "lr": 1e-4, "grad_norm": 2.0} | {
+        "peak_memory_gib": read_metrics(tmp_path)[-1]["peak_memory_gib"]
+    }
+
+
 def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
     reports.put(1, {"train_loss": torch.tensor(0.5), "lr": 1e-4})
     assert reports.logged == []

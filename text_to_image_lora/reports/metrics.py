@@ -45,11 +45,35 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-class StepReports:
-    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs.
+class OnTheirWay:
+    """Numbers, some of them on the device, that the host reads later without waiting for what the device does since.
 
-    Reading them at once would make the device wait.
+    On a GPU they are copied into pinned memory as soon as they are there, and an event tells when that is.
     """
+
+    def __init__(self, values):
+        import torch
+
+        self.values, self.event = dict(values), None
+        self.names = [name for name, value in values.items() if torch.is_tensor(value)]
+        if not self.names:
+            return
+        self.numbers = torch.stack([values[name].detach().float().reshape(()) for name in self.names])
+        if self.numbers.device.type == "cuda":
+            on_host = torch.empty(len(self.names), pin_memory=True)
+            self.numbers = on_host.copy_(self.numbers, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self):
+        """The numbers, as Python's."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values | (dict(zip(self.names, self.numbers.tolist())) if self.names else {})
+
+
+class StepReports:
+    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs."""
 
     def __init__(self, accelerator, metrics_file, progress, output_dir):
         self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
@@ -57,6 +81,7 @@ class StepReports:
 
     def put(self, step, values):
         """Takes numbers and tensors of one number in; those of the step before are written."""
+        values = OnTheirWay(values)
         self.flush()
         self.waiting = step, values
 
@@ -65,7 +90,7 @@ class StepReports:
         if self.waiting is None:
             return
         (step, values), self.waiting = self.waiting, None
-        values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        values = values.read()
         loss = values["train_loss"]
         if not math.isfinite(loss):
             raise TrainingError(

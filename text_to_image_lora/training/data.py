@@ -5,6 +5,7 @@ position in the effective batch. So batch size, accumulation, number of processe
 and no draw is ever made on the device.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,21 +141,61 @@ def collate(samples):
     }
 
 
+class Packed:
+    """A batch whose tensors lie in one stretch of memory, so that they go to a device in one copy."""
+
+    ALIGNMENT = 16  # bytes: any dtype may start there
+
+    def __init__(self, batch):
+        tensors = []
+        self.layout = self._laid_out(batch, tensors)
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // self.ALIGNMENT) * self.ALIGNMENT
+        self.places = [(start, tensor.dtype, tensor.shape) for start, tensor in zip(starts, tensors, strict=True)]
+        self.memory = torch.empty(end, dtype=torch.uint8)
+        for tensor, place in zip(tensors, self.places, strict=True):
+            self._view(self.memory, place).copy_(tensor)
+
+    def _laid_out(self, batch, tensors):
+        """The batch with each tensor's number in its place; the tensors are put into the list."""
+        if isinstance(batch, dict):
+            return {name: self._laid_out(value, tensors) for name, value in batch.items()}
+        if not torch.is_tensor(batch):
+            return (batch,)
+        tensors.append(batch)
+        return len(tensors) - 1
+
+    @staticmethod
+    def _view(memory, place):
+        start, dtype, shape = place
+        return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def _unpacked(self, layout, memory):
+        if isinstance(layout, dict):
+            return {name: self._unpacked(part, memory) for name, part in layout.items()}
+        return layout[0] if isinstance(layout, tuple) else self._view(memory, self.places[layout])
+
+    def pin_memory(self):
+        """For the loader: so that the copy to a GPU waits for nothing."""
+        self.memory = self.memory.pin_memory()
+        return self
+
+    def on(self, device):
+        """The batch with its tensors on the device; "timesteps_on_cpu" are those that never left."""
+        memory = self.memory.to(device, non_blocking=device.type == "cuda")
+        batch = self._unpacked(self.layout, memory)
+        return batch | {"timesteps_on_cpu": self._unpacked(self.layout["timesteps"], self.memory)}
+
+
+def collate_packed(samples):
+    return Packed(collate(samples))
+
+
 def make_loader(training_set, sampler, num_workers, device):
-    """The loader of the micro-batches that the sampler orders."""
+    """The loader of the micro-batches that the sampler orders, `Packed`."""
     return torch.utils.data.DataLoader(
-        training_set, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers,
+        training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-
-
-def to_device(batch, device):
-    """The tensors of a batch on the device, those of its condition too."""
-    return {
-        name: to_device(value, device)
-        if isinstance(value, dict)
-        else value.to(device, non_blocking=device.type == "cuda")
-        if torch.is_tensor(value)
-        else value
-        for name, value in batch.items()
-    }

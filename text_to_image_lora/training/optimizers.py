@@ -22,6 +22,8 @@ OPTIMIZERS = {
     # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
     "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
 }
+# They treat each number alone: any of the others looks at the shape or the size of a tensor.
+ELEMENTWISE = {"adamw", "prodigy", "schedulefree"}
 RESERVED = ("self", "params", "lr")
 BREAKING = ("capturable", "differentiable")  # options for a step that is recorded or differentiated: ours is neither
 
@@ -99,7 +101,7 @@ def make_optimizer(settings, groups, device):
     given = {"betas": settings.betas, "weight_decay": settings.weight_decay}
     given |= {} if name == "adafactor" else {"eps": settings.epsilon}
     if name == "adamw":
-        changes = {"fused": device.type == "cuda" and not options.get("foreach")}
+        changes = {"fused": device.type in ("cuda", "cpu") and not options.get("foreach")}
     known = inspect.signature(optimizer_class.__init__).parameters
     given = {key: value for key, value in given.items() if key in known}
     given = given | changes | options
@@ -130,11 +132,15 @@ def make_optimizer_and_schedule(models, settings, schedule, device):
     """(optimizer, lr_scheduler) for the adapted models, a dict by component: text encoders may have a rate of their own."""
     from diffusers.optimization import get_scheduler
 
+    from ..models import lean
+
     groups = []
     for name, model in models.items():
         own = settings.text_encoder_lr if name.startswith("text_encoder") else None
         learning_rate = settings.learning_rate if own is None else own
-        groups += parameter_groups(model, learning_rate, settings.loraplus_lr_ratio)
+        parts = parameter_groups(model, learning_rate, settings.loraplus_lr_ratio)
+        held = lean.hold_lean(model, [part["params"] for part in parts], flat=settings.name in ELEMENTWISE)
+        groups += [part | {"params": params} for part, params in zip(parts, held, strict=True)]
     optimizer = make_optimizer(settings, groups, device)
     lr_scheduler = get_scheduler(
         schedule.name,

@@ -1,0 +1,211 @@
+"""The lean forward against peft's own, on tiny UNets of diffusers'."""
+
+import contextlib
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from text_to_image_lora.models import lean, lora
+from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.training.optimizers import OptimizerSettings, Schedule, make_optimizer_and_schedule
+
+
+WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]
+PLAIN = lora.LoraSettings(rank=4, alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
+
+
+@pytest.fixture
+def make_unet(tiny_sd):
+    def make(settings=PLAIN, dtype=torch.float32):
+        unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet").to(memory_format=torch.channels_last).train()
+        torch.manual_seed(0)
+        lora.add_lora(unet, settings)
+        for name, parameter in unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        lora.cast_frozen(unet, dtype)
+        return unet
+
+    return make
+
+
+def lean_unet(unet, flat=True, groups=None):
+    """The tensors to train of a UNet that is made lean."""
+    groups = [lora.trainable_parameters(unet)] if groups is None else groups
+    return [tensor for group in lean.hold_lean(unet, groups, flat) for tensor in group]
+
+
+def batch_of(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    states = torch.randn(2, 7, 96, generator=generator).to(dtype)
+    return latents, torch.randint(1000, (2,), generator=generator), states
+
+
+def train(unet, parameters, steps=20, dtype=torch.float32, autocast=False, accumulation=1):
+    """(losses, gradient norms) of some steps."""
+    optimizer, found = torch.optim.AdamW(parameters, lr=1e-3), []
+    for step in range(steps):
+        total = 0
+        for micro_step in range(accumulation):
+            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+                pred = unet(*batch_of(step * accumulation + micro_step, dtype)).sample
+            loss = pred.float().square().mean() / accumulation
+            loss.backward()
+            total += loss.item()
+        found.append((total, float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PLAIN,
+        PLAIN._replace(alpha=1),
+        PLAIN._replace(use_rslora=True, alpha=8),
+        PLAIN._replace(target_modules=WITH_CONVOLUTIONS),
+    ],
+    ids=["plain", "alpha", "rslora", "convolutions"],
+)
+def test_twenty_steps_are_those_of_peft(make_unet, settings, flat):
+    unet, other = make_unet(settings), make_unet(settings)
+    expected = train(other, lora.trainable_parameters(other))
+    found = train(unet, lean_unet(unet, flat))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    before = make_unet(settings)
+    for (name, value), (_, trained), (_, start) in zip(
+        lora.adapter_state(unet)[0].items(), lora.adapter_state(other)[0].items(), lora.adapter_state(before)[0].items()
+    ):
+        assert not torch.equal(trained, start), name
+        torch.testing.assert_close(value, trained, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_in_bf16_it_is_as_near_to_float32_as_autocast_is(make_unet, flat):
+    """Twenty steps; the masters stay float32."""
+    exact, cast, unet = make_unet(), make_unet(dtype=torch.bfloat16), make_unet(dtype=torch.bfloat16)
+    exact = train(exact, lora.trainable_parameters(exact))
+    cast = train(cast, lora.trainable_parameters(cast), dtype=torch.bfloat16, autocast=True)
+    parameters = lean_unet(unet, flat)
+    found = train(unet, parameters, dtype=torch.bfloat16)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {value.dtype for value in lora.adapter_state(unet)[0].values()} == {torch.float32}
+    worst = (cast / exact - 1).abs().max(dim=0).values
+    assert ((found / exact - 1).abs().max(dim=0).values < 2 * worst + 0.01).all()
+
+
+def test_small_updates_are_not_lost_in_bf16(make_unet):
+    """Steps of 1e-6 are far below what bf16 can add to a weight."""
+    unet = make_unet(dtype=torch.bfloat16)
+    (master,) = lean_unet(unet)
+    start = master.detach().clone()
+    optimizer = torch.optim.AdamW([master], lr=1e-6, weight_decay=0)
+    for step in range(10):
+        unet(*batch_of(step, torch.bfloat16)).sample.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ((master.detach() - start).abs() > 1e-7).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("how", ["checkpointed", "accumulated"])
+def test_two_backwards_and_recomputed_forwards(make_unet, how):
+    unet, other = make_unet(), make_unet()
+    expected = train(other, lora.trainable_parameters(other), 5, accumulation=2)
+    if how == "checkpointed":
+        unet.enable_gradient_checkpointing()
+    found = train(unet, lean_unet(unet), 5, accumulation=2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_peft_still_holds_saves_and_loads(make_unet, flat):
+    unet, other = make_unet(), make_unet()
+    names = list(lora.adapter_state(other)[0])
+    parameters = lean_unet(unet, flat)
+    train(unet, parameters, 2)
+    state = lora.adapter_state(unet)[0]
+    assert list(state) == names
+    train(other, lora.trainable_parameters(other), 2)
+    lora.load_adapter(unet, lora.adapter_state(other)[0])
+    assert all(torch.equal(v, lora.adapter_state(other)[0][n]) for n, v in lora.adapter_state(unet)[0].items())
+    with torch.no_grad():
+        torch.testing.assert_close(unet(*batch_of(9)).sample, other(*batch_of(9)).sample, rtol=1e-4, atol=1e-5)
+    # And after that it still trains what was loaded.
+    expected, found = train(other, lora.trainable_parameters(other), 3), train(unet, parameters, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_base_is_the_base_when_adapters_are_off(make_unet, tiny_sd):
+    unet = make_unet()
+    lean_unet(unet)
+    base = UNet2DConditionModel.from_pretrained(tiny_sd / "unet").to(memory_format=torch.channels_last)
+    unet.disable_adapters()
+    with torch.no_grad():
+        assert torch.equal(unet(*batch_of(0)).sample, base(*batch_of(0)).sample)
+        unet.enable_adapters()
+        assert not torch.allclose(unet(*batch_of(0)).sample, base(*batch_of(0)).sample, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [dict(dropout=0.1), dict(use_dora=True)])
+def test_what_is_not_plain_stays_as_peft_has_it(make_unet, changes):
+    unet = make_unet(PLAIN._replace(**changes))
+    groups = [lora.trainable_parameters(unet)]
+    classes = [type(module) for module in unet.modules()]
+    assert lean.hold_lean(unet, groups) is groups
+    assert [type(module) for module in unet.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "shapes"),
+    [("adamw", None, 1), ("adamw", 4, 2), ("schedulefree", None, 1), ("prodigy", None, 1), ("adafactor", None, 60)],
+)
+def test_optimizers_that_look_at_matrices_get_them(make_unet, name, ratio, shapes):
+    unet = make_unet()
+    settings = OptimizerSettings(name, 1e-3, loraplus_lr_ratio=ratio)
+    optimizer, _ = make_optimizer_and_schedule(
+        {"unet": unet}, settings, Schedule("constant", 10), torch.device("cpu")
+    )
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(tensors) == shapes == len(lora.trainable_parameters(unet))
+    assert sum(p.numel() for p in tensors) == sum(v.numel() for v in lora.adapter_state(unet)[0].values())
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_casts_no_inputs(make_unet):
+    """Two casts for the masters and a few of the UNet's own, whatever the number of layers; peft has four for each."""
+    counts = []
+    for made_lean in (True, False):
+        unet = make_unet(dtype=torch.bfloat16)
+        parameters = lean_unet(unet) if made_lean else lora.trainable_parameters(unet)
+        train(unet, parameters, 1, torch.bfloat16, autocast=not made_lean)
+        with Operators() as operators:
+            train(unet, parameters, 1, torch.bfloat16, autocast=not made_lean)
+        counts.append(operators.names)
+    assert counts[0].count("_to_copy") < 12
+    assert counts[1].count("_to_copy") > 100
+    assert len(counts[0]) < 0.75 * len(counts[1])
+
+
+def test_the_script_trains_flat_masters(train_in, tmp_path):
+    """What a checkpoint keeps of AdamW is one tensor; the file has every layer."""
+    out = train_in(tmp_path)
+    state = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    assert len(state) == 1
+    assert len(load_file(out / "pytorch_lora_weights.safetensors")) == 60

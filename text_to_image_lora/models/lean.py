@@ -1,0 +1,131 @@
+"""A lean forward for plain adapters: few operators, in the base's own precision, from float32 masters.
+
+peft holds, saves and describes the adapters; what it computes in a training step is replaced. Its layers take each input
+to float32 and back, multiply by the scale, and leave the backward to autograd: on Stable Diffusion v1.5 that is more
+operators than the UNet itself has, and at batch 1 a GPU waits for each of them to be launched.
+"""
+
+import torch
+from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
+
+
+class LoraLinear(torch.autograd.Function):
+    """`x W' + bias + (x A') B'` for a frozen W, with the backward by hand.
+
+    x (..., in), weight (out, in), bias (out) or None, a: the elements of A (rank, in), b: those of B (out, rank).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        rows, a, b = x.reshape(-1, weight.shape[1]), a.view(-1, weight.shape[1]), b.view(weight.shape[0], -1)
+        hidden = torch.mm(rows, a.t())
+        out = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        out.addmm_(hidden, b.t())
+        ctx.save_for_backward(rows, hidden, weight, a, b)
+        ctx.shape = x.shape
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        rows, hidden, weight, a, b = ctx.saved_tensors
+        grad_output = grad_output.reshape(-1, weight.shape[0])
+        grad_hidden = torch.mm(grad_output, b)
+        grad_a, grad_b = torch.mm(grad_hidden.t(), rows), torch.mm(grad_output.t(), hidden)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad_output, weight).addmm_(grad_hidden, a).view(ctx.shape)
+        return grad_x, None, None, grad_a.view(-1), grad_b.view(-1)
+
+
+class LeanLinear(Linear):
+    def forward(self, x, *args, **kwargs):
+        base = self.base_layer
+        if self.disable_adapters:
+            return base(x)
+        return LoraLinear.apply(x, base.weight, base.bias, *self.lean)
+
+
+class LeanConv2d(Conv2d):
+    def forward(self, x, *args, **kwargs):
+        base = self.base_layer
+        if self.disable_adapters:
+            return base(x)
+        a, b = self.lean
+        first, second = self.lora_A["default"], self.lora_B["default"]
+        hidden = torch.nn.functional.conv2d(x, a.view(first.weight.shape), None, first.stride, first.padding)
+        return base(x) + torch.nn.functional.conv2d(hidden, b.view(second.weight.shape))
+
+
+LEAN = {Linear: LeanLinear, Conv2d: LeanConv2d}
+
+
+class Masters:
+    """The float32 weights of a model's adapters, and what its layers compute with: a copy in the base's precision.
+
+    `trained` is, for each of `groups` (lists of the layers' parameters), one flat tensor of which the layers' own weights
+    become views; or, not `flat`, the group itself. The copy is made at each forward pass of the model, in one operator
+    for a group, and the gradients come back to the masters in one.
+    """
+
+    def __init__(self, model, groups, flat=True):
+        self.layers = [module for module in model.modules() if type(module) in (LeanLinear, LeanConv2d)]
+        # The scale in equal shares for A and B, so that one number does for all.
+        scaling = {layer.scaling["default"] for layer in self.layers}
+        (self.share,) = {value**0.5 for value in scaling}
+        self.dtype = self.layers[0].base_layer.weight.dtype
+        self.sizes = [[parameter.numel() for parameter in group] for group in groups]
+        owners = {id(parameter): place for place, parameter in enumerate(p for group in groups for p in group)}
+        self.places = [
+            (owners[id(layer.lora_A["default"].weight)], owners[id(layer.lora_B["default"].weight)])
+            for layer in self.layers
+        ]
+        self.trained = groups
+        if flat:
+            self.trained = [[self.flattened(model, number, group)] for number, group in enumerate(groups)]
+        model.register_forward_pre_hook(self.hand_out)
+
+    def flattened(self, model, number, group):
+        """One parameter of the model for a group; its name has no "lora_" in it, or peft would save it."""
+        master = torch.nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in group]))
+        for parameter, part in zip(group, master.detach().split(self.sizes[number]), strict=True):
+            parameter.requires_grad_(False)
+            parameter.data = part.view(parameter.shape)
+        model.register_parameter(f"adapter_masters_{number}", master)
+        return master
+
+    def hand_out(self, *_):
+        """Before a forward pass: the layers get their weights, in the precision that they compute in."""
+        parts = []
+        for group, sizes in zip(self.trained, self.sizes, strict=True):
+            whole = group[0] if len(group) == 1 else torch.cat([parameter.reshape(-1) for parameter in group])
+            if self.share != 1:
+                whole = whole * self.share
+            parts += whole.reshape(-1).to(self.dtype).split(sizes)
+        for layer, (a, b) in zip(self.layers, self.places, strict=True):
+            layer.__dict__["lean"] = parts[a], parts[b]
+
+
+def is_plain(layer):
+    """Whether the lean forward is that of this layer of peft's: one adapter, no dropout, no DoRA, no bias of its own."""
+    return (
+        type(layer) in LEAN
+        and list(layer.lora_A) == ["default"]
+        and not layer.lora_variant
+        and isinstance(layer.lora_dropout["default"], torch.nn.Identity)
+        and not layer.lora_bias["default"]
+        and getattr(layer.base_layer, "groups", 1) == 1
+    )
+
+
+def hold_lean(model, groups, flat=True):
+    """Gives the model's adapters the lean forward, and returns what to train of each group of their parameters.
+
+    The groups themselves, and nothing is changed, where an adapter is not plain. To be called when the model is on its
+    device and in its precision: moving it afterwards would part the layers' weights from their masters.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not all(is_plain(layer) for layer in layers):
+        return groups
+    for layer in layers:
+        layer.__class__ = LEAN[type(layer)]
+    return Masters(model, groups, flat).trained
