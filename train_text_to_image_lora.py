@@ -1096,7 +1096,8 @@ def main(args):
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
     training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
     loader = data.make_loader(training_set, sampler, args.dataloader_num_workers, device)
-    trained = accelerator.prepare(*adapted.values())  # as each process wraps them
+    # As each process wraps them. They are where they belong: to be moved would part the weights from their masters.
+    trained = accelerator.prepare(*adapted.values(), device_placement=[False] * len(adapted))
     trained = [trained] if len(adapted) == 1 else list(trained)
     optimizer = accelerator.prepare(optimizer)
     weights_for_use = functools.partial(optimizers.weights_for_use, params_to_optimize, optimizer, average)

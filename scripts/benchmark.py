@@ -2,11 +2,13 @@
 """Times whole commands: steps of training, beside another script with the same flags; and datasets of many pictures.
 
     python scripts/benchmark.py --resolution 256 --mixed_precision bf16 --baseline PATH/TO/train_text_to_image_lora.py
+    python scripts/benchmark.py --count_kernels --mixed_precision bf16 --baseline PATH/TO/train_text_to_image_lora.py
     python scripts/benchmark.py --dataset_sizes 1000 10000 100000
 
 Steps are of Stable Diffusion v1.5's geometry (random weights). Each script is run short and long, in turn: seconds a
 step is the difference over the steps between, so that imports, loading and caching count for the start and not for the
-step. Datasets are small pictures for the embedded base: a --dry_run, a run of one step that encodes them, and another
+step. Operators are counted in a step of either script, on any device: at batch 1 a GPU waits for each to be launched.
+Views launch nothing and are not counted, nor is what the data loader does. Datasets are small pictures for the embedded base: a --dry_run, a run of one step that encodes them, and another
 that finds them in the cache. Machines are noisy: read the ratios.
 """
 
@@ -31,6 +33,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset_sizes", type=int, nargs="+", help="time datasets of so many 64x64 pictures instead of steps")
+    add("--count_kernels", action="store_true", help="count the operators of a step instead of timing steps")
     add("--model", type=Path, help="a diffusers folder; SD1.5's geometry with random weights is made when not given")
     add("--baseline", type=Path, help="another training script that takes the diffusers example's flags")
     add(
@@ -140,26 +143,107 @@ def time_datasets(args, work):
             before = count, seconds
 
 
+# Runs a script with its flags, and prints what operators its last step dispatched. The loader's are left out: they
+# are the CPU's, ahead of the step.
+COUNTING = """
+import collections, json, os, runpy, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+def launches(function):
+    returns = [returned.alias_info for returned in function._schema.returns]
+    view = any(alias is not None and not alias.is_write for alias in returns)
+    return not view and function.overloadpacket.__name__ not in NOTHING
+
+NOTHING = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh",
+           "is_same_size", "resize_", "_record_function_enter_new", "_record_function_exit"}
+
+class Counter(TorchDispatchMode):
+    loading = False
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not self.loading and launches(function):
+            counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+def load(self, inner=torch.utils.data.dataloader._BaseDataLoaderIter.__next__):
+    counter.loading = True
+    try:
+        return inner(self)
+    finally:
+        counter.loading = False
+
+def end_of_step(*_):
+    steps.append(dict(counts))
+    counts.clear()
+
+counter, counts, steps = Counter(), collections.Counter(), []
+torch.utils.data.dataloader._BaseDataLoaderIter.__next__ = load
+register_optimizer_step_post_hook(end_of_step)
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+with counter:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+print("COUNTED " + json.dumps(steps[-1]))
+"""
+
+
 def main(args):
     work = args.work_dir or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     if args.dataset_sizes:
         time_datasets(args, work)
+    elif args.count_kernels:
+        count_kernels(args, work)
     else:
         time_steps(args, work)
 
 
-def time_steps(args, work):
-    """Seconds a step and peak memory of our script, and of the baseline beside it."""
+def prepared(args, work):
+    """(model, pictures, {runner: (script, flags of its own)}, environment) of what is to be compared."""
     model = args.model or work / "sd15"
     if not (model / "model_index.json").exists():
         print(f"making {model}", flush=True)
         make_sd15(model)
     pictures = make_pictures(work / f"pictures-{args.resolution}", args.resolution)
-    scripts = {"ours": (ROOT / "train_text_to_image_lora.py", ["--latent_cache_dir", work / "cache"])}
+    scripts = {
+        "ours": (ROOT / "train_text_to_image_lora.py", ["--latent_cache_dir", work / "cache", "--report_to", "none"])
+    }
     if args.baseline is not None:
         scripts["baseline"] = (args.baseline, args.baseline_flags)
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return model, pictures, scripts, os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+def training_flags(args, model, pictures, steps, output):
+    return [
+        "--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--resolution", args.resolution,
+        "--center_crop", "--train_batch_size", args.train_batch_size, "--max_train_steps", steps, "--mixed_precision",
+        args.mixed_precision, "--rank", args.rank, "--checkpointing_steps", 100000, "--seed", 0, "--output_dir", output,
+    ]  # fmt: skip
+
+
+def count_kernels(args, work):
+    """The operators that a step dispatches, by kind, of our script and of the baseline."""
+    model, pictures, scripts, env = prepared(args, work)
+    counted = {}
+    for name, (script, flags) in scripts.items():
+        output = work / f"out-{name}"
+        shutil.rmtree(output, ignore_errors=True)
+        command = [sys.executable, "-c", COUNTING, script, *training_flags(args, model, pictures, 3, output), *flags]
+        done = subprocess.run([str(c) for c in command], env=env, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("COUNTED ")]
+        if not lines:
+            sys.exit(f"{script}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        counted[name] = json.loads(lines[0].removeprefix("COUNTED "))
+    kinds = sorted({kind for counts in counted.values() for kind in counts}, key=lambda k: -counted["ours"].get(k, 0))
+    print(f"| operator | {' | '.join(counted)} |\n|---|{'---|' * len(counted)}")
+    print(f"| all | {' | '.join(f'{sum(counts.values()):,}' for counts in counted.values())} |")
+    for kind in kinds[:15]:
+        print(f"| `{kind}` | {' | '.join(str(counts.get(kind, 0)) for counts in counted.values())} |")
+
+
+def time_steps(args, work):
+    """Seconds a step and peak memory of our script, and of the baseline beside it."""
+    model, pictures, scripts, env = prepared(args, work)
     seconds = {name: {args.short: [], args.long: []} for name in scripts}
     peak, in_steps = dict.fromkeys(scripts, 0.0), dict.fromkeys(scripts, 0.0)
     # Once before, untimed: it fills our cache and the system's, which a later run finds filled.
@@ -167,13 +251,7 @@ def time_steps(args, work):
         for name, (script, flags) in scripts.items():
             output = work / f"out-{name}"
             shutil.rmtree(output, ignore_errors=True)
-            command = [
-                sys.executable, script, "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
-                "--resolution", args.resolution, "--center_crop", "--train_batch_size", args.train_batch_size,
-                "--max_train_steps", steps, "--mixed_precision", args.mixed_precision, "--rank", args.rank,
-                "--checkpointing_steps", 100000, "--seed", 0, "--output_dir", output, *flags,
-            ]  # fmt: skip
-            command += ["--report_to", "none"] if name == "ours" else []
+            command = [sys.executable, script, *training_flags(args, model, pictures, steps, output), *flags]
             took, most, late = run(command, env)
             peak[name] = max(peak[name], most)
             if steps == args.long:

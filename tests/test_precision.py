@@ -62,12 +62,14 @@ BATCH = {
 
 def test_a_packed_batch_is_the_batch():
     out = data.Packed(BATCH).on(torch.device("cpu"))
-    assert set(out) == {*BATCH, "timesteps_on_cpu"} and out["captions"] == BATCH["captions"]
+    assert set(out) == {*BATCH, "timesteps_on_cpu"}
+    assert out["captions"] == BATCH["captions"]
     pairs = [(out[name], BATCH[name]) for name in ("noise", "timesteps", "mask")]
     pairs += [(out["condition"][name], BATCH["condition"][name]) for name in ("states", "number")]
     pairs += [(out["timesteps_on_cpu"], BATCH["timesteps"])]
     for given, expected in pairs:
-        assert given.dtype == expected.dtype and torch.equal(given, expected)
+        assert given.dtype == expected.dtype
+        assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])

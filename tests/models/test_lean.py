@@ -80,7 +80,9 @@ def test_twenty_steps_are_those_of_peft(make_unet, settings, flat):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     before = make_unet(settings)
     for (name, value), (_, trained), (_, start) in zip(
-        lora.adapter_state(unet)[0].items(), lora.adapter_state(other)[0].items(), lora.adapter_state(before)[0].items()
+        lora.adapter_state(unet)[0].items(),
+        lora.adapter_state(other)[0].items(),
+        lora.adapter_state(before)[0].items(),
     ):
         assert not torch.equal(trained, start), name
         torch.testing.assert_close(value, trained, rtol=1e-3, atol=2e-5)
@@ -94,6 +96,7 @@ def test_in_bf16_it_is_as_near_to_float32_as_autocast_is(make_unet, flat):
     cast = train(cast, lora.trainable_parameters(cast), dtype=torch.bfloat16, autocast=True)
     parameters = lean_unet(unet, flat)
     found = train(unet, parameters, dtype=torch.bfloat16)
+    assert unet.dtype == torch.bfloat16
     assert {p.dtype for p in parameters} == {torch.float32}
     assert {value.dtype for value in lora.adapter_state(unet)[0].values()} == {torch.float32}
     worst = (cast / exact - 1).abs().max(dim=0).values
@@ -168,9 +171,7 @@ def test_what_is_not_plain_stays_as_peft_has_it(make_unet, changes):
 def test_optimizers_that_look_at_matrices_get_them(make_unet, name, ratio, shapes):
     unet = make_unet()
     settings = OptimizerSettings(name, 1e-3, loraplus_lr_ratio=ratio)
-    optimizer, _ = make_optimizer_and_schedule(
-        {"unet": unet}, settings, Schedule("constant", 10), torch.device("cpu")
-    )
+    optimizer, _ = make_optimizer_and_schedule({"unet": unet}, settings, Schedule("constant", 10), torch.device("cpu"))
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(tensors) == shapes == len(lora.trainable_parameters(unet))
     assert sum(p.numel() for p in tensors) == sum(v.numel() for v in lora.adapter_state(unet)[0].values())

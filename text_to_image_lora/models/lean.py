@@ -38,7 +38,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 class LeanLinear(Linear):
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x, *others, **options):
         base = self.base_layer
         if self.disable_adapters:
             return base(x)
@@ -46,7 +46,7 @@ class LeanLinear(Linear):
 
 
 class LeanConv2d(Conv2d):
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x, *others, **options):
         base = self.base_layer
         if self.disable_adapters:
             return base(x)
@@ -81,16 +81,19 @@ class Masters:
         ]
         self.trained = groups
         if flat:
-            self.trained = [[self.flattened(model, number, group)] for number, group in enumerate(groups)]
+            self.trained = [[self.flattened(*pair)] for pair in zip(groups, self.sizes, strict=True)]
+            # A module of its own, after the others: who asks for the model's dtype looks at the first parameter. No
+            # "lora_" in its name, or peft would save it.
+            model.add_module("adapter_masters", torch.nn.ParameterList(master for (master,) in self.trained))
         model.register_forward_pre_hook(self.hand_out)
 
-    def flattened(self, model, number, group):
-        """One parameter of the model for a group; its name has no "lora_" in it, or peft would save it."""
+    @staticmethod
+    def flattened(group, sizes):
+        """One parameter for a group, of which the group's become views that are not trained themselves."""
         master = torch.nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in group]))
-        for parameter, part in zip(group, master.detach().split(self.sizes[number]), strict=True):
+        for parameter, part in zip(group, master.detach().split(sizes), strict=True):
             parameter.requires_grad_(False)
             parameter.data = part.view(parameter.shape)
-        model.register_parameter(f"adapter_masters_{number}", master)
         return master
 
     def hand_out(self, *_):

@@ -16,6 +16,24 @@ def evaluating(model):
         model.train(training)
 
 
+@contextlib.contextmanager
+def in_its_precision(model):
+    """Inside, the model takes its first input in the precision of its own weights, whatever it is handed in.
+
+    For pipelines, whose latents are float32 after a step where the model's output is.
+    """
+    dtype = next(model.parameters()).dtype
+
+    def cast(_, inputs):
+        return (inputs[0].to(dtype), *inputs[1:])
+
+    handle = model.register_forward_pre_hook(cast)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def sample_identity(model):
     """A quick hash of a model's weights, of some 64 values of each tensor: other models have others."""
     digest = hashlib.sha256()

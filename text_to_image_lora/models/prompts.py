@@ -121,16 +121,16 @@ class PromptEncoder:
             stack.enter_context(torch.no_grad())
             for text_encoder in self.text_encoders:
                 stack.enter_context(evaluating(text_encoder))
-            condition = self.in_training(self.text_encoders, captions, with_clip_skip=with_clip_skip)
-        return {name: value.to(self.dtype) for name, value in condition.items()}
+            return self.in_training(self.text_encoders, captions, with_clip_skip=with_clip_skip)
 
     def in_training(self, text_encoders, captions, *, with_clip_skip=True):
-        """The condition that these text encoders make, as each process wraps them, with gradients."""
+        """The condition in the run's precision, with gradients; the text encoders as each process wraps them."""
         with self.autocast():
-            return self.family.encode(
+            condition = self.family.encode(
                 self.tokenizers, text_encoders, captions,
                 clip_skip=self.clip_skip if with_clip_skip else None, num_chunks=self.num_chunks,
             )  # fmt: skip
+        return {name: value.to(self.dtype) for name, value in condition.items()}
 
     @functools.cached_property
     def identity(self):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ..models.modules import evaluating
+from ..models.modules import evaluating, in_its_precision
 from .tracking import log_pictures
 
 
@@ -87,7 +87,8 @@ class Painter:
         tasks = [(prompt, k) for prompt in range(len(samples.prompts)) for k in range(samples.num_images)]
         images, was_on = {}, pipeline.vae.device
         pipeline.vae.to(device)
-        with evaluating(getattr(pipeline, self.family.denoiser)), self.accelerator.autocast():
+        denoiser = getattr(pipeline, self.family.denoiser)
+        with evaluating(denoiser), in_its_precision(denoiser):
             for prompt, k in tasks[self.accelerator.process_index :: self.accelerator.num_processes]:
                 embeds = {}
                 for name, of_call in self.family.pipeline_names.items():
