@@ -370,7 +370,7 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
     made = []
 
     class Pipeline:
-        unet, image_processor = torch.nn.Identity(), types.SimpleNamespace(postprocess=lambda pixels: [pixels])
+        unet, image_processor = torch.nn.Linear(1, 1), types.SimpleNamespace(postprocess=lambda pixels: [pixels])
         vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
 
         def __call__(self, *, generator, **kwargs):
@@ -383,9 +383,7 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
     shares = []
     samples = Samples(["a red axe", "a blue axe"], num_images=3, resolution=32, num_inference_steps=1, seed=5)
     for rank in range(2):
-        accelerator = types.SimpleNamespace(
-            device=torch.device("cpu"), process_index=rank, num_processes=2, autocast=torch.no_grad
-        )
+        accelerator = types.SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=2)
         made.clear()
         painter = Painter(
             Pipeline(), families.STABLE_DIFFUSION, samples, encode, accelerator=accelerator, output_dir=None,
