@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
-from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
+from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
 from text_to_image_lora.pictures.captions import CaptionRules, shuffled_variations
 from text_to_image_lora.pictures.layouts import LAYOUTS, Reading
@@ -48,7 +49,7 @@ MAY_CHANGE = set(
     train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
     text_encoder_lr loraplus_lr_ratio scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio lr_num_cycles lr_power lr_step_rules
     optimizer_args use_8bit_adam ema_decay adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
-    mixed_precision allow_tf32 enable_xformers_memory_efficient_attention validation_split validation_data_dir
+    mixed_precision allow_tf32 compile enable_xformers_memory_efficient_attention validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
     tracker_project_name logging_dir push_to_hub hub_token hub_model_id
@@ -146,7 +147,7 @@ def build_parser():
     group("--text_encoder_lr", type=above(0), help="learning rate of the text encoder's LoRA; --learning_rate when not given")
 
     group = parser.add_argument_group("training").add_argument
-    group("--train_batch_size", type=at_least(1), default=16, help="pictures per process and forward pass")
+    group("--train_batch_size", type=at_least(1, word="auto"), default=16, help="pictures per process and forward pass; auto: of the --gradient_accumulation_steps pictures of a step, as many at once as fit")
     group("--num_train_epochs", type=at_least(1), default=100, help="passes over the pictures")
     group("--max_train_steps", type=at_least(1), help="optimizer steps; goes before --num_train_epochs")
     group("--gradient_accumulation_steps", type=at_least(1), default=1, help="forward passes per optimizer step")
@@ -188,6 +189,7 @@ def build_parser():
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
+    group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
 
     group = parser.add_argument_group("validation loss").add_argument
@@ -288,6 +290,11 @@ def check_lora_and_optimizer(args):
 
 
 def check_schedule_and_loss(args):
+    if args.train_batch_size == "auto" and args.gradient_accumulation_steps == 1:
+        raise InputError(
+            "--train_batch_size auto takes as many of a step's pictures at once as fit: say how many a step has with "
+            "--gradient_accumulation_steps, such as 8."
+        )
     if args.lr_warmup_ratio is not None and args.lr_warmup_steps is not None:
         raise InputError("Pass one of --lr_warmup_steps and --lr_warmup_ratio.")
     if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
@@ -408,10 +415,11 @@ def num_variations(args):
 
 
 def batching_of(args, seed):
+    """With --train_batch_size auto, of one sample a batch until it is found how many fit: the steps' samples stay."""
     from text_to_image_lora.training.batches import Batching
 
     return Batching(
-        args.train_batch_size,
+        1 if args.train_batch_size == "auto" else args.train_batch_size,
         args.gradient_accumulation_steps,
         seed,
         args.balance == "concept",
@@ -498,6 +506,36 @@ def schedule_of(args, steps_per_epoch):
         )
     rules = args.lr_step_rules or None
     return Schedule(args.lr_scheduler, num_steps, warmup_steps, args.lr_num_cycles, args.lr_power, rules)
+
+
+def plan_of(args, base, dtype):
+    """What of the settings a run's memory depends on."""
+    from text_to_image_lora.training.memory import Plan
+
+    state = OPTIMIZERS[optimizer_name(args)][-1] + (4 if args.use_ema else 0)
+    live = not num_variations(args)
+    return Plan(
+        dtype, lora_settings_of(args, base.family), state, args.gradient_checkpointing, caches=not live,
+        encodes_in_steps=live or args.train_text_encoder or args.perceptual_loss == "decoder",
+        draws=bool(sample_prompts(args)),
+    )  # fmt: skip
+
+
+def ways_to_save_memory(args):
+    """The flags that make a run take less, the cheapest first."""
+    ways = []
+    if precision_of(args) == "no":
+        ways.append("--mixed_precision bf16 (fp16 on GPUs before 2020)")
+    if not num_variations(args):
+        ways.append("a cache (--cache_variations 4)")
+    if args.train_batch_size != 1:
+        steps = args.gradient_accumulation_steps
+        if args.train_batch_size != "auto":
+            steps *= args.train_batch_size
+        ways.append(f"--train_batch_size 1 --gradient_accumulation_steps {steps}")
+    if not args.gradient_checkpointing:
+        ways.append("--gradient_checkpointing (slower)")
+    return [*ways, "a smaller --resolution"]
 
 
 def samples_of(args, base, seed):
@@ -658,7 +696,7 @@ def look_at_data(args, base, records, validation_records, left_out):
 
     from text_to_image_lora.models import loading, prompts
     from text_to_image_lora.pictures import examine, inspection
-    from text_to_image_lora.training import batches, caching
+    from text_to_image_lora.training import batches, caching, memory, trials
 
     def usable(records):
         good, bad = examine.examine(records, range(len(records)))
@@ -689,8 +727,14 @@ def look_at_data(args, base, records, validation_records, left_out):
         token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
         steps_per_epoch=sampler.steps_per_epoch, cache_bytes=cache_bytes,
     )  # fmt: skip
-    inspection.write_report(report, report_file)
-    print("\n".join([*inspection.lines_of(report), "", f"all of it: {report_file}"]))
+    needs, lines = None, []
+    if tokenizer is not None and len(pictures):
+        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(args)]
+        needs = memory.estimate(base, trials.largest_shapes(pictures, base, num_chunks), plan_of(args, base, dtype))
+        own = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        lines = ["", *memory.lines_of(needs, sampler.batch_size, " or ".join(ways_to_save_memory(args)), own)]
+    inspection.write_report(report | {"memory_bytes": needs and needs._asdict()}, report_file)
+    print("\n".join([*inspection.lines_of(report), *lines, "", f"all of it: {report_file}"]))
     if args.preview_data is not None:
         print(write_preview(args, pictures, sampler))
     if too_long is not None:
@@ -794,9 +838,8 @@ def make_accelerator(args, trackers):
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
     if accelerator.device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(args.num_cpu_threads, os.environ))
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # PyTorch's own default is yes
     return accelerator
 
 
@@ -996,6 +1039,39 @@ def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
     return pictures, latents, conditions, validation_sets
 
 
+def settle_batch_size(args, run, trial, accelerator, say):
+    """How many samples a forward pass takes: what the flag says, or for `auto` what the main process finds to fit.
+
+    On a GPU a step of the largest size is tried, so that a run which doesn't fit ends before anything is encoded, with a
+    `TrainingError`; on a CPU the estimate is what `auto` goes by.
+    """
+    import psutil
+
+    from text_to_image_lora.training import memory, processes, trials
+
+    auto, found = args.train_batch_size == "auto", run.state.batch_size
+    if auto and found is not None:
+        return found
+    limit = args.gradient_accumulation_steps if auto else args.train_batch_size
+
+    def most_that_fit():
+        if accelerator.device.type == "cuda":
+            return trial.most_that_fit(limit) if auto else limit * trial.fits(limit)
+        if not auto:
+            return limit
+        needs = memory.estimate(run.base, trial.shapes, plan_of(args, run.base, trial.dtype))
+        return trials.evenly(limit, int(0.8 * psutil.virtual_memory().available / needs.further_sample))
+
+    found = processes.as_main_says(most_that_fit, accelerator)
+    if not found:
+        ways = " or ".join(ways_to_save_memory(args))
+        raise TrainingError(f"A training step doesn't fit this device's memory. Try {ways}.")
+    if auto:
+        run.state.batch_size = found
+        say(f"--train_batch_size auto: {found} of a step's {limit} pictures at once")
+    return found
+
+
 def describe_run(args, run, shown):
     """What trackers and the LoRA's header tell of a run: its flags, and what those that were not given became."""
     settled = {
@@ -1041,10 +1117,10 @@ def main(args):
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
-    from text_to_image_lora.models import lora, lora_file
+    from text_to_image_lora.models import compiling, lora, lora_file
     from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
     from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
+    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes, trials
     from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
@@ -1067,6 +1143,15 @@ def main(args):
         args, run, weight_dtype, accelerator, say
     )
     denoiser, scaling_factor = adapted[family.denoiser], latent_encoder.scaling_factor
+    optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
+    params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
+    trial = trials.Trial(
+        family, denoiser, lora.trainable_parameters(denoiser),
+        trials.largest_shapes(run.pictures, run.base, run.identity["num_chunks"]), weight_dtype, device,
+        autocast=bool(args.lora_dropout or args.use_dora),
+    )  # fmt: skip
+    with trials.set_aside([] if args.train_text_encoder else [vae, *prompt_encoder.text_encoders], device):
+        sampler.batch_size = settle_batch_size(args, run, trial, accelerator, say)
     pictures, latents, conditions, validation_sets = fill_cache(
         args, run, latent_encoder, prompt_encoder, accelerator, say
     )
@@ -1079,9 +1164,7 @@ def main(args):
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # Optimizer, schedule, loader.
-    optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
-    params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
+    # What is trained, where it stopped, and on what.
     average = EMAModel(params_to_optimize, decay=args.ema_decay, foreach=True) if args.use_ema else None
     if run.resume_path is not None:
         stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
@@ -1096,6 +1179,11 @@ def main(args):
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
     training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
     loader = data.make_loader(training_set, sampler, args.dataloader_num_workers, device)
+    if args.compile != "off":
+        compile_steps = functools.partial(
+            compiling.compile_steps, denoiser, args.compile, sampler.batch_size, cache_folder(args) / "compiled"
+        )
+        say(trials.what_compiling_gives(compile_steps, trial, sampler.batch_size, num_steps - state.global_step))
     # As each process wraps them. They are where they belong: to be moved would part the weights from their masters.
     trained = accelerator.prepare(*adapted.values(), device_placement=[False] * len(adapted))
     trained = [trained] if len(adapted) == 1 else list(trained)
@@ -1174,7 +1262,7 @@ def main(args):
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
-    reports = metrics.StepReports(accelerator, metrics_file, progress, output_dir)
+    reports = metrics.StepReports(accelerator, metrics_file, progress, output_dir, say)
     for model in adapted.values():
         model.disable_adapters()
     if judge is not None and judge.validation is None:
@@ -1248,8 +1336,9 @@ def main(args):
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "epoch": state.global_step / sampler.steps_per_epoch,
-                "images_per_second": sampler.num_samples(step) / (now - clock),
             },
+            samples=sampler.num_samples(step),
+            seconds=now - clock,
         )
         clock = now
         # What is due after this step; the checkpoint comes last, so that what a run goes on after is all there.
@@ -1316,6 +1405,15 @@ if __name__ == "__main__":
             time.sleep(10)  # rank 0 says the same, and the launcher then ends this one; else it is this rank's alone
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"\n{Path(sys.argv[0]).name}: Out of memory. What was saved is whole; to go on from it, run the command again with "
+            f"{' or '.join(ways_to_save_memory(parse_args()))}.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -48,18 +48,19 @@ def refused(*words):
     ("number", "taken", "others"),
     [
         (at_least(1), {"1": 1, "007": 7, " 4 ": 4}, ["0", "-1"]),
+        (at_least(1, word="auto"), {"1": 1, "auto": "auto"}, ["0", "-1"]),
         (at_least(0, float), {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "inf", "-inf", "nan"]),
         (between(0, 0.5), {"0": 0.0, "0.5": 0.5}, ["-1e-9", "0.51", "inf", "nan"]),
         (between(0, 2**63 - 1, int), {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
         (above(0), {"1e-9": 1e-9, "1": 1.0}, ["0", "-1", "inf", "nan"]),
         (from_up_to(0, 1), {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "inf"]),
     ],
-    ids=["at_least", "at_least float", "between", "between int", "above", "from_up_to"],
+    ids=["at_least", "at_least or a word", "at_least float", "between", "between int", "above", "from_up_to"],
 )
 def test_a_number_within_its_bounds_is_taken_and_no_other(number, taken, others):
     for text, value in taken.items():
         assert number(text) == value
-        assert type(number(text)) is number.kind
+        assert type(number(text)) is (number.kind if text != number.word else str)
     for text in others:
         with pytest.raises(argparse.ArgumentTypeError) as caught:
             number(text)

@@ -11,12 +11,18 @@ from .files import reason_of
 
 
 class Number:
-    """An argparse type: a number, and what it may be in words; another one is refused with them."""
+    """An argparse type: a number, and what it may be in words; another one is refused with them.
 
-    def __init__(self, kind, allowed, accepts):
-        self.kind, self.allowed, self.accepts = kind, allowed, accepts
+    With `word`, that word is taken too.
+    """
+
+    def __init__(self, kind, allowed, accepts, word=None):
+        self.kind, self.accepts, self.word = kind, accepts, word
+        self.allowed = allowed if word is None else f"{allowed}, or {word}"
 
     def __call__(self, text):
+        if text == self.word:
+            return text
         try:
             value = self.kind(text)
         except ValueError:
@@ -27,9 +33,9 @@ class Number:
         return value
 
 
-def at_least(least, kind=int):
+def at_least(least, kind=int, word=None):
     finite = " and finite" if kind is float else ""
-    return Number(kind, f"{least} or more{finite}", lambda value: least <= value < float("inf"))
+    return Number(kind, f"{least} or more{finite}", lambda value: least <= value < float("inf"), word)
 
 
 def between(least, most, kind=float):

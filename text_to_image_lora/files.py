@@ -14,6 +14,11 @@ from .errors import InputError
 HUB_SECONDS = 3  # that the hub has to answer: a download without a network would retry for half a minute
 
 
+def in_bytes(count):
+    """A number of bytes as people say it: "12 MiB", "2.6 GiB"."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.{count < 10 * 2**20:d}f} MiB"
+
+
 @contextlib.contextmanager
 def written_whole(path, *, folder=False, shared=False):
     """A temporary path that becomes `path` in one rename, when all has been written to it; with `folder` it is one.

@@ -9,7 +9,7 @@ import torch
 from conftest import read_metrics
 
 from text_to_image_lora.errors import TrainingError
-from text_to_image_lora.reports.metrics import MetricsFile, StepReports, peak_memory_gib
+from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
 
 
 @pytest.fixture
@@ -49,27 +49,29 @@ def reports(tmp_path):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), log=lambda values, step: logged.append((step, dict(values)))
     )
-    progress = SimpleNamespace(set_postfix=lambda **shown: None)
-    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path)
-    made.logged = logged
+    progress, said = SimpleNamespace(set_postfix=lambda **shown: None, total=100), []
+    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, said.append)
+    made.logged, made.said = logged, said
     return made
 
 
 def test_numbers_are_what_they_were_when_they_were_put(reports, tmp_path):
     """A tensor that is changed afterwards, as the loop's are, is not read again."""
     loss = torch.tensor(0.5)
-    reports.put(1, {"train_loss": loss, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)})
+    values = {"train_loss": loss, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)}
+    reports.put(1, values, samples=4, seconds=0.5)
     loss.fill_(7)
     reports.flush()
     assert read_metrics(tmp_path)[-1] == {"step": 1, "train_loss": 0.5, "lr": 1e-4, "grad_norm": 2.0} | {
-        "peak_memory_gib": read_metrics(tmp_path)[-1]["peak_memory_gib"]
+        "images_per_second": 8.0,
+        "peak_memory_gib": read_metrics(tmp_path)[-1]["peak_memory_gib"],
     }
 
 
 def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
-    reports.put(1, {"train_loss": torch.tensor(0.5), "lr": 1e-4})
+    reports.put(1, {"train_loss": torch.tensor(0.5), "lr": 1e-4}, samples=1, seconds=1)
     assert reports.logged == []
-    reports.put(2, {"train_loss": torch.tensor(0.25), "lr": 1e-4})
+    reports.put(2, {"train_loss": torch.tensor(0.25), "lr": 1e-4}, samples=1, seconds=1)
     assert [step for step, _ in reports.logged] == [1]
     for _ in range(2):  # the second has nothing to write
         reports.flush()
@@ -81,8 +83,37 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_run(reports, tmp_path, loss):
-    reports.put(7, {"train_loss": torch.tensor(loss), "lr": 1e-4})
+    reports.put(7, {"train_loss": torch.tensor(loss), "lr": 1e-4}, samples=1, seconds=1)
     with pytest.raises(TrainingError, match=f"The loss of step 7 is {loss}. Lower --learning_rate"):
         reports.flush()
     assert not (tmp_path / "metrics.jsonl").exists()
     assert reports.logged == []
+
+
+def put_steps(reports, seconds):
+    first = len(reports.pace.seconds) + 1
+    for step, each in enumerate(seconds, first):
+        reports.put(step, {"train_loss": torch.tensor(0.5), "lr": 1e-4}, samples=1, seconds=each)
+
+
+def test_after_ten_steps_it_says_what_is_left(reports):
+    put_steps(reports, [9] * 2 + [2] * 7)
+    assert reports.said == []
+    put_steps(reports, [2] * 30)
+    (line,) = reports.said
+    assert line.startswith("2 s a step, 3 min for the 90 left; at most ")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(3, "3 s"), (600, "10 min"), (12_000, "3 h 20 min")])
+def test_times_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_steps_that_become_many_times_slower_are_said_once(reports):
+    put_steps(reports, [0.1] * 30 + [0.9] * 4 + [0.1] * 3)  # now and then a machine is busy
+    assert len(reports.said) == 1
+    put_steps(reports, [0.9] * 5)
+    assert "since step 38 a step takes 9 times as long" in reports.said[1]
+    assert "--train_batch_size" in reports.said[1]
+    put_steps(reports, [0.1] * 5 + [0.9] * 20)
+    assert len(reports.said) == 2

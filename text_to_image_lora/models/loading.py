@@ -223,6 +223,38 @@ def _from_folder(base):
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, scheduler_config)
 
 
+def empty_components(base, dtype):
+    """The `Components` of a base model without weights or tokenizers: only shapes, for which its configuration is enough.
+
+    Denoiser and text encoders in `dtype`; no memory is touched. `InputError` where the configuration can't be read.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
+    source = base.source if base.kind != "file" else base.single_file_config
+
+    def made(model_class, name, dtype):
+        config = model_class.load_config(source, subfolder=name, **options)
+        with torch.device("meta"):
+            model = model_class.from_config(config)
+        model = torch.nn.Module.to(model, dtype=dtype, memory_format=torch.channels_last)
+        return model.to_empty(device="cpu").requires_grad_(False)
+
+    try:
+        text_encoders = []
+        for row in family.text_encoders:
+            config = transformers.CLIPTextConfig.from_pretrained(source, subfolder=row.name, **options)
+            with torch.device("meta"):
+                text_encoders.append(getattr(transformers, row.model_class)(config).to(dtype))
+        vae = made(diffusers.AutoencoderKL, "vae", torch.float32).eval()
+        denoiser = made(getattr(diffusers, family.denoiser_class), family.denoiser, dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: its configuration can't be read ({reason_of(error)}).") from error
+    return Components((), tuple(text_encoders), vae, denoiser, {})
+
+
 def _why_not_loaded(base, error):
     causes = [error]
     while causes[-1].__context__ is not None:

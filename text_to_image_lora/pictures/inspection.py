@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_whole
+from ..files import in_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
 from .buckets import enlarged, table
 
@@ -66,7 +66,7 @@ def lines_of(report):
         f"{report['pictures']} pictures, {report['captions']} captions ({report['different_captions']} different)"
         + (f"; {report['validated']} more to validate on" if report["validated"] else ""),
         f"{report['samples_an_epoch']} samples and {report['steps_an_epoch']} steps an epoch; the cache takes about "
-        f"{report['cache_bytes'] / 2**20:.0f} MiB",
+        f"{in_bytes(report['cache_bytes'])}",
     ]
     if tokens:
         lines.append(

@@ -2,11 +2,12 @@
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
 from ..errors import TrainingError
-from ..files import write_whole
+from ..files import in_bytes, write_whole
 
 
 def peak_memory_gib(device):
@@ -72,17 +73,81 @@ class OnTheirWay:
         return self.values | (dict(zip(self.names, self.numbers.tolist())) if self.names else {})
 
 
+class Pace:
+    """What is said of a run's speed: after ten steps what is left, and once when steps become many times slower."""
+
+    FIRST, SLOWER, IN_A_ROW = (
+        10,
+        4,
+        5,
+    )  # steps to measure; how many times the median is slow; how often before it is said
+
+    def __init__(self, device, num_steps, say):
+        self.device, self.num_steps, self.say = device, num_steps, say
+        self.seconds, self.slow, self.said = [], 0, False
+
+    def take(self, step, seconds):
+        """How long a step took, without what is done between steps."""
+        self.seconds.append(seconds)
+        if len(self.seconds) == self.FIRST:
+            each, left = statistics.median(self.seconds), self.num_steps - step
+            self.say(f"{each:.3g} s a step, {in_words(each * left)} for the {left} left; {self.memory()}")
+            self.check_spill()
+        elif len(self.seconds) > self.FIRST and not self.said:
+            usual = statistics.median(self.seconds[-200:])
+            self.slow = self.slow + 1 if seconds > self.SLOWER * usual else 0
+            if self.slow == self.IN_A_ROW:
+                self.said = True
+                self.say(
+                    f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before: another "
+                    "program uses the device, or its memory is full. If it stays so, stop with Ctrl-C and go on with a "
+                    "smaller --train_batch_size, or with --gradient_checkpointing."
+                )
+
+    def memory(self):
+        return f"at most {in_bytes(peak_memory_gib(self.device) * 2**30)} of memory so far"
+
+    def check_spill(self):
+        """Drivers for Windows let a GPU use the machine's memory when its own is full, many times slower."""
+        import torch
+
+        if self.device.type == "cuda":
+            own, taken = (
+                torch.cuda.get_device_properties(self.device).total_memory,
+                torch.cuda.memory_reserved(self.device),
+            )
+            if taken > own:
+                self.said = True
+                self.say(
+                    f"{in_bytes(taken)} are in use and the GPU has {in_bytes(own)}: the driver lends it the "
+                    "machine's memory, which is many times slower. Lower --train_batch_size, or pass --gradient_checkpointing."
+                )
+
+
+def in_words(seconds):
+    """A time as people say it: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class StepReports:
     """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs."""
 
-    def __init__(self, accelerator, metrics_file, progress, output_dir):
+    def __init__(self, accelerator, metrics_file, progress, output_dir, say):
         self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
         self.output_dir, self.waiting, self.smooth = output_dir, None, None
+        self.pace = Pace(accelerator.device, progress.total, say)
 
-    def put(self, step, values):
-        """Takes numbers and tensors of one number in; those of the step before are written."""
-        values = OnTheirWay(values)
+    def put(self, step, values, *, samples, seconds):
+        """Takes numbers and tensors of one number in, and how long the step of so many samples took.
+
+        Those of the step before are written.
+        """
+        values = OnTheirWay(values | {"images_per_second": samples / seconds})
         self.flush()
+        self.pace.take(step, seconds)
         self.waiting = step, values
 
     def flush(self):

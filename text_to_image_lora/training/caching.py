@@ -24,16 +24,16 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ..errors import InputError
-from ..files import written_whole
+from ..files import in_bytes, written_whole
 from ..models.latents import LatentEncoder
 from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
 
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
-ENCODE_PIXELS = 4 * 512 * 512
+ENCODE_PIXELS = 512 * 512  # at once: four such pictures took more memory than all that comes after them
 ENCODE_CAPTIONS = 32
 CONDITION = "condition."  # before the name of a variation's own condition in its shard
 
@@ -189,7 +189,7 @@ def check_free_disk(folder, needed):
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{folder}: the cache needs {needed / 2**30:.2f} GiB more and {free / 2**30:.2f} GiB are free. Pass another "
+            f"{folder}: the cache needs {in_bytes(needed)} more and {in_bytes(free)} are free. Pass another "
             "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."
         )
 
@@ -213,8 +213,7 @@ def trim(folder, limit_gib, needed):
         with contextlib.suppress(OSError):
             path.unlink()
             total, deleted = total - size, deleted + 1
-    size = f"{total / 2**30:.1f} GiB" if total >= 2**30 else f"{total / 2**20:.1f} MiB"
-    line = f"cache: {size} in {folder}"
+    line = f"cache: {in_bytes(total)} in {folder}"
     if deleted:
         line += f" ({deleted} files that were not used for longest are deleted)"
     elif limit_gib is not None and total > limit_gib * 2**30:

@@ -23,6 +23,7 @@ class TrainState:
     global_step: int = 0
     tracker_run_id: str | None = None
     validation: dict | None = None  # what the judge of the run keeps, as it gave it
+    batch_size: int | None = None  # what --train_batch_size auto found
 
 
 def list_checkpoints(output_dir):

@@ -10,17 +10,17 @@ from typing import NamedTuple
 from ..errors import InputError
 
 
-# name: (module, class, what differs from its own defaults, package to install)
+# name: (module, class, what differs from its own defaults, package to install, bytes it keeps for each weight)
 OPTIMIZERS = {
-    "adamw": ("torch.optim", "AdamW", {}, "torch"),
-    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}, "bitsandbytes"),
+    "adamw": ("torch.optim", "AdamW", {}, "torch", 8),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}, "bitsandbytes", 2),
     # Mishchenko and Defazio, 2023, https://arxiv.org/abs/2306.06101: finds the step size itself; its learning rate is 1.
     # From its own first estimate of 1e-6 a LoRA, whose B is 0, hardly moves in its first 50 steps.
-    "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "d0": 1e-5}, "prodigyopt"),
+    "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "d0": 1e-5}, "prodigyopt", 16),
     # Defazio et al., 2024, https://arxiv.org/abs/2405.15682: needs no schedule
-    "schedulefree": ("schedulefree", "AdamWScheduleFree", {"foreach": False}, "schedulefree"),
+    "schedulefree": ("schedulefree", "AdamWScheduleFree", {"foreach": False}, "schedulefree", 8),
     # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
-    "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers"),
+    "adafactor": ("transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers", 0),
 }
 # They treat each number alone: any of the others looks at the shape or the size of a tensor.
 ELEMENTWISE = {"adamw", "prodigy", "schedulefree"}
@@ -44,7 +44,7 @@ def parse_options(words):
 
 def check_optimizer(name, words):
     """The optimizer's class and the options in `words`; an `InputError` where it isn't installed or has no such option."""
-    module, class_name, _, package = OPTIMIZERS[name]
+    module, class_name, _, package, _ = OPTIMIZERS[name]
     options = parse_options(words)
     if not options and name == "adamw":
         return None, {}  # so that torch isn't imported to look at nothing
@@ -97,7 +97,7 @@ def make_optimizer(settings, groups, device):
         import torch
 
         optimizer_class = torch.optim.AdamW
-    _, _, changes, _ = OPTIMIZERS[name]
+    _, _, changes, _, _ = OPTIMIZERS[name]
     given = {"betas": settings.betas, "weight_decay": settings.weight_decay}
     given |= {} if name == "adafactor" else {"eps": settings.epsilon}
     if name == "adamw":

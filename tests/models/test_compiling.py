@@ -1,0 +1,47 @@
+"""Compiled steps are the plain ones to rounding, and nothing else is compiled."""
+
+import pytest
+import torch
+from conftest import read_metrics
+
+from text_to_image_lora.models import compiling
+
+
+# torch 2.13's compiler makes an object of each autograd.Function, of which it says itself that one should not.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture
+def compiled_without_kernels(monkeypatch):
+    """The compiler traces what it is given and leaves the computing to PyTorch: seconds, not minutes."""
+    monkeypatch.setattr(compiling, "OPTIONS", dict.fromkeys(compiling.OPTIONS, {"backend": "aot_eager"}))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+FLAGS = dict(train_batch_size=4, max_train_steps=6, num_validation_images=1, validation_prompt="a red axe", rank=2)
+
+
+@pytest.mark.parametrize("how", ["blocks", "full"])
+def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compiled_without_kernels, how):
+    """Six pictures in batches of four: every other batch is not full, and is not compiled."""
+    plain = [row["train_loss"] for row in read_metrics(train(**FLAGS, output_dir=tmp_path / "plain"))]
+    found = [row["train_loss"] for row in read_metrics(train(**FLAGS, compile=how))]
+    assert found == pytest.approx(plain, rel=1e-4)
+    assert not compiled_without_kernels["graph_break"]
+    graphs = compiled_without_kernels["stats"]["unique_graphs"]
+    assert 0 < graphs <= 3  # a block's kinds, or the UNet; once in the trial, and the steps find them
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["blocks", "full"])
+@pytest.mark.parametrize("changes", [{}, dict(gradient_checkpointing=True, mixed_precision="bf16")])
+def test_compiled_for_this_machine(train, tmp_path, how, changes):
+    """Twenty steps with the kernels that the compiler writes."""
+    flags = FLAGS | changes | dict(max_train_steps=20)
+    plain = read_metrics(train(**flags, output_dir=tmp_path / "plain"))
+    found = read_metrics(train(**flags, compile=how, output_dir=tmp_path / how))
+    for name, rel in (("train_loss", 1e-2 if changes else 1e-4), ("grad_norm", 5e-2 if changes else 1e-3)):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in plain], rel=rel)

@@ -1,0 +1,117 @@
+"""The estimate of memory: what it counts is what a real step holds, and it follows what changes a step."""
+
+import gc
+import json
+import sys
+
+import pytest
+import torch
+from conftest import run_command
+
+from text_to_image_lora.models import lean, loading, lora
+from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes
+from text_to_image_lora.training.trials import Shapes, Trial
+
+
+MIB = 2**20
+
+
+def test_what_is_alive_at_once_is_counted():
+    """Views take nothing, what is let go is given back, and the most at once is kept."""
+    with Alive() as alive:
+        first = torch.zeros(MIB, dtype=torch.uint8)
+        half = first[: MIB // 2].view(2, -1)
+        second = first + 1
+        del first
+        assert alive.now == 2 * MIB  # a view keeps it
+        del half
+        assert alive.now == MIB
+        second.add_(1)
+        assert (alive.now, alive.peak) == (MIB, 2 * MIB)
+
+
+def test_shapes_alone_are_counted_like_numbers():
+    def products():
+        a = torch.ones(512, 1024)
+        return (a @ a.T).relu().sum()
+
+    with Alive() as alive:
+        products()
+    assert peak_bytes(products) == alive.peak >= 2 * MIB + 512 * 512 * 4
+
+
+def plan_for(base, **changes):
+    settings = lora.LoraSettings(4, 4, base.family.target_modules)
+    return Plan(torch.float32, settings, 8, False, caches=True, encodes_in_steps=False, draws=True)._replace(**changes)
+
+
+def shapes_of(base, side):
+    return Shapes(base.latent_shape((side, side)), base.condition_shapes(1))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_step_holds_what_was_estimated(tiny_sd, checkpointed):
+    """The real model, its real weights and a real step, counted in the same way."""
+    base = loading.find_base_model(str(tiny_sd))
+    shapes, plan = shapes_of(base, 64), plan_for(base, gradient_checkpointing=checkpointed)
+    needs = estimate(base, shapes, plan)
+    unet = loading.load_components(base).denoiser.to(memory_format=torch.channels_last)
+    weights = sum(p.numel() * 4 for p in unet.parameters())
+    lora.add_lora(unet, plan.lora)
+    if checkpointed:
+        unet.enable_gradient_checkpointing()
+    ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    trial = Trial(base.family, unet, [master], shapes, torch.float32, torch.device("cpu"))
+    for batch_size in (1, 3):
+        gc.collect()
+        with Alive() as alive:
+            trial(batch_size)
+        assert needs.steps(batch_size) == pytest.approx(weights + master.numel() * 12 + alive.peak, rel=0.02)
+
+
+def test_it_follows_what_changes_a_step(tiny_sd):
+    base = loading.find_base_model(str(tiny_sd))
+    shapes, plan = shapes_of(base, 64), plan_for(base)
+    plain = estimate(base, shapes, plan)
+    assert estimate(base, shapes, plan._replace(gradient_checkpointing=True)).step < plain.step
+    assert estimate(base, shapes, plan._replace(dtype=torch.bfloat16)).step < 0.7 * plain.step
+    assert estimate(base, shapes_of(base, 128), plan).further_sample > 3 * plain.further_sample
+    higher = estimate(base, shapes, plan._replace(lora=plan.lora._replace(rank=64)))
+    assert higher.step > plain.step
+    live = estimate(base, shapes, plan._replace(caches=False, encodes_in_steps=True, draws=False))
+    assert (live.encoding, live.sample_pictures) == (0, 0)
+    assert live.step > plain.step
+
+
+@pytest.mark.parametrize(("device_bytes", "fits"), [(None, True), (4 * 2**30, True), (3 * 2**30, False)])
+def test_a_gpu_that_is_too_small_is_told_with_the_ways(device_bytes, fits):
+    needs = Needs(encoding=2 * 2**30, step=2 * 2**30, further_sample=2**29, sample_pictures=0)
+    assert needs.peak(1) == needs.steps(1) == 2 * 2**30
+    text = "\n".join(lines_of(needs, 3, "--gradient_checkpointing", device_bytes))
+    assert "3.0 GiB in a training step of batch 3" in text
+    assert ("try --gradient_checkpointing" in text) == (not fits)
+    assert needs.peak(3) + CUDA_BYTES > 3 * 2**30
+
+
+def test_a_dry_run_tells_it(arguments, tmp_path):
+    done = run_command(arguments(dry_run=True, num_validation_images=0))
+    assert done.returncode == 0, done.stderr
+    assert "in a training step of batch 2, and" in done.stdout
+    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert told["step"] > told["further_sample"] > 0
+    assert told["sample_pictures"] == 0
+
+
+def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
+    """A real shortage: the process may not have the memory that 4096 pixels take."""
+    limited = ("bash", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable)
+    words = arguments(
+        resolution=4096, train_batch_size=6, max_train_steps=1, num_validation_images=0, cache_variations=0
+    )
+    done = run_command(words, launcher=limited)
+    assert done.returncode == 1, done.stderr
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("train_text_to_image_lora.py: Out of memory.")
+    ]
+    assert "--train_batch_size 1 --gradient_accumulation_steps 6" in line
+    assert "Traceback" not in done.stderr
