@@ -60,10 +60,14 @@ def load_unet(base, args, device, dtype):
 
 
 def main(args):
+    from accelerate.utils import parse_flag_from_env
+
     from text_to_image_lora.models.loading import find_base_model
     from text_to_image_lora.training import processes
 
-    device = torch.device("cpu" if os.environ.get("ACCELERATE_USE_CPU") or not torch.cuda.is_available() else "cuda")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    )
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     if device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(None, os.environ))

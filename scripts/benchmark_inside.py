@@ -181,9 +181,13 @@ def machine(device):
 def rates(precisions):
     """The machine, and its matrix rate in each precision; what it can't multiply in is left out."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from accelerate.utils import parse_flag_from_env
+
     from text_to_image_lora.training import processes
 
-    device = torch.device("cpu" if os.environ.get("ACCELERATE_USE_CPU") or not torch.cuda.is_available() else "cuda")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    )
     size = dict(side=8192, repeats=50)
     if device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
