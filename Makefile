@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-long test-newest docs style quality
+.PHONY: demo test test-long test-newest gpu docs style quality
 
 # A newcomer's first command: trains a LoRA on the bundled weapons with the embedded base, always into a new folder,
 # and makes the before/after picture.
@@ -34,6 +34,15 @@ test-long: $(VENV)/installed-dev
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
 	$(VENV)-newest/bin/python -m pytest -m lora_file tests/models/test_lora_file.py tests/reports/test_model_card.py
 	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py -k newest
+
+# What only a GPU can tell: the tests marked gpu, then a section for docs/performance.md; 20 minutes. It makes no .venv, for
+# GPU machines bring a PyTorch of their own: it runs with what $(PYTHON) has. After `make test` there is an environment
+# too: make gpu PYTHON=.venv/bin/python. Only the files with such tests are read: others need packages that may be missing.
+gpu:
+	@failed=0; \
+	$(PYTHON) -m pytest -m gpu -rs $$(grep -rl --include="test_*.py" mark.gpu tests) || failed=$$?; \
+	$(PYTHON) scripts/benchmark.py --suite gpu --markdown gpu.md --json gpu.json || failed=$$?; \
+	exit $$failed
 
 # The pages that are made from the code.
 docs: $(VENV)/installed
