@@ -1065,7 +1065,7 @@ def settle_batch_size(args, run, trial, accelerator, say):
     found = processes.as_main_says(most_that_fit, accelerator)
     if not found:
         ways = " or ".join(ways_to_save_memory(args))
-        raise TrainingError(f"A training step doesn't fit this device's memory. Try {ways}.")
+        raise TrainingError(f"Out of memory: a training step does not fit this device. Try {ways}.")
     if auto:
         run.state.batch_size = found
         say(f"--train_batch_size auto: {found} of a step's {limit} pictures at once")

@@ -71,9 +71,8 @@ def main(args):
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     if device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = find_base_model(args.pretrained_model_name_or_path)
     unet = load_unet(base, args, device, dtype)
 

@@ -22,15 +22,11 @@ TRAINING_SCRIPT = ROOT / "train_text_to_image_lora.py"
 BARE_UNET = ROOT / "scripts" / "bare_unet.py"
 
 
-def make_sd15(folder):
-    """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
-    import torch
+def sd15_models(tokenizer):
+    """UNet, autoencoder and text encoder of SD1.5's configuration, with random weights (or on the meta device none)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from mini_sd import make_pipeline, write_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    write_tokenizer(folder.with_name("words"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
@@ -43,6 +39,18 @@ def make_sd15(folder):
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+    return unet, vae, text_encoder
+
+
+def make_sd15(folder):
+    """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
+    import torch
+    from mini_sd import make_pipeline, write_tokenizer
+    from transformers import CLIPTokenizer
+
+    write_tokenizer(folder.with_name("words"))
+    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
+    unet, vae, text_encoder = sd15_models(tokenizer)
     make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16).save_pretrained(folder)
     return folder
 

@@ -2,11 +2,13 @@
 
 import gc
 import json
+import re
 import sys
 
 import pytest
 import torch
-from conftest import run_command
+from conftest import ROOT, run_command, train_script
+from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes
@@ -115,3 +117,41 @@ def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
     ]
     assert "--train_batch_size 1 --gradient_accumulation_steps 6" in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def sd15_configuration(tmp_path_factory):
+    """A diffusers folder of SD1.5's configuration, without weights."""
+    from benchmark_runs import sd15_models
+    from mini_sd import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("sd15")
+    write_tokenizer(folder / "tokenizer")
+    with torch.device("meta"):
+        unet, vae, text_encoder = sd15_models(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+    for name, model in {"unet": unet, "vae": vae, "text_encoder": text_encoder}.items():
+        model.config.save_pretrained(folder / name) if name == "text_encoder" else model.save_config(folder / name)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return folder
+
+
+RECIPES = sorted((ROOT / "recipes").glob("gpu_*.yaml"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipe_of_a_card_says_what_it_takes_and_fits(sd15_configuration, recipe):
+    words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(sd15_configuration)]
+    args = train_script.parse_args([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
+    base = loading.find_base_model(str(sd15_configuration))
+    plan = train_script.plan_of(args, base, torch.float16)
+    needs = estimate(base, shapes_of(base, args.resolution), plan)
+    found = needs.steps(args.train_batch_size) / 2**30, needs.peak(args.train_batch_size) / 2**30
+    first = recipe.read_text().splitlines()[0]
+    card, *said = map(float, re.findall(r"(\d+(?:\.\d)?) Gi?B", first))
+    assert said == pytest.approx(found, abs=0.06)
+    assert found[1] + CUDA_BYTES / 2**30 < 0.9 * card  # the screen's own, and what an allocator leaves unused
+
+
+def test_there_are_recipes_for_cards():
+    assert [path.stem for path in RECIPES] == ["gpu_04gb", "gpu_06gb", "gpu_08gb", "gpu_12gb", "gpu_24gb"]
