@@ -1,0 +1,58 @@
+"""No training step waits for the device: what is reported is read a step later, and nothing else is asked for."""
+
+import benchmark_inside
+import pytest
+import torch
+from conftest import read_metrics
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+FLAGS = dict(max_train_steps=6, gradient_accumulation_steps=2, num_validation_images=0, checkpointing_steps=0)
+OPTIONS = [
+    {},
+    dict(use_ema=True, snr_gamma=5.0, loss_type="huber", max_grad_norm=0.1),
+    dict(mixed_precision="bf16", gradient_checkpointing=True, use_dora=True, lora_dropout=0.1),
+    dict(perceptual_loss="self", timestep_sampling="logit_normal", loraplus_lr_ratio=4),
+]
+# Operators whose result the host has to wait for, as their output is a number or has as many rows as there are ones.
+WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2"}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
+def test_no_step_asks_for_a_number(train, monkeypatch, options):
+    """Counted on a CPU, in each of the steps; what the loader draws is drawn ahead of them, on the CPU."""
+    loader = torch.utils.data.dataloader._BaseDataLoaderIter
+    monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that it is put back
+    counter = benchmark_inside.Counter()
+    counter.leave_out_loading()
+    hook = register_optimizer_step_post_hook(counter.end_of_step)
+    try:
+        with counter:
+            out = train(**FLAGS | options)
+    finally:
+        hook.remove()
+    assert len(counter.steps) == len(read_metrics(out)) == 6
+    for step in counter.steps[1:]:  # before the first, models are loaded
+        waited_for = {name: step["operators"][name] for name in WAITING & step["operators"].keys()}
+        # What is reported of the step before is one tensor, read when the device has long been there.
+        assert waited_for == {}, waited_for
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch can tell waiting on a GPU alone")
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
+def test_no_step_waits_for_the_gpu(train, options):
+    """PyTorch raises at every wait between the second step and the last but one."""
+    steps = []
+
+    def watch(*_):
+        steps.append(len(steps))
+        torch.cuda.set_sync_debug_mode("error" if 2 <= len(steps) < 5 else "default")
+
+    hook = register_optimizer_step_post_hook(watch)
+    try:
+        train(**FLAGS | options)
+    finally:
+        hook.remove()
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 6
