@@ -510,6 +510,7 @@ def schedule_of(args, steps_per_epoch):
 
 def plan_of(args, base, dtype):
     """What of the settings a run's memory depends on."""
+    from text_to_image_lora.reports.sample_pictures import AT_ONCE
     from text_to_image_lora.training.memory import Plan
 
     state = OPTIMIZERS[optimizer_name(args)][-1] + (4 if args.use_ema else 0)
@@ -517,7 +518,7 @@ def plan_of(args, base, dtype):
     return Plan(
         dtype, lora_settings_of(args, base.family), state, args.gradient_checkpointing, caches=not live,
         encodes_in_steps=live or args.train_text_encoder or args.perceptual_loss == "decoder",
-        draws=bool(sample_prompts(args)),
+        draws=min(AT_ONCE, len(sample_prompts(args)) * args.num_validation_images),
     )  # fmt: skip
 
 

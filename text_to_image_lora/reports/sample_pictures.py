@@ -10,6 +10,9 @@ from ..models.modules import evaluating, in_its_precision
 from .tracking import log_pictures
 
 
+AT_ONCE = 4  # pictures denoised together
+
+
 class Samples(NamedTuple):
     """Which pictures are drawn while training, and how."""
 
@@ -78,34 +81,38 @@ class Painter:
     def generate(self):
         """`num_images` pictures a prompt: {(prompt, k): PIL.Image}, on every process.
 
-        Picture k of each prompt has the seed + k, so it stays the same whatever the number of processes.
+        Picture k of each prompt has the seed + k, and which ones are drawn together doesn't depend on the number of
+        processes: so it stays the same.
         """
         from accelerate.utils import gather_object
 
         pipeline, samples, device = self.pipeline, self.samples, self.accelerator.device
         wanted, negative = self.conditions or self._encode(self.prompt_encoder)
         tasks = [(prompt, k) for prompt in range(len(samples.prompts)) for k in range(samples.num_images)]
+        batches = [tasks[first : first + AT_ONCE] for first in range(0, len(tasks), AT_ONCE)]
         images, was_on = {}, pipeline.vae.device
         pipeline.vae.to(device)
         denoiser = getattr(pipeline, self.family.denoiser)
         with evaluating(denoiser), in_its_precision(denoiser):
-            for prompt, k in tasks[self.accelerator.process_index :: self.accelerator.num_processes]:
+            for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 embeds = {}
                 for name, of_call in self.family.pipeline_names.items():
-                    embeds[of_call] = wanted[name][prompt : prompt + 1].to(device)
-                    embeds[f"negative_{of_call}"] = negative[name].to(device)
+                    embeds[of_call] = wanted[name][[prompt for prompt, _ in batch]].to(device)
+                    embeds[f"negative_{of_call}"] = negative[name].expand_as(embeds[of_call]).to(device)
                 latents = pipeline(
                     **embeds,
-                    generator=torch.Generator().manual_seed(samples.seed + k),
+                    generator=[torch.Generator().manual_seed(samples.seed + k) for _, k in batch],
                     num_inference_steps=samples.num_inference_steps,
                     guidance_scale=samples.guidance_scale,
                     height=samples.resolution,
                     width=samples.resolution,
                     output_type="latent",
                 ).images
-                with torch.autocast(device.type, enabled=False):  # some VAEs overflow in float16
-                    decoded = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor).sample
-                images[prompt, k] = pipeline.image_processor.postprocess(decoded)[0]
+                # One at a time, which takes less memory; in float32, as some VAEs overflow in float16.
+                with torch.autocast(device.type, enabled=False):
+                    for task, latent in zip(batch, latents.float().split(1), strict=True):
+                        decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
+                        images[task] = pipeline.image_processor.postprocess(decoded)[0]
         pipeline.vae.to(was_on)
         return {task: image for part in gather_object([images]) for task, image in part.items()}
 

@@ -107,7 +107,7 @@ class Plan(NamedTuple):
     gradient_checkpointing: bool
     caches: bool  # VAE and text encoders are on the device before the steps
     encodes_in_steps: bool  # and while they run
-    draws: bool  # sample pictures
+    draws: int  # sample pictures at once; 0: none
 
 
 def estimate(base, shapes, plan):
@@ -138,7 +138,7 @@ def estimate(base, shapes, plan):
 
     @torch.no_grad()
     def draw():
-        trial.predict(2)
+        trial.predict(2 * plan.draws)  # each with its negative prompt
         vae.decode(torch.zeros(1, channels, height, width))
 
     return Needs(
