@@ -290,6 +290,10 @@ def check_lora_and_optimizer(args):
 
 
 def check_schedule_and_loss(args):
+    if args.compile != "off" and args.perceptual_loss == "self":
+        raise InputError(
+            "--perceptual_loss self looks into the UNet where --compile leaves nothing to see: leave one out."
+        )
     if args.train_batch_size == "auto" and args.gradient_accumulation_steps == 1:
         raise InputError(
             "--train_batch_size auto takes as many of a step's pictures at once as fit: say how many a step has with "
@@ -517,26 +521,23 @@ def plan_of(args, base, dtype):
     live = not num_variations(args)
     return Plan(
         dtype, lora_settings_of(args, base.family), state, args.gradient_checkpointing, caches=not live,
-        encodes_in_steps=live or args.train_text_encoder or args.perceptual_loss == "decoder",
+        encoders_stay=live or args.train_text_encoder or args.perceptual_loss == "decoder",
         draws=min(AT_ONCE, len(sample_prompts(args)) * args.num_validation_images),
     )  # fmt: skip
 
 
 def ways_to_save_memory(args):
-    """The flags that make a run take less, the cheapest first."""
+    """In words, the flags that make a run take less, the cheapest first; the last of them make it another run."""
     ways = []
     if precision_of(args) == "no":
         ways.append("--mixed_precision bf16 (fp16 on GPUs before 2020)")
-    if not num_variations(args):
-        ways.append("a cache (--cache_variations 4)")
-    if args.train_batch_size != 1:
-        steps = args.gradient_accumulation_steps
-        if args.train_batch_size != "auto":
-            steps *= args.train_batch_size
-        ways.append(f"--train_batch_size 1 --gradient_accumulation_steps {steps}")
+    if args.train_batch_size not in (1, "auto"):
+        accumulation = args.train_batch_size * args.gradient_accumulation_steps
+        ways.append(f"--train_batch_size 1 --gradient_accumulation_steps {accumulation}")
     if not args.gradient_checkpointing:
         ways.append("--gradient_checkpointing (slower)")
-    return [*ways, "a smaller --resolution"]
+    anew = "a smaller --resolution, which begins a new run (another --output_dir)"
+    return " or ".join([*ways, anew if num_variations(args) else f"--cache_variations 4 or {anew}"])
 
 
 def samples_of(args, base, seed):
@@ -695,7 +696,7 @@ def look_at_data(args, base, records, validation_records, left_out):
     """
     import torch
 
-    from text_to_image_lora.models import loading, prompts
+    from text_to_image_lora.models import loading, modules, prompts
     from text_to_image_lora.pictures import examine, inspection
     from text_to_image_lora.training import batches, caching, memory, trials
 
@@ -728,12 +729,13 @@ def look_at_data(args, base, records, validation_records, left_out):
         token_limit=None if tokenizer is None or args.long_prompts else tokenizer.model_max_length,
         steps_per_epoch=sampler.steps_per_epoch, cache_bytes=cache_bytes,
     )  # fmt: skip
-    needs, lines = None, []
-    if tokenizer is not None and len(pictures):
-        dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(args)]
-        needs = memory.estimate(base, trials.largest_shapes(pictures, base, num_chunks), plan_of(args, base, dtype))
+    needs, lines = None, ["", "memory: not told without the base's configuration (--single_file_config FOLDER)"]
+    if tokenizer is not None:
+        index, batch_size = trials.heaviest_batch(pictures, sampler, sampler.batch_size)
+        shapes = trials.shapes_of(pictures, index, base, num_chunks)
+        needs = memory.estimate(base, shapes, plan_of(args, base, modules.dtype_of(precision_of(args))))
         own = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        lines = ["", *memory.lines_of(needs, sampler.batch_size, " or ".join(ways_to_save_memory(args)), own)]
+        lines = ["", *memory.lines_of(needs, batch_size, ways_to_save_memory(args), own)]
     inspection.write_report(report | {"memory_bytes": needs and needs._asdict()}, report_file)
     print("\n".join([*inspection.lines_of(report), *lines, "", f"all of it: {report_file}"]))
     if args.preview_data is not None:
@@ -814,7 +816,7 @@ def check_launcher():
             )
 
 
-def make_accelerator(args, trackers):
+def make_accelerator(args, lora_settings, trackers):
     """The `Accelerator` in the run's precision, which is checked against the device; computing threads are settled."""
     import torch
     from accelerate import Accelerator
@@ -833,7 +835,7 @@ def make_accelerator(args, trackers):
         log_with=trackers or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=logging_dir),
         # Plain adapters compute in the base's own precision; peft's, in float32, need the casts.
-        kwargs_handlers=[AutocastKwargs(enabled=bool(args.lora_dropout or args.use_dora))],
+        kwargs_handlers=[AutocastKwargs(enabled=lora_settings.needs_autocast)],
     )
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
@@ -1040,37 +1042,69 @@ def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
     return pictures, latents, conditions, validation_sets
 
 
-def settle_batch_size(args, run, trial, accelerator, say):
-    """How many samples a forward pass takes: what the flag says, or for `auto` what the main process finds to fit.
+def settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say):
+    """A `Trial` of the run's heaviest batch, and how many samples a forward pass takes.
 
-    On a GPU a step of the largest size is tried, so that a run which doesn't fit ends before anything is encoded, with a
-    `TrainingError`; on a CPU the estimate is what `auto` goes by.
+    That is what the flag says, or for `auto` what the main process finds to fit. On a GPU a step is tried, so that a run
+    which doesn't fit ends before anything is encoded, with a `TrainingError`; on a CPU `auto` goes by the estimate.
     """
     import psutil
 
+    from text_to_image_lora.models.lora import trainable_parameters
     from text_to_image_lora.training import memory, processes, trials
 
-    auto, found = args.train_batch_size == "auto", run.state.batch_size
-    if auto and found is not None:
-        return found
+    auto, device = args.train_batch_size == "auto", accelerator.device
     limit = args.gradient_accumulation_steps if auto else args.train_batch_size
+    index, heaviest = trials.heaviest_batch(run.pictures, run.sampler, limit)
+    # A single file says how wide its prompts are only when it is loaded.
+    base = run.base._replace(cross_attention_dim=denoiser.config.cross_attention_dim)
+    shapes = trials.shapes_of(run.pictures, index, base, run.identity["num_chunks"])
+    dtype, autocast = next(denoiser.parameters()).dtype, run.lora.needs_autocast
+    trial = trials.Trial(
+        base.family, denoiser, trainable_parameters(denoiser), shapes, dtype, device, autocast=autocast
+    )
+    if auto and device.type != "cuda" and base.kind == "file" and base.single_file_config is None:
+        raise InputError(
+            "--train_batch_size auto needs the base's configuration here: add --single_file_config FOLDER."
+        )
 
     def most_that_fit():
-        if accelerator.device.type == "cuda":
-            return trial.most_that_fit(limit) if auto else limit * trial.fits(limit)
-        if not auto:
-            return limit
-        needs = memory.estimate(run.base, trial.shapes, plan_of(args, run.base, trial.dtype))
-        return trials.evenly(limit, int(0.8 * psutil.virtual_memory().available / needs.further_sample))
+        sizes = [limit] if not auto else trials.even_parts(limit)
+        if auto and run.state.batch_size is not None:
+            sizes = [run.state.batch_size]
+        if device.type == "cuda":
+            return next((size for size in sizes if trial.fits(min(size, heaviest))), 0)
+        if not auto or len(sizes) == 1:
+            return sizes[0]
+        room = 0.8 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        each = memory.estimate(base, shapes, plan_of(args, base, dtype)).further_sample
+        return next(size for size in sizes if size == 1 or size * each <= room)
 
-    found = processes.as_main_says(most_that_fit, accelerator)
+    idle = [] if args.train_text_encoder or not run.variations else [*prompt_encoder.text_encoders]
+    idle += [vae] if run.variations and args.perceptual_loss != "decoder" else []
+    with trials.set_aside(idle, device):
+        found = processes.as_main_says(most_that_fit, accelerator)
     if not found:
-        ways = " or ".join(ways_to_save_memory(args))
-        raise TrainingError(f"Out of memory: a training step does not fit this device. Try {ways}.")
+        raise TrainingError(
+            f"Out of memory: a training step does not fit this device. Try {ways_to_save_memory(args)}."
+        )
     if auto:
         run.state.batch_size = found
         say(f"--train_batch_size auto: {found} of a step's {limit} pictures at once")
-    return found
+    return trial, found
+
+
+def compile_denoiser(args, run, denoiser, trial, say):
+    """--compile: the denoiser's training steps are compiled from here on, and it is said what that gives."""
+    from text_to_image_lora.models.compiling import compile_steps
+    from text_to_image_lora.training import trials
+
+    sampler, sizes = run.sampler, len(set(run.pictures.sizes))
+    _, batch_size = trials.heaviest_batch(run.pictures, sampler, sampler.batch_size)
+    passes = sampler.num_micro_batches(run.state.global_step) * (run.schedule.num_steps - run.state.global_step)
+    say("compiling" + (f"; each of the {sizes} sizes once, the others when they come" if sizes > 1 else ""))
+    start = functools.partial(compile_steps, denoiser, args.compile, batch_size, cache_folder(args) / "compiled")
+    say(trials.what_compiling_gives(start, trial, batch_size, passes))
 
 
 def describe_run(args, run, shown):
@@ -1118,17 +1152,17 @@ def main(args):
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
-    from text_to_image_lora.models import compiling, lora, lora_file
+    from text_to_image_lora.models import lora, lora_file, modules
     from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
     from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes, trials
+    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
     from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    accelerator = make_accelerator(args, trackers)
+    accelerator = make_accelerator(args, lora_settings_of(args, inputs[0].family), trackers)
     device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    weight_dtype = modules.dtype_of(accelerator.mixed_precision)
     say = tqdm.write if accelerator.is_main_process else lambda line: None
     if args.hub_token is not None:
         say(
@@ -1146,13 +1180,7 @@ def main(args):
     denoiser, scaling_factor = adapted[family.denoiser], latent_encoder.scaling_factor
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
-    trial = trials.Trial(
-        family, denoiser, lora.trainable_parameters(denoiser),
-        trials.largest_shapes(run.pictures, run.base, run.identity["num_chunks"]), weight_dtype, device,
-        autocast=bool(args.lora_dropout or args.use_dora),
-    )  # fmt: skip
-    with trials.set_aside([] if args.train_text_encoder else [vae, *prompt_encoder.text_encoders], device):
-        sampler.batch_size = settle_batch_size(args, run, trial, accelerator, say)
+    trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
     pictures, latents, conditions, validation_sets = fill_cache(
         args, run, latent_encoder, prompt_encoder, accelerator, say
     )
@@ -1181,10 +1209,7 @@ def main(args):
     training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
     loader = data.make_loader(training_set, sampler, args.dataloader_num_workers, device)
     if args.compile != "off":
-        compile_steps = functools.partial(
-            compiling.compile_steps, denoiser, args.compile, sampler.batch_size, cache_folder(args) / "compiled"
-        )
-        say(trials.what_compiling_gives(compile_steps, trial, sampler.batch_size, num_steps - state.global_step))
+        compile_denoiser(args, run, denoiser, trial, say)
     # As each process wraps them. They are where they belong: to be moved would part the weights from their masters.
     trained = accelerator.prepare(*adapted.values(), device_placement=[False] * len(adapted))
     trained = [trained] if len(adapted) == 1 else list(trained)
@@ -1263,15 +1288,12 @@ def main(args):
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
-    reports = metrics.StepReports(accelerator, metrics_file, progress, output_dir, say)
-    for model in adapted.values():
-        model.disable_adapters()
-    if judge is not None and judge.validation is None:
-        judge.start()
-    if painter is not None and state.global_step == 0:
-        painter.draw(0)
-    for model in adapted.values():
-        model.enable_adapters()
+    reports = metrics.StepReports(accelerator, metrics_file, progress, output_dir, say, ways_to_save_memory(args))
+    with lora.without_adapters(*adapted.values()):
+        if judge is not None and judge.validation is None:
+            judge.start()
+        if painter is not None and state.global_step == 0:
+            painter.draw(0)
     if judge is not None and state.global_step == 0:
         judge.take_in(0, save_lora, is_base=args.lora_weights is None)
     for model in trained:
@@ -1319,12 +1341,10 @@ def main(args):
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
         optimizer.step()
         lr = lr_scheduler.get_last_lr()[0]
-        # A loss scale that was too high: the step is skipped, and fp16 tries a lower one. Accelerate's own sign of it
-        # misses optimizers that skip by themselves, as fused AdamW does.
-        if accelerator.scaler is None or grad_norm.isfinite():
-            lr_scheduler.step()
-            if average is not None:
-                average.step(params_to_optimize)
+        # Also where fp16 skipped the step, as its loss scale was too high: to ask for that would be to wait for the GPU.
+        lr_scheduler.step()
+        if average is not None:
+            average.step(params_to_optimize)
         optimizer.zero_grad()
         state.global_step += 1
         progress.update()
@@ -1411,7 +1431,7 @@ if __name__ == "__main__":
             raise
         print(
             f"\n{Path(sys.argv[0]).name}: Out of memory. What was saved is whole; to go on from it, run the command again with "
-            f"{' or '.join(ways_to_save_memory(parse_args()))}.",
+            f"{ways_to_save_memory(parse_args())}.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -63,12 +63,13 @@ def main(args):
     from accelerate.utils import parse_flag_from_env
 
     from text_to_image_lora.models.loading import find_base_model
+    from text_to_image_lora.models.modules import dtype_of
     from text_to_image_lora.training import processes
 
     device = torch.device(
         "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     )
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    dtype = dtype_of(args.mixed_precision)
     if device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")

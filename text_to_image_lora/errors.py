@@ -11,6 +11,6 @@ class TrainingError(Exception):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory is used up: the device's or the machine's, whichever library raised it."""
-    # By name, so that torch need not be imported to ask.
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    # CUDA and MPS, cuBLAS and cuDNN, PyTorch's allocator for the CPU on Linux and on Windows.
+    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))

@@ -226,6 +226,15 @@ def test_live_pictures_and_bf16(whole, train, tmp_path):
     assert all(v.abs().max() > 0 for k, v in parts_of(half)["text_encoder"].items() if "lora_B" in k)
 
 
+def test_clip_skip_in_bf16(train, tmp_path):
+    """The layer norm that is applied again has the precision of the text encoder, not that of what it returns."""
+    options = TEXT | dict(clip_skip=1)
+    whole = train(output_dir=tmp_path / "whole", **options)
+    half = train(output_dir=tmp_path / "half", mixed_precision="bf16", **options)
+    losses = [read_metrics(out)[0]["train_loss"] for out in (half, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_it_starts_from_a_lora_of_both(runs, train, tmp_path):
     first = runs[1]["plain"]
     options = dict(lora_weights=first, learning_rate=1e-12)

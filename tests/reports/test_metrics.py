@@ -50,7 +50,9 @@ def reports(tmp_path):
         device=torch.device("cpu"), log=lambda values, step: logged.append((step, dict(values)))
     )
     progress, said = SimpleNamespace(set_postfix=lambda **shown: None, total=100), []
-    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, said.append)
+    made = StepReports(
+        accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, said.append, "--lighter"
+    )
     made.logged, made.said = logged, said
     return made
 
@@ -114,6 +116,6 @@ def test_steps_that_become_many_times_slower_are_said_once(reports):
     assert len(reports.said) == 1
     put_steps(reports, [0.9] * 5)
     assert "since step 38 a step takes 9 times as long" in reports.said[1]
-    assert "--train_batch_size" in reports.said[1]
+    assert "go on with --lighter." in reports.said[1]
     put_steps(reports, [0.1] * 5 + [0.9] * 20)
     assert len(reports.said) == 2

@@ -16,6 +16,7 @@ from conftest import make_picture_set, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.models import latents
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.models.loading import find_base_model, load_components
@@ -377,7 +378,7 @@ def test_ranks_share_the_work(fill, order):
 def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
     """The batch depends on the resolution alone."""
     whole = fill("whole")
-    monkeypatch.setattr(caching, "ENCODE_PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr(latents, "ENCODE_PIXELS", 3 * 32 * 32)
     parts = fill("parts")
     assert whole.keys() == parts.keys()
     assert sorted(len(data) for data in whole.values()) == sorted(len(data) for data in parts.values())

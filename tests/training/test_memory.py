@@ -44,7 +44,7 @@ def test_shapes_alone_are_counted_like_numbers():
 
 def plan_for(base, **changes):
     settings = lora.LoraSettings(4, 4, base.family.target_modules)
-    return Plan(torch.float32, settings, 8, False, caches=True, encodes_in_steps=False, draws=4)._replace(**changes)
+    return Plan(torch.float32, settings, 8, False, caches=True, encoders_stay=False, draws=4)._replace(**changes)
 
 
 def shapes_of(base, side):
@@ -80,9 +80,10 @@ def test_it_follows_what_changes_a_step(tiny_sd):
     assert estimate(base, shapes_of(base, 128), plan).further_sample > 3 * plain.further_sample
     higher = estimate(base, shapes, plan._replace(lora=plan.lora._replace(rank=64)))
     assert higher.step > plain.step
-    live = estimate(base, shapes, plan._replace(caches=False, encodes_in_steps=True, draws=0))
+    live = estimate(base, shapes, plan._replace(caches=False, encoders_stay=True, draws=0))
     assert (live.encoding, live.sample_pictures) == (0, 0)
     assert live.step > plain.step
+    assert live.steps(1) >= live.encoding_in_steps > 0
 
 
 @pytest.mark.parametrize(("device_bytes", "fits"), [(None, True), (4 * 2**30, True), (3 * 2**30, False)])

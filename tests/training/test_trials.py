@@ -1,13 +1,19 @@
 """Trials before a run: they change nothing, and find out what fits."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import read_lora, read_metrics, run_command
+from conftest import read_lora, read_metrics, run_command, train_script
 
+from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import lean, loading, lora
-from text_to_image_lora.training.trials import Shapes, Trial, evenly, what_compiling_gives
+from text_to_image_lora.training import processes, trials
+from text_to_image_lora.training.batches import EffectiveBatchSampler
+from text_to_image_lora.training.trials import Shapes, Trial, even_parts, heaviest_batch, what_compiling_gives
 
 
 @pytest.fixture
@@ -39,14 +45,46 @@ def test_a_trial_changes_nothing(make_trial):
     assert all(torch.equal(value, before[name]) for name, value in trial.denoiser.state_dict().items())
 
 
-@pytest.mark.parametrize(("room", "limit", "found"), [(3, 8, 2), (8, 8, 8), (100, 6, 6), (0, 4, 0), (1, 5, 1)])
-def test_the_most_that_fit(make_trial, room, limit, found):
-    assert make_trial(room).most_that_fit(limit) == found
+def test_what_fits_is_found_out(make_trial):
+    trial = make_trial(3)
+    assert [trial.fits(size) for size in (1, 3, 4)] == [True, True, False]
 
 
-@pytest.mark.parametrize(("count", "most", "size"), [(8, 100, 8), (8, 5, 4), (9, 4, 3), (10, 3, 3), (5, 0, 1)])
-def test_batches_as_few_and_as_even_as_can_be(count, most, size):
-    assert evenly(count, most) == size
+def test_another_error_is_none_of_memory(make_trial):
+    trial = make_trial()
+    trial.shapes = trial.shapes._replace(latent=(3, 8, 8))
+    with pytest.raises(RuntimeError, match="channels"):
+        trial.fits(1)
+
+
+def test_batches_as_few_and_as_even_as_can_be():
+    assert even_parts(1) == [1]
+    assert even_parts(8) == [8, 4, 3, 2, 1]
+    assert even_parts(10) == [10, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "world_size", "accumulation", "expected"),
+    [
+        ([(64, 64)] * 6, 4, 1, 1, ((64, 64), 4)),
+        ([(64, 64)] * 6, 16, 1, 1, ((64, 64), 6)),  # few pictures never fill a batch
+        ([(64, 64)] * 6, 16, 2, 1, ((64, 64), 3)),
+        ([(64, 64)] * 6 + [(96, 96)], 4, 1, 1, ((64, 64), 4)),  # the largest is alone
+        ([(64, 64)] * 6 + [(96, 96)] * 2, 4, 1, 1, ((96, 96), 2)),
+    ],
+)
+def test_the_heaviest_batch_is_one_that_occurs(sizes, limit, world_size, accumulation, expected):
+    pictures = SimpleNamespace(sizes=sizes)
+    groups = [sorted(set(sizes)).index(size) for size in sizes]
+    sampler = EffectiveBatchSampler(
+        np.arange(len(sizes)), batch_size=limit, accumulation=accumulation, rank=0, world_size=world_size, seed=0,
+        groups=groups, num_steps=20,
+    )  # fmt: skip
+    index, count = heaviest_batch(pictures, sampler, limit)
+    assert (sizes[index], count) == expected
+    batches = [batch for step in range(20) for batch in sampler.micro_batches(step)]
+    areas = [sizes[batch[0].index][0] * sizes[batch[0].index][1] * len(batch) for batch in batches]
+    assert max(areas) == sizes[index][0] * sizes[index][1] * count
 
 
 def test_whether_compiling_pays_is_measured(make_trial):
@@ -57,28 +95,93 @@ def test_whether_compiling_pays_is_measured(make_trial):
     line = what_compiling_gives(lambda: called.append(1), trial, 2, 5000)
     assert called == [1]
     assert line == (
-        "compiled in 40 s: forward and backward take 0.300 s instead of 0.500, which pays back after 200 of 5,000 steps"
+        "compiled in 40 s: forward and backward take 0.300 s instead of 0.500, which pays back after 200 of 5,000 forward "
+        "passes"
     )
     times = iter([(1.0, 0.5), (40.0, 0.6)])
     assert what_compiling_gives(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
 
 
-def test_auto_trains_as_one_batch_does_and_goes_on_with_what_it_found(train, tmp_path):
-    """A step's four samples fit at once here, and the checkpoint keeps the number."""
-    how = dict(train_batch_size="auto", gradient_accumulation_steps=4, num_validation_images=0)
-    auto = train(**how, max_train_steps=4, checkpointing_steps=2)
+@pytest.fixture
+def little_memory(monkeypatch):
+    """`little_memory(n)`: the machine has memory for n of the tiny samples."""
+
+    def have(samples):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=samples * 1.3 * SAMPLE))
+
+    return have
+
+
+SAMPLE = 780_000  # bytes that a further one of the tiny samples takes, roughly
+
+
+def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, little_memory, capsys):
+    how = dict(train_batch_size="auto", gradient_accumulation_steps=4, max_train_steps=4, num_validation_images=0)
+    little_memory(2)
+    auto = train(**how, checkpointing_steps=2)
+    assert "--train_batch_size auto: 2 of a step's 4 pictures at once" in capsys.readouterr().err
     given = train(
-        train_batch_size=4,
-        max_train_steps=4,
-        num_validation_images=0,
-        checkpointing_steps=2,
+        train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=4, num_validation_images=0,
         output_dir=tmp_path / "given",
+    )  # fmt: skip
+    found = read_lora(auto)
+    assert all(torch.equal(value, found[name]) for name, value in read_lora(given).items())
+    little_memory(100)
+    again = train(**how, resume_from_checkpoint="checkpoint-2")
+    assert "--train_batch_size auto: 2 of" in capsys.readouterr().err  # what the run began with
+    assert all(torch.equal(value, found[name]) for name, value in read_lora(again).items())
+    assert len(read_metrics(again)) == 4
+
+
+class Gpu:
+    """What of an `Accelerator` on a GPU is asked for: nothing here runs on it."""
+
+    device, is_main_process = SimpleNamespace(type="cuda"), True
+
+
+@pytest.mark.parametrize(
+    ("flags", "room", "kept", "found"),
+    [
+        (["--train_batch_size", "4"], 4, None, 4),
+        (["--train_batch_size", "4"], 3, None, None),
+        (["--train_batch_size", "auto", "--gradient_accumulation_steps", "6"], 5, None, 3),
+        (["--train_batch_size", "auto", "--gradient_accumulation_steps", "6"], 0, None, None),
+        (["--train_batch_size", "auto", "--gradient_accumulation_steps", "6"], 9, 2, 2),
+        (["--train_batch_size", "auto", "--gradient_accumulation_steps", "6"], 1, 2, None),
+    ],
+)
+def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, found):
+    """With a trial that has memory for so many samples, in the place of the GPU's."""
+    trial = make_trial(room)
+    words = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *flags]
+    args = train_script.parse_args(words)
+    sizes = [(32, 32)] * 8
+    sampler = EffectiveBatchSampler(
+        np.arange(8), batch_size=1, accumulation=6, rank=0, world_size=1, seed=0, groups=[0] * 8, num_steps=4
     )
-    wanted, found = read_lora(given), read_lora(auto)
-    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
-    loss = read_metrics(auto)[-1]["train_loss"]
-    on = train(**how, max_train_steps=4, resume_from_checkpoint="checkpoint-2")
-    assert read_metrics(on)[-1]["train_loss"] == loss
+    family = trial.family
+    base = SimpleNamespace(
+        family=family, kind="folder", _replace=lambda **_: SimpleNamespace(family=family, kind="folder")
+    )
+    settings = lora.LoraSettings(4, 4, ())
+    run = SimpleNamespace(
+        base=base, sampler=sampler, pictures=SimpleNamespace(sizes=sizes), lora=settings, variations=1,
+        identity={"num_chunks": 1}, state=SimpleNamespace(batch_size=kept),
+    )  # fmt: skip
+    moved = []
+    encoder = SimpleNamespace(to=lambda device: moved.append(str(device)))
+    monkeypatch.setattr(trials, "shapes_of", lambda *_: trial.shapes)
+    monkeypatch.setattr(trials, "Trial", lambda *_, **__: trial)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(processes, "broadcast_object_list", lambda answer: answer)
+    more = (trial.denoiser, encoder, SimpleNamespace(text_encoders=[encoder]), Gpu(), lambda line: None)
+    if found is None:
+        with pytest.raises(TrainingError, match="Out of memory: a training step does not fit this device. Try "):
+            train_script.settle_batch_size(args, run, *more)
+    else:
+        assert train_script.settle_batch_size(args, run, *more)[1] == found
+    assert moved[:2] == ["cpu", "cpu"]
+    assert len(moved) == 4
 
 
 def test_auto_needs_to_know_what_a_step_has(arguments):

@@ -5,8 +5,16 @@ import functools
 from .modules import weights_identity
 
 
+ENCODE_PIXELS = 512 * 512  # at once: four such pictures take more memory than a training step
+
+
+def encoded_at_once(width, height):
+    """How many pictures of that size are encoded together."""
+    return max(1, ENCODE_PIXELS // (width * height))
+
+
 class LatentEncoder:
-    """A VAE that encodes uint8 pixels; latents are cached in `dtype`."""
+    """A VAE that encodes uint8 pixels, a few at once; latents are cached in `dtype`."""
 
     def __init__(self, vae, dtype):
         self.vae, self.dtype = vae, dtype
@@ -33,7 +41,11 @@ class LatentEncoder:
         """
         import torch
 
-        pixels = pixels.to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
-        with torch.no_grad():
-            posterior = self.vae.encode(pixels).latent_dist
-        return posterior.mean.float(), posterior.std.float()
+        means, stds = [], []
+        for part in pixels.split(encoded_at_once(*pixels.shape[1:3])):
+            part = part.to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
+            with torch.no_grad():
+                posterior = self.vae.encode(part).latent_dist
+            means.append(posterior.mean.float())
+            stds.append(posterior.std.float())
+        return torch.cat(means), torch.cat(stds)

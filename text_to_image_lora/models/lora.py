@@ -1,5 +1,6 @@
 """Adapters on a frozen model, through peft."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ class LoraSettings(NamedTuple):
     init: str = "gaussian"
     use_rslora: bool = False
     use_dora: bool = False
+
+    @property
+    def needs_autocast(self):
+        """Whether peft computes it, in float32, instead of the lean forward in the base's precision."""
+        return bool(self.dropout or self.use_dora)
 
 
 def add_lora(model, settings):
@@ -116,6 +122,22 @@ def load_adapter(model, state_dict):
         wrong = sorted({name for name, _ in set(expected.items()) ^ set(given.items())})
         raise ValueError(f"{len(wrong)} of {len(expected)} tensors do not fit the adapter, the first: {wrong[0]}")
     set_peft_model_state_dict(model, state_dict, adapter_name="default")
+
+
+@contextlib.contextmanager
+def without_adapters(*models):
+    """Inside, the models are as they were before their LoRA; gradients still pass through them.
+
+    peft's own switch would also make the layers' weights trainable again, which are views of what is trained.
+    """
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def joined(parts):

@@ -5,6 +5,13 @@ import hashlib
 import json
 
 
+def dtype_of(precision):
+    """What the frozen base is in, in each of Accelerate's mixed precisions."""
+    import torch
+
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 @contextlib.contextmanager
 def evaluating(model):
     """Eval mode inside, and the mode it had afterwards."""

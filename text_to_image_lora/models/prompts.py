@@ -87,7 +87,8 @@ def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None, num_chunks
     hidden_states = output[0]
     if clip_skip is not None:
         norm = getattr(inner, "text_model", inner).final_layer_norm
-        hidden_states = norm(output.hidden_states[-(clip_skip + 1)])
+        # In mixed precision the text encoder's wrapper makes float32 of what it returns.
+        hidden_states = norm(output.hidden_states[-(clip_skip + 1)].to(norm.weight.dtype))
     return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1])
 
 

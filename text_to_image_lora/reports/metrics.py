@@ -76,14 +76,12 @@ class OnTheirWay:
 class Pace:
     """What is said of a run's speed: after ten steps what is left, and once when steps become many times slower."""
 
-    FIRST, SLOWER, IN_A_ROW = (
-        10,
-        4,
-        5,
-    )  # steps to measure; how many times the median is slow; how often before it is said
+    FIRST = 10  # steps to measure
+    SLOWER = 4  # times the median: a slow step
+    IN_A_ROW = 5  # slow steps, before it is said
 
-    def __init__(self, device, num_steps, say):
-        self.device, self.num_steps, self.say = device, num_steps, say
+    def __init__(self, device, num_steps, say, remedy):
+        self.device, self.num_steps, self.say, self.remedy = device, num_steps, say, remedy
         self.seconds, self.slow, self.said = [], 0, False
 
     def take(self, step, seconds):
@@ -91,7 +89,9 @@ class Pace:
         self.seconds.append(seconds)
         if len(self.seconds) == self.FIRST:
             each, left = statistics.median(self.seconds), self.num_steps - step
-            self.say(f"{each:.3g} s a step, {in_words(each * left)} for the {left} left; {self.memory()}")
+            memory = in_bytes(peak_memory_gib(self.device) * 2**30)
+            rest = f", {in_words(each * left)} for the {left} left" if left else ""
+            self.say(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
             self.check_spill()
         elif len(self.seconds) > self.FIRST and not self.said:
             usual = statistics.median(self.seconds[-200:])
@@ -100,12 +100,8 @@ class Pace:
                 self.said = True
                 self.say(
                     f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before: another "
-                    "program uses the device, or its memory is full. If it stays so, stop with Ctrl-C and go on with a "
-                    "smaller --train_batch_size, or with --gradient_checkpointing."
+                    f"program uses the device, or its memory is full. If it stays so, stop with Ctrl-C and go on with {self.remedy}."
                 )
-
-    def memory(self):
-        return f"at most {in_bytes(peak_memory_gib(self.device) * 2**30)} of memory so far"
 
     def check_spill(self):
         """Drivers for Windows let a GPU use the machine's memory when its own is full, many times slower."""
@@ -120,7 +116,7 @@ class Pace:
                 self.said = True
                 self.say(
                     f"{in_bytes(taken)} are in use and the GPU has {in_bytes(own)}: the driver lends it the "
-                    "machine's memory, which is many times slower. Lower --train_batch_size, or pass --gradient_checkpointing."
+                    f"machine's memory, which is many times slower. Stop with Ctrl-C and go on with {self.remedy}."
                 )
 
 
@@ -135,10 +131,10 @@ def in_words(seconds):
 class StepReports:
     """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs."""
 
-    def __init__(self, accelerator, metrics_file, progress, output_dir, say):
+    def __init__(self, accelerator, metrics_file, progress, output_dir, say, remedy):
         self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
         self.output_dir, self.waiting, self.smooth = output_dir, None, None
-        self.pace = Pace(accelerator.device, progress.total, say)
+        self.pace = Pace(accelerator.device, progress.total, say, remedy)
 
     def put(self, step, values, *, samples, seconds):
         """Takes numbers and tensors of one number in, and how long the step of so many samples took.

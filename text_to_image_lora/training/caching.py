@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError
 from ..files import in_bytes, written_whole
-from ..models.latents import LatentEncoder
+from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
 
@@ -33,7 +33,6 @@ from ..models.prompts import PromptEncoder
 CACHE_VERSION = 4
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
-ENCODE_PIXELS = 512 * 512  # at once: four such pictures took more memory than all that comes after them
 ENCODE_CAPTIONS = 32
 CONDITION = "condition."  # before the name of a variation's own condition in its shard
 
@@ -130,7 +129,7 @@ def encode_latent_entries(entries, progress, *, pictures, encoder, family):
 
     Where the pictures are masked, "mask" too, (entries, 1, h, w); pictures without one count everywhere.
     """
-    batch_size = max(1, ENCODE_PIXELS // math.prod(pictures.sizes[entries[0][0]]))
+    batch_size = encoded_at_once(*pictures.sizes[entries[0][0]])
     rows = {"mean": [], "std": []}
     for start in range(0, len(entries), batch_size):
         part = entries[start : start + batch_size].tolist()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..files import in_bytes
 from ..models import lean, loading, lora
-from .caching import ENCODE_PIXELS
+from ..models.latents import encoded_at_once
 from .trials import Trial
 
 
@@ -75,9 +75,10 @@ class Needs(NamedTuple):
     step: int  # a training step of one sample
     further_sample: int  # what each further sample of a batch adds to it
     sample_pictures: int  # while they are drawn; 0 without them
+    encoding_in_steps: int = 0  # where each step encodes its pictures
 
     def steps(self, batch_size):
-        return self.step + (batch_size - 1) * self.further_sample
+        return max(self.step + (batch_size - 1) * self.further_sample, self.encoding_in_steps)
 
     def peak(self, batch_size):
         return max(self.encoding, self.steps(batch_size), self.sample_pictures)
@@ -105,8 +106,8 @@ class Plan(NamedTuple):
     lora: lora.LoraSettings
     bytes_for_each_weight: int  # what the optimizer keeps, and a moving average
     gradient_checkpointing: bool
-    caches: bool  # VAE and text encoders are on the device before the steps
-    encodes_in_steps: bool  # and while they run
+    caches: bool  # pictures are encoded before the steps, not in them
+    encoders_stay: bool  # and while they run
     draws: int  # sample pictures at once; 0: none
 
 
@@ -125,25 +126,26 @@ def estimate(base, shapes, plan):
     held = lean.hold_lean(denoiser, [lora.trainable_parameters(denoiser)])
     parameters = [parameter for group in held for parameter in group]
     weights = frozen + sum(parameter.numel() for parameter in parameters) * (4 + plan.bytes_for_each_weight)
-    autocast = plan.lora.dropout or plan.lora.use_dora
-    trial = Trial(base.family, denoiser, parameters, shapes, plan.dtype, torch.device("cpu"), autocast=bool(autocast))
+    autocast = plan.lora.needs_autocast
+    trial = Trial(base.family, denoiser, parameters, shapes, plan.dtype, torch.device("cpu"), autocast=autocast)
     one, two = (peak_bytes(functools.partial(trial, batch_size)) for batch_size in (1, 2))
     channels, height, width = shapes.latent
     pixels = height * base.vae_factor, width * base.vae_factor
 
     @torch.no_grad()
     def encode():
-        at_once = max(1, ENCODE_PIXELS // (pixels[0] * pixels[1]))
-        vae.encode(torch.zeros(at_once, 3, *pixels)).latent_dist.std.float()
+        vae.encode(torch.zeros(encoded_at_once(*pixels), 3, *pixels)).latent_dist.std.float()
 
     @torch.no_grad()
     def draw():
         trial.predict(2 * plan.draws)  # each with its negative prompt
         vae.decode(torch.zeros(1, channels, height, width))
 
+    encoding = weights + encoders + peak_bytes(encode)
     return Needs(
-        weights + encoders + peak_bytes(encode) if plan.caches else 0,
-        weights + one + (encoders if plan.encodes_in_steps else 0),
+        encoding if plan.caches else 0,
+        weights + one + (encoders if plan.encoders_stay else 0),
         two - one,
         weights + vae_weights + peak_bytes(draw) if plan.draws else 0,
+        0 if plan.caches else encoding,
     )

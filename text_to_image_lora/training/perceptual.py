@@ -7,7 +7,8 @@ added to the objective by a weight.
 import contextlib
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..models.lora import without_adapters
 
 
 DECODER_BLOCKS = 2  # of the decoder's upward blocks that are looked at, beside its middle; later ones cost far more
@@ -42,17 +43,13 @@ def decoder_loss(vae, predicted, clean, scaling_factor):
 @contextlib.contextmanager
 def plain(unet):
     """The UNet as it was before its LoRA, for what runs inside; gradients still pass through it."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     was_checkpointing = unet.is_gradient_checkpointing
     if was_checkpointing:  # it would run again in the backward pass, with the LoRA
         unet.disable_gradient_checkpointing()
-    for layer in layers:
-        layer._disable_adapters = True
     try:
-        yield
+        with without_adapters(unet):
+            yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
         if was_checkpointing:
             unet.enable_gradient_checkpointing()
 

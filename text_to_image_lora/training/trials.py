@@ -4,8 +4,10 @@ import contextlib
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from ..errors import is_out_of_memory
 from .caching import picture_condition_of
 
 
@@ -16,9 +18,20 @@ class Shapes(NamedTuple):
     condition: dict
 
 
-def largest_shapes(pictures, base, num_chunks):
-    """The `Shapes` of the largest of a `PictureSet`'s sizes, with captions of that many chunks."""
-    index = max(range(len(pictures)), key=lambda i: pictures.sizes[i][0] * pictures.sizes[i][1])
+def heaviest_batch(pictures, sampler, limit):
+    """(index of a picture, number of samples) of the batch that takes the most memory, of up to `limit` samples each.
+
+    `sampler` is the run's: a size that few pictures have never fills a batch.
+    """
+    counts = np.bincount(sampler.groups[sampler.samples], minlength=1 + sampler.groups.max())
+    at_once = np.minimum(limit, -(-np.minimum(counts, sampler.effective_batch_size) // sampler.world_size))
+    areas = np.array([width * height for width, height in pictures.sizes])
+    index = int(np.argmax(areas * at_once[sampler.groups]))
+    return index, int(at_once[sampler.groups[index]])
+
+
+def shapes_of(pictures, index, base, num_chunks):
+    """The `Shapes` of a picture of a `PictureSet`, with captions of that many chunks."""
     own = picture_condition_of(pictures, index, 0, base.family)
     shapes = base.condition_shapes(num_chunks) | {name: tuple(value.shape) for name, value in own.items()}
     return Shapes(base.latent_shape(pictures.sizes[index]), shapes)
@@ -38,9 +51,9 @@ def set_aside(models, device):
             model.to(device)
 
 
-def evenly(count, most):
-    """The size of batches, of `most` at most, that divide `count` samples into as few and as even parts as can be."""
-    return -(-count // -(-count // max(1, min(count, most))))
+def even_parts(count):
+    """The sizes of batches that divide `count` samples into as few and as even parts as can be, the largest first."""
+    return sorted({-(-count // parts) for parts in range(1, count + 1)}, reverse=True)
 
 
 class Trial:
@@ -59,7 +72,7 @@ class Trial:
         latents = torch.randn(batch_size, *self.shapes.latent, **how)
         timesteps = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         condition = {name: torch.zeros(batch_size, *shape, **how) for name, shape in self.shapes.condition.items()}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.autocast and self.dtype != torch.float32):
             return self.family.predict(self.denoiser, latents, timesteps, **condition)
 
     def __call__(self, batch_size):
@@ -72,7 +85,7 @@ class Trial:
             self.denoiser.train(training)
 
     def seconds(self, batch_size, count=3):
-        """(the first, the least of `count` more), each until the device is done."""
+        """(the first, the least of `count` more), each until the GPU is done."""
         took = []
         for _ in range(1 + count):
             started = time.perf_counter()
@@ -86,7 +99,9 @@ class Trial:
         """Whether the device has the memory for it."""
         try:
             self(batch_size)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             fits = False  # what the failed step holds goes with its exception
         else:
             fits = True
@@ -94,20 +109,13 @@ class Trial:
             torch.cuda.empty_cache()
         return fits
 
-    def most_that_fit(self, limit):
-        """The largest number of samples, of `limit` and its halves, that fit at once; 0 where one is too many."""
-        batch_size = limit
-        while batch_size and not self.fits(batch_size):
-            batch_size //= 2
-        return batch_size
 
-
-def what_compiling_gives(compile_steps, trial, batch_size, num_steps):
-    """Calls `compile_steps()` and says what that cost, and after how many steps it is paid back."""
+def what_compiling_gives(compile_steps, trial, batch_size, num_passes):
+    """Calls `compile_steps()`, and says what that cost and after how many of the run's forward passes it is paid back."""
     _, before = trial.seconds(batch_size)
     compile_steps()
     first, after = trial.seconds(batch_size)
     line = f"compiled in {first:.0f} s: forward and backward take {after:.3f} s instead of {before:.3f}"
     if after >= before:
         return f"{line}, so it does not pay here: leave --compile out"
-    return f"{line}, which pays back after {round(first / (before - after)):,} of {num_steps:,} steps"
+    return f"{line}, which pays back after {round(first / (before - after)):,} of {num_passes:,} forward passes"
