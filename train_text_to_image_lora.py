@@ -2,7 +2,7 @@
 """Fine-tunes Stable Diffusion with LoRA on your own pictures.
 
     accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
-        --pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons --resolution 64
+        --pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons --resolution 128
 
 Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same command again to go on after an interruption.
 """

@@ -49,7 +49,7 @@ ENVIRONMENT = {
 NOT_PASSED_ON = ("ACCELERATE_MIXED_PRECISION", "WANDB_API_KEY", "PYTHONPATH")
 
 # As in a shell: $data is the folder that `make_data` writes, $out the run's own, and after && comes a second command.
-COMMON = """--pretrained_model_name_or_path models/mini-sd --resolution 64 --seed 7 --rank 4 --learning_rate 2e-3
+COMMON = """--pretrained_model_name_or_path models/mini-sd --resolution 128 --seed 7 --rank 4 --learning_rate 2e-3
     --train_batch_size 4 --num_validation_images 1 --validation_inference_steps 3 --validation_epochs 0
     --report_to none --output_dir $out --latent_cache_dir $out/cache"""
 RUNS = {

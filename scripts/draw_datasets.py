@@ -29,7 +29,7 @@ from drawings import (  # noqa: E402
     fill,
     jittered,
     mirrored,
-    scatter,
+    places_on,
 )
 
 
@@ -38,9 +38,8 @@ NUM_TEST = 6  # of the 30 scenes of a kind; the other 24 are for training
 PINKS = np.array([(255, 176, 208), (242, 88, 162)])
 # Blossoms, at least and at most (fewer where they would hide the weapon), and how much thicker than in `KINDS` the
 # strokes and shafts are that carry them.
-BLOSSOMS = {"axe": (6, 9), "spear": (5, 6), "trident": (6, 8), "whip": (6, 9)}
+BLOSSOMS = {"axe": (5, 8), "spear": (4, 6), "trident": (5, 7), "whip": (5, 8)}
 THICKNESS = {"axe": 1.1, "spear": 1.35, "trident": 1.2, "whip": 1.25}
-MOST_COVERED = 0.52  # share of the weapon's area that blossoms may hide
 WEAPON_CAPTIONS = (
     "{weapon} with pink blossoms on {background}",
     "a drawing of {weapon} with pink blossoms on {background}",
@@ -116,32 +115,14 @@ def weapon_shapes(kind):
     return out
 
 
-def decorate_with_blossoms(image, mask, count, rng):
-    """Pink blossoms of several sizes all over the mask, along the middle of its thin parts, off its tips."""
-    size = image.width
-    small = Image.fromarray((mask * 255).astype(np.uint8)).resize((RESOLUTION, RESOLUTION))
-    deep = np.asarray(small.filter(ImageFilter.MinFilter(5))) > 127
-    depth = small.filter(ImageFilter.GaussianBlur(1.6))
-    ridge = np.asarray(depth) >= np.asarray(depth.filter(ImageFilter.MaxFilter(3)))
-    allowed = (np.asarray(small) > 127) & (deep | ridge)
-    around = np.asarray(small.filter(ImageFilter.GaussianBlur(6)), dtype=float)
-    allowed &= around > np.quantile(around[allowed], 0.18)
-    grid_y, grid_x = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
-    while True:
-        for distance in np.arange(34, 17, -2):
-            points = scatter(allowed, count, distance, rng)
-            if len(points) == count:
-                break
-        radii = RESOLUTION * rng.uniform(0.055, 0.078, len(points))
-        hidden = np.any([np.hypot(grid_x - x, grid_y - y) < r for (x, y), r in zip(points, radii)], axis=0)
-        if hidden[np.asarray(small) > 127].mean() < MOST_COVERED or count == 5:
-            break
-        count -= 1
-    draw, zoom = ImageDraw.Draw(image), size / RESOLUTION
-    pink = PINKS[0] + rng.uniform(0, 1) * (PINKS[1] - PINKS[0])
-    for (x, y), radius in zip(points, radii):
-        x, y, turn = (x + 0.5) * zoom, (y + 0.5) * zoom, rng.uniform(0, 72)
-        draw_blossom(draw, x, y, radius * zoom, turn, jittered(pink, rng, 14))
+def decorate_with_blossoms(image, mask, count, rng, colours=PINKS):
+    """Blossoms of several sizes all over the mask, of one colour between the two: (x, y, radius), parts of the picture."""
+    draw, size = ImageDraw.Draw(image), image.width
+    colour = colours[0] + rng.uniform(0, 1) * (colours[1] - colours[0])
+    places = places_on(mask, count, rng)
+    for x, y, radius in places:
+        draw_blossom(draw, x * size, y * size, radius * size, rng.uniform(0, 72), jittered(colour, rng, 14))
+    return places
 
 
 def lit(image, rng):
@@ -152,8 +133,11 @@ def lit(image, rng):
     return Image.fromarray((np.asarray(image) * light[..., None]).clip(0, 255).astype(np.uint8))
 
 
-def draw_weapon(kind, colour, background, rng):
-    """A weapon with pink blossoms, wholly inside the picture: RGB `PIL.Image`."""
+def draw_weapon(kind, colour, background, rng, decorate=decorate_with_blossoms):
+    """A weapon with pink blossoms, wholly inside the picture: RGB `PIL.Image`.
+
+    `decorate(image, mask, count, rng)` may put something else on it.
+    """
     size = RESOLUTION * SUPERSAMPLING
     backdrop = draw_backdrop(jittered(COLOURS[background], rng), size, rng)
     shapes = weapon_shapes(kind)
@@ -165,7 +149,7 @@ def draw_weapon(kind, colour, background, rng):
         mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.66, 0.88), perspective=0.2)
         if not (mask & edge).any():
             break
-    decorate_with_blossoms(image, mask, rng.integers(*BLOSSOMS[kind], endpoint=True), rng)
+    decorate(image, mask, rng.integers(*BLOSSOMS[kind], endpoint=True), rng)
     return lit(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX), rng)
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 
 SUPERSAMPLING = 4
+MOST_COVERED = 0.52  # share of an object's area that motifs may hide
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -59,10 +60,14 @@ def rectangle(left, top, right, bottom):
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-# Each kind is a list of shapes; the tone multiplies the object's colour, so that one colour word describes it.
+WHITE, BLACK = "white", "black"
+
+# Each kind is a list of shapes; the tone multiplies the object's colour, so that one colour word describes it, or is
+# white or black (an eye).
 KINDS = {
     "axe": [
         fill(rectangle(-0.10, -0.95, 0.10, 1.0), 0.72),
+        stroke(curve((-0.03, 0.0), (0.0, 0.3), (-0.06, 0.6), (-0.02, 0.9)), 0.025, 0.5),
         fill([(0.05, -0.80), *curve((0.30, -0.82), (0.5, -0.9), (0.6, -1.0), (0.66, -1.02)),
               *curve((0.66, -1.02), (0.95, -0.6), (0.95, -0.2), (0.66, 0.16)),
               *curve((0.66, 0.16), (0.5, 0.0), (0.3, -0.22), (0.05, -0.22))]),
@@ -89,17 +94,21 @@ KINDS = {
         stroke(curve((0.5, -0.5), (0.5, 0.35), (-0.3, 0.1), (0.0, -0.35)), 0.11, 1.1),
         stroke(curve((0.0, -0.35), (0.2, -0.6), (0.9, 0.0), (0.8, 0.55)), 0.08, 1.1),
         stroke([(-0.35, 0.3), (-0.2, 1.0)], 0.24, 0.72),
+        *(stroke([(x - 0.11, y + 0.03), (x + 0.11, y - 0.03)], 0.035, 0.45)
+          for x, y in ((-0.32, 0.42), (-0.28, 0.58), (-0.25, 0.74))),
         fill(circle(-0.18, 1.02, 0.17), 0.9),
     ],
     "sword": [
         fill(mirrored([(0, -1.15), (0.2, -0.85), (0.2, 0.42)])),
         fill([(0, -1.15), (0.2, -0.85), (0.2, 0.42), (0.02, 0.42)], 1.3),
+        stroke([(0, -0.8), (0, 0.4)], 0.03, 0.6),
         fill(rectangle(-0.5, 0.4, 0.5, 0.58), 0.8),
         fill(rectangle(-0.1, 0.58, 0.1, 0.95), 0.65),
         fill(circle(0, 1.0, 0.16), 0.9),
     ],
     "hammer": [
         fill(rectangle(-0.11, -0.5, 0.11, 1.1), 0.72),
+        stroke(curve((-0.03, -0.2), (0.02, 0.2), (-0.06, 0.6), (0.0, 1.0)), 0.025, 0.5),
         fill(rectangle(-0.68, -1.0, 0.68, -0.38)),
         fill(rectangle(-0.68, -1.0, 0.68, -0.78), 1.25),
         fill(rectangle(-0.78, -1.05, -0.58, -0.33), 0.85),
@@ -114,7 +123,8 @@ KINDS = {
         fill(mirrored([(0, -0.95), (0.75, -0.75), *curve((0.75, -0.75), (0.8, 0.2), (0.5, 0.7), (0, 1.05))]), 0.75),
         fill(mirrored([(0, -0.78), (0.6, -0.62), *curve((0.6, -0.62), (0.64, 0.15), (0.4, 0.55), (0, 0.85))])),
         fill([(0, -0.78), (0.6, -0.62), *curve((0.6, -0.62), (0.64, 0.15), (0.4, 0.55), (0, 0.85))], 1.22),
-        fill(circle(0, -0.05, 0.2), 0.75),
+        fill(circle(0, -0.05, 0.22), 0.75),
+        fill(circle(0, -0.05, 0.1), 1.3),
     ],
     "key": [
         stroke(circle(0, -0.65, 0.36), 0.2),
@@ -134,6 +144,8 @@ KINDS = {
         stroke(circle(0.18, 0.75, 0.18, None, 180, 0), 0.09, 0.7),
         fill([*circle(0, 0, 1.0, 0.9, 180, 360), (0.66, -0.16), (0.33, 0), (0, -0.16), (-0.33, 0), (-0.66, -0.16)]),
         fill([*circle(0, 0, 0.36, 0.9, 180, 360), (0, -0.16)], 1.28),
+        *(stroke(curve((0, -0.88), (0.5 * x, -0.8), (x, -0.5), (x, y)), 0.03, 0.55)
+          for x, y in ((-0.33, 0), (0.33, 0), (-0.66, -0.16), (0.66, -0.16))),
         stroke([(0, -0.88), (0, -1.05)], 0.08, 0.7),
     ],
     "bottle": [
@@ -141,27 +153,36 @@ KINDS = {
         fill(rectangle(-0.24, -1.08, 0.24, -0.85), 0.65),
         fill(rectangle(-0.5, 0.2, 0.5, 0.7), 1.35),
         fill(rectangle(-0.38, -0.1, -0.24, 0.15), 1.35),
+        *(stroke([(-0.32, y), (0.32, y)], 0.06, 0.6) for y in (0.36, 0.54)),
     ],
     "fish": [
         fill([(-0.5, 0.0), (-1.05, -0.5), (-0.92, 0.0), (-1.05, 0.5)], 0.8),
         fill(circle(0.12, 0, 0.82, 0.52)),
         fill([(-0.1, -0.46), (0.12, -0.8), (0.4, -0.46)], 0.8),
         fill(circle(0.12, 0.12, 0.6, 0.3), 1.22),
-        fill(circle(0.55, -0.12, 0.13), 1.6),
-        fill(circle(0.58, -0.12, 0.06), 0.2),
+        stroke(circle(0.1, 0.02, 0.2, 0.36, -62, 62, 16), 0.04, 0.5),
+        *(stroke([(-0.62, 0.12 * y), (-0.92, 0.36 * y)], 0.035, 0.5) for y in (-1, 0, 1)),
+        fill(circle(0.56, -0.13, 0.15), WHITE),
+        fill(circle(0.59, -0.13, 0.08), BLACK),
     ],
     "tree": [
         fill([(-0.14, 0.4), (0.14, 0.4), (0.2, 1.05), (-0.2, 1.05)], 0.6),
         fill([(0, -1.1), (0.5, -0.4), (-0.5, -0.4)], 1.2),
         fill([(0, -0.75), (0.66, 0.05), (-0.66, 0.05)]),
         fill([(0, -0.35), (0.8, 0.55), (-0.8, 0.55)], 0.9),
+        *(stroke([(x - 0.14, y + 0.3), (x, y), (x + 0.14, y + 0.3)], 0.03, 0.6)
+          for x, y in ((0, -0.85), (-0.2, -0.35), (0.2, -0.35), (-0.3, 0.15), (0.05, 0.05), (0.36, 0.15))),
     ],
     "house": [
         fill(rectangle(-0.7, -0.15, 0.7, 0.95)),
+        fill(rectangle(0.38, -0.95, 0.62, -0.35), 0.85),
         fill([(0, -1.0), (0.95, -0.1), (-0.95, -0.1)], 0.7),
         fill(rectangle(-0.17, 0.35, 0.17, 0.95), 0.55),
-        fill(rectangle(-0.55, 0.1, -0.25, 0.42), 1.4),
-        fill(rectangle(0.25, 0.1, 0.55, 0.42), 1.4),
+        fill(circle(0.09, 0.66, 0.045), 1.4),
+        *(part for x in (-0.43, 0.43) for part in (
+            fill(rectangle(x - 0.19, 0.08, x + 0.19, 0.46), 1.5),
+            stroke([(x, 0.08), (x, 0.46)], 0.05, 0.55),
+            stroke([(x - 0.19, 0.27), (x + 0.19, 0.27)], 0.05, 0.55))),
     ],
     "star": [
         fill([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r)
@@ -175,8 +196,14 @@ WEAPONS = ("axe", "spear", "trident", "whip")
 
 
 def shaded(colour, tone):
-    """The colour made darker (tone < 1) or moved towards white (tone > 1)."""
+    """The colour made darker (tone < 1) or moved towards white (tone > 1), or the other way where that can't be seen."""
+    if isinstance(tone, str):
+        return COLOURS[tone]
     colour = np.asarray(colour, dtype=float)
+    if tone > 1 and colour.min() > 200:
+        tone = 1 - 0.55 * (tone - 1)
+    elif tone < 1 and colour.max() < 60:
+        tone = 1 + 0.45 * (1 - tone)
     out = colour * tone if tone <= 1 else colour + (255 - colour) * min(tone - 1, 1)
     return tuple(int(round(c)) for c in out.clip(0, 255))
 
@@ -246,20 +273,49 @@ def draw_object(image, shapes, colour, rng, max_turn=40.0, scale=(0.62, 0.82), s
     image.paste(outline, (0, 0), mask)
     draw = ImageDraw.Draw(image)
     for shape, points in placed:
+        if shape[0] == "fill" and shape[2] not in (WHITE, BLACK):  # a fine line parts it from what it lies on
+            _paint(draw, shape, points, size, shaded(colour, 0.6), grow=0.004)
         _paint(draw, shape, points, size, shaded(colour, shape[2]))
     return np.asarray(mask) > 127
 
 
 def draw_blossom(draw, x, y, radius, turn, colour, centre=(255, 236, 150)):
     """A five-petalled blossom; x, y and radius in pixels."""
-    for grow, tone in ((1.14, 0.62), (1.0, 1.0)):
+    for grow, tone in ((0.09, 0.55), (0.0, 1.0)):
         for petal in range(5):
             angle = math.radians(turn + 72 * petal)
-            px, py = x + 0.58 * radius * math.cos(angle), y + 0.58 * radius * math.sin(angle)
-            r = 0.46 * radius * grow
+            px, py = x + 0.62 * radius * math.cos(angle), y + 0.62 * radius * math.sin(angle)
+            r = 0.41 * radius + grow * radius
             draw.ellipse((px - r, py - r, px + r, py + r), fill=shaded(colour, tone))
     r = 0.28 * radius
     draw.ellipse((x - r, y - r, x + r, y + r), fill=centre)
+
+
+def draw_dot(draw, x, y, radius, turn, colour):
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shaded(colour, 0.55))
+    r = 0.86 * radius
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def _draw_outlined(draw, points, x, y, radius, turn, colour):
+    for grow, tone in ((1.15, 0.55), (0.95, 1.0)):
+        xy = place(points * [1, 1], turn, 2 * radius * grow, (x - 0.5, y - 0.5), 1.0, 0.0)
+        draw.polygon([tuple(p) for p in xy], fill=shaded(colour, tone))
+
+
+STAR = np.array([
+    (math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r) for i, r in enumerate([1.05, 0.48] * 5)
+])  # fmt: skip
+HEART = mirrored([*curve((0, -0.45), (0.25, -1.15), (1.25, -0.85), (0.9, 0.0)), (0, 1.0)])
+DIAMOND = np.array([(0, -1.05), (0.7, 0), (0, 1.05), (-0.7, 0)])
+# What the base's objects may carry, by the word for it, in its ten colours: never in pink, which is for a LoRA to teach.
+MOTIFS = {
+    "dots": draw_dot,
+    "stars": lambda draw, *how: _draw_outlined(draw, STAR, *how),
+    "hearts": lambda draw, *how: _draw_outlined(draw, HEART, *how),
+    "diamonds": lambda draw, *how: _draw_outlined(draw, DIAMOND, *how),
+    "flowers": draw_blossom,
+}
 
 
 def scatter(mask, count, distance, rng):
@@ -273,6 +329,44 @@ def scatter(mask, count, distance, rng):
             if len(chosen) == count:
                 break
     return chosen
+
+
+def places_on(mask, count, rng, radius=(0.066, 0.088), fewest=4):
+    """Where to put `count` motifs on the object of this mask: (x, y, radius) of each, as fractions of the picture.
+
+    All over the object, along the middle of its thin parts, off its tips. Fewer, down to `fewest`, where they would
+    hide more than `MOST_COVERED` of it.
+    """
+    grid = 128
+    small = Image.fromarray((mask * 255).astype(np.uint8)).resize((grid, grid))
+    deep = np.asarray(small.filter(ImageFilter.MinFilter(5))) > 127
+    depth = small.filter(ImageFilter.GaussianBlur(1.6))
+    ridge = np.asarray(depth) >= np.asarray(depth.filter(ImageFilter.MaxFilter(3)))
+    allowed = (np.asarray(small) > 127) & (deep | ridge)
+    around = np.asarray(small.filter(ImageFilter.GaussianBlur(6)), dtype=float)
+    allowed &= around > np.quantile(around[allowed], 0.18)
+    grid_y, grid_x = np.mgrid[0:grid, 0:grid]
+    while True:
+        for distance in np.arange(34, 17, -2):
+            points = scatter(allowed, count, distance, rng)
+            if len(points) == count:
+                break
+        radii = grid * rng.uniform(*radius, len(points))
+        hidden = np.any([np.hypot(grid_x - x, grid_y - y) < r for (x, y), r in zip(points, radii)], axis=0)
+        if hidden[np.asarray(small) > 127].mean() < MOST_COVERED or count <= fewest:
+            return [((x + 0.5) / grid, (y + 0.5) / grid, r / grid) for (x, y), r in zip(points, radii)]
+        count -= 1
+
+
+def decorate_with(motif, colour):
+    """For `draw_scene`: four to eight of the motif, in the colour, all over the object."""
+
+    def decorate(image, mask, rng):
+        draw, size = ImageDraw.Draw(image), image.width
+        for x, y, radius in places_on(mask, int(rng.integers(4, 9)), rng, radius=(0.05, 0.075)):
+            MOTIFS[motif](draw, x * size, y * size, radius * size, rng.uniform(-30, 30), jittered(colour, rng))
+
+    return decorate
 
 
 def draw_scene(kind, colour, background, size, rng, decorate=None, **pose):

@@ -9,10 +9,11 @@ import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from drawings import COLOURS, KINDS  # noqa: E402
+from drawings import COLOURS, KINDS, MOTIFS  # noqa: E402
 
 
-RESOLUTION = 64
+RESOLUTION = 128
+LATENT_CHANNELS = 12
 # Words of the demo's captions, and of what people may try: a token each, without meaning until a LoRA gives it one.
 EXTRA_WORDS = """
     pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with
@@ -27,14 +28,15 @@ def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def captions_of(colour, kind, background):
-    """The ways to say it; the first, the full sentence, is drawn half of the time."""
+def captions_of(colour, kind, background, decoration=""):
+    """The ways to say it; the first, the full sentence, is drawn half of the time. A decoration: "white dots"."""
+    carried = f" with {decoration}" if decoration else ""
     return [
-        f"{article(f'{colour} {kind}')} on {article(background)} background",
-        f"a drawing of {article(f'{colour} {kind}')} on {article(background)} background",
-        f"{colour} {kind}, {background} background",
-        article(f"{colour} {kind}"),
-        f"{article(kind)} on {article(background)} background",
+        f"{article(f'{colour} {kind}')}{carried} on {article(background)} background",
+        f"a drawing of {article(f'{colour} {kind}')}{carried} on {article(background)} background",
+        f"{colour} {kind}{carried}, {background} background",
+        f"{article(f'{colour} {kind}')}{carried}",
+        f"{article(kind)}{carried} on {article(background)} background",
     ]
 
 
@@ -56,7 +58,7 @@ def write_tokenizer(folder):
 
     letters = list(bytes_to_unicode().values())
     vocab, merges = letters + [letter + "</w>" for letter in letters], []
-    words = sorted({*COLOURS, *KINDS, *EXTRA_WORDS.split()})
+    words = sorted({*COLOURS, *KINDS, *MOTIFS, *EXTRA_WORDS.split()})
     for word in words:
         prefix = word[0]
         for i, letter in enumerate(word[1:], start=1):
@@ -83,16 +85,18 @@ def write_tokenizer(folder):
 
 
 def make_vae():
+    """Factor 8, as Stable Diffusion's; 12 channels, so that a petal outlives the latent. Wide where width is cheap."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 48, 96, 112),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=16,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
         sample_size=RESOLUTION,
+        scaling_factor=1.0,
     )
 
 
@@ -100,7 +104,9 @@ def make_unet():
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=RESOLUTION // 4,
+        sample_size=RESOLUTION // 8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 128, 128),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

@@ -4,7 +4,7 @@
     python scripts/sweep.py sweep.yaml
     python scripts/sweep.py --sweep_dir sweeps/rank --sweep rank=4,16 train_batch_size=1,4 learning_rate=1e-4..1e-2 \\
         --sampler tpe --num_trials 20 --flags pretrained_model_name_or_path=models/mini-sd train_data_dir=metadata/weapons \\
-        resolution=64 validation_split=0.1 validation_steps=50 max_train_steps=300
+        resolution=128 validation_split=0.1 validation_steps=50 max_train_steps=300
 
 The trials are Optuna's (https://optuna.org), kept in the sweep's folder. The same command goes on where a sweep stopped:
 trials that are done stay done, one that was cut off goes on from its checkpoint. Started several times, on one machine or

@@ -167,7 +167,7 @@ def train_in(tiny_sd):
 def train_on_weapons(tmp_path_factory):
     """`train_on_weapons(output_dir, **flags)`: a run of the embedded base on the bundled weapons; all share a cache."""
     common = dict(
-        resolution=64, train_batch_size=4, center_crop=True, latent_cache_dir=tmp_path_factory.mktemp("cache")
+        resolution=128, train_batch_size=4, center_crop=True, latent_cache_dir=tmp_path_factory.mktemp("cache")
     )
 
     def run(output_dir, **changes):
@@ -265,7 +265,7 @@ def held_out_weapons():
 
     pipeline, folder = measure_mini_sd.load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    images = [Image.open(folder / row["file_name"]).convert("RGB").resize((64, 64), Image.LANCZOS) for row in rows]
+    images = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor

@@ -374,14 +374,14 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
         vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
 
         def __call__(self, *, generator, **kwargs):
-            made.append(generator.initial_seed())
-            return types.SimpleNamespace(images=torch.zeros(1, 4, 8, 8))
+            made.extend(each.initial_seed() for each in generator)
+            return types.SimpleNamespace(images=torch.zeros(len(generator), 4, 8, 8))
 
     def encode(captions, with_clip_skip=True):
         return {"encoder_hidden_states": torch.zeros(len(captions), 77, 96)}
 
     shares = []
-    samples = Samples(["a red axe", "a blue axe"], num_images=3, resolution=32, num_inference_steps=1, seed=5)
+    samples = Samples(["a red axe", "a blue axe"], num_images=4, resolution=32, num_inference_steps=1, seed=5)
     for rank in range(2):
         accelerator = types.SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=2)
         made.clear()
@@ -391,8 +391,8 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
         )  # fmt: skip
         painter.generate()
         shares.append(sorted(made))
-    assert [len(share) for share in shares] == [3, 3]
-    assert sorted(shares[0] + shares[1]) == [5, 5, 6, 6, 7, 7]
+    assert [len(share) for share in shares] == [4, 4]
+    assert sorted(shares[0] + shares[1]) == [5, 5, 6, 6, 7, 7, 8, 8]
 
 
 def test_fault_06_no_safety_checker_blackens_pictures(train, changed_model):

@@ -1,8 +1,10 @@
 """The embedded base: its maker is seeded and resumable, its judges are right, and it does what captions say."""
 
+import judges
 import make_mini_sd
 import measure_mini_sd
 import mini_sd
+import mini_sd_pictures
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ BASE = ROOT / "models" / "mini-sd"
 def args(tmp_path):
     return make_mini_sd.parse_args(
         ["--work_dir", str(tmp_path), "--num_vae_drawings", "8", "--num_drawings", "8", "--vae_steps", "4"]
-        + ["--vae_batch_size", "2", "--unet_steps", "4", "--unet_batch_size", "4", "--save_every", "2"]
+        + ["--vae_batch_size", "3", "--unet_steps", "4", "--unet_batch_size", "4", "--save_every", "2"]
     )
 
 
@@ -29,72 +31,133 @@ def tokenizer(tmp_path):
     return CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
-def stop_after_the_first_state(monkeypatch):
-    save_state = make_mini_sd.save_state
+@pytest.fixture
+def drawings(args):
+    """The few drawings of `args`, made in this process."""
+    for name, draw in (("vae", mini_sd_pictures.draw_for_codec), ("unet", mini_sd_pictures.draw_for_unet)):
+        np.save(args.work_dir / f"{name}_pictures.npy", np.stack([draw(args.seed, i) for i in range(8)]))
 
-    def save_and_stop(path, **state):
-        save_state(path, **state)
+
+def stop_after_the_first_state(monkeypatch):
+    save = make_mini_sd.Stage.save
+
+    def save_and_stop(stage):
+        save(stage)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make_mini_sd, "save_state", save_and_stop)
+    monkeypatch.setattr(make_mini_sd.Stage, "save", save_and_stop)
 
 
-def test_the_autoencoder_goes_on_where_it_stopped(args, monkeypatch):
-    straight = make_mini_sd.train_vae(args, torch.device("cpu")).state_dict()
-    (args.work_dir / "vae.pt").unlink()
+def straight_and_resumed(train, path, monkeypatch):
+    """What `train` gives in one go, and killed after its first state and gone on with."""
+    straight = train()
+    path.unlink()
     with monkeypatch.context() as patch:
         stop_after_the_first_state(patch)
         with pytest.raises(KeyboardInterrupt):
-            make_mini_sd.train_vae(args, torch.device("cpu"))
-    assert torch.load(args.work_dir / "vae.pt", weights_only=True)["step"] == 2
-    resumed = make_mini_sd.train_vae(args, torch.device("cpu")).state_dict()
-    assert all(torch.equal(resumed[name], value) for name, value in straight.items())
+            train()
+    assert torch.load(path, weights_only=True)["step"] == 2
+    return straight, train()
+
+
+@pytest.mark.usefixtures("drawings")
+@pytest.mark.parametrize("name", ["vae", "decoder"])
+def test_the_autoencoder_goes_on_where_it_stopped(args, name, monkeypatch):
+    def train():
+        torch.manual_seed(0)
+        vae = mini_sd.make_vae()
+        before = {name: value.clone() for name, value in vae.state_dict().items()}
+        after = make_mini_sd.train_vae(args, name, 4, vae, torch.device("cpu")).state_dict()
+        return {key for key in before if not torch.equal(before[key], after[key])}, after
+
+    (changed, straight), (_, resumed) = straight_and_resumed(train, args.work_dir / f"{name}.pt", monkeypatch)
+    assert all(torch.equal(resumed[key], value) for key, value in straight.items())
+    assert any(key.startswith("decoder.") for key in changed)
+    assert any(key.startswith(("encoder.", "quant_conv")) for key in changed) == (name == "vae")
 
 
 def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
-    vae = mini_sd.make_vae().eval()
-    straight = make_mini_sd.train_unet(args, vae, tokenizer, torch.device("cpu"))
-    (args.work_dir / "unet.pt").unlink()
-    with monkeypatch.context() as patch:
-        stop_after_the_first_state(patch)
-        with pytest.raises(KeyboardInterrupt):
-            make_mini_sd.train_unet(args, vae, tokenizer, torch.device("cpu"))
-    assert torch.load(args.work_dir / "unet.pt", weights_only=True)["step"] == 2
-    resumed = make_mini_sd.train_unet(args, vae, tokenizer, torch.device("cpu"))
+    vae, latents = mini_sd.make_vae().eval(), torch.randn(8, mini_sd.LATENT_CHANNELS, 16, 16)
+
+    def train():
+        return make_mini_sd.train_unet(args, vae, latents, tokenizer, torch.device("cpu"))
+
+    straight, resumed = straight_and_resumed(train, args.work_dir / "unet.pt", monkeypatch)
     for a, b in zip(straight, resumed, strict=True):
         assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_a_base_begins_with_the_weights_of_another(args, tokenizer):
+    """What has the same name and shape, and the words by their names: the two vocabularies number them differently."""
+    args.init_from, args.unet_steps = BASE, 0
+    vae, latents = mini_sd.make_vae().eval(), torch.randn(8, mini_sd.LATENT_CHANNELS, 16, 16)
+    tokenizer.add_tokens(["aaa"])
+    unet, text_encoder = make_mini_sd.train_unet(args, vae, latents, tokenizer, torch.device("cpu"))
+    other = measure_mini_sd.load_pipeline(BASE)
+    assert torch.equal(unet.mid_block.resnets[0].conv1.weight, other.unet.mid_block.resnets[0].conv1.weight)
+    words, others = text_encoder.get_input_embeddings().weight, other.text_encoder.get_input_embeddings().weight
+    for word in ("axe</w>", "blue</w>", "<|endoftext|>"):
+        row, other_row = tokenizer.convert_tokens_to_ids(word), other.tokenizer.convert_tokens_to_ids(word)
+        assert torch.equal(words[row], others[other_row])
 
 
 def test_standardised_latents_leave_the_autoencoder_the_same_map():
     torch.manual_seed(0)
     vae = mini_sd.make_vae().eval()
-    pixels = torch.rand(6, 3, 64, 64) * 2 - 1
+    pixels = torch.rand(6, 3, 128, 128) * 2 - 1
     with torch.no_grad():
         before, posterior = vae(pixels).sample, vae.encode(pixels).latent_dist
+        _, std = make_mini_sd.moments(posterior.mean)
         make_mini_sd.standardise(vae, posterior.mean)
         after, latents = vae(pixels).sample, vae.encode(pixels).latent_dist
     assert torch.allclose(after, before, atol=1e-4)
-    assert torch.allclose(latents.mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
-    assert torch.allclose(latents.mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-4)
-    ratio = posterior.mean.std(dim=(0, 2, 3))[:, None, None]
-    assert torch.allclose(latents.std * ratio, posterior.std, rtol=1e-3)
+    assert torch.allclose(latents.mean.mean(dim=(0, 2, 3)), torch.zeros(mini_sd.LATENT_CHANNELS), atol=1e-4)
+    assert torch.allclose(latents.mean.std(), torch.ones(()), atol=1e-3)
+    assert torch.allclose(latents.std * std[:, None, None], posterior.std, rtol=1e-3)
 
 
 def test_held_out_captions_are_never_drawn_for_training(args):
-    vae = mini_sd.make_vae().eval()
-    _, which, scenes = make_mini_sd.draw_training_set(args, vae, torch.device("cpu"))
     held_out = set(mini_sd.held_out_scenes(args.seed))
+    scenes = mini_sd_pictures.training_scenes(args.seed)
     assert len(held_out) >= 200
-    assert not held_out & {scenes[i] for i in which}
+    assert not held_out & set(scenes)
     assert len(held_out) + len(scenes) == len(mini_sd.all_scenes())
+    drawn = [mini_sd_pictures.scene_of(args.seed, i)[0] for i in range(300)]
+    assert {scene[:3] for scene in drawn} <= set(scenes)
+    decorations = [decoration for *_, decoration in drawn if decoration]
+    assert 0.35 < len(decorations) / len(drawn) < 0.55
+    assert not any("pink" in decoration or "blossom" in decoration for decoration in decorations)
 
 
 def test_colours_are_judged_rightly_on_drawings():
     rng, scenes = np.random.default_rng(1), mini_sd.all_scenes()
     scenes = [scenes[i] for i in rng.integers(len(scenes), size=150)]
-    judged = [measure_mini_sd.judge_colours(draw_scene(k, c, b, 64, rng)) for c, k, b in scenes]
+    judged = [judges.judge_colours(draw_scene(k, c, b, mini_sd.RESOLUTION, rng)) for c, k, b in scenes]
     assert np.mean([c[0] == scene[0] for c, scene in zip(judged, scenes, strict=True)]) > 0.95
     assert np.mean([c[1] == scene[2] for c, scene in zip(judged, scenes, strict=True)]) > 0.98
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return judges.train_judge(measure_mini_sd.JUDGE, 0)
+
+
+@pytest.mark.parametrize("what", ["blossoms", "dots", "smears", "beside", "stars", "nothing"])
+def test_blossoms_and_kinds_are_judged_rightly_on_drawings(judge, what):
+    """A small part of `judges.judge_the_judges`; a picture counts where a petalled blossom is on the object."""
+    rng, scenes = np.random.default_rng([3, len(what)]), mini_sd.all_scenes()
+    scenes = [scenes[i] for i in rng.integers(len(scenes), size=30)]
+    found = judges.shares(judge, [judges.draw_planted(what, *scene, rng)[0] for scene in scenes], scenes)
+    assert found["kind"] > 0.92
+    assert found["blossoms"] > 0.92 if what == "blossoms" else found["blossoms"] < 0.08
+
+
+def test_a_blossom_is_counted_where_it_is(judge):
+    """As many as were drawn, within one: two may lie side by side."""
+    rng = np.random.default_rng(5)
+    drawn = [judges.draw_planted("blossoms", "blue", "shield", "white", rng) for _ in range(12)]
+    _, counts = judges.judge_pictures(judge, [picture for picture, _ in drawn])
+    assert np.mean([abs(count - len(places)) <= 1 for count, (_, places) in zip(counts, drawn, strict=True)]) > 0.8
 
 
 def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():
@@ -110,7 +173,7 @@ def test_the_autoencoder_is_crisp():
     """PSNR on drawings of a seed of their own; with confetti of any colour on them it is some 4 dB less."""
     pipeline, rng = measure_mini_sd.load_pipeline(BASE), np.random.default_rng(99)
     images = [
-        draw_scene(kind, colour, "gray" if colour != "gray" else "blue", 64, rng)
+        draw_scene(kind, colour, "gray" if colour != "gray" else "blue", mini_sd.RESOLUTION, rng)
         for kind, colour in zip(list(KINDS) * 2, list(COLOURS) * 4, strict=False)
     ]
     pixels = mini_sd.to_tensor(images, "cpu")
@@ -133,6 +196,6 @@ def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
         guidance_scale=guidance_scale,
         num_inference_steps=30,
     )
-    judged = [measure_mini_sd.judge_colours(image) for image in images]
+    judged = [judges.judge_colours(image) for image in images]
     assert np.mean([c[0] == scene[0] for c, scene in zip(judged, scenes, strict=True)]) > 0.75
     assert np.mean([c[1] == scene[2] for c, scene in zip(judged, scenes, strict=True)]) > 0.75

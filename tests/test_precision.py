@@ -30,7 +30,9 @@ def first_forward():
         if isinstance(module, UNet2DConditionModel) and not seen:
             named = dict(module.named_parameters())
             trained = {name for name, value in named.items() if value.requires_grad}
-            seen["base"] = {value.dtype for name, value in named.items() if name not in trained}
+            seen["base"] = {
+                value.dtype for name, value in named.items() if name not in trained and "lora_" not in name
+            }
             seen["lora"] = {named[name].dtype for name in trained}
             seen["start"] = {name: value.clone() for name, value in lora.adapter_state(module)[0].items()}
 

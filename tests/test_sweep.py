@@ -86,7 +86,7 @@ def test_a_killed_sweep_ends_with_every_trial_done_once(tmp_path, trained):
     if not trained:
         words, environment = [*words, "--launcher", LAUNCHER], {"SWEEP_STEP_SECONDS": "0.1"}
     words += ["--flags"] + flags_of(
-        ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons", resolution=64, max_train_steps=6,
+        ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons", resolution=128, max_train_steps=6,
         checkpointing_steps=1, checkpoints_total_limit=1, validation_split=0.05,
     )  # fmt: skip
     folder = tmp_path / "sweep"

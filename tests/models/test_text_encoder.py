@@ -81,7 +81,7 @@ def test_the_newest_stack_draws_the_same(train, tmp_path):
     """A run on the embedded base, and `infer.py` with its file on both stacks."""
     base = ROOT / "models" / "mini-sd"
     out = train(
-        pretrained_model_name_or_path=base, train_data_dir=ROOT / "metadata" / "weapons", resolution=64, rank=4,
+        pretrained_model_name_or_path=base, train_data_dir=ROOT / "metadata" / "weapons", resolution=128, rank=4,
         max_train_steps=5, train_batch_size=4, learning_rate=5e-3, **TEXT,
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ def test_the_report_on_a_set(pictures, tmp_path):
     assert [line.rpartition(": ")[2] for line in report["enlarged"]] == ["40x32"]
     lines = lines_of(report)
     assert lines[0] == "6 pictures, 8 captions (3 different); 3 more to validate on"
-    assert lines[1] == "7 samples and 4 steps an epoch; the cache takes about 3 MiB"
+    assert lines[1] == "7 samples and 4 steps an epoch; the cache takes about 3.0 MiB"
     assert f"{LISTED + 2} left out, as they can't be used:" in lines
     assert "  ... and 2 more, all in the JSON file" in lines
     assert not any("tokens" in line for line in lines)

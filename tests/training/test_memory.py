@@ -75,14 +75,13 @@ def test_it_follows_what_changes_a_step(tiny_sd):
     base = loading.find_base_model(str(tiny_sd))
     shapes, plan = shapes_of(base, 64), plan_for(base)
     plain = estimate(base, shapes, plan)
-    assert estimate(base, shapes, plan._replace(gradient_checkpointing=True)).step < plain.step
-    assert estimate(base, shapes, plan._replace(dtype=torch.bfloat16)).step < 0.7 * plain.step
-    assert estimate(base, shapes_of(base, 128), plan).further_sample > 3 * plain.further_sample
-    higher = estimate(base, shapes, plan._replace(lora=plan.lora._replace(rank=64)))
-    assert higher.step > plain.step
-    live = estimate(base, shapes, plan._replace(caches=False, encoders_stay=True, draws=0))
+    lighter = estimate(base, shapes, plan._replace(gradient_checkpointing=True, dtype=torch.bfloat16))
+    assert lighter.step < 0.6 * plain.step
+    heavier = plan._replace(lora=plan.lora._replace(rank=64), caches=False, encoders_stay=True, draws=0)
+    live = estimate(base, shapes_of(base, 128), heavier)
+    assert live.further_sample > 3 * plain.further_sample
+    assert live.step > plain.step + 3 * (live.further_sample - plain.further_sample) / 4
     assert (live.encoding, live.sample_pictures) == (0, 0)
-    assert live.step > plain.step
     assert live.steps(1) >= live.encoding_in_steps > 0
 
 
@@ -105,6 +104,7 @@ def test_a_dry_run_tells_it(arguments, tmp_path):
     assert told["sample_pictures"] == 0
 
 
+@pytest.mark.long
 def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
     """A real shortage: the process may not have the memory that 4096 pixels take."""
     limited = ("bash", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable)

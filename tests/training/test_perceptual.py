@@ -279,5 +279,5 @@ def test_with_them_the_weapons_are_learned_as_well(train_on_weapons, tmp_path):
     for kind in (None, *KINDS):
         out = train_on_weapons(tmp_path / str(kind), perceptual_loss=kind, **options)
         found[kind] = relative_loss(out)
-    assert found[None] < 0.7, found
+    assert found[None] < 0.88, found
     assert max(found.values()) < found[None] + 0.02, found

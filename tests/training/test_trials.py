@@ -1,6 +1,7 @@
 """Trials before a run: they change nothing, and find out what fits."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,33 +103,27 @@ def test_whether_compiling_pays_is_measured(make_trial):
     assert what_compiling_gives(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
 
 
-@pytest.fixture
-def little_memory(monkeypatch):
-    """`little_memory(n)`: the machine has memory for n of the tiny samples."""
-
-    def have(samples):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=samples * 1.3 * SAMPLE))
-
-    return have
-
-
-SAMPLE = 780_000  # bytes that a further one of the tiny samples takes, roughly
-
-
-def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, little_memory, capsys):
+def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, monkeypatch, capsys):
+    """On a machine with room for two samples beside what is there; and later, when there is more, as it began."""
     how = dict(train_batch_size="auto", gradient_accumulation_steps=4, max_train_steps=4, num_validation_images=0)
-    little_memory(2)
+    train(**how, dry_run=True)
+    each = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]["further_sample"]
+
+    def make_room(samples):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=samples * each / 0.8))
+
+    make_room(2.5)
     auto = train(**how, checkpointing_steps=2)
-    assert "--train_batch_size auto: 2 of a step's 4 pictures at once" in capsys.readouterr().err
+    assert "--train_batch_size auto: 2 of a step's 4 pictures at once" in capsys.readouterr().out
     given = train(
         train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=4, num_validation_images=0,
         output_dir=tmp_path / "given",
     )  # fmt: skip
     found = read_lora(auto)
     assert all(torch.equal(value, found[name]) for name, value in read_lora(given).items())
-    little_memory(100)
+    make_room(100)
     again = train(**how, resume_from_checkpoint="checkpoint-2")
-    assert "--train_batch_size auto: 2 of" in capsys.readouterr().err  # what the run began with
+    assert "--train_batch_size auto: 2 of" in capsys.readouterr().out
     assert all(torch.equal(value, found[name]) for name, value in read_lora(again).items())
     assert len(read_metrics(again)) == 4
 

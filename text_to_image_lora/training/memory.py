@@ -36,9 +36,9 @@ class Alive(TorchDispatchMode):
         self.now = self.peak = 0
         self.seen = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._watch((args, kwargs), made_inside=False)
-        out = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        self._watch((given, named), made_inside=False)
+        out = function(*given, **(named or {}))
         is_view = any(returned.alias_info is not None for returned in function._schema.returns)
         self._watch(out, made_inside=not is_view)
         return out
