@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"
 
-# The fast tests, on two workers: 5 minutes on 2 cores.
+# The fast tests, on two workers: 6 minutes on 2 cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
