@@ -20,8 +20,10 @@ def compile_steps(denoiser, how, batch_size, folder):
     """
     import torch._dynamo
 
-    # The compiler looks at every attribute of the layers' weights, and this one makes PyTorch warn.
+    # What the compiler makes PyTorch warn of: it looks at every attribute of the layers' weights, and traces into
+    # diffusers' look at the version of PyTorch.
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+    warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools.lru_cache`", UserWarning)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     # A graph for each size and each width of a block; beyond the limit torch would run the rest uncompiled, in silence.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
