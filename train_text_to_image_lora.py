@@ -839,6 +839,8 @@ def make_accelerator(args, lora_settings, trackers):
     )
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if args.compile == "graphs" and accelerator.device.type != "cuda":
+        raise InputError("--compile graphs needs a CUDA GPU: take blocks or full here.")
     if accelerator.device.type == "cpu":
         torch.set_num_threads(processes.num_cpu_threads(args.num_cpu_threads, os.environ))
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
@@ -1048,8 +1050,6 @@ def settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say
     That is what the flag says, or for `auto` what the main process finds to fit. On a GPU a step is tried, so that a run
     which doesn't fit ends before anything is encoded, with a `TrainingError`; on a CPU `auto` goes by the estimate.
     """
-    import psutil
-
     from text_to_image_lora.models.lora import trainable_parameters
     from text_to_image_lora.training import memory, processes, trials
 
@@ -1068,22 +1068,16 @@ def settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say
             "--train_batch_size auto needs the base's configuration here: add --single_file_config FOLDER."
         )
 
-    def most_that_fit():
-        sizes = [limit] if not auto else trials.even_parts(limit)
-        if auto and run.state.batch_size is not None:
-            sizes = [run.state.batch_size]
-        if device.type == "cuda":
-            return next((size for size in sizes if trial.fits(min(size, heaviest))), 0)
-        if not auto or len(sizes) == 1:
-            return sizes[0]
-        room = 0.8 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        each = memory.estimate(base, shapes, plan_of(args, base, dtype)).further_sample
-        return next(size for size in sizes if size == 1 or size * each <= room)
+    def first_that_fits():
+        kept = run.state.batch_size
+        sizes = [limit] if not auto else trials.even_parts(limit) if kept is None else [kept]
+        needs = functools.partial(memory.estimate, base, shapes, plan_of(args, base, dtype))
+        return trials.first_that_fits(trial, device, sizes, heaviest, lambda: needs().further_sample)
 
     idle = [] if args.train_text_encoder or not run.variations else [*prompt_encoder.text_encoders]
     idle += [vae] if run.variations and args.perceptual_loss != "decoder" else []
     with trials.set_aside(idle, device):
-        found = processes.as_main_says(most_that_fit, accelerator)
+        found = processes.as_main_says(first_that_fits, accelerator)
     if not found:
         raise TrainingError(
             f"Out of memory: a training step does not fit this device. Try {ways_to_save_memory(args)}."

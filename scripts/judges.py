@@ -23,6 +23,7 @@ BORDER = 6  # pixels at each side that only a background has
 SURE = 2.0  # logit of a blossom's middle from which it counts
 AROUND = (9, 16)  # pixels from a blossom's middle: the ring in which the object must be seen
 LEAST_AROUND = 0.2  # share of the ring, without what is pink, that is not background; a shaft is as narrow as that
+DIFFERENT = 500  # squared distance in `lab` from which a pixel is not background
 GRAYS = ("white", "gray", "black")
 CELL = 4  # pixels at a side of a cell of the blossom map
 TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -234,7 +235,7 @@ def train_judge(path, seed, count=6000, epochs=10, batch_size=32):
 def on_object(image, places):
     """Those of the places (x, y) in pixels around which the object is seen: a blossom beside it has background alone."""
     values, pink = lab(image), is_pink(image)
-    differs = np.square(values - background_of(values)[0]).sum(axis=2) > 500
+    differs = np.square(values - background_of(values)[0]).sum(axis=2) > DIFFERENT
     rows, columns = np.mgrid[: image.height, : image.width]
     found = []
     for x, y in places:

@@ -16,7 +16,9 @@ HUB_SECONDS = 3  # that the hub has to answer: a download without a network woul
 
 def in_bytes(count):
     """A number of bytes as people say it: "12 MiB", "2.6 GiB"."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.{count < 10 * 2**20:d}f} MiB"
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
 
 
 @contextlib.contextmanager

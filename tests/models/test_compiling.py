@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import read_metrics
 
+from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import compiling
 
 
@@ -33,6 +34,18 @@ def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compile
     assert not compiled_without_kernels["graph_break"]
     graphs = compiled_without_kernels["stats"]["unique_graphs"]
     assert 0 < graphs <= 3  # a block's kinds, or the UNet; once in the trial, and the steps find them
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (dict(compile="graphs"), "--compile graphs needs a CUDA GPU: take blocks or full here."),
+        (dict(compile="full", perceptual_loss="self"), "--perceptual_loss self looks into the UNet where --compile"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(train, flags, answer):
+    with pytest.raises(InputError, match=answer):
+        train(**flags)
 
 
 @pytest.mark.long

@@ -1,10 +1,12 @@
 """Steps on made-up batches, tried before a run: whether they fit, how many samples do, whether compiling pays."""
 
 import contextlib
+import os
 import time
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 from ..errors import is_out_of_memory
@@ -108,6 +110,21 @@ class Trial:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return fits
+
+
+def first_that_fits(trial, device, sizes, most, bytes_of_sample):
+    """The first of `sizes`, each of `most` samples at most in the run's heaviest batch, that the device has memory for.
+
+    On a GPU it is tried, and 0 means that none fits. Elsewhere memory has no such end: sizes are held against what is
+    free, shared by this machine's processes, where `bytes_of_sample()` says what one takes; the last is taken anyway.
+    """
+    if device.type == "cuda":
+        return next((size for size in sizes if trial.fits(min(size, most))), 0)
+    if len(sizes) == 1:
+        return sizes[0]
+    room = 0.8 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    each = bytes_of_sample()
+    return next((size for size in sizes if min(size, most) * each <= room), sizes[-1])
 
 
 def what_compiling_gives(compile_steps, trial, batch_size, num_passes):
