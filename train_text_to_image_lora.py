@@ -968,8 +968,10 @@ def load_models(args, run, weight_dtype, accelerator, say):
     from text_to_image_lora.training.objective import Diffusion
 
     family, device = run.base.family, accelerator.device
+    # DoRA reads its magnitudes from the base in float32.
+    dtype = torch.float32 if args.use_dora else weight_dtype
     tokenizers, text_encoders, vae, denoiser, scheduler_config = loading.load_components(
-        run.base, pretrained_vae=args.pretrained_vae_model_name_or_path
+        run.base, dtype, pretrained_vae=args.pretrained_vae_model_name_or_path
     )
     sets = [run.pictures] if run.validated is None else [run.pictures, run.validated]
     num_chunks = choose_num_chunks(args, tokenizers[0], sets, say)
@@ -1021,7 +1023,7 @@ def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
     """
     from text_to_image_lora.pictures.alike import probe_of
     from text_to_image_lora.reports.validation_loss import ValidationSet
-    from text_to_image_lora.training import caching
+    from text_to_image_lora.training import caching, shards
 
     prompts = None if args.train_text_encoder else prompt_encoder
     cache = caching.Cache(cache_folder(args), run.base, latent_encoder, prompts)
@@ -1039,7 +1041,7 @@ def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
     if accelerator.is_main_process and (run.variations or validation_sets):
         caches = [cached for part in validation_sets or () for cached in (part.latents, part.prompts)]
         needed = [cached.reader for cached in (latents, conditions, *caches) if cached is not None]
-        say(caching.trim(cache_folder(args), args.latent_cache_limit, [path for r in needed for path in r.paths]))
+        say(shards.trim(cache_folder(args), args.latent_cache_limit, [path for r in needed for path in r.paths]))
     accelerator.wait_for_everyone()
     return pictures, latents, conditions, validation_sets
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import loading
-from text_to_image_lora.models.modules import weights_identity
+from text_to_image_lora.models.modules import sample_identity, weights_identity
 
 
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
@@ -208,6 +208,20 @@ def test_load_a_folder(tiny_sd):
         assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
     assert tokenizer("a red axe").input_ids == stock.tokenizer("a red axe").input_ids
     assert scheduler_config["_class_name"] == "PNDMScheduler"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_load_in_half_precision(tiny_sd, single_file, kind):
+    """What is trained and what conditions it; the VAE overflows in float16 in some models, and stays as it is."""
+    name, options = (tiny_sd, {}) if kind == "folder" else (single_file, {"single_file_config": str(tiny_sd)})
+    base = loading.find_base_model(str(name), **options)
+    whole, half = loading.load_components(base), loading.load_components(base, torch.bfloat16)
+    for a, b in ((whole.denoiser, half.denoiser), (whole.text_encoders[0], half.text_encoders[0])):
+        assert {value.dtype for value in b.parameters()} == {torch.bfloat16}
+        assert sample_identity(a) == sample_identity(b)
+        assert same_weights(a.to(torch.bfloat16), b)
+    assert {value.dtype for value in half.vae.parameters()} == {torch.float32}
+    assert same_weights(whole.vae, half.vae)
 
 
 # diffusers 0.39 passes an argument that huggingface_hub 1.x no longer knows.

@@ -1,5 +1,7 @@
 """Records: other captions, pictures of the class behind one's own, and the identities that caches and checkpoints go by."""
 
+import time
+
 import pytest
 from conftest import read_lora, read_metrics, read_records, write_pictures
 
@@ -96,3 +98,13 @@ def test_identity_of_pictures_and_of_the_set():
 
 def test_threads_keep_the_order():
     assert list(in_threads(lambda number: 2 * number, range(2500))) == list(range(0, 5000, 2))
+
+
+def test_threads_run_no_further_ahead_than_they_may():
+    begun = []
+    results = in_threads(lambda number: begun.append(number) or number, range(100), ahead=3)
+    assert [next(results), next(results)] == [0, 1]
+    time.sleep(0.1)
+    assert len(begun) <= 5
+    results.close()
+    assert len(begun) <= 5

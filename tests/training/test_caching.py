@@ -21,12 +21,14 @@ from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.models.loading import find_base_model, load_components
 from text_to_image_lora.models.prompts import PromptEncoder
+from text_to_image_lora.pictures import picture_set
 from text_to_image_lora.pictures.examine import Picture
 from text_to_image_lora.pictures.picture_set import PictureSet, View
 from text_to_image_lora.pictures.transforms import Augmentation, apply_variation, draw_variation
 from text_to_image_lora.training import caching
 from text_to_image_lora.training.batches import EffectiveBatchSampler, Sample
 from text_to_image_lora.training.data import Draws, TrainingSet, collate
+from text_to_image_lora.training.shards import Shard, check_free_disk, fill_shards
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +326,7 @@ def fill(encoders, pictures, tmp_path):
         folder, encoder = tmp_path / name, Encoder(encoders[2], torch.float32)
         shards, _ = caching.plan_latents(pictures, 2, identity="vae", dtype=torch.float32, folder=folder)
         encode = partial(caching.encode_latent_entries, pictures=pictures, encoder=encoder, family=STABLE_DIFFUSION)
-        caching.fill_shards(shards, encode, rank=rank, world_size=world_size, title="", show_progress=False)
+        fill_shards(shards, encode, rank=rank, world_size=world_size, title="", show_progress=False)
         return {name: data for name, (_, data) in shards_in(folder).items()}
 
     return run
@@ -350,9 +352,9 @@ def test_an_interrupted_filling_goes_on(fill, tmp_path):
 
 
 def test_a_failing_write_leaves_nothing(tmp_path):
-    shard = caching.Shard(tmp_path / "latents" / "a.safetensors", [1])
+    shard = Shard(tmp_path / "latents" / "a.safetensors", [1])
     with pytest.raises((TypeError, AttributeError, ValueError)):
-        caching.fill_shards(
+        fill_shards(
             [shard],
             lambda entries, progress: {"mean": "no tensor"},
             rank=0,
@@ -384,6 +386,14 @@ def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
     assert sorted(len(data) for data in whole.values()) == sorted(len(data) for data in parts.values())
 
 
+def test_a_picture_is_decoded_once_for_all_its_variations(fill, monkeypatch):
+    opened = []
+    inner = picture_set.open_image
+    monkeypatch.setattr(picture_set, "open_image", lambda data: opened.append(data) or inner(data))
+    fill("whole")
+    assert len(opened) == len(set(opened)) == 6
+
+
 def test_others_may_read_the_cache(fill, tmp_path):
     """A cache folder may be shared: its files have the rights that any new file has."""
     (tmp_path / "ordinary").touch()
@@ -394,9 +404,9 @@ def test_others_may_read_the_cache(fill, tmp_path):
 
 def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
     folder, free = tmp_path / "to" / "be" / "made", shutil.disk_usage(tmp_path).free
-    caching.check_free_disk(folder, free // 2)
+    check_free_disk(folder, free // 2)
     with pytest.raises(InputError, match="--latent_cache_dir") as caught:
-        caching.check_free_disk(folder, 2 * free)
+        check_free_disk(folder, 2 * free)
     assert str(caught.value).startswith(f"{folder}: ")
 
 

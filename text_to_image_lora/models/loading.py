@@ -41,7 +41,7 @@ class BaseModel(NamedTuple):
 
 
 class Components(NamedTuple):
-    """The models of a base, float32, frozen, in eval mode; tokenizers and text encoders in their family's order."""
+    """The models of a base, frozen, in eval mode, the VAE in float32; tokenizers and text encoders in their family's order."""
 
     tokenizers: tuple
     text_encoders: tuple
@@ -144,13 +144,17 @@ def load_tokenizer(base):
         raise InputError(f"{source}: its tokenizer can't be loaded ({reason_of(error)}).") from error
 
 
-def load_components(base, *, pretrained_vae=None):
-    """The `Components` of a base model; `InputError` with the reason where a file is missing or does not fit."""
+def load_components(base, dtype=None, *, pretrained_vae=None):
+    """The `Components` of a base model, denoiser and text encoders in `dtype`, or float32.
+
+    A folder's weights are read straight into it. `InputError` with the reason where a file is missing or does not fit.
+    """
+    import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    source = base.source
+    source, dtype = base.source, torch.float32 if dtype is None else dtype
     try:
-        loaded = _from_single_file(base) if base.kind == "file" else _from_folder(base)
+        loaded = _from_single_file(base, dtype) if base.kind == "file" else _from_folder(base, dtype)
         for tokenizer, text_encoder in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
             # Without its files a tokenizer is empty in silence; one of bytes has 256 words at least.
             if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
@@ -177,7 +181,7 @@ def load_components(base, *, pretrained_vae=None):
     return loaded
 
 
-def _from_single_file(base):
+def _from_single_file(base, dtype):
     import diffusers
     import torch
 
@@ -189,14 +193,14 @@ def _from_single_file(base):
         )  # fmt: skip
     return Components(
         tuple(getattr(pipeline, row.tokenizer) for row in family.text_encoders),
-        tuple(getattr(pipeline, row.name) for row in family.text_encoders),
+        tuple(getattr(pipeline, row.name).to(dtype) for row in family.text_encoders),
         pipeline.vae,
-        getattr(pipeline, family.denoiser),
+        getattr(pipeline, family.denoiser).to(dtype),
         dict(pipeline.scheduler.config),
     )
 
 
-def _from_folder(base):
+def _from_folder(base, dtype):
     """From a diffusers folder, here or on the hub."""
     import diffusers
     import torch
@@ -206,13 +210,13 @@ def _from_folder(base):
     weights = dict(variant=base.variant, **options)
     # The largest first: while a file is read it takes memory twice.
     denoiser = getattr(diffusers, family.denoiser_class).from_pretrained(
-        base.source, subfolder=family.denoiser, torch_dtype=torch.float32, **weights
+        base.source, subfolder=family.denoiser, torch_dtype=dtype, **weights
     )
     tokenizers, text_encoders = [], []
     for row in family.text_encoders:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder=row.tokenizer, **options)
         text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
-            base.source, subfolder=row.name, dtype=torch.float32, output_loading_info=True, **weights
+            base.source, subfolder=row.name, dtype=dtype, output_loading_info=True, **weights
         )
         if loading["missing_keys"]:  # transformers fills them with noise and only logs it
             raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")

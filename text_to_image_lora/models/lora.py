@@ -96,7 +96,7 @@ def text_layers(text_encoder, leave_out=0):
 
 
 def cast_frozen(model, dtype):
-    """Takes the base to a precision of its own, after the adapters have read it in float32 (DoRA's magnitudes do)."""
+    """Takes the base to a precision of its own, where the adapters have read it in float32 (DoRA's magnitudes do)."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -10,6 +10,7 @@
 | source | file and row, for messages |
 """
 
+import collections
 import hashlib
 import json
 import os
@@ -88,11 +89,19 @@ def image_id(data, mask=None):
     return digest.hexdigest()[:32]
 
 
-def in_threads(function, values):
-    """The function of each of the values (a sequence), in their order; only a thousand at a time are held."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(values), 1000):
-            yield from pool.map(function, values[start : start + 1000])
+def in_threads(function, values, ahead=1000):
+    """The function of each of the values, in their order, some of them ahead of what is asked for."""
+    waiting = collections.deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for value in values:
+            waiting.append(pool.submit(function, value))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fingerprint(image_ids, captions, samples=()):

@@ -6,42 +6,32 @@ has another name. Shards are consecutive parts of the dataset and are encoded in
 each is written whole or not at all.
 """
 
-import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
-import shutil
-from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from tqdm.auto import tqdm
 
-from ..errors import InputError
-from ..files import in_bytes, written_whole
 from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
+from ..pictures.records import in_threads
+from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole
 
 
 CACHE_VERSION = 4
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_CAPTIONS = 32
+PICTURES_AHEAD = 8  # decoded while others are encoded
 CONDITION = "condition."  # before the name of a variation's own condition in its shard
-
-
-class Shard(NamedTuple):
-    """A file of the cache, and what its rows hold: captions, or (picture's index, variation's number)."""
-
-    path: Path
-    entries: Sequence
 
 
 def plan_latents(pictures, variations, *, identity, dtype, folder):
@@ -92,31 +82,6 @@ def _shard_path(folder, kind, key):
     return Path(folder) / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
 
 
-def is_whole(shard):
-    """Whether a shard is there, readable, and has as many rows as it should (a torn or cut file has not)."""
-    try:
-        with safe_open(shard.path, "pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == len(shard.entries) for name in sorted(file.keys()))
-    except (OSError, SafetensorError):
-        return False
-
-
-def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
-    """Computes the missing shards, each rank its share; `encode(entries, progress)` gives the tensors of a whole one.
-
-    A rank's share doesn't depend on what is missing: that changes while the others work.
-    """
-    mine = [shard for shard in shards[rank::world_size] if not is_whole(shard)]
-    progress = tqdm(total=sum(len(s.entries) for s in mine), desc=title, disable=not show_progress or not mine)
-    for shard in mine:
-        tensors = encode(shard.entries, progress)
-        if not is_whole(shard):  # damaged, or not there
-            shard.path.unlink(missing_ok=True)
-        with written_whole(shard.path, shared=True) as temporary:
-            temporary.write_bytes(save(tensors))  # save_file's files are for their owner alone
-    progress.close()
-
-
 def picture_condition_of(pictures, i, k, family):
     """What the family's denoiser is told of variation k of picture i itself, float32 tensors by name."""
     fact = pictures.facts[i]
@@ -130,16 +95,24 @@ def encode_latent_entries(entries, progress, *, pictures, encoder, family):
     Where the pictures are masked, "mask" too, (entries, 1, h, w); pictures without one count everywhere.
     """
     batch_size = encoded_at_once(*pictures.sizes[entries[0][0]])
+
+    def variations_of(row):
+        i, numbers = row
+        masks = [pictures.mask(i, k, encoder.factor) if pictures.masked else None for k in numbers]
+        return list(zip((pictures.pixels(i, k) for k in numbers), masks, strict=True))
+
+    by_picture = [(i, [k for _, k in group]) for i, group in itertools.groupby(entries.tolist(), itemgetter(0))]
+    decoded = itertools.chain.from_iterable(in_threads(variations_of, by_picture, ahead=PICTURES_AHEAD))
     rows = {"mean": [], "std": []}
     for start in range(0, len(entries), batch_size):
         part = entries[start : start + batch_size].tolist()
-        mean, std = encoder(torch.from_numpy(np.stack([pictures.pixels(i, k) for i, k in part])))
+        pixels, masks = zip(*itertools.islice(decoded, len(part)), strict=True)
+        mean, std = encoder(torch.from_numpy(np.stack(pixels)))
         rows["mean"] += mean.to(encoder.dtype).cpu()
         rows["std"] += std.to(encoder.dtype).cpu()
-        for i, k in part:
-            if pictures.masked:
-                mask = torch.from_numpy(pictures.mask(i, k, encoder.factor))[None]
-                rows.setdefault("mask", []).append(mask)
+        for (i, k), mask in zip(part, masks, strict=True):
+            if mask is not None:
+                rows.setdefault("mask", []).append(torch.from_numpy(mask)[None])
             for name, value in picture_condition_of(pictures, i, k, family).items():
                 rows.setdefault(CONDITION + name, []).append(value)
         progress.update(len(part))
@@ -180,44 +153,6 @@ def bytes_of_cache(pictures, base, *, variations, captions, num_chunks, dtype):
     prompts, _ = plan_prompts(captions, identity="", dtype=dtype, folder="")
     shapes = base.condition_shapes(num_chunks)
     return bytes_of_latents(pictures, latents, base.latent_shape, dtype) + bytes_of_prompts(prompts, shapes, dtype)
-
-
-def check_free_disk(folder, needed):
-    """Raises `InputError` where so many bytes don't fit on the folder's disk."""
-    existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(
-            f"{folder}: the cache needs {in_bytes(needed)} more and {in_bytes(free)} are free. Pass another "
-            "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."
-        )
-
-
-def trim(folder, limit_gib, needed):
-    """Deletes the shards that were not used for longest, beyond the limit; returns the line that says what is there.
-
-    The paths in `needed` are marked as used now, and stay. None: no limit.
-    """
-    for path in needed:
-        with contextlib.suppress(OSError):
-            os.utime(path)
-    found = []
-    for path in (path for kind in ("latents", "prompts") for path in (Path(folder) / kind).glob("*.safetensors")):
-        with contextlib.suppress(OSError):  # another process may delete them too
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
-    total, kept, deleted = sum(size for _, size, _ in found), set(map(str, needed)), 0
-    for _, size, path in sorted(found, key=lambda row: row[:2]):
-        if limit_gib is None or total <= limit_gib * 2**30 or str(path) in kept:
-            continue
-        with contextlib.suppress(OSError):
-            path.unlink()
-            total, deleted = total - size, deleted + 1
-    line = f"cache: {in_bytes(total)} in {folder}"
-    if deleted:
-        line += f" ({deleted} files that were not used for longest are deleted)"
-    elif limit_gib is not None and total > limit_gib * 2**30:
-        line += f" (over --latent_cache_limit {limit_gib:g}, all of it needed by this run)"
-    return line
 
 
 class Cache(NamedTuple):
@@ -268,31 +203,6 @@ class Cache(NamedTuple):
             fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
         prompts = None if prompter is None else CachedPrompts(ShardReader(prompt_shards), places)
         return CachedLatents(ShardReader(latent_shards), locations), prompts
-
-
-class ShardReader:
-    """Rows of shards through memory maps; nothing is read until it is asked for."""
-
-    def __init__(self, shards):
-        self.paths = [str(shard.path) for shard in shards]
-        self.files = {}
-
-    def __getstate__(self):
-        return {"paths": self.paths, "files": {}}  # a loader's worker opens its own
-
-    def _file(self, shard):
-        if shard not in self.files:
-            file = safe_open(self.paths[shard], "pt")
-            self.files[shard] = {name: file.get_slice(name) for name in sorted(file.keys())}
-        return self.files[shard]
-
-    def row(self, shard, row):
-        """{name: row of that tensor}."""
-        return {name: tensor[row] for name, tensor in self._file(shard).items()}
-
-    def shape(self, shard, name):
-        """The shape of a row of the tensor `name`; nothing is read but the file's header."""
-        return self._file(shard)[name].get_shape()[1:]
 
 
 class CachedLatents(NamedTuple):
