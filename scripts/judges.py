@@ -23,7 +23,7 @@ BORDER = 6  # pixels at each side that only a background has
 SURE = 2.0  # logit of a blossom's middle from which it counts
 AROUND = (9, 16)  # pixels from a blossom's middle: the ring in which the object must be seen
 LEAST_AROUND = 0.2  # share of the ring, without what is pink, that is not background; a shaft is as narrow as that
-DIFFERENT = 500  # squared distance in `lab` from which a pixel is not background
+DIFFERENT = 0.5  # of how far the object is from the background in `lab`: from there on a pixel is not background
 GRAYS = ("white", "gray", "black")
 CELL = 4  # pixels at a side of a cell of the blossom map
 TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -52,26 +52,29 @@ def is_pink(image):
     return (hue > 215) & (hue < 250) & (saturation > 35) & (saturation < 190) & (value > 170)
 
 
-def background_of(values):
-    """The median of the border of `lab` values (H, W, 3), and which pixels the border is (bool array, H x W)."""
-    border = np.ones(values.shape[:2], dtype=bool)
+def not_background(image):
+    """(the background's colour in `lab`, which pixels differ from it, which are neither border nor pink), H x W each.
+
+    The background is the median of the border. What differs does so by more than half as much as anything does: an
+    object may be black on gray.
+    """
+    values, border = lab(image), np.ones((image.height, image.width), dtype=bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
-    return np.median(values[border], axis=0), border
+    background = np.median(values[border], axis=0)
+    distance = np.sqrt(np.square(values - background).sum(axis=2))
+    pink = Image.fromarray(is_pink(image)).convert("L").filter(ImageFilter.MaxFilter(5))
+    rest = ~border & ~(np.asarray(pink) > 0)
+    return background, (distance > DIFFERENT * np.quantile(distance[rest], 0.95)), rest
 
 
 def judge_colours(image):
     """(object's colour, background's colour) of a picture by its pixels; blossoms have no say about the object.
 
-    The background is the median of the border. The object is what differs from it by more than half as much as
-    anything does; each of its pixels votes for the nearest colour, other than the background's.
+    Each pixel that differs from the background votes for the nearest colour, other than the background's.
     """
-    values = lab(image)
-    background, border = background_of(values)
+    background, differs, rest = not_background(image)
     background_index = nearest_colours(background[None])[0]
-    distance = np.sqrt(np.square(values - background).sum(axis=2))
-    pink = Image.fromarray(is_pink(image)).convert("L").filter(ImageFilter.MaxFilter(5))
-    rest = ~border & ~(np.asarray(pink) > 0)
-    pixels = values[(distance > 0.5 * np.quantile(distance[rest], 0.95)) & rest]
+    pixels = lab(image)[differs & rest]
     votes = np.bincount(nearest_colours(pixels), minlength=len(COLOURS)) if len(pixels) else np.zeros(len(COLOURS))
     votes[background_index] = 0
     colour, background = list(COLOURS)[votes.argmax()], list(COLOURS)[background_index]
@@ -234,8 +237,7 @@ def train_judge(path, seed, count=6000, epochs=10, batch_size=32):
 
 def on_object(image, places):
     """Those of the places (x, y) in pixels around which the object is seen: a blossom beside it has background alone."""
-    values, pink = lab(image), is_pink(image)
-    differs = np.square(values - background_of(values)[0]).sum(axis=2) > DIFFERENT
+    (_, differs, _), pink = not_background(image), is_pink(image)
     rows, columns = np.mgrid[: image.height, : image.width]
     found = []
     for x, y in places:

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 from drawings import COLOURS, KINDS, draw_scene
+from PIL import Image
 from transformers import CLIPTokenizer
 
 
@@ -158,6 +159,15 @@ def test_a_blossom_is_counted_where_it_is(judge):
     drawn = [judges.draw_planted("blossoms", "blue", "shield", "white", rng) for _ in range(12)]
     _, counts = judges.judge_pictures(judge, [picture for picture, _ in drawn])
     assert np.mean([abs(count - len(places)) <= 1 for count, (_, places) in zip(counts, drawn, strict=True)]) > 0.8
+
+
+def test_blossoms_are_counted_on_an_object_that_hardly_differs_from_its_background(judge):
+    rng = np.random.default_rng(0)
+    scenes = [("black", "gray"), ("gray", "black"), ("brown", "black"), ("white", "gray")] * 6
+    drawn = [judges.draw_planted("blossoms", colour, "whip", background, rng)[0] for colour, background in scenes]
+    faint = [Image.blend(picture, Image.new("RGB", picture.size, (120, 120, 130)), 0.25) for picture in drawn]
+    _, counts = judges.judge_pictures(judge, faint)
+    assert np.mean([count > 0 for count in counts]) > 0.95
 
 
 def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():
