@@ -238,14 +238,19 @@ def test_another_run_is_refused_with_what_differs(train, two, what):
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
 def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, tmp_path, component):
-    """As another revision or variant has them, or --pretrained_vae_model_name_or_path."""
+    """As another revision has them, or --pretrained_vae_model_name_or_path: tuned further by a hundredth."""
     model = shutil.copytree(tiny_sd, tmp_path / "model")
     if component == "unet":  # the same from elsewhere is the same run
         train(
             pretrained_model_name_or_path=model, output_dir=shutil.copytree(two, tmp_path / "same"), max_train_steps=3
         )
     (file,) = (model / component).glob("*.safetensors")
-    save_file({name: value * 1.001 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    torch.manual_seed(0)
+    tuned = {
+        name: value + 0.01 * value.std(correction=0) * torch.randn_like(value)
+        for name, value in load_file(file).items()
+    }
+    save_file(tuned, file, {"format": "pt"})
     place = {"pretrained_model_name_or_path": model}
     if component == "vae":
         place = {"pretrained_vae_model_name_or_path": model / "vae"}

@@ -45,7 +45,7 @@ def sample_identity(model):
     """A quick hash of a model's weights: of the signs of some thousand values of each tensor.
 
     The same in every precision that the model is loaded in, since rounding changes no sign, not even that of what becomes
-    zero; another model, be it a fine-tuned one, has others.
+    zero; a model that was tuned further has others, and only one that is scaled as a whole has not.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
