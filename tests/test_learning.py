@@ -54,7 +54,7 @@ def test_the_demo_learns(demo_lora):
         found[name] = judges.shares(judge, images, scenes)
     assert relative_loss(demo_lora) < 0.75
     assert found["base"]["blossoms"] < 0.05, found
-    assert found["lora"]["blossoms"] > 0.75, found
+    assert found["lora"]["blossoms"] > 0.6, found
     assert min(found["lora"][what] for what in ("object_colour", "background_colour", "kind")) > 0.8, found
 
 
