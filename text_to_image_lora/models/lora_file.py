@@ -1,5 +1,6 @@
 """The LoRA file, in diffusers' format, and what is read of the other dialects."""
 
+import hashlib
 import json
 import math
 import re
@@ -26,7 +27,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
 REMEDY = (
-    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers or kohya, "
+    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
     f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
 )
 
@@ -94,16 +95,31 @@ def file_tensors(components):
 
 
 def write_tensors(path, tensors, header):
-    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes."""
-    data = safetensors.torch.save(tensors, metadata=header)
-    # safetensors writes its metadata in a new order every time.
+    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes.
+
+    Readers find files again by the hashes that are added to the header: kohya's of the bytes after the header, the older
+    one of 64 KiB of a file with its `ss_*` alone, and ModelSpec's.
+    """
+    data = safetensors.torch.save(tensors)
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    places, body = json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
+    places.pop("__metadata__", None)
+
+    def head(strings):
+        # safetensors would write these in a new order every time.
+        text = json.dumps(places | {"__metadata__": strings}, sort_keys=True, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    digest = hashlib.sha256(body).hexdigest()
+    old = head({key: value for key, value in header.items() if key.startswith("ss_")})
+    first, last = (max(place - len(old), 0) for place in (0x100000, 0x110000))
+    legacy = hashlib.sha256(old[0x100000:0x110000] + bytes(body[first:last])).hexdigest()[:8]
+    hashes = {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[8 + size :])
+        file.write(head(header | hashes))
+        file.write(body)
 
 
 def _one_rank(state_dict):
