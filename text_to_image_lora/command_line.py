@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -50,6 +51,23 @@ def above(least, kind=float):
 def from_up_to(least, end, kind=float):
     """The end is not included."""
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
+
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def duration(text):
+    """An argparse type: a time such as 3h50m, which stays as it is written."""
+    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or seconds_of(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a time such as 3h50m, 90m or 45s")
+    return text
+
+
+def seconds_of(text):
+    """How many seconds a time such as 3h50m is; None for none."""
+    return (
+        None if text is None else sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -121,3 +139,17 @@ class Parser(argparse.ArgumentParser):
         except InputError as error:
             raise InputError(f"{config}: {error}") from error
         return words
+
+
+def quiet_libraries():
+    """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
+    import logging
+    import warnings
+
+    # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("xformers", "bitsandbytes", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
