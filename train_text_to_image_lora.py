@@ -1509,4 +1509,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (Exception, KeyboardInterrupt, Stopped) as error:
-        end(error, lambda: ways_to_save_memory(parse_args()))
+        end(error, Path(__file__).name, lambda: ways_to_save_memory(parse_args()))

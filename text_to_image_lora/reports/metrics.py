@@ -185,7 +185,7 @@ class StepReports:
             return
         (step, values), self.waiting = self.waiting, None
         values = values.read()
-        self.asked = self.asked or bool(values.pop("asked"))
+        self.asked = bool(values.pop("asked")) or self.asked
         loss = values["train_loss"]
         if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
             self.in_a_row = 0

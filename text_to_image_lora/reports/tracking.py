@@ -98,7 +98,7 @@ class Sheltered:
 
     def finish(self):
         """Ends the tracker's run; one whose server doesn't answer any more is not waited for longer than a minute."""
-        thread = threading.Thread(target=self.attempt, args=(self.tracker.finish,), daemon=True)
+        thread = threading.Thread(target=lambda: self.attempt(self.tracker.finish), daemon=True)
         thread.start()
         thread.join(SECONDS_TO_FINISH)
         if thread.is_alive():

@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory
 from ..files import reason_of
@@ -12,12 +11,17 @@ from ..files import reason_of
 SECONDS_TO_ANSWER = 5  # that the other processes have to show that they are still there
 
 
-def end(error, ways_to_save_memory):
-    """Says what ended the run and exits; what nobody foresaw is raised again.
+def end(error, script, ways_to_save_memory):
+    """Says what ended the run, in the script's name, and exits; what nobody foresaw is raised again.
 
     `ways_to_save_memory()` names flags for a run that ran out of it. Needs no torch unless that is loaded.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    def say(line):
+        below_the_bar = "\n" if "tqdm" in sys.modules else ""
+        print(f"{below_the_bar}{script}: {line}", file=sys.stderr, flush=True)
+
     if isinstance(error, KeyboardInterrupt):
         say("stopped at once. What was saved is whole: run the same command again to go on from the last checkpoint.")
         leave(130, at_once=True)
@@ -50,11 +54,6 @@ def end(error, ways_to_save_memory):
         )
         leave(1, at_once=True)
     raise error
-
-
-def say(line):
-    below_progress = "\n" if "tqdm" in sys.modules else ""
-    print(f"{below_progress}{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
 def leave(exit_code, at_once=False):

@@ -34,14 +34,15 @@ class Listener:
     """What a process was asked; `ends` is the time.monotonic() at which its time is over, or None."""
 
     def __init__(self, ends=None):
-        self.ends, self.request, self.requested_at, self.before = ends, None, None, {}
+        self.ends, self.request, self.requested_at = ends, None, None
+        self.names, self.before = {}, {}  # of the signals by number, and who listened to them before
         self.held, self.where = False, "before the first step"
         self.launcher = launchers_pid()
         self.looked_at, self.longest = time.monotonic(), 0.0
         self.terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
 
     def on_signal(self, number, frame):
-        name, now = signal.Signals(number).name, time.monotonic()
+        name, now = self.names[number], time.monotonic()
         if name == "SIGHUP":  # the terminal is no more, and what is written to it would be an error
             for terminal in self.terminals:
                 with open(os.devnull, "w") as nowhere:
@@ -77,6 +78,7 @@ def listen(max_seconds=None):
         number = getattr(signal, name, None)
         # What is ignored stays so: nohup has its reason.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            _listener.names[number] = name
             _listener.before[number] = signal.signal(number, _listener.on_signal)
 
 
