@@ -13,6 +13,7 @@ import faulthandler
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,19 @@ class QuickStart:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
+    def together(self, words, folder, count, before=None):
+        """Starts so many processes of one run, as a launcher does; `before` by their rank."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = dict(
+            WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        return [
+            self(words, folder, (before or {}).get(rank, ""), RANK=str(rank), LOCAL_RANK=str(rank), **common)
+            for rank in range(count)
+        ]
+
     def __call__(self, words, folder, before="", **environment):
         """Starts the command; its log is a new file in the folder. `before` is Python that runs in it first."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +98,48 @@ class QuickStart:
         environment = {"ACCELERATE_USE_CPU": "true"} | environment
         pid = self.ask({"words": [*map(str, words)], "log": str(log), "before": before, "environment": environment})
         return Run(self, pid, log)
+
+
+SENDING = """
+import importlib, os, signal
+owner, calls = importlib.import_module("text_to_image_lora.{module}"), []
+function = owner.{function}
+
+def send(*values, **options):
+    calls.append(0)
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), signal.{name})
+    return function(*values, **options)
+
+owner.{function} = send
+"""
+
+
+def signal_before(function, nth, name):
+    """Python for a `Run` that sends itself a signal before the nth call of a function of the package."""
+    module, _, function = function.rpartition(".")
+    return SENDING.format(module=module, function=function, nth=nth, name=name)
+
+
+MEASURED = ("images_per_second", "peak_memory_gib")
+
+
+def assert_same_end(first, second):
+    """LoRA, the best one, metrics without times, optimizer and pictures are equal, bit for bit."""
+    from conftest import read_lora, read_metrics
+
+    for part in (".", "best"):
+        a, b = read_lora(first / part), read_lora(second / part)
+        assert a.keys() == b.keys()
+        assert [key for key in a if not a[key].equal(b[key])] == []
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(f)] for f in (first, second)]
+    assert rows[0] == rows[1]
+    pictures = [
+        sorted(path.relative_to(folder) for path in folder.rglob("validation/*/*.png")) for folder in (first, second)
+    ]
+    assert pictures[0] == pictures[1]
+    for path in pictures[0]:
+        assert (first / path).read_bytes() == (second / path).read_bytes()
 
 
 def become(words, log, before, environment):

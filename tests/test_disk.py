@@ -9,9 +9,8 @@ import subprocess
 import pytest
 from conftest import words_of_run, write_pictures
 from PIL import Image
-from quick_start import QuickStart
+from quick_start import QuickStart, assert_same_end, signal_before
 from safetensors import safe_open
-from test_signals import assert_same_end
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.files import telling_of_the_disk, write_whole, written_whole
@@ -148,7 +147,8 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
     assert start(words(undisturbed), undisturbed).wait()[0] == 0
     (template / "run").mkdir(parents=True)
     if resumed:
-        assert start(words(template, max_train_steps=3), template).wait()[0] == 0
+        stop = signal_before("training.interruption.mean_and_asked", 3, "SIGUSR1")
+        assert start(words(template), template, before=stop).wait()[0] == 75
     looking = shutil.copytree(template, tmp_path / "looking")
     code, said, opened = written(start, words(looking), looking, 0)
     assert code == 0, said

@@ -11,15 +11,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, words_of_run, write_pictures
-from quick_start import QuickStart
+from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
+from quick_start import QuickStart, assert_same_end, signal_before
 
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.training import interruption, launcher
 from text_to_image_lora.training.checkpoint import damage_of, read_state
-
-
-MEASURED = ("images_per_second", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -164,35 +161,6 @@ def undisturbed(start, words, tmp_path_factory):
     return folder / "out"
 
 
-def assert_same_end(first, second):
-    """LoRA, the best one, metrics without times, optimizer and pictures are equal, bit for bit."""
-    for part in (".", "best"):
-        a, b = read_lora(first / part), read_lora(second / part)
-        assert a.keys() == b.keys()
-        assert [key for key in a if not a[key].equal(b[key])] == []
-    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(f)] for f in (first, second)]
-    assert rows[0] == rows[1]
-    pictures = [
-        sorted(path.relative_to(folder) for path in folder.rglob("validation/*/*.png")) for folder in (first, second)
-    ]
-    assert pictures[0] == pictures[1]
-    for path in pictures[0]:
-        assert (first / path).read_bytes() == (second / path).read_bytes()
-
-
-SENDING = """
-import importlib, os, signal
-owner, calls = importlib.import_module("text_to_image_lora.{module}"), []
-function = owner.{function}
-
-def send(*values, **options):
-    calls.append(0)
-    if len(calls) == {nth}:
-        os.kill(os.getpid(), signal.{name})
-    return function(*values, **options)
-
-owner.{function} = send
-"""
 # Where it stops: (function that is called there, how often until then).
 PLACES = {
     "caching pictures": ("training.caching.encode_latent_entries", 2),
@@ -209,9 +177,7 @@ PLACES = {
 
 def sending(place, name):
     """Python that sends the signal to its own process there."""
-    where, nth = PLACES[place]
-    module, _, function = where.rpartition(".")
-    return SENDING.format(module=module, function=function, nth=nth, name=name)
+    return signal_before(*PLACES[place], name)
 
 
 def newest_checkpoint(out):
@@ -366,25 +332,10 @@ def test_torchrun_hands_the_signal_on(words, tmp_path, name):
 def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
     """As where one of several machines is taken away: no launcher hands it on to the others."""
     flags = words(tmp_path, train_batch_size=1)
-    code = {0: "", 1: sending("step", "SIGUSR1")}
-    runs = start_two(start, flags, tmp_path, code)
+    runs = start.together(flags, tmp_path, 2, before={1: sending("step", "SIGUSR1")})
     ended = [run.wait() for run in runs]
     assert [code for code, _ in ended] == [75, 75], ended
     assert "SIGUSR1: stopped after step 16, with a checkpoint" in ended[0][1]  # a step later: see mean_and_asked
-
-
-def start_two(start, words, folder, before=None):
-    """Two processes as a launcher starts them."""
-    from test_machines import free_port
-
-    port = free_port()
-    return [
-        start(
-            words, folder, before=(before or {}).get(rank, ""), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
 
 
 @pytest.mark.long
