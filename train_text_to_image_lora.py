@@ -203,7 +203,7 @@ def build_parser():
     group("--adam_epsilon", type=at_least(0, float), default=1e-8, help="what the optimizer adds to its denominator")
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
-    group("--deterministic", **yes, help="the same bits from the same seed on a GPU too: deterministic kernels and plain attention, which take more time and memory")
+    group("--deterministic", **yes, help="the same bits from the same seed on a GPU too: deterministic kernels and plain attention, whose memory grows with the square of the picture's area; slower")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
@@ -314,6 +314,10 @@ def check_schedule_and_loss(args):
     if args.compile != "off" and args.perceptual_loss == "self":
         raise InputError(
             "--perceptual_loss self looks into the UNet where --compile leaves nothing to see: leave one out."
+        )
+    if args.deterministic and args.enable_xformers_memory_efficient_attention:
+        raise InputError(
+            "--deterministic needs plain attention: leave --enable_xformers_memory_efficient_attention out."
         )
     if args.train_batch_size == "auto" and args.gradient_accumulation_steps == 1:
         raise InputError(
@@ -818,6 +822,7 @@ def make_accelerator(args, lora_settings, trackers):
     precision = precision_of(args)
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
+    processes.be_deterministic(args.deterministic)
     logging_dir = os.path.join(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
         mixed_precision=precision,

@@ -48,6 +48,11 @@ def end(error, script, ways_to_save_memory):
             "--dataloader_num_workers."
         )
         leave(1, at_once=True)
+    if isinstance(error, RuntimeError) and "deterministic" in str(error):
+        say(
+            f"--deterministic: this GPU can't do it ({reason_of(error)}). Leave the flag out, or what needs that operator."
+        )
+        leave(1)
     if is_lost_connection(error):
         lost = " and ".join(map(str, lost_processes())) or "another one"
         say(
