@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
+from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
 from text_to_image_lora.pictures.captions import CaptionRules, shuffled_variations
@@ -564,20 +565,6 @@ def hide_secrets(args):
         if secret:
             sys.argv[:] = [word.replace(secret, "***") for word in sys.argv]
     return {k: v for k, v in vars(args).items() if k not in NOT_SHOWN and v not in (None, [])}
-
-
-def quiet_libraries():
-    """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
-    import logging
-    import warnings
-
-    # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("xformers", "bitsandbytes", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_inputs(args, leave_out):
@@ -1142,17 +1129,20 @@ def main(args):
             look_at_data(args, *inputs, left_out)
         return
 
-    import diffusers
     import torch
-    import transformers
-    from diffusers.training_utils import EMAModel
-    from tqdm.auto import tqdm
 
-    from text_to_image_lora.models import lora, lora_file, modules
-    from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
-    from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
-    from text_to_image_lora.training.perceptual import PerceptualLoss
+    # 8-bit Adam imports bitsandbytes itself.
+    with hidden("bitsandbytes", *([] if args.enable_xformers_memory_efficient_attention else ["xformers"])):
+        import diffusers
+        import transformers
+        from diffusers.training_utils import EMAModel
+        from tqdm.auto import tqdm
+
+        from text_to_image_lora.models import lora, lora_file, modules
+        from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
+        from text_to_image_lora.reports.validation_loss import Judge, LossMeter
+        from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
+        from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()

@@ -22,7 +22,7 @@ for name in ("WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION"):
 os.environ["OMP_NUM_THREADS"] = "1"
 
 train_script = importlib.import_module("train_text_to_image_lora")
-train_script.quiet_libraries()
+importlib.import_module("text_to_image_lora.libraries").quiet_libraries()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "text_to_image_lora"
 SCRIPT = ROOT / "train_text_to_image_lora.py"
-GROUND = ("files", "errors", "command_line")
+GROUND = ("files", "errors", "command_line", "libraries")
 FLOORS = {"": 0, "pictures": 1, "models": 1, "training": 2, "reports": 3}  # CONTRIBUTING.md draws the same house
 
 

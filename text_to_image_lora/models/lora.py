@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
+from ..libraries import hidden
 
 
 TEXT_TARGET_MODULES = (
@@ -61,7 +62,8 @@ def add_lora(model, settings):
         use_dora=settings.use_dora,
     )
     try:
-        model.add_adapter(config)
+        with hidden("bitsandbytes"):  # for whose layers peft would look
+            model.add_adapter(config)
     except ValueError as error:  # such as orthogonal, which peft has for linear layers alone
         raise InputError(
             f"The LoRA can't be added ({error}). Check --init_lora_weights and --target_modules."
