@@ -689,7 +689,7 @@ def check_lora_fits(path, lora_shapes, model_shapes):
     partner |= {up: down for down, up in partner.items()}
     # The block names of the original code (kohya's SDXL files) and peft's are looked at when they are translated.
     pattern = re.compile(
-        rf"(?!lora_unet_(?:input|middle|output)_block|base_model\\.)(.+)\.({'|'.join(partner)})\.weight"
+        rf"(?!lora_unet_(?:input|middle|output)_block|base_model\.)(.+)\.({'|'.join(partner)})\.weight"
     )
     unmatched = []
     for match in filter(None, map(pattern.fullmatch, lora_shapes)):
@@ -831,15 +831,18 @@ def is_ours(lora):
     return all(re.fullmatch(rf"(unet|text_encoder|text_encoder_2)\..+\.{leaf}", key) for key in lora.shapes)
 
 
-def translate(lora):
-    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}."""
+def translate(lora, model_shapes):
+    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}; refuses one that does not fit."""
     from text_to_image_lora.errors import InputError
     from text_to_image_lora.models.lora_file import as_diffusers
 
     try:
-        return as_diffusers(lora.path)[0]
+        weights, _ = as_diffusers(lora.path)
     except InputError as error:
-        return fail(f"--lora {error}")
+        fail(f"--lora {error}")
+    if model_shapes:
+        check_lora_fits(lora.path, {key: tuple(tensor.shape) for key, tensor in weights.items()}, model_shapes)
+    return weights
 
 
 def load_loras(pipe, loras, translated, clip_skip):
@@ -1523,7 +1526,7 @@ def find_job(args):
 
 def open_studio(args, job, device, dtype):
     """Loads what the job needs: the `Studio` that draws it."""
-    translated = {lora.adapter: translate(lora) for lora in job.loras if not is_ours(lora)}
+    translated = {lora.adapter: translate(lora, job.model.shapes) for lora in job.loras if not is_ours(lora)}
     parts = ["image to image" * (args.image is not None), "ControlNet" * (args.controlnet is not None)]
     mode, clip_skip = ", ".join(filter(None, parts)) or "text to image", job.training["clip_skip"] or 0
     pipe = load_pipeline(job.model, job.training["vae"], dtype, mode, args.controlnet)
