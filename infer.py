@@ -1380,12 +1380,13 @@ def label(text, note, font, width):
         chars -= 1
 
 
-def layout(rows, columns, images):
+def layout(rows, columns, images, heading="", given=()):
     """One sheet of a grid of pictures, in bands of eight columns; `images` are row by row.
 
-    `rows` and `columns` are labels (text, note); the text is wrapped, the note has a line of its own.
+    `rows` and `columns` are labels (text, note); the text is wrapped, the note has a line of its own. `given` pictures
+    [(label, picture)] stand above the grid, and the heading above all.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
     per_band = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
     size, room = images[0].size, 512 if per_band <= 4 else 256
@@ -1393,56 +1394,55 @@ def layout(rows, columns, images):
     factor = 256 // max(size) if max(size) <= 128 else min(1.0, room / max(size))
     width, height = (round(side * factor) for side in size)
     em = max(17, per_band * width // 80)  # legible where a page shrinks a wide sheet to its own width
-    font, large = font_for(sum(columns, ()), em), font_for(sum(rows, ()), em + em // 4)
+    font, large = font_for(sum(columns, ()), em), font_for([*sum(rows, ()), heading], em + em // 4)
     margin, gap = 2 * em, em // 2
     sides, tops = ([label(*each, f, width) for each in labels] for labels, f in ((rows, large), (columns, font)))
     gutter = 2 * margin + max(round(large.getlength(line)) for text in sides for line in text.split("\n"))
-    bands = [range(i, min(i + per_band, len(columns))) for i in range(0, len(columns), per_band)]
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    heads = [max(round(draw.textbbox((0, 0), tops[i], font)[3]) for i in band) + gap for band in bands]
-    sheet_size = (
-        gutter + per_band * (width + gap) - gap + margin,
-        margin + sum(heads) + len(bands) * (len(rows) * (height + gap) - gap + margin),
+    # A strip is the labels of its columns, and its rows: each a label and its pictures.
+    strips = (
+        [([label(text, "", font, width) for text, _ in given], [("", [image for _, image in given])])] if given else []
     )
-    sheet = Image.new("RGB", sheet_size, "white")
-    draw, top = ImageDraw.Draw(sheet), margin
-    for band, head in zip(bands, heads):
+    for first in range(0, len(columns), per_band):
+        starts = range(first, len(images), len(columns))
+        end = min(per_band, len(columns) - first)
+        strips.append((tops[first : first + end], [(side, images[i : i + end]) for side, i in zip(sides, starts)]))
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = [max(round(draw.textbbox((0, 0), text, font)[3]) for text in texts) + gap for texts, _ in strips]
+    sheet_width = gutter + max(per_band, len(given)) * (width + gap) - gap + margin
+    heading = heading and label(heading, "", large, sheet_width - 2 * margin)
+    top = margin + (round(draw.textbbox((0, 0), heading, large)[3]) + em if heading else 0)
+    tall = sum(len(lines) * (height + gap) - gap + margin for _, lines in strips)
+    sheet = Image.new("RGB", (sheet_width, top + sum(heads) + tall), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin, margin), heading, "black", large)
+    for (texts, lines), head in zip(strips, heads):
         top += head
-        for left, i in zip(itertools.count(gutter, width + gap), band):
-            draw.text((left, top - gap), tops[i], "black", font, anchor="ld")
-        for row, text in enumerate(sides):
-            draw.text((margin, top + height // 2), text, "black", large, anchor="lm")
-            for left, i in zip(itertools.count(gutter, width + gap), band):
-                tile = images[row * len(columns) + i].resize((width, height), Image.Resampling.LANCZOS)
-                sheet.paste(tile, (left, top))
+        for left, text in zip(itertools.count(gutter, width + gap), texts):
+            draw.text((left, top - gap), text, "black", font, anchor="ld")
+        for side, pictures in lines:
+            draw.text((margin, top + height // 2), side, "black", large, anchor="lm")
+            for left, picture in zip(itertools.count(gutter, width + gap), pictures):
+                sheet.paste(
+                    ImageOps.pad(picture, (width, height), Image.Resampling.LANCZOS, color="white"), (left, top)
+                )
             top += height + gap
         top += margin - gap
     return sheet
 
 
-def stacked(title, headings, sheets):
-    """Sheets of one width below each other, each below its heading, all below the title."""
-    from PIL import Image, ImageDraw
+def stacked(sheets):
+    """Sheets below each other."""
+    from PIL import Image
 
-    texts, width = [title, *headings], sheets[0].width
-    em = max(20, width // 60)
-    font, margin = font_for(texts, em), em
-    wrapped = [text and label(text, "", font, width - 4 * em) for text in texts]
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    heights = [round(draw.textbbox((0, 0), text, font)[3]) + margin if text else 0 for text in wrapped]
-    sheet = Image.new("RGB", (width, sum(heights) + sum(part.height for part in sheets)), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    for text, height, part in zip(wrapped, heights, [None, *sheets]):
-        if text:
-            draw.text((2 * em, top + height), text, "black", font, anchor="ld")
-        top += height
-        if part:
-            sheet.paste(part, (0, top))
-            top += part.height
-    return sheet
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
 
 
-def sheets_of(grid, drawings, images):
+def sheets_of(grid, drawings, images, given):
     """Yields (name of the file, sheet, its drawings) of a grid, whose pictures lie in the order of the drawings."""
     per_band = len(grid.rows) * len(grid.columns)
     per_sheet = per_band * len(grid.bands)
@@ -1452,14 +1452,15 @@ def sheets_of(grid, drawings, images):
         def labels(cells, step, shown=shown):
             return [(each.label, each.note.format(seed=shown[k * step].seed)) for k, each in enumerate(cells)]
 
-        rows, columns = labels(grid.rows, len(grid.columns)), labels(grid.columns, 1)
-        starts = range(i * per_sheet, (i + 1) * per_sheet, per_band)
-        bands = [layout(rows, columns, images[start : start + per_band]) for start in starts]
-        title = ", ".join(filter(None, labels([cell], 0)[0]))
-        headings = [text for text, _ in labels(grid.bands, per_band)]
-        stem = "-".join(filter(None, [grid.name, *(cell.changes.get("stem"), cell.nth and f"seed{shown[0].seed}")]))
-        stem = grid.name if len(grid.sheets) == 1 else f"{stem}{cell.suffix}"
-        yield f"{stem}.png", stacked(title, headings, bands) if title or any(headings) else bands[0], shown
+        rows, columns, parts = labels(grid.rows, len(grid.columns)), labels(grid.columns, 1), []
+        for k, band in enumerate(grid.bands):
+            start = i * per_sheet + k * per_band
+            heading = [*labels([cell], 0)[0], band.label] if k == 0 else [band.label]
+            pictures = images[start : start + per_band]
+            parts.append(layout(rows, columns, pictures, ", ".join(filter(None, heading)), () if k else given))
+        seed = f"seed{shown[0].seed}" if cell.nth else None
+        stem = "-".join(filter(None, [grid.name, cell.changes.get("stem"), seed])) + cell.suffix
+        yield f"{grid.name if len(grid.sheets) == 1 else stem}.png", stacked(parts), shown
 
 
 # The run.
@@ -1600,10 +1601,10 @@ def save_drawn(args, studio, drawings, source):
     return saved
 
 
-def save_sheets(args, argv, grid, drawings, images):
-    """Writes the sheets of a grid, each with the command that drew it."""
+def save_sheets(args, argv, grid, drawings, images, given):
+    """Writes the sheets of a grid, each with the command that drew it; `given` is what the pictures start from."""
     what = "base above LoRA" if args.compare_base else "the grid"
-    for name, sheet, shown in sheets_of(grid, drawings, images):
+    for name, sheet, shown in sheets_of(grid, drawings, images, given):
         chunks = {"prompt": " | ".join(dict.fromkeys(drawing.prompt for drawing in shown))}
         chunks |= {MODEL_FLAG[2:]: args.pretrained_model_name_or_path, "command": shlex.join(["infer.py", *argv])}
         print(f"{save_png(sheet, args.output_dir / name, chunks)}: {what}")
@@ -1627,7 +1628,11 @@ def main(argv=None):
         drawings = sized(job.drawings, studio)
         saved = save_drawn(args, studio, drawings, source_of(args, job.training["vae"], dtype, device))
         if job.grid.name:
-            save_sheets(args, argv, job.grid, drawings, [saved[i][1] for i in range(len(drawings))])
+            given = fitted(studio, drawings[0].width, drawings[0].height)
+            names = {"image": args.image, "control_image": args.control_image or args.image}
+            given = [(names[name].name, picture) for name, picture in given.items() if picture]
+            images = [saved[i][1] for i in range(len(drawings))]
+            save_sheets(args, argv, job.grid, drawings, images, given)
     if args.save_merged:
         save_merged(studio, job, job.loras[: len(args.lora)], args.save_merged)
         print(f"{args.save_merged}: the base model with the LoRA{'s' * (len(args.lora) > 1)} merged into it")
