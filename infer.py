@@ -526,24 +526,22 @@ def find_lora(given, scale, adapter):
 
 def find_checkpoints(listed, scale):
     """The LoRAs that a grid's `checkpoint=` lists: paths, patterns, or base for none; {label: LoRA or None}."""
+
+    def in_order(name):  # of the numbers in names
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
     found = []
     for word in listed:
-        if word == "base" and not Path(word).exists():
-            found.append(word)
-            continue
-        matches = [word] if Path(word).exists() or not glob.has_magic(word) else glob.glob(word)
+        matches = [word] if word == "base" or Path(word).exists() or not glob.has_magic(word) else glob.glob(word)
         if not matches:
-            fail(f"--grid checkpoint={word}: no file or folder has such a name. Quote the pattern.")
-        found += sorted(
-            matches, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-        )
-    loras = [None if name == "base" else find_lora(name, scale, f"checkpoint{i}") for i, name in enumerate(found)]
-    parts = [() if lora is None else Path(lora.given).absolute().with_suffix("").parts for lora in loras]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(each[-length:]) or "base" for each in parts]
-        if len(set(labels)) == len(set(parts)):  # as short as tells them apart
-            break
-    return dict(zip(labels, loras))
+            fail(f"--grid checkpoint={word}: no file or folder has such a name.")
+        found += sorted(matches, key=in_order)
+    loras = [None if word == "base" else find_lora(word, scale, f"checkpoint{i}") for i, word in enumerate(found)]
+    names = [Path(lora.given.removesuffix(".safetensors")).absolute().parts if lora else ("base",) for lora in loras]
+    length = 1  # of the labels, in parts of the paths: as short as tells them apart
+    while len({parts[-length:] for parts in names}) < len(set(names)):
+        length += 1
+    return {"/".join(parts[-length:]): lora for parts, lora in zip(names, loras)}
 
 
 def vae_channels(source, refuse=fail):
@@ -948,7 +946,8 @@ def axis_cells(field, values):
     row, cells = SETTINGS[field], []
     for value in dict.fromkeys(values):
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        suffix = "" if field == "seed" else f"-{row.short}{slug(shown)}"  # a seed is in each name anyway
+        named = shown if isinstance(value, str) else f"{row.short}{shown}"
+        suffix = "" if field == "seed" else f"-{slug(named)}"  # a seed is in each name anyway
         cells.append(Cell(row.label.format(shown), {field: value}, suffix=suffix))
     return cells
 
@@ -1316,7 +1315,7 @@ def read_repeat(path):
         fail(f"--from_png {path} can't be read: {getattr(error, 'strerror', None) or 'it is no picture'}.")
     if "command" in text:
         fail(f"--from_png {path} is a sheet of pictures, which was drawn by: {text['command']}")
-    with contextlib.suppress(KeyError, TypeError, ValueError):
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         repeat = json.loads(text["repeat"])
         flags = {k: [str(word) for word in words] for k, words in repeat["flags"].items() if k in REPEATED}
         size, place = map(int, repeat["batch"])

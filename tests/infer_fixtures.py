@@ -125,6 +125,31 @@ def compared(model, lora, tmp_path_factory):
     return base, with_lora
 
 
+@pytest.fixture(scope="session")
+def bad_files(lora_weights, tmp_path_factory):
+    import torch
+    from safetensors.torch import save_file
+
+    folder, good = tmp_path_factory.mktemp("bad"), flat(lora_weights)
+    first, second, *_ = good
+    save_file({"unet.nowhere.lora_A.weight": torch.zeros(4, 4), **good}, folder / "layer.safetensors")
+    save_file(good | {first: torch.zeros(4, 5), second: torch.zeros(5, 4)}, folder / "size.safetensors")
+    save_file({key: value for key, value in good.items() if key != second}, folder / "half.safetensors")
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    save_file(good, folder / "v.safetensors", {"prediction_type": "v_prediction"})
+    save_file(good, folder / "skip.safetensors", {"clip_skip": "1"})
+    save_file(good, folder / "skip5.safetensors", {"clip_skip": "5"})
+    (folder / "cut.safetensors").write_bytes((folder / "size.safetensors").read_bytes()[:-100])
+    (folder / "lora.bin").write_bytes(b"")
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "flux").mkdir()
+    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (folder / "wide").mkdir()
+    (folder / "wide" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
+    return folder
+
+
 def flat(lora_weights):
     return {f"{part}.{key}": value for part, weights in lora_weights.items() for key, value in weights.items()}
 

@@ -474,31 +474,6 @@ def test_single_files(tiny_pipeline, model, compared, lora_weights, tmp_path, mo
     assert not (tmp_path / "1").exists()
 
 
-@pytest.fixture(scope="session")
-def bad_files(lora_weights, tmp_path_factory):
-    import torch
-    from safetensors.torch import save_file
-
-    folder, good = tmp_path_factory.mktemp("bad"), flat(lora_weights)
-    first, second, *_ = good
-    save_file({"unet.nowhere.lora_A.weight": torch.zeros(4, 4), **good}, folder / "layer.safetensors")
-    save_file(good | {first: torch.zeros(4, 5), second: torch.zeros(5, 4)}, folder / "size.safetensors")
-    save_file({key: value for key, value in good.items() if key != second}, folder / "half.safetensors")
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-    save_file(good, folder / "v.safetensors", {"prediction_type": "v_prediction"})
-    save_file(good, folder / "skip.safetensors", {"clip_skip": "1"})
-    save_file(good, folder / "skip5.safetensors", {"clip_skip": "5"})
-    (folder / "cut.safetensors").write_bytes((folder / "size.safetensors").read_bytes()[:-100])
-    (folder / "lora.bin").write_bytes(b"")
-    (folder / "empty.txt").write_text("\n \n")
-    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
-    (folder / "flux").mkdir()
-    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    (folder / "wide").mkdir()
-    (folder / "wide" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
-    return folder
-
-
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
     "--num_cpu_threads 0": "must be a whole number, 1 or more",
