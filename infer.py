@@ -576,12 +576,15 @@ def find_controlnet(source):
     return fail(f"--controlnet {source} holds no config.json of a ControlNetModel. Pass the ControlNet's own folder.")
 
 
-def check_controlnet_fits(source, config, unet_config):
-    """Refuses a ControlNet whose config.json shows that it was made for another UNet."""
+def check_controlnet_fits(source, config, unet_config, vae_scale_factor=None):
+    """Refuses a ControlNet whose config.json shows that it was made for another UNet, or for another VAE."""
     for name in CONTROLNET_FITS:
         own, unet = config.get(name), unet_config.get(name)
         if own is not None and unet is not None and json.dumps(own) != json.dumps(unet):
             fail(f"--controlnet {source} does not fit this base model: its {name} is {own}, the UNet's is {unet}.")
+    factor = 2 ** (len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256))) - 1)
+    if vae_scale_factor not in (None, factor):
+        fail(f"--controlnet {source} makes pictures {factor} times smaller, and the VAE {vae_scale_factor} times.")
 
 
 def read_image(flag, path):
@@ -591,9 +594,11 @@ def read_image(flag, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(path))
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's plugins raise what they like on broken files
-        reason = getattr(error, "strerror", None) or re.sub(r" '.*'$|^.* file .*$", "no picture", str(error))
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = "it is no picture" if "cannot identify" in reason else reason
         fail(f"{flag} {path} can't be read: {reason}. Pass a PNG, JPEG or WebP file.")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would cut off at 255
         wide = image.convert("F")
@@ -906,6 +911,10 @@ def save_merged(studio, job, loras, folder):
     if active:
         pipe.fuse_lora(components=[part for part, adapters in pipe.get_list_adapters().items() if adapters])
     pipe.unload_lora_weights()
+    for name in COMPONENTS[1:]:
+        if getattr(pipe, name, None) is not None:
+            # transformers 5 keeps the renaming of the LoRA's keys, and would write the encoder's own under such names.
+            getattr(pipe, name)._weight_conversions = None
     components = {name: part for name, part in pipe.components.items() if name != "controlnet"}
     components["scheduler"] = make_scheduler(studio.scheduler, None, studio.training)
     settings = ("requires_safety_checker", "force_zeros_for_empty_prompt")
@@ -1531,7 +1540,7 @@ def open_studio(args, job, device, dtype):
     mode, clip_skip = ", ".join(filter(None, parts)) or "text to image", job.training["clip_skip"] or 0
     pipe = load_pipeline(job.model, job.training["vae"], dtype, mode, args.controlnet)
     if job.controlnet:
-        check_controlnet_fits(args.controlnet, job.controlnet, pipe.unet.config)
+        check_controlnet_fits(args.controlnet, job.controlnet, pipe.unet.config, pipe.vae_scale_factor)
     if clip_skip and job.model.family == "sd" and not hasattr(pipe.text_encoder, "text_model"):
         fail("clip skip: diffusers can't do it with transformers 5.6 or later. Install 5.5.4, or pass --clip_skip 0.")
     load_loras(pipe, job.loras, translated, clip_skip)
