@@ -181,7 +181,7 @@ def main(args):
         components = resize(components, args.rank)
     names = [Path(path).stem for path, _ in sources] if args.merge else []
     arrived = write(components, header_of(components, header, out, names), out, dialect, args.dtype)
-    print(f"{out} ({dialect}'s format): {arrived}")
+    print(f"{out} ({dialect} format): {arrived}")
 
 
 if __name__ == "__main__":
