@@ -1,14 +1,14 @@
 """The LoRA file, in diffusers' format, and what is read of the other dialects."""
 
+import hashlib
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
@@ -26,19 +26,37 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
 REMEDY = (
-    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers or kohya, "
+    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
     f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
 )
 
 
+class Scale(NamedTuple):
+    """What of peft's `LoraConfig` a module's scale depends on, without the seconds that importing peft takes."""
+
+    lora_alpha: float
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+
+
 def scale_of(config, module, rank):
-    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one.
+
+    1 without a configuration: the scale is in lora_B already.
+    """
+    if config is None:
+        return 1.0
+    # As peft's get_pattern_key does: the first pattern that the end of the name matches.
+    own = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(own, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def fold_scale(state_dict: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
-    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A."""
+def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A.
+
+    `config` is its `LoraConfig`, or None where the scale is there already.
+    """
     folded = {}
     for key, value in state_dict.items():
         value = value.detach().to("cpu", torch.float32, copy=True)
@@ -73,15 +91,18 @@ def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training:
     return header | {"format": "pt", ADAPTER_METADATA_KEY: json.dumps(adapters, indent=2, sort_keys=True)}
 
 
-def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], training: dict[str, str]) -> Path:
+def save_lora(
+    path_or_dir, components: dict[str, tuple[dict, Any]], training: dict[str, str], dtype=torch.float32
+) -> Path:
     """Writes the LoRA whole or not at all and returns its path; the same weights and strings give the same bytes.
 
-    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and configuration.
+    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and its `LoraConfig`, None for a folded one.
     """
     path = Path(path_or_dir)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
-    write_tensors(path, file_tensors(folded), lora_file_metadata(folded, training))
+    tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
+    write_tensors(path, tensors, lora_file_metadata(folded, training))
     return path
 
 
@@ -94,16 +115,31 @@ def file_tensors(components):
 
 
 def write_tensors(path, tensors, header):
-    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes."""
-    data = safetensors.torch.save(tensors, metadata=header)
-    # safetensors writes its metadata in a new order every time.
+    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes.
+
+    Readers find files again by the hashes that are added to the header: kohya's of the bytes after the header, the older
+    one of 64 KiB of a file with its `ss_*` alone, and ModelSpec's.
+    """
+    data = safetensors.torch.save(tensors)
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    places, body = json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
+    places.pop("__metadata__", None)
+
+    def head(strings):
+        # safetensors would write these in a new order every time.
+        text = json.dumps(places | {"__metadata__": strings}, sort_keys=True, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    digest = hashlib.sha256(body).hexdigest()
+    old = head({key: value for key, value in header.items() if key.startswith("ss_")})
+    first, last = (max(place - len(old), 0) for place in (0x100000, 0x110000))
+    legacy = hashlib.sha256(old[0x100000:0x110000] + bytes(body[first:last])).hexdigest()[:8]
+    hashes = {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[8 + size :])
+        file.write(head(header | hashes))
+        file.write(body)
 
 
 def _one_rank(state_dict):
@@ -135,7 +171,7 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     A module's rank is its own. Text-encoder keys start `text_model.`. Raises `InputError` for what is no such file.
     """
     components, header = {}, {}
-    for path, component in _files_of(Path(path_or_dir)):
+    for path, component in files_of(Path(path_or_dir)):
         try:
             tensors, header = _read(path)
             found, configs = _by_module(tensors, component), _configs_of(path, header)
@@ -147,7 +183,7 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     return components, header
 
 
-def _files_of(path):
+def files_of(path):
     """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
     if not path.is_dir() or (path / WEIGHTS_NAME).exists():
         return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
@@ -166,7 +202,7 @@ def _read(path):
 
 
 def _configs_of(path, header):
-    """{component, or None for all: `LoraConfig`} of what a header of diffusers', or peft's file beside this one, says."""
+    """{component, or None for all: `Scale`} of what a header of diffusers', or peft's file beside this one, says."""
     stored = path.parent / PEFT_CONFIG_NAME
     try:
         if path.name == PEFT_WEIGHTS_NAME and stored.exists():
@@ -175,24 +211,20 @@ def _configs_of(path, header):
                 raise InputError(
                     f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not read: only LoRA and DoRA are."
                 )
-            return {None: _config(config)}
+            return {None: _scale(config)}
         adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
         parts = {
             name: {k.partition(".")[2]: v for k, v in adapters.items() if k.startswith(f"{name}.")}
             for name in COMPONENTS
         }
-        return {name: _config(part) for name, part in parts.items() if "lora_alpha" in part}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {name: _scale(part) for name, part in parts.items() if "lora_alpha" in part}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"its configuration can't be read ({error}).") from error
 
 
-def _config(stored):
-    """What of a stored `LoraConfig` the scale depends on."""
-    return LoraConfig(
-        lora_alpha=stored["lora_alpha"],
-        alpha_pattern=stored.get("alpha_pattern") or {},
-        use_rslora=bool(stored.get("use_rslora")),
-    )
+def _scale(stored):
+    """The `Scale` of a stored `LoraConfig`."""
+    return Scale(stored["lora_alpha"], stored.get("alpha_pattern") or {}, bool(stored.get("use_rslora")))
 
 
 def _by_module(tensors, component):
@@ -210,16 +242,15 @@ def _folded(name, modules, config):
     for module, leaves in modules.items():
         if not {"lora_A.weight", "lora_B.weight"} <= leaves.keys():
             raise InputError(f"it is incomplete: {name}.{module} lacks its lora_A or its lora_B.")
-        a, b = leaves["lora_A.weight"], leaves["lora_B.weight"]
-        rank, scale = a.shape[0], 1.0
-        if "alpha" in leaves:
-            scale = leaves["alpha"].flatten()[0].item() / rank
-        elif config is not None:
-            scale = scale_of(config, module, rank)
-        if "lora_mid.weight" in leaves:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
-            a = torch.einsum("rskl,si->rikl", leaves["lora_mid.weight"], a.flatten(1))
-        if b.shape[1] != rank or b.dim() != a.dim():
+        a, b, mid = (leaves.get(f"lora_{leaf}.weight") for leaf in ("A", "B", "mid"))
+        if a.dim() not in (2, 4) or b.dim() != a.dim() or not 0 < len(a) == b.shape[1]:
             raise InputError(f"the two tensors of {name}.{module} do not fit: {list(a.shape)} and {list(b.shape)}.")
+        if mid is not None:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
+            if mid.dim() != 4 or mid.shape[:2] != (len(a), len(a)) or a.shape[2:] != (1, 1):
+                raise InputError(f"the tensors of {name}.{module} do not fit: {list(a.shape)} and {list(mid.shape)}.")
+            a = torch.einsum("rskl,si->rikl", mid, a.flatten(1))
+        rank = len(a)
+        scale = leaves["alpha"].flatten()[0].item() / rank if "alpha" in leaves else scale_of(config, module, rank)
         state_dict[f"{module}.lora_A.weight"] = a.contiguous()
         state_dict[f"{module}.lora_B.weight"] = (b * scale).contiguous()
         if "lora_B.bias" in leaves:
