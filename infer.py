@@ -828,10 +828,21 @@ def set_num_threads(wanted):
     torch.set_num_threads(max(1, cores if wanted is None else wanted))
 
 
-def is_ours(lora):
-    """Whether stock diffusers reads the file rightly by itself: all its keys are of the kind that our own files have."""
+def stock_reads(lora):
+    """Whether stock diffusers reads the file rightly by itself, as it does our own; the converter takes the others."""
     leaf = r"(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
-    return all(re.fullmatch(rf"(unet|text_encoder|text_encoder_2)\..+\.{leaf}", key) for key in lora.shapes)
+    if all(re.fullmatch(rf"(unet|text_encoder|text_encoder_2)\..+\.{leaf}", key) for key in lora.shapes):
+        return True
+    if not any(re.match("lora_unet_(input|middle|output)_block", key) for key in lora.shapes):
+        return False
+    # Of Stable Diffusion XL, under the names of the original code: diffusers alone knows those.
+    ranks = {shape[0] for key, shape in lora.shapes.items() if key.endswith(".lora_down.weight")}
+    if len(ranks) > 1 or any(key.endswith(".dora_scale") for key in lora.shapes):
+        what = f"ranks of {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else "DoRA"
+        fail(
+            f"--lora {lora.path} has {what}, which diffusers misreads in kohya's format. Pass it in diffusers' format."
+        )
+    return True
 
 
 def translate(lora, model_shapes):
@@ -1535,7 +1546,7 @@ def find_job(args):
 
 def open_studio(args, job, device, dtype):
     """Loads what the job needs: the `Studio` that draws it."""
-    translated = {lora.adapter: translate(lora, job.model.shapes) for lora in job.loras if not is_ours(lora)}
+    translated = {lora.adapter: translate(lora, job.model.shapes) for lora in job.loras if not stock_reads(lora)}
     parts = ["image to image" * (args.image is not None), "ControlNet" * (args.controlnet is not None)]
     mode, clip_skip = ", ".join(filter(None, parts)) or "text to image", job.training["clip_skip"] or 0
     pipe = load_pipeline(job.model, job.training["vae"], dtype, mode, args.controlnet)

@@ -434,6 +434,40 @@ def test_stable_diffusion_xl(mode, negative, tiny_sdxl, photo, tmp_path):
     assert difference(*pictures.values()) > 3
 
 
+def test_a_lora_of_stable_diffusion_xl_under_the_original_names(tiny_sdxl, tmp_path, capsys):
+    """As kohya's trainer writes it, alpha not the rank; what diffusers would misread is refused."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(4, 64, generator=generator), torch.randn(64, 4, generator=generator)
+    own, theirs = (
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2",
+        "lora_unet_input_blocks_3_1_transformer_blocks_0_attn2",
+    )
+    parts = {f"{theirs}_to_out_0.lora_down.weight": a, f"{theirs}_to_out_0.lora_up.weight": b}
+    save_file(parts | {f"{theirs}_to_out_0.alpha": torch.tensor(2.0)}, tmp_path / "kohya.safetensors")
+    save_file(
+        {f"{own}.to_out.0.lora_A.weight": a, f"{own}.to_out.0.lora_B.weight": b / 2}, tmp_path / "own.safetensors"
+    )
+    size = ["--height", 64, "--width", 64]
+    (one,), (two,), (base,) = (
+        draw(tiny_sdxl / "model", tmp_path / name, *size, *flags).values()
+        for name, flags in (
+            ("1", ["--lora", tmp_path / "own.safetensors"]), ("2", ["--lora", tmp_path / "kohya.safetensors"]), ("3", [])
+        )
+    )  # fmt: skip
+    assert difference(one, two) <= 1
+    assert difference(one, base) > 3
+    mixed = parts | {
+        f"{theirs}_to_q.lora_down.weight": a[:2].clone(),
+        f"{theirs}_to_q.lora_up.weight": b[:, :2].clone(),
+    }
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    with pytest.raises(SystemExit):
+        draw(tiny_sdxl / "model", tmp_path / "4", "--lora", tmp_path / "mixed.safetensors")
+    assert "has ranks of 2 to 4, which diffusers misreads in kohya's format" in capsys.readouterr().err
+
+
 def test_large_pictures_are_decoded_in_tiles(model, tmp_path, monkeypatch):
     """By their own size, whatever is drawn beside them."""
     flags = ["--guidance_scale", 1]
