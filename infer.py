@@ -94,7 +94,7 @@ REPEATED = set(
     """
     pretrained_model_name_or_path single_file_config revision variant vae lora controlnet prompt negative_prompt seed
     num_inference_steps guidance_scale height width scheduler clip_skip image strength control_image control
-    controlnet_scale mixed_precision
+    controlnet_scale mixed_precision num_cpu_threads
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
 
@@ -145,8 +145,8 @@ class Drawing(NamedTuple):
     guidance_scale: float = 7.5
     scheduler: str | None = None
     clip_skip: int = 0
-    height: int = 512
-    width: int = 512
+    height: int | None = None  # None: the model's own, or in the shape of the picture that is given
+    width: int | None = None
     strength: float | None = None
     controlnet_scale: float = 1.0
 
@@ -238,7 +238,7 @@ def nearest(name, names):
     return difflib.get_close_matches(name, names, 1, cutoff=0)[0]
 
 
-def sampler(text):
+def sampler_name(text):
     """An argparse type: a name of SCHEDULERS."""
     if text in SCHEDULERS:
         return text
@@ -263,7 +263,7 @@ SETTINGS = {  # {field of `Drawing`, which is the flag's name too: row}
     "seed": Setting("seed", "d", number(int), "seed {}"),
     "num_inference_steps": Setting("steps", "s", number(int, least=1), "{} steps"),
     "guidance_scale": Setting("guidance", "l", number(float), "guidance {}"),
-    "scheduler": Setting("scheduler", None, sampler, "{}"),
+    "scheduler": Setting("scheduler", None, sampler_name, "{}"),
     "height": Setting("height", "h", number(int, least=8, multiple_of=8), None),
     "width": Setting("width", "w", number(int, least=8, multiple_of=8), None),
     "strength": Setting("strength", None, number(float, 0, 1), "strength {}", needs="image"),
@@ -313,7 +313,7 @@ def build_parser():
     add("--guidance_scale", "how strictly the prompt is followed; 1 and less: no guidance", 7.5, type=of["guidance_scale"])
     add("--height", "height of the pictures in pixels, a multiple of 8 (default: the model's own, or in the shape of --image)", type=of["height"])
     add("--width", "width of the pictures in pixels, a multiple of 8 (default: the model's own, or in the shape of --image)", type=of["width"])
-    add("--scheduler", "sampler (default: the model's own, dpm++ instead of pndm; ddim for zero terminal SNR)", type=sampler, metavar="{" + ",".join(SCHEDULERS) + "}")
+    add("--scheduler", "sampler (default: the model's own, dpm++ instead of pndm; ddim for zero terminal SNR)", type=sampler_name, metavar="{" + ",".join(SCHEDULERS) + "}")
     add("--clip_skip", "last text-encoder layers to leave out, A1111 counts one more (default: as the LoRA was trained, else 0)", type=number(int, least=0))
     group = parser.add_argument_group("from pictures")
     add("--image", "picture to start from (image to image), of any size and shape", type=Path, metavar="FILE")
@@ -363,6 +363,8 @@ def check_flags(args):
         fail(f"{MODEL_FLAG} is missing: the base model to draw with, or --from_png with a picture to draw again.")
     if args.prompt is None and "prompt" not in grid and not args.save_merged:
         fail("--prompt is missing: what to draw.")
+    if args.prompt and any(word.startswith("prompt=") for word in args.grid or ()):
+        fail("--prompt and prompt= in --grid are both given. Leave one out, or write prompt alone in --grid.")
     with_lora = args.lora is not None or "checkpoint" in grid
     defaults = build_parser().parse_args([])
     for field, row in SETTINGS.items():
@@ -593,7 +595,7 @@ def read_image(flag, path):
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow's plugins raise what they like on broken files
@@ -601,9 +603,8 @@ def read_image(flag, path):
         reason = "it is no picture" if "cannot identify" in reason else reason
         fail(f"{flag} {path} can't be read: {reason}. Pass a PNG, JPEG or WebP file.")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16-bit grey, which Pillow would cut off at 255
-        wide = image.convert("F")
-        top = wide.getextrema()[1]
-        image = wide.point(lambda value: value * (1 if top <= 255 else 255 / 65535) + 0).convert("L")
+        scale = 1 if image.mode in ("I", "F") and image.getextrema()[1] <= 255 else 255 / 65535
+        image = image.convert("F").point(lambda value: value * scale + 0).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1106,8 +1107,8 @@ class PromptEncoder:
 
     def __init__(self, pipe, least_chunks):
         self.pipe, self.least_chunks, self.encoded = pipe, least_chunks, {}
-        adapters = pipe.get_list_adapters() if hasattr(pipe.unet, "peft_config") else {}
-        self.adapters = {name for part, names in adapters.items() if part != "unet" for name in names}
+        # The LoRAs that the text encoders have a part of.
+        self.adapters = {name for part, names in pipe.get_list_adapters().items() if part != "unet" for name in names}
 
     def num_chunks(self, drawing):
         """How many chunks the prompt and the negative one take; 0 where all are cut after the first."""
@@ -1263,7 +1264,7 @@ def machine_of(device, compiled):
     import diffusers
     import torch
 
-    name = torch.backends.cpu.get_cpu_capability()
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
@@ -1277,7 +1278,7 @@ def repeat_of(drawing, source, batch):
     own |= {"clip_skip": drawing.clip_skip}
     flags = {k: [str(v)] for k, v in (source.flags | own).items() if v is not None}
     loras = drawing.scaled_loras()
-    files = {"lora": [lora.file for lora in loras]}
+    files = {"lora": [lora.file for lora in loras]} if loras else {}
     files |= {name: flags[name] for name in ("image", "control_image") if name in flags}
     flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
     sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}
@@ -1562,11 +1563,14 @@ def open_studio(args, job, device, dtype):
 
 def source_of(args, vae, dtype, device):
     """The `Source` of the run's pictures."""
+    import torch
+
     names = ("revision", "variant", "single_file_config", "controlnet", "image", "control_image", "control")
     flags = {MODEL_FLAG[2:]: args.pretrained_model_name_or_path, "vae": vae}
     flags |= {name: getattr(args, name) for name in names}
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
-    return Source(flags | {"mixed_precision": precision}, machine_of(device, args.compile))
+    flags |= {"mixed_precision": precision, "num_cpu_threads": torch.get_num_threads() if device == "cpu" else None}
+    return Source(flags, machine_of(device, args.compile))
 
 
 def sized(drawings, studio):

@@ -1,11 +1,13 @@
 """`infer.py`: grids and their sheets, prompts with options, and pictures that are drawn again from what their files say."""
 
 import argparse
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+import tqdm
 from conftest import train_script, write_pictures
 from infer_fixtures import PROMPT, command, difference, draw, flat
 from PIL import Image
@@ -86,6 +88,37 @@ def test_each_text_is_encoded_once_and_batches_are_full(model, lora_weights, wri
 def test_a_lora_of_the_text_encoder_reads_prompts_anew(model, lora, tmp_path):
     flags = ["--lora", lora, "--grid", "lora_scale=0,0.5,1", "seed=1,2", "--guidance_scale", 1]
     assert unet_and_encoder_calls(lambda: draw(model, tmp_path, *flags))[1] == 3
+
+
+def test_a_lora_of_the_text_encoder_alone(model, lora_weights, write_lora, tmp_path):
+    lora = write_lora("words", {f"text_encoder.{k}": value for k, value in lora_weights["text_encoder"].items()})
+    base, with_lora, _ = draw(model, tmp_path, "--lora", lora, "--grid", "lora_scale=0,1").values()
+    assert difference(base, with_lora) > 0
+
+
+def test_prompts_of_the_grid_itself(model, tmp_path):
+    """No --prompt is needed then; a value may be a file."""
+    (tmp_path / "more.txt").write_text("a cat, a mouse --seed 4\n")
+    axis = ["--grid", f"prompt=a dog, {tmp_path}/more.txt", "--num_inference_steps", 1, "--guidance_scale", 1]
+    infer.main(list(map(str, ["--pretrained_model_name_or_path", model, *axis, "--output_dir", tmp_path / "out"])))
+    names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert names == ["00-a-dog-seed0.png", "01-a-cat-a-mouse-seed4.png", "grid.png"]
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "dpm++", "pndm", "lcm"])
+def test_the_bar_counts_every_step(scheduler, model, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    flags = ["--image", tmp_path / "black.png", "--strength", 0.5, 1, "--num_inference_steps", 5]
+    draw(model, tmp_path / "out", *flags, "--scheduler", scheduler, "--guidance_scale", 1)
+    assert bars[0].n == bars[0].total > 5
 
 
 def test_checkpoints_in_turn(model, lora_weights, write_lora, compared, tmp_path):
@@ -178,6 +211,7 @@ BAD_GRIDS = {
     "checkpoint={bad}/epoch-*": "no file or folder has such a name",
     "checkpoint={bad}/cut.safetensors": "not a whole safetensors file",
     "checkpoint=base lora_scale=0,1": "each LoRA has a strength of its own",
+    "prompt=a,b": "--prompt and prompt= in --grid are both given",
     "seed=1,2 --compare_base --lora {bad}/v.safetensors": "--compare_base is a grid of its own",
     "lora_scale=0,1 --lora {bad}/v.safetensors:1": "each LoRA has a strength of its own",
 }
@@ -366,6 +400,16 @@ def test_pictures_that_do_not_say_how(model, repeated, tmp_path, capsys):
         err = capsys.readouterr().err
         assert (stop.value.code, len(err.splitlines())) == (2, 1)
         assert reason in err
+
+
+def test_the_number_of_threads_is_repeated(repeated, tmp_path, capsys):
+    """They change the last bits, too."""
+    import torch
+
+    torch.set_num_threads(2)
+    infer.main(["--from_png", str(repeated / "02-a-cat-seed3.png"), "--output_dir", str(tmp_path)])
+    assert torch.get_num_threads() == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_a_picture_chooses_no_folder(repeated, tmp_path):
