@@ -1054,15 +1054,6 @@ def plan(like, grid):
     return drawings
 
 
-def check_options(prompts, given):
-    """Refuses an option behind a prompt that has no meaning without a flag; `given` are the flags that are there."""
-    for prompt in prompts:
-        for field in prompt.options:
-            needs = SETTINGS[field].needs
-            if needs and needs not in given:
-                fail(f"--{field} behind the prompt {prompt.line!r} needs --{needs}.")
-
-
 def size_of(drawing, own, shape):
     """(height, width) of a drawing: as wanted, else the model's own; in the `shape` of a picture with the same area."""
     height, width = drawing.height, drawing.width
@@ -1498,25 +1489,33 @@ class Job(NamedTuple):
     training: dict  # {setting of TRAINING: value}
 
 
+def check_axes(axes, prompts, loras, given):
+    """Refuses options behind prompts that need a flag which is not `given`, and strengths that no LoRA would take."""
+    loras = [*loras, *(cell.changes["checkpoint"] for cell in axes.get("checkpoint", ()))]
+    given = given | {"lora" for lora in loras if lora}
+    for cell in axes.get("prompt", prompt_cells(prompts)):
+        for field in cell.options:
+            if SETTINGS[field].needs and SETTINGS[field].needs not in given:
+                fail(f"--{field} behind the prompt {cell.label!r} needs --{SETTINGS[field].needs}.")
+    if "lora_scale" in axes and all(lora is None or lora.fixed for lora in loras):
+        fail("--grid lora_scale: each LoRA has a strength of its own. Leave the :STRENGTH of one out.")
+
+
 def grid_of(args, prompts, loras):
     """The `Grid` of the flags."""
-    strengths = args.strength or [STRENGTH]
+    strengths = (args.strength or [STRENGTH]) if args.image else []
     seeds = range(args.seed, args.seed + args.num_images)
     by_flags = {"prompt": prompt_cells(prompts), "seed": axis_cells("seed", seeds)}
-    by_flags |= {"strength": axis_cells("strength", strengths)} if args.image else {}
-    axes = read_grid(args.grid or (), by_flags, args.lora_scale)
-    scaled = [*loras, *(cell.changes["checkpoint"] for cell in axes.get("checkpoint", ()))]
-    if "lora_scale" in axes and all(lora is None or lora.fixed for lora in scaled):
-        fail("--grid lora_scale: each LoRA has a strength of its own. Leave the :STRENGTH of one out.")
+    axes = read_grid(args.grid or (), by_flags | {"strength": axis_cells("strength", strengths)}, args.lora_scale)
+    check_axes(axes, prompts, loras, {name for name, value in vars(args).items() if value is not None})
     compared = row_label(loras) if args.compare_base else None
-    return arrange(axes, prompts, args.num_images, strengths if args.image else [], compared)
+    return arrange(axes, prompts, args.num_images, strengths, compared)
 
 
 def find_job(args):
     """The `Job` of the flags; refuses what can't be drawn, in seconds and without torch."""
     check_outputs(args.output_dir, args.save_merged)
     prompts = read_prompts("--prompt", args.prompt or [])
-    check_options(prompts, {name for name, value in vars(args).items() if value is not None})
     model = find_model(args.pretrained_model_name_or_path, args.single_file_config, args.revision, args.variant)
     loras = tuple(find_lora(given, args.lora_scale, f"lora{i}") for i, given in enumerate(args.lora or ()))
     controlnet = find_controlnet(args.controlnet) if args.controlnet else None

@@ -271,7 +271,7 @@ BAD_LINES = {
     "a dog --seed": "--seed has no value",
     "--seed 3": "there is no prompt before --seed",
     "a dog --width 100": "a multiple of 8",
-    "a dog --strength 0.5": "--strength behind the prompt 'a dog --strength 0.5' needs --image",
+    "a dog --strength 0.5": "--strength behind the prompt 'a dog' needs --image",
 }
 
 
