@@ -1598,7 +1598,7 @@ def as_stored(args, drawings, source):
     tell_differences(args.from_png, stored, now)
     size, place = stored["batch"]
     alike = all(now["flags"].get(name) == stored["flags"].get(name) for name in (*SETTINGS, "clip_skip"))
-    if len(drawings) > 1 or not alike or args.batch_size not in (None, size):
+    if args.grid or len(drawings) > 1 or not alike or args.batch_size not in (None, size):
         return drawings, range(len(drawings)), args.batch_size or BATCH_SIZE
     return [drawings[0]._replace(stem=args.from_png.stem)] * size, [place], size
 

@@ -352,6 +352,8 @@ def test_flags_change_what_a_picture_says(model, lora, repeated, tmp_path):
     assert difference(Image.open(path), alone) == 0
     infer.main(["--from_png", str(repeated / name), "--grid", "guidance=2,5", "--output_dir", str(tmp_path / "3")])
     assert len([*(tmp_path / "3").iterdir()]) == 3
+    infer.main(["--from_png", str(repeated / name), "--grid", "guidance=7.5", "--output_dir", str(tmp_path / "4")])
+    assert [path.name for path in sorted((tmp_path / "4").iterdir())] == ["00-a-cat-seed4-guidance7.5.png", "grid.png"]
 
 
 def with_chunks(picture, path, **chunks):
