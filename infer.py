@@ -1391,11 +1391,11 @@ def label(text, note, font, width):
         chars -= 1
 
 
-def layout(rows, columns, images, heading="", given=()):
+def layout(rows, columns, images, title="", given=(), heading=""):
     """One sheet of a grid of pictures, in bands of eight columns; `images` are row by row.
 
-    `rows` and `columns` are labels (text, note); the text is wrapped, the note has a line of its own. `given` pictures
-    [(label, picture)] stand above the grid, and the heading above all.
+    `rows` and `columns` are labels (text, note); the text is wrapped, the note has a line of its own. Above the grid stand
+    its heading, above that pictures that were `given` [(label, picture)], and the title above all.
     """
     from PIL import Image, ImageDraw, ImageOps
 
@@ -1405,31 +1405,35 @@ def layout(rows, columns, images, heading="", given=()):
     factor = 256 // max(size) if max(size) <= 128 else min(1.0, room / max(size))
     width, height = (round(side * factor) for side in size)
     em = max(17, per_band * width // 80)  # legible where a page shrinks a wide sheet to its own width
-    font, large = font_for(sum(columns, ()), em), font_for([*sum(rows, ()), heading], em + em // 4)
+    font, large = font_for(sum(columns, ()), em), font_for([*sum(rows, ()), title, heading], em + em // 4)
     margin, gap = 2 * em, em // 2
     sides, tops = ([label(*each, f, width) for each in labels] for labels, f in ((rows, large), (columns, font)))
     gutter = 2 * margin + max(round(large.getlength(line)) for text in sides for line in text.split("\n"))
-    # A strip is the labels of its columns, and its rows: each a label and its pictures.
-    strips = (
-        [([label(text, "", font, width) for text, _ in given], [("", [image for _, image in given])])] if given else []
-    )
+    # A strip is its heading, the labels of its columns, and its rows: each a label and its pictures.
+    strips, heading = [], heading if given else ", ".join(filter(None, [title, heading]))
+    if given:
+        strips.append(
+            (title, [label(text, "", font, width) for text, _ in given], [("", [each for _, each in given])])
+        )
     for first in range(0, len(columns), per_band):
-        starts = range(first, len(images), len(columns))
         end = min(per_band, len(columns) - first)
-        strips.append((tops[first : first + end], [(side, images[i : i + end]) for side, i in zip(sides, starts)]))
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    heads = [max(round(draw.textbbox((0, 0), text, font)[3]) for text in texts) + gap for texts, _ in strips]
+        lines = [(side, images[i : i + end]) for side, i in zip(sides, range(first, len(images), len(columns)))]
+        strips.append(("" if first else heading, tops[first : first + end], lines))
     sheet_width = gutter + max(per_band, len(given)) * (width + gap) - gap + margin
-    heading = heading and label(heading, "", large, sheet_width - 2 * margin)
-    top = margin + (round(draw.textbbox((0, 0), heading, large)[3]) + em if heading else 0)
-    tall = sum(len(lines) * (height + gap) - gap + margin for _, lines in strips)
-    sheet = Image.new("RGB", (sheet_width, top + sum(heads) + tall), "white")
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    heads = []  # of the strips: the heading in lines, and the height of all above the pictures
+    for text, labels, _ in strips:
+        text = text and label(text, "", large, sheet_width - 2 * margin)
+        above = round(draw.textbbox((0, 0), text, large)[3]) + em if text else 0
+        heads.append((text, above + max(round(draw.textbbox((0, 0), each, font)[3]) for each in labels) + gap))
+    tall = sum(head + len(lines) * (height + gap) - gap + margin for (_, head), (*_, lines) in zip(heads, strips))
+    sheet, top = Image.new("RGB", (sheet_width, margin + tall), "white"), margin
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin), heading, "black", large)
-    for (texts, lines), head in zip(strips, heads):
+    for (text, head), (_, labels, lines) in zip(heads, strips):
+        draw.text((margin, top), text, "black", large)
         top += head
-        for left, text in zip(itertools.count(gutter, width + gap), texts):
-            draw.text((left, top - gap), text, "black", font, anchor="ld")
+        for left, each in zip(itertools.count(gutter, width + gap), labels):
+            draw.text((left, top - gap), each, "black", font, anchor="ld")
         for side, pictures in lines:
             draw.text((margin, top + height // 2), side, "black", large, anchor="lm")
             for left, picture in zip(itertools.count(gutter, width + gap), pictures):
@@ -1466,9 +1470,8 @@ def sheets_of(grid, drawings, images, given):
         rows, columns, parts = labels(grid.rows, len(grid.columns)), labels(grid.columns, 1), []
         for k, band in enumerate(grid.bands):
             start = i * per_sheet + k * per_band
-            heading = [*labels([cell], 0)[0], band.label] if k == 0 else [band.label]
-            pictures = images[start : start + per_band]
-            parts.append(layout(rows, columns, pictures, ", ".join(filter(None, heading)), () if k else given))
+            above = ("", ()) if k else (", ".join(filter(None, labels([cell], 0)[0])), given)
+            parts.append(layout(rows, columns, images[start : start + per_band], *above, band.label))
         seed = f"seed{shown[0].seed}" if cell.nth else None
         stem = "-".join(filter(None, [grid.name, cell.changes.get("stem"), seed])) + cell.suffix
         yield f"{grid.name if len(grid.sheets) == 1 else stem}.png", stacked(parts), shown
