@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infer import parse_prompt, read_prompts
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
@@ -36,6 +37,8 @@ from text_to_image_lora.training.optimizers import OPTIMIZERS, OptimizerSettings
 SECRETS = ("hub_token",)
 NOT_SHOWN = (*SECRETS, "config", "local_rank")
 ENDLESS_VARIATIONS_CACHED = 4
+# What may stand behind the prompt of a sample picture.
+SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 # What a run that goes on from a checkpoint may have otherwise than before; whatever else differs is refused. Pictures,
@@ -53,9 +56,20 @@ MAY_CHANGE = set(
     mixed_precision allow_tf32 compile enable_xformers_memory_efficient_attention validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
-    tracker_project_name logging_dir push_to_hub hub_token hub_model_id
+    tracker_project_name logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
+
+
+def refuse(reason):
+    raise InputError(reason)
+
+
+class PromptLines(argparse.Action):
+    """Puts the lines of a file of prompts in its place."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values, refuse)])
 
 
 def build_parser():
@@ -143,6 +157,8 @@ def build_parser():
     group("--use_rslora", **yes, help="scale the LoRA's update by alpha / sqrt(rank)")
     group("--use_dora", **yes, help="weight-decomposed LoRA (DoRA)")
     group("--lora_weights", metavar="PATH", help="start from this LoRA file or folder")
+    group("--output_kohya_format", **yes, help="write the LoRA in kohya's format too, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir")
+    group("--kohya_extras", nargs="+", default=[], choices=["thumbnail", "tags"], help="what the kohya file may tell of your pictures: thumbnail: the last sample picture; tags: how often each tag comes in the captions")
     group("--train_text_encoder", **yes, help="adapt the text encoder too; captions are then encoded in each step")
     group("--text_encoder_rank", type=at_least(1), help="rank of the text encoder's LoRA; --rank when not given")
     group("--text_encoder_lr", type=above(0), help="learning rate of the text encoder's LoRA; --learning_rate when not given")
@@ -200,7 +216,7 @@ def build_parser():
 
     group = parser.add_argument_group("sample pictures").add_argument
     group("--validation_prompt", help="a prompt to draw sample pictures with while training")
-    group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training")
+    group("--validation_prompts", nargs="+", action=PromptLines, default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training, or a .txt file with one a line; options may stand behind each: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, and kohya's --n --w --h --d --l --s)")
     group("--validation_negative_prompt", default="", help="what the sample pictures are to avoid")
     group("--num_validation_images", type=at_least(0), default=4, help="sample pictures of each prompt; 0: none")
     group("--validation_epochs", type=at_least(0), default=1, help="validate every so many epochs, before training and at the end; 0: only before and at the end")
@@ -270,6 +286,10 @@ def check_lora_and_optimizer(args):
         raise InputError(f"--init_lora_weights orthogonal needs an even rank, not {' and '.join(map(str, ranks))}.")
     if args.lora_weights is not None and not Path(args.lora_weights).exists():
         raise InputError(f"{args.lora_weights}: there is no such file or folder (--lora_weights).")
+    if args.kohya_extras and not args.output_kohya_format:
+        raise InputError("--kohya_extras is for the file in kohya's format: add --output_kohya_format.")
+    if "thumbnail" in args.kohya_extras and not sample_prompts(args):
+        raise InputError("--kohya_extras thumbnail takes a sample picture: add --validation_prompt.")
     if not args.train_text_encoder and (args.text_encoder_rank is not None or args.text_encoder_lr is not None):
         raise InputError(
             "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add --train_text_encoder."
@@ -335,6 +355,9 @@ def check_validation_and_upload(args):
         )
     if any(not prompt.strip() for prompt in sample_prompts(args)):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
+    if alien := [name for options in sample_options(args) for name in options if name not in SAMPLE_OPTIONS]:
+        listed = ", ".join(f"--{name}" for name in SAMPLE_OPTIONS)
+        raise InputError(f"--{alien[0]} behind a prompt is for infer.py alone. Sample pictures have {listed}.")
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise InputError(
             "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
@@ -354,9 +377,19 @@ def learning_rate_of(args):
     return 1.0 if optimizer_name(args) == "prodigy" else 1e-4
 
 
-def sample_prompts(args):
+def sample_lines(args):
+    """The prompts of the sample pictures as they were written, each with its own options."""
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
     return [*prompts, *args.validation_prompts] if args.num_validation_images else []
+
+
+def sample_prompts(args):
+    return [parse_prompt(line, "--validation_prompts", refuse).text for line in sample_lines(args)]
+
+
+def sample_options(args):
+    """For each prompt what its sample pictures have otherwise {name: value}."""
+    return [parse_prompt(line, "--validation_prompts", refuse).options for line in sample_lines(args)]
 
 
 def resolution_of(args, base):
@@ -552,6 +585,7 @@ def samples_of(args, base, seed):
         num_inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         seed=seed,
+        own=sample_options(args),
     )
 
 
@@ -773,7 +807,7 @@ def write_run_file(args, shown, seed, path):
     """
     import yaml
 
-    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
+    prompts = {"validation_prompts": sample_lines(args)} if sample_lines(args) else {}
     flags = {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")} | prompts
     write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
 
@@ -867,7 +901,8 @@ def prepare(args, base, records, validation_records, accelerator, say):
         if path is not None:
             return path, *checkpoint.read_state(path)
         drawn = int.from_bytes(os.urandom(4), "little")
-        return None, checkpoint.TrainState(seed=drawn if args.seed is None else args.seed), None
+        seed = drawn if args.seed is None else args.seed
+        return None, checkpoint.TrainState(seed=seed, started_at=int(time.time())), None
 
     # The main process decides: on several machines the others may not see its output folder.
     resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
@@ -1102,13 +1137,64 @@ def describe_run(args, run, shown):
     return {k: v for k, v in whole.items() if v not in (None, []) and k != "validation_prompt"}
 
 
+def check_kohyas_names(args, adapted, say):
+    """Raises `InputError` before training where --output_kohya_format has no names for what is adapted."""
+    from text_to_image_lora.models import kohya, lora
+
+    kohya.kohya_tensors({name: lora.adapter_state(model) for name, model in adapted.items()})
+    if args.use_dora:
+        say(
+            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, neither "
+            "by those it was trained with; the kohya file draws something else there, and the same in LyCORIS"
+        )
+
+
+def write_lora(args, run, adapted, told, folder):
+    """Writes the LoRA into a folder, with --output_kohya_format in that format too, and reads each file back.
+
+    `told` are strings of the run for their headers. Returns the path and in words what arrives where.
+    """
+    from text_to_image_lora.models import header, kohya, lora, lora_file, receipt
+    from text_to_image_lora.reports.sample_pictures import latest_images
+
+    components, state = {name: lora.adapter_state(model) for name, model in adapted.items()}, run.state
+    if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
+        raise TrainingError(
+            f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
+            f"saved before is in {args.output_dir}."
+        )
+    layers = {name: receipt.layers_of(model) for name, model in adapted.items()}
+    finished = Path(folder) == Path(args.output_dir)
+    kohya_name = kohya.file_name(args.output_dir, None if finished else state.global_step)
+    told = told | header.header_for_readers(
+        told, name=Path(kohya_name).stem, started_at=state.started_at, step=state.global_step,
+        steps_per_epoch=run.sampler.steps_per_epoch, num_pictures=len(run.pictures),
+        is_sd2=adapted[run.base.family.denoiser].config.cross_attention_dim == 1024,
+    )  # fmt: skip
+    path = lora_file.save_lora(folder, components, told)
+    count = receipt.check_arrival(path, components, layers)
+    arrives = f"{count} of {count} modules arrive, for diffusers"
+    if args.output_kohya_format:
+        if "tags" in args.kohya_extras:
+            captions = [caption for group in run.pictures.captions for caption in group]
+            told |= {"ss_tag_frequency": header.tag_frequency(captions, Path(kohya_name).stem)}
+        if "thumbnail" in args.kohya_extras and finished:
+            told |= {"modelspec.thumbnail": header.thumbnail(latest_images(Path(folder), sample_prompts(args))[0][1])}
+        kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, told)
+        receipt.check_arrival(kohya_path, components, layers, by_kohyas_names=True)
+        arrives += f" and by kohya's names ({kohya_path})"
+    return path, arrives
+
+
 def upload(args, say):
     """Uploads what the run left; a failure is a `TrainingError` that says that nothing is lost."""
+    from text_to_image_lora.models import kohya, lora_file
     from text_to_image_lora.reports import model_card
 
     output_dir = Path(args.output_dir)
+    files = [lora_file.WEIGHTS_NAME, *([kohya.file_name(output_dir)] if args.output_kohya_format else [])]
     try:
-        url = model_card.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token)
+        url = model_card.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, files)
     except Exception as error:  # whatever it is, the weights are written and the user must hear so
         raise TrainingError(
             f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
@@ -1138,7 +1224,7 @@ def main(args):
         from diffusers.training_utils import EMAModel
         from tqdm.auto import tqdm
 
-        from text_to_image_lora.models import lora, lora_file, modules
+        from text_to_image_lora.models import kohya, lora, modules
         from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
         from text_to_image_lora.reports.validation_loss import Judge, LossMeter
         from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
@@ -1164,6 +1250,8 @@ def main(args):
         args, run, weight_dtype, accelerator, say
     )
     denoiser, scaling_factor = adapted[family.denoiser], latent_encoder.scaling_factor
+    if args.output_kohya_format:
+        check_kohyas_names(args, adapted, say)
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
     trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
@@ -1243,13 +1331,7 @@ def main(args):
             judge.restore_best(run.resume_path)
 
     def save_lora(folder):
-        components = {name: lora.adapter_state(model) for name, model in adapted.items()}
-        if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
-            raise TrainingError(
-                f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
-                f"saved before is in {output_dir}."
-            )
-        return lora_file.save_lora(folder, components, without_folders(described))
+        return write_lora(args, run, adapted, without_folders(described), folder)
 
     def save_checkpoint():
         state.validation = None if judge is None else judge.state()
@@ -1382,7 +1464,7 @@ def main(args):
     # What the run leaves.
     if accelerator.is_main_process:
         with weights_for_use():
-            weights_file = save_lora(output_dir)
+            weights_file, arrives = save_lora(output_dir)
         card = model_card.write_model_card(
             output_dir,
             base_model=args.pretrained_model_name_or_path,
@@ -1390,7 +1472,10 @@ def main(args):
             pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)),
             hyperparameters=shown,
             repo_id=args.hub_model_id,
+            trigger_word=args.trigger_word,
+            kohya_file=kohya.file_name(output_dir) if args.output_kohya_format else None,
         )
+        say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
     # interpreter ends, and then now and then abort the process.

@@ -15,6 +15,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # what --train_text_encoder adapts
 
+# Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
+ADAPTERS = {
+    "alpha": {"lora_alpha": 6},
+    "rslora": {"lora_alpha": 6, "use_rslora": True},
+    "dora": {"lora_alpha": 6, "use_dora": True},
+    "patterns": {"lora_alpha": 6, "rank_pattern": {"to_q|q_proj": 2}, "alpha_pattern": {"to_k|k_proj": 1}},
+}
+
 
 def small_pipeline():
     """A `StableDiffusionPipeline` with random weights and a tokenizer of ten letters."""
@@ -79,3 +87,26 @@ def pipeline_with(base, **components):
     pipe = StableDiffusionPipeline(**parts, **components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@torch.no_grad()
+def predict(unet):
+    torch.manual_seed(2)
+    return unet(torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)).sample
+
+
+@torch.no_grad()
+def encode(text_encoder):
+    return text_encoder(torch.tensor([[0, 3, 5, 7, 9, 11, 1, 1]])).last_hidden_state
+
+
+def draw(pipe):
+    return pipe("ab cd", num_inference_steps=2, generator=torch.manual_seed(3), output_type="np").images
+
+
+def assert_close(got, wanted):
+    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(wanted), atol=1e-5, rtol=1e-5)
+
+
+def assert_differs(got, other):
+    assert (torch.as_tensor(got) - torch.as_tensor(other)).abs().max() > 1e-2

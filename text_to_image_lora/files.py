@@ -101,10 +101,11 @@ def check_writable(folder, flag):
 
 
 def without_folders(values):
-    """The values as strings; of an absolute path the last name only, the rest would tell of the author's disk."""
+    """The values as strings; of a path on this machine the last name only, the rest would tell of the author's disk."""
 
     def shown(value):
-        return Path(value).name if os.path.isabs(value) else value
+        is_path = value.startswith("~") or os.path.isabs(value) or ("/" in value and os.path.exists(value))
+        return Path(value).name if is_path else value
 
     return {
         name: " ".join(shown(str(v)) for v in value) if isinstance(value, list) else shown(str(value))

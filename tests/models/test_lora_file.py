@@ -1,6 +1,7 @@
 """Stock diffusers reads the LoRA file, and gives what was trained."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -16,20 +17,26 @@ from packaging.version import Version
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from small_pipeline import TEXT_TARGETS, UNET_TARGETS, adapter, pipeline_with, small_pipeline, trained
+from small_pipeline import (
+    ADAPTERS,
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    adapter,
+    assert_close,
+    assert_differs,
+    draw,
+    encode,
+    pipeline_with,
+    predict,
+    small_pipeline,
+    trained,
+)
 from transformers import CLIPTextModelWithProjection
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import lora_file
 
 
-# Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
-ADAPTERS = {
-    "alpha": {"lora_alpha": 6},
-    "rslora": {"lora_alpha": 6, "use_rslora": True},
-    "dora": {"lora_alpha": 6, "use_dora": True},
-    "patterns": {"lora_alpha": 6, "rank_pattern": {"to_q|q_proj": 2}, "alpha_pattern": {"to_k|k_proj": 1}},
-}
 TRAINING = {"rank": "4", "base_model": "mini", "trigger_word": "sks \u2013 \U0001f5e1", "dataset": "0123abcd"}
 needs_load_attn_procs = pytest.mark.skipif(
     Version(diffusers.__version__) >= Version("0.40"), reason="diffusers 0.40 took LoRA out of load_attn_procs"
@@ -39,29 +46,6 @@ needs_load_attn_procs = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def base():
     return small_pipeline()
-
-
-@torch.no_grad()
-def predict(unet):
-    torch.manual_seed(2)
-    return unet(torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)).sample
-
-
-@torch.no_grad()
-def encode(text_encoder):
-    return text_encoder(torch.tensor([[0, 3, 5, 7, 9, 11, 1, 1]])).last_hidden_state
-
-
-def draw(pipe):
-    return pipe("ab cd", num_inference_steps=2, generator=torch.manual_seed(3), output_type="np").images
-
-
-def assert_close(got, wanted):
-    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(wanted), atol=1e-5, rtol=1e-5)
-
-
-def assert_differs(got, other):
-    assert (torch.as_tensor(got) - torch.as_tensor(other)).abs().max() > 1e-2
 
 
 @pytest.mark.lora_file
@@ -151,6 +135,10 @@ def test_header_speaks_of_every_component_and_of_the_training(base, tmp_path):
     assert {key: header.pop(key) for key in TRAINING} == TRAINING
     assert header.pop("format") == "pt"
     adapters = json.loads(header.pop(LORA_ADAPTER_METADATA_KEY))
+    body = path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :]
+    digest = hashlib.sha256(body).hexdigest()
+    assert (header.pop("sshs_model_hash"), header.pop("modelspec.hash_sha256")) == (digest, f"0x{digest}")
+    assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]  # of what follows the first MiB
     assert not header
     common = {
         "r": 4,
@@ -261,14 +249,15 @@ def test_load_lora_reads_old_names(base, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_unet_mid_block_attn.lora_down.weight": 4}, "is a LoRA in kohya's format, which can't be read yet"),
-        ({"lora_te_text_model_x.alpha": 1}, "is a LoRA in kohya's format, which can't be read yet"),
         (
             {"model.diffusion_model.out.0.bias": 4},
-            "not a LoRA of Stable Diffusion: it holds model.diffusion_model.out.0.bias",
+            "it is not a LoRA of Stable Diffusion: it holds model.diffusion_model.out.0.bias",
         ),
-        ({"transformer.x.lora_A.weight": 4}, "not a LoRA of Stable Diffusion: it holds transformer.x.lora_A.weight"),
-        ({"unet.mid_block.x.lora_A.weight": 4}, "is incomplete: unet.mid_block.x lacks its lora_A or its lora_B"),
+        (
+            {"transformer.x.lora_A.weight": 4},
+            "it is not a LoRA of Stable Diffusion: it holds transformer.x.lora_A.weight",
+        ),
+        ({"unet.mid_block.x.lora_A.weight": 4}, "it is incomplete: unet.mid_block.x lacks its lora_A or its lora_B"),
         ({}, "holds no weights"),
     ],
 )
@@ -286,7 +275,9 @@ def test_load_lora_refuses_what_it_cannot_read_in_one_line(tmp_path, content):
     path = tmp_path / lora_file.WEIGHTS_NAME
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match="can't be read as a safetensors file: .* Pass a diffusers LoRA") as error:
+    with pytest.raises(
+        InputError, match=r"can't be read as a safetensors file \(.*\). Pass a LoRA of Stable Diff"
+    ) as error:
         lora_file.load_lora(tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)

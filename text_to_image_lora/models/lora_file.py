@@ -1,41 +1,68 @@
-"""The LoRA file, in diffusers' format."""
+"""The LoRA file, in diffusers' format, and what is read of the other dialects."""
 
+import hashlib
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..files import written_whole
+from .dialects import dialect_of, place_of
 
+
+__all__ = ["WEIGHTS_NAME", "as_diffusers", "dialect_of", "fold_scale", "load_lora", "lora_file_metadata", "save_lora"]
 
 # diffusers' LORA_WEIGHT_NAME_SAFE and LORA_ADAPTER_METADATA_KEY, without the seconds that importing them takes.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-FILE_KEY = re.compile(r"(unet|text_encoder(?:_2)?)\.(.+\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector))")
+PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
+REMEDY = (
+    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
+    f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
+)
 
 
-def fold_scale(state_dict: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
+class Scale(NamedTuple):
+    """What of peft's `LoraConfig` a module's scale depends on, without the seconds that importing peft takes."""
+
+    lora_alpha: float
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+
+
+def scale_of(config, module, rank):
+    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one.
+
+    1 without a configuration: the scale is in lora_B already.
+    """
+    if config is None:
+        return 1.0
+    # As peft's get_pattern_key does: the first pattern that the end of the name matches.
+    own = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(own, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A.
 
-    The scale is peft's: alpha/r, or alpha/√r with rsLoRA, each module with its own alpha (`alpha_pattern`) and rank.
+    `config` is its `LoraConfig`, or None where the scale is there already.
     """
     folded = {}
     for key, value in state_dict.items():
         value = value.detach().to("cpu", torch.float32, copy=True)
         module, _, leaf = key.partition(".lora_")
         if leaf.startswith("B."):
-            rank = state_dict[f"{module}.lora_A.weight"].shape[0]
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-            value *= alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            value *= scale_of(config, module, state_dict[f"{module}.lora_A.weight"].shape[0])
         folded[key] = value.contiguous()
     return folded
 
@@ -64,28 +91,55 @@ def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training:
     return header | {"format": "pt", ADAPTER_METADATA_KEY: json.dumps(adapters, indent=2, sort_keys=True)}
 
 
-def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], training: dict[str, str]) -> Path:
+def save_lora(
+    path_or_dir, components: dict[str, tuple[dict, Any]], training: dict[str, str], dtype=torch.float32
+) -> Path:
     """Writes the LoRA whole or not at all and returns its path; the same weights and strings give the same bytes.
 
-    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and configuration.
+    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and its `LoraConfig`, None for a folded one.
     """
     path = Path(path_or_dir)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
-    tensors = {f"{name}.{key}": value for name, state_dict in folded.items() for key, value in state_dict.items()}
+    tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
+    write_tensors(path, tensors, lora_file_metadata(folded, training))
+    return path
+
+
+def file_tensors(components):
+    """{key in the file: tensor} of folded state dicts, as diffusers' readers want to find them."""
+    tensors = {f"{name}.{key}": value for name, state_dict in components.items() for key, value in state_dict.items()}
     tensors = {TEXT_MODEL.sub(r"\1.text_model.encoder.", key): value for key, value in tensors.items()}
     # peft's name for DoRA's magnitudes lacks this end, and transformers then leaves a text encoder's out in silence.
-    tensors = {re.sub(r"(?<=\.lora_magnitude_vector)$", ".weight", key): value for key, value in tensors.items()}
-    data = safetensors.torch.save(tensors, metadata=lora_file_metadata(folded, training))
-    # safetensors writes its metadata in a new order every time.
+    return {re.sub(r"(?<=\.lora_magnitude_vector)$", ".weight", key): value for key, value in tensors.items()}
+
+
+def write_tensors(path, tensors, header):
+    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes.
+
+    Readers find files again by the hashes that are added to the header: kohya's of the bytes after the header, the older
+    one of 64 KiB of a file with its `ss_*` alone, and ModelSpec's.
+    """
+    data = safetensors.torch.save(tensors)
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    places, body = json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
+    places.pop("__metadata__", None)
+
+    def head(strings):
+        # safetensors would write these in a new order every time.
+        text = json.dumps(places | {"__metadata__": strings}, sort_keys=True, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    digest = hashlib.sha256(body).hexdigest()
+    old = head({key: value for key, value in header.items() if key.startswith("ss_")})
+    first, last = (max(place - len(old), 0) for place in (0x100000, 0x110000))
+    legacy = hashlib.sha256(old[0x100000:0x110000] + bytes(body[first:last])).hexdigest()[:8]
+    hashes = {"sshs_model_hash": digest, "sshs_legacy_hash": legacy, "modelspec.hash_sha256": f"0x{digest}"}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[8 + size :])
-    return path
+        file.write(head(header | hashes))
+        file.write(body)
 
 
 def _one_rank(state_dict):
@@ -100,45 +154,118 @@ def _one_rank(state_dict):
     return state_dict
 
 
-def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Reads a diffusers LoRA: for each component a state dict as peft names it with the scale folded, and the header.
+def as_diffusers(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads a LoRA of any dialect as ({key: float32 tensor}, header), the keys those of our own file.
 
-    Text-encoder keys start `text_model.`. Raises `InputError` for anything else than such a file.
+    The scale is in lora_B and each component has one rank, so that `load_lora_weights` of stock diffusers takes the
+    tensors as they are.
     """
-    path = Path(path_or_dir)
-    path = path / WEIGHTS_NAME if path.is_dir() else path
-    remedy = f"Pass a diffusers LoRA: a .safetensors file, or a folder that holds {WEIGHTS_NAME}."
+    components, header = load_lora(path)
+    tensors = file_tensors({name: _one_rank(state_dict) for name, state_dict in components.items()})
+    return dict(sorted(tensors.items())), header
+
+
+def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Reads a LoRA of any dialect: for each component a state dict as peft names it, the scale folded, and the header.
+
+    A module's rank is its own. Text-encoder keys start `text_model.`. Raises `InputError` for what is no such file.
+    """
+    components, header = {}, {}
+    for path, component in files_of(Path(path_or_dir)):
+        try:
+            tensors, header = _read(path)
+            found, configs = _by_module(tensors, component), _configs_of(path, header)
+            for name, modules in found.items():
+                config = configs.get(name, configs.get(None))
+                components[name] = _folded(name, modules, config)
+        except InputError as error:
+            raise InputError(f"{path}: {error} {REMEDY}") from error
+    return components, header
+
+
+def files_of(path):
+    """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
+    if not path.is_dir() or (path / WEIGHTS_NAME).exists():
+        return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
+    if (path / PEFT_WEIGHTS_NAME).exists():
+        return [(path / PEFT_WEIGHTS_NAME, None)]
+    parts = [(path / name / PEFT_WEIGHTS_NAME, name) for name in COMPONENTS]
+    return [part for part in parts if part[0].exists()] or [(path / WEIGHTS_NAME, None)]
+
+
+def _read(path):
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-        adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path} can't be read as a safetensors file: {error}. {remedy}") from error
-    components = {}
-    for name, value in tensors.items():
-        if name.startswith(("lora_unet_", "lora_te")):
-            raise InputError(f"{path} is a LoRA in kohya's format, which can't be read yet. {remedy}")
-        # diffusers' older names; the oldest files hold the UNet alone, without saying so.
-        key = f"unet.{name}" if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) else name
-        key = key.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0_lora.")
-        key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.", ".lora_A.", key)
-        key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.", ".lora_B.", key)
-        key = TEXT_MODEL.sub(r"\1.text_model.encoder.", key)
-        key = re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", key)
-        if not (match := FILE_KEY.fullmatch(key)):
-            raise InputError(f"{path} is not a LoRA of Stable Diffusion: it holds {name}. {remedy}")
-        components.setdefault(match[1], {})[match[2]] = value
-    if not components:
-        raise InputError(f"{path} holds no weights. {remedy}")
-    for name, state_dict in components.items():
-        for module in sorted({key.partition(".lora_")[0] for key in state_dict}):
-            if not {f"{module}.lora_A.weight", f"{module}.lora_B.weight"} <= state_dict.keys():
-                raise InputError(f"{path} is incomplete: {name}.{module} lacks its lora_A or its lora_B. {remedy}")
-        alpha, pattern, rslora = (adapters.get(f"{name}.{k}") for k in ("lora_alpha", "alpha_pattern", "use_rslora"))
-        if alpha is None:  # then it equals the rank
-            components[name] = {key: value.float() for key, value in state_dict.items()}
-        else:
-            config = LoraConfig(lora_alpha=alpha, alpha_pattern=pattern or {}, use_rslora=bool(rslora))
-            components[name] = fold_scale(state_dict, config)
-    return components, header
+        raise InputError(f"it can't be read as a safetensors file ({error}).") from error
+
+
+def _configs_of(path, header):
+    """{component, or None for all: `Scale`} of what a header of diffusers', or peft's file beside this one, says."""
+    stored = path.parent / PEFT_CONFIG_NAME
+    try:
+        if path.name == PEFT_WEIGHTS_NAME and stored.exists():
+            config = json.loads(stored.read_text(encoding="utf-8"))
+            if config.get("peft_type", "LORA") != "LORA":
+                raise InputError(
+                    f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not read: only LoRA and DoRA are."
+                )
+            return {None: _scale(config)}
+        adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
+        parts = {
+            name: {k.partition(".")[2]: v for k, v in adapters.items() if k.startswith(f"{name}.")}
+            for name in COMPONENTS
+        }
+        return {name: _scale(part) for name, part in parts.items() if "lora_alpha" in part}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"its configuration can't be read ({error}).") from error
+
+
+def _scale(stored):
+    """The `Scale` of a stored `LoraConfig`."""
+    return Scale(stored["lora_alpha"], stored.get("alpha_pattern") or {}, bool(stored.get("use_rslora")))
+
+
+def _by_module(tensors, component):
+    """{component: {module: {leaf: tensor}}} of what the file's keys mean in its dialect."""
+    dialect, found = dialect_of(tensors), {}
+    for key, value in tensors.items():
+        name, module, leaf = place_of(key, dialect, component)
+        found.setdefault(name, {}).setdefault(module, {})[leaf] = value.float()
+    return found
+
+
+def _folded(name, modules, config):
+    """The state dict of a component's modules, with the scale in lora_B: of their own alpha, else of the configuration's."""
+    state_dict = {}
+    for module, leaves in modules.items():
+        if not {"lora_A.weight", "lora_B.weight"} <= leaves.keys():
+            raise InputError(f"it is incomplete: {name}.{module} lacks its lora_A or its lora_B.")
+        a, b, mid = (leaves.get(f"lora_{leaf}.weight") for leaf in ("A", "B", "mid"))
+        if a.dim() not in (2, 4) or b.dim() != a.dim() or not 0 < len(a) == b.shape[1]:
+            raise InputError(f"the two tensors of {name}.{module} do not fit: {list(a.shape)} and {list(b.shape)}.")
+        if mid is not None:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
+            if mid.dim() != 4 or mid.shape[:2] != (len(a), len(a)) or a.shape[2:] != (1, 1):
+                raise InputError(f"the tensors of {name}.{module} do not fit: {list(a.shape)} and {list(mid.shape)}.")
+            a = torch.einsum("rskl,si->rikl", mid, a.flatten(1))
+        rank = len(a)
+        scale = leaves["alpha"].flatten()[0].item() / rank if "alpha" in leaves else scale_of(config, module, rank)
+        state_dict[f"{module}.lora_A.weight"] = a.contiguous()
+        state_dict[f"{module}.lora_B.weight"] = (b * scale).contiguous()
+        if "lora_B.bias" in leaves:
+            state_dict[f"{module}.lora_B.bias"] = leaves["lora_B.bias"] * scale
+        if "lora_magnitude_vector" in leaves:
+            state_dict[f"{module}.lora_magnitude_vector"] = _magnitudes(name, module, leaves, b)
+    return state_dict
+
+
+def _magnitudes(name, module, leaves, b):
+    """DoRA's magnitudes in peft's shape: (out,) of a linear layer, (1, out, 1, 1) of a convolution."""
+    value, out = leaves["lora_magnitude_vector"], len(b)
+    if value.numel() != out or (value.dim() > 1 and value.shape[0] != out and value.shape[:2] != (1, out)):
+        raise InputError(
+            f"the DoRA magnitudes of {name}.{module} have the shape {list(value.shape)}: only those of each output "
+            f"({out} here) are read, not LyCORIS' older ones of each input."
+        )
+    return value.reshape(1, out, 1, 1) if b.dim() == 4 else value.flatten()

@@ -19,6 +19,7 @@ def write_model_card(
     pictures: list[tuple[str, Path]],
     hyperparameters: dict,
     lora_file: str = WEIGHTS_NAME,
+    kohya_file: str | None = None,
     trigger_word: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
@@ -27,6 +28,7 @@ def write_model_card(
 
     `pictures` are (prompt, path) of sample pictures in `output_dir`. Without a `license`, a base model
     from the hub gets Stable Diffusion's (as in diffusers' examples), and a local one, whose terms are unknown, none.
+    `kohya_file` is the name of the file in kohya's format, where there is one.
     """
     on_hub = _is_on_hub(base_model)
     base, *datasets = (
@@ -44,22 +46,17 @@ def write_model_card(
     }
     front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     weights = f"{repo_id or '.'!r}, weight_name={lora_file!r}"
-    gallery = "\n\n".join(f"![]({quote(picture)})\n{_markdown(prompt)}" for prompt, picture in pictures)
     rows = without_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
     pipeline = f"DiffusionPipeline.from_pretrained({base!r})"
     if base.endswith((".safetensors", ".ckpt")):
         pipeline = f"StableDiffusionPipeline.from_single_file({base!r})"
-    card = f"""---
-{front}---
-# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}
-
-These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(" and ".join(datasets))} dataset.
-{f"The trigger word is {_markdown(trigger_word)}." if trigger_word else ""}
-
-{gallery}
-
-## Use
+    sections = [
+        f"# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}",
+        f"These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(' and '.join(datasets))} dataset.",
+        "<Gallery />" if pictures else "",  # where the hub draws the widget's pictures, each with its prompt
+        f"## Trigger words\nWrite {_markdown(trigger_word)} in the prompt." if trigger_word else "",
+        f"""## Use with diffusers
 ```python
 import torch
 from diffusers import {pipeline.partition(".")[0]}
@@ -69,16 +66,26 @@ pipe.load_lora_weights({weights})
 pipe({(pictures[0][0] if pictures else trigger_word or "a picture")!r}).images[0].save("picture.png")
 ```
 
-On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, for the UNet alone.
-
-## Training
-| parameter | value |
-|---|---|
-{table}
-"""
+On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, for the UNet alone.""",
+        _use_elsewhere(kohya_file, repo_id, trigger_word) if kohya_file else "",
+        f"## Training\n| parameter | value |\n|---|---|\n{table}\n",
+    ]
     path = Path(output_dir) / "README.md"
-    write_whole(path, card)
+    write_whole(path, f"---\n{front}---\n" + "\n\n".join(filter(None, sections)))
     return path
+
+
+def _use_elsewhere(kohya_file, repo_id, trigger_word):
+    """Where the file in kohya's format goes in the programs that people draw with."""
+    name = _markdown(kohya_file)
+    if repo_id and "/" in repo_id:
+        name = f"[{name}](https://huggingface.co/{repo_id}/resolve/main/{quote(kohya_file)})"
+    prompt = " ".join(f"{trigger_word or 'a picture'} <lora:{Path(kohya_file).stem}:1>".split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", prompt)), default=0))
+    return f"""## Use with A1111, Forge and ComfyUI
+Download {name}.
+- A1111 and Forge: put it in `models/Lora` and write {ticks} {prompt} {ticks} as the prompt.
+- ComfyUI: put it in `models/loras` and choose it in a *Load LoRA* node."""
 
 
 def _is_on_hub(name):
@@ -91,13 +98,14 @@ def _markdown(value):
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", " ".join(str(value).split()))
 
 
-def upload(output_dir, repo_id: str, token: str | None, lora_file: str = WEIGHTS_NAME) -> str:
+def upload(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -> str:
     """Makes the hub's repository, sends the weights, the card and its pictures, and returns the commit's URL."""
     from huggingface_hub import HfApi, metadata_load
 
-    (Path(output_dir) / lora_file).stat()  # upload_folder says nothing of a pattern that no file has
+    for name in files:
+        (Path(output_dir) / name).stat()  # upload_folder says nothing of a pattern that no file has
     card = metadata_load(Path(output_dir) / "README.md") or {}
-    names = [lora_file, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
+    names = [*files, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     return api.upload_folder(

@@ -21,6 +21,7 @@ class TrainState:
 
     seed: int
     global_step: int = 0
+    started_at: int | None = None  # when the run began, in seconds since 1970: its files tell it
     tracker_run_id: str | None = None
     validation: dict | None = None  # what the judge of the run keeps, as it gave it
     batch_size: int | None = None  # what --train_batch_size auto found

@@ -1,0 +1,133 @@
+"""How others name what is in a LoRA file: which component, layer and tensor each of their keys means.
+
+A place is (component, module, leaf) as our own file has them: `unet`, `mid_block.attentions.0.proj_in`, `lora_A.weight`.
+The leaf may also be `alpha` (a scalar, scale = alpha / rank) and `lora_mid.weight` (between the two of a convolution).
+"""
+
+import re
+
+from ..errors import InputError
+
+
+# What else people call a LoRA, by what only its keys hold.
+OTHER_ADAPTERS = {
+    "LoHa": re.compile(r"\.hada_"),
+    "LoKr": re.compile(r"\.lokr_"),
+    "(IA)3": re.compile(r"\.on_input$|\.ia3_l"),
+    "OFT": re.compile(r"\.(oft|boft)_"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "VeRA": re.compile(r"\.vera_lambda"),
+    "a model's full difference": re.compile(r"\.(diff|diff_b|w_norm|b_norm|set_weight)$"),
+}
+
+OTHER_ARCHITECTURES = {
+    "Stable Diffusion XL": re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_"),
+    "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
+    "Stable Diffusion 3": re.compile(r"joint_blocks|transformer\.transformer_blocks"),
+}
+
+KOHYA_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+KOHYA_LEAVES = {
+    "lora_down.weight": "lora_A.weight",
+    "lora_up.weight": "lora_B.weight",
+    "lora_mid.weight": "lora_mid.weight",
+    "dora_scale": "lora_magnitude_vector",
+    "alpha": "alpha",
+}
+# Layers of diffusers' UNets of Stable Diffusion and of CLIP, with dots.
+LAYER = re.compile(
+    r"""((down|up)_blocks\.\d+|mid_block)\.(
+        attentions\.\d+\.(
+            proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2))
+        )
+        |resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)
+        |(down|up)samplers\.0\.conv
+    )
+    |conv_in|conv_out|(time|add)_embedding\.linear_[12]
+    |text_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])""",
+    re.VERBOSE,
+)
+# The names among them that have an underscore of their own, which kohya's leave no different from a dot.
+COMPOUND = re.compile(
+    r"(?<![^.])("
+    r"down\.blocks|mid\.block|up\.blocks|transformer\.blocks|to\.[qkv]|to\.out|proj\.in|proj\.out|time\.emb\.proj|"
+    r"conv\.shortcut|conv\.in|conv\.out|time\.embedding|add\.embedding|linear\.[12]|text\.model|self\.attn|[qkv]\.proj|out\.proj"
+    r")(?![^.])"
+)
+
+FILE_KEY = re.compile(
+    r"(unet|text_encoder(?:_2)?)\.(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|alpha)", re.ASCII
+)
+UNET_PART = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
+
+
+def dialect_of(keys) -> str:
+    """ "diffusers", "old diffusers", "kohya" or "peft"; `InputError` for what is no LoRA of Stable Diffusion."""
+    keys = sorted(keys)
+    for name, pattern in OTHER_ADAPTERS.items():
+        if any(pattern.search(key) for key in keys):
+            raise InputError(f"it is {name}, which is not read: only LoRA and DoRA are.")
+    for name, pattern in OTHER_ARCHITECTURES.items():
+        if any(pattern.search(key) for key in keys):
+            raise InputError(f"it is a LoRA of {name}, which is not read: only those of Stable Diffusion 1 and 2 are.")
+    if not keys:
+        raise InputError("it holds no weights.")
+    dialect = next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
+    for key in keys:
+        if place_of(key, dialect) is None:
+            raise InputError(f"it is not a LoRA of Stable Diffusion: it holds {key}.")
+    return dialect
+
+
+_KNOWS = {
+    "kohya": lambda key: key.startswith(tuple(KOHYA_PREFIXES)),
+    "peft": lambda key: key.startswith("base_model.model."),
+    "old diffusers": lambda key: re.search(r"(_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$", key),
+    "diffusers": lambda key: True,
+}
+
+
+def place_of(key, dialect, component=None):
+    """(component, module, leaf) that a key means in its dialect; None where it means nothing.
+
+    `component` is that of a file which is known to hold one alone, as peft's do.
+    """
+    return _kohya_place(key) if dialect == "kohya" else _dotted_place(key, component)
+
+
+def _kohya_place(key):
+    name, _, leaf = key.partition(".")
+    prefix = next((prefix for prefix in KOHYA_PREFIXES if name.startswith(prefix)), None)
+    leaf = KOHYA_LEAVES.get(leaf, leaf if leaf in KOHYA_LEAVES.values() else None)
+    if prefix is None or leaf is None:
+        return None
+    module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.removeprefix(prefix).replace("_", "."))
+    return (KOHYA_PREFIXES[prefix], module, leaf) if LAYER.fullmatch(module) else None
+
+
+def _dotted_place(key, component):
+    key = key.removeprefix("base_model.model.").replace(".default.", ".")
+    # The oldest files of diffusers hold the UNet alone, without saying so; nor do peft's say what they are of.
+    if component is not None:
+        key = f"{component}.{key}"
+    elif UNET_PART.match(key):
+        key = f"unet.{key}"
+    elif key.startswith(("text_model.", "encoder.")):
+        key = f"text_encoder.{key}"
+    key = key.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0_lora.")
+    key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.", ".lora_A.", key)
+    key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.", ".lora_B.", key)
+    key = re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", key)
+    if not (match := FILE_KEY.fullmatch(key)):
+        return None
+    component, module, leaf = match.groups()
+    if component != "unet":
+        # transformers took the level out of CLIPTextModel in 5.6; diffusers' oldest have the UNet's names for attention.
+        module = module if module.startswith("text_model.") else f"text_model.{module}"
+        module = re.sub(r"(?<=self_attn\.)to_([qkv]|out)(\.0)?$", r"\1_proj", module)
+    return component, module, leaf

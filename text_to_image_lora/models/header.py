@@ -1,0 +1,116 @@
+"""What a LoRA file says of itself to the programs that list it: kohya's `ss_*` and Stability's `modelspec.*`.
+
+The keys are those of kohya-ss/sd-scripts (`train_network.py`, `library/sai_model_spec.py`) that readers use: A1111 tells
+the base by ss_v2 and ss_base_model_version, names the file by ss_output_name, and shows the rest.
+"""
+
+import base64
+import collections
+import io
+import json
+from datetime import UTC, datetime
+
+from PIL import Image
+
+from .kohya import DORA_NETWORK, NETWORK
+
+
+# kohya's names: those of the training script's flags and of what they were settled to.
+SETTINGS = {
+    "ss_sd_model_name": "pretrained_model_name_or_path",
+    "ss_network_dim": "rank",
+    "ss_network_alpha": "lora_alpha",
+    "ss_network_dropout": "lora_dropout",
+    "ss_learning_rate": "learning_rate",
+    "ss_unet_lr": "learning_rate",
+    "ss_lr_scheduler": "lr_scheduler",
+    "ss_lr_warmup_steps": "lr_warmup_steps",
+    "ss_optimizer": "optimizer",
+    "ss_max_grad_norm": "max_grad_norm",
+    "ss_max_train_steps": "max_train_steps",
+    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "ss_gradient_checkpointing": "gradient_checkpointing",
+    "ss_batch_size_per_device": "train_batch_size",
+    "ss_total_batch_size": "effective_batch_size",
+    "ss_mixed_precision": "mixed_precision",
+    "ss_seed": "seed",
+    "ss_caption_dropout_rate": "caption_dropout",
+    "ss_shuffle_caption": "shuffle_tags",
+    "ss_enable_bucket": "aspect_ratio_buckets",
+    "ss_flip_aug": "random_flip",
+    "ss_noise_offset": "noise_offset",
+    "ss_min_snr_gamma": "snr_gamma",
+    "ss_loss_type": "loss_type",
+    "ss_prior_loss_weight": "prior_loss_weight",
+    "modelspec.trigger_phrase": "trigger_word",
+}
+THUMBNAIL_SIDE = 256  # pixels
+
+
+def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pictures, is_sd2):
+    """The strings, of `told`: {flag, or what it was settled to: its value as a string}.
+
+    `name` is what the file is called, `started_at` when the run began (seconds since 1970): the same for all its files,
+    whenever it was interrupted.
+    """
+    v_prediction = told.get("prediction_type") == "v_prediction"
+    architecture = "stable-diffusion-v1"
+    if is_sd2:
+        architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    side = told["resolution"]
+    header = {key: told[flag] for key, flag in SETTINGS.items() if flag in told}
+    header |= {
+        "ss_base_model_version": f"sd_v{2 if is_sd2 else 1}{'_v' if v_prediction else ''}",
+        "ss_v2": str(is_sd2),
+        "ss_output_name": name,
+        "ss_steps": str(step),
+        "ss_epoch": str(step // steps_per_epoch),
+        "ss_num_batches_per_epoch": str(steps_per_epoch),
+        "ss_num_train_images": str(num_pictures),
+        "ss_resolution": f"({side}, {side})",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.usage_hint": _usage_hint(told, v_prediction),
+    }
+    if started_at is not None:  # older checkpoints don't say
+        header["ss_training_started_at"] = str(started_at)
+        header["modelspec.date"] = datetime.fromtimestamp(started_at, UTC).isoformat()
+    if told.get("train_text_encoder") == "True":
+        header["ss_text_encoder_lr"] = told.get("text_encoder_lr", told["learning_rate"])
+    if "clip_skip" in told:
+        header["ss_clip_skip"] = header["modelspec.encoder_layer"] = str(int(told["clip_skip"]) + 1)
+    return header | (DORA_NETWORK if told.get("use_dora") == "True" else NETWORK)
+
+
+def _usage_hint(told, v_prediction):
+    hints = [f"Made on {told['pretrained_model_name_or_path']}."]
+    if "trigger_word" in told:
+        hints.append(f"Write {told['trigger_word']} in the prompt.")
+    if "clip_skip" in told:  # the others count from 1
+        hints.append(f"Clip skip {int(told['clip_skip']) + 1} as A1111 counts it.")
+    if v_prediction:
+        hints.append("The base predicts v.")
+    return " ".join(hints)
+
+
+def tag_frequency(captions, folder):
+    """`ss_tag_frequency`: how often each tag (between commas) comes in the captions, the most frequent first."""
+    tags = collections.Counter(
+        tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip()
+    )
+    ordered = dict(sorted(tags.items(), key=lambda row: (-row[1], row[0])))
+    return json.dumps({folder: ordered}, ensure_ascii=False)
+
+
+def thumbnail(path):
+    """`modelspec.thumbnail`: a picture file as a data URL, a small JPEG that says nothing but its pixels."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

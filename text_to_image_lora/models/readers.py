@@ -1,0 +1,171 @@
+"""How the programs that people draw with read a LoRA file of Stable Diffusion 1 and 2, by their own rules.
+
+Written anew, apart from what writes the files, so that the two can be held against each other. Each rule takes the file's
+tensors, its header, and `layers`: {(component, module): shape of the weight} of the base's linear and convolution layers,
+without the text encoder's `text_model.`. It gives {(component, module): (A, B·scale, DoRA's magnitudes or None)}, A and B as
+float64 matrices, of what finds its layer.
+"""
+
+import json
+import re
+
+from .lora_file import ADAPTER_METADATA_KEY
+
+
+def diffusers(tensors, header, layers):
+    """As `load_lora_weights` of diffusers 0.39 reads it, and `load_attn_procs`, which knows no alpha.
+
+    `loaders/peft.py` and `loaders/lora_base.py` there: what follows the component's name is the layer's in the model, and
+    the header's configuration scales. That scale must be 1 here, or the two would differ.
+    """
+    adapters, arrived = json.loads(header.get(ADAPTER_METADATA_KEY, "{}")), {}
+    for key in tensors:
+        found = re.fullmatch(r"(\w+)\.(?:text_model\.)?(.+)\.lora_A\.weight", key)
+        up, magnitude = (
+            key.replace("lora_A.weight", end) for end in ("lora_B.weight", "lora_magnitude_vector.weight")
+        )
+        if not found or found.groups() not in layers or up not in tensors:
+            continue
+        component, module = found.groups()
+        told = {
+            name: adapters.get(f"{component}.{name}") for name in ("r", "lora_alpha", "use_rslora", "target_modules")
+        }
+        one_scale = {len(tensors[key]), told["r"], told["lora_alpha"]} == {told["r"]} and not told["use_rslora"]
+        if module in (told["target_modules"] or ()):
+            scale = 1.0 if one_scale else float("nan")
+            arrived[component, module] = *_pair(tensors, key, up, scale), tensors.get(magnitude)
+    return arrived
+
+
+def comfyui(tensors, header, layers):
+    """As ComfyUI reads it: `model_lora_keys_unet` and `model_lora_keys_clip` in its `comfy/lora.py`.
+
+    The UNet's layers by diffusers' names with underscores; of the text encoder only the six kinds of its LORA_CLIP_MAP.
+    """
+    names = {}
+    for component, module in layers:
+        if component == "unet":
+            names["lora_unet_" + module.replace(".", "_")] = component, module
+        elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.(self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])", module):
+            layer, kind = found.groups()
+            names[f"lora_te_text_model_encoder_layers_{layer}_{kind.replace('.', '_')}"] = component, module
+    return _kohya_pairs(tensors, names.get)
+
+
+def a1111(tensors, header, layers):
+    """As A1111 reads it: `load_network` in its `extensions-builtin/Lora/networks.py`.
+
+    It makes of kohya's names those of the original code's modules, by patterns that fit Stable Diffusion's blocks alone.
+    OpenCLIP, the text encoder of Stable Diffusion 2, has query, key, value and output in one module, which is changed only
+    where all four are there.
+    """
+    is_sd2 = layers.get(("text_encoder", "encoder.layers.0.self_attn.q_proj"), ())[:1] == (1024,)
+    names = _original_names(layers, is_sd2)
+    arrived = _kohya_pairs(tensors, lambda name: names.get(_in_the_original(name, is_sd2)))
+    attentions = {}
+    for component, module in arrived if is_sd2 else ():
+        if ".self_attn." in module:
+            attentions.setdefault(module.rpartition(".")[0], []).append((component, module))
+    for places in attentions.values():
+        if len(places) < 4:
+            for place in places:
+                del arrived[place]
+    return arrived
+
+
+def has_the_geometry_of_a1111(layers):
+    """Whether the UNet has the blocks of Stable Diffusion 1 and 2, which A1111's patterns count on."""
+    found = {re.match(r"down_blocks\.(\d+\.resnets\.\d+)\.", module) for _, module in layers}
+    return {match[1] for match in found if match} == {f"{i}.resnets.{j}" for i in range(4) for j in range(2)}
+
+
+def _pair(tensors, down, up, scale):
+    return tensors[down].double().flatten(1), tensors[up].double().flatten(1) * scale
+
+
+def _kohya_pairs(tensors, place_of):
+    """What `place_of(name)` knows of a file by kohya's names; where there is no alpha, both programs scale by nothing."""
+    arrived = {}
+    for key in tensors:
+        name, _, leaf = key.partition(".")
+        up = f"{name}.lora_up.weight"
+        if leaf == "lora_down.weight" and up in tensors and (place := place_of(name)) is not None:
+            alpha = tensors.get(f"{name}.alpha")
+            scale = 1.0 if alpha is None else alpha.item() / len(tensors[key])
+            arrived[place] = *_pair(tensors, key, up, scale), tensors.get(f"{name}.dora_scale")
+    return arrived
+
+
+_IN_RESNETS = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _original_names(layers, is_sd2):
+    """{name in the original code, with underscores: place}, by the order in which its UNet counts the blocks."""
+    blocks = {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
+    blocks |= {"time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2"}
+    blocks |= {"mid_block.resnets.0": "middle_block_0", "mid_block.attentions.0": "middle_block_1"}
+    blocks |= {"mid_block.resnets.1": "middle_block_2"}
+    down, up = 1, 0
+    for level in range(4):
+        for k in range(2):
+            blocks[f"down_blocks.{level}.resnets.{k}"] = f"input_blocks_{down}_0"
+            blocks[f"down_blocks.{level}.attentions.{k}"] = f"input_blocks_{down}_1"
+            down += 1
+        blocks[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks_{down}_0_op"
+        down += 1
+        for k in range(3):
+            blocks[f"up_blocks.{level}.resnets.{k}"] = f"output_blocks_{up}_0"
+            blocks[f"up_blocks.{level}.attentions.{k}"] = f"output_blocks_{up}_1"
+            up += 1
+        after_attention = ("unet", f"up_blocks.{level}.attentions.2.proj_in") in layers
+        blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks_{up - 1}_{1 + after_attention}_conv"
+    names = {}
+    for component, module in layers:
+        if component == "unet":
+            block = next((name for name in blocks if f"{module}.".startswith(f"{name}.")), None)
+            rest = module[len(block) + 1 :] if block else ""
+            name = "_".join(filter(None, (blocks.get(block), _IN_RESNETS.get(rest, rest.replace(".", "_")))))
+            names[f"diffusion_model_{name}"] = component, module
+        elif is_sd2:
+            name = module.removeprefix("encoder.layers.").replace("self_attn", "attn")
+            name = name.replace("fc1", "c_fc").replace("fc2", "c_proj").replace(".", "_")
+            names[f"model_transformer_resblocks_{name}"] = component, module
+        else:
+            names[f"transformer_text_model_{module.replace('.', '_')}"] = component, module
+    return names
+
+
+def _in_the_original(name, is_sd2):
+    """A1111's `convert_diffusers_name_to_compvis`."""
+
+    def inside(kind, rest):
+        return _IN_RESNETS.get(rest, rest) if kind == "resnets" else rest
+
+    if match := re.match(r"lora_unet_conv_(in|out)", name):
+        return "diffusion_model_" + {"in": "input_blocks_0_0", "out": "out_2"}[match[1]]
+    if match := re.match(r"lora_unet_time_embedding_linear_(\d+)", name):
+        return f"diffusion_model_time_embed_{int(match[1]) * 2 - 2}"
+    if match := re.match(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", name):
+        way, level, kind, k, rest = match.groups()
+        index = int(level) * 3 + int(k) + (1 if way == "down" else 0)
+        part = f"{'input' if way == 'down' else 'output'}_blocks_{index}_{1 if kind == 'attentions' else 0}"
+        return f"diffusion_model_{part}_{inside(kind, rest)}"
+    if match := re.match(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)", name):
+        kind, k, rest = match.groups()
+        return f"diffusion_model_middle_block_{1 if kind == 'attentions' else int(k) * 2}_{inside(kind, rest)}"
+    if match := re.match(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", name):
+        return f"diffusion_model_input_blocks_{3 + int(match[1]) * 3}_0_op"
+    if match := re.match(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", name):
+        return f"diffusion_model_output_blocks_{2 + int(match[1]) * 3}_{2 if int(match[1]) > 0 else 1}_conv"
+    if match := re.match(r"lora_te_text_model_encoder_layers_(\d+)_(.+)", name):
+        layer, rest = match.groups()
+        if not is_sd2:
+            return f"transformer_text_model_encoder_layers_{layer}_{rest}"
+        rest = rest.replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj").replace("self_attn", "attn")
+        return f"model_transformer_resblocks_{layer}_{rest}"
+    return name
