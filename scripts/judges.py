@@ -153,7 +153,7 @@ def judge_drawing(seed, index):
         kind = str(rng.choice(WEAPONS))
     what = str(rng.choice(PLANTS, p=[0.4, 0.08, 0.08, 0.08, 0.08, 0.03, 0.03, 0.02, 0.2]))
     picture, places = draw_planted(what, colour, kind, background, rng)
-    picture = picture.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.7, 1.2, 1.7, 2.3]))))
+    picture = picture.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.7, 1.2, 1.6]))))
     return picture, list(KINDS).index(kind), places
 
 
