@@ -231,3 +231,25 @@ def test_a_thumbnail_is_small_and_says_nothing_but_pixels(tmp_path):
     assert shown.size == (256, 171)
     assert b"secret" not in data
     assert shown.getpixel((9, 9))[0] > 240
+
+
+def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
+    """At another rank and alpha; peft's folder is of the UNet alone, as many are."""
+    import convert_lora
+
+    first = train(output_kohya_format=True, lora_alpha=2, output_dir=tmp_path / "axes")
+    convert_lora.main(convert_lora.parse_args([str(first), str(tmp_path / "peft"), "--to", "peft"]))
+    wanted = lora_file.load_lora(first)[0]["unet"]
+    for k, weights in enumerate((first / "axes.safetensors", tmp_path / "peft")):
+        out = train(
+            lora_weights=weights,
+            rank=6,
+            lora_alpha=9,
+            learning_rate=1e-12,
+            adam_weight_decay=0,
+            output_dir=tmp_path / str(k),
+        )
+        got = lora_file.load_lora(out)[0]["unet"]
+        assert modules_of(got) == modules_of(wanted)
+        for module in modules_of(wanted):
+            assert relative_difference(factors(wanted, module), factors(got, module)) < 1e-5

@@ -16,8 +16,6 @@ from ..files import written_whole
 from .dialects import dialect_of, place_of
 
 
-__all__ = ["WEIGHTS_NAME", "as_diffusers", "dialect_of", "fold_scale", "load_lora", "lora_file_metadata", "save_lora"]
-
 # diffusers' LORA_WEIGHT_NAME_SAFE and LORA_ADAPTER_METADATA_KEY, without the seconds that importing them takes.
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
