@@ -36,7 +36,7 @@ def demo_lora(tmp_path_factory):
     words += ["--output_dir", folder / "out", "--latent_cache_dir", folder / "cache"]
     done = run_command(words, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"96 pictures, \d+ steps an epoch, \d+ steps", done.stdout)
+    assert re.search(r"176 pictures, \d+ steps an epoch, \d+ steps", done.stdout)
     return folder / "out"
 
 
