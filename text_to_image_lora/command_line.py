@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -121,3 +122,8 @@ class Parser(argparse.ArgumentParser):
         except InputError as error:
             raise InputError(f"{config}: {error}") from error
         return words
+
+
+def installed_command():
+    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
