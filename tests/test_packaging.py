@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sysconfig
 import tomllib
@@ -10,7 +9,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT, read_lora, words_of_run
-from uv_tool import requirements, uv_of_the_session  # noqa: F401 (a fixture)
+from uv_tool import copy_project, requirements, uv_of_the_session  # noqa: F401 (a fixture)
 
 
 SCRIPTS = ("train_text_to_image_lora.py", "infer.py")
@@ -49,11 +48,7 @@ def test_uv_runs_a_script_without_set_up(uv, script):
 @pytest.fixture(scope="module")
 def wheel(uv, tmp_path_factory):
     """The package, built from a copy: the build leaves files behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", *SCRIPTS):
-        shutil.copy(ROOT / name, folder)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "text_to_image_lora", folder / "text_to_image_lora", ignore=ignore)
+    folder = copy_project(tmp_path_factory.mktemp("wheel"))
     done = uv("build", "--wheel", "--out-dir", folder / "dist", folder)
     assert done.returncode == 0, done.stderr
     (file,) = (folder / "dist").glob("*.whl")

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,22 @@ def requirements(name):
 PINS = {line.partition("==")[0]: line for line in requirements("requirements-tools.txt")}
 
 
+def copy_project(folder):
+    """What the package is built from, and the recipes, without what lies about in the folder."""
+    for name in ("text_to_image_lora", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (
+        "pyproject.toml",
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+        "train_text_to_image_lora.py",
+        "infer.py",
+    ):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
 class Uv:
     """uv in a folder: `env` lets a child find it, and has it take the PyTorch that is installed here."""
 
@@ -27,7 +44,10 @@ class Uv:
         pip = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
         found = os.environ.get("PIP_FIND_LINKS") or subprocess.run(pip, capture_output=True, text=True).stdout
         self.env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        self.env |= {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "UV_PYTHON": sys.executable}
+        self.env |= {
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "UV_PYTHON": "{}.{}".format(*sys.version_info),
+        }
         if found.split():  # uv reads none of pip's settings, and would fetch gigabytes of CUDA
             self.env |= {"UV_FIND_LINKS": ",".join(found.split()), "UV_CONSTRAINT": str(folder / "constraints.txt")}
 
