@@ -178,7 +178,7 @@ def test_slurm_hands_the_signal_to_all_and_requeues_what_is_not_finished(sbatch,
 @pytest.mark.long
 def test_slurm_trains_with_a_process_for_each_task(sbatch, arguments, tmp_path):
     job = sbatch(sys.executable, *arguments(), cwd=ROOT)
-    said = job.communicate(timeout=180)[0]
+    said = job.communicate(timeout=600)[0]
     assert job.returncode == 0, said
     assert " on 2 x cpu" in said
     assert read_lora(tmp_path / "out")
@@ -195,7 +195,7 @@ def launched(lines, folders, words):
         env = os.environ | {"PATH": BIN}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, **pipes))
-    said = [process.communicate(timeout=180)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), said
     return said
 
@@ -233,7 +233,7 @@ def test_what_skypilot_runs_trains_into_the_bucket(tiny_sd, pictures, tmp_path, 
         here = os.environ | env | {"SKYPILOT_NODE_RANK": str(rank)}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen(["bash", "-c", f"{run} {shlex.join(words)}"], cwd=ROOT, env=here, **pipes))
-    said = [process.communicate(timeout=180)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * nodes, said
     assert f" on {nodes} x cpu" in said[0]
     assert read_lora(tmp_path / "bucket" / SKY["envs"]["RUN"])

@@ -94,7 +94,7 @@ def test_a_job_trains_from_an_empty_folder(uv, repository, pictures, tmp_path, l
     words = [word.replace("/runs", str(tmp_path / "kept")).replace("/pictures", str(pictures)) for word in words]
     (tmp_path / "container").mkdir()
     done = subprocess.run(
-        words, cwd=tmp_path / "container", env=uv.env, capture_output=True, text=True, timeout=240
+        words, cwd=tmp_path / "container", env=uv.env, capture_output=True, text=True, timeout=900
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert read_lora(tmp_path / "kept" / "knights")

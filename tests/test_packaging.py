@@ -83,7 +83,7 @@ def test_the_installed_commands_train_and_draw_from_any_folder(installed, pictur
 
     def run(command, *words):
         done = subprocess.run(
-            [installed / command, *map(str, words)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            [installed / command, *map(str, words)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -51,7 +51,7 @@ class Uv:
         if found.split():  # uv reads none of pip's settings, and would fetch gigabytes of CUDA
             self.env |= {"UV_FIND_LINKS": ",".join(found.split()), "UV_CONSTRAINT": str(folder / "constraints.txt")}
 
-    def __call__(self, *words, cwd=ROOT, env=None, timeout=300):
+    def __call__(self, *words, cwd=ROOT, env=None, timeout=900):
         """`uv WORDS`; stdout and stderr are text."""
         return subprocess.run(
             ["uv", *map(str, words)], cwd=cwd, env=self.env | (env or {}), capture_output=True, text=True, timeout=timeout

@@ -11,6 +11,11 @@ from .errors import InputError
 from .files import reason_of
 
 
+def installed_command():
+    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
+
+
 class Number:
     """An argparse type: a number, and what it may be in words; another one is refused with them.
 
@@ -122,8 +127,3 @@ class Parser(argparse.ArgumentParser):
         except InputError as error:
             raise InputError(f"{config}: {error}") from error
         return words
-
-
-def installed_command():
-    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
-    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
