@@ -1,4 +1,30 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.39.0",
+#     "transformers==5.5.4",
+#     "accelerate==1.15.0",
+#     "peft==0.21.2",
+#     "datasets==5.2.0",
+#     "huggingface_hub==1.33.0",
+#     "safetensors==0.8.0",
+#     "wandb==0.31.0",
+#     "pillow==13.0.0",
+#     "numpy==2.4.6",
+#     "PyYAML==6.0.3",
+#     "kornia==0.9.0",
+#     "tqdm==4.70.1",
+#     "prodigyopt==1.1.2",
+#     "schedulefree==1.4.1",
+#     "optuna==5.0.0",
+#     "filelock==4.2.11",
+#     "psutil==7.2.2",
+#     'bitsandbytes==0.50.2; platform_machine == "x86_64" or platform_machine == "AMD64" or platform_machine == "aarch64" or (sys_platform == "darwin" and platform_machine == "arm64")',
+#     'xformers==0.0.35; (sys_platform == "linux" and platform_machine == "x86_64") or sys_platform == "win32"',
+# ]
+# ///
 """Pictures with LoRA files, or without any: from text, from a picture, held to edges; one by one, or as grids on a sheet.
 
     python infer.py --pretrained_model_name_or_path models/mini-sd --lora outputs/axe --prompt "a red axe"

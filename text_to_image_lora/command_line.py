@@ -3,11 +3,17 @@
 import argparse
 import difflib
 import re
+import runpy
 import sys
 from pathlib import Path
 
 from .errors import InputError
 from .files import reason_of
+
+
+def installed_command():
+    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
 
 
 class Number:
