@@ -45,9 +45,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infer import parse_prompt, read_prompts
-from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
-from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
-from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
+from text_to_image_lora.command_line import (
+    Parser,
+    above,
+    at_least,
+    between,
+    duration,
+    from_up_to,
+    seconds_of,
+)
+from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
+from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole
 from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
@@ -57,6 +65,9 @@ from text_to_image_lora.pictures.records import with_class_pictures
 from text_to_image_lora.pictures.sources import load_records
 from text_to_image_lora.pictures.tables import Columns
 from text_to_image_lora.reports.tracking import TRACKERS, trackers_of
+from text_to_image_lora.training import interruption
+from text_to_image_lora.training.ending import end
+from text_to_image_lora.training.launcher import check_launcher
 from text_to_image_lora.training.optimizers import OPTIMIZERS, OptimizerSettings, Schedule, check_optimizer
 
 
@@ -79,10 +90,10 @@ MAY_CHANGE = set(
     train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
     text_encoder_lr loraplus_lr_ratio scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio lr_num_cycles lr_power lr_step_rules
     optimizer_args use_8bit_adam ema_decay adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
-    mixed_precision allow_tf32 compile enable_xformers_memory_efficient_attention validation_split validation_data_dir
+    mixed_precision deterministic allow_tf32 compile max_train_time enable_xformers_memory_efficient_attention validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
-    tracker_project_name logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
+    tracker_project_name logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
 
@@ -111,9 +122,10 @@ def build_parser():
     group("--config", metavar="FILE", help="a YAML file with flags, one a line; the command line goes before it (each run saves its own as run.yaml)")
     group("--output_dir", default="sd-model-finetuned-lora", help="folder for the LoRA, checkpoints, sample pictures and metrics")
     group("--seed", type=between(0, 2**63 - 1, int), help="makes a run reproducible; when not given, one is drawn and saved in run.yaml")
-    group("--resume_from_checkpoint", default="latest", help="a checkpoint folder to go on from; latest: the newest in --output_dir; none: start over")
-    group("--checkpointing_steps", type=at_least(0), default=500, help="optimizer steps between checkpoints, from which a stopped run goes on (one more comes at the end); 0: never")
+    group("--resume_from_checkpoint", default="latest", help="a checkpoint folder to go on from; latest: the newest in --output_dir that is whole; hf://owner/name[/checkpoint-N]: the newest there or in --output_dir; none: start over")
+    group("--checkpointing_steps", type=at_least(0), default=500, help="optimizer steps between checkpoints, from which a killed run goes on (one more comes at the end, or where the run is asked to stop); 0: only there where it is asked to stop")
     group("--checkpoints_total_limit", type=at_least(1), help="keep so many checkpoints and delete the oldest; all when not given")
+    group("--max_train_time", type=duration, metavar="TIME", help="stop in time, with a checkpoint and exit code 75, so that the whole command takes no longer than this, such as 3h50m")
     group("--save_every_n_epochs", type=at_least(0), default=0, help="write a LoRA ready for use (epoch-0005/...) every so many epochs; 0: only at the end")
     group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; when not given, the physical cores divided by the processes, unless OMP_NUM_THREADS says otherwise")
     group("--local_rank", type=int, default=-1, help="set by the launcher, not by you")
@@ -231,6 +243,7 @@ def build_parser():
     group("--adam_epsilon", type=at_least(0, float), default=1e-8, help="what the optimizer adds to its denominator")
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
+    group("--deterministic", **yes, help="the same bits from the same seed on a GPU too: deterministic kernels and plain attention, which take more time and memory")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
@@ -255,6 +268,7 @@ def build_parser():
     group("--tracker_project_name", default="text2image-fine-tune", help="the project's name in the trackers")
     group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
     group("--push_to_hub", **yes, help="upload the LoRA, its model card and sample pictures at the end")
+    group("--push_checkpoints_to_hub", **yes, help="upload each checkpoint beside the training, into a repository that is private when it is made; --resume_from_checkpoint hf://... goes on from it on another machine")
     group("--hub_token", help="token for the upload; better: hf auth login")
     group("--hub_model_id", help="repository to upload to; the output folder's name when not given")
     # fmt: on
@@ -384,9 +398,10 @@ def check_validation_and_upload(args):
     if alien := [name for options in sample_options(args) for name in options if name not in SAMPLE_OPTIONS]:
         listed = ", ".join(f"--{name}" for name in SAMPLE_OPTIONS)
         raise InputError(f"--{alien[0]} behind a prompt is for infer.py alone. Sample pictures have {listed}.")
-    if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    uploads = [name for name in ("push_to_hub", "push_checkpoints_to_hub") if getattr(args, name)]
+    if uploads and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise InputError(
-            "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
+            f"--{uploads[0]} can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
         )
 
 
@@ -675,8 +690,8 @@ def find_inputs(args, leave_out):
         records = with_class_pictures(records, class_pictures)
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
         raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
-    if args.push_to_hub and not (args.hub_token or get_token()):
-        raise InputError("--push_to_hub needs a token: run `hf auth login` first.")
+    if (args.push_to_hub or args.push_checkpoints_to_hub) and not (args.hub_token or get_token()):
+        raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
     check_writable(args.output_dir, "--output_dir")
     if args.preview_data is not None:
         check_writable(Path(args.preview_data).parent, "--preview_data")
@@ -846,23 +861,6 @@ def precision_of(args):
     return precision
 
 
-def check_launcher():
-    """Raises `InputError` for launches that this training is not made for."""
-    engines = {
-        "DeepSpeed": "DEEPSPEED",
-        "FSDP": "FSDP",
-        "Megatron-LM": "MEGATRON_LM",
-        "ND parallelism": "PARALLELISM_CONFIG",
-    }
-    for name, variable in engines.items():
-        variable = f"ACCELERATE_USE_{variable}"
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
-            raise InputError(
-                f"{name} divides a model that doesn't fit one GPU; a LoRA of Stable Diffusion does, and plain data "
-                "parallelism is faster. Launch with --multi_gpu instead (or run `accelerate config` again)."
-            )
-
-
 def make_accelerator(args, lora_settings, trackers):
     """The `Accelerator` in the run's precision, which is checked against the device; computing threads are settled."""
     import torch
@@ -919,11 +917,11 @@ def prepare(args, base, records, validation_records, accelerator, say):
     """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
     from text_to_image_lora.pictures.examine import usable_pictures
     from text_to_image_lora.pictures.inspection import lines_of_samples
-    from text_to_image_lora.training import checkpoint, processes
+    from text_to_image_lora.training import checkpoint, hub_checkpoints, processes
     from text_to_image_lora.training.batches import make_sampler
 
     def where_it_stopped():
-        path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        path = hub_checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, args.hub_token, say)
         if path is not None:
             return path, *checkpoint.read_state(path)
         drawn = int.from_bytes(os.urandom(4), "little")
@@ -1185,7 +1183,7 @@ def write_lora(args, run, adapted, told, folder):
 
     components, state = {name: lora.adapter_state(model) for name, model in adapted.items()}, run.state
     if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
-        raise TrainingError(
+        raise NotANumberError(
             f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
             f"saved before is in {args.output_dir}."
         )
@@ -1228,8 +1226,50 @@ def upload(args, say):
     say(f"uploaded: {url}")
 
 
+def say_what_is_better(args, device, weight_dtype, say):
+    import torch
+
+    from text_to_image_lora.training import processes
+
+    if args.hub_token is not None:
+        say(
+            "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in "
+            "the environment, doesn't leak."
+        )
+    if weight_dtype == torch.bfloat16 and processes.emulates_bf16(device):
+        say("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
+
+
+def say_what_begins(args, run, num_adapted, num_parameters, accelerator, say):
+    from text_to_image_lora.models import modules
+    from text_to_image_lora.training import processes
+
+    step, num_steps, sampler = run.state.global_step, run.schedule.num_steps, run.sampler
+    dtype = str(modules.dtype_of(accelerator.mixed_precision)).removeprefix("torch.")
+    say(
+        f"{len(run.pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
+        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
+        f"{dtype}; rank-{args.rank} LoRA on {num_adapted} modules ({num_parameters:,} parameters)"
+    )
+    if step >= num_steps:
+        say(f"finished at step {step}; raise --max_train_steps to go on")
+
+
+def due_after(args, step, sampler, num_steps):
+    """What is to be done after a step: the "loss" of the validation, the "lora" of an epoch, the sample "pictures"."""
+    epoch, into_epoch = divmod(step, sampler.steps_per_epoch)
+    if args.validation_steps:
+        validates = step % args.validation_steps == 0
+    else:
+        validates = args.validation_epochs and into_epoch == 0 and epoch % args.validation_epochs == 0
+    saves = args.save_every_n_epochs and into_epoch == 0 and epoch % args.save_every_n_epochs == 0
+    validates = validates or step == num_steps
+    return ["loss"] * bool(validates) + ["lora"] * bool(saves) + ["pictures"] * bool(validates)
+
+
 def main(args):
     started = time.time()
+    interruption.listen(seconds_of(args.max_train_time))
     shown = hide_secrets(args)
     trackers = trackers_of(args.report_to)
     check_launcher()
@@ -1253,23 +1293,16 @@ def main(args):
         from text_to_image_lora.models import kohya, lora, modules
         from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
         from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-        from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
+        from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
         from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     accelerator = make_accelerator(args, lora_settings_of(args, inputs[0].family), trackers)
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, rank = accelerator.device, accelerator.process_index
     weight_dtype = modules.dtype_of(accelerator.mixed_precision)
     say = tqdm.write if accelerator.is_main_process else lambda line: None
-    if args.hub_token is not None:
-        say(
-            "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in "
-            "the environment, doesn't leak."
-        )
-    if weight_dtype == torch.bfloat16 and processes.emulates_bf16(device):
-        say("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
-
+    say_what_is_better(args, device, weight_dtype, say)
     run = prepare(args, *inputs, accelerator, say)
     family, seed, state, sampler, num_steps = run.base.family, run.seed, run.state, run.sampler, run.schedule.num_steps
     adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter = load_models(
@@ -1281,6 +1314,7 @@ def main(args):
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
     trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
+    interruption.hold()
     pictures, latents, conditions, validation_sets = fill_cache(
         args, run, latent_encoder, prompt_encoder, accelerator, say
     )
@@ -1304,6 +1338,7 @@ def main(args):
             average.decay = args.ema_decay
         for name, model in adapted.items():
             lora.load_adapter(model, lora.part_of(adapter, name))
+        say(checkpoint.where_it_goes_on(stored, lr_scheduler, run.schedule))
     sampler.first_step, sampler.num_steps = state.global_step, num_steps
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
     training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
@@ -1328,20 +1363,13 @@ def main(args):
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_run_file(args, shown, seed, output_dir / "run.yaml")
-        metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
+        metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
         state.tracker_run_id = tracking.start_trackers(
-            accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id
-        )
-    num_threads = torch.get_num_threads()
-    threads = f" ({num_threads} thread{'s' if num_threads > 1 else ''})" if device.type == "cpu" else ""
-    device_name = f"{device.type}{threads}"
-    say(
-        f"{len(pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
-        f"{sampler.effective_batch_size} on {world_size} x {device_name} in {str(weight_dtype).removeprefix('torch.')}; "
-        f"rank-{args.rank} LoRA on {num_adapted} modules ({sum(p.numel() for p in params_to_optimize):,} parameters)"
-    )
-    if run.resume_path is not None:
-        say(f"going on from {run.resume_path} (step {state.global_step})")
+            accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id,
+            first_step=state.global_step, given_up=metrics_file.given_up,
+        )  # fmt: skip
+    num_parameters = sum(parameter.numel() for parameter in params_to_optimize)
+    say_what_begins(args, run, num_adapted, num_parameters, accelerator, say)
     if validation_sets is not None:
         measure = LossMeter(
             family, denoiser, diffusion, scaling_factor=scaling_factor, dtype=weight_dtype, seed=seed,
@@ -1359,26 +1387,37 @@ def main(args):
     def save_lora(folder):
         return write_lora(args, run, adapted, without_folders(described), folder)
 
+    def add_to_checkpoint(folder):
+        with weights_for_use():
+            save_lora(folder)
+        if judge is not None:
+            judge.keep_best(folder)
+
     def save_checkpoint():
         state.validation = None if judge is None else judge.state()
-        with written_whole(output_dir / f"checkpoint-{state.global_step}", folder=True) as folder:
-            checkpoint.save_checkpoint(
-                folder,
-                adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
-                average=None if average is None else average.state_dict(),
-                optimizer=optimizer,
-                lr_scheduler=lr_scheduler,
-                scaler=accelerator.scaler,
-                state=state,
-                settings=run.identity,
-            )
+        uploads.wait()  # for the one before, which may go now
+        path = checkpoint.write_checkpoint(
+            output_dir, add_to_checkpoint, limit=args.checkpoints_total_limit, state=state, say=say, settings=run.identity,
+            adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
+            average=None if average is None else average.state_dict(),
+            optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler,
+        )  # fmt: skip
+        uploads.send(path)
+
+    def do_what_is_due():
+        while state.due:
             with weights_for_use():
-                save_lora(folder)
-            if judge is not None:
-                judge.keep_best(folder)
-        checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
+                if state.due[0] == "loss" and judge is not None:
+                    judge.take_in(state.global_step, save_lora)
+                elif state.due[0] == "lora" and accelerator.is_main_process:
+                    save_lora(output_dir / f"epoch-{state.global_step // sampler.steps_per_epoch:04d}")
+                elif state.due[0] == "pictures" and painter is not None:
+                    painter.draw(state.global_step)
+            del state.due[0]
 
     # The loop.
+    repository = (args.hub_model_id or output_dir.resolve().name) if args.push_checkpoints_to_hub else None
+    uploads = hub_checkpoints.Uploads(repository, args.hub_token, say)
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
@@ -1393,8 +1432,13 @@ def main(args):
     for model in trained:
         model.train()
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
+    if judge is not None and judge.out_of_patience():
+        say(f"finished at step {state.global_step}; raise --early_stopping_patience to go on")
+    ending = interruption.stopped_in(
+        do_what_is_due, f"after step {state.global_step}"
+    )  # of a run that was stopped in it
     batches, clock = iter(loader), time.time()
-    while state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
+    while ending is None and state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
         step, train_loss = state.global_step, torch.zeros((), device=device)
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
@@ -1432,10 +1476,11 @@ def main(args):
                     loss = loss + run.loss.perceptual_weight * perceptual_loss(model_pred, latents, noise, batch)
                 accelerator.backward(loss)
             train_loss += loss.detach()
+        train_loss, asked = interruption.mean_and_asked(accelerator, train_loss)
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
-        optimizer.step()
+        optimizers.step_if_finite(optimizer, train_loss + grad_norm)
         lr = lr_scheduler.get_last_lr()[0]
-        # Also where fp16 skipped the step, as its loss scale was too high: to ask for that would be to wait for the GPU.
+        # Also where the step was skipped, as it was not a number: to ask for that would be to wait for the GPU.
         lr_scheduler.step()
         if average is not None:
             average.step(params_to_optimize)
@@ -1447,7 +1492,8 @@ def main(args):
         reports.put(
             state.global_step,
             {
-                "train_loss": accelerator.reduce(train_loss, "mean"),
+                "train_loss": train_loss,
+                "asked": asked,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "epoch": state.global_step / sampler.steps_per_epoch,
@@ -1457,38 +1503,35 @@ def main(args):
         )
         clock = now
         # What is due after this step; the checkpoint comes last, so that what a run goes on after is all there.
-        epoch, into_epoch = divmod(state.global_step, sampler.steps_per_epoch)
-        end_of_epoch, finished = into_epoch == 0, state.global_step == num_steps
-        if args.validation_steps:
-            due = state.global_step % args.validation_steps == 0
-        else:
-            due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
-        validates = due or finished
-        if judge is not None and validates:
+        state.due, finished = due_after(args, state.global_step, sampler, num_steps), state.global_step == num_steps
+        checkpoints = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
+        pauses = bool(state.due or checkpoints)  # which are no part of the training's speed
+        if pauses or finished:
             reports.flush()
-            with weights_for_use():
-                judge.take_in(state.global_step, save_lora)
-            finished = finished or judge.out_of_patience()
-        checkpoints = args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0)
-        saves = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
-        if finished or checkpoints or validates:
+        where = f"after step {state.global_step}, with a checkpoint"
+        ending = reports.trouble(finished) or interruption.stopped_in(do_what_is_due, where)
+        finished = finished or (judge is not None and judge.out_of_patience())
+        if ending is None and not finished and reports.asked:
+            ending = interruption.agreed(where)
+        checkpoints = (
+            (checkpoints or (finished and args.checkpointing_steps)) and ending is None and reports.in_a_row < 2
+        )
+        if accelerator.is_main_process and (checkpoints or isinstance(ending, Stopped)):
             reports.flush()
-        if saves and accelerator.is_main_process:
-            with weights_for_use():
-                save_lora(output_dir / f"epoch-{epoch:04d}")
-        if painter is not None and validates:
-            with weights_for_use():
-                painter.draw(state.global_step)
-        if checkpoints and accelerator.is_main_process:
             save_checkpoint()
-        if validates or checkpoints or saves:  # no part of the training's speed
+        if pauses:
             clock = time.time()
     progress.close()
-    if judge is not None:
+    if judge is not None and ending is None:
         say(judge.in_words(state.global_step))
+    if (line := reports.in_words()) is not None:
+        say(line)
 
     # What the run leaves.
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and isinstance(ending, NotANumberError):
+        with weights_for_use():
+            save_lora(output_dir / metrics.LAST_GOOD)
+    if accelerator.is_main_process and ending is None:
         with weights_for_use():
             weights_file, arrives = save_lora(output_dir)
         card = model_card.write_model_card(
@@ -1511,27 +1554,16 @@ def main(args):
     line = tracking.finish_trackers(accelerator)
     if line is not None:
         say(line)
+    uploads.wait()
+    if ending is not None:
+        raise ending
     if args.push_to_hub and accelerator.is_main_process:
+        interruption.let_go("in the upload; the LoRA is written")
         upload(args, say)
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (InputError, TrainingError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # rank 0 says the same, and the launcher then ends this one; else it is this rank's alone
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"\n{Path(sys.argv[0]).name}: Out of memory. What was saved is whole; to go on from it, run the command again with "
-            f"{ways_to_save_memory(parse_args())}.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        end(error, Path(__file__).name, lambda: ways_to_save_memory(parse_args()))

@@ -140,12 +140,15 @@ def train_here(words):
     """Runs the script's `main` in this process; returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from text_to_image_lora.training import interruption
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_text_to_image_lora.py", *words])
         try:
             train_script.main(train_script.parse_args(words))
         finally:
-            # Accelerate keeps its state for the process; each run is to find its own.
+            # Signals and Accelerate's state are the process's; each run is to find its own.
+            interruption.stop_listening()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             PartialState._reset_state()

@@ -58,6 +58,23 @@ def from_up_to(least, end, kind=float):
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
 
 
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def duration(text):
+    """An argparse type: a time such as 3h50m, which stays as it is written."""
+    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or seconds_of(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a time such as 3h50m, 90m or 45s")
+    return text
+
+
+def seconds_of(text):
+    """How many seconds a time such as 3h50m is; None for none."""
+    return (
+        None if text is None else sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
+    )
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something, and one letter for what a flag takes."""
 

@@ -177,7 +177,8 @@ def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsy
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[:2] == before[:2]
     assert rows[2]["train_loss"] == pytest.approx(before[2]["train_loss"], rel=1e-5)
-    assert history_of(read_wandb(second)).keys() == {3, 4}
+    assert history_of(read_wandb(first)).keys() == {0, 1, 2, 3}
+    assert history_of(read_wandb(second)).keys() == {4}  # each step once
     last = capsys.readouterr().out.splitlines()[-1]
     assert [Path(word).resolve() for word in shlex.split(last)[-2:]] == [first.resolve(), second.resolve()]
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from ..files import written_whole
 from ..models.modules import evaluating, in_its_precision
+from ..training import interruption
 from .tracking import log_pictures
 
 
@@ -128,14 +130,24 @@ class Painter:
                     generator=[torch.Generator().manual_seed(settings[prompt]["seed"] + k) for prompt, k in batch],
                     **{name: settings[batch[0][0]][name] for name in OF_A_CALL},
                     output_type="latent",
+                    callback_on_step_end=_leave_out_the_rest_if_asked,
                 ).images
+                if interruption.asked():
+                    break
                 # One at a time, which takes less memory; in float32, as some VAEs overflow in float16.
                 with torch.autocast(device.type, enabled=False):
                     for task, latent in zip(batch, latents.float().split(1), strict=True):
                         decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
                         images[task] = pipeline.image_processor.postprocess(decoded)[0]
         pipeline.vae.to(was_on)
+        interruption.stop_together("while it drew sample pictures")
         return {task: image for part in gather_object([images]) for task, image in part.items()}
+
+
+def _leave_out_the_rest_if_asked(pipeline, step, timestep, tensors):
+    """After a denoising step: where the run is asked to stop, the pipeline passes over the others."""
+    pipeline._interrupt = interruption.asked() is not None  # what its property `interrupt` says
+    return tensors
 
 
 def step_of(folder):
@@ -151,15 +163,15 @@ def save_images(images, prompts, folder):
     """
     from PIL.PngImagePlugin import PngInfo
 
+    with written_whole(folder, folder=True) as temporary:
+        for (prompt, k), image in images.items():
+            info = PngInfo()
+            info.add_itxt("prompt", prompts[prompt])
+            image.save(temporary / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
+        label_sheet(images, prompts).save(temporary / "sheet.png")
     for other in folder.parent.glob("step-*"):
-        if step_of(other) >= step_of(folder):
+        if step_of(other) > step_of(folder):
             shutil.rmtree(other)
-    folder.mkdir(parents=True)
-    for (prompt, k), image in images.items():
-        info = PngInfo()
-        info.add_itxt("prompt", prompts[prompt])
-        image.save(folder / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
-    label_sheet(images, prompts).save(folder / "sheet.png")
 
 
 def latest_images(output_dir, prompts):

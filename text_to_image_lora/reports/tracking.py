@@ -1,19 +1,23 @@
 """The trackers (W&B, TensorBoard, trackio), through Accelerate."""
 
+import functools
 import importlib.util
 import json
 import os
 import shlex
 import socket
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ..errors import InputError
+from ..files import reason_of
 
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
+SECONDS_TO_FINISH = 60  # that a tracker has at the end of a run
 
 
 def trackers_of(report_to):
@@ -59,17 +63,81 @@ def wandb_mode():
     return "online"
 
 
-def start_trackers(accelerator, project_name, config, output_dir, run_id):
+class Sheltered:
+    """A tracker of Accelerate's that can't stop the run.
+
+    What goes wrong with it is told once, and from then on it gets nothing more: metrics.jsonl and the pictures are on
+    disk. What it was told before the run was resumed (`told`, counted by step) it isn't told again.
+    """
+
+    def __init__(self, tracker, told=None):
+        self.tracker, self.name, self.told, self.failed = tracker, tracker.name, dict(told or {}), False
+
+    def __getattr__(self, name):
+        return getattr(self.tracker, name)
+
+    def attempt(self, work):
+        """What `work()` gives, or None where the tracker fails or has failed before."""
+        if self.failed:
+            return None
+        try:
+            return work()
+        except Exception as error:  # whatever it is: the training is worth more than its report
+            self.failed = True
+            print(
+                f"{self.name} fails ({reason_of(error)}): the run goes on without it, and all numbers are in metrics.jsonl",
+                file=sys.stderr,
+            )
+            return None
+
+    def log(self, values, step=None, **options):
+        if self.told.get(step):
+            self.told[step] -= 1
+            return
+        self.attempt(lambda: self.tracker.log(values, step=step, **options))
+
+    def finish(self):
+        """Ends the tracker's run; one whose server doesn't answer any more is not waited for longer than a minute."""
+        thread = threading.Thread(target=lambda: self.attempt(self.tracker.finish), daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_FINISH)
+        if thread.is_alive():
+            self.failed = True
+            print(f"{self.name} does not answer: its run is left as it is; what it had is on disk", file=sys.stderr)
+
+
+def start_trackers(accelerator, project_name, config, output_dir, run_id, *, first_step=0, given_up=None):
     """Starts the trackers on the main process; `config` holds no secret. Returns W&B's run id, or None.
 
-    A W&B run that the server doesn't take is kept offline.
+    A W&B run that the server doesn't take is kept offline; another tracker that can't be started is left out. Of a run that
+    is gone on from, `given_up` counts the rows after `first_step` that were reported before it was left.
     """
     values = {
         k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items() if v is not None
     }
-    if "wandb" not in [str(getattr(name, "value", name)) for name in accelerator.log_with or []]:
-        accelerator.init_trackers(project_name, config=values)
-        return run_id
+    names = [str(getattr(name, "value", name)) for name in accelerator.log_with or []]
+    started = []
+    for name in names:
+        accelerator.log_with, accelerator.trackers = [name], []
+        try:
+            if name == "wandb":
+                _start_wandb(accelerator, project_name, values, output_dir, run_id)
+            else:
+                # TensorBoard's readers pass over what an earlier part of the run wrote of later steps.
+                own = {"purge_step": first_step + 1} if name == "tensorboard" and first_step else {}
+                accelerator.init_trackers(project_name, config=values, init_kwargs={name: own})
+        except InputError:
+            raise
+        except Exception as error:
+            print(f"{name} can't be started ({reason_of(error)}): the run goes on without it", file=sys.stderr)
+            continue
+        told = given_up if name == "wandb" and run_id is not None else None
+        started += [Sheltered(tracker, told) for tracker in accelerator.trackers]
+    accelerator.trackers = started
+    return next((tracker.run.id for tracker in started if tracker.name == "wandb"), run_id)
+
+
+def _start_wandb(accelerator, project_name, values, output_dir, run_id):
     import wandb
 
     mode = wandb_mode()
@@ -90,30 +158,33 @@ def start_trackers(accelerator, project_name, config, output_dir, run_id):
         accelerator.trackers.clear()
         options |= {"mode": "offline", "resume": None}
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
-    return next(tracker.run.id for tracker in accelerator.trackers if tracker.name == "wandb")
 
 
 def log_pictures(accelerator, images, prompts, step):
     """Validation pictures {(prompt index, image index): PIL.Image} to every tracker, with step and prompt."""
     for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
+        tracker.attempt(functools.partial(_log_pictures, tracker, images, prompts, step))
 
-            pictures = [wandb.Image(image, caption=f"{prompts[p]} ({k})") for (p, k), image in sorted(images.items())]
-            tracker.run.log({"validation": pictures}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
 
-            pictures = {
-                f"validation/{p}-{k}": trackio.Image(image, caption=prompts[p]) for (p, k), image in images.items()
-            }
-            tracker.run.log(pictures, step=step)
-        elif tracker.name == "tensorboard":
-            import numpy as np
+def _log_pictures(tracker, images, prompts, step):
+    if tracker.name == "wandb":
+        import wandb
 
-            for p, prompt in enumerate(prompts):
-                stack = np.stack([np.asarray(image) for (q, _), image in sorted(images.items()) if q == p])
-                tracker.writer.add_images(f"validation/{p}-{prompt[:80]}", stack, step, dataformats="NHWC")
+        pictures = [wandb.Image(image, caption=f"{prompts[p]} ({k})") for (p, k), image in sorted(images.items())]
+        tracker.run.log({"validation": pictures}, step=step)
+    elif tracker.name == "trackio":
+        import trackio
+
+        pictures = {
+            f"validation/{p}-{k}": trackio.Image(image, caption=prompts[p]) for (p, k), image in images.items()
+        }
+        tracker.run.log(pictures, step=step)
+    elif tracker.name == "tensorboard":
+        import numpy as np
+
+        for p, prompt in enumerate(prompts):
+            stack = np.stack([np.asarray(image) for (q, _), image in sorted(images.items()) if q == p])
+            tracker.writer.add_images(f"validation/{p}-{prompt[:80]}", stack, step, dataformats="NHWC")
 
 
 def finish_trackers(accelerator):
@@ -121,13 +192,17 @@ def finish_trackers(accelerator):
     line = None
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
-            if tracker.run.offline:
-                # A run that was interrupted has a folder for each part; W&B uploads them in order.
-                folders = sorted(Path(tracker.run.dir).parents[1].glob(f"offline-run-*-{tracker.run.id}"))
-                near = [os.path.relpath(folder) for folder in folders]
-                shown = [str(f) if n.startswith("..") else n for f, n in zip(folders, near)]
-                line = f"W&B run saved offline. To upload it: wandb sync {shlex.join(shown)}"
-            elif tracker.run.url:
-                line = f"W&B run: {tracker.run.url}"
+            line = tracker.attempt(functools.partial(_where_it_is, tracker.run))
     accelerator.end_training()
     return line
+
+
+def _where_it_is(run):
+    """The line that says where a W&B run is, or None."""
+    if not run.offline:
+        return f"W&B run: {run.url}" if run.url else None
+    # A run that was interrupted has a folder for each part; W&B uploads them in order.
+    folders = sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
+    near = [os.path.relpath(folder) for folder in folders]
+    shown = [str(f) if n.startswith("..") else n for f, n in zip(folders, near)]
+    return f"W&B run saved offline. To upload it: wandb sync {shlex.join(shown)}"

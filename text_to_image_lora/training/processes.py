@@ -57,6 +57,13 @@ def physical_cores():
     return min(logical, psutil.cpu_count(logical=False) or logical)
 
 
+def in_words(device):
+    """The device for people: "cuda", "cpu (2 threads)"."""
+    if device.type != "cpu":
+        return device.type
+    return f"cpu ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+
+
 def emulates_bf16(device):
     """Whether a GPU says that it has bf16 and emulates it, as a T4 does."""
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
