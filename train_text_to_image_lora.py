@@ -243,7 +243,7 @@ def build_parser():
     group("--adam_epsilon", type=at_least(0, float), default=1e-8, help="what the optimizer adds to its denominator")
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
-    group("--deterministic", **yes, help="the same bits from the same seed on a GPU too: deterministic kernels and plain attention, which take more time and memory")
+    group("--deterministic", **yes, help="a seed gives equal bits each time on a GPU too: deterministic kernels and plain attention, which take more time and memory")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
