@@ -8,6 +8,7 @@
 A process of its own does the forking: in pytest's, threads may run. What is forked runs the script as `python` does.
 """
 
+import faulthandler
 import json
 import os
 import runpy
@@ -92,6 +93,7 @@ def become(words, log, before, environment):
     sys.argv = [str(SCRIPT), *words]
     sys.stdin = open(0)  # noqa: SIM115 (theirs for as long as the process lives)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
+    faulthandler.dump_traceback_later(100)  # where it hangs, for the log
     try:
         exec(before, {})
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -250,7 +250,7 @@ while not survived:
         for path in list_checkpoints(".")
         if damage_of(path) is None
     }}
-    prune_checkpoints(".", 1, newest=2)
+    prune_checkpoints(".", 1, newest=2, say=lambda line: None)
     write(3, "new")
     print(json.dumps([found, [path.name for path in list_checkpoints(".")]]))
     os.chdir("..")
@@ -344,6 +344,25 @@ def test_the_newest_are_kept(tmp_path, limit, kept):
     prune_checkpoints(tmp_path, limit, newest=100)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps[4 - kept :]]
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "checkpoint-7", "notes"}
+
+
+def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / ".checkpoint-1.old").mkdir()
+    data = (tmp_path / "checkpoint-2" / "optimizer.pt").read_bytes()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = []
+    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert said == [
+        "checkpoint-2 can't be read back (optimizer.pt is not as it was written), so that no older one is deleted: look "
+        "after the disk"
+    ]
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data)
+    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    assert len(said) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # nor what a kill left
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -19,8 +19,10 @@ def end(error, script, ways_to_save_memory):
     rank = int(os.environ.get("LOCAL_RANK", "0"))
 
     def say(line):
-        below_the_bar = "\n" if "tqdm" in sys.modules else ""
-        print(f"{below_the_bar}{script}: {line}", file=sys.stderr, flush=True)
+        if "tqdm" in sys.modules:
+            for bar in [*sys.modules["tqdm"].tqdm._instances]:
+                bar.close()  # or it would be drawn again, below the last line
+        print(f"{script}: {line}", file=sys.stderr, flush=True)
 
     if isinstance(error, KeyboardInterrupt):
         say("stopped at once. What was saved is whole: run the same command again to go on from the last checkpoint.")
