@@ -650,7 +650,11 @@ def find_inputs(args, leave_out):
     """
     from huggingface_hub import get_token
 
+    from text_to_image_lora.models.dialects import check_lora
     from text_to_image_lora.models.loading import find_base_model
+
+    if args.lora_weights is not None:
+        check_lora(args.lora_weights)
 
     base = find_base_model(
         args.pretrained_model_name_or_path,

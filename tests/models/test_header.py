@@ -14,6 +14,7 @@ import torch
 from conftest import train_script
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from small_pipeline import adapter, small_pipeline, trained
 
 from text_to_image_lora.errors import InputError, TrainingError
@@ -253,3 +254,18 @@ def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
         assert modules_of(got) == modules_of(wanted)
         for module in modules_of(wanted):
             assert relative_difference(factors(wanted, module), factors(got, module)) < 1e-5
+
+
+def test_a_file_to_start_from_is_looked_at_before_the_base_model(train, tmp_path, monkeypatch):
+    def too_late(*names, **options):
+        raise AssertionError("the base model was looked for first")
+
+    monkeypatch.setattr("text_to_image_lora.models.loading.find_base_model", too_late)
+    save_file({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    for name, message in (
+        ("loha", "it is LoHa, which is not read"),
+        ("cut", "it can't be read as a safetensors file"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.safetensors: {message}"):
+            train(lora_weights=tmp_path / f"{name}.safetensors")
