@@ -224,7 +224,7 @@ def test_the_launch_lines_train_alike_on_as_many_processes(tiny_sd, pictures, tm
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_what_skypilot_runs_trains_into_the_bucket(tiny_sd, pictures, tmp_path, nodes):
     (tmp_path / "lora").symlink_to(sys.prefix)  # where `setup` puts the environment
-    words = words_of_run(tiny_sd, None, tmp_path, output_dir=None)
+    words = words_of_run(tiny_sd, None, tmp_path, output_dir=None, mixed_precision="no")  # fp16 needs a GPU
     run = SKY["run"].replace("/runs/", f"{tmp_path}/bucket/").replace("29500", str(free_port())).rstrip()
     env = SKY["envs"] | {"PICTURES": str(pictures), "HOME": str(tmp_path), "SKYPILOT_NUM_GPUS_PER_NODE": "1"}
     env |= {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes)}
