@@ -41,8 +41,8 @@ def parse_args(argv=None):
     add("--work_dir", type=Path, default=Path("mini-sd-work/controlnet"), help="drawings, and the state to go on from")
     add("--seed", type=int, default=0, help="of the drawings and every batch; of the noise when it is measured")
     add("--num_drawings", type=int, default=10000, help="drawings it is trained on")
-    add("--steps", type=int, default=6000, help="optimizer steps")
-    add("--batch_size", type=int, default=16, help="drawings in each of them")
+    add("--steps", type=int, default=3500, help="optimizer steps")
+    add("--batch_size", type=int, default=8, help="drawings in each of them")
     add("--learning_rate", type=float, default=5e-4, help="at the top, after warm-up; decays linearly to 0")
     add("--caption_dropout", type=float, default=0.3, help="share of captions left empty, so that edges must tell")
     add("--save_every", type=int, default=500, help="steps between states")
@@ -121,8 +121,9 @@ def make_controlnet(unet):
 def train_controlnet(args, pipeline, latents, edges, device):
     """The ControlNet's moving average, or None where `--max_minutes` were over first.
 
-    Noise prediction as the base's own last stage: a timestep's error counts 1 / alphas_cumprod, 5 at most, for shapes
-    form in the noisy ones; timesteps are stratified within a batch.
+    Noise prediction; each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho,
+    2022, https://arxiv.org/abs/2202.00512), for unweighted the noisiest steps hardly count, and they are where an object
+    gets its place and outline. Timesteps are stratified within a batch.
     """
     import torch
     from diffusers import DDPMScheduler
@@ -141,7 +142,7 @@ def train_controlnet(args, pipeline, latents, edges, device):
     tokens = pipeline.tokenizer([c for group in captions for c in group] + [""], padding="max_length",
                                 truncation=True, return_tensors="pt").input_ids  # fmt: skip
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    weights = (1 / noise_scheduler.alphas_cumprod).clamp(max=5).to(device)
+    weights = 1 / noise_scheduler.alphas_cumprod.to(device)
 
     def loss_at(step):
         rng = np.random.default_rng([args.seed, 51, step])
