@@ -91,7 +91,9 @@ def test_measuring_prints_a_row_for_each_way_to_draw_and_the_sheet_is_drawn(tmp_
 def test_one_prompt_and_two_control_images_give_two_pictures_that_follow_them(seed):
     """A held-out prompt with two poses, one noise; `make_controlnet.py --measure_only` measures the same on many."""
     colour, kind, background, _ = make_controlnet.held_out_drawings(1, seed)[0][0]
-    poses = [make_controlnet.draw_scene(kind, colour, background, 128, np.random.default_rng([seed, i])) for i in (1, 2)]
+    poses = [
+        make_controlnet.draw_scene(kind, colour, background, 128, np.random.default_rng([seed, i])) for i in (1, 2)
+    ]
     edges = make_controlnet.canny_edges(poses)
     pipeline = make_controlnet.load_controlled(BASE, CONTROLNET)
 
