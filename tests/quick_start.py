@@ -8,6 +8,7 @@
 A process of its own does the forking: in pytest's, threads may run. What is forked runs the script as `python` does.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -15,6 +16,7 @@ import runpy
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 
@@ -94,11 +96,19 @@ def become(words, log, before, environment):
     sys.stdin = open(0)  # noqa: SIM115 (theirs for as long as the process lives)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
     faulthandler.dump_traceback_later(100)  # where it hangs, for the log
+    code = 0
     try:
         exec(before, {})
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.stdout.flush()
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    # The libraries' own destructors may wait for threads that a fork leaves behind.
+    os._exit(code or 0)
 
 
 def serve():
