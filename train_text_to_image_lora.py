@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infer import parse_prompt, read_prompts
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
@@ -35,6 +36,8 @@ from text_to_image_lora.training.optimizers import OPTIMIZERS, OptimizerSettings
 SECRETS = ("hub_token",)
 NOT_SHOWN = (*SECRETS, "config", "local_rank")
 ENDLESS_VARIATIONS_CACHED = 4
+# What may stand behind the prompt of a sample picture.
+SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 # What a run that goes on from a checkpoint may have otherwise than before; whatever else differs is refused. Pictures,
@@ -55,6 +58,17 @@ MAY_CHANGE = set(
     tracker_project_name logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
+
+
+def refuse(reason):
+    raise InputError(reason)
+
+
+class PromptLines(argparse.Action):
+    """Puts the lines of a file of prompts in its place."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values, refuse)])
 
 
 def build_parser():
@@ -201,7 +215,7 @@ def build_parser():
 
     group = parser.add_argument_group("sample pictures").add_argument
     group("--validation_prompt", help="a prompt to draw sample pictures with while training")
-    group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training")
+    group("--validation_prompts", nargs="+", action=PromptLines, default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training, or a .txt file with one a line; options may stand behind each: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, and kohya's --n --w --h --d --l --s)")
     group("--validation_negative_prompt", default="", help="what the sample pictures are to avoid")
     group("--num_validation_images", type=at_least(0), default=4, help="sample pictures of each prompt; 0: none")
     group("--validation_epochs", type=at_least(0), default=1, help="validate every so many epochs, before training and at the end; 0: only before and at the end")
@@ -340,6 +354,9 @@ def check_validation_and_upload(args):
         )
     if any(not prompt.strip() for prompt in sample_prompts(args)):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
+    if alien := [name for options in sample_options(args) for name in options if name not in SAMPLE_OPTIONS]:
+        listed = ", ".join(f"--{name}" for name in SAMPLE_OPTIONS)
+        raise InputError(f"--{alien[0]} behind a prompt is for infer.py alone. Sample pictures have {listed}.")
     if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise InputError(
             "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
@@ -359,9 +376,19 @@ def learning_rate_of(args):
     return 1.0 if optimizer_name(args) == "prodigy" else 1e-4
 
 
-def sample_prompts(args):
+def sample_lines(args):
+    """The prompts of the sample pictures as they were written, each with its own options."""
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
     return [*prompts, *args.validation_prompts] if args.num_validation_images else []
+
+
+def sample_prompts(args):
+    return [parse_prompt(line, "--validation_prompts", refuse).text for line in sample_lines(args)]
+
+
+def sample_options(args):
+    """For each prompt what its sample pictures have otherwise {name: value}."""
+    return [parse_prompt(line, "--validation_prompts", refuse).options for line in sample_lines(args)]
 
 
 def resolution_of(args, base):
@@ -557,6 +584,7 @@ def samples_of(args, base, seed):
         num_inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         seed=seed,
+        own=sample_options(args),
     )
 
 
@@ -792,7 +820,7 @@ def write_run_file(args, shown, seed, path):
     """
     import yaml
 
-    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
+    prompts = {"validation_prompts": sample_lines(args)} if sample_lines(args) else {}
     flags = {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")} | prompts
     write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 
+pytest_plugins = ["infer_fixtures"]
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
