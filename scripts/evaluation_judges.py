@@ -101,9 +101,14 @@ def preprocess(images, how):
 
 
 class ClipAndDino:
-    """CLIP (arXiv:2103.00020) for what pictures show, DINOv2 (arXiv:2304.07193) for how they look, as DreamBooth has it."""
+    """CLIP (arXiv:2103.00020) for what pictures show, DINOv2 (arXiv:2304.07193) for how they look, as DreamBooth has it.
+
+    `alike_by` names the embeddings that likeness is told by, of which the last decides; `compared_by` the one that pictures
+    are compared with each other by.
+    """
 
     adherence_name, other_prompts = "CLIP-T", OTHER_PROMPTS
+    alike_by, compared_by = ("CLIP-I", "DINOv2"), "DINOv2"
 
     def __init__(self, clip_model, dino_model):
         self.sources = {"clip_model": clip_model, "dino_model": dino_model}
@@ -166,10 +171,12 @@ class ClipAndDino:
 class MiniSdJudge:
     """The judges of the embedded base's drawings (`judges.py`): colours by pixels, kinds and blossoms by a small network.
 
-    Its last layer before the kinds is the embedding that pictures are compared by.
+    Two embeddings are made of its layers: what is in a picture wherever it is, which says how alike pictures are, and what
+    is where, which says whether they are the same.
     """
 
     adherence_name, sources = "adherence", {}
+    alike_by, compared_by = ("likeness",), "layout"
 
     def __init__(self):
         from drawings import KINDS, WEAPONS
@@ -209,17 +216,19 @@ class MiniSdJudge:
         self.network = train_judge(MINI_SD_JUDGE, 0)
 
     def embed(self, images):
-        """{"likeness": (N, 2048)}: what the network's last convolution sees where."""
+        """{"likeness": (N, 288), "layout": (N, 2048)}: the highest answer of each channel of four layers; the last layer."""
         import torch
         from mini_sd import to_tensor
 
-        images = [fit(image) for image in images]
-        parts = []
+        fitted, found = [fit(image) for image in images], {"likeness": [], "layout": []}
         for first in range(0, len(images), AT_ONCE):
             with torch.no_grad():
-                near = self.network.near(to_tensor(images[first : first + AT_ONCE], "cpu"))
-                parts.append(self.network.far[:4](near))  # up to and with the flattening
-        return {"likeness": normalised(torch.cat(parts).numpy())}
+                near = self.network.near(to_tensor(fitted[first : first + AT_ONCE], "cpu"))
+                layers = (near, self.network.around(near), self.network.far[:2](near), self.network.far[:3](near))
+                highest = [normalised(layer.amax(dim=(2, 3)).numpy()) for layer in layers]
+            found["likeness"].append(np.concatenate(highest, axis=1))
+            found["layout"].append(layers[-1].flatten(1).numpy())
+        return {name: normalised(np.concatenate(parts)) for name, parts in found.items()}
 
     def look(self, images, prompts, references):
         """The `Seen` of pictures: adherence is the share of what each prompt says (colours, kind, blossoms) that is shown.

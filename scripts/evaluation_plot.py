@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
@@ -74,32 +75,46 @@ class Axes:
         self.text(LEFT, 46, up, 13, "lm")
 
 
-def plot(points, base, chosen, likeness):
-    """The plot of {label: (drift, likeness)}, each a (mean, standard error): the higher and further left the better.
+class Point(NamedTuple):
+    """A LoRA's place on the plot, two (mean, standard error)s; LoRAs of one run are joined by a line."""
 
-    In their order the LoRAs are joined by a line, `base` is the base model's likeness, the chosen one is red.
+    label: str
+    run: Any
+    drift: tuple[float, float]
+    likeness: tuple[float, float]
+
+
+def plot(points, base, chosen, likeness):
+    """The plot of `Point`s: the higher and further left the better.
+
+    `base` is the base model's likeness, `likeness` is what that is called, and the LoRA labelled `chosen` is red.
     """
     from PIL import Image
 
-    axes = Axes(span([x for x, _ in points.values()], 0.0), span([base, *(y for _, y in points.values())]))
+    axes = Axes(span([each.drift for each in points], 0.0), span([base, *(each.likeness for each in points)]))
     axes.frame(
-        "Likeness to the held-out pictures, and what it costs", "drift from the base without the trigger", likeness
+        "Likeness to the held-out pictures, and what it costs",
+        "drift from the base, asked without the trigger",
+        likeness,
     )
-    left, level = axes.place(axes.across[0], base[0])
-    for x in range(round(left), WIDTH - RIGHT, 12):
+    _, level = axes.place(0, base[0])
+    for x in range(LEFT, WIDTH - RIGHT, 12):
         axes.line([(x, level), (min(x + 6, WIDTH - RIGHT), level)], "#888888", 1.3)
     axes.text(WIDTH - RIGHT, level - 10, "base", 13, "rm", "#666666")
-    axes.line([axes.place(x[0], y[0]) for x, y in points.values()], "#b8cbdd", 1.5)
-    taken = []
-    for label, ((x, dx), (y, dy)) in points.items():
-        colour = CHOSEN if label == chosen else LINE
+    for run in dict.fromkeys(each.run for each in points):
+        axes.line([axes.place(each.drift[0], each.likeness[0]) for each in points if each.run == run], "#b8cbdd", 1.5)
+    for (x, dx), (y, dy), colour in ((each.drift, each.likeness, colour_of(each, chosen)) for each in points):
         axes.line([axes.place(x - dx, y), axes.place(x + dx, y)], colour, 1.5)
         axes.line([axes.place(x, y - dy), axes.place(x, y + dy)], colour, 1.5)
-        across, up = axes.place(x, y)
-        axes.disc(across, up, 6, colour)
-        taken.append((across, up, label, colour))
-    label_points(axes, taken)
+        axes.disc(*axes.place(x, y), 6, colour)
+    label_points(
+        axes, [(*axes.place(each.drift[0], each.likeness[0]), each.label, colour_of(each, chosen)) for each in points]
+    )
     return axes.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def colour_of(point, chosen):
+    return CHOSEN if point.label == chosen else LINE
 
 
 def label_points(axes, points):

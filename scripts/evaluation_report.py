@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 import evaluation_scores as scores  # noqa: E402
 from evaluation_inputs import BASE, images_of  # noqa: E402
 from evaluation_pictures import picture_folder  # noqa: E402
-from evaluation_plot import nearest_sheet, picture_sheet, plot  # noqa: E402
+from evaluation_plot import Point, nearest_sheet, picture_sheet, plot  # noqa: E402
 
 from text_to_image_lora.files import write_whole  # noqa: E402
 from text_to_image_lora.reports import stopping  # noqa: E402
@@ -32,7 +33,6 @@ class Found(NamedTuple):
     copied: (
         dict  # {label: [(number in `asked`, seed's number, index of the training picture, likeness)]}, nearest first
     )
-    likeness: str  # the name of the likeness that decides
 
 
 def by_prompt(values, rows, num_images):
@@ -47,12 +47,12 @@ def tables_of(inputs, drawn, num_images):
     without = [i for i, each in enumerate(inputs.asked) if not each.triggered]
     groups = [inputs.asked[i].group for i in without]
     held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
-    decides = list(held_out.embedded)[-1]
-    training = None if inputs.trained is None else inputs.judge.embed(images_of(inputs.trained))[decides]
-    near = None if training is None else scores.nearest(held_out.embedded[decides], training)[0]
+    same = inputs.judge.compared_by
+    training = None if inputs.trained is None else inputs.judge.embed(images_of(inputs.trained))[same]
+    near = None if training is None else scores.nearest(held_out.embedded[same], training)[0]
     tables, losses, bleed, copied, base = {}, {}, {}, {}, drawn[BASE]
 
-    def of(label, rows, name=decides):
+    def of(label, rows, name=same):
         return by_prompt(drawn[label].seen.embedded[name], rows, num_images)
 
     def presence(label):
@@ -60,8 +60,8 @@ def tables_of(inputs, drawn, num_images):
 
     for label, (seen, table) in drawn.items():
         own = {inputs.judge.adherence_name: by_prompt(seen.adherence, with_trigger, num_images)}
-        for name, embedded in held_out.embedded.items():
-            references = [embedded[list(inputs.asked[i].references)] for i in with_trigger]
+        for name in inputs.judge.alike_by:
+            references = [held_out.embedded[name][list(inputs.asked[i].references)] for i in with_trigger]
             own[name] = scores.likeness(of(label, with_trigger, name), references)
         if label != BASE:
             own["drift"] = scores.drift(of(label, without), of(BASE, without))
@@ -80,7 +80,7 @@ def tables_of(inputs, drawn, num_images):
     of_held_out = {inputs.judge.adherence_name: scores.mean_and_error(held_out.adherence[:, None])}
     if near is not None:
         of_held_out["nearest"] = scores.mean_and_error(near[:, None])
-    return Found(tables, losses, of_held_out, bleed, copied, decides)
+    return Found(tables, losses, of_held_out, bleed, copied)
 
 
 def summary(found):
@@ -91,6 +91,16 @@ def summary(found):
         for label, own in found.tables.items()
     }
     return rows | {HELD_OUT: found.of_held_out}
+
+
+def runs_of(loras):
+    """{label: folder of the run} of LoRAs {label: `Lora` or None}; checkpoints lie in their run's folder."""
+    runs = {}
+    for label, lora in loras.items():
+        if lora is not None:
+            path = Path(lora.given)
+            runs[label] = path.parent if re.fullmatch(r"(epoch|checkpoint)-\d+|best", path.name) else path
+    return runs
 
 
 def markdown(head, rows):
@@ -115,14 +125,14 @@ def table_of_bleed(bleed):
     return markdown(["LoRA", "asked for, without the trigger", *concepts], rows)
 
 
-def words_of(found):
-    """(label of the LoRA to take or None, why in words)."""
+def words_of(found, likeness):
+    """(label of the LoRA to take or None, why in words), by the likeness of this name."""
     tables = {
-        label: {"likeness": own[found.likeness], "drift": own["drift"], "memorised": own.get("memorised")}
+        label: {"likeness": own[likeness], "drift": own["drift"], "memorised": own.get("memorised")}
         for label, own in found.tables.items()
         if label != BASE
     }
-    return scores.recommend(tables, found.tables[BASE][found.likeness])
+    return scores.recommend(tables, found.tables[BASE][likeness])
 
 
 def write(args, inputs, drawn):
@@ -131,8 +141,8 @@ def write(args, inputs, drawn):
     Returns what to print.
     """
     found = tables_of(inputs, drawn, args.num_images)
-    rows, (chosen, words) = summary(found), words_of(found)
-    folder, judge = args.output_dir, inputs.judge
+    folder, judge, likeness = args.output_dir, inputs.judge, inputs.judge.alike_by[-1]
+    rows, (chosen, words) = summary(found), words_of(found, likeness)
     looked = ", ".join(judge.sources.values()) or "the embedded base's judges"
     about = (
         f"{len(inputs.asked)} prompts x {args.num_images} seeds for each LoRA, {len(inputs.held_out)} held-out pictures; "
@@ -141,8 +151,11 @@ def write(args, inputs, drawn):
     told = [words, "", table_of_scores(rows), "", "How much more of a concept comes than from the base:", ""]
     told += [table_of_bleed(found.bleed)]
     pages = ["", "![likeness against drift](likeness-drift.png)", "", "![pictures](pictures.png)"]
-    points = {label: (rows[label]["drift"], rows[label][found.likeness]) for label in found.bleed}
-    plot(points, rows[BASE][found.likeness], chosen, found.likeness).save(folder / "likeness-drift.png")
+    points = [
+        Point(label, runs_of(inputs.loras)[label], rows[label]["drift"], rows[label][likeness])
+        for label in found.bleed
+    ]
+    plot(points, rows[BASE][likeness], chosen, likeness).save(folder / "likeness-drift.png")
     folder_of = functools.partial(picture_folder, folder)
     picture_sheet(inputs, folder_of, args.seed).save(folder / "pictures.png")
     if found.copied:
