@@ -86,7 +86,7 @@ def divide_pictures(args, resolution):
     if args.validation_data_dir is not None:
         held_out = read_pictures(args, args.validation_data_dir, resolution)
     if trained is not None:
-        trained, held_out = divide(trained, held_out, args.validation_split, lambda line: None)
+        trained, held_out = divide(trained, held_out, args.validation_split, print)
         trained = trained.to_validate_on()
     if len(held_out) < 2:
         raise InputError("There is 1 held-out picture. Take 2 or more, better 10, to tell likeness from chance.")
@@ -137,7 +137,12 @@ def find_models(args):
         model = infer.find_model(
             flags.pretrained_model_name_or_path, flags.single_file_config, flags.revision, flags.variant
         )
-        others = [prompt.text for prompt in infer.read_prompts("--other_prompts", args.other_prompts or [])]
+        others = infer.read_prompts("--other_prompts", args.other_prompts or [])
+    for prompt in others:
+        if prompt.options:
+            raise InputError(
+                f"--other_prompts {prompt.line!r}: options behind a prompt are for infer.py. Leave them out."
+            )
     loras = find_loras(args.lora)
     chosen = tuple(lora for lora in loras.values() if lora)
     with refusals_of_infer():
@@ -147,7 +152,8 @@ def find_models(args):
             infer.check_fits(model.shapes, chosen, training["clip_skip"] or 0, vae)
     for line in notes:
         print(f"note: {line}")
-    return flags, infer.Job(model, chosen, None, {}, None, [], training), loras, others
+    job = infer.Job(model, chosen, None, {}, None, [], training)
+    return flags, job, loras, [prompt.text for prompt in others]
 
 
 def find_inputs(args):

@@ -91,8 +91,7 @@ def preprocess(images, how):
 
     crop, shortest, rows = how["crop_size"], how["size"].get("shortest_edge", how["size"].get("height")), []
     for image in images:
-        scale = shortest / min(image.size)
-        width, height = (max(shortest, round(side * scale)) for side in image.size)
+        width, height = (side * shortest // min(image.size) for side in image.size)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
         image = image.crop((left, top, left + crop["width"], top + crop["height"]))

@@ -30,9 +30,7 @@ class Found(NamedTuple):
     losses: dict  # {label: (held-out loss relative to the base's, standard error)}
     of_held_out: dict  # {score: (mean, standard error)} of the held-out pictures themselves
     bleed: dict  # {label: {asked for: {concept: (mean, standard error)}}}
-    copied: (
-        dict  # {label: [(number in `asked`, seed's number, index of the training picture, likeness)]}, nearest first
-    )
+    copied: dict  # {label: [(number in `asked`, of the seed, of the training picture, likeness)]}, nearest first
 
 
 def by_prompt(values, rows, num_images):
@@ -129,6 +127,7 @@ def words_of(found, likeness):
     """(label of the LoRA to take or None, why in words), by the likeness of this name."""
     tables = {
         label: {"likeness": own[likeness], "drift": own["drift"], "memorised": own.get("memorised")}
+        | {"loss": found.losses[label]}
         for label, own in found.tables.items()
         if label != BASE
     }

@@ -85,25 +85,33 @@ def shown(value, sign=""):
     return "" if value is None else f"{value[0]:{sign}.3f} ± {value[1]:.3f}"
 
 
+def overfitting(own):
+    """Why a LoRA counts as overfitted, in words, or None, of what `recommend` is told of it."""
+    share, error = (0.0, 0.0) if own["memorised"] is None else mean_and_error(own["memorised"])
+    if share - error > MEMORISED:
+        return f"{share:.0%} of its pictures are nearer to a training picture than any held-out picture is"
+    loss, error = own["loss"]
+    return f"its held-out loss is {loss:.2f} ± {error:.2f} times the base's" if loss - error > 1 else None
+
+
 def recommend(tables, base_likeness):
-    """(label of the LoRA to take or None, why in words) of {label: {"likeness", "drift", "memorised": table or None}}.
+    """(label of the LoRA to take or None, why in words) of {label: {"likeness", "drift", "memorised", "loss"}}.
 
     Of those whose likeness to the held-out pictures is above the base's (P, S) and not below the best's, each by more than
-    a standard error seed by seed, the one that drifts least from the base; those that memorised come after the others.
+    a standard error prompt by prompt, the one that drifts least from the base; those that overfit come after the others.
+    "memorised" is None without training pictures, "loss" is the (mean, standard error) of the held-out loss.
     """
     words, above, sure = [], {}, {}
     for label, own in tables.items():
-        share = (0.0, 0.0) if own["memorised"] is None else mean_and_error(own["memorised"])
         gain, error = mean_and_error(own["likeness"] - base_likeness)
-        if gain <= error:
+        reason = overfitting(own)
+        if reason:
+            words.append(f"{label} overfits: {reason}")
+        if gain > error:
+            above[label] = gain
+        elif not reason:
             words.append(f"{label} is no more like the held-out pictures than the base ({gain:+.3f} ± {error:.3f})")
-            continue
-        above[label] = gain
-        if share[0] - share[1] > MEMORISED:
-            words.append(
-                f"{label} overfits: {share[0]:.0%} of its pictures are copies of training pictures, or nearly"
-            )
-        else:
+        if gain > error and not reason:
             sure[label] = gain
     if not above:
         return None, "Take none: " + "; ".join(words) + "."
@@ -116,16 +124,13 @@ def recommend(tables, base_likeness):
             equal.append(label)
         else:
             words.append(f"{label} is less like them than {best} (by {less:.3f} ± {error:.3f})")
-    drifts = {label: own["drift"] for label, own in tables.items() if label in equal and own["drift"] is not None}
-    chosen = min(drifts, key=lambda label: drifts[label].mean()) if drifts else best
+    chosen = min(equal, key=lambda label: tables[label]["drift"].mean())
     why = f"likeness to the held-out pictures {shown(mean_and_error(tables[chosen]['likeness']))}"
     why += f" (base {shown(mean_and_error(base_likeness))})"
     if len(equal) > 1:
         rest = ", ".join(label for label in equal if label != chosen)
-        least = (
-            f", and of those it drifts least from the base ({shown(mean_and_error(drifts[chosen]))})" if drifts else ""
-        )
-        why += f", as good as {rest}{least}"
+        why += f", as good as {rest}, and of these it drifts least from the base"
+        why += f" ({shown(mean_and_error(tables[chosen]['drift']))})"
     if not sure:
         why += "; train it for fewer steps or on more pictures, for all of them overfit"
     return chosen, f"Take {chosen}: " + "; ".join([why, *words]) + "."

@@ -90,12 +90,13 @@ def test_bleed_is_what_comes_above_the_base_by_what_was_asked_for():
 NOISE = np.linspace(-0.01, 0.01, 6)[:, None] + np.zeros(S)
 
 
-def lora(likeness, drift=0.2, memorised=0.0):
+def lora(likeness, drift=0.2, memorised=0.0, loss=0.7):
     shift = np.linspace(-0.02, 0.02, 6)[::-1, None] + np.zeros(S)
     return {
         "likeness": likeness + NOISE + 0.1 * shift,
         "drift": drift + NOISE,
         "memorised": (np.arange(6 * S) < memorised * 6 * S).astype(float).reshape(S, 6).T,
+        "loss": (loss, 0.05),
     }
 
 
@@ -115,16 +116,25 @@ def test_of_equals_the_one_that_drifts_least():
     tables["early"]["likeness"] = tables["late"]["likeness"] + 0.02 * np.tile([-1, 1, 0], (6, 1)) * NOISE / 0.01
     chosen, words = scores.recommend(tables, BASE)
     assert chosen == "early"
-    assert "as good as late, and of those it drifts least from the base (0.100" in words
+    assert "as good as late, and of these it drifts least from the base (0.100" in words
 
 
 def test_what_memorised_comes_last():
     chosen, words = scores.recommend({"good": lora(0.5), "copy": lora(0.7, memorised=0.5)}, BASE)
     assert chosen == "good"
-    assert "copy overfits: 50% of its pictures are copies of training pictures" in words
+    assert "copy overfits: 50% of its pictures are nearer to a training picture than any held-out picture is" in words
     chosen, words = scores.recommend({"copy": lora(0.7, memorised=0.5)}, BASE)
     assert chosen == "copy"
     assert "fewer steps or on more pictures" in words
+
+
+def test_what_loses_more_than_the_base_comes_last():
+    chosen, words = scores.recommend(
+        {"good": lora(0.5), "far": lora(0.7, loss=1.2), "near": lora(0.5, loss=1.04)}, BASE
+    )
+    assert chosen in ("good", "near")
+    assert "far overfits: its held-out loss is 1.20 ± 0.05 times the base's" in words
+    assert "near overfits" not in words
 
 
 def test_none_is_taken_where_none_is_better_than_the_base():
