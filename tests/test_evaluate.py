@@ -210,10 +210,10 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     names = {"CLIP-T", "CLIP-I", "DINOv2", "diversity", "nearest", "memorised", "held-out loss"}
     assert {*scores["base"]} == names
     assert {*scores["axe"]} == names | {"drift"}
-    assert scores["axe"]["drift"]["mean"] > 1e-4
+    assert scores["axe"]["drift"]["mean"] > 1e-5
     assert scores["axe"]["held-out loss"]["mean"] != pytest.approx(1, abs=1e-3)
     # At strength 0 a LoRA is the base, in every score.
-    assert scores["epoch-0002"].pop("drift")["mean"] == pytest.approx(0, abs=1e-6)
+    assert scores["epoch-0002"].pop("drift")["mean"] == pytest.approx(0, abs=1e-9)
     for name, value in scores["epoch-0002"].items():
         assert value["mean"] == pytest.approx(scores["base"][name]["mean"], abs=1e-6), name
     assert {*found["bleed"]["axe"]} == {"held-out", "other prompts"}
@@ -256,7 +256,7 @@ def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp
         "--num_cpu_threads", 1, "--other_prompts", "a cup", "--output_dir", tmp_path / "evaluation", "--device", "cpu",
     ])  # fmt: skip
     found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["scores"]["out"]["held-out loss"]
-    assert abs(wanted - 1) > 0.01
+    assert abs(wanted - 1) > 2e-3  # ten times the tolerance below
     assert found["mean"] == pytest.approx(wanted, abs=2e-4)
 
 
