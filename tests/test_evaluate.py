@@ -222,7 +222,8 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     assert found["recommendation"]["words"] in said
     for name in ("likeness-drift.png", "pictures.png", "nearest.png"):
         assert f"]({name})" in markdown
-        assert min(Image.open(out / name).size) > 300
+        with Image.open(out / name) as sheet:
+            assert min(sheet.size) > 300
     pictures = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
     assert len(pictures) == 3 * 18
 
