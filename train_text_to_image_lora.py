@@ -1,4 +1,30 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.39.0",
+#     "transformers==5.5.4",
+#     "accelerate==1.15.0",
+#     "peft==0.21.2",
+#     "datasets==5.2.0",
+#     "huggingface_hub==1.33.0",
+#     "safetensors==0.8.0",
+#     "wandb==0.31.0",
+#     "pillow==13.0.0",
+#     "numpy==2.4.6",
+#     "PyYAML==6.0.3",
+#     "kornia==0.9.0",
+#     "tqdm==4.70.1",
+#     "prodigyopt==1.1.2",
+#     "schedulefree==1.4.1",
+#     "optuna==5.0.0",
+#     "filelock==4.2.11",
+#     "psutil==7.2.2",
+#     'bitsandbytes==0.50.2; platform_machine == "x86_64" or platform_machine == "AMD64" or platform_machine == "aarch64" or (sys_platform == "darwin" and platform_machine == "arm64")',
+#     'xformers==0.0.35; (sys_platform == "linux" and platform_machine == "x86_64") or sys_platform == "win32"',
+# ]
+# ///
 """Fine-tunes Stable Diffusion with LoRA on your own pictures.
 
     accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
@@ -18,6 +44,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infer import parse_prompt, read_prompts
 from text_to_image_lora.command_line import (
     Parser,
     above,
@@ -25,11 +52,11 @@ from text_to_image_lora.command_line import (
     between,
     duration,
     from_up_to,
-    quiet_libraries,
     seconds_of,
 )
 from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
 from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole
+from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
 from text_to_image_lora.pictures.captions import CaptionRules, shuffled_variations
@@ -47,6 +74,8 @@ from text_to_image_lora.training.optimizers import OPTIMIZERS, OptimizerSettings
 SECRETS = ("hub_token",)
 NOT_SHOWN = (*SECRETS, "config", "local_rank")
 ENDLESS_VARIATIONS_CACHED = 4
+# What may stand behind the prompt of a sample picture.
+SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 # What a run that goes on from a checkpoint may have otherwise than before; whatever else differs is refused. Pictures,
@@ -67,6 +96,17 @@ MAY_CHANGE = set(
     tracker_project_name logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
+
+
+def refuse(reason):
+    raise InputError(reason)
+
+
+class PromptLines(argparse.Action):
+    """Puts the lines of a file of prompts in its place."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values, refuse)])
 
 
 def build_parser():
@@ -203,7 +243,7 @@ def build_parser():
     group("--adam_epsilon", type=at_least(0, float), default=1e-8, help="what the optimizer adds to its denominator")
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
-    group("--deterministic", **yes, help="the same bits from the same seed on a GPU too: deterministic kernels and plain attention, whose memory grows with the square of the picture's area; slower")
+    group("--deterministic", **yes, help="a seed gives equal bits each time on a GPU too: deterministic kernels and plain attention, whose memory grows with the square of the picture's area; slower")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
@@ -215,7 +255,7 @@ def build_parser():
 
     group = parser.add_argument_group("sample pictures").add_argument
     group("--validation_prompt", help="a prompt to draw sample pictures with while training")
-    group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training")
+    group("--validation_prompts", nargs="+", action=PromptLines, default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training, or a .txt file with one a line; options may stand behind each: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, and kohya's --n --w --h --d --l --s)")
     group("--validation_negative_prompt", default="", help="what the sample pictures are to avoid")
     group("--num_validation_images", type=at_least(0), default=4, help="sample pictures of each prompt; 0: none")
     group("--validation_epochs", type=at_least(0), default=1, help="validate every so many epochs, before training and at the end; 0: only before and at the end")
@@ -359,6 +399,9 @@ def check_validation_and_upload(args):
         )
     if any(not prompt.strip() for prompt in sample_prompts(args)):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
+    if alien := [name for options in sample_options(args) for name in options if name not in SAMPLE_OPTIONS]:
+        listed = ", ".join(f"--{name}" for name in SAMPLE_OPTIONS)
+        raise InputError(f"--{alien[0]} behind a prompt is for infer.py alone. Sample pictures have {listed}.")
     uploads = [name for name in ("push_to_hub", "push_checkpoints_to_hub") if getattr(args, name)]
     if uploads and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise InputError(
@@ -379,9 +422,19 @@ def learning_rate_of(args):
     return 1.0 if optimizer_name(args) == "prodigy" else 1e-4
 
 
-def sample_prompts(args):
+def sample_lines(args):
+    """The prompts of the sample pictures as they were written, each with its own options."""
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
     return [*prompts, *args.validation_prompts] if args.num_validation_images else []
+
+
+def sample_prompts(args):
+    return [parse_prompt(line, "--validation_prompts", refuse).text for line in sample_lines(args)]
+
+
+def sample_options(args):
+    """For each prompt what its sample pictures have otherwise {name: value}."""
+    return [parse_prompt(line, "--validation_prompts", refuse).options for line in sample_lines(args)]
 
 
 def resolution_of(args, base):
@@ -577,6 +630,7 @@ def samples_of(args, base, seed):
         num_inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         seed=seed,
+        own=sample_options(args),
     )
 
 
@@ -600,7 +654,11 @@ def find_inputs(args, leave_out):
     """
     from huggingface_hub import get_token
 
+    from text_to_image_lora.models.dialects import check_lora
     from text_to_image_lora.models.loading import find_base_model
+
+    if args.lora_weights is not None:
+        check_lora(args.lora_weights)
 
     base = find_base_model(
         args.pretrained_model_name_or_path,
@@ -798,7 +856,7 @@ def write_run_file(args, shown, seed, path):
     """
     import yaml
 
-    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
+    prompts = {"validation_prompts": sample_lines(args)} if sample_lines(args) else {}
     flags = {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")} | prompts
     write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
 
@@ -1232,17 +1290,20 @@ def main(args):
             look_at_data(args, *inputs, left_out)
         return
 
-    import diffusers
     import torch
-    import transformers
-    from diffusers.training_utils import EMAModel
-    from tqdm.auto import tqdm
 
-    from text_to_image_lora.models import kohya, lora, modules
-    from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
-    from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
-    from text_to_image_lora.training.perceptual import PerceptualLoss
+    # 8-bit Adam imports bitsandbytes itself.
+    with hidden("bitsandbytes", *([] if args.enable_xformers_memory_efficient_attention else ["xformers"])):
+        import diffusers
+        import transformers
+        from diffusers.training_utils import EMAModel
+        from tqdm.auto import tqdm
+
+        from text_to_image_lora.models import kohya, lora, modules
+        from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
+        from text_to_image_lora.reports.validation_loss import Judge, LossMeter
+        from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
+        from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()

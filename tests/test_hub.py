@@ -38,7 +38,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
     with serving(Hub) as server, taken_for_the_hub(server):
         out = train(
             push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
-            save_every_n_epochs=1, validation_steps=1,
+            save_every_n_epochs=1, validation_steps=1, output_kohya_format=True,
         )  # fmt: skip
     wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
     said = capfd.readouterr()
@@ -46,7 +46,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
     assert "/me/axes/commit/abc" in said.out
     files = uploaded(server)
     pictures = [f"validation/step-000002/prompt-0{k}-0.png" for k in (0, 1)]
-    assert set(files) == {"pytorch_lora_weights.safetensors", "README.md", *pictures}
+    assert set(files) == {"pytorch_lora_weights.safetensors", "out.safetensors", "README.md", *pictures}
     for name, content in files.items():
         assert content == (out / name).read_bytes()
     card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])

@@ -2,13 +2,18 @@
 
 import argparse
 import difflib
-import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
 from .errors import InputError
 from .files import reason_of
+
+
+def installed_command():
+    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
 
 
 class Number:
@@ -139,17 +144,3 @@ class Parser(argparse.ArgumentParser):
         except InputError as error:
             raise InputError(f"{config}: {error}") from error
         return words
-
-
-def quiet_libraries():
-    """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
-    import logging
-    import warnings
-
-    # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("xformers", "bitsandbytes", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 
 from PIL import Image
 
+from .kohya import DORA_NETWORK, NETWORK
+
 
 # kohya's names: those of the training script's flags and of what they were settled to.
 SETTINGS = {
@@ -81,10 +83,7 @@ def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pic
         header["ss_text_encoder_lr"] = told.get("text_encoder_lr", told["learning_rate"])
     if "clip_skip" in told:
         header["ss_clip_skip"] = header["modelspec.encoder_layer"] = str(int(told["clip_skip"]) + 1)
-    module, options = "networks.lora", {}
-    if told.get("use_dora") == "True":
-        module, options = "lycoris.kohya", {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
-    return header | {"ss_network_module": module, "ss_network_args": json.dumps(options)}
+    return header | (DORA_NETWORK if told.get("use_dora") == "True" else NETWORK)
 
 
 def _usage_hint(told, v_prediction):

@@ -1,9 +1,12 @@
 """The LoRA file in kohya's format, which A1111, ComfyUI, Forge and InvokeAI read.
 
-Names and leaves are those of `networks/lora.py` in kohya-ss/sd-scripts; `dora_scale` is LyCORIS', of each output. How
-A1111 and ComfyUI compute with it is another matter: docs/findings.md.
+Names and leaves are those of `networks/lora.py` in kohya-ss/sd-scripts; `dora_scale` is LyCORIS', of each output, which is
+what peft trains: W + BA, each row brought to its magnitude. A1111 divides by the norms of the columns instead
+(`apply_weight_decompose` in `extensions-builtin/Lora/network.py`), ComfyUI by those of the base's rows
+(`weight_decompose` in `comfy/weight_adapter/base.py`): there DoRA draws something else.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +20,29 @@ from .lora_file import scale_of, write_tensors
 # Of Stable Diffusion 1 and 2. XL's text encoders are lora_te1_ and lora_te2_, and its UNet has its original code's names.
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 OF_XL = re.compile(r"transformer_blocks\.[1-9]")
+
+
+# ss_network_module and ss_network_args: kohya's own, and LyCORIS' for what it alone has.
+NETWORK = {"ss_network_module": "networks.lora", "ss_network_args": json.dumps({})}
+DORA_NETWORK = {
+    "ss_network_module": "lycoris.kohya",
+    "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}),
+}
+
+
+def minimal_header(components):
+    """The strings by which readers tell what a file is, as far as folded state dicts tell."""
+    shapes = {key: value.shape for state_dict in components.values() for key, value in state_dict.items()}
+    is_sd2 = any(shape[1] == 1024 for key, shape in shapes.items() if re.search(r"attn2\.to_[kv]\.lora_A", key))
+    rank = max(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
+    is_dora = any(key.endswith(".lora_magnitude_vector") for key in shapes)
+    return {
+        "ss_v2": str(is_sd2),
+        "ss_base_model_version": "sd_v2" if is_sd2 else "sd_v1",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        **(DORA_NETWORK if is_dora else NETWORK),
+    }
 
 
 def file_name(output_dir, step=None):
@@ -46,8 +72,7 @@ def kohya_tensors(components):
             name = PREFIXES[component] + name.replace(".", "_")
             value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
             if leaf == "A.weight":
-                scale = 1.0 if config is None else scale_of(config, module, len(value))
-                tensors[f"{name}.alpha"] = torch.tensor(scale * len(value))
+                tensors[f"{name}.alpha"] = torch.tensor(scale_of(config, module, len(value)) * len(value))
                 tensors[f"{name}.lora_down.weight"] = value
             elif leaf == "B.weight":
                 tensors[f"{name}.lora_up.weight"] = value

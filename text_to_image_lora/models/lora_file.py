@@ -5,41 +5,48 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..files import written_whole
-from .dialects import dialect_of, place_of
+from .dialects import COMPONENTS, PEFT_WEIGHTS_NAME, REMEDY, WEIGHTS_NAME, dialect_of, files_of, opened, place_of
 
 
-__all__ = ["WEIGHTS_NAME", "as_diffusers", "dialect_of", "fold_scale", "load_lora", "lora_file_metadata", "save_lora"]
-
-# diffusers' LORA_WEIGHT_NAME_SAFE and LORA_ADAPTER_METADATA_KEY, without the seconds that importing them takes.
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, without the seconds that importing it takes
+PEFT_CONFIG_NAME = "adapter_config.json"
 # In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
-REMEDY = (
-    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
-    f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
-)
+
+
+class Scale(NamedTuple):
+    """What of peft's `LoraConfig` a module's scale depends on, without the seconds that importing peft takes."""
+
+    lora_alpha: float
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
 
 
 def scale_of(config, module, rank):
-    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one."""
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one.
+
+    1 without a configuration: the scale is in lora_B already.
+    """
+    if config is None:
+        return 1.0
+    # As peft's get_pattern_key does: the first pattern that the end of the name matches.
+    own = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(own, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def fold_scale(state_dict: dict[str, torch.Tensor], config: LoraConfig) -> dict[str, torch.Tensor]:
-    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A."""
+def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A.
+
+    `config` is its `LoraConfig`, or None where the scale is there already.
+    """
     folded = {}
     for key, value in state_dict.items():
         value = value.detach().to("cpu", torch.float32, copy=True)
@@ -74,15 +81,18 @@ def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training:
     return header | {"format": "pt", ADAPTER_METADATA_KEY: json.dumps(adapters, indent=2, sort_keys=True)}
 
 
-def save_lora(path_or_dir, components: dict[str, tuple[dict, LoraConfig]], training: dict[str, str]) -> Path:
+def save_lora(
+    path_or_dir, components: dict[str, tuple[dict, Any]], training: dict[str, str], dtype=torch.float32
+) -> Path:
     """Writes the LoRA whole or not at all and returns its path; the same weights and strings give the same bytes.
 
-    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and configuration.
+    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and its `LoraConfig`, None for a folded one.
     """
     path = Path(path_or_dir)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
-    write_tensors(path, file_tensors(folded), lora_file_metadata(folded, training))
+    tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
+    write_tensors(path, tensors, lora_file_metadata(folded, training))
     return path
 
 
@@ -151,9 +161,11 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     A module's rank is its own. Text-encoder keys start `text_model.`. Raises `InputError` for what is no such file.
     """
     components, header = {}, {}
-    for path, component in _files_of(Path(path_or_dir)):
+    for path, component in files_of(Path(path_or_dir)):
         try:
-            tensors, header = _read(path)
+            with opened(path) as file:
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+                header = file.metadata() or {}
             found, configs = _by_module(tensors, component), _configs_of(path, header)
             for name, modules in found.items():
                 config = configs.get(name, configs.get(None))
@@ -163,26 +175,8 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     return components, header
 
 
-def _files_of(path):
-    """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
-    if not path.is_dir() or (path / WEIGHTS_NAME).exists():
-        return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
-    if (path / PEFT_WEIGHTS_NAME).exists():
-        return [(path / PEFT_WEIGHTS_NAME, None)]
-    parts = [(path / name / PEFT_WEIGHTS_NAME, name) for name in COMPONENTS]
-    return [part for part in parts if part[0].exists()] or [(path / WEIGHTS_NAME, None)]
-
-
-def _read(path):
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"it can't be read as a safetensors file ({error}).") from error
-
-
 def _configs_of(path, header):
-    """{component, or None for all: `LoraConfig`} of what a header of diffusers', or peft's file beside this one, says."""
+    """{component, or None for all: `Scale`} of what a header of diffusers', or peft's file beside this one, says."""
     stored = path.parent / PEFT_CONFIG_NAME
     try:
         if path.name == PEFT_WEIGHTS_NAME and stored.exists():
@@ -191,24 +185,20 @@ def _configs_of(path, header):
                 raise InputError(
                     f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not read: only LoRA and DoRA are."
                 )
-            return {None: _config(config)}
+            return {None: _scale(config)}
         adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
         parts = {
             name: {k.partition(".")[2]: v for k, v in adapters.items() if k.startswith(f"{name}.")}
             for name in COMPONENTS
         }
-        return {name: _config(part) for name, part in parts.items() if "lora_alpha" in part}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {name: _scale(part) for name, part in parts.items() if "lora_alpha" in part}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"its configuration can't be read ({error}).") from error
 
 
-def _config(stored):
-    """What of a stored `LoraConfig` the scale depends on."""
-    return LoraConfig(
-        lora_alpha=stored["lora_alpha"],
-        alpha_pattern=stored.get("alpha_pattern") or {},
-        use_rslora=bool(stored.get("use_rslora")),
-    )
+def _scale(stored):
+    """The `Scale` of a stored `LoraConfig`."""
+    return Scale(stored["lora_alpha"], stored.get("alpha_pattern") or {}, bool(stored.get("use_rslora")))
 
 
 def _by_module(tensors, component):
@@ -226,16 +216,15 @@ def _folded(name, modules, config):
     for module, leaves in modules.items():
         if not {"lora_A.weight", "lora_B.weight"} <= leaves.keys():
             raise InputError(f"it is incomplete: {name}.{module} lacks its lora_A or its lora_B.")
-        a, b = leaves["lora_A.weight"], leaves["lora_B.weight"]
-        rank, scale = a.shape[0], 1.0
-        if "alpha" in leaves:
-            scale = leaves["alpha"].flatten()[0].item() / rank
-        elif config is not None:
-            scale = scale_of(config, module, rank)
-        if "lora_mid.weight" in leaves:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
-            a = torch.einsum("rskl,si->rikl", leaves["lora_mid.weight"], a.flatten(1))
-        if b.shape[1] != rank or b.dim() != a.dim():
+        a, b, mid = (leaves.get(f"lora_{leaf}.weight") for leaf in ("A", "B", "mid"))
+        if a.dim() not in (2, 4) or b.dim() != a.dim() or not 0 < len(a) == b.shape[1]:
             raise InputError(f"the two tensors of {name}.{module} do not fit: {list(a.shape)} and {list(b.shape)}.")
+        if mid is not None:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
+            if mid.dim() != 4 or mid.shape[:2] != (len(a), len(a)) or a.shape[2:] != (1, 1):
+                raise InputError(f"the tensors of {name}.{module} do not fit: {list(a.shape)} and {list(mid.shape)}.")
+            a = torch.einsum("rskl,si->rikl", mid, a.flatten(1))
+        rank = len(a)
+        scale = leaves["alpha"].flatten()[0].item() / rank if "alpha" in leaves else scale_of(config, module, rank)
         state_dict[f"{module}.lora_A.weight"] = a.contiguous()
         state_dict[f"{module}.lora_B.weight"] = (b * scale).contiguous()
         if "lora_B.bias" in leaves:

@@ -18,6 +18,14 @@ def factors(state_dict, module):
     return tuple(state_dict[f"{module}.lora_{leaf}.weight"].double().flatten(1) for leaf in "AB")
 
 
+def shapes_of(state_dict):
+    """{module: shape of its base weight}, as far as an adapter tells: (out, in), or (out, in, k, k)."""
+    return {
+        module: (len(state_dict[f"{module}.lora_B.weight"]), *state_dict[f"{module}.lora_A.weight"].shape[1:])
+        for module in modules_of(state_dict)
+    }
+
+
 def norm(a, b):
     """The Frobenius norm of B·A."""
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

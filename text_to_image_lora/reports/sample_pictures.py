@@ -1,5 +1,6 @@
 """Sample pictures: drawn with the models in training by the pipeline's own code, written, and laid out in a sheet."""
 
+import itertools
 import shutil
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from .tracking import log_pictures
 
 
 AT_ONCE = 4  # pictures denoised together
+OF_A_CALL = ("num_inference_steps", "guidance_scale", "height", "width")  # what those have in common
 
 
 class Samples(NamedTuple):
@@ -25,6 +27,19 @@ class Samples(NamedTuple):
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     seed: int = 0  # picture k of each prompt has the seed + k
+    own: tuple[dict, ...] | list[dict] = ()  # for each prompt what it has otherwise, see `of`
+
+    def of(self, prompt):
+        """What holds for the prompt of this number: the run's settings, or its own."""
+        common = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.resolution,
+            "width": self.resolution,
+            "seed": self.seed,
+            "negative_prompt": self.negative_prompt,
+        }
+        return common | (self.own[prompt] if self.own else {})
 
 
 def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
@@ -67,10 +82,14 @@ class Painter:
         self.conditions = None if keep_encoder else self._encode(prompt_encoder)
 
     def _encode(self, prompt_encoder):
-        """The conditions of the prompts and of the negative one, which as in diffusers' pipelines has no clip_skip."""
-        negative = prompt_encoder([self.samples.negative_prompt], with_clip_skip=False)
+        """The conditions of the prompts and of the negative ones, which as in diffusers' pipelines have no clip_skip."""
+        negative = prompt_encoder(self._negative_prompts(), with_clip_skip=False)
         wanted = prompt_encoder(self.samples.prompts)
         return [{name: value.cpu() for name, value in part.items()} for part in (wanted, negative)]
+
+    def _negative_prompts(self):
+        samples = self.samples
+        return list(dict.fromkeys(samples.of(i)["negative_prompt"] for i in range(len(samples.prompts))))
 
     def draw(self, step):
         """Draws and saves the pictures of a step, each process its share of them."""
@@ -90,24 +109,26 @@ class Painter:
 
         pipeline, samples, device = self.pipeline, self.samples, self.accelerator.device
         wanted, negative = self.conditions or self._encode(self.prompt_encoder)
+        settings, negatives = [samples.of(prompt) for prompt in range(len(samples.prompts))], self._negative_prompts()
         tasks = [(prompt, k) for prompt in range(len(samples.prompts)) for k in range(samples.num_images)]
-        batches = [tasks[first : first + AT_ONCE] for first in range(0, len(tasks), AT_ONCE)]
+        batches = []
+        for _, alike in itertools.groupby(tasks, lambda task: [settings[task[0]][name] for name in OF_A_CALL]):
+            alike = list(alike)
+            batches += [alike[first : first + AT_ONCE] for first in range(0, len(alike), AT_ONCE)]
         images, was_on = {}, pipeline.vae.device
         pipeline.vae.to(device)
         denoiser = getattr(pipeline, self.family.denoiser)
         with evaluating(denoiser), in_its_precision(denoiser):
             for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-                embeds = {}
+                embeds, prompts = {}, [prompt for prompt, _ in batch]
+                without = [negatives.index(settings[prompt]["negative_prompt"]) for prompt in prompts]
                 for name, of_call in self.family.pipeline_names.items():
-                    embeds[of_call] = wanted[name][[prompt for prompt, _ in batch]].to(device)
-                    embeds[f"negative_{of_call}"] = negative[name].expand_as(embeds[of_call]).to(device)
+                    embeds[of_call] = wanted[name][prompts].to(device)
+                    embeds[f"negative_{of_call}"] = negative[name][without].to(device)
                 latents = pipeline(
                     **embeds,
-                    generator=[torch.Generator().manual_seed(samples.seed + k) for _, k in batch],
-                    num_inference_steps=samples.num_inference_steps,
-                    guidance_scale=samples.guidance_scale,
-                    height=samples.resolution,
-                    width=samples.resolution,
+                    generator=[torch.Generator().manual_seed(settings[prompt]["seed"] + k) for prompt, k in batch],
+                    **{name: settings[batch[0][0]][name] for name in OF_A_CALL},
                     output_type="latent",
                     callback_on_step_end=_leave_out_the_rest_if_asked,
                 ).images
@@ -168,7 +189,7 @@ def latest_images(output_dir, prompts):
 
 def label_sheet(images, prompts):
     """The pictures of a validation in a grid, a prompt a row, the prompt below it."""
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont, ImageOps
 
     first, num_images = next(iter(images.values())), max(k for _, k in images) + 1
     scale = max(1, round(192 / first.width))
@@ -180,7 +201,7 @@ def label_sheet(images, prompts):
     for row, prompt in enumerate(prompts):
         top = gap + row * (height + label)
         for k in range(num_images):
-            image = images[row, k].resize((width, height), Image.Resampling.LANCZOS)
+            image = ImageOps.pad(images[row, k], (width, height), Image.Resampling.LANCZOS, color="white")
             sheet.paste(image, (gap + k * (width + gap), top))
         text = " ".join(prompt.split())
         while draw.textlength(text, font=font) > sheet.width - 2 * gap and len(text) > 4:

@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""Converts a LoRA of Stable Diffusion between diffusers', kohya's and peft's format, resizes it, merges several.
+
+    python scripts/convert_lora.py sd-model-finetuned-lora axes.safetensors --to kohya
+    python scripts/convert_lora.py axes.safetensors smaller.safetensors --rank 4
+    python scripts/convert_lora.py axes.safetensors:0.8 both.safetensors --merge spears.safetensors:0.5 --rank 16
+
+What is written is read back and compared. DoRA can be converted; resized, its magnitudes stay as they are; merged it can't
+be, since what it adds depends on the base model. A1111 and ComfyUI compute DoRA otherwise than it was trained.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from text_to_image_lora.command_line import Parser, at_least  # noqa: E402
+from text_to_image_lora.errors import InputError, TrainingError  # noqa: E402
+from text_to_image_lora.models.dialects import check_lora  # noqa: E402
+
+
+DIALECTS = ("diffusers", "kohya", "peft")
+TOLERANCES = {"float32": 1e-6, "float16": 1e-2}  # of an update's norm, for what is read back
+# In others' headers: what tells of pictures and folders, and what no longer holds.
+LEFT_OUT = (
+    "format",
+    "lora_adapter_metadata",
+    "ss_tag_frequency",
+    "ss_datasets",
+    "ss_dataset_dirs",
+    "ss_reg_dataset_dirs",
+)
+LEFT_OUT += ("ss_bucket_info", "ss_training_comment", "ssmd_cover_images", "modelspec.thumbnail")
+OF_THE_BASE = (
+    "ss_sd_model_name",
+    "ss_base_model_version",
+    "ss_v2",
+    "pretrained_model_name_or_path",
+    "clip_skip",
+    "ss_clip_skip",
+)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
+    add = parser.add_argument
+    add("lora", metavar="IN[:STRENGTH]", help="LoRA to read: .safetensors file or folder of any of the formats")
+    add("out", metavar="OUT", help="what to write: a .safetensors file; for --to peft a folder")
+    add("--to", choices=DIALECTS, help="format to write; that of IN when not given")
+    add("--rank", type=at_least(1), help="bring every module down to this rank by SVD, and say what is lost")
+    add(
+        "--merge",
+        nargs="+",
+        default=[],
+        metavar="LORA[:STRENGTH]",
+        help="LoRAs to add to IN, each times its strength (1 when not given); the ranks add up",
+    )
+    add(
+        "--dtype",
+        choices=[*TOLERANCES],
+        default="float32",
+        help="precision to write: float16 halves the file and rounds it",
+    )
+    return parser.parse_args(argv)
+
+
+def split_strength(text):
+    """The path and the strength of `PATH` or `PATH:STRENGTH`."""
+    path, colon, number = text.rpartition(":")
+    try:
+        strength = float(number) if colon and path else None
+    except ValueError:  # a colon of the path's own
+        strength = None
+    if strength is None or Path(text).exists():
+        path, strength = text, 1.0
+    if not math.isfinite(strength):
+        raise InputError(f"{text}: a strength is a finite number, such as {path}:0.8.")
+    if not Path(path).exists():
+        raise InputError(f"{path}: there is no such file or folder.")
+    return path, strength
+
+
+def settle_out(out, dialect):
+    """The path to write; `InputError` where it doesn't fit the format, or is there already."""
+    path = Path(out)
+    if path.exists():
+        raise InputError(f"{out}: it exists already. Name another OUT, or delete it first.")
+    if dialect == "peft" and path.suffix == ".safetensors":
+        raise InputError(f"{out}: peft's format is a folder. Name one, or pass another --to.")
+    if dialect != "peft" and path.suffix != ".safetensors":
+        raise InputError(f"{out}: name a .safetensors file, or pass --to peft for a folder.")
+    return path
+
+
+def read(sources):
+    """(the sum of strength x LoRA, the first one's header)."""
+    from text_to_image_lora.models.lora_file import load_lora
+    from text_to_image_lora.models.updates import merge
+
+    loaded = [load_lora(path) for path, _ in sources]
+    components, header = loaded[0]
+    if len(sources) > 1 or sources[0][1] != 1:
+        components = merge([(part, strength) for (part, _), (_, strength) in zip(loaded, sources)])
+    return components, header
+
+
+def resize(components, rank):
+    """The components with no rank above this one; prints what is lost."""
+    from text_to_image_lora.models import updates
+
+    resized, lost = {}, {}
+    for name, state_dict in components.items():
+        resized[name], errors = updates.resize(state_dict, rank)
+        lost |= {f"{name}.{module}": row for module, row in errors.items()}
+    whole = math.hypot(*(norm for _, norm in lost.values()))
+    shares = {module: error / norm if norm else 0.0 for module, (error, norm) in lost.items()}
+    worst = max(shares, key=shares.get)
+    overall = math.hypot(*(error for error, _ in lost.values())) / whole if whole else 0.0
+    print(f"rank {rank}: {overall:.1%} of the update's norm is lost, at worst {shares[worst]:.1%} ({worst})")
+    if any(".lora_magnitude_vector" in key for state_dict in components.values() for key in state_dict):
+        print("DoRA: told without the base's weights and the magnitudes, which stay as they are")
+    return resized
+
+
+def header_of(components, header, out, merged_from):
+    """What of the first LoRA's header still holds, and what the file is now."""
+    from text_to_image_lora.models import kohya
+
+    kept = {key: value for key, value in header.items() if key not in LEFT_OUT}
+    if merged_from:
+        kept = {key: value for key, value in kept.items() if key in OF_THE_BASE}
+        kept["modelspec.merged_from"] = ", ".join(merged_from)
+    own = kohya.minimal_header(components)
+    now = {key: own[key] for key in ("ss_network_dim", "ss_network_alpha")}
+    return own | kept | now | {"ss_output_name": out.stem, "modelspec.title": out.stem}
+
+
+def write(components, header, out, dialect, dtype):
+    """Writes the file or folder, reads it back as its readers do, and says in words what arrives."""
+    import torch
+
+    from text_to_image_lora.models import kohya, lora_file, peft_folder, receipt, updates
+
+    folded, dtype_of = {name: (state_dict, None) for name, state_dict in components.items()}, getattr(torch, dtype)
+    try:
+        if dialect == "kohya":
+            kohya.save_kohya(out, folded, header, dtype_of)
+        elif dialect == "diffusers":
+            lora_file.save_lora(out, folded, header, dtype_of)
+        else:
+            peft_folder.save_peft(out, components, header.get("ss_sd_model_name"), dtype_of)
+    except OSError as error:
+        raise InputError(f"{out}: it can't be written ({error.strerror}). Name another OUT.") from error
+    layers = {name: updates.shapes_of(state_dict) for name, state_dict in components.items()}
+    if dialect != "peft":
+        receipt.check_arrival(out, folded, layers, by_kohyas_names=dialect == "kohya", tolerance=TOLERANCES[dtype])
+    again, _ = lora_file.load_lora(out)
+    worst = max(
+        updates.relative_difference(updates.factors(state_dict, module), updates.factors(again[name], module))
+        for name, state_dict in components.items()
+        for module in updates.modules_of(state_dict)
+    )
+    if not worst <= TOLERANCES[dtype]:
+        raise TrainingError(f"{out}: read back, an update differs by {worst:.1e} of its norm.")
+    count = sum(map(len, layers.values()))
+    return f"{count} modules, read back " + (f"within {worst:.1e} of each update" if worst else "exactly")
+
+
+def main(args):
+    sources = [split_strength(text) for text in (args.lora, *args.merge)]
+    dialects = [check_lora(path) for path, _ in sources]
+    dialect = args.to or dialects[0].removeprefix("old ")
+    out = settle_out(args.out, dialect)
+    components, header = read(sources)
+    if args.rank is not None:
+        components = resize(components, args.rank)
+    names = [Path(path).stem for path, _ in sources] if args.merge else []
+    arrived = write(components, header_of(components, header, out, names), out, dialect, args.dtype)
+    print(f"{out} ({dialect} format): {arrived}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (InputError, TrainingError) as error:
+        print(f"convert_lora.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,0 +1,43 @@
+"""A LoRA as peft keeps it: adapter_model.safetensors and adapter_config.json, for each component in a folder of its own."""
+
+import collections
+import json
+from pathlib import Path
+
+import torch
+
+from ..files import write_whole
+from .lora_file import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, write_tensors
+from .updates import modules_of
+
+
+def save_peft(folder, components, base_model=None, dtype=torch.float32):
+    """Writes state dicts whose scale is in lora_B so that peft's scale is 1, whatever each module's rank.
+
+    One component is the folder itself, as `PeftModel.from_pretrained` wants it; several have the names of theirs. The text
+    encoder's layers are named as transformers before 5.6 names them.
+    """
+    folder = Path(folder)
+    for name, state_dict in components.items():
+        part = folder if len(components) == 1 else folder / name
+        ranks = {module: len(state_dict[f"{module}.lora_A.weight"]) for module in modules_of(state_dict)}
+        (rank, _), *_ = collections.Counter(ranks.values()).most_common()
+        others = {module: own for module, own in sorted(ranks.items()) if own != rank}
+        config = {
+            "peft_type": "LORA",
+            "base_model_name_or_path": base_model,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": sorted(ranks),
+            "use_rslora": False,
+            "use_dora": any(key.endswith(".lora_magnitude_vector") for key in state_dict),
+            "lora_bias": any(key.endswith(".lora_B.bias") for key in state_dict),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        tensors = {f"base_model.model.{key}": value.to(dtype).contiguous() for key, value in state_dict.items()}
+        write_tensors(part / PEFT_WEIGHTS_NAME, tensors, {"format": "pt"})
+        write_whole(part / PEFT_CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
