@@ -176,7 +176,10 @@ def taken_for_the_hub(server):
     from huggingface_hub import close_session, constants
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # made from the other when it is imported
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setenv("NO_PROXY", "*")

@@ -211,7 +211,7 @@ def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hu
     assert names_of(stored) == ["checkpoint-2", "checkpoint-4"]
     assert damage_of(stored / "checkpoint-2") is None
     created = [json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create"]
-    assert {row["private"] for row in created} == {True}
+    assert {row["visibility"] for row in created} == {"private"}
     train(output_dir=tmp_path / "second", **words)
     said = capsys.readouterr()
     assert f"going on from {tmp_path}/second/checkpoint-4 (step 4)" in said.out
