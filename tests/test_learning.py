@@ -69,6 +69,7 @@ def eight(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_run_that_overfits_is_stopped_and_its_best_is_kept(train_on_weapons, eight, tmp_path, capsys):
     """Four pictures and far too much of a LoRA; the losses are measured once more, by other code and with other noise."""
     (tmp_path / "four").mkdir()
