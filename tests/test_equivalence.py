@@ -125,7 +125,7 @@ def test_any_number_of_processes_equals_one(folder, tiny_sd, one_of_all, process
     assert len(ours[0]) == 4
     for a, b in zip(ours[0], theirs[0], strict=True):
         assert a.keys() == b.keys()
-        assert a == pytest.approx(b, rel=1e-4)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)  # the gap is about 0
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert (a["step"], a["lr"]) == (b["step"], b["lr"])
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
