@@ -1,4 +1,4 @@
-"""A family is a row: a row for Stable Diffusion XL, written here, goes through cache, loader and training as it is.
+"""A family is a row: that of Stable Diffusion XL goes through cache, loader and training as it is.
 
 Two tokenizers and text encoders, a pooled embedding, and numbers of each picture's own: nothing outside the row knows.
 """
@@ -11,10 +11,10 @@ from conftest import make_picture_set, read_lora, read_metrics, write_pictures
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from text_to_image_lora.models import families, loading
-from text_to_image_lora.models.families import STABLE_DIFFUSION, UNET_TARGET_MODULES, Family, TextEncoder
+from text_to_image_lora.models import loading
+from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.latents import LatentEncoder
-from text_to_image_lora.models.prompts import PromptEncoder, tokenize
+from text_to_image_lora.models.prompts import PromptEncoder
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.caching import Cache
 from text_to_image_lora.training.data import Draws, TrainingSet, collate
@@ -26,55 +26,6 @@ WIDTHS, POOLED, NUMBER = (
     48,
     8,
 )  # of the two text encoders, of the pooled embedding, of each number's embedding
-
-
-def encode_with_both(tokenizers, text_encoders, captions, *, clip_skip, num_chunks):
-    """The last layer but one of both, side by side, and what the second makes of the whole caption."""
-    hidden_states = []
-    for tokenizer, text_encoder in zip(tokenizers, text_encoders, strict=True):
-        tokens = tokenize(tokenizer, captions, num_chunks).to(text_encoder.device)
-        output = text_encoder(tokens, output_hidden_states=True)
-        hidden_states.append(output.hidden_states[-2 - (clip_skip or 0)])
-    hidden_states = torch.cat(hidden_states, dim=-1)
-    return {
-        "encoder_hidden_states": hidden_states.reshape(len(captions), -1, hidden_states.shape[-1]),
-        "text_embeds": output.text_embeds.reshape(len(captions), num_chunks, -1)[:, 0],
-    }
-
-
-def predict_with_numbers(unet, noisy_latents, timesteps, encoder_hidden_states, text_embeds, time_ids):
-    more = {"text_embeds": text_embeds, "time_ids": time_ids}
-    return unet(noisy_latents, timesteps, encoder_hidden_states, added_cond_kwargs=more, return_dict=False)[0]
-
-
-STABLE_DIFFUSION_XL = Family(
-    name="Stable Diffusion XL",
-    pipeline="StableDiffusionXLPipeline",
-    denoiser="unet",
-    denoiser_class="UNet2DConditionModel",
-    text_encoders=(
-        TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", unreached=lambda clip_skip: clip_skip + 1),
-        TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", unreached=lambda clip_skip: 0),
-    ),
-    target_modules=UNET_TARGET_MODULES,
-    modules_per_block=10,
-    resolution=1024,
-    cross_attention_dim=2048,
-    text_layers=12,
-    addition_embed_type="text_time",
-    encode=encode_with_both,
-    predict=predict_with_numbers,
-    condition_shapes=lambda base, chunks: {
-        "encoder_hidden_states": (77 * chunks, base.cross_attention_dim),
-        "text_embeds": (POOLED,),
-    },  # fmt: skip
-    # As the pipeline numbers them: heights before widths, and the crop's corner in the resized picture.
-    picture_condition=lambda picture_size, variation, size: {
-        "time_ids": [*picture_size[::-1], variation.top, variation.left, *size[::-1]]
-    },
-    pipeline_names={"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"},
-    pipeline_options={"add_watermarker": False},
-)
 
 
 @pytest.fixture(scope="module")
@@ -114,26 +65,14 @@ def tiny_sdxl(tmp_path_factory):
 
 
 @pytest.fixture
-def row(monkeypatch):
-    """The row stands in the table."""
-    monkeypatch.setattr(families, "FAMILIES", (STABLE_DIFFUSION, STABLE_DIFFUSION_XL))
-
-
-@pytest.fixture
 def stock(tiny_sdxl):
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_a_family_is_found_by_its_pipeline(row):
-    assert families.family_of("StableDiffusionPipeline") is STABLE_DIFFUSION
-    assert families.family_of("StableDiffusionXLPipeline") is STABLE_DIFFUSION_XL
-    assert families.family_of("FluxPipeline") is None
-
-
 @pytest.mark.parametrize("num_chunks", [1, 2])
-def test_a_condition_has_the_shapes_that_are_told_before_it_is_made(row, tiny_sd, tiny_sdxl, num_chunks):
+def test_a_condition_has_the_shapes_that_are_told_before_it_is_made(tiny_sd, tiny_sdxl, num_chunks):
     for folder, family in ((tiny_sd, STABLE_DIFFUSION), (tiny_sdxl, STABLE_DIFFUSION_XL)):
         base = loading.find_base_model(str(folder))
         assert base.family is family
@@ -146,16 +85,12 @@ def test_a_condition_has_the_shapes_that_are_told_before_it_is_made(row, tiny_sd
         assert {name: tuple(value.shape[1:]) for name, value in condition.items()} == base.condition_shapes(num_chunks)
         assert family.pipeline_names.keys() == condition.keys()
         latents, timesteps = torch.zeros(3, *base.latent_shape((32, 32))), torch.tensor([1, 500, 999])
-        own = family.picture_condition((40, 32), VARIATION, (32, 32))
+        own = family.picture_condition((40, 32), (4, 0), (32, 32))
         own = {name: torch.tensor([value] * 3, dtype=torch.float32) for name, value in own.items()}
         assert family.predict(components.denoiser, latents, timesteps, **condition, **own).shape == latents.shape
 
 
-class VARIATION:
-    left, top, flip = 4, 0, False
-
-
-def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(row, tiny_sdxl, stock, tmp_path):
+def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_sdxl, stock, tmp_path):
     base = loading.find_base_model(str(tiny_sdxl))
     components = loading.load_components(base)
     assert [type(model) for model in components.text_encoders] == [CLIPTextModel, CLIPTextModelWithProjection]
@@ -221,7 +156,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(row, tiny_sd
         assert not torch.allclose(prediction_of(changed), wanted, atol=1e-4), name
 
 
-def test_one_vae_for_two_families_has_shards_for_each(row, tiny_sdxl, pictures, tmp_path):
+def test_one_vae_for_two_families_has_shards_for_each(tiny_sdxl, pictures, tmp_path):
     base = loading.find_base_model(str(tiny_sdxl))
     vae = AutoencoderKL.from_pretrained(tiny_sdxl / "vae").eval()
     pictures, accelerator = make_picture_set(pictures), Accelerator(cpu=True)
@@ -240,7 +175,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_training_script_trains_the_row_as_it_is(row, tiny_sdxl, stock, train, options):
+def test_the_training_script_trains_the_row_as_it_is(tiny_sdxl, stock, train, options):
     out = train(pretrained_model_name_or_path=tiny_sdxl, learning_rate=0.1, **options)
     assert [row["step"] for row in read_metrics(out) if "train_loss" in row] == [1, 2]
     weights = read_lora(out)

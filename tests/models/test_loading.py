@@ -170,7 +170,7 @@ def test_find_a_single_file(single_file, config_only):
         ("empty", "empty: it holds no model_index.json"),
         ("other", "other: a StableDiffusion3Pipeline is not supported; supported: StableDiffusionPipeline"),
         ("broken", "broken/model_index.json: it can't be read"),
-        ("part", "part/vae/config.json: it can't be read"),
+        ("part", "part/unet/config.json: it can't be read"),
     ],
 )
 def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, message):
@@ -412,7 +412,7 @@ def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
     path = tmp_path / "model" / "unet" / "config.json"
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)
     path.write_text(json.dumps(json.loads(path.read_text()) | xl))
-    with pytest.raises(InputError, match="not of the family of Stable Diffusion 1 and 2"):
+    with pytest.raises(InputError, match="its UNet is of Stable Diffusion XL, and model_index.json names"):
         load(tmp_path / "model")
 
 
