@@ -3,7 +3,7 @@
 import pytest
 
 
-WIDTHS, POOLED, NUMBER = (32, 64), 48, 8  # XL's: of the text encoders, of the pooled embedding, of each number's
+WIDTHS, POOLED, NUMBER = (32, 64), 64, 8  # of XL's text encoders, of the pooled embedding, of each number's
 
 
 def tokenizers_of(folder):

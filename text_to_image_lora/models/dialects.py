@@ -118,10 +118,10 @@ def check_family(path, base):
     for file, _ in files_of(path):
         with opened(file, "np") as tensors:
             widths = {tensors.get_slice(key).get_shape()[1] for key in tensors.keys() if pattern.fullmatch(key)}  # noqa: SIM118
-        families = {family_by_width(width) for width in widths - {base.cross_attention_dim}} - {None}
-        if families:
+        found = filter(None, map(family_by_width, widths - {base.cross_attention_dim}))
+        if (family := next(found, None)) is not None:
             raise InputError(
-                f"{path}: it is a LoRA of {families.pop().name}, and {base.source} is of {base.family.name}. Take a base "
+                f"{path}: it is a LoRA of {family.name}, and {base.source} is of {base.family.name}. Take a base "
                 "model of the LoRA's family, or another LoRA."
             )
 

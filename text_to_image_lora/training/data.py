@@ -112,7 +112,7 @@ class TrainingSet(torch.utils.data.Dataset):
             out["perceptual_timesteps"] = torch.randint(draws.num_train_timesteps, (), generator=own)
             out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
         if self.named:
-            out["names"] = Path(pictures.records[index]["source"]).name
+            out["names"] = Path(pictures.records[index]["image"]["path"] or f"picture {index}").name
         captions = pictures.captions[index]
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         condition = {}
