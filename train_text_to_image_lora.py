@@ -1086,29 +1086,30 @@ def load_models(args, run, weight_dtype, accelerator, say):
     return adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter
 
 
-def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
-    """Encodes what is not in the cache yet.
+def fill_cache(args, run, denoiser, latent_encoder, prompt_encoder, accelerator, say):
+    """Encodes what is not in the cache yet; on a GPU the denoiser makes room for it.
 
     Returns the `TrainingSet`'s pictures, their latents and conditions (None where they are encoded live), and the two
     `ValidationSet`s (of pictures held out, and of as many that are trained on) or None.
     """
     from text_to_image_lora.pictures.alike import probe_of
     from text_to_image_lora.reports.validation_loss import ValidationSet
-    from text_to_image_lora.training import caching, shards
+    from text_to_image_lora.training import caching, shards, trials
 
     prompts = None if args.train_text_encoder else prompt_encoder
     cache = caching.Cache(cache_folder(args), run.base, latent_encoder, prompts)
     pictures, latents, conditions, validation_sets = to_train_on(args, run.pictures), None, None, None
-    if run.variations:
-        captions = caching.captions_to_cache(pictures, caption_rules_of(args))
-        latents, conditions = cache.build(pictures, run.variations, captions, accelerator)
-    if run.validated is not None:
-        parts = [run.validated, probe_of(run.pictures, len(run.validated), run.seed)]
-        parts = [part.to_validate_on() for part in parts]
-        validation_sets = [
-            ValidationSet(part, *cache.build(part, 1, [group[0] for group in part.captions], accelerator))
-            for part in parts
-        ]
+    with trials.base_set_aside(denoiser, accelerator.device):
+        if run.variations:
+            captions = caching.captions_to_cache(pictures, caption_rules_of(args))
+            latents, conditions = cache.build(pictures, run.variations, captions, accelerator)
+        if run.validated is not None:
+            parts = [run.validated, probe_of(run.pictures, len(run.validated), run.seed)]
+            parts = [part.to_validate_on() for part in parts]
+            validation_sets = [
+                ValidationSet(part, *cache.build(part, 1, [group[0] for group in part.captions], accelerator))
+                for part in parts
+            ]
     if accelerator.is_main_process and (run.variations or validation_sets):
         caches = [cached for part in validation_sets or () for cached in (part.latents, part.prompts)]
         needed = [cached.reader for cached in (latents, conditions, *caches) if cached is not None]
@@ -1341,7 +1342,7 @@ def main(args):
     trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
     interruption.hold()
     pictures, latents, conditions, validation_sets = fill_cache(
-        args, run, latent_encoder, prompt_encoder, accelerator, say
+        args, run, denoiser, latent_encoder, prompt_encoder, accelerator, say
     )
     if run.variations:  # from here on, the denoiser alone is needed on the device
         latent_encoder, prompt_encoder = None, prompt_encoder if args.train_text_encoder else None

@@ -10,11 +10,10 @@ from diffusers import (
     DDPMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
+from family_fixtures import true_xl
 from original_weights import renamed, vae_to_ldm
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import infer
 from text_to_image_lora.errors import InputError
@@ -30,23 +29,8 @@ RANK = 16
 
 @pytest.fixture
 def xl():
-    """UNet and text encoders of stabilityai/stable-diffusion-xl-base-1.0 by its configuration, without memory."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
-            attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
-        first = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-        second = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32,
-                projection_dim=1280, hidden_act="gelu",
-            )
-        )  # fmt: skip
-    return {"unet": unet, "text_encoder": first, "text_encoder_2": second}
+    """UNet and text encoders of stabilityai/stable-diffusion-xl-base-1.0, without memory."""
+    return {name: model for name, model in true_xl().items() if name != "vae"}
 
 
 def components_of(models):
