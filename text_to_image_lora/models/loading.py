@@ -4,7 +4,6 @@ torch, diffusers and transformers are imported inside the functions, so that `fi
 that a base model is not there or does not fit.
 """
 
-import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
-from .families import FAMILIES, STABLE_DIFFUSION, Family, family_of
+from .families import FAMILIES, STABLE_DIFFUSION, Family, family_by_marks
+from .single_files import SingleFile, lightning_stubs, look_into
 
 
 class BaseModel(NamedTuple):
@@ -21,11 +21,15 @@ class BaseModel(NamedTuple):
     source: str
     kind: str  # "folder", "hub" or "file"
     family: Family
+    resolution: int  # side in pixels of the pictures that it is made for
     image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
     latent_channels: int
     vae_factor: int
     cross_attention_dim: int
-    text_layers: int
+    text_layers: int  # of the first text encoder
+    pooled_dim: int | None
+    zeros_for_empty_prompt: bool  # what its pipeline takes for an empty negative prompt, see `Family.zeros_option`
+    scheduler_changes: dict  # what a single file says of its diffusion by itself
     single_file_config: str | None
     revision: str | None
     variant: str | None
@@ -52,22 +56,8 @@ class Components(NamedTuple):
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
-    path = Path(name)
-    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
-        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
-            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
-        folder = single_file_config
-        kind = "file"
-    elif path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
-        folder, kind = name, "folder"
-    elif not is_hub_id(name):
-        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
-    else:
-        folder, kind = None, "hub"
+    kind, folder = _where(name, single_file_config)
+    said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
 
     def read(file):
         if kind == "hub":
@@ -78,31 +68,77 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
             raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
 
     if kind == "file" and folder is None:
-        # A single file names no family; its configuration comes from the hub when it is loaded.
-        family, vae, unet, text = STABLE_DIFFUSION, {}, {}, {}
+        # Its configuration comes from the hub when it is loaded.
+        family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
     else:
-        pipeline = read("model_index.json").get("_class_name")
-        family = family_of(pipeline)
-        if family is None:
-            supported = ", ".join(dict.fromkeys(row.pipeline for row in FAMILIES))
-            raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
-        parts = ("vae", family.denoiser, family.text_encoders[0].name)
-        vae, unet, text = (read(f"{part}/config.json") for part in parts)
+        index = read("model_index.json")
+        rows = _rows_of(name, index.get("_class_name"))
+        unet = read(f"{rows[0].denoiser}/config.json")
+        family = _family_of(name, rows, unet)
+        if said.family not in (None, family):
+            raise InputError(
+                f"{name}: it is of {said.family.name}, and {folder} (--single_file_config) of {family.name}."
+            )
+        vae, texts = read("vae/config.json"), [read(f"{row.name}/config.json") for row in family.text_encoders]
     vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
+    side = unet.get("sample_size")
     return BaseModel(
         name,
         kind,
         family,
+        resolution=side * vae_factor if isinstance(side, int) else family.resolution,
         image_factor=vae_factor * 2 ** (len(unet.get("block_out_channels", [1] * 4)) - 1),
         latent_channels=vae.get("latent_channels", 4),
         vae_factor=vae_factor,
         cross_attention_dim=unet.get("cross_attention_dim", family.cross_attention_dim),
-        text_layers=text.get("num_hidden_layers", family.text_layers),
+        text_layers=texts[0].get("num_hidden_layers", family.text_layers),
+        pooled_dim=family.pooled_dim and texts[-1].get("projection_dim", family.pooled_dim),
+        zeros_for_empty_prompt=family.zeros_option is not None and index.get(family.zeros_option, True),
+        scheduler_changes=said.scheduler_changes,
         single_file_config=single_file_config,
         revision=revision,
         variant=variant,
         cache_dir=cache_dir,
     )
+
+
+def _where(name, single_file_config):
+    """("file", "folder" or "hub", the folder with its configuration or None) of what a base model is called."""
+    path = Path(name)
+    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
+        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
+            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
+        return "file", single_file_config
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
+        return "folder", name
+    if not is_hub_id(name):
+        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
+    return "hub", None
+
+
+def _rows_of(name, pipeline):
+    """The families whose pipeline a folder names."""
+    rows = [row for row in FAMILIES if row.pipeline == pipeline]
+    if not rows:
+        supported = ", ".join(f"{row.pipeline} ({row.name})" for row in FAMILIES)
+        raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
+    return rows
+
+
+def _family_of(name, rows, unet):
+    """That of the rows whose marks the UNet's configuration has."""
+    family = family_by_marks(unet)
+    if family not in rows:
+        of = "no family that is known" if family is None else family.name
+        named = " or ".join(row.name for row in rows)
+        raise InputError(
+            f"{name}: its UNet is of {of}, and model_index.json names the pipeline of {named}. Fetch the model again."
+        )
+    return family
 
 
 def _hub_file(name, file, revision, cache_dir):
@@ -114,19 +150,6 @@ def _hub_file(name, file, revision, cache_dir):
             f"{name}: neither a folder here nor a model that the hub gives ({reason_of(error)}). Check the spelling, your "
             "network and `hf auth login`, or pass a local folder."
         ) from error
-
-
-@contextlib.contextmanager
-def lightning_stubs():
-    """Lets `weights_only` loading pass over the Lightning callbacks that old `.ckpt` files hold.
-
-    The stand-ins carry no behaviour: a checkpoint can name them, and nothing of Lightning's is imported or run.
-    """
-    import torch
-
-    names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
-    with torch.serialization.safe_globals([type("ModelCheckpoint", (), {"__module__": name}) for name in names]):
-        yield
 
 
 def load_tokenizer(base):
@@ -196,7 +219,7 @@ def _from_single_file(base, dtype):
         tuple(getattr(pipeline, row.name).to(dtype) for row in family.text_encoders),
         pipeline.vae,
         getattr(pipeline, family.denoiser).to(dtype),
-        dict(pipeline.scheduler.config),
+        dict(pipeline.scheduler.config) | base.scheduler_changes,
     )
 
 
@@ -296,7 +319,7 @@ def _check_denoiser(base, vae, unet):
             f"latents of {channels} channels at 1/{factor} do not fit a UNet of {unet.config.in_channels} channels at "
             f"1/{base.vae_factor}"
         )
-    if unet.config.addition_embed_type != base.family.addition_embed_type:
+    if family_by_marks(unet.config) is not base.family:
         raise ValueError(f"it is not of the family of {base.family.name}")
 
 
@@ -307,6 +330,9 @@ def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_beta
     """
     import diffusers
 
+    kind = scheduler_config.get("_class_name", "")
+    if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
+        raise InputError(f"The base model's scheduler is a {kind}: a diffusion of another kind than is trained here.")
     changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
