@@ -52,7 +52,7 @@ MAY_CHANGE = set(
     mixed_precision allow_tf32 compile enable_xformers_memory_efficient_attention validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
-    tracker_project_name logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
+    tracker_project_name trackio_space_id logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
 
@@ -212,6 +212,7 @@ def build_parser():
     group = parser.add_argument_group("tracking and sharing").add_argument
     group("--report_to", choices=[*TRACKERS, "all", "none"], help="where metrics and sample pictures go; wandb when it is installed (offline without key or network)")
     group("--tracker_project_name", default="text2image-fine-tune", help="the project's name in the trackers")
+    group("--trackio_space_id", metavar="NAME", help="with --report_to trackio: the hub Space that its dashboard runs in, made where there is none; on this machine when not given")
     group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
     group("--push_to_hub", **yes, help="upload the LoRA, its model card and sample pictures at the end")
     group("--hub_token", help="token for the upload; better: hf auth login")
@@ -586,11 +587,11 @@ def quiet_libraries():
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def find_inputs(args, leave_out):
+def find_inputs(args, leave_out, notes):
     """The `BaseModel`, the records to train on, and those to validate on or None, as the command names them.
 
-    What is wrong with them is told before torch is imported. Rows that can't be used go to `leave_out(source, reason)`,
-    where there is one.
+    What is wrong with them is told before torch is imported, and put into `notes`. Rows that can't be used go to
+    `leave_out(source, reason)`, where there is one.
     """
     from huggingface_hub import get_token
 
@@ -609,7 +610,12 @@ def find_inputs(args, leave_out):
             f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
         )
     buckets_of(args, base)
-    say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
+
+    def say(line):
+        notes.append(line)
+        if os.environ.get("RANK", "0") == "0":
+            print(line)
+
     if leave_out is None and args.skip_bad_images:
 
         def leave_out(source, reason):
@@ -785,16 +791,46 @@ def identity_of_run(args, base, pictures, sampler, lora_settings, seed):
     return identity
 
 
-def write_run_file(args, shown, seed, path):
-    """run.yaml, for --config: the run's flags, its seed, and nothing that follows from other flags.
+def flags_of_run(args, shown, seed):
+    """The run's flags, its seed, and nothing that follows from other flags: for run.yaml, and for its command.
 
     So that --config run.yaml --rank 16 has the alpha of rank 16.
     """
+    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
+    return (
+        {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")}
+        | prompts
+        | {"seed": seed}
+    )
+
+
+def write_about_run(args, run, shown, described, accelerator):
+    """Writes run.yaml, for --config, and about.json, for the report; returns what the second holds."""
+    import shlex
+
     import yaml
 
-    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
-    flags = {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")} | prompts
-    write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
+    from text_to_image_lora.reports import about
+
+    flags, device, world_size = flags_of_run(args, shown, run.seed), accelerator.device, accelerator.num_processes
+    write_whole(Path(args.output_dir) / "run.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
+    launcher = "accelerate launch --config_file accelerate_config.yaml"
+    launcher += f" --multi_gpu --num_processes {world_size}" if world_size > 1 else ""
+    words = build_parser().words(flags | {"mixed_precision": accelerator.mixed_precision})
+    return about.write_about(
+        args.output_dir,
+        command=f"{launcher} {Path(__file__).name} {shlex.join(words)}",
+        settings=described,
+        pictures=run.pictures,
+        held_out=run.validated,
+        sampler=run.sampler,
+        notes=run.notes,
+        device={
+            "device": about.device_name(device),
+            "processes": world_size,
+            "precision": accelerator.mixed_precision,
+        },
+    )
 
 
 def precision_of(args):
@@ -872,10 +908,14 @@ class Run(NamedTuple):
     variations: int  # of each picture in the cache; 0: no cache
     identity: dict  # what must be the same for a checkpoint to be gone on from
     identity_before: dict | None  # that of the checkpoint
+    notes: list  # what was told of the pictures
 
 
-def prepare(args, base, records, validation_records, accelerator, say):
-    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
+def prepare(args, base, records, validation_records, notes, accelerator, say):
+    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings.
+
+    `notes` are the lines that were told of the records; those that are told of their pictures are added.
+    """
     from text_to_image_lora.pictures.examine import usable_pictures
     from text_to_image_lora.pictures.inspection import lines_of_samples
     from text_to_image_lora.training import checkpoint, processes
@@ -892,14 +932,19 @@ def prepare(args, base, records, validation_records, accelerator, say):
     # The main process decides: on several machines the others may not see its output folder.
     resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
     seed = state.seed if args.seed is None else args.seed
+
+    def note(line):
+        notes.append(line)
+        say(line)
+
     usable = functools.partial(
         usable_pictures,
         folder=cache_folder(args),
         skip_bad_images=args.skip_bad_images,
         accelerator=accelerator,
-        say=say,
+        say=note,
     )
-    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=say)
+    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=note)
     if pictures.masked and args.perceptual_loss is not None:
         raise InputError(
             "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
@@ -918,7 +963,7 @@ def prepare(args, base, records, validation_records, accelerator, say):
         say(line)
     return Run(
         base, state, resume_path, seed, pictures, validated, sampler, lora_settings, loss_of(args), optimizer_settings,
-        schedule, samples_of(args, base, seed), num_variations(args), identity, identity_before,
+        schedule, samples_of(args, base, seed), num_variations(args), identity, identity_before, notes,
     )  # fmt: skip
 
 
@@ -1193,8 +1238,8 @@ def main(args):
     trackers = trackers_of(args.report_to)
     check_launcher()
     quiet_libraries()
-    left_out = []
-    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None)
+    left_out, notes = [], []
+    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None, notes)
     if args.dry_run:
         if os.environ.get("RANK", "0") == "0":
             look_at_data(args, *inputs, left_out)
@@ -1207,7 +1252,7 @@ def main(args):
     from tqdm.auto import tqdm
 
     from text_to_image_lora.models import kohya, lora, modules
-    from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
+    from text_to_image_lora.reports import dashboard, metrics, model_card, sample_pictures, tracking
     from text_to_image_lora.reports.validation_loss import Judge, LossMeter
     from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
     from text_to_image_lora.training.perceptual import PerceptualLoss
@@ -1226,7 +1271,7 @@ def main(args):
     if weight_dtype == torch.bfloat16 and processes.emulates_bf16(device):
         say("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
 
-    run = prepare(args, *inputs, accelerator, say)
+    run = prepare(args, *inputs, notes, accelerator, say)
     family, seed, state, sampler, num_steps = run.base.family, run.seed, run.state, run.sampler, run.schedule.num_steps
     adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter = load_models(
         args, run, weight_dtype, accelerator, say
@@ -1283,11 +1328,13 @@ def main(args):
     metrics_file, judge = None, None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(args, shown, seed, output_dir / "run.yaml")
+        told = write_about_run(args, run, shown, described, accelerator)
         metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
         state.tracker_run_id = tracking.start_trackers(
-            accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id
-        )
+            accelerator, args.tracker_project_name, dashboard.config_of(told), output_dir, state.tracker_run_id,
+            args.trackio_space_id,
+        )  # fmt: skip
+        dashboard.log_start(accelerator, told)
     num_threads = torch.get_num_threads()
     threads = f" ({num_threads} thread{'s' if num_threads > 1 else ''})" if device.type == "cpu" else ""
     device_name = f"{device.type}{threads}"
@@ -1438,6 +1485,7 @@ def main(args):
         if checkpoints and accelerator.is_main_process:
             save_checkpoint()
         if validates or checkpoints or saves:  # no part of the training's speed
+            reports.write_page()
             clock = time.time()
     progress.close()
     if judge is not None:
@@ -1457,6 +1505,8 @@ def main(args):
             trigger_word=args.trigger_word,
             kohya_file=kohya.file_name(output_dir) if args.output_kohya_format else None,
         )
+        reports.write_page()
+        dashboard.log_results(accelerator, output_dir)
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the

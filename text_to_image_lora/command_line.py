@@ -88,6 +88,23 @@ class Parser(argparse.ArgumentParser):
         config = self.parse_known_args(argv)[0].config
         return self.parse_args(argv if config is None else [*self._words_of(config), *argv])
 
+    def words(self, values):
+        """The command line that means these values of flags; those that are as by default are left out."""
+        words = []
+        for action in self._actions:
+            value = values.get(action.dest, action.default)
+            if value == action.default:
+                continue
+            if action.nargs == 0:
+                words.append(f"--{action.dest}" if value else f"--no-{action.dest}")
+            elif isinstance(value, list):
+                words += [f"--{action.dest}", *map(str, value)]
+            else:
+                words += (
+                    [f"--{action.dest}={value}"] if str(value).startswith("-") else [f"--{action.dest}", str(value)]
+                )
+        return words
+
     def _words_of(self, config):
         """The flags in a YAML file as words of a command line."""
         import yaml

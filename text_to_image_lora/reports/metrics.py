@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import TrainingError
 from ..files import in_bytes, write_whole
+from .dashboard import log_numbers
+from .report_page import update_page
 
 
 def peak_memory_gib(device):
@@ -163,4 +165,9 @@ class StepReports:
         self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         if self.metrics_file is not None:
             self.metrics_file.write(step, values)
-        self.accelerator.log(values, step=step)
+        log_numbers(self.accelerator, values, step)
+
+    def write_page(self):
+        """Writes the run's `report.html` anew."""
+        if self.metrics_file is not None:
+            update_page(self.output_dir, self.pace.say)

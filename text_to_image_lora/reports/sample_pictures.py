@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from ..models.modules import evaluating, in_its_precision
-from .tracking import log_pictures
+from .dashboard import log_pictures
+from .runs import step_of
 
 
 AT_ONCE = 4  # pictures denoised together
@@ -23,6 +24,10 @@ class Samples(NamedTuple):
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     seed: int = 0  # picture k of each prompt has the seed + k
+
+    def seed_of(self, prompt, k):
+        """The seed of picture k of the prompt of this number."""
+        return self.seed + k
 
 
 def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
@@ -74,8 +79,10 @@ class Painter:
         """Draws and saves the pictures of a step, each process its share of them."""
         images = self.generate()
         if self.accelerator.is_main_process:
-            save_images(images, self.samples.prompts, self.output_dir / "validation" / f"step-{step:06d}")
-            log_pictures(self.accelerator, images, self.samples.prompts, step)
+            folder, seeds = self.output_dir / "validation", {task: self.samples.seed_of(*task) for task in images}
+            save_images(images, self.samples.prompts, folder / f"step-{step:06d}", seeds)
+            base = base_images(self.output_dir, self.samples.prompts) if step and self.accelerator.trackers else {}
+            log_pictures(self.accelerator, images, base, self.samples.prompts, seeds, step)
 
     @torch.no_grad()
     def generate(self):
@@ -101,7 +108,7 @@ class Painter:
                     embeds[f"negative_{of_call}"] = negative[name].expand_as(embeds[of_call]).to(device)
                 latents = pipeline(
                     **embeds,
-                    generator=[torch.Generator().manual_seed(samples.seed + k) for _, k in batch],
+                    generator=[torch.Generator().manual_seed(samples.seed_of(*task)) for task in batch],
                     num_inference_steps=samples.num_inference_steps,
                     guidance_scale=samples.guidance_scale,
                     height=samples.resolution,
@@ -117,13 +124,8 @@ class Painter:
         return {task: image for part in gather_object([images]) for task, image in part.items()}
 
 
-def step_of(folder):
-    """The step of a validation's folder, `step-000100`."""
-    return int(folder.name.partition("-")[2])
-
-
-def save_images(images, prompts, folder):
-    """Writes each picture, its prompt in the file, and a sheet of all with their prompts.
+def save_images(images, prompts, folder, seeds=None):
+    """Writes each picture, its prompt and its seed in the file, and a sheet of all with their prompts.
 
     Earlier pictures of this step and of later ones go: they are of a run that went further before it was resumed or
     started over.
@@ -137,8 +139,21 @@ def save_images(images, prompts, folder):
     for (prompt, k), image in images.items():
         info = PngInfo()
         info.add_itxt("prompt", prompts[prompt])
+        if seeds is not None:
+            info.add_text("seed", str(seeds[prompt, k]))
         image.save(folder / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
     label_sheet(images, prompts).save(folder / "sheet.png")
+
+
+def base_images(output_dir, prompts):
+    """{(prompt index, k): PIL.Image} that the base drew before the first step, as far as it was of these prompts."""
+    found = {}
+    for path in sorted((output_dir / "validation" / "step-000000").glob("prompt-*.png")):
+        _, prompt, k = path.stem.split("-")
+        with Image.open(path) as image:
+            if int(prompt) < len(prompts) and image.text.get("prompt") == prompts[int(prompt)]:
+                found[int(prompt), int(k)] = image.convert("RGB")
+    return found
 
 
 def latest_images(output_dir, prompts):

@@ -59,22 +59,24 @@ def wandb_mode():
     return "online"
 
 
-def start_trackers(accelerator, project_name, config, output_dir, run_id):
+def start_trackers(accelerator, project_name, config, output_dir, run_id, trackio_space_id=None):
     """Starts the trackers on the main process; `config` holds no secret. Returns W&B's run id, or None.
 
     A W&B run that the server doesn't take is kept offline.
     """
+    name = Path(output_dir).resolve().name
+    kwargs = {"trackio": {"name": name, "space_id": trackio_space_id}}
     values = {
         k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items() if v is not None
     }
     if "wandb" not in [str(getattr(name, "value", name)) for name in accelerator.log_with or []]:
-        accelerator.init_trackers(project_name, config=values)
+        accelerator.init_trackers(project_name, config=values, init_kwargs=kwargs)
         return run_id
     import wandb
 
     mode = wandb_mode()
     options = {
-        "name": Path(output_dir).resolve().name,
+        "name": name,
         "dir": str(output_dir),
         "id": run_id,
         "resume": "allow" if run_id and mode == "online" else None,
@@ -83,37 +85,14 @@ def start_trackers(accelerator, project_name, config, output_dir, run_id):
         "settings": wandb.Settings(silent=True, console="off"),
     }
     try:
-        accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
+        accelerator.init_trackers(project_name, config=values, init_kwargs=kwargs | {"wandb": options})
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         print(f"W&B's server doesn't take the run ({reason}): it is kept offline. Try `wandb login`.", file=sys.stderr)
         accelerator.trackers.clear()
         options |= {"mode": "offline", "resume": None}
-        accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
+        accelerator.init_trackers(project_name, config=values, init_kwargs=kwargs | {"wandb": options})
     return next(tracker.run.id for tracker in accelerator.trackers if tracker.name == "wandb")
-
-
-def log_pictures(accelerator, images, prompts, step):
-    """Validation pictures {(prompt index, image index): PIL.Image} to every tracker, with step and prompt."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            pictures = [wandb.Image(image, caption=f"{prompts[p]} ({k})") for (p, k), image in sorted(images.items())]
-            tracker.run.log({"validation": pictures}, step=step)
-        elif tracker.name == "trackio":
-            import trackio
-
-            pictures = {
-                f"validation/{p}-{k}": trackio.Image(image, caption=prompts[p]) for (p, k), image in images.items()
-            }
-            tracker.run.log(pictures, step=step)
-        elif tracker.name == "tensorboard":
-            import numpy as np
-
-            for p, prompt in enumerate(prompts):
-                stack = np.stack([np.asarray(image) for (q, _), image in sorted(images.items()) if q == p])
-                tracker.writer.add_images(f"validation/{p}-{prompt[:80]}", stack, step, dataformats="NHWC")
 
 
 def finish_trackers(accelerator):
