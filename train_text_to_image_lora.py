@@ -1334,7 +1334,7 @@ def main(args):
             accelerator, args.tracker_project_name, dashboard.config_of(told), output_dir, state.tracker_run_id,
             args.trackio_space_id,
         )  # fmt: skip
-        dashboard.log_start(accelerator, told)
+        dashboard.log_start(accelerator, told, state.global_step)
     num_threads = torch.get_num_threads()
     threads = f" ({num_threads} thread{'s' if num_threads > 1 else ''})" if device.type == "cpu" else ""
     device_name = f"{device.type}{threads}"

@@ -26,8 +26,8 @@ def config_of(about):
     }  # fmt: skip
 
 
-def log_start(accelerator, about):
-    """Tells the trackers by what to draw numbers, and shows the data sheet."""
+def log_start(accelerator, about, first_step):
+    """Tells the trackers by what to draw numbers, and at a run's first step shows the data sheet."""
     rows = [
         [image_of(row["preview"]), " / ".join(row["captions"]), row["concept"], row["size"], row["trained_at"], row["source"]]
         for row in about["dataset"]["shown"]
@@ -35,6 +35,8 @@ def log_start(accelerator, about):
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
             define_metrics(tracker.run)
+        if first_step:
+            continue
         if tracker.name == "tensorboard":
             writer = tracker.writer
             lines = [f"{key}: {value}" for key, value in about["dataset"].items() if key not in ("shown", "notes")]

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -47,7 +48,7 @@ def write_page(output_dir):
     _render(
         path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_linked(file, path) for file in run.files], charts=charts_of(run.rows), dataset=dataset,
-        findings=list(_findings(dataset)), command=run.about.get("command"), machine=run.about.get("machine"),
+        findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
         versions=run.about.get("versions"), settings=run.settings, **shown,
     )  # fmt: skip
     return path
@@ -164,7 +165,7 @@ def _cards_of(runs, folder, answers, names=None):
         cards.append({"prompt": some.prompt, "seed": some.seed, "films": films})
     steps = sorted({step for each in kept for step in each}) or [0]
     jumps = [("last", steps[-1])]
-    if len(runs) == 1 and answers[runs[0].folder].best_step in steps:
+    if len(runs) == 1 and answers[runs[0].folder].best_step in steps[:-1]:
         jumps.insert(0, ("best", answers[runs[0].folder].best_step))
     total = sum(len(pictures) for run in runs for pictures in run.pictures.values())
     shown = sum(len(film["frames"]) for card in cards for film in card["films"])
@@ -233,6 +234,9 @@ def _render(path, template, *, charts, **values):
 @functools.cache
 def _bokeh():
     """BokehJS, from the installed package, which itself needs not be imported."""
-    folder = Path(importlib.util.find_spec("bokeh").origin).parent / "server" / "static" / "js"
+    found = importlib.util.find_spec("bokeh")
+    if found is None:
+        raise InputError("Bokeh is not installed. Run: pip install -r requirements.txt")
+    folder = Path(found.origin).parent / "server" / "static" / "js"
     parts = [(folder / f"{name}.min.js").read_text(encoding="utf-8") for name in ("bokeh", "bokeh-api")]
     return "\n".join(parts).replace("</script", "<\\/script")

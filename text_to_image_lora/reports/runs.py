@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import yaml
 from PIL import Image
-from safetensors import safe_open
 
 from ..errors import InputError
-from ..models.lora_file import WEIGHTS_NAME
 from . import about, stopping
 
 
@@ -97,7 +95,7 @@ def read_pictures(folder):
         pictures = {}
         for path in sorted(place.glob("prompt-*.png")):
             with Image.open(path) as image:
-                prompt, seed = str(image.text.get("prompt", "")), image.text.get("seed")
+                prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
             seed = None if seed is None else int(seed)
             pictures[prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed] = Picture(prompt, seed, path)
         if pictures:
@@ -107,10 +105,14 @@ def read_pictures(folder):
 
 def read_files(folder):
     """The `LoraFile`s of a run: those of its epochs, the best, and the last."""
+    from safetensors import safe_open
+
+    from ..models.lora_file import WEIGHTS_NAME
+
     for place in [*sorted(path.name for path in folder.glob("epoch-*")), "best", ""]:
         path = folder / place / WEIGHTS_NAME
         if path.is_file():
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "np") as file:
                 step = (file.metadata() or {}).get("ss_steps")
             others = sorted(other for other in (folder / place).glob(FOR_KOHYAS_READERS) if other != path)
             yield LoraFile(place, None if step is None else int(step), [path, *others])
@@ -137,7 +139,7 @@ before they begin to look alike or lose what the prompt asks for. --validation_s
 def answer_of(run):
     """The `Answer` that a run's numbers and files give, while it goes on too."""
     last = next((file for file in run.files if file.place == ""), None)
-    finished = last is not None and last.step == run.step
+    finished = last is not None and last.step in (run.step, None)
     last = last if finished else None
     judged = [row for row in run.rows if row.get(LOSS) is not None]
     if not judged:

@@ -46,15 +46,25 @@ if (data) {
   const touch = matchMedia("(pointer: coarse)").matches;
   const xs = charts.flatMap((chart) => chart.lines.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]));
   const first = Math.min(...xs), last = Math.max(...xs);
-  // One range for all charts: who zooms into one sees those steps everywhere.
-  const range = new Bokeh.Range1d({ start: first - 0.02 * (last - first || 1), end: last + 0.02 * (last - first || 1) });
-  const whole = { start: range.start, end: range.end };
-  window.stepsShown = range;
-  document.getElementById("zoom-out").addEventListener("click", () => range.setv(whole));
+  const whole = { start: first - 0.02 * (last - first || 1), end: last + 0.02 * (last - first || 1) };
+  // Each chart is a document of its own with its own range; who zooms into one sees those steps in all.
+  const ranges = [];
+  let shown = whole;
+  const zoomTo = (start, end) => {
+    shown = { start, end };
+    document.getElementById("curves").dataset.shown = start + " " + end;
+    for (const range of ranges) range.setv(shown);
+  };
+  document.getElementById("zoom-out").addEventListener("click", () => zoomTo(whole.start, whole.end));
 
   const draw = (chart, place) => {
+    const range = new Bokeh.Range1d(shown);
+    ranges.push(range);
+    range.change.connect(() => {
+      if (range.start !== shown.start || range.end !== shown.end) zoomTo(range.start, range.end);
+    });
     const figure = Bokeh.Plotting.figure({
-      height: 240, sizing_mode: "stretch_width", x_range: range, tools: "xbox_zoom,xpan,xwheel_zoom,reset",
+      height: 260, sizing_mode: "stretch_width", x_range: range, tools: "xbox_zoom,xpan,xwheel_zoom,reset",
       toolbar_location: null, min_border_right: 8, output_backend: "canvas",
     });
     figure.xaxis.axis_label = "step";
@@ -67,7 +77,6 @@ if (data) {
         renderers.push(figure.scatter({ field: "x" }, { field: "y" }, { source, color: line.colour, size: 5 }));
       }
       if (!line.faint) {
-        const name = line.label ? line.label + ": " : "";
         figure.add_tools(new Bokeh.HoverTool({
           renderers: renderers.slice(0, 1), mode: "vline", line_policy: "nearest",
           tooltips: [["step", "@x"], [line.label || chart.title, "@y"]],
@@ -79,13 +88,16 @@ if (data) {
       figure.add_layout(new Bokeh.Span({ location: 1, dimension: "width", line_color: "#888", line_dash: "dashed" }));
     }
     if (legend.length) {
+      const many = legend.length > 2;  // they would hide the lines
       figure.add_layout(new Bokeh.Legend({
-        items: legend, click_policy: "hide", label_text_font_size: "11px", spacing: 0, padding: 4, margin: 2,
-        glyph_height: 12, label_height: 12, background_fill_alpha: 0.7, ncols: legend.length > 4 ? 2 : 1,
-      }));
+        items: legend, click_policy: "hide", label_text_font_size: "11px", spacing: many ? 6 : 0, padding: 4, margin: 2,
+        glyph_height: 12, glyph_width: 14, label_height: 12, background_fill_alpha: 0.7, border_line_alpha: 0,
+        ncols: many ? 4 : 1,
+      }), many ? "below" : "center");
     }
-    figure.toolbar.active_drag = touch ? null : figure.toolbar.tools.find((tool) => tool.type === "BoxZoomTool") || null;
-    figure.toolbar.active_scroll = null;
+    const tool = (type) => figure.toolbar.tools.find((each) => each.type === type);
+    figure.toolbar.active_drag = touch ? null : tool("BoxZoomTool");  // one finger scrolls the page, two zoom
+    figure.toolbar.active_scroll = touch ? tool("WheelZoomTool") : null;  // which is also what a pinch does
     return Bokeh.Plotting.show(figure, place);
   };
   const seen = new IntersectionObserver((entries) => {
