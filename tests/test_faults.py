@@ -273,7 +273,7 @@ def tracked_run(train, tmp_path, monkeypatch):
     }
 
     def spy(run, values, step=None, **kwargs):
-        if "validation" in values:
+        if any(name.startswith("samples/") for name in values):
             steps.append(step)
         return log(run, values, step=step, **kwargs)
 
