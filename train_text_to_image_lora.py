@@ -1,4 +1,32 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "diffusers==0.39.0",
+#     "transformers==5.5.4",
+#     "accelerate==1.15.0",
+#     "peft==0.21.2",
+#     "datasets==5.2.0",
+#     "huggingface_hub==1.33.0",
+#     "safetensors==0.8.0",
+#     "wandb==0.31.0",
+#     "pillow==13.0.0",
+#     "numpy==2.4.6",
+#     "PyYAML==6.0.3",
+#     "kornia==0.9.0",
+#     "tqdm==4.70.1",
+#     "prodigyopt==1.1.2",
+#     "schedulefree==1.4.1",
+#     "jinja2==3.1.6",
+#     "bokeh==3.9.2",
+#     "optuna==5.0.0",
+#     "filelock==4.2.11",
+#     "psutil==7.2.2",
+#     'bitsandbytes==0.50.2; platform_machine == "x86_64" or platform_machine == "AMD64" or platform_machine == "aarch64" or (sys_platform == "darwin" and platform_machine == "arm64")',
+#     'xformers==0.0.35; (sys_platform == "linux" and platform_machine == "x86_64") or sys_platform == "win32"',
+# ]
+# ///
 """Fine-tunes Stable Diffusion with LoRA on your own pictures.
 
     accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
@@ -18,9 +46,20 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
-from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
-from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole, written_whole
+from infer import parse_prompt, read_prompts
+from text_to_image_lora.command_line import (
+    Parser,
+    above,
+    at_least,
+    between,
+    duration,
+    from_up_to,
+    hub_id,
+    seconds_of,
+)
+from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
+from text_to_image_lora.files import check_writable, reason_of, without_folders
+from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
 from text_to_image_lora.pictures.captions import CaptionRules, shuffled_variations
@@ -28,13 +67,19 @@ from text_to_image_lora.pictures.layouts import LAYOUTS, Reading
 from text_to_image_lora.pictures.records import with_class_pictures
 from text_to_image_lora.pictures.sources import load_records
 from text_to_image_lora.pictures.tables import Columns
+from text_to_image_lora.reports.notes import Notes
 from text_to_image_lora.reports.tracking import TRACKERS, trackers_of
+from text_to_image_lora.training import interruption
+from text_to_image_lora.training.ending import end
+from text_to_image_lora.training.launcher import check_launcher
 from text_to_image_lora.training.optimizers import OPTIMIZERS, OptimizerSettings, Schedule, check_optimizer
 
 
 SECRETS = ("hub_token",)
 NOT_SHOWN = (*SECRETS, "config", "local_rank")
 ENDLESS_VARIATIONS_CACHED = 4
+# What may stand behind the prompt of a sample picture.
+SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width")
 PREVIEWED = 10  # pictures on the sheet of --preview_data
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 # What a run that goes on from a checkpoint may have otherwise than before; whatever else differs is refused. Pictures,
@@ -49,12 +94,23 @@ MAY_CHANGE = set(
     train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
     text_encoder_lr loraplus_lr_ratio scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio lr_num_cycles lr_power lr_step_rules
     optimizer_args use_8bit_adam ema_decay adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
-    mixed_precision allow_tf32 compile enable_xformers_memory_efficient_attention validation_split validation_data_dir
+    mixed_precision deterministic allow_tf32 compile max_train_time enable_xformers_memory_efficient_attention validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
-    tracker_project_name trackio_space_id logging_dir push_to_hub hub_token hub_model_id output_kohya_format kohya_extras
+    tracker_project_name trackio_space_id logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
+
+
+def refuse(reason):
+    raise InputError(reason)
+
+
+class PromptLines(argparse.Action):
+    """Puts the lines of a file of prompts in its place."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values, refuse)])
 
 
 def build_parser():
@@ -70,9 +126,10 @@ def build_parser():
     group("--config", metavar="FILE", help="a YAML file with flags, one a line; the command line goes before it (each run saves its own as run.yaml)")
     group("--output_dir", default="sd-model-finetuned-lora", help="folder for the LoRA, checkpoints, sample pictures and metrics")
     group("--seed", type=between(0, 2**63 - 1, int), help="makes a run reproducible; when not given, one is drawn and saved in run.yaml")
-    group("--resume_from_checkpoint", default="latest", help="a checkpoint folder to go on from; latest: the newest in --output_dir; none: start over")
-    group("--checkpointing_steps", type=at_least(0), default=500, help="optimizer steps between checkpoints, from which a stopped run goes on (one more comes at the end); 0: never")
+    group("--resume_from_checkpoint", default="latest", help="a checkpoint folder to go on from; latest: the newest in --output_dir that is whole; hf://owner/name[/checkpoint-N]: the newest there or in --output_dir; none: start over")
+    group("--checkpointing_steps", type=at_least(0), default=500, help="optimizer steps between checkpoints, from which a killed run goes on (one more comes at the end, or where the run is asked to stop); 0: only there where it is asked to stop")
     group("--checkpoints_total_limit", type=at_least(1), help="keep so many checkpoints and delete the oldest; all when not given")
+    group("--max_train_time", type=duration, metavar="TIME", help="stop in time, with a checkpoint and exit code 75, so that the whole command takes no longer than this, such as 3h50m")
     group("--save_every_n_epochs", type=at_least(0), default=0, help="write a LoRA ready for use (epoch-0005/...) every so many epochs; 0: only at the end")
     group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; when not given, the physical cores divided by the processes, unless OMP_NUM_THREADS says otherwise")
     group("--local_rank", type=int, default=-1, help="set by the launcher, not by you")
@@ -190,6 +247,7 @@ def build_parser():
     group("--adam_epsilon", type=at_least(0, float), default=1e-8, help="what the optimizer adds to its denominator")
     group("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: don't")
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the frozen base model; the launcher's when not given. The LoRA is always float32")
+    group("--deterministic", **yes, help="a seed gives equal bits each time on a GPU too: deterministic kernels and plain attention, whose memory grows with the square of the picture's area; slower")
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
@@ -201,7 +259,7 @@ def build_parser():
 
     group = parser.add_argument_group("sample pictures").add_argument
     group("--validation_prompt", help="a prompt to draw sample pictures with while training")
-    group("--validation_prompts", nargs="+", default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training")
+    group("--validation_prompts", nargs="+", action=PromptLines, default=[], metavar="PROMPT", help="several prompts to draw sample pictures with while training, or a .txt file with one a line; options may stand behind each: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, and kohya's --n --w --h --d --l --s)")
     group("--validation_negative_prompt", default="", help="what the sample pictures are to avoid")
     group("--num_validation_images", type=at_least(0), default=4, help="sample pictures of each prompt; 0: none")
     group("--validation_epochs", type=at_least(0), default=1, help="validate every so many epochs, before training and at the end; 0: only before and at the end")
@@ -212,9 +270,10 @@ def build_parser():
     group = parser.add_argument_group("tracking and sharing").add_argument
     group("--report_to", choices=[*TRACKERS, "all", "none"], help="where metrics and sample pictures go; wandb when it is installed (offline without key or network)")
     group("--tracker_project_name", default="text2image-fine-tune", help="the project's name in the trackers")
-    group("--trackio_space_id", metavar="NAME", help="with --report_to trackio: the hub Space that its dashboard runs in, made where there is none; on this machine when not given")
+    group("--trackio_space_id", type=hub_id, metavar="OWNER/NAME", help="the hub Space that trackio's dashboard runs in, private when it is made; on this machine when not given")
     group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
     group("--push_to_hub", **yes, help="upload the LoRA, its model card and sample pictures at the end")
+    group("--push_checkpoints_to_hub", **yes, help="upload each checkpoint beside the training, into a repository that is private when it is made; --resume_from_checkpoint hf://... goes on from it on another machine")
     group("--hub_token", help="token for the upload; better: hf auth login")
     group("--hub_model_id", help="repository to upload to; the output folder's name when not given")
     # fmt: on
@@ -301,6 +360,10 @@ def check_schedule_and_loss(args):
         raise InputError(
             "--perceptual_loss self looks into the UNet where --compile leaves nothing to see: leave one out."
         )
+    if args.deterministic and args.enable_xformers_memory_efficient_attention:
+        raise InputError(
+            "--deterministic needs plain attention: leave --enable_xformers_memory_efficient_attention out."
+        )
     if args.train_batch_size == "auto" and args.gradient_accumulation_steps == 1:
         raise InputError(
             "--train_batch_size auto takes as many of a step's pictures at once as fit: say how many a step has with "
@@ -335,15 +398,21 @@ def check_validation_and_upload(args):
         raise InputError("Pass one of --validation_split and --validation_data_dir.")
     if args.early_stopping_patience and not (args.validation_split or args.validation_data_dir):
         raise InputError("--early_stopping_patience needs pictures to judge by: add --validation_split 0.1")
+    if args.trackio_space_id is not None and args.report_to not in ("trackio", "all"):
+        raise InputError("--trackio_space_id says where trackio's dashboard runs: add --report_to trackio.")
     if args.early_stopping_patience and not (args.validation_steps or args.validation_epochs):
         raise InputError(
             "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
         )
     if any(not prompt.strip() for prompt in sample_prompts(args)):
         raise InputError("--validation_prompt is empty: write what the picture shows, or leave the flag out.")
-    if args.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if alien := [name for options in sample_options(args) for name in options if name not in SAMPLE_OPTIONS]:
+        listed = ", ".join(f"--{name}" for name in SAMPLE_OPTIONS)
+        raise InputError(f"--{alien[0]} behind a prompt is for infer.py alone. Sample pictures have {listed}.")
+    uploads = [name for name in ("push_to_hub", "push_checkpoints_to_hub") if getattr(args, name)]
+    if uploads and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise InputError(
-            "--push_to_hub can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
+            f"--{uploads[0]} can't work with HF_HUB_OFFLINE set: unset it, or upload later with `hf upload`."
         )
 
 
@@ -360,9 +429,19 @@ def learning_rate_of(args):
     return 1.0 if optimizer_name(args) == "prodigy" else 1e-4
 
 
-def sample_prompts(args):
+def sample_lines(args):
+    """The prompts of the sample pictures as they were written, each with its own options."""
     prompts = [args.validation_prompt] if args.validation_prompt is not None else []
     return [*prompts, *args.validation_prompts] if args.num_validation_images else []
+
+
+def sample_prompts(args):
+    return [parse_prompt(line, "--validation_prompts", refuse).text for line in sample_lines(args)]
+
+
+def sample_options(args):
+    """For each prompt what its sample pictures have otherwise {name: value}."""
+    return [parse_prompt(line, "--validation_prompts", refuse).options for line in sample_lines(args)]
 
 
 def resolution_of(args, base):
@@ -444,13 +523,9 @@ def draws_of(args, seed, num_train_timesteps):
     sampling = None
     if args.timestep_sampling != "uniform" or args.timestep_range is not None:
         first, last = args.timestep_range or (0, num_train_timesteps)
+        last = min(last, num_train_timesteps)
         sampling = TimestepSampling(
-            args.timestep_sampling,
-            first,
-            min(last, num_train_timesteps),
-            args.logit_mean,
-            args.logit_std,
-            args.mode_scale,
+            args.timestep_sampling, first, last, args.logit_mean, args.logit_std, args.mode_scale
         )
     return Draws(
         seed, num_train_timesteps, caption_rules_of(args), sampling, bool(args.input_perturbation),
@@ -558,6 +633,7 @@ def samples_of(args, base, seed):
         num_inference_steps=args.validation_inference_steps,
         guidance_scale=args.validation_guidance_scale,
         seed=seed,
+        own=sample_options(args),
     )
 
 
@@ -573,49 +649,30 @@ def hide_secrets(args):
     return {k: v for k, v in vars(args).items() if k not in NOT_SHOWN and v not in (None, [])}
 
 
-def quiet_libraries():
-    """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
-    import logging
-    import warnings
-
-    # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns when a loader's worker is forked
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("xformers", "bitsandbytes", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def find_inputs(args, leave_out, notes):
+def find_inputs(args, leave_out, say):
     """The `BaseModel`, the records to train on, and those to validate on or None, as the command names them.
 
-    What is wrong with them is told before torch is imported, and put into `notes`. Rows that can't be used go to
-    `leave_out(source, reason)`, where there is one.
+    What is wrong with them is told before torch is imported. Rows that can't be used go to `leave_out(source, reason)`,
+    where there is one.
     """
     from huggingface_hub import get_token
 
+    from text_to_image_lora.models.dialects import check_lora
     from text_to_image_lora.models.loading import find_base_model
 
+    if args.lora_weights is not None:
+        check_lora(args.lora_weights)
+
     base = find_base_model(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        single_file_config=args.single_file_config,
-        cache_dir=args.cache_dir,
-    )
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
+        single_file_config=args.single_file_config, cache_dir=args.cache_dir,
+    )  # fmt: skip
     if resolution_of(args, base) % base.image_factor:
         near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
         raise InputError(
             f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
         )
     buckets_of(args, base)
-
-    def say(line):
-        notes.append(line)
-        if os.environ.get("RANK", "0") == "0":
-            print(line)
-
     if leave_out is None and args.skip_bad_images:
 
         def leave_out(source, reason):
@@ -640,8 +697,8 @@ def find_inputs(args, leave_out, notes):
         records = with_class_pictures(records, class_pictures)
     if args.clip_skip is not None and args.clip_skip >= base.text_layers:
         raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
-    if args.push_to_hub and not (args.hub_token or get_token()):
-        raise InputError("--push_to_hub needs a token: run `hf auth login` first.")
+    if (args.push_to_hub or args.push_checkpoints_to_hub) and not (args.hub_token or get_token()):
+        raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
     check_writable(args.output_dir, "--output_dir")
     if args.preview_data is not None:
         check_writable(Path(args.preview_data).parent, "--preview_data")
@@ -791,46 +848,22 @@ def identity_of_run(args, base, pictures, sampler, lora_settings, seed):
     return identity
 
 
-def flags_of_run(args, shown, seed):
-    """The run's flags, its seed, and nothing that follows from other flags: for run.yaml, and for its command.
+def write_about_run(args, run, shown, described, notes, accelerator):
+    """Writes run.yaml, for --config, and about.json, for the page and the trackers; returns what the second holds.
 
-    So that --config run.yaml --rank 16 has the alpha of rank 16.
+    run.yaml has the run's flags, its seed, and nothing that follows from other flags: so that --config run.yaml --rank 16
+    has the alpha of rank 16.
     """
-    prompts = {"validation_prompts": sample_prompts(args)} if sample_prompts(args) else {}
-    return (
-        {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")}
-        | prompts
-        | {"seed": seed}
-    )
-
-
-def write_about_run(args, run, shown, described, accelerator):
-    """Writes run.yaml, for --config, and about.json, for the report; returns what the second holds."""
-    import shlex
-
-    import yaml
-
     from text_to_image_lora.reports import about
 
-    flags, device, world_size = flags_of_run(args, shown, run.seed), accelerator.device, accelerator.num_processes
-    write_whole(Path(args.output_dir) / "run.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
-    launcher = "accelerate launch --config_file accelerate_config.yaml"
-    launcher += f" --multi_gpu --num_processes {world_size}" if world_size > 1 else ""
+    flags = {name: value for name, value in shown.items() if name not in ("validation_prompt", "validation_prompts")}
+    flags |= ({"validation_prompts": sample_lines(args)} if sample_lines(args) else {}) | {"seed": run.seed}
     words = build_parser().words(flags | {"mixed_precision": accelerator.mixed_precision})
     return about.write_about(
-        args.output_dir,
-        command=f"{launcher} {Path(__file__).name} {shlex.join(words)}",
-        settings=described,
-        pictures=run.pictures,
-        held_out=run.validated,
-        sampler=run.sampler,
-        notes=run.notes,
-        device={
-            "device": about.device_name(device),
-            "processes": world_size,
-            "precision": accelerator.mixed_precision,
-        },
-    )
+        args.output_dir, flags=flags, command=about.command_line(Path(__file__).name, words, accelerator),
+        machine=about.machine(accelerator), settings=described,
+        dataset=about.data_sheet(run.pictures, run.validated, run.sampler, notes),
+    )  # fmt: skip
 
 
 def precision_of(args):
@@ -839,23 +872,6 @@ def precision_of(args):
     if precision not in ("no", "fp16", "bf16"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, fp16 or bf16.")
     return precision
-
-
-def check_launcher():
-    """Raises `InputError` for launches that this training is not made for."""
-    engines = {
-        "DeepSpeed": "DEEPSPEED",
-        "FSDP": "FSDP",
-        "Megatron-LM": "MEGATRON_LM",
-        "ND parallelism": "PARALLELISM_CONFIG",
-    }
-    for name, variable in engines.items():
-        variable = f"ACCELERATE_USE_{variable}"
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
-            raise InputError(
-                f"{name} divides a model that doesn't fit one GPU; a LoRA of Stable Diffusion does, and plain data "
-                "parallelism is faster. Launch with --multi_gpu instead (or run `accelerate config` again)."
-            )
 
 
 def make_accelerator(args, lora_settings, trackers):
@@ -869,6 +885,7 @@ def make_accelerator(args, lora_settings, trackers):
     precision = precision_of(args)
     if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
+    processes.be_deterministic(args.deterministic)
     logging_dir = os.path.join(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -908,21 +925,20 @@ class Run(NamedTuple):
     variations: int  # of each picture in the cache; 0: no cache
     identity: dict  # what must be the same for a checkpoint to be gone on from
     identity_before: dict | None  # that of the checkpoint
-    notes: list  # what was told of the pictures
 
 
-def prepare(args, base, records, validation_records, notes, accelerator, say):
+def prepare(args, base, records, validation_records, accelerator, say, notes):
     """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings.
 
-    `notes` are the lines that were told of the records; those that are told of their pictures are added.
+    What is said of the pictures is kept in `notes`.
     """
     from text_to_image_lora.pictures.examine import usable_pictures
     from text_to_image_lora.pictures.inspection import lines_of_samples
-    from text_to_image_lora.training import checkpoint, processes
+    from text_to_image_lora.training import checkpoint, hub_checkpoints, processes
     from text_to_image_lora.training.batches import make_sampler
 
     def where_it_stopped():
-        path = checkpoint.find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        path = hub_checkpoints.find_checkpoint(args.output_dir, args.resume_from_checkpoint, args.hub_token, say)
         if path is not None:
             return path, *checkpoint.read_state(path)
         drawn = int.from_bytes(os.urandom(4), "little")
@@ -932,19 +948,14 @@ def prepare(args, base, records, validation_records, notes, accelerator, say):
     # The main process decides: on several machines the others may not see its output folder.
     resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
     seed = state.seed if args.seed is None else args.seed
-
-    def note(line):
-        notes.append(line)
-        say(line)
-
     usable = functools.partial(
         usable_pictures,
         folder=cache_folder(args),
         skip_bad_images=args.skip_bad_images,
         accelerator=accelerator,
-        say=note,
+        say=notes,
     )
-    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=note)
+    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=notes)
     if pictures.masked and args.perceptual_loss is not None:
         raise InputError(
             "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
@@ -963,7 +974,7 @@ def prepare(args, base, records, validation_records, notes, accelerator, say):
         say(line)
     return Run(
         base, state, resume_path, seed, pictures, validated, sampler, lora_settings, loss_of(args), optimizer_settings,
-        schedule, samples_of(args, base, seed), num_variations(args), identity, identity_before, notes,
+        schedule, samples_of(args, base, seed), num_variations(args), identity, identity_before,
     )  # fmt: skip
 
 
@@ -1189,7 +1200,7 @@ def write_lora(args, run, adapted, told, folder):
 
     components, state = {name: lora.adapter_state(model) for name, model in adapted.items()}, run.state
     if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
-        raise TrainingError(
+        raise NotANumberError(
             f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
             f"saved before is in {args.output_dir}."
         )
@@ -1216,53 +1227,11 @@ def write_lora(args, run, adapted, told, folder):
     return path, arrives
 
 
-def upload(args, say):
-    """Uploads what the run left; a failure is a `TrainingError` that says that nothing is lost."""
-    from text_to_image_lora.models import kohya, lora_file
-    from text_to_image_lora.reports import model_card
-
-    output_dir = Path(args.output_dir)
-    files = [lora_file.WEIGHTS_NAME, *([kohya.file_name(output_dir)] if args.output_kohya_format else [])]
-    try:
-        url = model_card.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, files)
-    except Exception as error:  # whatever it is, the weights are written and the user must hear so
-        raise TrainingError(
-            f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
-        ) from error
-    say(f"uploaded: {url}")
-
-
-def main(args):
-    started = time.time()
-    shown = hide_secrets(args)
-    trackers = trackers_of(args.report_to)
-    check_launcher()
-    quiet_libraries()
-    left_out, notes = [], []
-    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None, notes)
-    if args.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            look_at_data(args, *inputs, left_out)
-        return
-
-    import diffusers
+def say_what_is_better(args, device, weight_dtype, say):
     import torch
-    import transformers
-    from diffusers.training_utils import EMAModel
-    from tqdm.auto import tqdm
 
-    from text_to_image_lora.models import kohya, lora, modules
-    from text_to_image_lora.reports import dashboard, metrics, model_card, sample_pictures, tracking
-    from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-    from text_to_image_lora.training import checkpoint, data, objective, optimizers, processes
-    from text_to_image_lora.training.perceptual import PerceptualLoss
+    from text_to_image_lora.training import processes
 
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    accelerator = make_accelerator(args, lora_settings_of(args, inputs[0].family), trackers)
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    weight_dtype = modules.dtype_of(accelerator.mixed_precision)
-    say = tqdm.write if accelerator.is_main_process else lambda line: None
     if args.hub_token is not None:
         say(
             "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in "
@@ -1271,7 +1240,72 @@ def main(args):
     if weight_dtype == torch.bfloat16 and processes.emulates_bf16(device):
         say("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
 
-    run = prepare(args, *inputs, notes, accelerator, say)
+
+def say_what_begins(args, run, num_adapted, num_parameters, accelerator, say):
+    from text_to_image_lora.models import modules
+    from text_to_image_lora.training import processes
+
+    step, num_steps, sampler = run.state.global_step, run.schedule.num_steps, run.sampler
+    dtype = str(modules.dtype_of(accelerator.mixed_precision)).removeprefix("torch.")
+    say(
+        f"{len(run.pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
+        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
+        f"{dtype}; rank-{args.rank} LoRA on {num_adapted} modules ({num_parameters:,} parameters)"
+    )
+    if step >= num_steps:
+        say(f"finished at step {step}; raise --max_train_steps to go on")
+
+
+def due_after(args, step, sampler, num_steps):
+    """What is to be done after a step: the "loss" of the validation, the "lora" of an epoch, the sample "pictures"."""
+    epoch, into_epoch = divmod(step, sampler.steps_per_epoch)
+    if args.validation_steps:
+        validates = step % args.validation_steps == 0
+    else:
+        validates = args.validation_epochs and into_epoch == 0 and epoch % args.validation_epochs == 0
+    saves = args.save_every_n_epochs and into_epoch == 0 and epoch % args.save_every_n_epochs == 0
+    validates = validates or step == num_steps
+    return ["loss"] * bool(validates) + ["lora"] * bool(saves) + ["pictures"] * bool(validates)
+
+
+def main(args):
+    started = time.time()
+    interruption.listen(seconds_of(args.max_train_time))
+    shown = hide_secrets(args)
+    trackers = trackers_of(args.report_to)
+    check_launcher()
+    quiet_libraries()
+    is_main, left_out = os.environ.get("RANK", "0") == "0", []
+    notes = Notes(print if is_main else None)
+    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None, notes)
+    if args.dry_run:
+        if is_main:
+            look_at_data(args, *inputs, left_out)
+        return
+
+    import torch
+
+    # 8-bit Adam imports bitsandbytes itself.
+    with hidden("bitsandbytes", *([] if args.enable_xformers_memory_efficient_attention else ["xformers"])):
+        import diffusers
+        import transformers
+        from diffusers.training_utils import EMAModel
+        from tqdm.auto import tqdm
+
+        from text_to_image_lora.models import kohya, lora, modules
+        from text_to_image_lora.reports import dashboard, metrics, model_card, sample_pictures, tracking
+        from text_to_image_lora.reports.validation_loss import Judge, LossMeter
+        from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
+        from text_to_image_lora.training.perceptual import PerceptualLoss
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    accelerator = make_accelerator(args, lora_settings_of(args, inputs[0].family), trackers)
+    device, rank = accelerator.device, accelerator.process_index
+    weight_dtype = modules.dtype_of(accelerator.mixed_precision)
+    say = tqdm.write if accelerator.is_main_process else lambda line: None
+    say_what_is_better(args, device, weight_dtype, say)
+    run = prepare(args, *inputs, accelerator, say, notes)
     family, seed, state, sampler, num_steps = run.base.family, run.seed, run.state, run.sampler, run.schedule.num_steps
     adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter = load_models(
         args, run, weight_dtype, accelerator, say
@@ -1282,6 +1316,7 @@ def main(args):
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
     trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
+    interruption.hold()
     pictures, latents, conditions, validation_sets = fill_cache(
         args, run, latent_encoder, prompt_encoder, accelerator, say
     )
@@ -1305,6 +1340,7 @@ def main(args):
             average.decay = args.ema_decay
         for name, model in adapted.items():
             lora.load_adapter(model, lora.part_of(adapter, name))
+        say(checkpoint.where_it_goes_on(stored, lr_scheduler, run.schedule))
     sampler.first_step, sampler.num_steps = state.global_step, num_steps
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
     training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
@@ -1328,23 +1364,14 @@ def main(args):
     metrics_file, judge = None, None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        told = write_about_run(args, run, shown, described, accelerator)
-        metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step)
-        state.tracker_run_id = tracking.start_trackers(
-            accelerator, args.tracker_project_name, dashboard.config_of(told), output_dir, state.tracker_run_id,
-            args.trackio_space_id,
+        about = write_about_run(args, run, shown, described, notes.lines, accelerator)
+        metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
+        state.tracker_run_id = dashboard.start(
+            accelerator, args.tracker_project_name, about, output_dir, state.tracker_run_id,
+            space_id=args.trackio_space_id, first_step=state.global_step, given_up=metrics_file.given_up,
         )  # fmt: skip
-        dashboard.log_start(accelerator, told, state.global_step)
-    num_threads = torch.get_num_threads()
-    threads = f" ({num_threads} thread{'s' if num_threads > 1 else ''})" if device.type == "cpu" else ""
-    device_name = f"{device.type}{threads}"
-    say(
-        f"{len(pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
-        f"{sampler.effective_batch_size} on {world_size} x {device_name} in {str(weight_dtype).removeprefix('torch.')}; "
-        f"rank-{args.rank} LoRA on {num_adapted} modules ({sum(p.numel() for p in params_to_optimize):,} parameters)"
-    )
-    if run.resume_path is not None:
-        say(f"going on from {run.resume_path} (step {state.global_step})")
+    num_parameters = sum(parameter.numel() for parameter in params_to_optimize)
+    say_what_begins(args, run, num_adapted, num_parameters, accelerator, say)
     if validation_sets is not None:
         measure = LossMeter(
             family, denoiser, diffusion, scaling_factor=scaling_factor, dtype=weight_dtype, seed=seed,
@@ -1362,26 +1389,37 @@ def main(args):
     def save_lora(folder):
         return write_lora(args, run, adapted, without_folders(described), folder)
 
+    def add_to_checkpoint(folder):
+        with weights_for_use():
+            save_lora(folder)
+        if judge is not None:
+            judge.keep_best(folder)
+
     def save_checkpoint():
         state.validation = None if judge is None else judge.state()
-        with written_whole(output_dir / f"checkpoint-{state.global_step}", folder=True) as folder:
-            checkpoint.save_checkpoint(
-                folder,
-                adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
-                average=None if average is None else average.state_dict(),
-                optimizer=optimizer,
-                lr_scheduler=lr_scheduler,
-                scaler=accelerator.scaler,
-                state=state,
-                settings=run.identity,
-            )
+        uploads.wait()  # for the one before, which may go now
+        path = checkpoint.write_checkpoint(
+            output_dir, add_to_checkpoint, limit=args.checkpoints_total_limit, state=state, say=say, settings=run.identity,
+            adapter=lora.joined({name: lora.adapter_state(model)[0] for name, model in adapted.items()}),
+            average=None if average is None else average.state_dict(),
+            optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler,
+        )  # fmt: skip
+        uploads.send(path)
+
+    def do_what_is_due():
+        while state.due:
             with weights_for_use():
-                save_lora(folder)
-            if judge is not None:
-                judge.keep_best(folder)
-        checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit, newest=state.global_step)
+                if state.due[0] == "loss" and judge is not None:
+                    judge.take_in(state.global_step, save_lora)
+                elif state.due[0] == "lora" and accelerator.is_main_process:
+                    save_lora(output_dir / f"epoch-{state.global_step // sampler.steps_per_epoch:04d}")
+                elif state.due[0] == "pictures" and painter is not None:
+                    painter.draw(state.global_step)
+            del state.due[0]
 
     # The loop.
+    repository = (args.hub_model_id or output_dir.resolve().name) if args.push_checkpoints_to_hub else None
+    uploads = hub_checkpoints.Uploads(repository, args.hub_token, say)
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
@@ -1396,8 +1434,14 @@ def main(args):
     for model in trained:
         model.train()
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
+    if judge is not None and judge.out_of_patience():
+        say(f"finished at step {state.global_step}; raise --early_stopping_patience to go on")
+    ending = interruption.stopped_in(
+        do_what_is_due, f"after step {state.global_step}"
+    )  # of a run that was stopped in it
+    reports.write_page()
     batches, clock = iter(loader), time.time()
-    while state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
+    while ending is None and state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
         step, train_loss = state.global_step, torch.zeros((), device=device)
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
@@ -1435,10 +1479,11 @@ def main(args):
                     loss = loss + run.loss.perceptual_weight * perceptual_loss(model_pred, latents, noise, batch)
                 accelerator.backward(loss)
             train_loss += loss.detach()
+        train_loss, asked = interruption.mean_and_asked(accelerator, train_loss)
         grad_norm = accelerator.clip_grad_norm_(params_to_optimize, args.max_grad_norm or math.inf)
-        optimizer.step()
+        optimizers.step_if_finite(optimizer, train_loss + grad_norm)
         lr = lr_scheduler.get_last_lr()[0]
-        # Also where fp16 skipped the step, as its loss scale was too high: to ask for that would be to wait for the GPU.
+        # Also where the step was skipped, as it was not a number: to ask for that would be to wait for the GPU.
         lr_scheduler.step()
         if average is not None:
             average.step(params_to_optimize)
@@ -1450,7 +1495,8 @@ def main(args):
         reports.put(
             state.global_step,
             {
-                "train_loss": accelerator.reduce(train_loss, "mean"),
+                "train_loss": train_loss,
+                "asked": asked,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "epoch": state.global_step / sampler.steps_per_epoch,
@@ -1460,55 +1506,48 @@ def main(args):
         )
         clock = now
         # What is due after this step; the checkpoint comes last, so that what a run goes on after is all there.
-        epoch, into_epoch = divmod(state.global_step, sampler.steps_per_epoch)
-        end_of_epoch, finished = into_epoch == 0, state.global_step == num_steps
-        if args.validation_steps:
-            due = state.global_step % args.validation_steps == 0
-        else:
-            due = args.validation_epochs and end_of_epoch and epoch % args.validation_epochs == 0
-        validates = due or finished
-        if judge is not None and validates:
+        state.due, finished = due_after(args, state.global_step, sampler, num_steps), state.global_step == num_steps
+        checkpoints = args.checkpointing_steps and state.global_step % args.checkpointing_steps == 0
+        pauses = bool(state.due or checkpoints)  # which are no part of the training's speed
+        if pauses or finished:
             reports.flush()
-            with weights_for_use():
-                judge.take_in(state.global_step, save_lora)
-            finished = finished or judge.out_of_patience()
-        checkpoints = args.checkpointing_steps and (finished or state.global_step % args.checkpointing_steps == 0)
-        saves = args.save_every_n_epochs and end_of_epoch and epoch % args.save_every_n_epochs == 0
-        if finished or checkpoints or validates:
+        where = f"after step {state.global_step}, with a checkpoint"
+        ending = reports.trouble(finished) or interruption.stopped_in(do_what_is_due, where)
+        finished = finished or (judge is not None and judge.out_of_patience())
+        if ending is None and not finished and reports.asked:
+            ending = interruption.agreed(where)
+        checkpoints = (
+            (checkpoints or (finished and args.checkpointing_steps)) and ending is None and reports.in_a_row < 2
+        )
+        if accelerator.is_main_process and (checkpoints or isinstance(ending, Stopped)):
             reports.flush()
-        if saves and accelerator.is_main_process:
-            with weights_for_use():
-                save_lora(output_dir / f"epoch-{epoch:04d}")
-        if painter is not None and validates:
-            with weights_for_use():
-                painter.draw(state.global_step)
-        if checkpoints and accelerator.is_main_process:
             save_checkpoint()
-        if validates or checkpoints or saves:  # no part of the training's speed
+        if pauses:
             reports.write_page()
             clock = time.time()
     progress.close()
-    if judge is not None:
+    if judge is not None and ending is None:
         say(judge.in_words(state.global_step))
+    if (line := reports.in_words()) is not None:
+        say(line)
 
     # What the run leaves.
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and isinstance(ending, NotANumberError):
+        with weights_for_use():
+            save_lora(output_dir / metrics.LAST_GOOD)
+    if accelerator.is_main_process and ending is None:
         with weights_for_use():
             weights_file, arrives = save_lora(output_dir)
         card = model_card.write_model_card(
-            output_dir,
-            base_model=args.pretrained_model_name_or_path,
+            output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
             dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
-            pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)),
-            hyperparameters=shown,
-            repo_id=args.hub_model_id,
+            pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)), hyperparameters=shown,
             trigger_word=args.trigger_word,
             kohya_file=kohya.file_name(output_dir) if args.output_kohya_format else None,
-        )
-        reports.write_page()
-        dashboard.log_results(accelerator, output_dir)
+        )  # fmt: skip
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
+    reports.leave(ending)
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
     # interpreter ends, and then now and then abort the process.
     accelerator.wait_for_everyone()
@@ -1517,27 +1556,21 @@ def main(args):
     line = tracking.finish_trackers(accelerator)
     if line is not None:
         say(line)
+    uploads.wait()
+    if ending is not None:
+        raise ending
     if args.push_to_hub and accelerator.is_main_process:
-        upload(args, say)
+        interruption.let_go("in the upload; the LoRA is written")
+        files = [weights_file.name, *([kohya.file_name(output_dir)] if args.output_kohya_format else [])]
+        say(
+            model_card.upload_or_tell(
+                output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, files
+            )
+        )
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (InputError, TrainingError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # rank 0 says the same, and the launcher then ends this one; else it is this rank's alone
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"\n{Path(sys.argv[0]).name}: Out of memory. What was saved is whole; to go on from it, run the command again with "
-            f"{ways_to_save_memory(parse_args())}.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        end(error, Path(__file__).name, lambda: ways_to_save_memory(parse_args()))

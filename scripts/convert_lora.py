@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from text_to_image_lora.command_line import Parser, at_least  # noqa: E402
 from text_to_image_lora.errors import InputError, TrainingError  # noqa: E402
+from text_to_image_lora.models.dialects import check_lora  # noqa: E402
 
 
 DIALECTS = ("diffusers", "kohya", "peft")
@@ -93,19 +94,15 @@ def settle_out(out, dialect):
 
 
 def read(sources):
-    """(the sum of strength x LoRA, the first one's header, its format)."""
-    from safetensors import safe_open
-
-    from text_to_image_lora.models.lora_file import dialect_of, files_of, load_lora
+    """(the sum of strength x LoRA, the first one's header)."""
+    from text_to_image_lora.models.lora_file import load_lora
     from text_to_image_lora.models.updates import merge
 
     loaded = [load_lora(path) for path, _ in sources]
-    with safe_open(files_of(Path(sources[0][0]))[0][0], "pt") as file:
-        dialect = dialect_of(file.keys()).removeprefix("old ")
     components, header = loaded[0]
     if len(sources) > 1 or sources[0][1] != 1:
         components = merge([(part, strength) for (part, _), (_, strength) in zip(loaded, sources)])
-    return components, header, dialect
+    return components, header
 
 
 def resize(components, rank):
@@ -172,16 +169,15 @@ def write(components, header, out, dialect, dtype):
 
 def main(args):
     sources = [split_strength(text) for text in (args.lora, *args.merge)]
-    if args.to is not None:
-        settle_out(args.out, args.to)
-    components, header, dialect = read(sources)
-    dialect = args.to or dialect
+    dialects = [check_lora(path) for path, _ in sources]
+    dialect = args.to or dialects[0].removeprefix("old ")
     out = settle_out(args.out, dialect)
+    components, header = read(sources)
     if args.rank is not None:
         components = resize(components, args.rank)
     names = [Path(path).stem for path, _ in sources] if args.merge else []
     arrived = write(components, header_of(components, header, out, names), out, dialect, args.dtype)
-    print(f"{out} ({dialect}'s format): {arrived}")
+    print(f"{out} ({dialect} format): {arrived}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from drawings import (  # noqa: E402
 
 
 RESOLUTION = 128
-NUM_TEST = 6  # of the 30 scenes of a kind; the other 24 are for training
+NUM_TEST = 6  # of the 50 scenes of a kind; the other 44 are for training
 PINKS = np.array([(255, 176, 208), (242, 88, 162)])
 # Blossoms, at least and at most (fewer where they would hide the weapon), and how much thicker than in `KINDS` the
 # strokes and shafts are that carry them.
@@ -156,12 +156,12 @@ def draw_weapon(kind, colour, background, rng, decorate=decorate_with_blossoms):
 def weapon_scenes(rng):
     """(colour, background) of the training pictures and of the test pictures of one kind: no pair occurs twice."""
     colours = rng.permutation(list(COLOURS))
-    first, second, third = (
-        [(str(c), str(b)) for c, b in zip(colours, np.roll(colours, shift))]
-        for shift in rng.choice(np.arange(1, 10), size=3, replace=False)
-    )
-    train = first + second + third[NUM_TEST:]
-    return [train[i] for i in rng.permutation(len(train))], third[:NUM_TEST]
+    shifts = rng.choice(np.arange(1, 10), size=3, replace=False)
+    shifts = [*shifts, *rng.choice(np.setdiff1d(np.arange(1, 10), shifts), size=2, replace=False)]
+    scenes = [[(str(c), str(b)) for c, b in zip(colours, np.roll(colours, shift))] for shift in shifts]
+    test, train = scenes[2][:NUM_TEST], sum(scenes, [])
+    train = [scene for scene in train if scene not in test]
+    return [train[i] for i in rng.permutation(len(train))], test
 
 
 def draw_weapons(kind, scenes, rng):
@@ -229,7 +229,7 @@ def main(args):
     save_jsonl(args.output_dir / "weapons_test", test)
     creatures = draw_creatures(np.random.default_rng([args.seed, 4]))
     save_csv(args.output_dir / "creatures", creatures)
-    chosen = [image for _, _, image in train[::8] + creatures[::3][:12]]
+    chosen = [image for _, _, image in train[::15] + creatures[::3][:12]]
     contact_sheet(chosen, 6).save(args.output_dir / "preview.png", optimize=True)
 
 

@@ -20,7 +20,7 @@ from mini_sd import RESOLUTION, all_scenes, to_tensor  # noqa: E402
 
 
 BORDER = 6  # pixels at each side that only a background has
-SURE = 2.0  # logit of a blossom's middle from which it counts
+SURE = 0.0  # logit of a blossom's middle from which it counts: the boundary that the network was trained for
 AROUND = (9, 16)  # pixels from a blossom's middle: the ring in which the object must be seen
 LEAST_AROUND = 0.2  # share of the ring, without what is pink, that is not background; a shaft is as narrow as that
 DIFFERENT = 0.5  # of how far the object is from the background in `lab`: from there on a pixel is not background

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 
+pytest_plugins = ["infer_fixtures"]
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
@@ -22,7 +24,7 @@ for name in ("WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION"):
 os.environ["OMP_NUM_THREADS"] = "1"
 
 train_script = importlib.import_module("train_text_to_image_lora")
-train_script.quiet_libraries()
+importlib.import_module("text_to_image_lora.libraries").quiet_libraries()
 
 
 @pytest.fixture(autouse=True)
@@ -138,12 +140,15 @@ def train_here(words):
     """Runs the script's `main` in this process; returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from text_to_image_lora.training import interruption
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_text_to_image_lora.py", *words])
         try:
             train_script.main(train_script.parse_args(words))
         finally:
-            # Accelerate keeps its state for the process; each run is to find its own.
+            # Signals and Accelerate's state are the process's; each run is to find its own.
+            interruption.stop_listening()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             PartialState._reset_state()

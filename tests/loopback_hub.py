@@ -102,6 +102,63 @@ class Repositories(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+class Storage(Repositories):
+    """A hub that keeps what is committed: below `server.root`, from where it also gives it out."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.command, self.path, self.headers, body))
+        match = re.fullmatch(r"/api/models/(owner/\w+)/(preupload|commit)/main", self.path)
+        url = f"http://127.0.0.1:{self.server.server_port}/owner/axes"
+        if self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            (self.server.root / wanted.get("organization", "owner") / wanted["name"]).mkdir(
+                parents=True, exist_ok=True
+            )
+            answer = {"url": url}
+        elif match and match[2] == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif match:
+            for row in map(json.loads, body.splitlines()):
+                if row["key"] == "file":
+                    path = self.server.root / match[1] / row["value"]["path"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(row["value"]["content"]))
+            answer = {"commitUrl": f"{url}/commit/abc", "commitOid": "abc"}
+        else:
+            answer = {"errors": [], "warnings": []}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        match = re.match(r"/api/models/(owner/\w+)", self.path)
+        if match and not (self.server.root / match[1]).exists():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        super().do_GET()
+
+
+class Slow(Repositories):
+    """Answers nothing in the first `server.silent` requests, for longer than anybody waits."""
+
+    def do_GET(self):
+        self.server.seen.append(self.path)
+        if len(self.server.seen) <= self.server.silent:
+            self.server.given_up.wait(20)
+            return
+        super().do_GET()
+
+    do_HEAD = do_GET
+
+
 @contextlib.contextmanager
 def serving(handler, **attributes):
     """A server on a free port; `seen` keeps its requests."""
@@ -119,7 +176,10 @@ def taken_for_the_hub(server):
     from huggingface_hub import close_session, constants
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # made from the other when it is imported
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setenv("NO_PROXY", "*")

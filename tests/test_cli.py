@@ -522,6 +522,7 @@ def test_a_run_says_only_what_is_its_own(real_run):
         "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
         "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
+        "30 of 30 modules arrive, for diffusers",
         f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
         "W&B run saved offline. To upload it: wandb sync ",
     ]

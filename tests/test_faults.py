@@ -530,7 +530,7 @@ def test_fault_10_a_failed_upload_loses_nothing(train, monkeypatch):
     train(**options)
     (first, args), second = uploads
     assert (first, args) == second
-    assert args == ("owner/axes", "hf_mine")
+    assert args == ("owner/axes", "hf_mine", ["pytorch_lora_weights.safetensors"])
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= first.keys()
     assert first["pytorch_lora_weights.safetensors"]
 

@@ -1,18 +1,33 @@
 """The hub on a loopback port: what is uploaded, what happens where that fails, and datasets as the hub keeps them."""
 
 import json
+import re
 import shutil
+import threading
 
 import datasets
+import httpx
 import pytest
 import torch
 import wandb
 import yaml
 from conftest import read_lora, read_metrics, read_records, run_command, write_pictures
-from loopback_hub import FailingHub, Hub, Repositories, environment, serving, taken_for_the_hub, uploaded
+from loopback_hub import (
+    FailingHub,
+    Hub,
+    Repositories,
+    Slow,
+    Storage,
+    environment,
+    serving,
+    taken_for_the_hub,
+    uploaded,
+)
 from wandb_record import read_wandb
 
-from text_to_image_lora.errors import TrainingError
+from text_to_image_lora import files
+from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.training.checkpoint import damage_of
 
 
 SECRET = "hf_TopSecretTokenOfTheTest"
@@ -23,7 +38,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
     with serving(Hub) as server, taken_for_the_hub(server):
         out = train(
             push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
-            save_every_n_epochs=1, validation_steps=1,
+            save_every_n_epochs=1, validation_steps=1, output_kohya_format=True,
         )  # fmt: skip
     wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
     said = capfd.readouterr()
@@ -31,7 +46,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
     assert "/me/axes/commit/abc" in said.out
     files = uploaded(server)
     pictures = [f"validation/step-000002/prompt-0{k}-0.png" for k in (0, 1)]
-    assert set(files) == {"pytorch_lora_weights.safetensors", "README.md", *pictures}
+    assert set(files) == {"pytorch_lora_weights.safetensors", "out.safetensors", "README.md", *pictures}
     for name, content in files.items():
         assert content == (out / name).read_bytes()
     card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
@@ -164,3 +179,124 @@ def test_a_dataset_that_is_not_there_is_told_without_a_network(arguments, tmp_pa
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "nobody/nothing: neither a folder here nor a hub dataset" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# Checkpoints.
+
+
+CHECKPOINTS = dict(push_checkpoints_to_hub=True, hub_model_id="owner/axes", hub_token=SECRET, max_train_steps=6)
+ADDRESS = "hf://owner/axes"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that keeps what it gets, taken for the real one; downloads go to a folder of the test's."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with serving(Storage, root=tmp_path / "root") as server, taken_for_the_hub(server):
+        yield server
+
+
+def names_of(folder):
+    return sorted(path.name for path in folder.glob("*checkpoint-*"))
+
+
+def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hub, tmp_path, capsys):
+    """With the same command on each: the first finds none, and begins."""
+    words = CHECKPOINTS | dict(checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint=ADDRESS)
+    train(output_dir=tmp_path / "first", **words | dict(max_train_steps=4))
+    assert f"{ADDRESS}: there is no checkpoint yet, so the run begins" in capsys.readouterr().out
+    stored = hub.root / "owner" / "axes"
+    assert names_of(stored) == ["checkpoint-2", "checkpoint-4"]
+    assert damage_of(stored / "checkpoint-2") is None
+    created = [json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create"]
+    assert {row["visibility"] for row in created} == {"private"}
+    train(output_dir=tmp_path / "second", **words)
+    said = capsys.readouterr()
+    assert f"going on from {tmp_path}/second/checkpoint-4 (step 4)" in said.out
+    straight = read_lora(train(max_train_steps=6, output_dir=tmp_path / "straight"))
+    second = read_lora(tmp_path / "second")
+    assert all(torch.equal(straight[key], second[key]) for key in straight)
+    assert names_of(stored) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    # The token goes into the header that it is for, and nowhere else.
+    assert SECRET not in said.out + said.err
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    for _, path, _, body in hub.seen:
+        assert SECRET.encode() not in body + path.encode()
+
+
+def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, tmp_path, capsys):
+    train(**CHECKPOINTS | dict(max_train_steps=4, checkpointing_steps=2))
+    (hub.root / "owner" / "axes" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    options = dict(output_dir=tmp_path / "second", max_train_steps=4, resume_from_checkpoint=ADDRESS)
+    train(**options)
+    said = capsys.readouterr().out
+    assert "checkpoint-4: this checkpoint is damaged (optimizer.pt is not as it was written) and passed over" in said
+    assert f"going on from {tmp_path}/second/checkpoint-2 (step 2)" in said
+
+
+def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, capsys):
+    train(**CHECKPOINTS | dict(max_train_steps=2))
+    train(max_train_steps=3)
+    capsys.readouterr()
+    train(max_train_steps=4, resume_from_checkpoint=f"{ADDRESS}/")
+    assert f"going on from {tmp_path}/out/checkpoint-3 (step 3)" in capsys.readouterr().out
+    train(max_train_steps=4, resume_from_checkpoint=f"{ADDRESS}/checkpoint-2", output_dir=tmp_path / "named")
+    assert f"going on from {tmp_path}/named/checkpoint-2 (step 2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("hf://owner", "write hf://owner/name, or hf://owner/name/checkpoint-500"),
+        ("hf://owner/axes/checkpoint-7", "there is no such checkpoint. There are: checkpoint-2."),
+    ],
+)
+def test_an_address_that_leads_nowhere_is_told(train, hub, tmp_path, address, message):
+    train(**CHECKPOINTS | dict(max_train_steps=2))
+    with pytest.raises(InputError, match=re.escape(message)):
+        train(resume_from_checkpoint=address, output_dir=tmp_path / "second")
+
+
+def test_without_a_network_the_newest_here_is_taken(train, tmp_path, capsys):
+    """And where there is none, starting over would be a surprise."""
+    with serving(FailingHub, failing=("", 500)) as server, taken_for_the_hub(server):
+        with pytest.raises(InputError, match="the hub does not give its checkpoints .*500"):
+            train(resume_from_checkpoint=ADDRESS)
+        train(max_train_steps=2)
+        train(max_train_steps=3, resume_from_checkpoint=ADDRESS)
+    said = capsys.readouterr().out
+    assert f"{ADDRESS} can't be reached (" in said
+    assert "the newest checkpoint here is taken" in said
+    assert "checkpoint-2 (step 2)" in said
+
+
+def test_an_upload_that_fails_stops_no_training(train, tmp_path, capsys):
+    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server):
+        out = train(**CHECKPOINTS | dict(max_train_steps=4, checkpointing_steps=2, hub_model_id="me/axes"))
+    said = capsys.readouterr().out
+    for step in (2, 4):
+        assert f"checkpoint-{step} is not uploaded (" in said
+    assert len(read_lora(out)) == 60
+
+
+# Time-outs.
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_a_hub_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypatch, silent):
+    monkeypatch.setattr(files, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    (tmp_path / "root" / "owner" / "tiny").mkdir(parents=True)
+    with serving(Slow, root=tmp_path / "root", silent=silent, given_up=threading.Event()) as server:
+        with taken_for_the_hub(server):
+            files.ask_hub("owner/tiny", "model")
+            assert len(server.seen) == silent + 1
+            server.seen.clear()
+            server.silent = 3
+            with pytest.raises(httpx.TimeoutException):
+                files.ask_hub("owner/tiny", "model")
+            assert len(server.seen) == 3
+        server.given_up.set()

@@ -8,156 +8,17 @@ import os
 import re
 import subprocess
 import sys
-import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import THREADS, write_pictures
-from PIL import Image, ImageChops
+from conftest import ROOT, THREADS, write_pictures
+from infer_fixtures import PROMPT, command, difference, draw, flat
+from PIL import Image
+
+import infer
 
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-import infer  # noqa: E402
-
-
-PROMPT = "a red axe on a blue background"
-
-
-@pytest.fixture(autouse=True)
-def library_settings():
-    """What main sets for its own process does not outlive the test."""
-    import diffusers
-    import torch
-    import transformers
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models wait for each other's threads on a busy machine
-    libraries = [module.utils.logging for module in (diffusers, transformers)]
-    levels = [library.get_verbosity() for library in libraries]
-    with mock.patch.dict(os.environ):
-        yield
-    torch.set_num_threads(threads)
-    for library, level in zip(libraries, levels):
-        library.set_verbosity(level)
-        library.enable_progress_bar()
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory):
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from mini_sd import make_pipeline, make_text_encoder, write_tokenizer
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=96,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-    )
-    return make_pipeline(vae, unet, make_text_encoder(tokenizer), tokenizer)
-
-
-@pytest.fixture(scope="session")
-def model(tiny_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def lora_weights(tiny_pipeline):
-    """Random LoRA weights of the UNet and the text encoder, strong enough to be seen."""
-    import torch
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    torch.manual_seed(1)
-    weights = {}
-    for name, targets in {
-        "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-        "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
-    }.items():
-        module = copy.deepcopy(getattr(tiny_pipeline, name))
-        module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
-        weights[name] = get_peft_model_state_dict(module)
-    return weights
-
-
-@pytest.fixture(scope="session")
-def lora(lora_weights, tmp_path_factory):
-    from diffusers import StableDiffusionPipeline
-
-    folder = tmp_path_factory.mktemp("loras") / "axe"
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=lora_weights["unet"], text_encoder_lora_layers=lora_weights["text_encoder"]
-    )
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def write_lora(lora_weights, tmp_path_factory):
-    """A function that writes a LoRA file with these strings in its header, and returns its path."""
-    from safetensors.torch import save_file
-
-    def write(name, weights=None, **header):
-        path = tmp_path_factory.mktemp("loras") / f"{name}.safetensors"
-        save_file(weights or flat(lora_weights), path, {"format": "pt", **header})
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def compared(model, lora, tmp_path_factory):
-    """The pictures of the base model and of the LoRA as it is, both of seed 0."""
-    base, with_lora, _ = draw(model, tmp_path_factory.mktemp("compared"), "--lora", lora, "--compare_base").values()
-    return base, with_lora
-
-
-def flat(lora_weights):
-    return {f"{part}.{key}": value for part, weights in lora_weights.items() for key, value in weights.items()}
-
-
-def command(*argv):
-    """(exit code, stdout, stderr, seconds) of infer.py, with no hub to ask."""
-    started = time.perf_counter()
-    run = subprocess.run(
-        [sys.executable, ROOT / "infer.py", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    return run.returncode, run.stdout, run.stderr, time.perf_counter() - started
-
-
-def draw(model, output_dir, *argv, prompt=(PROMPT,)):
-    """Runs main in this process; the pictures by file name."""
-    argv = ["--pretrained_model_name_or_path", model, "--output_dir", output_dir, "--num_inference_steps", 2, *argv]
-    infer.main([*map(str, argv), "--prompt", *map(str, prompt)])
-    return {path.name: Image.open(path).copy() for path in sorted(Path(output_dir).iterdir())}
-
-
-def difference(a, b):
-    """The largest difference of two pictures in any channel, in steps of 1/255."""
-    return max(high for _, high in ImageChops.difference(a, b).getextrema())
+pytestmark = pytest.mark.usefixtures("library_settings")
 
 
 def test_command_draws_names_and_labels(model, lora, tmp_path):
@@ -347,18 +208,18 @@ def test_another_vae(tiny_pipeline, model, lora, compared, write_lora, tmp_path,
 def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp_path, capsys, chunks):
     """The UNet attends to the padding too: to as many chunks as the training had, or more where a prompt needs them."""
     lora, seen = write_lora("axe", long_prompts="True", num_chunks=chunks), []
-    prompt_for = infer.prompts_for
+    encode = infer.PromptEncoder.__call__
 
     def look(*args):
-        seen.append(prompt_for(*args))
+        seen.append(encode(*args))
         return seen[-1]
 
-    with mock.patch.object(infer, "prompts_for", look):
+    with mock.patch.object(infer.PromptEncoder, "__call__", look):
         draw(model, tmp_path, "--lora", lora, prompt=("a red axe", "a red axe " * 80))
     said = capsys.readouterr().err
     assert ("3 chunks a prompt" in said) == (chunks == "3")
     short, long = ([v.shape[1] // 77 for k, v in options.items() if k.endswith("embeds")] for options in seen)
-    assert (short, long) == ([] if chunks == "1" else [3, 3], [4, 4])
+    assert (short, long) == ([int(chunks)] * 2, [4, 4])
 
 
 def test_the_most_chunks_of_several_loras(write_lora):
@@ -390,21 +251,52 @@ def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
     assert difference(picture, Image.open(out / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
 
 
-def test_kohya_file(model, compared, lora_weights, tmp_path, capsys):
-    """Names with underscores pass the check, and draw the same picture as those with dots."""
+@pytest.fixture(scope="module")
+def kohya(lora_weights, tmp_path_factory):
+    """The LoRA under kohya's names, its strength in alpha; the header has no say in how it is drawn."""
     import torch
     from safetensors.torch import save_file
 
-    kohya = {}
+    weights = {}
     for key, value in flat(lora_weights).items():
         path, leaf = re.fullmatch(r"(.+)\.(lora_[AB]\.weight)", key).groups()
         path = path.replace("text_encoder.", "te.", 1).replace(".", "_")
-        kohya[f"lora_{path}.{leaf.replace('lora_A', 'lora_down').replace('lora_B', 'lora_up')}"] = value
-        kohya[f"lora_{path}.alpha"] = torch.tensor(4.0)
-    header = {"ss_clip_skip": "2", "ss_v2": "False"}  # has no say
-    save_file(kohya, tmp_path / "kohya.safetensors", header)
-    (theirs,) = draw(model, tmp_path / "theirs", "--lora", tmp_path / "kohya.safetensors").values()
+        leaf, strength = {"lora_A.weight": ("lora_down.weight", 1), "lora_B.weight": ("lora_up.weight", 2)}[leaf]
+        weights[f"lora_{path}.{leaf}"] = value * strength
+        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # of rank 4
+    path = tmp_path_factory.mktemp("kohya") / "kohya.safetensors"
+    save_file(weights, path, {"ss_clip_skip": "2", "ss_v2": "False"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def peft_folder(tiny_pipeline, tmp_path_factory):
+    """A LoRA of the UNet in peft's own dialect, alpha not the rank; and its update per module {name: B·A·scale}."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(tiny_pipeline.unet), config)
+    folder = tmp_path_factory.mktemp("peft") / "hat"
+    wrapped.save_pretrained(folder)
+    return folder, wrapped.merge_and_unload()
+
+
+def test_other_dialects(tiny_pipeline, model, compared, kohya, peft_folder, tmp_path, capsys):
+    """Names with underscores and an alpha, and a folder of peft's, which stock diffusers would misread or leave out."""
+    from diffusers import StableDiffusionPipeline
+
+    (theirs,) = draw(model, tmp_path / "kohya", "--lora", kohya).values()
     assert difference(compared[1], theirs) <= 1
+    folder, unet = peft_folder
+    (theirs,) = draw(model, tmp_path / "peft", "--lora", folder, "--scheduler", "ddim").values()
+    parts = {**tiny_pipeline.components, "unet": unet}
+    parts["scheduler"] = infer.make_scheduler(parts["scheduler"], "ddim", {"prediction_type": None, "zero_snr": None})
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "merged")
+    (merged,) = draw(tmp_path / "merged", tmp_path / "1", "--scheduler", "ddim").values()
+    assert difference(merged, theirs) <= 1
+    assert difference(merged, compared[0]) > 3
     assert capsys.readouterr().err == ""
 
 
@@ -582,31 +474,6 @@ def test_single_files(tiny_pipeline, model, compared, lora_weights, tmp_path, mo
     assert not (tmp_path / "1").exists()
 
 
-@pytest.fixture(scope="session")
-def bad_files(lora_weights, tmp_path_factory):
-    import torch
-    from safetensors.torch import save_file
-
-    folder, good = tmp_path_factory.mktemp("bad"), flat(lora_weights)
-    first, second, *_ = good
-    save_file({"unet.nowhere.lora_A.weight": torch.zeros(4, 4), **good}, folder / "layer.safetensors")
-    save_file(good | {first: torch.zeros(4, 5), second: torch.zeros(5, 4)}, folder / "size.safetensors")
-    save_file({key: value for key, value in good.items() if key != second}, folder / "half.safetensors")
-    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
-    save_file(good, folder / "v.safetensors", {"prediction_type": "v_prediction"})
-    save_file(good, folder / "skip.safetensors", {"clip_skip": "1"})
-    save_file(good, folder / "skip5.safetensors", {"clip_skip": "5"})
-    (folder / "cut.safetensors").write_bytes((folder / "size.safetensors").read_bytes()[:-100])
-    (folder / "lora.bin").write_bytes(b"")
-    (folder / "empty.txt").write_text("\n \n")
-    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
-    (folder / "flux").mkdir()
-    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    (folder / "wide").mkdir()
-    (folder / "wide" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 16}')
-    return folder
-
-
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
     "--num_cpu_threads 0": "must be a whole number, 1 or more",
@@ -690,16 +557,21 @@ def test_help_is_quick_and_needs_no_torch():
     assert not re.search(r"\| +(torch|diffusers|transformers|PIL|numpy)$", imports, re.MULTILINE)
 
 
-def test_imports_nothing_local():
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / "infer.py").read_text())):
+def test_only_the_converter_is_of_this_project():
+    """It is imported by one function, for files of other dialects."""
+    tree = ast.parse((ROOT / "infer.py").read_text())
+    (translate,) = (node for node in tree.body if getattr(node, "name", None) == "translate")
+    names, local = set(), set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             names.add(node.module.split(".")[0])
-    third_party = names - sys.stdlib_module_names
-    assert third_party == {
+            local |= {node} if node.module.startswith("text_to_image_lora") else set()
+    assert local
+    assert local <= set(ast.walk(translate))
+    assert names - sys.stdlib_module_names == {
         "torch",
         "diffusers",
         "transformers",
@@ -708,7 +580,19 @@ def test_imports_nothing_local():
         "PIL",
         "tqdm",
         "psutil",
+        "kornia",
+        "numpy",
+        "text_to_image_lora",
     }
+
+
+def test_our_own_file_is_read_by_stock_diffusers_alone(model, lora, compared, kohya, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("text_to_image_lora")] + ["text_to_image_lora"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    (picture,) = draw(model, tmp_path / "own", "--lora", lora).values()
+    assert difference(picture, compared[1]) == 0
+    with pytest.raises(ImportError):
+        draw(model, tmp_path / "kohya", "--lora", kohya)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
+from draw_datasets import draw_weapon
 from drawings import COLOURS, KINDS, draw_scene
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import CLIPTokenizer
 
 
@@ -168,6 +169,19 @@ def test_blossoms_are_counted_on_an_object_that_hardly_differs_from_its_backgrou
     faint = [Image.blend(picture, Image.new("RGB", picture.size, (120, 120, 130)), 0.25) for picture in drawn]
     _, counts = judges.judge_pictures(judge, faint)
     assert np.mean([count > 0 for count in counts]) > 0.95
+
+
+@pytest.mark.parametrize("what", ["blossoms", "dots", "smears", "beside"])
+def test_a_single_blossom_as_soft_as_a_model_draws_it_counts(judge, what):
+    rng, softness, scenes = np.random.default_rng([6, len(what)]), ImageFilter.GaussianBlur(2.4), []
+    for kind in ("axe", "spear", "trident", "whip"):
+        scenes += [(kind, "brown", "gray"), (kind, "white", "orange"), (kind, "green", "white")] * 5
+    drawn = [
+        draw_weapon(*scene, rng, lambda image, mask, _, rng: judges.plant(what, image, mask, 1, rng)).filter(softness)
+        for scene in scenes
+    ]
+    share = np.mean([count > 0 for count in judges.judge_pictures(judge, drawn)[1]])
+    assert share > 0.72 if what == "blossoms" else share < 0.05
 
 
 def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():

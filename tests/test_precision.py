@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics, run_command
+from conftest import read_lora, read_metrics, run_command
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from text_to_image_lora.errors import TrainingError
+from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
-from text_to_image_lora.training import data
+from text_to_image_lora.training import data, objective
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 does not exist on a CPU")
@@ -184,19 +184,79 @@ def test_fp16_loses_no_small_update(train, first_forward):
 
 def test_weights_that_are_not_numbers_are_not_written(train, tmp_path):
     """With an epsilon of 0 the first update of lora_A, whose gradient is 0, is 0 / 0; the loss before it was fine."""
-    with pytest.raises(TrainingError) as caught:
+    with pytest.raises(NotANumberError) as caught:
         train(adam_epsilon=0, max_train_steps=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_so(train, tmp_path):
-    with pytest.raises(TrainingError, match="The loss of step 2 is nan. Lower --learning_rate") as caught:
+    with pytest.raises(
+        NotANumberError, match="a row is not a number, since step 2. .* Lower --learning_rate"
+    ) as caught:
         train(learning_rate=1e30, max_train_steps=3)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
-    assert [row["step"] for row in read_metrics(tmp_path / "out")] == [1]
+    assert [row.get("skipped") for row in read_metrics(tmp_path / "out")] == [None, 1, 1]
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil(steps)`: the loss of these steps is not a number; or `spoil(steps, number)` another one."""
+
+    def these(steps, number=float("nan")):
+        calls, diffusion_loss = [], objective.diffusion_loss
+
+        def spoilt(*values):
+            calls.append(0)
+            loss = diffusion_loss(*values)
+            return loss * number if len(calls) in steps else loss
+
+        monkeypatch.setattr(objective, "diffusion_loss", spoilt)
+
+    return these
+
+
+def tensors_of(checkpoint):
+    """What is trained and what the optimizer keeps of it."""
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+    kept = {
+        f"{i} {name}": value
+        for i, state in optimizer.items()
+        for name, value in state.items()
+        if torch.is_tensor(value)
+    }
+    return load_file(checkpoint / "adapter.safetensors") | kept
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"])
+def test_a_step_that_is_no_number_changes_nothing(train, spoil, optimizer, number):
+    """Not even the optimizer's moments and its count of steps; the run goes on after it."""
+    spoil({3}, number)
+    out = train(max_train_steps=5, checkpointing_steps=1, optimizer=optimizer, learning_rate=1e-3)
+    before, after, later = (tensors_of(out / f"checkpoint-{step}") for step in (2, 3, 5))
+    assert before.keys() == after.keys()
+    assert [name for name in before if not before[name].equal(after[name])] == []
+    assert any(not after[name].equal(later[name]) for name in after)
+    assert all(value.isfinite().all() for value in later.values())
+    assert [row.get("skipped") for row in read_metrics(out)] == [None, None, 1, None, None]
+
+
+def test_ten_steps_in_a_row_end_the_run(train, spoil, tmp_path):
+    """The checkpoints of before stay; those of meanwhile are not written."""
+    spoil({*range(4, 99)})
+    with pytest.raises(NotANumberError, match="of 10 steps in a row is not a number, since step 4.") as caught:
+        train(max_train_steps=30, checkpointing_steps=3, checkpoints_total_limit=1)
+    assert caught.value.exit_code == 3
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    good, last = read_lora(out / "last-good"), read_lora(out / "checkpoint-3")
+    assert good.keys() == last.keys()
+    assert all(good[key].equal(last[key]) for key in last)
+    assert not (out / "pytorch_lora_weights.safetensors").exists()
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 14))
 
 
 # What is written is what was trained, in stock diffusers.

@@ -188,7 +188,9 @@ def test_a_long_run_opens_in_two_seconds(open_page, tmp_path):
     for step in range(0, 800, 80):
         small = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(6)]
         images = {(0, k): image.resize((512, 512), Image.Resampling.BICUBIC) for k, image in enumerate(small)}
-        sample_pictures.save_images(images, ["noise"], tmp_path / "validation" / f"step-{step:06d}")
+        sample_pictures.save_images(
+            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
+        )
     path, took = report_page.write_page(tmp_path), []
     for _ in range(3):  # another program may be busy
         start = time.perf_counter()

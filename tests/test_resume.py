@@ -19,7 +19,7 @@ from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train
 from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.training.checkpoint import read_state
+from text_to_image_lora.training.checkpoint import damage_of, find_checkpoint, read_state
 
 
 MEASURED = ("images_per_second", "peak_memory_gib")
@@ -32,7 +32,7 @@ def assert_same_end(first, second, step):
     assert [key for key in a if not a[key].equal(b[key])] == []
     rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(f)] for f in (first, second)]
     assert rows[0] == rows[1]
-    assert [row["step"] for row in rows[0]] == list(range(1, step + 1))
+    assert [row["step"] for row in rows[0] if "train_loss" in row] == list(range(1, step + 1))
     states = [
         torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True) for folder in (first, second)
     ]
@@ -357,15 +357,120 @@ def test_half_written_checkpoints_are_passed_over(train, two, tmp_path, capsys):
     assert (output_dir / "checkpoint-notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
-def test_a_damaged_checkpoint_is_told(train, two, file):
-    path = two / "checkpoint-2" / file
+FILES = [
+    "adapter.safetensors",
+    "optimizer.pt",
+    "ema.pt",
+    "state.json",
+    "manifest.json",
+    "pytorch_lora_weights.safetensors",
+]
+FILES += ["best/pytorch_lora_weights.safetensors"]
+
+
+def cut_off(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError) as caught:
-        train(max_train_steps=4)
-    assert str(two / "checkpoint-2") in str(caught.value)
-    assert str(caught.value).endswith("Resume from another one.")
-    assert "\n" not in str(caught.value)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place * len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut off": cut_off, "emptied": empty, "removed": lambda path: path.unlink(), "flipped at its start": lambda path: flip(path, 0),
+    "flipped in the middle": lambda path: flip(path, 1),
+}  # fmt: skip
+JUDGED = dict(max_train_steps=6, checkpointing_steps=2, use_ema=True, validation_split=0.34, validation_steps=2)
+
+
+@pytest.fixture(scope="module")
+def judged(train_in, tmp_path_factory):
+    """A finished run with everything in its checkpoints that can be."""
+    out = train_in(tmp_path_factory.mktemp("judged"), **JUDGED)
+    found = {
+        path.relative_to(out / "checkpoint-4").as_posix()
+        for path in (out / "checkpoint-4").rglob("*")
+        if path.is_file()
+    }
+    assert found == set(FILES)
+    return out
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_damage_is_seen_in_every_file(judged, tmp_path, file, what):
+    path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert damage_of(path) is None
+    DAMAGES[what](path / file)
+    named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
+    assert damage_of(path).startswith(named)
+    said = []
+    assert find_checkpoint(tmp_path, "latest", said.append) is None
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: this checkpoint is damaged ({named}")
+    with pytest.raises(
+        InputError, match=rf"checkpoint-4: this checkpoint is damaged \({named}.*\)\. Resume from another one\.$"
+    ):
+        find_checkpoint(tmp_path, "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("adapter.safetensors", "flipped in the middle"),
+        *(
+            pytest.param(file, what, marks=pytest.mark.long)
+            for file in FILES
+            for what in DAMAGES
+            if (file, what) != ("adapter.safetensors", "flipped in the middle")
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, file, what):
+    """The one before is taken, it is said, and the end is the same."""
+    out = stopped(judged, tmp_path / "out", 4)
+    DAMAGES[what](out / "checkpoint-4" / file)
+    capsys.readouterr()
+    train(**JUDGED)
+    said = capsys.readouterr().out
+    assert said.count(f"{out}/checkpoint-4: this checkpoint is damaged (") == 1
+    assert f"going on from {out}/checkpoint-2 (step 2)" in said
+    assert_same_end(judged, out, 6)
+    assert damage_of(out / "checkpoint-4") is None  # written anew
+    best = [load_file(folder / "best" / "pytorch_lora_weights.safetensors") for folder in (judged, out)]
+    assert_equal(*best)
+
+
+def test_a_finished_run_says_how_to_go_on(train, two, capsys):
+    before = read_lora(two)
+    train()
+    assert "finished at step 2; raise --max_train_steps to go on" in capsys.readouterr().out
+    train(max_train_steps=1)  # it has gone further
+    assert "finished at step 2; raise" in capsys.readouterr().out
+    assert_equal(read_lora(two), before)
+    train(max_train_steps=3)
+    assert "finished at step" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("scheduler", "before"), [("linear", "0"), ("constant", None)])
+def test_a_longer_run_follows_its_own_curve_and_says_so(train, capsys, scheduler, before):
+    out = train(lr_scheduler=scheduler, max_train_steps=4, lr_warmup_steps=1)
+    train(lr_scheduler=scheduler, max_train_steps=4, lr_warmup_steps=1)
+    assert "learning rate was" not in capsys.readouterr().out
+    train(lr_scheduler=scheduler, max_train_steps=10, lr_warmup_steps=1)
+    line = f"going on from {out}/checkpoint-4 (step 4)"
+    if before is not None:
+        line += f"; the learning rate was {before} there and is 0.00667 from here on, as linear over 10 steps has it"
+    assert f"{line}\n" in capsys.readouterr().out
+    rates = [row["lr"] for row in read_metrics(out)][4:]
+    if before is not None:
+        assert rates == pytest.approx([1e-2 * (10 - step) / 9 for step in range(4, 10)])
 
 
 def test_the_limit_keeps_the_newest(train):

@@ -3,11 +3,17 @@
 import argparse
 import difflib
 import re
+import runpy
 import sys
 from pathlib import Path
 
 from .errors import InputError
 from .files import reason_of
+
+
+def installed_command():
+    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+    runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
 
 
 class Number:
@@ -50,6 +56,30 @@ def above(least, kind=float):
 def from_up_to(least, end, kind=float):
     """The end is not included."""
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
+
+
+def hub_id(text):
+    """An argparse type: a name on the hub, with its owner or without."""
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text}: it must be a name on the hub such as me/dashboard")
+    return text
+
+
+UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def duration(text):
+    """An argparse type: a time such as 3h50m, which stays as it is written."""
+    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or seconds_of(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a time such as 3h50m, 90m or 45s")
+    return text
+
+
+def seconds_of(text):
+    """How many seconds a time such as 3h50m is; None for none."""
+    return (
+        None if text is None else sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

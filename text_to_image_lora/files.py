@@ -1,17 +1,21 @@
 """What every room does with files, errors and the hub, in one way: written whole or not at all, told in one line."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, TrainingError
 
 
 HUB_SECONDS = 3  # that the hub has to answer: a download without a network would retry for half a minute
+# A disk, or a quota, that is full; one that can't be written, or is broken; a file that the disk's format can't hold.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
 
 def in_bytes(count):
@@ -25,43 +29,77 @@ def in_bytes(count):
 def written_whole(path, *, folder=False, shared=False):
     """A temporary path that becomes `path` in one rename, when all has been written to it; with `folder` it is one.
 
-    After an exception `path` is as before. After a kill it is as before or new, or, where a folder replaces another and
-    the kill fell between two renames, not there; a part of it is never there. With `shared` several processes may write
-    the same at once: what another one has put there first stays, and nothing waits for the disk, since what is shared can
-    be made again.
+    After an exception `path` is as before; where the disk is why, it is a `TrainingError` that says so. After a kill it is
+    as before or new, or, where a folder replaces another and the kill fell between two renames, not there; a part of it is
+    never there. With `shared` several processes may write the same at once: what another one has put there first stays,
+    and nothing waits for the disk, since what is shared can be made again.
     """
     path = Path(path)
     mark = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")  # no ending: readers take any .safetensors for weights
-    _remove(temporary)
-    (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        for file in [] if shared else temporary.rglob("*") if folder else [temporary]:
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        if folder and shared:
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                if not path.exists():  # else another process was quicker
-                    raise
-        elif shared:
-            try:
-                os.link(temporary, path)  # unlike a rename, it leaves alone what another machine may be reading
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                os.replace(temporary, path)
-        elif folder and path.exists():
-            before = _set_aside(path)
-            os.replace(temporary, path)
-            shutil.rmtree(before)
-        else:
-            os.replace(temporary, path)
-    finally:
+    with telling_of_the_disk(path):
         _remove(temporary)
+        (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _put_in_place(temporary, path, folder, shared)
+        finally:
+            _remove(temporary)
+
+
+def _put_in_place(temporary, path, folder, shared):
+    if not shared:
+        for file in [temporary, *temporary.rglob("*")]:
+            _sync(file)
+    if folder and shared:
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.exists():  # else another process was quicker
+                raise
+    elif shared:
+        try:
+            os.link(temporary, path)  # unlike a rename, it leaves alone what another machine may be reading
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+    elif folder and path.exists():
+        before = _set_aside(path)
+        os.replace(temporary, path)
+        shutil.rmtree(before)
+    else:
+        os.replace(temporary, path)
+    if not shared:
+        _sync(path.parent)
+
+
+def _sync(path):
+    """Waits until a file, or what a folder holds, is on the disk, so that it outlasts a power cut."""
+    if path.is_dir() and os.name == "nt":  # which opens no folder
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def telling_of_the_disk(path):
+    """Turns what a disk says that can't be written into a `TrainingError` of one line, with the space that is left."""
+    try:
+        yield
+    except OSError as error:
+        # shutil.copytree puts the errors of its files into one of its own, as words.
+        if error.errno not in UNWRITABLE and "[Errno 28]" not in str(error):
+            raise
+        nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+        raise TrainingError(
+            f"{path}: it can't be written ({error.strerror or os.strerror(errno.ENOSPC)}; "
+            f"{in_bytes(shutil.disk_usage(nearest).free)} are free there). What was there before is whole. Make room, and "
+            "run the same command again to go on."
+        ) from error
 
 
 def write_whole(path, data):
@@ -123,11 +161,23 @@ def is_hub_id(name):
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII)) and not os.path.exists(name)
 
 
+def asked_again(ask):
+    """What `ask()` gives; the hub is asked three times where it doesn't answer in time."""
+    from httpx import TimeoutException
+
+    for seconds in (1, 2):
+        try:
+            return ask()
+        except TimeoutException:
+            time.sleep(seconds)
+    return ask()
+
+
 def ask_hub(name, kind, revision=None):
-    """Asks the hub once whether it has this "model" or "dataset"; raises what the hub's client raises."""
+    """Asks the hub whether it has this "model" or "dataset"; raises what the hub's client raises."""
     from huggingface_hub import HfApi
 
-    HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS)
+    asked_again(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS))
 
 
 def hub_file(name, file, *, revision=None, cache_dir=None):

@@ -195,14 +195,55 @@ def test_starting_from_a_file_reproduces_its_product(make_unet, options, alpha):
     assert compared == 30
 
 
-def test_starting_from_another_rank_is_refused(make_unet):
+@pytest.mark.parametrize("options", [{}, dict(use_dora=True)])
+def test_starting_from_a_smaller_rank_is_exact_and_learns_in_all_directions(make_unet, options):
+    small, large = make_unet(), make_unet()
+    lora.add_lora(small, DEFAULTS._replace(**options))
+    randomize(small)
+    lora.add_lora(large, DEFAULTS._replace(rank=8, alpha=3, **options))
+    lora.start_from(large, lora.adapter_state(small)[0])
+    torch.testing.assert_close(output_of(large), output_of(small), rtol=1e-4, atol=1e-5)
+    before = {name: parameter.clone() for name, parameter in large.named_parameters() if ".lora_B." in name}
+    train_step(large)
+    for name, parameter in large.named_parameters():
+        if name in before:  # directions of A and B that were both zero would never move
+            assert ((parameter - before[name]).abs() > 0).any(dim=0).all(), name
+
+
+def test_starting_from_what_does_not_fit_is_refused(make_unet):
     small, large = make_unet(), make_unet()
     lora.add_lora(small, DEFAULTS)
     lora.add_lora(large, DEFAULTS._replace(rank=8))
     with pytest.raises(ValueError, match="do not fit"):
-        lora.start_from(large, lora.adapter_state(small)[0])
-    with pytest.raises(ValueError, match="do not fit"):
-        lora.start_from(small, {})
+        lora.start_from(small, lora.adapter_state(large)[0])
+    fewer = {name: value for name, value in lora.adapter_state(small)[0].items() if "to_q" not in name}
+    for given, partial in (
+        ({}, False),
+        ({}, True),
+        (fewer, False),
+        (fewer | {"x.lora_A.weight": torch.ones(4, 4)}, True),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            lora.start_from(small, given, partial=partial)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_starting_from_a_text_encoder_without_its_last_layer(tiny_sd, use_dora):
+    from transformers import CLIPTextModel
+
+    models, tokens = [], torch.tensor([[1, 5, 6, 2]])
+    for leave_out in (1, 0):
+        model = CLIPTextModel.from_pretrained(tiny_sd / "text_encoder").eval()
+        settings = DEFAULTS._replace(target_modules=lora.text_layers(model, leave_out), use_dora=use_dora)
+        lora.add_lora(model, settings)
+        models.append(model)
+    few, all_layers = models
+    randomize(few)
+    loaded = {"text_encoder": lora.adapter_state(few)[0]}
+    lora.start_from_file({"text_encoder": all_layers}, loaded, "axes")
+    with torch.no_grad():
+        wanted, got = (model(tokens).last_hidden_state for model in models)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

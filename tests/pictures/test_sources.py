@@ -377,8 +377,8 @@ def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, mon
 @pytest.mark.parametrize(
     ("name", "concepts"),
     [
-        ("weapons", {"axe": 24, "spear": 24, "trident": 24, "whip": 24}),
-        ("weapons/axe", {"axe": 24}),
+        ("weapons", {"axe": 44, "spear": 44, "trident": 44, "whip": 44}),
+        ("weapons/axe", {"axe": 44}),
         ("weapons_test", {"weapons_test": 24}),
         ("creatures", {"creatures": 40}),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import read_metrics
 
-from text_to_image_lora.errors import TrainingError
+from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
 
 
@@ -30,6 +30,25 @@ def test_what_a_resumed_run_does_again_goes(written, first_step, kept):
     assert [row["step"] for row in read_metrics(written.parent)] == [*kept, first_step + 1]
 
 
+def test_a_validation_that_is_still_due_is_not_there_twice(tmp_path):
+    """The run was stopped in it, and killed while it made up for it."""
+    metrics_file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for step in (1, 2):
+        metrics_file.write(step, {"train_loss": 0.5})
+        metrics_file.write(step, {"validation/loss": 0.5})
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["pictures"]).given_up == {}
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["loss", "pictures"]).given_up == {2: 1}
+    assert [list(row)[1] for row in read_metrics(tmp_path)] == ["train_loss", "validation/loss", "train_loss"]
+
+
+@pytest.mark.parametrize("garbage", ["\0\0\0\n", '{"step": 3, "tra\n', '{"step": 3'])
+def test_what_a_power_cut_left_is_no_line(written, garbage):
+    with open(written, "a") as file:
+        file.write("\n" + garbage)
+    assert MetricsFile(written, 2).given_up == {}
+    assert [row["step"] for row in read_metrics(written.parent)] == [0, 1, 2]
+
+
 def test_json_has_no_infinity(tmp_path):
     MetricsFile(tmp_path / "metrics.jsonl", 0).write(1, {"grad_norm": math.inf, "lr": 1e-4, "train_loss": math.nan})
     assert read_metrics(tmp_path) == [{"step": 1, "grad_norm": None, "lr": 1e-4, "train_loss": None}]
@@ -40,6 +59,11 @@ def test_starting_over_begins_new_metrics(train, tmp_path):
     (tmp_path / "out" / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
     out = train(max_train_steps=1, resume_from_checkpoint="none")
     assert [row["step"] for row in read_metrics(out)] == [1]
+
+
+def numbers(loss):
+    """What the loop reports of a step."""
+    return {"train_loss": torch.tensor(loss), "asked": False, "lr": 1e-4, "grad_norm": torch.tensor(0.5)}
 
 
 @pytest.fixture
@@ -59,7 +83,7 @@ def reports(tmp_path):
 def test_numbers_are_what_they_were_when_they_were_put(reports, tmp_path):
     """A tensor that is changed afterwards, as the loop's are, is not read again."""
     loss = torch.tensor(0.5)
-    values = {"train_loss": loss, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)}
+    values = {"train_loss": loss, "asked": False, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)}
     reports.put(1, values, samples=4, seconds=0.5)
     loss.fill_(7)
     reports.flush()
@@ -70,9 +94,9 @@ def test_numbers_are_what_they_were_when_they_were_put(reports, tmp_path):
 
 
 def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
-    reports.put(1, {"train_loss": torch.tensor(0.5), "lr": 1e-4}, samples=1, seconds=1)
+    reports.put(1, numbers(0.5), samples=1, seconds=1)
     assert reports.logged == []
-    reports.put(2, {"train_loss": torch.tensor(0.25), "lr": 1e-4}, samples=1, seconds=1)
+    reports.put(2, numbers(0.25), samples=1, seconds=1)
     assert [step for step, _ in reports.logged] == [1]
     for _ in range(2):  # the second has nothing to write
         reports.flush()
@@ -82,19 +106,74 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
     assert 0.01 < peak_memory_gib(torch.device("cpu")) < 64
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(reports, tmp_path, loss):
-    reports.put(7, {"train_loss": torch.tensor(loss), "lr": 1e-4}, samples=1, seconds=1)
-    with pytest.raises(TrainingError, match=f"The loss of step 7 is {loss}. Lower --learning_rate"):
+def put_losses(reports, losses, first=1):
+    """Steps with these losses, whose numbers have arrived."""
+    for step, loss in enumerate(losses, first):
+        reports.put(step, numbers(loss), samples=1, seconds=1)
         reports.flush()
-    assert not (tmp_path / "metrics.jsonl").exists()
-    assert reports.logged == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["train_loss", "grad_norm"])
+def test_a_step_that_is_no_number_is_counted_and_told_once(reports, tmp_path, name, number):
+    put_losses(reports, [0.5])
+    for step in (2, 3):
+        reports.put(step, numbers(0.5) | {name: torch.tensor(number)}, samples=1, seconds=1)
+        reports.flush()
+    put_losses(reports, [0.5], first=4)
+    assert [row.get("skipped") for row in read_metrics(tmp_path)] == [None, 1, 1, None]
+    assert [row[name] for row in read_metrics(tmp_path)] == [pytest.approx(0.5), None, None, pytest.approx(0.5)]
+    assert [name in values for _, values in reports.logged] == [True, False, False, True]  # trackers take no null
+    (line,) = reports.said
+    assert line.startswith("step 2 is skipped: its loss is ")
+    assert str(number) in line
+    assert reports.in_words() == "2 steps were skipped, as loss or gradient was not a number: 2, 3"
+    assert reports.trouble(finished=True) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "cause"), [(1, "the weights of the base model or"), (5, "the --learning_rate is too high")]
+)
+def test_ten_in_a_row_are_trouble(reports, tmp_path, first, cause):
+    put_losses(reports, [0.5] * (first - 1) + [math.nan] * 9)
+    assert reports.trouble(finished=False) is None
+    put_losses(reports, [math.nan], first=first + 9)
+    trouble = reports.trouble(finished=False)
+    assert isinstance(trouble, NotANumberError)
+    assert trouble.exit_code == 3
+    assert f"of 10 steps in a row is not a number, since step {first}." in str(trouble)
+    assert cause in str(trouble)
+    assert f"the weights from before are in {tmp_path / 'last-good'}" in str(trouble)
+    assert "\n" not in str(trouble)
+    put_losses(reports, [0.5], first=first + 10)
+    assert reports.trouble(finished=False) is None
+
+
+def test_a_run_does_not_end_on_steps_that_were_skipped(reports):
+    put_losses(reports, [0.5, math.nan])
+    assert reports.trouble(finished=True) is None  # a single one is an accident
+    put_losses(reports, [math.nan], first=3)
+    assert reports.trouble(finished=False) is None
+    assert "2 steps in a row" in str(reports.trouble(finished=True))
+
+
+def test_the_loss_scale_of_fp16_may_settle(reports):
+    """It begins at 2**16 and is halved in each step that overflows: no word, and more of them."""
+    reports.scaled = True
+    for step in range(1, 26):
+        reports.put(step, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
+    reports.flush()
+    assert [line for line in reports.said if "skipped" in line] == []
+    assert reports.trouble(finished=False) is None
+    reports.put(26, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
+    reports.flush()
+    assert "26 steps in a row" in str(reports.trouble(finished=False))
 
 
 def put_steps(reports, seconds):
     first = len(reports.pace.seconds) + 1
     for step, each in enumerate(seconds, first):
-        reports.put(step, {"train_loss": torch.tensor(0.5), "lr": 1e-4}, samples=1, seconds=each)
+        reports.put(step, numbers(0.5), samples=1, seconds=each)
 
 
 def test_after_ten_steps_it_says_what_is_left(reports):

@@ -41,6 +41,7 @@ def test_card_survives_any_prompt(tmp_path):
         hyperparameters=values | {"hub_token": "hf_secret"},
         trigger_word=HOSTILE,
         repo_id="me/axes",
+        kohya_file="my `axes` [1].safetensors",
     )
     text = path.read_text(encoding="utf-8")
     assert "hf_secret" not in text
@@ -59,21 +60,50 @@ def test_card_survives_any_prompt(tmp_path):
     tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n")[-1])
     assert [token.type for token in tokens].count("table_open") == 1
     assert [token.type for token in tokens].count("fence") == 1
+    # The hub puts the widget's pictures there.
+    assert [token.content for token in tokens if token.type == "html_block"] == ["<Gallery />\n"]
     inline = [token for token in tokens if token.type == "inline"]
-    pictures = [child.attrs["src"] for token in inline for child in token.children if child.type == "image"]
-    assert pictures == ["image_0.png", "in%20a%20folder/image%20%281%29.png"]
+    assert [child.content for token in inline for child in token.children if child.type == "html_inline"] == []
+    titles = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"][1:]
+    assert titles == ["Trigger words", "Use with diffusers", "Use with A1111, Forge and ComfyUI", "Training"]
+    (link,) = (child for token in inline for child in token.children if child.type == "link_open")
+    assert link.attrs["href"] == "https://huggingface.co/me/axes/resolve/main/my%20%60axes%60%20%5B1%5D.safetensors"
+    one_line = " ".join(HOSTILE.split())
+    code = [child.content for token in inline for child in token.children if child.type == "code_inline"]
+    assert f"{one_line} <lora:my `axes` [1]:1>" in code
+    assert any(
+        token.content.startswith("Write ") and _text_of(token) == f"Write {one_line} in the prompt."
+        for token in inline
+    )
     cells = [
         "".join(child.content for child in tokens[i + 1].children)
         for i, token in enumerate(tokens)
         if token.type == "td_open"
     ]
-    one_line = " ".join(HOSTILE.split())
     assert cells == [
         "validation_prompt", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
     ]  # fmt: skip
     assert {child.type for token in inline for child in token.children} <= {
-        "text", "text_special", "code_inline", "image", "softbreak"
+        "text", "text_special", "code_inline", "softbreak", "link_open", "link_close", "em_open", "em_close"
     }  # fmt: skip
+
+
+def _text_of(token):
+    """What a reader sees of a paragraph."""
+    return "".join(child.content for child in token.children)
+
+
+def test_card_without_pictures_trigger_or_kohyas_file_has_none_of_their_parts(tmp_path):
+    text = card(tmp_path).read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("#")][1:] == ["## Use with diffusers", "## Training"]
+    assert "Gallery" not in text
+    assert "\n\n\n" not in text
+    local = card(tmp_path, repo_id="axes", kohya_file="axes.safetensors", trigger_word="sks").read_text(
+        encoding="utf-8"
+    )
+    assert "Download axes.safetensors.\n" in local
+    assert "huggingface.co" not in local
+    assert "put it in `models/Lora` and write ` sks <lora:axes:1> ` as the prompt" in local
 
 
 def test_card_tells_no_local_path(tmp_path, monkeypatch):
@@ -145,8 +175,11 @@ def test_upload_sends_weights_card_and_pictures_only(tmp_path):
         (tmp_path / name).write_bytes(f"contents of {name}".encode())
     pictures = [("ab", tmp_path / "image_0.png"), ("cd", tmp_path / "validation" / "image [1].png")]
     card(tmp_path, pictures=pictures)
+    wanted.add("axes.safetensors")
+    (tmp_path / "axes.safetensors").write_bytes(b"by kohya's names")
+    (tmp_path / "other.safetensors").write_bytes(b"another run's")
     with loopback_hub.serving(loopback_hub.Hub) as server, loopback_hub.taken_for_the_hub(server):
-        url = upload(tmp_path, "me/axes", "hf_secret")
+        url = upload(tmp_path, "me/axes", "hf_secret", [lora_file.WEIGHTS_NAME, "axes.safetensors"])
     assert url.endswith("/me/axes/commit/abc")
     assert loopback_hub.uploaded(server) == {name: (tmp_path / name).read_bytes() for name in wanted}
     for command, path, headers, body in server.seen:

@@ -19,7 +19,7 @@ from conftest import ROOT, read_metrics, train_script, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.reports import curves, report_page, runs, sample_pictures
+from text_to_image_lora.reports import curves, metrics, report_page, runs, sample_pictures
 
 
 pytest.importorskip("bokeh", reason="without Bokeh there are no curves: pip install -r requirements.txt")
@@ -83,6 +83,7 @@ def finished(train_in, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(report_page, "write_page", keep)
+        patch.setattr(metrics, "PAGE_PAUSE", 0)
         out = train_in(
             folder, output_dir=folder / "my <b>lora", validation_split=0.3, validation_steps=3, max_train_steps=6, rank=2,
             learning_rate=0.03,
@@ -175,10 +176,10 @@ def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
 
 
 def test_it_is_written_while_the_run_goes_on(finished):
-    first, last = finished.pages[0], finished.pages[-1]
-    assert "Step 3 of 6, not finished." in first
-    assert "Finished at step 6." in last
-    assert "LoRA, step 6" not in first
+    told = [re.search(r"(Step \d of 6, not finished|Finished at step \d)\.", page)[1] for page in finished.pages]
+    assert told[0] == "Step 0 of 6, not finished"
+    assert "Step 3 of 6, not finished" in told
+    assert told[-1] == "Finished at step 6"
 
 
 def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys):
@@ -274,7 +275,9 @@ def test_a_long_run_stays_small(tmp_path):
         for k in range(6):
             noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
             images[0, k] = noise.resize((512, 512), Image.Resampling.BICUBIC)
-        sample_pictures.save_images(images, ["noise"], tmp_path / "validation" / f"step-{step:06d}")
+        sample_pictures.save_images(
+            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
+        )
     path = report_page.write_page(tmp_path)
     assert path.stat().st_size < 10e6
     page = Reader(path)

@@ -257,7 +257,8 @@ def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsy
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[:2] == before[:2]
     assert rows[2]["train_loss"] == pytest.approx(before[2]["train_loss"], rel=1e-5)
-    assert history_of(read_wandb(second)).keys() == {3, 4}
+    assert history_of(read_wandb(first)).keys() == {0, 1, 2, 3}
+    assert history_of(read_wandb(second)).keys() == {4}  # each step once
     last = capsys.readouterr().out.splitlines()[-1]
     assert [Path(word).resolve() for word in shlex.split(last)[-2:]] == [first.resolve(), second.resolve()]
 
@@ -483,5 +484,5 @@ def test_trackio_runs_in_the_space_that_is_named(monkeypatch, accelerator):
     started = {}
     monkeypatch.setattr(accelerator, "log_with", ["trackio"])
     monkeypatch.setattr(accelerator, "init_trackers", lambda name, **how: started.update(how["init_kwargs"]))
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, "me/dashboard")
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, space_id="me/dashboard")
     assert started == {"trackio": {"name": "my lora", "space_id": "me/dashboard"}}

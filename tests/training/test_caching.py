@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -388,8 +389,14 @@ def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
 
 def test_a_picture_is_decoded_once_for_all_its_variations(fill, monkeypatch):
     opened = []
-    inner = picture_set.open_image
+    inner, vary = picture_set.open_image, picture_set.apply_variation
+
+    def slowly(*args):  # so that the threads that decode ahead come in between
+        time.sleep(0.002)
+        return vary(*args)
+
     monkeypatch.setattr(picture_set, "open_image", lambda data: opened.append(data) or inner(data))
+    monkeypatch.setattr(picture_set, "apply_variation", slowly)
     fill("whole")
     assert len(opened) == len(set(opened)) == 6
 

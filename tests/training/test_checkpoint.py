@@ -15,6 +15,7 @@ from text_to_image_lora.files import written_whole
 from text_to_image_lora.training.checkpoint import (
     TrainState,
     check_same_run,
+    damage_of,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -22,6 +23,7 @@ from text_to_image_lora.training.checkpoint import (
     read_checkpoint,
     read_state,
     save_checkpoint,
+    write_manifest,
 )
 
 
@@ -53,6 +55,7 @@ def save(output_dir, step, run=None):
             folder, adapter=model.state_dict(), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None,
             state=TrainState(seed=7, global_step=step), settings=SETTINGS,
         )  # fmt: skip
+        write_manifest(folder)
     return output_dir / f"checkpoint-{step}"
 
 
@@ -208,7 +211,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from text_to_image_lora.files import written_whole
-from text_to_image_lora.training.checkpoint import list_checkpoints, prune_checkpoints
+from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints, prune_checkpoints, write_manifest
 
 FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -217,6 +220,7 @@ def write(number, text):
     with written_whole(Path(f"checkpoint-{{number}}"), folder=True) as folder:
         for name in FILES:
             (folder / name).write_text(text)
+        write_manifest(folder)
 
 def save_over_an_old_one_and_prune(kill_at):
     seen = 0
@@ -244,8 +248,9 @@ while not survived:
     found = {{
         path.name: [(path / name).read_text() if (path / name).exists() else None for name in FILES]
         for path in list_checkpoints(".")
+        if damage_of(path) is None
     }}
-    prune_checkpoints(".", 1, newest=2)
+    prune_checkpoints(".", 1, newest=2, say=lambda line: None)
     write(3, "new")
     print(json.dumps([found, [path.name for path in list_checkpoints(".")]]))
     os.chdir("..")
@@ -276,6 +281,7 @@ def test_only_whole_checkpoints_are_listed_in_order(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-600").write_text("a file")
     (tmp_path / ".checkpoint-700.tmp").mkdir()
+    assert damage_of(tmp_path / "checkpoint-100") is None
     for name in ("checkpoint-best", "checkpoint-8-old", "my-checkpoint-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{}")
@@ -338,6 +344,25 @@ def test_the_newest_are_kept(tmp_path, limit, kept):
     prune_checkpoints(tmp_path, limit, newest=100)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps[4 - kept :]]
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "checkpoint-7", "notes"}
+
+
+def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / ".checkpoint-1.old").mkdir()
+    data = (tmp_path / "checkpoint-2" / "optimizer.pt").read_bytes()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    said = []
+    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert said == [
+        "checkpoint-2 can't be read back (optimizer.pt is not as it was written), so that no older one is deleted: look "
+        "after the disk"
+    ]
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data)
+    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    assert len(said) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # nor what a kill left
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

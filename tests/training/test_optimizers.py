@@ -15,7 +15,14 @@ LEARNING_RATES = {"adamw": 2e-3, "adamw8bit": 2e-3, "prodigy": 1.0, "schedulefre
 STEPS = {"prodigy": 50}  # it has to find the size of its steps first
 
 
-@pytest.mark.parametrize("name", LEARNING_RATES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        "prodigy",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw8bit", "schedulefree", "adafactor")),
+    ],
+)
 def test_it_lowers_the_loss_on_the_weapons(name, train_on_weapons, tmp_path):
     """On the embedded base, in 20 steps or 50; judged by pictures that it never saw, with the LoRA's file."""
     options = dict(optimizer=name, learning_rate=LEARNING_RATES[name], rank=8, max_train_steps=STEPS.get(name, 20))

@@ -272,6 +272,7 @@ def test_the_vae_stays_and_that_is_told(train, capsys):
     assert "the VAE stays in memory for --perceptual_loss decoder" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_with_them_the_weapons_are_learned_as_well(train_on_weapons, tmp_path):
     """Held-out loss relative to the base's: no more than 0.02 above that of a run without."""
     options = dict(rank=16, max_train_steps=20, learning_rate=2.5e-3, lr_scheduler="cosine")

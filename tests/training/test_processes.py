@@ -1,10 +1,13 @@
 """What a process computes with: as many threads as it should, and a number format that its device has."""
 
+import os
+
 import pytest
 import torch
-from conftest import CORES, THREADS
+from conftest import CORES, THREADS, train_script
 
-from text_to_image_lora.training import processes
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.training import interruption, processes
 
 
 @pytest.mark.parametrize(("wanted", "environment", "threads"), THREADS)
@@ -46,3 +49,39 @@ def test_bf16_that_is_emulated_is_told(train, monkeypatch, capsys):
     for precision in ("no", "bf16"):
         train(mixed_precision=precision, max_train_steps=1, resume_from_checkpoint="none")
         assert (line in capsys.readouterr().out) == (precision == "bf16")
+
+
+@pytest.fixture
+def kernels():
+    """What --deterministic sets is the process's: it is put back."""
+    yield
+    processes.be_deterministic(False)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
+    """In the run, before its first step."""
+    seen, monitored = [], interruption.mean_and_asked
+
+    def look(*values):
+        flags = [
+            getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()
+            for kind in ("flash", "mem_efficient", "cudnn", "math")
+        ]
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, *flags))
+        return monitored(*values)
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(interruption, "mean_and_asked", look)
+    train(max_train_steps=1)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert seen == [(False, False, True, True, True, True)]
+    train(max_train_steps=1, deterministic=True, resume_from_checkpoint="none")
+    assert seen[1:] == [(True, True, False, False, False, True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_deterministic_and_xformers_do_not_go_together(arguments):
+    with pytest.raises(InputError, match="--deterministic needs plain attention"):
+        train_script.parse_args(arguments(deterministic=True, enable_xformers_memory_efficient_attention=True))

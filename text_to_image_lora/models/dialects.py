@@ -4,10 +4,20 @@ A place is (component, module, leaf) as our own file has them: `unet`, `mid_bloc
 The leaf may also be `alpha` (a scalar, scale = alpha / rank) and `lora_mid.weight` (between the two of a convolution).
 """
 
+import contextlib
 import re
+from pathlib import Path
 
 from ..errors import InputError
 
+
+# diffusers' LORA_WEIGHT_NAME_SAFE, without the seconds that importing it takes, and peft's name of such a file.
+WEIGHTS_NAME, PEFT_WEIGHTS_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+REMEDY = (
+    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
+    f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
+)
 
 # What else people call a LoRA, by what only its keys hold.
 OTHER_ADAPTERS = {
@@ -64,6 +74,41 @@ FILE_KEY = re.compile(
     r"(unet|text_encoder(?:_2)?)\.(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|alpha)", re.ASCII
 )
 UNET_PART = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
+
+
+def files_of(path):
+    """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
+    path = Path(path)
+    if not path.is_dir() or (path / WEIGHTS_NAME).exists():
+        return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
+    if (path / PEFT_WEIGHTS_NAME).exists():
+        return [(path / PEFT_WEIGHTS_NAME, None)]
+    parts = [(path / name / PEFT_WEIGHTS_NAME, name) for name in COMPONENTS]
+    return [part for part in parts if part[0].exists()] or [(path / WEIGHTS_NAME, None)]
+
+
+@contextlib.contextmanager
+def opened(path, framework="pt"):
+    """The safetensors file, open; `InputError` where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework) as file:
+            yield file
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"it can't be read as a safetensors file ({error}).") from error
+
+
+def check_lora(path) -> str:
+    """The dialect of a LoRA file or folder; `InputError` for what is none. By its names alone, without torch."""
+    for file, _ in files_of(path):
+        try:
+            with opened(file, "np") as tensors:
+                keys = list(tensors.keys())
+            dialect = dialect_of(keys)
+        except InputError as error:
+            raise InputError(f"{file}: {error} {REMEDY}") from error
+    return dialect
 
 
 def dialect_of(keys) -> str:

@@ -1,7 +1,9 @@
 """The LoRA file in kohya's format, which A1111, ComfyUI, Forge and InvokeAI read.
 
-Names and leaves are those of `networks/lora.py` in kohya-ss/sd-scripts; `dora_scale` is LyCORIS', of each output. How
-A1111 and ComfyUI compute with it is another matter: docs/findings.md.
+Names and leaves are those of `networks/lora.py` in kohya-ss/sd-scripts; `dora_scale` is LyCORIS', of each output, which is
+what peft trains: W + BA, each row brought to its magnitude. A1111 divides by the norms of the columns instead
+(`apply_weight_decompose` in `extensions-builtin/Lora/network.py`), ComfyUI by those of the base's rows
+(`weight_decompose` in `comfy/weight_adapter/base.py`): there DoRA draws something else.
 """
 
 import json

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
+from ..libraries import hidden
 
 
 TEXT_TARGET_MODULES = (
@@ -61,7 +62,8 @@ def add_lora(model, settings):
         use_dora=settings.use_dora,
     )
     try:
-        model.add_adapter(config)
+        with hidden("bitsandbytes"):  # for whose layers peft would look
+            model.add_adapter(config)
     except ValueError as error:  # such as orthogonal, which peft has for linear layers alone
         raise InputError(
             f"The LoRA can't be added ({error}). Check --init_lora_weights and --target_modules."
@@ -155,20 +157,37 @@ def part_of(state_dict, name):
     return {key: state_dict[owner + colon + key] for owner, colon, key in parts if (owner or "unet") == name}
 
 
-def start_from(model, state_dict):
-    """Starts from a LoRA whose scale is folded in (B·A is the whole update), at any alpha of the adapter's own."""
+def start_from(model, state_dict, *, partial=False):
+    """Starts from a LoRA whose scale is folded in (B·A is the whole update), at any alpha of the adapter's own.
+
+    Where its rank is smaller, the further directions begin as a fresh adapter's do; with `partial`, so do layers that it
+    lacks.
+    """
     scaling = {
         name: module.scaling["default"] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     }
-    unfolded = {}
+    fresh = adapter_state(model)[0]
+    unfolded = {name: value for name, value in fresh.items() if partial and state_dict}
     for name, value in state_dict.items():
         module, _, leaf = name.partition(".lora_")
-        unfolded[name] = value / scaling[module] if leaf.startswith("B") and module in scaling else value
+        own = fresh.get(name, value)
+        if leaf == "A.weight" and len(value) < len(own):
+            value = torch.cat([value, own[len(value) :]])
+        elif leaf.startswith("B") and module in scaling:
+            value = value / scaling[module]
+            if leaf == "B.weight" and value.shape[1] < own.shape[1]:
+                value = torch.cat(
+                    [value, own.new_zeros(len(value), own.shape[1] - value.shape[1], *value.shape[2:])], dim=1
+                )
+        unfolded[name] = value
     load_adapter(model, unfolded)
 
 
 def start_from_file(models, loaded, path):
-    """`start_from` for the adapted models ({component: model}), of what `lora_file.load_lora` read from `path`."""
+    """`start_from` for the adapted models ({component: model}), of what `lora_file.load_lora` read from `path`.
+
+    A text encoder may lack layers there: with a clip skip, its last ones are not trained.
+    """
     if set(loaded) != set(models):
         raise InputError(
             f"{path}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, and this trains the {' and the '.join(models)}"
@@ -176,6 +195,9 @@ def start_from_file(models, loaded, path):
         )
     try:
         for name, model in models.items():
-            start_from(model, loaded[name])
+            start_from(model, loaded[name], partial=name.startswith("text_encoder"))
     except ValueError as error:
-        raise InputError(f"{path}: {error}. Check --rank, --target_modules and --use_dora.") from error
+        raise InputError(
+            f"{path}: {error}. Check --rank, --target_modules and --use_dora. (scripts/convert_lora.py --rank makes a "
+            "LoRA smaller; a smaller one fits as it is.)"
+        ) from error

@@ -9,26 +9,16 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..files import written_whole
-from .dialects import dialect_of, place_of
+from .dialects import COMPONENTS, PEFT_WEIGHTS_NAME, REMEDY, WEIGHTS_NAME, dialect_of, files_of, opened, place_of
 
 
-__all__ = ["WEIGHTS_NAME", "as_diffusers", "dialect_of", "fold_scale", "load_lora", "lora_file_metadata", "save_lora"]
-
-# diffusers' LORA_WEIGHT_NAME_SAFE and LORA_ADAPTER_METADATA_KEY, without the seconds that importing them takes.
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-PEFT_WEIGHTS_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, without the seconds that importing it takes
+PEFT_CONFIG_NAME = "adapter_config.json"
 # In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
-REMEDY = (
-    "Pass a LoRA of Stable Diffusion: a .safetensors file of diffusers' or kohya's format, "
-    f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
-)
 
 
 class Scale(NamedTuple):
@@ -173,7 +163,9 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     components, header = {}, {}
     for path, component in files_of(Path(path_or_dir)):
         try:
-            tensors, header = _read(path)
+            with opened(path) as file:
+                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+                header = file.metadata() or {}
             found, configs = _by_module(tensors, component), _configs_of(path, header)
             for name, modules in found.items():
                 config = configs.get(name, configs.get(None))
@@ -181,24 +173,6 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
         except InputError as error:
             raise InputError(f"{path}: {error} {REMEDY}") from error
     return components, header
-
-
-def files_of(path):
-    """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
-    if not path.is_dir() or (path / WEIGHTS_NAME).exists():
-        return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
-    if (path / PEFT_WEIGHTS_NAME).exists():
-        return [(path / PEFT_WEIGHTS_NAME, None)]
-    parts = [(path / name / PEFT_WEIGHTS_NAME, name) for name in COMPONENTS]
-    return [part for part in parts if part[0].exists()] or [(path / WEIGHTS_NAME, None)]
-
-
-def _read(path):
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"it can't be read as a safetensors file ({error}).") from error
 
 
 def _configs_of(path, header):

@@ -14,7 +14,8 @@ from .updates import modules_of
 def save_peft(folder, components, base_model=None, dtype=torch.float32):
     """Writes state dicts whose scale is in lora_B so that peft's scale is 1, whatever each module's rank.
 
-    One component is the folder itself, as `PeftModel.from_pretrained` wants it; several have the names of theirs.
+    One component is the folder itself, as `PeftModel.from_pretrained` wants it; several have the names of theirs. The text
+    encoder's layers are named as transformers before 5.6 names them.
     """
     folder = Path(folder)
     for name, state_dict in components.items():

@@ -1,6 +1,7 @@
 """A set of pictures for one purpose, and all that is known of each under one index."""
 
 import functools
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -68,13 +69,17 @@ class PictureSet:
             fact.width, fact.height, self.sizes[i], view.augmentation, image_id=fact.image_id, index=k
         )
 
+    @functools.cached_property
+    def _opened(self):
+        """The picture that each thread opened last: its variations are usually asked for one after the other."""
+        return threading.local()
+
     def pixels(self, i, k):
         """Variation k of picture i as uint8 (height, width, 3)."""
-        index, image = getattr(self, "_opened", (None, None))
-        if index != i:  # the last one is kept: its variations are usually asked for one after the other
-            image = open_image(read_image_bytes(self.records[i]["image"]))
-            self._opened = i, image
-        return apply_variation(image, self.variation(i, k), self.sizes[i], self.view.interpolation)
+        opened = self._opened
+        if getattr(opened, "index", None) != i:
+            opened.index, opened.image = i, open_image(read_image_bytes(self.records[i]["image"]))
+        return apply_variation(opened.image, self.variation(i, k), self.sizes[i], self.view.interpolation)
 
     def mask(self, i, k, factor):
         """What counts of variation k of picture i, from 0 to 1: float16 (height / factor, width / factor).

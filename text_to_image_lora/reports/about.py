@@ -4,12 +4,15 @@ import base64
 import importlib.metadata
 import io
 import json
+import os
 import platform
+import shlex
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from ..files import write_whole
@@ -24,36 +27,71 @@ SIDE = 256  # pixels, of the data sheet's pictures
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_about(output_dir, *, command, settings, pictures, held_out, sampler, notes, device):
-    """Writes `about.json` of a run into its folder and returns what it holds, as plain data.
+def write_about(output_dir, *, flags, command, settings, machine, dataset):
+    """Writes `run.yaml` and `about.json` of a run into its folder; returns what the second holds, as plain data.
 
-    `command` is what makes the same run again, `settings` the flags and what they were settled to, `pictures` the
-    `PictureSet` that is trained on, `held_out` the one that is validated on or None, `notes` what was told of them, and
-    `device` describes what it runs on. None of them holds a token.
+    `flags` are for --config, `command` makes the same run again, `settings` are the flags and what they were settled to;
+    none of them holds a token.
     """
+    folder = Path(output_dir)
+    write_whole(folder / "run.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
     about = {
-        "name": Path(output_dir).resolve().name,
+        "name": folder.resolve().name,
         "started_at": int(time.time()),
         "command": command,
         "settings": settings,
         "versions": versions(),
-        "machine": device | {"python": platform.python_version(), "system": platform.platform(terse=True)},
-        "dataset": data_sheet(pictures, held_out, sampler, notes) | {"fingerprint": settings["dataset"]},
+        "machine": machine,
+        "dataset": dataset | {"fingerprint": settings["dataset"]},
     }
-    write_whole(Path(output_dir) / FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    about = near(about)
+    write_whole(folder / FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
+
+
+def near(value):
+    """Plain data, the paths in it as from this folder or from the user's own: where those lie is nobody's business."""
+    if isinstance(value, dict):
+        return {name: near(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [near(each) for each in value]
+    if isinstance(value, str):
+        for folder, short in ((Path.cwd(), ""), (Path.home(), "~" + os.sep)):
+            if folder.parent != folder:  # the root of a disk says nothing
+                value = value.replace(f"{folder}{os.sep}", short)
+    return value
+
+
+def command_line(script, words, accelerator):
+    """The command that runs the script with these words on as many processes, as a shell takes it."""
+    count, launcher = accelerator.num_processes, "accelerate launch --config_file accelerate_config.yaml"
+    if count > 1 and accelerator.device.type == "cpu":
+        launcher = f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {count}"
+    elif count > 1:
+        launcher += f" --multi_gpu --num_processes {count}"
+    # A shell takes "~/" for the own folder only where it isn't quoted.
+    quoted = [f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in near(words)]
+    return " ".join([launcher, script, *quoted])
+
+
+def machine(accelerator):
+    """{name: value} of what a run computes on."""
+    return {
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+    }
 
 
 def device_name(device):
     """What a `torch.device` is called, and how many threads compute where it is the CPU."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-    return device.type
+    from ..training.processes import in_words
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else in_words(device)
 
 
 def versions():

@@ -1,11 +1,14 @@
 """What trackers show of a run beside its numbers: pictures beside the base's, tables, the LoRA files, the answer."""
 
+import functools
 import importlib
+import math
 import re
 
 import numpy as np
 from PIL import Image
 
+from . import tracking
 from .about import image_of
 from .runs import LOSS, answer_of, read_run
 
@@ -26,27 +29,39 @@ def config_of(about):
     }  # fmt: skip
 
 
-def log_start(accelerator, about, first_step):
-    """Tells the trackers by what to draw numbers, and at a run's first step shows the data sheet."""
+def to_each(accelerator, tell, *what):
+    """Calls `tell(tracker, *what)` of each tracker; one that fails gets nothing more, and the run goes on."""
+    for tracker in accelerator.trackers:
+        tracker.attempt(functools.partial(tell, tracker, *what))
+
+
+def start(accelerator, project_name, about, output_dir, run_id, **how):
+    """Starts the trackers as `tracking.start_trackers` does, with what `about` holds; returns W&B's run id, or None."""
+    run_id = tracking.start_trackers(accelerator, project_name, config_of(about), output_dir, run_id, **how)
+    to_each(accelerator, _log_start, about, how.get("first_step", 0))
+    return run_id
+
+
+def _log_start(tracker, about, first_step):
+    """Says by what to draw numbers, and at a run's first step shows the data sheet."""
+    if tracker.name == "wandb":
+        define_metrics(tracker.run)
+    if first_step:
+        return
+    dataset = about["dataset"]
     rows = [
         [image_of(row["preview"]), " / ".join(row["captions"]), row["concept"], row["size"], row["trained_at"], row["source"]]
-        for row in about["dataset"]["shown"]
+        for row in dataset["shown"]
     ]  # fmt: skip
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            define_metrics(tracker.run)
-        if first_step:
-            continue
-        if tracker.name == "tensorboard":
-            writer = tracker.writer
-            lines = [f"{key}: {value}" for key, value in about["dataset"].items() if key not in ("shown", "notes")]
-            lines += [" | ".join(map(str, row[1:])) for row in rows]
-            writer.add_text("data", as_written(lines), 0)
-            writer.add_text("command", as_written([about["command"]]), 0)
-            sheet = np.concatenate([np.asarray(row[0].resize((128, 128))) for row in rows], axis=1)
-            writer.add_image("data/pictures", sheet, 0, dataformats="HWC")
-        else:
-            tracker.run.log({"data": table_of(tracker.name, DATA, rows)} | step_of_row(tracker, 0), step=0)
+    if tracker.name == "tensorboard":
+        lines = [f"{key}: {value}" for key, value in dataset.items() if key not in ("shown", "notes")]
+        lines += [" | ".join(map(str, row[1:])) for row in rows]
+        tracker.writer.add_text("data", as_written(lines), 0)
+        tracker.writer.add_text("command", as_written([about["command"]]), 0)
+        sheet = np.concatenate([np.asarray(row[0].resize((128, 128))) for row in rows], axis=1)
+        tracker.writer.add_image("data/pictures", sheet, 0, dataformats="HWC")
+    else:
+        tracker.run.log({"data": table_of(tracker.name, DATA, rows)} | step_of_row(tracker, 0), step=0)
 
 
 def define_metrics(run):
@@ -58,9 +73,10 @@ def define_metrics(run):
 
 
 def log_numbers(accelerator, values, step):
-    """A step's numbers to every tracker."""
+    """A step's numbers to every tracker, those that are no numbers left out."""
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
     for tracker in accelerator.trackers:
-        tracker.log(values | step_of_row(tracker, step), step=step)
+        tracker.log(finite | step_of_row(tracker, step), step=step)
 
 
 def step_of_row(tracker, step):
@@ -73,28 +89,30 @@ def log_pictures(accelerator, images, base, prompts, seeds, step):
 
     `base` has those of step 0, or nothing where they aren't there; `seeds` the seed of each.
     """
+    to_each(accelerator, _log_pictures, images, base, prompts, seeds, step)
+
+
+def _log_pictures(tracker, images, base, prompts, seeds, step):
     for p, prompt in enumerate(prompts):
-        tasks = sorted(task for task in images if task[0] == p)
-        name = panel_name(p, prompt)
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pairs = [np.asarray(side_by_side(base.get(task), images[task])) for task in tasks]
-                tracker.writer.add_images(name, np.stack(pairs), step, dataformats="NHWC")
-            elif tracker.name == "trackio":
-                library = importlib.import_module("trackio")
-                pictures = {
-                    f"{name} {k}": library.Image(side_by_side(base.get((p, k)), images[p, k]), caption=prompt)
-                    for _, k in tasks
-                }
-                tracker.run.log(pictures, step=step)
-            else:
-                library, pictures = importlib.import_module("wandb"), []
-                for task in tasks:
-                    if task in base:
-                        pictures.append(library.Image(base[task], caption=f"base, seed {seeds[task]}: {prompt}"))
-                    words = f"step {step}, seed {seeds[task]}: {prompt}"
-                    pictures.append(library.Image(images[task], caption=words))
-                tracker.run.log({name: pictures} | step_of_row(tracker, step), step=step)
+        name, tasks = panel_name(p, prompt), sorted(task for task in images if task[0] == p)
+        if tracker.name == "tensorboard":
+            pairs = [np.asarray(side_by_side(base.get(task), images[task])) for task in tasks]
+            tracker.writer.add_images(name, np.stack(pairs), step, dataformats="NHWC")
+        elif tracker.name == "trackio":
+            library = importlib.import_module("trackio")
+            pairs = {
+                f"{name} {task[1]}": library.Image(side_by_side(base.get(task), images[task]), caption=prompt)
+                for task in tasks
+            }
+            tracker.run.log(pairs, step=step)
+        else:
+            library, pictures = importlib.import_module("wandb"), []
+            for task in tasks:
+                if task in base:
+                    pictures.append(library.Image(base[task], caption=f"base, seed {seeds[task]}: {prompt}"))
+                words = f"step {step}, seed {seeds[task]}: {prompt}"
+                pictures.append(library.Image(images[task], caption=words))
+            tracker.run.log({name: pictures} | step_of_row(tracker, step), step=step)
 
 
 def panel_name(place, prompt):
@@ -115,23 +133,24 @@ def side_by_side(left, right):
 
 def log_results(accelerator, output_dir):
     """What a run came to, to every tracker: the answer, a table of all sample pictures, and the LoRA files."""
-    if not accelerator.trackers:
-        return
+    to_each(accelerator, _log_results, output_dir)
+
+
+def _log_results(tracker, output_dir):
     run = read_run(output_dir)
     answer, rows = answer_of(run), rows_of_samples(run)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_text("answer", answer.sentence, run.step)
-            if rows:
-                lines = [" | ".join(str(cell) for cell in row if not isinstance(cell, Image.Image)) for row in rows]
-                tracker.writer.add_text("samples", as_written(lines), run.step)
-            continue
-        if tracker.name == "wandb":
-            tracker.run.summary.update(summary_of(answer))
+    if tracker.name == "tensorboard":
+        tracker.writer.add_text("answer", answer.sentence, run.step)
         if rows:
-            table = {"samples table": table_of(tracker.name, SAMPLES, rows)}
-            tracker.run.log(table | step_of_row(tracker, run.step), step=run.step)
-        log_files(tracker, run, answer)
+            lines = [" | ".join(str(cell) for cell in row if not isinstance(cell, Image.Image)) for row in rows]
+            tracker.writer.add_text("samples", as_written(lines), run.step)
+        return
+    if tracker.name == "wandb":
+        tracker.run.summary.update(summary_of(answer))
+    if rows:
+        table = {"samples table": table_of(tracker.name, SAMPLES, rows)}
+        tracker.run.log(table | step_of_row(tracker, run.step), step=run.step)
+    log_files(tracker, run, answer)
 
 
 def summary_of(answer):
@@ -194,6 +213,7 @@ def log_files(tracker, run, answer):
             artifact.add_file(str(path))
         alias = re.sub(r"epoch-0*(?=\d)", "epoch-", file.place) or "last"
         tracker.run.log_artifact(artifact, aliases=[alias])
+        tracker.to_send += sum(path.stat().st_size for path in file.paths)
 
 
 def as_written(lines):

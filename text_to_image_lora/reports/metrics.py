@@ -1,15 +1,22 @@
 """The numbers of each step: `metrics.jsonl` always, trackers and progress bar with it."""
 
+import collections
 import json
 import math
 import statistics
 import sys
+import time
 from pathlib import Path
 
-from ..errors import TrainingError
-from ..files import in_bytes, write_whole
-from .dashboard import log_numbers
+from ..errors import NotANumberError, Stopped
+from ..files import in_bytes, telling_of_the_disk, write_whole
+from .dashboard import log_numbers, log_results
 from .report_page import update_page
+
+
+VALIDATED = "validation/loss"  # what a line of a validation has
+LAST_GOOD = "last-good"  # the folder with the LoRA of a run that came to no number
+PAGE_PAUSE = 20  # times what it took to write the page, before it is written once more
 
 
 def peak_memory_gib(device):
@@ -33,18 +40,35 @@ def peak_memory_gib(device):
 class MetricsFile:
     """`metrics.jsonl`: one JSON object a step, the same numbers that the trackers get."""
 
-    def __init__(self, path, first_step):
-        """Starts anew (0) or goes on; lines after `first_step`, of a run that went further before it was resumed, go."""
+    def __init__(self, path, first_step, due=()):
+        """Starts anew (0) or goes on.
+
+        Lines after `first_step` go, of a run that went further before it was resumed, and those of this step that are of
+        what is still `due`; `given_up` counts them by their step.
+        """
         self.path = path = Path(path)
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and 0 < first_step >= json.loads(line)["step"]]
-            if kept != lines:
-                write_whole(path, "".join(kept))
+        self.given_up = collections.Counter()
+        if not path.exists():
+            return
+        kept, lines = [], path.read_text().splitlines(keepends=True)
+        for line in lines:
+            try:
+                row = json.loads(line) if line.endswith("\n") else None
+            except ValueError:
+                row = None
+            if row is None:  # cut off, by a kill or a full disk
+                continue
+            again = row["step"] > first_step or (row["step"] == first_step and "loss" in due and VALIDATED in row)
+            if first_step > 0 and not again:
+                kept.append(line)
+            else:
+                self.given_up[row["step"]] += 1
+        if kept != lines:
+            write_whole(path, "".join(kept))
 
     def write(self, step, values):
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
-        with open(self.path, "a") as file:
+        with telling_of_the_disk(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
@@ -131,43 +155,102 @@ def in_words(seconds):
 
 
 class StepReports:
-    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs."""
+    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs.
+
+    `asked` says whether a process is asked to stop, as far as that is known, alike on all of them. A step whose loss or
+    gradient is not a number changed nothing (`optimizers.step_if_finite`): such are counted when their numbers arrive.
+    """
+
+    IN_A_ROW = 10  # steps that were skipped, before the run ends
+    TO_SETTLE = 16  # of fp16's, whose loss scale begins at 2**16 and is halved in each
 
     def __init__(self, accelerator, metrics_file, progress, output_dir, say, remedy):
-        self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
+        self.accelerator, self.metrics_file, self.progress, self.say = accelerator, metrics_file, progress, say
         self.output_dir, self.waiting, self.smooth = output_dir, None, None
         self.pace = Pace(accelerator.device, progress.total, say, remedy)
+        self.scaled = getattr(accelerator, "scaler", None) is not None
+        self.asked, self.skipped, self.in_a_row, self.page_due = False, [], 0, 0
 
     def put(self, step, values, *, samples, seconds):
         """Takes numbers and tensors of one number in, and how long the step of so many samples took.
 
         Those of the step before are written.
         """
+        if isinstance(values["asked"], bool):
+            self.asked = values["asked"]
         values = OnTheirWay(values | {"images_per_second": samples / seconds})
         self.flush()
         self.pace.take(step, seconds)
         self.waiting = step, values
 
     def flush(self):
-        """Writes what waits. Raises `TrainingError` where the loss is not a number."""
+        """Writes what waits."""
         if self.waiting is None:
             return
         (step, values), self.waiting = self.waiting, None
         values = values.read()
+        self.asked = bool(values.pop("asked")) or self.asked
         loss = values["train_loss"]
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss of step {step} is {loss}. Lower --learning_rate, or use --mixed_precision bf16; what was saved "
-                f"before is in {self.output_dir}."
-            )
+        if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
+            self.in_a_row = 0
+            self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
+            self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+        else:
+            self.count_skipped(step, values)
+            values["skipped"] = 1
         values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
-        self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
-        self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         if self.metrics_file is not None:
             self.metrics_file.write(step, values)
         log_numbers(self.accelerator, values, step)
 
     def write_page(self):
-        """Writes the run's `report.html` anew."""
-        if self.metrics_file is not None:
-            update_page(self.output_dir, self.pace.say)
+        """Writes the run's `report.html` anew; where validations are many, some are left out: training goes before."""
+        if self.metrics_file is None or time.monotonic() < self.page_due:
+            return
+        start = time.monotonic()
+        update_page(self.output_dir, self.say)
+        self.page_due = time.monotonic() + PAGE_PAUSE * (time.monotonic() - start)
+
+    def leave(self, ending):
+        """At the end: the page once more, and to the trackers what the run came to, unless it is to be gone on with."""
+        self.page_due = 0
+        self.write_page()
+        if not isinstance(ending, Stopped):
+            log_results(self.accelerator, self.output_dir)
+
+    def count_skipped(self, step, values):
+        self.skipped.append(step)
+        self.in_a_row += 1
+        settles = self.scaled and math.isfinite(values["train_loss"])
+        if len(self.skipped) == 1 and not settles:
+            self.say(
+                f"step {step} is skipped: its loss is {values['train_loss']:.3g}, the norm of its gradient "
+                f"{values['grad_norm']:.3g}. The weights stay as they were; {self.limit()} such steps in a row end the run"
+            )
+
+    def limit(self):
+        return self.IN_A_ROW + self.TO_SETTLE * self.scaled
+
+    def trouble(self, finished):
+        """A `NotANumberError` where the run can't go on, or where it ends without having come back; else None."""
+        if self.in_a_row < (2 if finished else self.limit()):
+            return None
+        first = self.skipped[-self.in_a_row]
+        if first == 1:
+            cause = (
+                "From the first step on: the weights of the base model or of its VAE are broken, or too large for it"
+            )
+        else:
+            cause = "Likely the --learning_rate is too high, or the weights outgrew what fp16 can hold"
+        return NotANumberError(
+            f"Loss or gradient of {self.in_a_row} steps in a row is not a number, since step {first}. "
+            f"{cause}. Lower --learning_rate, or use --mixed_precision bf16 or no; the weights from before are in "
+            f"{Path(self.output_dir) / LAST_GOOD}, and the checkpoints that were saved before are whole."
+        )
+
+    def in_words(self):
+        """The line that says at the end which steps were skipped, or None."""
+        if not self.skipped:
+            return None
+        shown = ", ".join(map(str, self.skipped[:10])) + (", ..." if len(self.skipped) > 10 else "")
+        return f"{len(self.skipped)} steps were skipped, as loss or gradient was not a number: {shown}"

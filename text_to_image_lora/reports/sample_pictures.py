@@ -1,17 +1,22 @@
 """Sample pictures: drawn with the models in training by the pipeline's own code, written, and laid out in a sheet."""
 
+import contextlib
+import itertools
 import shutil
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 
+from ..files import written_whole
 from ..models.modules import evaluating, in_its_precision
+from ..training import interruption
 from .dashboard import log_pictures
 from .runs import step_of
 
 
 AT_ONCE = 4  # pictures denoised together
+OF_A_CALL = ("num_inference_steps", "guidance_scale", "height", "width")  # what those have in common
 
 
 class Samples(NamedTuple):
@@ -24,10 +29,23 @@ class Samples(NamedTuple):
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     seed: int = 0  # picture k of each prompt has the seed + k
+    own: tuple[dict, ...] | list[dict] = ()  # for each prompt what it has otherwise, see `of`
+
+    def of(self, prompt):
+        """What holds for the prompt of this number: the run's settings, or its own."""
+        common = {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.resolution,
+            "width": self.resolution,
+            "seed": self.seed,
+            "negative_prompt": self.negative_prompt,
+        }
+        return common | (self.own[prompt] if self.own else {})
 
     def seed_of(self, prompt, k):
         """The seed of picture k of the prompt of this number."""
-        return self.seed + k
+        return self.of(prompt)["seed"] + k
 
 
 def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
@@ -70,19 +88,23 @@ class Painter:
         self.conditions = None if keep_encoder else self._encode(prompt_encoder)
 
     def _encode(self, prompt_encoder):
-        """The conditions of the prompts and of the negative one, which as in diffusers' pipelines has no clip_skip."""
-        negative = prompt_encoder([self.samples.negative_prompt], with_clip_skip=False)
+        """The conditions of the prompts and of the negative ones, which as in diffusers' pipelines have no clip_skip."""
+        negative = prompt_encoder(self._negative_prompts(), with_clip_skip=False)
         wanted = prompt_encoder(self.samples.prompts)
         return [{name: value.cpu() for name, value in part.items()} for part in (wanted, negative)]
+
+    def _negative_prompts(self):
+        samples = self.samples
+        return list(dict.fromkeys(samples.of(i)["negative_prompt"] for i in range(len(samples.prompts))))
 
     def draw(self, step):
         """Draws and saves the pictures of a step, each process its share of them."""
         images = self.generate()
         if self.accelerator.is_main_process:
-            folder, seeds = self.output_dir / "validation", {task: self.samples.seed_of(*task) for task in images}
-            save_images(images, self.samples.prompts, folder / f"step-{step:06d}", seeds)
-            base = base_images(self.output_dir, self.samples.prompts) if step and self.accelerator.trackers else {}
-            log_pictures(self.accelerator, images, base, self.samples.prompts, seeds, step)
+            prompts, seeds = self.samples.prompts, {task: self.samples.seed_of(*task) for task in images}
+            save_images(images, prompts, seeds, self.output_dir / "validation" / f"step-{step:06d}")
+            base = base_images(self.output_dir, prompts, seeds) if step and self.accelerator.trackers else {}
+            log_pictures(self.accelerator, images, base, prompts, seeds, step)
 
     @torch.no_grad()
     def generate(self):
@@ -95,36 +117,53 @@ class Painter:
 
         pipeline, samples, device = self.pipeline, self.samples, self.accelerator.device
         wanted, negative = self.conditions or self._encode(self.prompt_encoder)
+        settings, negatives = [samples.of(prompt) for prompt in range(len(samples.prompts))], self._negative_prompts()
         tasks = [(prompt, k) for prompt in range(len(samples.prompts)) for k in range(samples.num_images)]
-        batches = [tasks[first : first + AT_ONCE] for first in range(0, len(tasks), AT_ONCE)]
+        batches = []
+        for _, alike in itertools.groupby(tasks, lambda task: [settings[task[0]][name] for name in OF_A_CALL]):
+            alike = list(alike)
+            batches += [alike[first : first + AT_ONCE] for first in range(0, len(alike), AT_ONCE)]
         images, was_on = {}, pipeline.vae.device
         pipeline.vae.to(device)
         denoiser = getattr(pipeline, self.family.denoiser)
         with evaluating(denoiser), in_its_precision(denoiser):
             for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-                embeds = {}
+                embeds, prompts = {}, [prompt for prompt, _ in batch]
+                without = [negatives.index(settings[prompt]["negative_prompt"]) for prompt in prompts]
                 for name, of_call in self.family.pipeline_names.items():
-                    embeds[of_call] = wanted[name][[prompt for prompt, _ in batch]].to(device)
-                    embeds[f"negative_{of_call}"] = negative[name].expand_as(embeds[of_call]).to(device)
+                    embeds[of_call] = wanted[name][prompts].to(device)
+                    embeds[f"negative_{of_call}"] = negative[name][without].to(device)
                 latents = pipeline(
                     **embeds,
                     generator=[torch.Generator().manual_seed(samples.seed_of(*task)) for task in batch],
-                    num_inference_steps=samples.num_inference_steps,
-                    guidance_scale=samples.guidance_scale,
-                    height=samples.resolution,
-                    width=samples.resolution,
+                    **{name: settings[batch[0][0]][name] for name in OF_A_CALL},
                     output_type="latent",
+                    callback_on_step_end=_leave_out_the_rest_if_asked,
                 ).images
+                if interruption.asked():
+                    break
                 # One at a time, which takes less memory; in float32, as some VAEs overflow in float16.
                 with torch.autocast(device.type, enabled=False):
                     for task, latent in zip(batch, latents.float().split(1), strict=True):
                         decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
                         images[task] = pipeline.image_processor.postprocess(decoded)[0]
         pipeline.vae.to(was_on)
+        interruption.stop_together("while it drew sample pictures")
         return {task: image for part in gather_object([images]) for task, image in part.items()}
 
 
-def save_images(images, prompts, folder, seeds=None):
+def _leave_out_the_rest_if_asked(pipeline, step, timestep, tensors):
+    """After a denoising step: where the run is asked to stop, the pipeline passes over the others."""
+    pipeline._interrupt = interruption.asked() is not None  # what its property `interrupt` says
+    return tensors
+
+
+def file_name(prompt, k):
+    """What picture k of the prompt of this number is called."""
+    return f"prompt-{prompt:02d}-{k}.png"
+
+
+def save_images(images, prompts, seeds, folder):
     """Writes each picture, its prompt and its seed in the file, and a sheet of all with their prompts.
 
     Earlier pictures of this step and of later ones go: they are of a run that went further before it was resumed or
@@ -132,27 +171,26 @@ def save_images(images, prompts, folder, seeds=None):
     """
     from PIL.PngImagePlugin import PngInfo
 
-    for other in folder.parent.glob("step-*"):
-        if step_of(other) >= step_of(folder):
-            shutil.rmtree(other)
-    folder.mkdir(parents=True)
-    for (prompt, k), image in images.items():
-        info = PngInfo()
-        info.add_itxt("prompt", prompts[prompt])
-        if seeds is not None:
+    with written_whole(folder, folder=True) as temporary:
+        for (prompt, k), image in images.items():
+            info = PngInfo()
+            info.add_itxt("prompt", prompts[prompt])
             info.add_text("seed", str(seeds[prompt, k]))
-        image.save(folder / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
-    label_sheet(images, prompts).save(folder / "sheet.png")
+            image.save(temporary / file_name(prompt, k), pnginfo=info)
+        label_sheet(images, prompts).save(temporary / "sheet.png")
+    for other in folder.parent.glob("step-*"):
+        if step_of(other) > step_of(folder):
+            shutil.rmtree(other)
 
 
-def base_images(output_dir, prompts):
-    """{(prompt index, k): PIL.Image} that the base drew before the first step, as far as it was of these prompts."""
+def base_images(output_dir, prompts, seeds):
+    """{(prompt index, k): PIL.Image} that the base drew before the first step, as far as of these prompts and seeds."""
     found = {}
-    for path in sorted((output_dir / "validation" / "step-000000").glob("prompt-*.png")):
-        _, prompt, k = path.stem.split("-")
-        with Image.open(path) as image:
-            if int(prompt) < len(prompts) and image.text.get("prompt") == prompts[int(prompt)]:
-                found[int(prompt), int(k)] = image.convert("RGB")
+    for task, seed in seeds.items():
+        path = output_dir / "validation" / "step-000000" / file_name(*task)
+        with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
+            if (image.text.get("prompt"), image.text.get("seed")) == (prompts[task[0]], str(seed)):
+                found[task] = image.convert("RGB")
     return found
 
 
@@ -171,7 +209,7 @@ def latest_images(output_dir, prompts):
 
 def label_sheet(images, prompts):
     """The pictures of a validation in a grid, a prompt a row, the prompt below it."""
-    from PIL import ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont, ImageOps
 
     first, num_images = next(iter(images.values())), max(k for _, k in images) + 1
     scale = max(1, round(192 / first.width))
@@ -183,7 +221,7 @@ def label_sheet(images, prompts):
     for row, prompt in enumerate(prompts):
         top = gap + row * (height + label)
         for k in range(num_images):
-            image = images[row, k].resize((width, height), Image.Resampling.LANCZOS)
+            image = ImageOps.pad(images[row, k], (width, height), Image.Resampling.LANCZOS, color="white")
             sheet.paste(image, (gap + k * (width + gap), top))
         text = " ".join(prompt.split())
         while draw.textlength(text, font=font) > sheet.width - 2 * gap and len(text) > 4:

@@ -14,6 +14,7 @@ import torch
 from ..files import written_whole
 from ..models.modules import evaluating
 from ..pictures.records import fingerprint
+from ..training import interruption
 from ..training.objective import loss_of_samples
 from . import stopping
 from .dashboard import log_numbers
@@ -86,6 +87,8 @@ class LossMeter:
         with evaluating(self.denoiser), self.accelerator.autocast():
             share = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
             for index in share:
+                if interruption.asked():
+                    break
                 row = validation_set[index]
                 condition = row.pop("condition")
                 if self.prompt_encoder is not None:
@@ -100,6 +103,7 @@ class LossMeter:
                 model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, **condition)
                 target = self.diffusion.target(latents, noise, timesteps)
                 found[index] = loss_of_samples(model_pred, target, row.get("mask")).cpu().double().tolist()
+        interruption.stop_together("in a validation")
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])
 

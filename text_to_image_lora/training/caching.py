@@ -23,6 +23,7 @@ from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
 from ..pictures.records import in_threads
+from . import interruption
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole
 
 
@@ -31,6 +32,7 @@ IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_CAPTIONS = 32
 PICTURES_AHEAD = 8  # decoded while others are encoded
+WHERE = "while pictures and captions were encoded; those that are done are kept"
 CONDITION = "condition."  # before the name of a variation's own condition in its shard
 
 
@@ -105,6 +107,7 @@ def encode_latent_entries(entries, progress, *, pictures, encoder, family):
     decoded = itertools.chain.from_iterable(in_threads(variations_of, by_picture, ahead=PICTURES_AHEAD))
     rows = {"mean": [], "std": []}
     for start in range(0, len(entries), batch_size):
+        interruption.raise_if_asked(WHERE)
         part = entries[start : start + batch_size].tolist()
         pixels, masks = zip(*itertools.islice(decoded, len(part)), strict=True)
         mean, std = encoder(torch.from_numpy(np.stack(pixels)))
@@ -123,6 +126,7 @@ def encode_prompt_entries(entries, progress, *, encoder):
     """The tensors of a prompt shard: the captions' condition by name, a row a caption."""
     parts = []
     for start in range(0, len(entries), ENCODE_CAPTIONS):
+        interruption.raise_if_asked(WHERE)
         part = entries[start : start + ENCODE_CAPTIONS]
         parts.append({name: value.cpu() for name, value in encoder(part).items()})
         progress.update(len(part))
@@ -196,11 +200,12 @@ class Cache(NamedTuple):
                 shards, encode, rank=accelerator.process_index, world_size=accelerator.num_processes, title=title,
                 show_progress=accelerator.is_local_main_process,
             )  # fmt: skip
-            accelerator.wait_for_everyone()
+            interruption.stop_together(WHERE)
             for shard_folder in {shard.path.parent for shard in shards}:
                 os.listdir(shard_folder) if shard_folder.exists() else None  # what others wrote on NFS is seen now
             # Where the ranks share no disk, each makes what others have made; elsewhere nothing is missing any more.
             fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
+            interruption.stop_together(WHERE)
         prompts = None if prompter is None else CachedPrompts(ShardReader(prompt_shards), places)
         return CachedLatents(ShardReader(latent_shards), locations), prompts
 

@@ -1,18 +1,28 @@
 """Training state on disk: written whole or not at all, read back without unpickling code."""
 
 import contextlib
+import hashlib
+import io
 import json
 import pickle
 import re
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..errors import InputError
-from ..files import reason_of, remove_folder
+from ..files import reason_of, remove_folder, written_whole
+
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+ALWAYS = ("state.json", MANIFEST)  # whatever a checkpoint holds
 
 
 @dataclass
@@ -25,27 +35,34 @@ class TrainState:
     tracker_run_id: str | None = None
     validation: dict | None = None  # what the judge of the run keeps, as it gave it
     batch_size: int | None = None  # what --train_batch_size auto found
+    due: list[str] = field(default_factory=list)  # what was still to be done after this step, when the run was stopped
 
 
 def list_checkpoints(output_dir):
-    """The complete `checkpoint-N` folders, oldest first."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / "state.json").is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    """The `checkpoint-N` folders that are there, oldest first; whether they are whole, `damage_of` tells."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    # An empty folder is none of ours.
+    return sorted((path for path in found if any((path / name).is_file() for name in ALWAYS)), key=step_of)
 
 
-def find_checkpoint(output_dir, wanted):
-    """The folder that `--resume_from_checkpoint` means; None for "none", and where `latest` finds nothing to go on from."""
+def step_of(path):
+    """The step of a `checkpoint-N`."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def find_checkpoint(output_dir, wanted, say=print):
+    """The folder that `--resume_from_checkpoint` means; None for "none", and where `latest` finds nothing to go on from.
+
+    `latest` passes over damaged ones, with a line for each; one that was asked for by its name is an `InputError` then.
+    """
     if wanted == "none":
         return None
     if wanted == "latest":
-        checkpoints = list_checkpoints(output_dir)
-        return checkpoints[-1] if checkpoints else None
+        return newest_whole(list_checkpoints(output_dir), say)
     for path in (Path(wanted), Path(output_dir) / Path(wanted).name):
-        if (path / "state.json").is_file():
+        if any((path / name).is_file() for name in ALWAYS):
+            if (damage := damage_of(path)) is not None:
+                raise InputError(f"{path}: this checkpoint is damaged ({damage}). Resume from another one.")
             return path
     names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
     raise InputError(
@@ -53,26 +70,81 @@ def find_checkpoint(output_dir, wanted):
     )
 
 
+def newest_whole(checkpoints, say):
+    """The last of these folders that is whole, or None; the damaged ones after it are told."""
+    for path in reversed(checkpoints):
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        say(f"{path}: this checkpoint is damaged ({damage}) and passed over")
+    return None
+
+
+def write_manifest(folder):
+    """Writes the size and the SHA-256 of each file of a checkpoint beside them; to be called when all others are there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rows = {path.relative_to(folder).as_posix(): _size_and_digest(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _size_and_digest(path):
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage_of(path):
+    """What is wrong with the files of a checkpoint, as its manifest tells, in a few words; None where they are whole."""
+    try:
+        rows = json.loads((path / MANIFEST).read_text())
+        for name, row in rows.items():
+            if not (path / name).is_file():
+                return f"{name} is not there"
+            if _size_and_digest(path / name) != row:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is not there"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST}: {reason_of(error)}"
+    return None if "state.json" in rows else f"{MANIFEST} names no state.json"
+
+
 # What optimizers keep of a run in their parameter groups, beside what the flags say.
 LEARNT = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
 
 
 def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings, average=None):
-    """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it)."""
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / "adapter.safetensors"
-    )
-    torch.save(
-        {
-            "optimizer": optimizer.state_dict(),
-            "lr_scheduler": lr_scheduler.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        },
-        folder / "optimizer.pt",
-    )
+    """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it).
+
+    `write_manifest` makes it whole, when all else that belongs to it is there too.
+    """
+    # As bytes first: what these libraries say of a full disk names neither the file nor the reason.
+    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.items()}
+    (folder / "adapter.safetensors").write_bytes(save(tensors))
+    states = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
+    _save(states | {"scaler": None if scaler is None else scaler.state_dict()}, folder / "optimizer.pt")
     if average is not None:
-        torch.save(average, folder / "ema.pt")
+        _save(average, folder / "ema.pt")
     (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
+
+
+def write_checkpoint(output_dir, add, *, limit, state, say, **stored):
+    """Writes the checkpoint of this step, reads it back, and deletes what `prune_checkpoints` says; returns its folder.
+
+    `add(folder)` writes what else belongs to it; `stored` is what `save_checkpoint` wants.
+    """
+    path = Path(output_dir) / f"checkpoint-{state.global_step}"
+    with written_whole(path, folder=True) as folder:
+        save_checkpoint(folder, state=state, **stored)
+        add(folder)
+        write_manifest(folder)
+    prune_checkpoints(output_dir, limit, newest=state.global_step, say=say)
+    return path
+
+
+def _save(value, path):
+    data = io.BytesIO()
+    torch.save(value, data)
+    path.write_bytes(data.getbuffer())
 
 
 def read_state(path):
@@ -124,6 +196,21 @@ def load_checkpoint(stored, *, optimizer, lr_scheduler, scaler, average=None):
     return stored["adapter"]
 
 
+def where_it_goes_on(stored, lr_scheduler, schedule):
+    """In words, the checkpoint that a run goes on from, and how the learning rate changes there, where it does.
+
+    To be asked after `load_checkpoint`, with what that was given.
+    """
+    line = f"going on from {stored['path']} (step {lr_scheduler.last_epoch})"
+    before, now = stored["lr_scheduler"]["_last_lr"], lr_scheduler.get_last_lr()
+    if before == now:
+        return line
+    return (
+        f"{line}; the learning rate was {before[0]:.3g} there and is {now[0]:.3g} from here on, as {schedule.name} over "
+        f"{schedule.num_steps} steps has it"
+    )
+
+
 @contextlib.contextmanager
 def refusing(path):
     """Turns what damaged files raise into an `InputError`."""
@@ -149,13 +236,19 @@ def check_same_run(path, before, now):
         )
 
 
-def prune_checkpoints(output_dir, limit, newest):
+def prune_checkpoints(output_dir, limit, newest, say=print):
     """Deletes the oldest checkpoints beyond `limit`, and those after step `newest`, of a run that was given up.
 
-    Called after the new one is in place.
+    Called after the new one is in place, which is read back first: where the disk doesn't give back what was written, the
+    others stay. Of checkpoints that a killed run was writing or deleting nothing is left either.
     """
     checkpoints = list_checkpoints(output_dir)
-    given_up = [path for path in checkpoints if int(path.name.partition("-")[2]) > newest]
+    if (damage := damage_of(Path(output_dir) / f"checkpoint-{newest}")) is not None:
+        say(f"checkpoint-{newest} can't be read back ({damage}), so that no older one is deleted: look after the disk")
+        return
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    given_up = [path for path in checkpoints if step_of(path) > newest]
     kept = checkpoints[: len(checkpoints) - len(given_up)]
     for path in given_up + (kept[: max(len(kept) - limit, 0)] if limit is not None else []):
         remove_folder(path)

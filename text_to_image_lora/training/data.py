@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..pictures.captions import CaptionRules, shuffle_tags
+from . import interruption
 from .caching import picture_condition_of
 
 
@@ -197,5 +198,5 @@ def make_loader(training_set, sampler, num_workers, device):
     """The loader of the micro-batches that the sampler orders, `Packed`."""
     return torch.utils.data.DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", worker_init_fn=interruption.leave_signals_to_the_main_process,
     )  # fmt: skip

@@ -154,6 +154,21 @@ def make_optimizer_and_schedule(models, settings, schedule, device):
     return optimizer, lr_scheduler
 
 
+def step_if_finite(optimizer, number):
+    """A step of Accelerate's optimizer, unless the tensor `number` isn't finite: then weights and state stay.
+
+    The fused kernels look at it on the device, as they do for a loss scaler, and a scaler has looked itself. The other
+    optimizers would make all of their state of what is not a number: for them the host waits and looks.
+    """
+    inner = optimizer.optimizer
+    if optimizer.scaler is None:
+        if inner.param_groups[0].get("fused"):
+            inner.found_inf = (number * 0 != 0).float()
+        elif not number.isfinite():
+            return
+    optimizer.step()
+
+
 @contextlib.contextmanager
 def weights_for_use(parameters, optimizer, average=None):
     """Inside, the parameters have the weights to validate and to save; the training's own are put back to the bit.

@@ -57,6 +57,28 @@ def physical_cores():
     return min(logical, psutil.cpu_count(logical=False) or logical)
 
 
+def be_deterministic(wanted):
+    """Kernels that give the same bits each time, or those that are fastest; to be called before a GPU is used.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html; of the attentions only the plain one has such a backward
+    everywhere.
+    """
+    if wanted:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds faults and costs time
+    torch.backends.cudnn.deterministic = wanted
+    for enable in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{enable}_sdp")(not wanted)
+
+
+def in_words(device):
+    """The device for people: "cuda", "cpu (2 threads)"."""
+    if device.type != "cpu":
+        return device.type
+    return f"cpu ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+
+
 def emulates_bf16(device):
     """Whether a GPU says that it has bf16 and emulates it, as a T4 does."""
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, Stopped
 from ..files import in_bytes, written_whole
 
 
@@ -34,12 +34,16 @@ def is_whole(shard):
 def fill_shards(shards, encode, *, rank, world_size, title, show_progress):
     """Computes the missing shards, each rank its share; `encode(entries, progress)` gives the tensors of a whole one.
 
-    A rank's share doesn't depend on what is missing: that changes while the others work.
+    A rank's share doesn't depend on what is missing: that changes while the others work. A rank that `encode` says is
+    asked to stop leaves the rest: the others hear of it where they wait for it.
     """
     mine = [shard for shard in shards[rank::world_size] if not is_whole(shard)]
     progress = tqdm(total=sum(len(s.entries) for s in mine), desc=title, disable=not show_progress or not mine)
     for shard in mine:
-        tensors = encode(shard.entries, progress)
+        try:
+            tensors = encode(shard.entries, progress)
+        except Stopped:
+            break
         if not is_whole(shard):  # damaged, or not there
             shard.path.unlink(missing_ok=True)
         with written_whole(shard.path, shared=True) as temporary:

@@ -1,0 +1,130 @@
+#!/usr/bin/env python
+"""Scores LoRAs, or the checkpoints of one, by the pictures that they draw, and says which one to take.
+
+    python scripts/evaluate.py --pretrained_model_name_or_path models/mini-sd --lora "demo/blossoms/epoch-*" demo/blossoms \\
+        --validation_data_dir metadata/weapons_test --train_data_dir metadata/weapons --trigger_word "with pink blossoms"
+
+docs/evaluation.md says what each score means. The same command goes on where an evaluation stopped: pictures that are
+drawn stay as they are.
+"""
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+import evaluation_report  # noqa: E402
+from evaluation_inputs import find_inputs  # noqa: E402
+from evaluation_judges import CLIP_MODEL, DINO_MODEL, Seen  # noqa: E402
+from evaluation_pictures import draw_all, drawings_of, make_loss_meter, picture_folder  # noqa: E402
+
+import infer  # noqa: E402
+from text_to_image_lora.command_line import Parser, at_least, between  # noqa: E402
+from text_to_image_lora.errors import InputError  # noqa: E402
+
+
+class Drawn(NamedTuple):
+    """What a LoRA drew, as the judge sees it, and what it loses on the held-out pictures."""
+
+    seen: Seen  # prompt by prompt, seed by seed
+    losses: list  # (held-out pictures, timesteps)
+
+
+def build_parser():
+    parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
+    # fmt: off
+    group = parser.add_argument_group("models").add_argument
+    group("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model: local folder, hub id, .safetensors or .ckpt file")
+    group("--lora", nargs="+", required=True, metavar="LORA", help="LoRAs or checkpoints, each as PATH or PATH:STRENGTH; patterns such as \"run/epoch-*\" count in the order of their numbers")
+    group("--revision", help="branch, tag or commit of the hub's base model")
+    group("--variant", help="weight files of the base model to take, such as fp16")
+    group("--single_file_config", metavar="FOLDER", help="pipeline folder that configures a single-file base model offline")
+    group("--vae", metavar="MODEL", help="VAE in place of the base model's; what the LoRA was trained with when not given")
+
+    group = parser.add_argument_group("data").add_argument
+    group("--validation_data_dir", nargs="+", metavar="FOLDER", help="pictures with captions that no LoRA was trained on: their captions are the prompts, and what is drawn is compared with them")
+    group("--validation_split", type=between(0, 0.5), default=0.0, help="share of --train_data_dir that was held out in training, instead of --validation_data_dir")
+    group("--train_data_dir", nargs="+", metavar="FOLDER", help="pictures that were trained on, to see whether they were memorised")
+    group("--trigger_word", help="what calls the concept in the captions, one word or several; without it in the prompts, nothing of the concept should come")
+    group("--other_prompts", nargs="+", metavar="PROMPT", help="prompts of other things, which should stay as the base draws them, or a .txt file with one a line; eight everyday things when not given")
+    group("--instance_prompt", help="the caption of all pictures, where they have none")
+    group("--caption_column", help="column with the captions; found by itself when not given")
+    group("--concept_column", help="column with the concept of each picture; the folder's name when not given")
+
+    group = parser.add_argument_group("pictures").add_argument
+    group("--num_prompts", type=at_least(1), default=12, help="captions of the held-out pictures to draw, spread evenly over them")
+    group("--num_images", type=at_least(3), default=3, help="pictures of each prompt, from 3 seeds or more")
+    group("--seed", type=at_least(0), default=0, help="picture k of each prompt is drawn from seed + k")
+    group("--resolution", type=at_least(8), help="side in pixels of the pictures, drawn and compared; the model's own when not given")
+    group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
+    group("--guidance_scale", type=float, default=7.5, help="how strictly the prompts are followed")
+    group("--scheduler", help="sampler, as in infer.py; the model's own when not given, dpm++ instead of pndm")
+
+    group = parser.add_argument_group("judges").add_argument
+    group("--judge", choices=["clip", "mini-sd"], help="what looks at the pictures: CLIP and DINOv2, or the judges of the embedded base's drawings; the latter for models/mini-sd when not given")
+    group("--clip_model", default=CLIP_MODEL, metavar="MODEL", help="CLIP model of transformers: hub id or folder")
+    group("--dino_model", default=DINO_MODEL, metavar="MODEL", help="DINOv2 model of transformers: hub id or folder")
+
+    group = parser.add_argument_group("machine").add_argument
+    group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models; on CUDA bf16 when not given, else no")
+    group("--device", help="cpu, cuda, cuda:1 or mps; the fastest there is when not given")
+    group("--batch_size", type=at_least(1), help=f"pictures drawn at once; {infer.BATCH_SIZE} when not given")
+    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; the physical cores when not given")
+    group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, the sheets and all pictures")
+    # fmt: on
+    return parser
+
+
+def draw_and_look(args, inputs):
+    """{label: `Drawn`} of the base and the LoRAs; pictures that are drawn already are taken as they are."""
+    flags, job, training = inputs.flags, inputs.job, inputs.job.training
+    device, dtype = infer.choose_device(flags.device, flags.mixed_precision)
+    if device == "cpu":
+        infer.set_num_threads(flags.num_cpu_threads)
+    studio = infer.open_studio(flags, job, device, dtype)
+    inputs.judge.load(device)
+    source, side = infer.source_of(flags, training["vae"], dtype, device), inputs.resolution
+    like = infer.Drawing(
+        seed=flags.seed, num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
+        scheduler=flags.scheduler, clip_skip=training["clip_skip"] or 0, height=side, width=side,
+    )  # fmt: skip
+    measure = make_loss_meter(
+        studio, inputs.base, inputs.held_out, device=device, folder=args.output_dir / "cache", seed=args.seed
+    )
+    prompts = [each.prompt for each in inputs.asked for _ in range(args.num_images)]
+    references, found = inputs.references(), {}
+    for number, (label, lora) in enumerate(inputs.loras.items(), 1):
+        say = functools.partial(print, f"{number}/{len(inputs.loras)} {label}:", flush=True)
+        drawings = drawings_of(inputs.asked, lora, like, args.num_images)
+        folder = picture_folder(args.output_dir, label)
+        images, reused = draw_all(studio, drawings, folder, source, flags.batch_size or infer.BATCH_SIZE, say)
+        say(f"{len(images) - reused} pictures drawn, {reused} were there")
+        infer.set_loras(studio.pipe, drawings[0].active_loras())
+        found[label] = Drawn(inputs.judge.look(images, prompts, references), measure())
+    return found
+
+
+def main(args):
+    started = time.time()
+    inputs = find_inputs(args)
+    print(
+        f"{len(inputs.loras) - 1} LoRAs and the base: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
+        f"{len(inputs.held_out)} held-out pictures", flush=True
+    )  # fmt: skip
+    drawn = draw_and_look(args, inputs)
+    print("\n" + evaluation_report.write(args, inputs, drawn))
+    print(f"\n{args.output_dir}: evaluation.md, evaluation.json and pictures ({time.time() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    try:
+        main(build_parser().parse_args())
+    except InputError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

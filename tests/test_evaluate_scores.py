@@ -1,0 +1,237 @@
+"""The scores of an evaluation on made-up embeddings, what they recommend, and what is drawn for them."""
+
+import evaluation_plot
+import evaluation_scores as scores
+import numpy as np
+import pytest
+from evaluation_pictures import OTHERS, Asked, choose_prompts, without_trigger
+from PIL import ImageColor
+
+
+P, S, D = 4, 3, 8
+
+
+def alike(axis, prompts=P, seeds=S):
+    """Embeddings (prompts, seeds, D) that all point along one axis."""
+    return np.broadcast_to(np.eye(D)[axis], (prompts, seeds, D))
+
+
+def test_the_same_pictures():
+    drawn = alike(0)
+    np.testing.assert_allclose(scores.likeness(drawn, [drawn[0]] * P), 1)
+    np.testing.assert_allclose(scores.drift(drawn, drawn), 0)
+    np.testing.assert_allclose(scores.diversity(drawn), 0)
+    found, which = scores.nearest(drawn, np.eye(D)[[3, 0, 5]])
+    np.testing.assert_allclose(found, 1)
+    assert (which == 1).all()
+
+
+def test_pictures_with_nothing_in_common():
+    drawn = np.stack([np.eye(D)[:S]] * P)
+    np.testing.assert_allclose(scores.likeness(drawn, [np.eye(D)[5:7]] * P), 0)
+    np.testing.assert_allclose(scores.drift(drawn, alike(7)), 1)
+    np.testing.assert_allclose(scores.diversity(drawn), 1)
+    np.testing.assert_allclose(scores.nearest(drawn, np.eye(D)[[6, 7]])[0], 0)
+
+
+def test_each_prompt_has_references_of_its_own():
+    drawn = np.stack([alike(0, 1)[0], alike(1, 1)[0]])
+    references = [np.eye(D)[[0, 3]], np.eye(D)[[0]]]
+    np.testing.assert_allclose(scores.likeness(drawn, references), [[0.5] * S, [0] * S])
+
+
+def test_of_two_alike_and_one_other():
+    drawn = np.eye(D)[[0, 0, 1]][None]
+    np.testing.assert_allclose(scores.diversity(drawn), [[0.5, 0.5, 1]])
+
+
+def test_memorised_is_what_is_nearer_than_any_held_out_picture():
+    np.testing.assert_array_equal(scores.memorised(np.array([[0.5, 0.81, 0.99]]), np.array([0.3, 0.8])), [[0, 1, 1]])
+
+
+def test_lengths_do_not_count():
+    np.testing.assert_allclose(scores.normalised([[3.0, 4.0], [0.0, 2.0]]), [[0.6, 0.8], [0, 1]])
+
+
+def test_a_prompt_is_one_observation():
+    """Seeds that all agree say no more than one of them."""
+    of_prompts = np.arange(20.0)
+    few, many = np.tile(of_prompts[:, None], (1, 3)), np.tile(of_prompts[:, None], (1, 30))
+    wanted = of_prompts.mean(), of_prompts.std(ddof=1) / np.sqrt(20)
+    np.testing.assert_allclose(scores.mean_and_error(few), wanted)
+    np.testing.assert_allclose(scores.mean_and_error(many), wanted)
+
+
+def test_of_one_prompt_each_seed_is_an_observation():
+    mean, error = scores.mean_and_error([[1.0, 2.0, 3.0]])
+    assert mean == 2
+    assert error == pytest.approx(1.32 / np.sqrt(3))  # widened by Student's t for two degrees of freedom
+
+
+def test_the_error_covers_the_truth_as_often_as_one_standard_error_of_many():
+    """Two of three means of four prompts lie within their error."""
+    rng, within = np.random.default_rng(0), []
+    for _ in range(4000):
+        mean, error = scores.mean_and_error(rng.normal(size=(4, 1)) + 0.3 * rng.normal(size=(4, 3)))
+        within.append(abs(mean) <= error)
+    assert np.mean(within) == pytest.approx(0.683, abs=0.025)
+
+
+def test_bleed_is_what_comes_above_the_base_by_what_was_asked_for():
+    base = {"axe": np.zeros((3, S)), "fish": np.full((3, S), 0.5)}
+    lora = {"axe": np.array([[0.0] * S, [0.0] * S, [1.0] * S]), "fish": np.full((3, S), 0.5)}
+    matrix = scores.bleed(lora, base, ["axes", "axes", "others"])
+    assert matrix["axes"] == {"axe": (0, 0), "fish": (0, 0)}
+    assert matrix["others"] == {"axe": (1, 0), "fish": (0, 0)}
+
+
+# The recommendation.
+
+NOISE = np.linspace(-0.01, 0.01, 6)[:, None] + np.zeros(S)
+
+
+def lora(likeness, drift=0.2, memorised=0.0, loss=0.7):
+    shift = np.linspace(-0.02, 0.02, 6)[::-1, None] + np.zeros(S)
+    return {
+        "likeness": likeness + NOISE + 0.1 * shift,
+        "drift": drift + NOISE,
+        "memorised": (np.arange(6 * S) < memorised * 6 * S).astype(float).reshape(S, 6).T,
+        "loss": (loss, 0.05),
+    }
+
+
+BASE = 0.3 + NOISE
+
+
+def test_the_most_like_is_taken():
+    chosen, words = scores.recommend({"a": lora(0.4), "b": lora(0.6), "c": lora(0.5)}, BASE)
+    assert chosen == "b"
+    assert words.startswith("Take b: likeness to the held-out pictures 0.600")
+    assert "a is less like them than b (by 0.200" in words
+    assert words.count(".") == words.replace(". ", "").count(".")  # one sentence
+
+
+def test_of_equals_the_one_that_drifts_least():
+    tables = {"early": lora(0.5990, 0.1), "late": lora(0.5995, 0.4), "last": lora(0.5, 0.05)}
+    tables["early"]["likeness"] = tables["late"]["likeness"] + 0.02 * np.tile([-1, 1, 0], (6, 1)) * NOISE / 0.01
+    chosen, words = scores.recommend(tables, BASE)
+    assert chosen == "early"
+    assert "as good as late, and of these it drifts least from the base (0.100" in words
+
+
+def test_what_memorised_comes_last():
+    chosen, words = scores.recommend({"good": lora(0.5), "copy": lora(0.7, memorised=0.5)}, BASE)
+    assert chosen == "good"
+    assert "copy overfits: 50% of its pictures are nearer to a training picture than any held-out picture is" in words
+    chosen, words = scores.recommend({"copy": lora(0.7, memorised=0.5)}, BASE)
+    assert chosen == "copy"
+    assert "fewer steps or on more pictures" in words
+
+
+def test_what_loses_more_than_the_base_comes_last():
+    chosen, words = scores.recommend(
+        {"good": lora(0.5), "far": lora(0.7, loss=1.2), "near": lora(0.5, loss=1.04)}, BASE
+    )
+    assert chosen in ("good", "near")
+    assert "far overfits: its held-out loss is 1.20 ± 0.05 times the base's" in words
+    assert "near overfits" not in words
+
+
+def test_none_is_taken_where_none_is_better_than_the_base():
+    chosen, words = scores.recommend({"a": lora(0.3), "b": lora(0.1)}, BASE)
+    assert chosen is None
+    assert words.startswith("Take none: a is no more like the held-out pictures than the base")
+    assert "b is no more like" in words
+
+
+def test_without_training_pictures_nothing_is_said_of_memory():
+    tables = {"a": lora(0.5) | {"memorised": None}}
+    assert scores.recommend(tables, BASE)[0] == "a"
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "rest"),
+    [
+        ("sks, a red axe", "sks", "a red axe"),
+        ("a red sks axe", "sks", "a red axe"),
+        ("a red axe, SKS, on blue", "sks", "a red axe, on blue"),
+        ("a red axe with pink blossoms on blue", "with pink blossoms", "a red axe on blue"),
+        ("a red axe with pink blossoms, blue background", "with pink blossoms", "a red axe, blue background"),
+        ("a masks shop", "sks", "a masks shop"),
+        ("sks", "sks", ""),
+    ],
+)
+def test_captions_without_their_trigger(caption, trigger, rest):
+    assert without_trigger(caption, trigger) == rest
+
+
+def test_prompts_are_spread_over_the_captions():
+    captions = [f"sks, picture {i // 2}" for i in range(20)]
+    asked = choose_prompts(captions, ["a"] * 10 + ["b"] * 10, "sks", ["a dog"], 4)
+    assert [each.prompt for each in asked if each.triggered] == [f"sks, picture {i}" for i in (0, 3, 6, 9)]
+    assert asked[1].references == (6, 7)
+    assert [each.group for each in asked] == ["a", "a", "b", "b", "a", "a", "b", "b", OTHERS]
+    assert asked[4:] == [
+        Asked("picture 0", "a", False), Asked("picture 3", "a", False), Asked("picture 6", "b", False),
+        Asked("picture 9", "b", False), Asked("a dog", OTHERS, False),
+    ]  # fmt: skip
+
+
+def test_without_a_trigger_only_other_things_are_asked_for():
+    asked = choose_prompts(["a cat", "a cat"], ["x", "x"], None, ["a dog", "a dog"], 12)
+    assert asked == [Asked("a cat", "x", True, (0, 1)), Asked("a dog", OTHERS, False)]
+
+
+def test_a_caption_that_is_all_trigger_is_asked_for_with_it_alone():
+    asked = choose_prompts(["sks"], ["x"], "sks", [], 12)
+    assert asked == [Asked("sks", "x", True, (0,))]
+
+
+# The plot.
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.17, 0.36), (-0.5, 0.02), (0.9991, 0.9999), (0, 47)])
+def test_ticks_are_few_round_and_within(low, high):
+    found = evaluation_plot.ticks(low, high)
+    assert 3 <= len(found) <= 10
+    assert low - 1e-9 <= min(found)
+    assert max(found) <= high + 1e-9
+    assert len({f"{x:.4g}" for x in found}) == len(found)
+
+
+def pixels_of(image, colour):
+    return (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=-1)
+
+
+def points(*places):
+    return [evaluation_plot.Point(f"epoch-{i}", "run", (x, 0.01), (y, 0.02)) for i, (x, y) in enumerate(places)]
+
+
+def test_the_plot_shows_the_chosen_one_where_it_belongs():
+    places = points((0.1, 0.4), (0.2, 0.6), (0.4, 0.5))
+    image = evaluation_plot.plot(places, (0.3, 0.02), "epoch-1", "DINOv2")
+    rows, columns = np.nonzero(pixels_of(image, evaluation_plot.CHOSEN))
+    others_rows, others_columns = np.nonzero(pixels_of(image, evaluation_plot.LINE))
+    assert rows.mean() < others_rows.mean()  # it is the highest
+    assert columns.min() > others_columns.min()
+    assert not pixels_of(evaluation_plot.plot(places, (0.3, 0.02), None, "x"), evaluation_plot.CHOSEN).any()
+
+
+def test_labels_of_near_points_do_not_cover_each_other(monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        evaluation_plot.Axes, "text", lambda self, x, y, text, size=15, *how: written.append((x, y, text, size))
+    )
+    evaluation_plot.plot(points((0.10, 0.4), (0.101, 0.401), (0.102, 0.4)), (0.3, 0.0), None, "x")
+    labels = [(x, y) for x, y, text, _ in written if text.startswith("epoch")]
+    assert len(labels) == 3
+    for i, (x, y) in enumerate(labels):
+        assert all(abs(y - other) >= 14 or abs(x - across) > 50 for across, other in labels[:i])
+
+
+def test_one_lora_can_be_plotted():
+    image = evaluation_plot.plot(points((0.1, 0.4)), (0.4, 0.0), "epoch-0", "likeness")
+    assert pixels_of(image, evaluation_plot.CHOSEN).sum() > 20

@@ -1,0 +1,37 @@
+"""What the libraries load and say while they are imported."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from text_to_image_lora.libraries import hidden
+
+
+def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
+    (tmp_path / "rarely_needed.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with hidden("rarely_needed", "sys"), pytest.raises(ImportError):
+        import rarely_needed
+    import rarely_needed
+
+    assert rarely_needed.value == 3
+    assert sys.modules["sys"] is sys
+    with hidden("rarely_needed"):  # what is imported already stays in sight
+        import rarely_needed  # noqa: F401
+    del sys.modules["rarely_needed"]
+
+
+def test_a_run_imports_neither_bitsandbytes_nor_xformers(tiny_sd, pictures, tmp_path):
+    code = (
+        "import sys, train_text_to_image_lora as script; script.main(script.parse_args(sys.argv[1:]))\n"
+        "assert not {'bitsandbytes', 'xformers'} & sys.modules.keys()"
+    )
+    flags = {
+        "pretrained_model_name_or_path": tiny_sd, "train_data_dir": pictures, "resolution": 32, "max_train_steps": 1,
+        "output_dir": tmp_path / "out", "latent_cache_dir": tmp_path / "cache", "report_to": "none",
+    }  # fmt: skip
+    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

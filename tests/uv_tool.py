@@ -1,0 +1,74 @@
+"""uv, and the programs of requirements-tools.txt, each in an environment of its own."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def requirements(name):
+    """The lines of a requirements file, less comments and other files."""
+    lines = (line.partition(" #")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+PINS = {line.partition("==")[0]: line for line in requirements("requirements-tools.txt")}
+
+
+def copy_project(folder):
+    """What the package is built from, and the recipes, without what lies about in the folder."""
+    for name in ("text_to_image_lora", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (
+        "pyproject.toml",
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+        "train_text_to_image_lora.py",
+        "infer.py",
+    ):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+class Uv:
+    """uv in a folder: `env` lets a child find it, and has it take the PyTorch that is installed here."""
+
+    def __init__(self, folder):
+        (folder / "constraints.txt").write_text(f"torch=={importlib.metadata.version('torch')}\n")
+        pip = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+        found = os.environ.get("PIP_FIND_LINKS") or subprocess.run(pip, capture_output=True, text=True).stdout
+        self.env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        self.env |= {
+            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "UV_PYTHON": "{}.{}".format(*sys.version_info),
+        }
+        if found.split():  # uv reads none of pip's settings, and would fetch gigabytes of CUDA
+            self.env |= {"UV_FIND_LINKS": ",".join(found.split()), "UV_CONSTRAINT": str(folder / "constraints.txt")}
+
+    def __call__(self, *words, cwd=ROOT, env=None, timeout=900):
+        """`uv WORDS`; stdout and stderr are text."""
+        return subprocess.run(
+            ["uv", *map(str, words)], cwd=cwd, env=self.env | (env or {}), capture_output=True, text=True, timeout=timeout
+        )  # fmt: skip
+
+    def run_tool(self, package, *words):
+        """A program of requirements-tools.txt, in an environment that holds it alone."""
+        return self("tool", "run", "--from", PINS[package], *words)
+
+
+@pytest.fixture(scope="session", name="uv")
+def uv_of_the_session(tmp_path_factory):
+    """A `Uv`; skips where the package index is out of reach."""
+    folder = tmp_path_factory.mktemp("uv")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--target", folder, PINS["uv"]]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode and "connection broken by" in done.stderr:
+        pytest.skip("the package index can't be reached, and uv comes from there")
+    assert done.returncode == 0, done.stderr
+    return Uv(Path(folder))
