@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ import pytest
 from conftest import ROOT, read_metrics, train_script, write_pictures
 from PIL import Image
 
-from text_to_image_lora.errors import InputError
-from text_to_image_lora.reports import curves, metrics, report_page, runs, sample_pictures
+from text_to_image_lora.errors import InputError, Stopped
+from text_to_image_lora.reports import about, curves, dashboard, metrics, report_page, runs, sample_pictures
 
 
 pytest.importorskip("bokeh", reason="without Bokeh there are no curves: pip install -r requirements.txt")
@@ -190,6 +191,66 @@ def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys)
     out = train(max_train_steps=1)
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     assert "report.html is not up to date: no room" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_leaves_its_page(train, tmp_path, monkeypatch):
+    put = metrics.StepReports.put
+
+    def put_and_ask(reports, step, *values, **how):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        put(reports, step, *values, **how)
+
+    monkeypatch.setattr(metrics.StepReports, "put", put_and_ask)
+    with pytest.raises(Stopped):
+        train(max_train_steps=1000, validation_prompts=PROMPTS[:1], validation_inference_steps=1)
+    words = Reader(tmp_path / "out" / report_page.FILE).words
+    (step,) = re.findall(r"Step (\d+) of 1000, not finished", words)
+    assert int(step) == read_metrics(tmp_path / "out")[-1]["step"] >= 3
+    assert f"LoRA, step {step}" not in words
+
+
+def test_a_tracker_that_fails_leaves_the_page_whole(train, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("no such host")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(dashboard, "table_of", fail)
+    out = train(report_to="wandb", validation_prompts=PROMPTS[:1], validation_inference_steps=1)
+    assert capsys.readouterr().err.count("wandb fails (no such host): the run goes on without it") == 1
+    assert "Finished at step 2." in Reader(out / report_page.FILE).words
+
+
+def test_equal_prompts_with_other_settings_are_shown_each(train):
+    lines = ["a red axe --guidance_scale 2", "a red axe --guidance_scale 9"]
+    out = train(validation_prompts=lines, num_validation_images=1, validation_inference_steps=1)
+    assert [len(pictures) for pictures in runs.read_run(out).pictures.values()] == [2, 2]
+
+
+def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
+    here, home = tmp_path / "work", tmp_path / "own"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    told = about.near({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
+    assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "launcher"),
+    [
+        ("cpu", 1, "accelerate launch --config_file accelerate_config.yaml"),
+        ("cpu", 2, "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2"),
+        ("cuda", 8, "accelerate launch --config_file accelerate_config.yaml --multi_gpu --num_processes 8"),
+    ],
+)
+def test_the_command_starts_as_many_processes(device, processes, launcher):
+    accelerator = SimpleNamespace(device=SimpleNamespace(type=device), num_processes=processes)
+    command = about.command_line(
+        "train.py", ["--instance_prompt", "an axe", "--output_dir", "~/my runs/a"], accelerator
+    )
+    assert command == f"{launcher} train.py --instance_prompt 'an axe' --output_dir ~/'my runs/a'"
 
 
 def test_a_run_without_held_out_pictures_says_how_to_choose(train):

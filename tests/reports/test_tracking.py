@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,6 +421,15 @@ def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):
     assert tracking.finish_trackers(accelerator) is None
 
 
+@pytest.mark.parametrize(("to_send", "waited_for"), [(0, False), (500_000, True)])
+def test_files_have_the_time_that_they_take_to_send(monkeypatch, capsys, to_send, waited_for):
+    monkeypatch.setattr(tracking, "SECONDS_TO_FINISH", 0.01)
+    tracker = tracking.Sheltered(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)))
+    tracker.to_send = to_send
+    tracker.finish()
+    assert ("does not answer" not in capsys.readouterr().err) == waited_for
+
+
 LONG = "a drawing of a very long prompt, " * 4
 
 
@@ -485,4 +495,7 @@ def test_trackio_runs_in_the_space_that_is_named(monkeypatch, accelerator):
     monkeypatch.setattr(accelerator, "log_with", ["trackio"])
     monkeypatch.setattr(accelerator, "init_trackers", lambda name, **how: started.update(how["init_kwargs"]))
     tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, space_id="me/dashboard")
-    assert started == {"trackio": {"name": "my lora", "space_id": "me/dashboard"}}
+    space = {"space_id": "me/dashboard", "private": True}  # trackio's own choice would be a public one
+    assert started == {"trackio": {"name": "my lora", "resume": "never"} | space}
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, first_step=4)
+    assert started == {"trackio": {"name": "my lora", "resume": "allow"}}

@@ -17,6 +17,7 @@ CHARTS = (
     ("Speed", "images/s", ("images_per_second",)),
     ("Memory", "GiB at most", ("peak_memory_gib",)),
 )  # fmt: skip
+FROM_ZERO = ("images_per_second", "peak_memory_gib")  # a change of a percent is none
 NAMES = {
     "validation/relative_loss": "pictures held out",
     "validation/relative_loss_in_training": "as many that are trained on",
@@ -47,23 +48,29 @@ def smoothed(values):
 
 
 def charts_of(rows):
-    """The charts of one run: [{title, unit, base, lines}], those of which metrics.jsonl holds nothing left out."""
+    """The charts of one run as `chart` makes them, those of which metrics.jsonl holds nothing left out."""
     charts = []
     for title, unit, names in CHARTS:
         lines = []
         for name, colour in zip(names, COLOURS, strict=False):
             lines += lines_of(rows, name, NAMES.get(name, ""), colour)
-        charts.append({"title": title, "unit": unit, "lines": lines, "base": names[0].startswith("validation/")})
+        charts.append(chart(title, unit, lines, names[0]))
     at_timesteps = sorted({name for row in rows for name in row if name.startswith(AT_TIMESTEP)})
     lines = []
     for place, name in enumerate(at_timesteps):
         colour = OF_TIMESTEPS[place * len(OF_TIMESTEPS) // len(at_timesteps)]
         lines += lines_of(rows, name, f"t = {int(name.removeprefix(AT_TIMESTEP))}", colour)
-    charts.insert(1, {"title": "The same at each timestep", "unit": "999 is all noise", "lines": lines, "base": True})
+    charts.insert(1, chart("Relative loss at each timestep", "999 is all noise", lines, AT_TIMESTEP))
     told = TOLD | {name for _, _, names in CHARTS for name in names} | {*at_timesteps}
     for name in sorted({name for row in rows for name in row} - told):
-        charts.append({"title": name, "unit": "", "lines": lines_of(rows, name, "", COLOURS[0]), "base": False})
-    return [chart for chart in charts if chart["lines"]]
+        charts.append(chart(name, "", lines_of(rows, name, "", COLOURS[0]), name))
+    return [each for each in charts if each["lines"]]
+
+
+def chart(title, unit, lines, name):
+    """What the page's script draws: `base` asks for a line at 1, where the base model is, `zero` for an axis from 0."""
+    base = name.startswith("validation/relative_loss")
+    return {"title": title, "unit": unit, "lines": lines, "base": base, "zero": name in FROM_ZERO}
 
 
 def lines_of(rows, name, label, colour):
@@ -86,5 +93,5 @@ def charts_over_each_other(rows_of_runs):
         for place, (run, rows) in enumerate(rows_of_runs.items()):
             # Of the training loss the moving average alone: the single steps of several runs hide each other.
             lines += lines_of(rows, names[0], run, COLOURS[place % len(COLOURS)])[-1:]
-        charts.append({"title": title, "unit": unit, "lines": lines, "base": names[0].startswith("validation/")})
-    return [chart for chart in charts if chart["lines"]]
+        charts.append(chart(title, unit, lines, names[0]))
+    return [each for each in charts if each["lines"]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import NotANumberError, Stopped
 from ..files import in_bytes, telling_of_the_disk, write_whole
 from .dashboard import log_numbers, log_results
+from .report_page import FILE as PAGE
 from .report_page import update_page
 
 
@@ -213,8 +214,8 @@ class StepReports:
 
     def leave(self, ending):
         """At the end: the page once more, and to the trackers what the run came to, unless it is to be gone on with."""
-        self.page_due = 0
-        self.write_page()
+        if self.metrics_file is not None and update_page(self.output_dir, self.say):
+            self.say(f"how it went: {Path(self.output_dir) / PAGE}")
         if not isinstance(ending, Stopped):
             log_results(self.accelerator, self.output_dir)
 

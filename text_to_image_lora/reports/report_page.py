@@ -30,12 +30,21 @@ FINDINGS = (
 )
 
 
-def update_page(output_dir, say):
-    """Writes a run's page anew. It is not worth a run: where it can't be written, that is said, and the run goes on."""
+def update_page(folder, say, *, of_several=False):
+    """Writes the page of the run in a folder, or of the runs in its folders; returns whether that was possible.
+
+    It is not worth a run: where it can't be written, that is said, and the run goes on.
+    """
+    folder = Path(folder)
     try:
-        write_page(output_dir)
+        if of_several:
+            write_comparison(runs_in([folder]), folder / FILE, folder.resolve().name)
+        else:
+            write_page(folder)
     except Exception as error:
-        say(f"{Path(output_dir) / FILE} is not up to date: {reason_of(error)}")
+        say(f"{folder / FILE} is not up to date: {reason_of(error)}")
+        return False
+    return True
 
 
 def write_page(output_dir):

@@ -30,7 +30,7 @@ class Run(NamedTuple):
     about: dict  # empty: of a run that was made without
     settings: dict
     rows: list  # of metrics.jsonl, by step
-    pictures: dict  # {step: {(prompt, seed): Picture}}; k for the seed where it isn't known
+    pictures: dict  # {step: {(prompt, seed, how many such before): Picture}}; k for the seed where it isn't known
     files: list  # of `LoraFile`
 
     @property
@@ -89,7 +89,7 @@ def step_of(folder):
 
 
 def read_pictures(folder):
-    """{step: {(prompt, seed): Picture}} of the sample pictures."""
+    """{step: {(prompt, seed, how many such before): Picture}}: prompts may differ by their other settings alone."""
     found = {}
     for place in sorted(folder.glob("validation/step-*"), key=step_of):
         pictures = {}
@@ -97,7 +97,8 @@ def read_pictures(folder):
             with Image.open(path) as image:
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
             seed = None if seed is None else int(seed)
-            pictures[prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed] = Picture(prompt, seed, path)
+            key = prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed
+            pictures[*key, sum(other[:2] == key for other in pictures)] = Picture(prompt, seed, path)
         if pictures:
             found[step_of(place)] = pictures
     return found

@@ -134,16 +134,18 @@ def start_trackers(
         except Exception as error:
             print(f"{name} can't be started ({reason_of(error)}): the run goes on without it", file=sys.stderr)
             continue
-        told = given_up if name == "wandb" and run_id is not None else None
+        goes_on = run_id is not None if name == "wandb" else name == "trackio" and first_step
+        told = given_up if goes_on else None
         started += [Sheltered(tracker, told) for tracker in accelerator.trackers]
     accelerator.trackers = started
     return next((tracker.run.id for tracker in started if tracker.name == "wandb"), run_id)
 
 
 def options_of(name, output_dir, space_id, first_step):
-    """How TensorBoard or trackio is started."""
+    """How TensorBoard or trackio is started; a Space, which anyone could look into, is made private."""
     if name == "trackio":
-        return {"name": Path(output_dir).resolve().name, "space_id": space_id}
+        options = {"name": Path(output_dir).resolve().name, "resume": "allow" if first_step else "never"}
+        return options if space_id is None else options | {"space_id": space_id, "private": True}
     # TensorBoard's readers pass over what an earlier part of the run wrote of later steps.
     return {"purge_step": first_step + 1} if first_step else {}
 

@@ -68,6 +68,9 @@ if (data) {
       toolbar_location: null, min_border_right: 8, output_backend: "canvas",
     });
     figure.xaxis.axis_label = "step";
+    const values = chart.lines.flatMap((line) => line.y), highest = Math.max(...values);
+    if (chart.zero) figure.y_range = new Bokeh.Range1d({ start: 0, end: 1.15 * highest || 1 });
+    if (highest < 0.01) figure.yaxis.formatter = new Bokeh.BasicTickFormatter({ precision: 1 });
     const legend = [];
     for (const line of chart.lines) {
       const source = new Bokeh.ColumnDataSource({ data: { x: line.x, y: line.y } });
