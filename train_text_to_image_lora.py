@@ -1418,8 +1418,8 @@ def main(args):
             del state.due[0]
 
     # The loop.
-    repository = (args.hub_model_id or output_dir.resolve().name) if args.push_checkpoints_to_hub else None
-    uploads = hub_checkpoints.Uploads(repository, args.hub_token, say)
+    repository = args.hub_model_id or output_dir.resolve().name
+    uploads = hub_checkpoints.Uploads(repository if args.push_checkpoints_to_hub else None, args.hub_token, say)
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
@@ -1436,9 +1436,8 @@ def main(args):
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
     if judge is not None and judge.out_of_patience():
         say(f"finished at step {state.global_step}; raise --early_stopping_patience to go on")
-    ending = interruption.stopped_in(
-        do_what_is_due, f"after step {state.global_step}"
-    )  # of a run that was stopped in it
+    # Of a run that was stopped in it.
+    ending = interruption.stopped_in(do_what_is_due, f"after step {state.global_step}")
     reports.write_page()
     batches, clock = iter(loader), time.time()
     while ending is None and state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
@@ -1538,12 +1537,12 @@ def main(args):
     if accelerator.is_main_process and ending is None:
         with weights_for_use():
             weights_file, arrives = save_lora(output_dir)
+        kohya_file = kohya.file_name(output_dir) if args.output_kohya_format else None
         card = model_card.write_model_card(
             output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
             dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
             pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)), hyperparameters=shown,
-            trigger_word=args.trigger_word,
-            kohya_file=kohya.file_name(output_dir) if args.output_kohya_format else None,
+            trigger_word=args.trigger_word, kohya_file=kohya_file,
         )  # fmt: skip
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
@@ -1553,20 +1552,14 @@ def main(args):
     accelerator.wait_for_everyone()
     trained, model = None, None
     accelerator.free_memory()
-    line = tracking.finish_trackers(accelerator)
-    if line is not None:
-        say(line)
+    tracking.finish_trackers(accelerator, say)
     uploads.wait()
     if ending is not None:
         raise ending
     if args.push_to_hub and accelerator.is_main_process:
         interruption.let_go("in the upload; the LoRA is written")
-        files = [weights_file.name, *([kohya.file_name(output_dir)] if args.output_kohya_format else [])]
-        say(
-            model_card.upload_or_tell(
-                output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, files
-            )
-        )
+        files = [weights_file.name, *([kohya_file] if kohya_file else [])]
+        say(model_card.upload_or_tell(output_dir, repository, args.hub_token, files))
 
 
 if __name__ == "__main__":

@@ -215,9 +215,11 @@ def test_the_token_is_nowhere(offline_run):
     (arguments,) = (record.environment.args for record in read_wandb(offline_run.run) if record.environment.args)
     assert "--hub_token=***" in arguments
     files = [path for path in offline_run.out.parent.rglob("*") if path.is_file()]
-    assert {"run.yaml", "README.md", "metrics.jsonl", "debug.log", "state.json"} <= {path.name for path in files}
+    assert {"run.yaml", "README.md", "report.html", "about.json", "metrics.jsonl", "debug.log", "state.json"} <= {
+        path.name for path in files
+    }
     for path in files:
-        assert SECRET.encode() not in path.read_bytes(), path
+        assert not any(secret.encode() in path.read_bytes() for secret in (SECRET, KEY)), path
     assert SECRET not in offline_run.done.stdout + offline_run.done.stderr
 
 
@@ -404,9 +406,10 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
     assert "/graphql" in refusing_server.seen
     accelerator.log({"train_loss": 0.5}, step=1)
-    line = tracking.finish_trackers(accelerator)
+    said = []
+    tracking.finish_trackers(accelerator, said.append)
     (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
-    assert shlex.split(line)[-1] == str(folder)
+    assert shlex.split(said[0])[-1] == str(folder)
     wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
     told = capsys.readouterr().err
@@ -418,7 +421,9 @@ def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
     dashboard.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, {}, ["an axe"], {(0, 0): 7}, 0)
-    assert tracking.finish_trackers(accelerator) is None
+    said = []
+    tracking.finish_trackers(accelerator, said.append)
+    assert said == []
 
 
 @pytest.mark.parametrize(("to_send", "waited_for"), [(0, False), (500_000, True)])

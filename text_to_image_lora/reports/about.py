@@ -39,12 +39,12 @@ def write_about(output_dir, *, flags, command, settings, machine, dataset):
         "name": folder.resolve().name,
         "started_at": int(time.time()),
         "command": command,
-        "settings": settings,
+        "settings": near(settings),
         "versions": versions(),
         "machine": machine,
-        "dataset": dataset | {"fingerprint": settings["dataset"]},
+        # Not of the pictures: what looks like a path there is a part of their bytes.
+        "dataset": near(dataset | {"shown": ()}) | {"shown": dataset["shown"], "fingerprint": settings["dataset"]},
     }
-    about = near(about)
     write_whole(folder / FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
 

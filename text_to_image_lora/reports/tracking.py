@@ -173,14 +173,15 @@ def _start_wandb(accelerator, project_name, values, output_dir, run_id):
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
 
 
-def finish_trackers(accelerator):
-    """Ends the runs; returns the line that says where the W&B run is, or None."""
+def finish_trackers(accelerator, say):
+    """Ends the runs, and says where the W&B run is."""
     line = None
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
             line = tracker.attempt(functools.partial(_where_it_is, tracker.run))
     accelerator.end_training()
-    return line
+    if line is not None:
+        say(line)
 
 
 def _where_it_is(run):
