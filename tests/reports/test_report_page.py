@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -288,12 +289,13 @@ def other(finished, tmp_path_factory):
 def test_several_runs_over_each_other(finished, other, tmp_path):
     path = report_page.write_comparison([finished.out, other], tmp_path / "both.html", "both")
     page = Reader(path)
-    assert "other did best." in page.words
-    assert page.words.index("other") < page.words.index("my <b>lora")
+    assert "rank 16 did best." in page.words
+    assert page.words.index("rank 16 other") < page.words.index("rank 2 my <b>lora")
     charts = json.loads(page.scripts[0])
-    assert [line["label"] for line in charts[0]["lines"]] == ["other", "my <b>lora"]
+    assert [line["label"] for line in charts[0]["lines"]] == ["rank 16", "rank 2"]
     films = [image["alt"].partition(",")[0] for image in page.images[:5]]
-    assert films == ["base", "other", "other", "my <b>lora", "my <b>lora"]
+    assert films == ["base", "rank 16", "rank 16", "rank 2", "rank 2"]
+    assert "No two runs drew" not in page.words
     for link in page.links:
         assert link.startswith(("#", "data:")) or (tmp_path / unquote(link)).resolve().is_file()
 
@@ -301,6 +303,20 @@ def test_several_runs_over_each_other(finished, other, tmp_path):
 def test_differences_are_those_of_the_configuration():
     settings = [dict(rank=4, seed=0, output_dir="a"), dict(rank=16, seed=0, output_dir="b", use_dora=True)]
     assert report_page.differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
+
+
+def test_runs_are_called_by_what_differs_where_that_is_short():
+    def labels(*flags):
+        found = [
+            SimpleNamespace(name=f"run-{number}", folder=Path("runs") / str(number)) for number in range(len(flags))
+        ]
+        return report_page._labels(found, report_page.differences(flags))
+
+    assert labels(dict(rank=4, seed=1), dict(rank=16, seed=2)) == ["rank 4", "rank 16"]
+    assert labels(dict(seed=1), dict(seed=2)) == ["seed 1", "seed 2"]
+    assert labels(dict(rank=4, seed=1), dict(rank=4, seed=2), dict(rank=8, seed=1)) == ["run-0", "run-1", "run-2"]
+    assert labels(dict(a=1, b=1, c=1, d=1), dict(a=2, b=2, c=2, d=2)) == ["run-0", "run-1"]
+    assert labels(dict(rank=4), dict(rank=4)) == ["run-0", "run-1"]
 
 
 def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, other, tmp_path, monkeypatch, capsys):
@@ -313,10 +329,11 @@ def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, 
         shutil.copytree(folder, tmp_path / "sweep" / f"trial-{number:04d}")
     report.main([str(tmp_path / "sweep")])
     page = Reader(tmp_path / "sweep" / report_page.FILE)
-    assert "trial-0001 did best." in page.words
+    assert "rank 16 did best." in page.words
+    assert "rank 16 trial-0001" in page.words
     assert "trial-0000/report.html" in page.links
     report.main([str(finished.out), str(other), "--output", str(tmp_path / "both.html")])
-    assert "other did best." in Reader(tmp_path / "both.html").words
+    assert "rank 16 did best." in Reader(tmp_path / "both.html").words
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'both.html'}"
 
 

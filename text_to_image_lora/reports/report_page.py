@@ -21,6 +21,7 @@ from .runs import answer_of, read_run
 FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "page"
 SIDE = 384  # pixels of a sample picture's longer side; the PNG is linked
+MOST_IN_LABEL, LONGEST_LABEL = 3, 48  # settings that make a run's name, and how long that may be
 MOST_PICTURES = 120  # on a page, some 4 MB of photographs
 FINDINGS = (
     ("left_out", "left out, or worth knowing"),
@@ -68,7 +69,9 @@ def write_comparison(folders, path, title):
     runs = [read_run(folder) for folder in folders]
     answers = {run.folder: answer_of(run) for run in runs}
     runs.sort(key=lambda run: -(answers[run.folder].gain or 0.0))
-    names = dict(zip([run.folder for run in runs], _names(runs), strict=True))
+    differs = differences([run.flags for run in runs])
+    labels = _labels(runs, differs)
+    names = {run.folder: label for run, label in zip(runs, labels, strict=True)}
     best = runs[0]
     sentence = "No run has pictures held out to judge by: look at the sample pictures."
     if answers[best.folder].gain is not None:
@@ -79,14 +82,14 @@ def write_comparison(folders, path, title):
     for place, run in enumerate(runs):
         answer, page = answers[run.folder], run.folder / FILE
         rows.append({
-            "name": names[run.folder], "answer": answer, "step": run.step, "colour": COLOURS[place % len(COLOURS)],
+            "name": names[run.folder], "folder": run.name, "answer": answer, "step": run.step, "colour": COLOURS[place % len(COLOURS)],
             "page": _link(page, path) if page.exists() and page != path else None,
             "take": None if answer.take is None else _linked(answer.take, path),
         })  # fmt: skip
     charts = charts_over_each_other({names[run.folder]: run.rows for run in runs})
     _render(
         path, "comparison.html", title=title, runs=rows, sentence=sentence, charts=charts,
-        differences=differences([run.settings for run in runs]),
+        differences=differs,
         **_cards_of(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path
@@ -112,8 +115,14 @@ def differences(settings):
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-def _names(runs):
-    """The runs' names, with their parents' where two are called the same."""
+def _labels(runs, differs):
+    """What the runs are called: by what makes them differ where that is short, as in a sweep, else by their folders."""
+    telling = [row for row in differs if row[0] != "seed"] or differs
+    if 0 < len(telling) <= MOST_IN_LABEL:
+        labels = [", ".join(f"{name} {value}" for name, value in zip([name for name, _ in telling], values, strict=True))
+                  for values in zip(*(values for _, values in telling), strict=True)]  # fmt: skip
+        if len(set(labels)) == len(labels) and max(map(len, labels)) <= LONGEST_LABEL:
+            return labels
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else str(Path(*run.folder.resolve().parts[-2:]))
@@ -157,7 +166,7 @@ def _cards_of(runs, folder, answers, names=None):
     """What the template shows of sample pictures: a card for each prompt and seed, with the films of base and LoRAs."""
     keys = list(dict.fromkeys(key for run in runs for pictures in run.pictures.values() for key in pictures))
     if not keys:
-        return {"cards": [], "steps": [], "jumps": [], "films_a_card": 0, "pictures_left_out": ""}
+        return {"cards": [], "steps": [], "jumps": [], "films_a_card": 0, "said_of_pictures": ""}
     most_cards = max(1, MOST_PICTURES // (3 * len(runs)))
     chosen = keys[:most_cards]
     most_steps = max(3, MOST_PICTURES // (len(chosen) * len(runs)))
@@ -178,9 +187,11 @@ def _cards_of(runs, folder, answers, names=None):
         jumps.insert(0, ("best", answers[runs[0].folder].best_step))
     total = sum(len(pictures) for run in runs for pictures in run.pictures.values())
     shown = sum(len(film["frames"]) for card in cards for film in card["films"])
-    left_out = f"{shown} of {total} pictures; all of them are in validation/." if shown + len(runs) < total else ""
+    said = [f"{shown} of {total} pictures; all of them are in validation/."] if shown + len(runs) < total else []
+    if len(runs) > 1 and all(len(card["films"]) <= 2 for card in cards):
+        said.append("No two runs drew a prompt with one seed: give them one --seed to compare them at the same noise.")
     return {
-        "cards": cards, "steps": steps, "jumps": jumps, "pictures_left_out": left_out,
+        "cards": cards, "steps": steps, "jumps": jumps, "said_of_pictures": " ".join(said),
         "films_a_card": max(len(card["films"]) for card in cards),
     }  # fmt: skip
 

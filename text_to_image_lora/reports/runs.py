@@ -28,7 +28,8 @@ class Run(NamedTuple):
 
     folder: Path
     about: dict  # empty: of a run that was made without
-    settings: dict
+    flags: dict  # of run.yaml
+    settings: dict  # those, and what the others were settled to
     rows: list  # of metrics.jsonl, by step
     pictures: dict  # {step: {(prompt, seed, how many such before): Picture}}; k for the seed where it isn't known
     files: list  # of `LoraFile`
@@ -58,11 +59,11 @@ def read_run(folder):
         raise InputError(
             f"{folder}: there is no run in it (no metrics.jsonl). Name a run's --output_dir, or a sweep's."
         )
-    told = _read_json(folder / about.FILE)
-    settings = told.get("settings")
-    if settings is None and (folder / "run.yaml").is_file():
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    return Run(folder, told, settings or {}, read_rows(folder), read_pictures(folder), list(read_files(folder)))
+    told, flags = _read_json(folder / about.FILE), {}
+    if (folder / "run.yaml").is_file():
+        flags = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    settings = told.get("settings", flags)
+    return Run(folder, told, flags, settings, read_rows(folder), read_pictures(folder), list(read_files(folder)))
 
 
 def _read_json(path):

@@ -91,11 +91,12 @@ if (data) {
       figure.add_layout(new Bokeh.Span({ location: 1, dimension: "width", line_color: "#888", line_dash: "dashed" }));
     }
     if (legend.length) {
-      const many = legend.length > 2;  // they would hide the lines
+      const longest = Math.max(...chart.lines.map((line) => line.label.length));
+      const many = legend.length > 2 || longest > 24;  // they would hide the lines
       figure.add_layout(new Bokeh.Legend({
         items: legend, click_policy: "hide", label_text_font_size: "11px", spacing: many ? 6 : 0, padding: 4, margin: 2,
         glyph_height: 12, glyph_width: 14, label_height: 12, background_fill_alpha: 0.7, border_line_alpha: 0,
-        ncols: many ? 4 : 1,
+        ncols: many ? Math.max(1, Math.floor((place.clientWidth - 60) / (6 * longest + 30))) : 1,
       }), many ? "below" : "center");
     }
     const tool = (type) => figure.toolbar.tools.find((each) => each.type === type);
