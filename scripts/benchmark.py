@@ -20,6 +20,7 @@ finds them in the cache. Machines are noisy: read the ratios.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from benchmark_runs import (
 )
 
 
+STEPS = 200  # of a run that tells whether a step takes longer among many pictures
 RATE_OF = {"no": "tf32", "fp16": "fp16", "bf16": "bf16"}  # the rate that a precision is held against
 RATIOS = (("ours", "bare UNet"), ("baseline", "ours"))
 
@@ -189,9 +191,10 @@ def table_of(results, precision):
 
 
 def time_datasets(args, work):
-    """Seconds and peak memory of each command on each dataset, and what each further picture cost."""
-    kinds = {"--dry_run": ["--dry_run"], "first run": [], "second run": []}
-    measured = {}
+    """Seconds and peak memory of each command on each dataset, what each further picture cost, and a step's time."""
+    many = ["--train_batch_size", 1, "--max_train_steps", STEPS]
+    kinds = {"--dry_run": ["--dry_run"], "first run": [], "second run": [], f"{STEPS} steps": many}
+    measured, steps = {}, {}
     for count in args.dataset_sizes:
         pictures, output = work / f"pictures-{count}", work / f"out-{count}"
         print(f"making {count} pictures", flush=True)
@@ -207,6 +210,8 @@ def time_datasets(args, work):
             ]  # fmt: skip
             ran = measured[kind, count] = run(command, environment())
             print(f"{count} pictures, {kind}: {ran.seconds:.1f} s", flush=True)
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        steps[count] = median([1 / line["images_per_second"] for line in lines][STEPS // 5 :])
     print("\n| command | pictures | s | ms for each further picture | peak memory (GiB) |\n|---|---|---|---|---|")
     for kind in kinds:
         before = None
@@ -215,8 +220,11 @@ def time_datasets(args, work):
             each = "" if before is None else f"{1000 * (ran.seconds - before[1]) / (count - before[0]):.2f}"
             print(f"| {kind} | {count:,} | {ran.seconds:.1f} | {each} | {ran.peak_memory_gib:.2f} |")
             before = count, ran.seconds
+    print("\n| pictures | ms a step of batch 1 |\n|---|---|")
+    for count, seconds in steps.items():
+        print(f"| {count:,} | {1000 * seconds:.1f} |")
     rows = [{"command": kind, "pictures": count, **ran._asdict()} for (kind, count), ran in measured.items()]
-    write_json(args.json, {"datasets": rows}, args)
+    write_json(args.json, {"datasets": rows, "step_seconds": steps}, args)
 
 
 if __name__ == "__main__":

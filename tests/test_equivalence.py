@@ -15,6 +15,10 @@ def assert_same_run(first, second):
         assert a["lr"] == b["lr"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert_same_weights(first, second)
+
+
+def assert_same_weights(first, second):
     a, b = read_lora(first), read_lora(second)
     assert a.keys() == b.keys()
     difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
@@ -93,3 +97,38 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
         "8 pictures, 5 steps an epoch, 6 steps; effective batch 4 on ",
     ):
         assert one.said.count(line) == two.said.count(line) == 1
+
+
+WHOLE = dict(train_text_encoder=True, validation_split=0.3, validation_steps=2, use_ema=True)
+
+
+@pytest.fixture(scope="module")
+def one_of_all(folder, train_in):
+    return train_in(folder, train_batch_size=4, output_dir=folder / "one of all", **COMMON, **WHOLE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_equals_one(folder, tiny_sd, one_of_all, processes):
+    """With the text encoder in training, buckets, an average and validation, whose losses are equal too."""
+    out = folder / f"{processes} of all"
+    words = words_of_run(
+        tiny_sd, folder / "pictures", folder, output_dir=out, train_batch_size=4 // processes, **COMMON, **WHOLE
+    )
+    launcher = [*TORCHRUN[:-1], str(processes)]
+    done = run_command(words, launcher, env={"ACCELERATE_USE_CPU": "true"}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        [[row for row in read_metrics(run) if ("validation/loss" in row) == validated] for validated in (True, False)]
+        for run in (one_of_all, out)
+    )
+    assert len(ours[0]) == 4
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)  # the gap is about 0
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert (a["step"], a["lr"]) == (b["step"], b["lr"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert_same_weights(one_of_all, out)
+    assert_same_weights(one_of_all / "best", out / "best")

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import sd_parsers
 import tqdm
 from conftest import train_script, write_pictures
 from infer_fixtures import PROMPT, command, difference, draw, flat
@@ -448,6 +449,18 @@ def test_a1111_reads_the_parameters(repeated, lora):
     expected = {"Prompt": "a dog, «red»", "Negative prompt": "dark, ключ", "Steps": "2", "Sampler": "Euler a"}
     expected |= {"CFG scale": "7.5", "Seed": "3", "Size-1": "64", "Size-2": "64", "Model": "tiny", "Clip skip": "2"}
     assert found.items() >= {**expected, "Lora": "axe:0.7"}.items()
+
+
+def test_another_library_reads_the_parameters(repeated):
+    """sd-parsers, which knows A1111's text and that of other programs."""
+    path = repeated / "00-a-dog-red-seed3.png"
+    found = sd_parsers.ParserManager().parse(path)
+    assert found.generator == sd_parsers.data.Generators.AUTOMATIC1111
+    assert [prompt.value for prompt in found.prompts] == ["a dog, «red»"]
+    assert [prompt.value for prompt in found.negative_prompts] == ["dark, ключ"]
+    (sampler,) = found.samplers
+    assert (sampler.name, sampler.parameters["seed"], sampler.parameters["cfg_scale"]) == ("Euler a", "3", "7.5")
+    assert [model.name for model in found.models] == ["tiny"]
 
 
 # Types of flags.

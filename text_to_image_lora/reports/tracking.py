@@ -1,5 +1,6 @@
 """The trackers (W&B, TensorBoard, trackio), through Accelerate."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -100,7 +101,16 @@ class Sheltered:
 
     def finish(self):
         """Ends the tracker's run; a server that doesn't answer any more is not waited for longer than files take to send."""
-        thread = threading.Thread(target=lambda: self.attempt(self.tracker.finish), daemon=True)
+
+        def end():
+            self.attempt(self.tracker.finish)
+            if self.failed and self.name == "wandb":
+                import wandb
+
+                with contextlib.suppress(Exception):  # it would tear down a service that is not there when Python ends
+                    wandb.teardown()
+
+        thread = threading.Thread(target=end, daemon=True)
         thread.start()
         thread.join(SECONDS_TO_FINISH + self.to_send / BYTES_A_SECOND)
         if thread.is_alive():

@@ -1,0 +1,49 @@
+"""What a run of many steps takes more and more of: nothing."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, read_metrics
+
+
+STEPS = 10_000
+
+
+@pytest.mark.long
+def test_ten_thousand_steps_grow_nothing(arguments, tmp_path):
+    """Neither memory nor open files nor threads nor the time of a step, with checkpoints and workers that load data."""
+    words = arguments(
+        max_train_steps=STEPS, train_batch_size=1, rank=1, checkpointing_steps=2000, checkpoints_total_limit=1,
+        learning_rate=1e-4, dataloader_num_workers=1, random_flip=True,
+    )  # fmt: skip
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train_text_to_image_lora.py", *words], stdout=log, stderr=subprocess.STDOUT
+        )
+    watched, metrics, looks = psutil.Process(process.pid), tmp_path / "out" / "metrics.jsonl", []
+    while process.poll() is None:
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size and (not looks or size > looks[-1][0] * 1.02):
+            try:
+                looks.append((size, watched.memory_info().rss, watched.num_fds(), watched.num_threads()))
+            except psutil.NoSuchProcess:
+                break
+        time.sleep(0.2)
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    rows = read_metrics(tmp_path / "out")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # From a fifth of the run on, everything is there that will be; at the end the LoRA's file is being written.
+    total = metrics.stat().st_size
+    steady = [look for look in looks if total / 5 < look[0] < 0.98 * total]
+    assert len(steady) > 20
+    third = len(steady) // 3
+    for what, tolerance in ((1, 8 * 2**20), (2, 0), (3, 0)):
+        first, last = (statistics.median(look[what] for look in part) for part in (steady[:third], steady[-third:]))
+        assert last <= first + tolerance, (what, first, last)
+    seconds = [1 / row["images_per_second"] for row in rows]
+    first, last = statistics.median(seconds[2000:4000]), statistics.median(seconds[-2000:])
+    assert last < 1.5 * first, (first, last)
