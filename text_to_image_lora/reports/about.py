@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,6 @@ def write_about(output_dir, *, flags, command, settings, machine, dataset):
     write_whole(folder / "run.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
     about = {
         "name": folder.resolve().name,
-        "started_at": int(time.time()),
         "command": command,
         "settings": near(settings),
         "versions": versions(),

@@ -70,7 +70,7 @@ def charts_of(rows):
 def chart(title, unit, lines, name):
     """What the page's script draws: `base` asks for a line at 1, where the base model is, `zero` for an axis from 0."""
     base = name.startswith("validation/relative_loss")
-    return {"title": title, "unit": unit, "lines": lines, "base": base, "zero": name in FROM_ZERO}
+    return {"title": title, "unit": unit, "lines": lines, "base": base, "zero": name in FROM_ZERO, "legend": True}
 
 
 def lines_of(rows, name, label, colour):
@@ -93,5 +93,5 @@ def charts_over_each_other(rows_of_runs):
         for place, (run, rows) in enumerate(rows_of_runs.items()):
             # Of the training loss the moving average alone: the single steps of several runs hide each other.
             lines += lines_of(rows, names[0], run, COLOURS[place % len(COLOURS)])[-1:]
-        charts.append(chart(title, unit, lines, names[0]))
+        charts.append(chart(title, unit, lines, names[0]) | {"legend": False})  # the page has one for all
     return [each for each in charts if each["lines"]]

@@ -185,9 +185,9 @@ def _cards_of(runs, folder, answers, names=None):
     jumps = [("last", steps[-1])]
     if len(runs) == 1 and answers[runs[0].folder].best_step in steps[:-1]:
         jumps.insert(0, ("best", answers[runs[0].folder].best_step))
-    total = sum(len(pictures) for run in runs for pictures in run.pictures.values())
-    shown = sum(len(film["frames"]) for card in cards for film in card["films"])
-    said = [f"{shown} of {total} pictures; all of them are in validation/."] if shown + len(runs) < total else []
+    total = sum(len(pictures) for run in runs for step, pictures in run.pictures.items() if step)
+    shown = sum(frame["step"] > 0 for card in cards for film in card["films"] for frame in film["frames"])
+    said = [f"{shown} of {total} pictures; all of them are in validation/."] if shown < total else []
     if len(runs) > 1 and all(len(card["films"]) <= 2 for card in cards):
         said.append("No two runs drew a prompt with one seed: give them one --seed to compare them at the same noise.")
     return {

@@ -55,7 +55,9 @@ class LoraFile(NamedTuple):
 def read_run(folder):
     """The `Run` in an output folder, finished or not; an `InputError` where there is none."""
     folder = Path(folder)
-    if not (folder / "metrics.jsonl").is_file():
+    if not any(
+        (folder / name).is_file() for name in ("metrics.jsonl", about.FILE)
+    ):  # before its first step, it has one
         raise InputError(
             f"{folder}: there is no run in it (no metrics.jsonl). Name a run's --output_dir, or a sweep's."
         )
@@ -75,8 +77,8 @@ def _read_json(path):
 
 def read_rows(folder):
     """The rows of metrics.jsonl, in the order of their steps; a line that is half written is left out."""
-    rows = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    rows, path = [], Path(folder) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -90,7 +90,7 @@ if (data) {
     if (chart.base) {
       figure.add_layout(new Bokeh.Span({ location: 1, dimension: "width", line_color: "#888", line_dash: "dashed" }));
     }
-    if (legend.length) {
+    if (legend.length && chart.legend) {
       const longest = Math.max(...chart.lines.map((line) => line.label.length));
       const many = legend.length > 2 || longest > 24;  // they would hide the lines
       figure.add_layout(new Bokeh.Legend({
