@@ -18,6 +18,8 @@
 #     "tqdm==4.70.1",
 #     "prodigyopt==1.1.2",
 #     "schedulefree==1.4.1",
+#     "jinja2==3.1.6",
+#     "bokeh==3.9.2",
 #     "optuna==5.0.0",
 #     "filelock==4.2.11",
 #     "psutil==7.2.2",

@@ -18,6 +18,8 @@
 #     "tqdm==4.70.1",
 #     "prodigyopt==1.1.2",
 #     "schedulefree==1.4.1",
+#     "jinja2==3.1.6",
+#     "bokeh==3.9.2",
 #     "optuna==5.0.0",
 #     "filelock==4.2.11",
 #     "psutil==7.2.2",
@@ -52,10 +54,11 @@ from text_to_image_lora.command_line import (
     between,
     duration,
     from_up_to,
+    hub_id,
     seconds_of,
 )
 from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
-from text_to_image_lora.files import check_writable, reason_of, without_folders, write_whole
+from text_to_image_lora.files import check_writable, reason_of, without_folders
 from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
@@ -64,6 +67,7 @@ from text_to_image_lora.pictures.layouts import LAYOUTS, Reading
 from text_to_image_lora.pictures.records import with_class_pictures
 from text_to_image_lora.pictures.sources import load_records
 from text_to_image_lora.pictures.tables import Columns
+from text_to_image_lora.reports.notes import Notes
 from text_to_image_lora.reports.tracking import TRACKERS, trackers_of
 from text_to_image_lora.training import interruption
 from text_to_image_lora.training.ending import end
@@ -94,7 +98,7 @@ MAY_CHANGE = set(
     enable_npu_flash_attention debug_loss validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
-    tracker_project_name logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
+    tracker_project_name trackio_space_id logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
     """.split()  # noqa: SIM905 (one name a word reads better than one a line)
 )
 
@@ -269,6 +273,7 @@ def build_parser():
     group("--report_to", choices=[*TRACKERS, "all", "none"], help="where metrics and sample pictures go; wandb when it is installed (offline without key or network)")
     group("--debug_loss", **yes, help="report the loss of each picture in each step too, as loss_for_ and the name of its file")
     group("--tracker_project_name", default="text2image-fine-tune", help="the project's name in the trackers")
+    group("--trackio_space_id", type=hub_id, metavar="OWNER/NAME", help="the hub Space that trackio's dashboard runs in, private when it is made; on this machine when not given")
     group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
     group("--push_to_hub", **yes, help="upload the LoRA, its model card and sample pictures at the end")
     group("--push_checkpoints_to_hub", **yes, help="upload each checkpoint beside the training, into a repository that is private when it is made; --resume_from_checkpoint hf://... goes on from it on another machine")
@@ -396,6 +401,8 @@ def check_validation_and_upload(args):
         raise InputError("Pass one of --validation_split and --validation_data_dir.")
     if args.early_stopping_patience and not (args.validation_split or args.validation_data_dir):
         raise InputError("--early_stopping_patience needs pictures to judge by: add --validation_split 0.1")
+    if args.trackio_space_id is not None and args.report_to not in ("trackio", "all"):
+        raise InputError("--trackio_space_id says where trackio's dashboard runs: add --report_to trackio.")
     if args.early_stopping_patience and not (args.validation_steps or args.validation_epochs):
         raise InputError(
             "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
@@ -519,13 +526,9 @@ def draws_of(args, seed, num_train_timesteps):
     sampling = None
     if args.timestep_sampling != "uniform" or args.timestep_range is not None:
         first, last = args.timestep_range or (0, num_train_timesteps)
+        last = min(last, num_train_timesteps)
         sampling = TimestepSampling(
-            args.timestep_sampling,
-            first,
-            min(last, num_train_timesteps),
-            args.logit_mean,
-            args.logit_std,
-            args.mode_scale,
+            args.timestep_sampling, first, last, args.logit_mean, args.logit_std, args.mode_scale
         )
     return Draws(
         seed, num_train_timesteps, caption_rules_of(args), sampling, bool(args.input_perturbation),
@@ -649,7 +652,7 @@ def hide_secrets(args):
     return {k: v for k, v in vars(args).items() if k not in NOT_SHOWN and v not in (None, [])}
 
 
-def find_inputs(args, leave_out):
+def find_inputs(args, leave_out, say):
     """The `BaseModel`, the records to train on, and those to validate on or None, as the command names them.
 
     What is wrong with them is told before torch is imported. Rows that can't be used go to `leave_out(source, reason)`,
@@ -663,12 +666,9 @@ def find_inputs(args, leave_out):
     if args.lora_weights is not None:
         check_lora(args.lora_weights)
     base = find_base_model(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        single_file_config=args.single_file_config,
-        cache_dir=args.cache_dir,
-    )
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
+        single_file_config=args.single_file_config, cache_dir=args.cache_dir,
+    )  # fmt: skip
     if args.lora_weights is not None:
         check_family(args.lora_weights, base)
     side = resolution_of(args, base)
@@ -676,7 +676,6 @@ def find_inputs(args, leave_out):
         near = max(round(side / base.image_factor), 1) * base.image_factor
         raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
     buckets_of(args, base)
-    say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
     if leave_out is None and args.skip_bad_images:
 
         def leave_out(source, reason):
@@ -856,16 +855,22 @@ def identity_of_run(args, base, pictures, sampler, lora_settings, seed):
     return identity
 
 
-def write_run_file(args, shown, seed, path):
-    """run.yaml, for --config: the run's flags, its seed, and nothing that follows from other flags.
+def write_about_run(args, run, shown, described, notes, accelerator):
+    """Writes run.yaml, for --config, and about.json, for the page and the trackers; returns what the second holds.
 
-    So that --config run.yaml --rank 16 has the alpha of rank 16.
+    run.yaml has the run's flags, its seed, and nothing that follows from other flags: so that --config run.yaml --rank 16
+    has the alpha of rank 16.
     """
-    import yaml
+    from text_to_image_lora.reports import about
 
-    prompts = {"validation_prompts": sample_lines(args)} if sample_lines(args) else {}
-    flags = {k: v for k, v in shown.items() if k not in ("validation_prompt", "validation_prompts")} | prompts
-    write_whole(path, yaml.safe_dump(flags | {"seed": seed}, sort_keys=False, allow_unicode=True))
+    flags = {name: value for name, value in shown.items() if name not in ("validation_prompt", "validation_prompts")}
+    flags |= ({"validation_prompts": sample_lines(args)} if sample_lines(args) else {}) | {"seed": run.seed}
+    words = build_parser().words(flags | {"mixed_precision": accelerator.mixed_precision})
+    return about.write_about(
+        args.output_dir, flags=flags, command=about.command_line(Path(__file__).name, words, accelerator),
+        machine=about.machine(accelerator), settings=described,
+        dataset=about.data_sheet(run.pictures, run.validated, run.sampler, notes),
+    )  # fmt: skip
 
 
 def precision_of(args):
@@ -931,8 +936,11 @@ class Run(NamedTuple):
     identity_before: dict | None  # that of the checkpoint
 
 
-def prepare(args, base, records, validation_records, accelerator, say):
-    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
+def prepare(args, base, records, validation_records, accelerator, say, notes):
+    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings.
+
+    What is said of the pictures is kept in `notes`.
+    """
     from text_to_image_lora.pictures.examine import usable_pictures
     from text_to_image_lora.pictures.inspection import lines_of_samples
     from text_to_image_lora.training import checkpoint, hub_checkpoints, processes
@@ -954,9 +962,9 @@ def prepare(args, base, records, validation_records, accelerator, say):
         folder=cache_folder(args),
         skip_bad_images=args.skip_bad_images,
         accelerator=accelerator,
-        say=say,
+        say=notes,
     )
-    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=say)
+    pictures, validated = picture_sets(args, base, records, validation_records, usable=usable, say=notes)
     if pictures.masked and args.perceptual_loss is not None:
         raise InputError(
             "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
@@ -1236,22 +1244,6 @@ def write_lora(args, run, adapted, told, folder):
     return path, arrives
 
 
-def upload(args, say):
-    """Uploads what the run left; a failure is a `TrainingError` that says that nothing is lost."""
-    from text_to_image_lora.models import kohya, lora_file
-    from text_to_image_lora.reports import model_card
-
-    output_dir = Path(args.output_dir)
-    files = [lora_file.WEIGHTS_NAME, *([kohya.file_name(output_dir)] if args.output_kohya_format else [])]
-    try:
-        url = model_card.upload(output_dir, args.hub_model_id or output_dir.resolve().name, args.hub_token, files)
-    except Exception as error:  # whatever it is, the weights are written and the user must hear so
-        raise TrainingError(
-            f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
-        ) from error
-    say(f"uploaded: {url}")
-
-
 def say_what_is_better(args, device, weight_dtype, say):
     import torch
 
@@ -1300,10 +1292,11 @@ def main(args):
     trackers = trackers_of(args.report_to)
     check_launcher()
     quiet_libraries()
-    left_out = []
-    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None)
+    is_main, left_out = os.environ.get("RANK", "0") == "0", []
+    notes = Notes(print if is_main else None)
+    inputs = find_inputs(args, (lambda *row: left_out.append(row)) if args.dry_run else None, notes)
     if args.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             look_at_data(args, *inputs, left_out)
         return
 
@@ -1317,7 +1310,7 @@ def main(args):
         from tqdm.auto import tqdm
 
         from text_to_image_lora.models import kohya, lora, modules
-        from text_to_image_lora.reports import metrics, model_card, sample_pictures, tracking
+        from text_to_image_lora.reports import dashboard, metrics, model_card, sample_pictures, tracking
         from text_to_image_lora.reports.validation_loss import Judge, LossMeter
         from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
         from text_to_image_lora.training.perceptual import PerceptualLoss
@@ -1329,7 +1322,7 @@ def main(args):
     weight_dtype = modules.dtype_of(accelerator.mixed_precision)
     say = tqdm.write if accelerator.is_main_process else lambda line: None
     say_what_is_better(args, device, weight_dtype, say)
-    run = prepare(args, *inputs, accelerator, say)
+    run = prepare(args, *inputs, accelerator, say, notes)
     family, seed, state, sampler, num_steps = run.base.family, run.seed, run.state, run.sampler, run.schedule.num_steps
     adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter = load_models(
         args, run, weight_dtype, accelerator, say
@@ -1390,11 +1383,11 @@ def main(args):
     metrics_file, judge = None, None
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_run_file(args, shown, seed, output_dir / "run.yaml")
+        about = write_about_run(args, run, shown, described, notes.lines, accelerator)
         metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
-        state.tracker_run_id = tracking.start_trackers(
-            accelerator, args.tracker_project_name, described, output_dir, state.tracker_run_id,
-            first_step=state.global_step, given_up=metrics_file.given_up,
+        state.tracker_run_id = dashboard.start(
+            accelerator, args.tracker_project_name, about, output_dir, state.tracker_run_id,
+            space_id=args.trackio_space_id, first_step=state.global_step, given_up=metrics_file.given_up,
         )  # fmt: skip
     num_parameters = sum(parameter.numel() for parameter in params_to_optimize)
     say_what_begins(args, run, num_adapted, num_parameters, accelerator, say)
@@ -1444,8 +1437,8 @@ def main(args):
             del state.due[0]
 
     # The loop.
-    repository = (args.hub_model_id or output_dir.resolve().name) if args.push_checkpoints_to_hub else None
-    uploads = hub_checkpoints.Uploads(repository, args.hub_token, say)
+    repository = args.hub_model_id or output_dir.resolve().name
+    uploads = hub_checkpoints.Uploads(repository if args.push_checkpoints_to_hub else None, args.hub_token, say)
     progress = tqdm(
         total=num_steps, initial=state.global_step, desc="training", disable=not accelerator.is_local_main_process
     )
@@ -1462,9 +1455,9 @@ def main(args):
     optimizer.train()  # schedulefree has two sets of weights; the others do nothing
     if judge is not None and judge.out_of_patience():
         say(f"finished at step {state.global_step}; raise --early_stopping_patience to go on")
-    ending = interruption.stopped_in(
-        do_what_is_due, f"after step {state.global_step}"
-    )  # of a run that was stopped in it
+    # Of a run that was stopped in it.
+    ending = interruption.stopped_in(do_what_is_due, f"after step {state.global_step}")
+    reports.write_page()
     batches, clock = iter(loader), time.time()
     while ending is None and state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
         step, train_loss, of_pictures = state.global_step, torch.zeros((), device=device), {}
@@ -1545,6 +1538,7 @@ def main(args):
             reports.flush()
             save_checkpoint()
         if pauses:
+            reports.write_page()
             clock = time.time()
     progress.close()
     if judge is not None and ending is None:
@@ -1559,33 +1553,29 @@ def main(args):
     if accelerator.is_main_process and ending is None:
         with weights_for_use():
             weights_file, arrives = save_lora(output_dir)
+        kohya_file = kohya.file_name(output_dir) if args.output_kohya_format else None
         card = model_card.write_model_card(
-            output_dir,
-            base_model=args.pretrained_model_name_or_path,
+            output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
             dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
-            pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)),
-            hyperparameters=shown,
-            repo_id=args.hub_model_id,
-            trigger_word=args.trigger_word,
-            kohya_file=kohya.file_name(output_dir) if args.output_kohya_format else None,
-            family=family,
-        )
+            pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)), hyperparameters=shown,
+            trigger_word=args.trigger_word, kohya_file=kohya_file, family=family,
+        )  # fmt: skip
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
+    reports.leave(ending)
     # The others leave when all is written; and without the DDP wrapper, which would keep Gloo's threads alive until the
     # interpreter ends, and then now and then abort the process.
     accelerator.wait_for_everyone()
     trained, model = None, None
     accelerator.free_memory()
-    line = tracking.finish_trackers(accelerator)
-    if line is not None:
-        say(line)
+    tracking.finish_trackers(accelerator, say)
     uploads.wait()
     if ending is not None:
         raise ending
     if args.push_to_hub and accelerator.is_main_process:
         interruption.let_go("in the upload; the LoRA is written")
-        upload(args, say)
+        files = [weights_file.name, *([kohya_file] if kohya_file else [])]
+        say(model_card.upload_or_tell(output_dir, repository, args.hub_token, files))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ import time
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import sweep_results  # noqa: E402
 from sweep_results import METRIC, losses_of, shown, trial_dir  # noqa: E402
 from sweep_settings import SAMPLERS, SweepError, command_of, settle  # noqa: E402
+
+from text_to_image_lora.reports.report_page import FILE as PAGE  # noqa: E402
+from text_to_image_lora.reports.report_page import update_page  # noqa: E402
 
 
 LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
@@ -261,6 +264,8 @@ def main(argv=None):
         if len(refused) == MOST_REFUSED and not has_result(study):
             break
     print("\n" + write_results(study, settings))
+    if has_result(study) and update_page(folder, print, of_several=True):
+        print(f"\nall of it, to look at: {folder / PAGE}")
     if refused and not has_result(study):
         raise SweepError(refused[0])
 

@@ -23,10 +23,10 @@ def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
     del sys.modules["rarely_needed"]
 
 
-def test_a_run_imports_neither_bitsandbytes_nor_xformers(tiny_sd, pictures, tmp_path):
+def test_a_run_imports_neither_bitsandbytes_nor_xformers_nor_bokeh(tiny_sd, pictures, tmp_path):
     code = (
         "import sys, train_text_to_image_lora as script; script.main(script.parse_args(sys.argv[1:]))\n"
-        "assert not {'bitsandbytes', 'xformers'} & sys.modules.keys()"
+        "assert not {'bitsandbytes', 'xformers', 'bokeh'} & sys.modules.keys()"
     )
     flags = {
         "pretrained_model_name_or_path": tiny_sd, "train_data_dir": pictures, "resolution": 32, "max_train_steps": 1,
@@ -34,4 +34,28 @@ def test_a_run_imports_neither_bitsandbytes_nor_xformers(tiny_sd, pictures, tmp_
     }  # fmt: skip
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "--dry_run"])
+def test_what_trains_nothing_imports_nothing_of_the_page(tiny_sd, pictures, tmp_path, flag):
+    code = (
+        "import contextlib, sys, train_text_to_image_lora as script\n"
+        "with contextlib.suppress(SystemExit): script.main(script.parse_args(sys.argv[1:]))\n"
+        "assert not {'bokeh', 'text_to_image_lora.reports.report_page'} & sys.modules.keys()"
+    )
+    words = [
+        "--pretrained_model_name_or_path",
+        tiny_sd,
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words), "--resolution", "32", flag],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -138,6 +139,10 @@ def test_what_it_leaves(tiny_sd, pictures, tmp_path):
         for text in (folder / f"trial-000{best['trial']}" / "metrics.jsonl").read_text().splitlines()
     ]
     assert float(best["validation/relative_loss"]) == pytest.approx(min(v for v in values[1:] if v is not None))
+    assert done.stdout.splitlines()[-1] == f"all of it, to look at: {folder / 'report.html'}"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search("rank [24] did best|No run was better than the base model", page)
+    assert all(f"trial-000{number}/report.html" in page for number in range(2))
     with Image.open(folder / "pictures.png") as sheet:
         assert sheet.size == (300 + 2 * 150 + 6, 2 * 150 + 6)
 

@@ -58,6 +58,13 @@ def from_up_to(least, end, kind=float):
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
 
 
+def hub_id(text):
+    """An argparse type: a name on the hub, with its owner or without."""
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text}: it must be a name on the hub such as me/dashboard")
+    return text
+
+
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -110,6 +117,23 @@ class Parser(argparse.ArgumentParser):
             return self.parse_args(argv)
         config = self.parse_known_args(argv)[0].config
         return self.parse_args(argv if config is None else [*self._words_of(config), *argv])
+
+    def words(self, values):
+        """The command line that means these values of flags; those that are as by default are left out."""
+        words = []
+        for action in self._actions:
+            value = values.get(action.dest, action.default)
+            if value == action.default:
+                continue
+            if action.nargs == 0:
+                words.append(f"--{action.dest}" if value else f"--no-{action.dest}")
+            elif isinstance(value, list):
+                words += [f"--{action.dest}", *map(str, value)]
+            else:
+                words += (
+                    [f"--{action.dest}={value}"] if str(value).startswith("-") else [f"--{action.dest}", str(value)]
+                )
+        return words
 
     def _words_of(self, config):
         """The flags in a YAML file as words of a command line."""

@@ -70,9 +70,8 @@ def numbers(loss):
 def reports(tmp_path):
     """`StepReports` whose tracker keeps what it gets in `logged`."""
     logged = []
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), log=lambda values, step: logged.append((step, dict(values)))
-    )
+    tracker = SimpleNamespace(name="kept", log=lambda values, step: logged.append((step, dict(values))))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), trackers=[tracker])
     progress, said = SimpleNamespace(set_postfix=lambda **shown: None, total=100), []
     made = StepReports(
         accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, said.append, "--lighter"

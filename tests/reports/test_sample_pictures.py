@@ -143,7 +143,9 @@ def test_the_sheet_shows_every_picture_and_prompt(tmp_path):
     colours = {(p, k): (40 * p, 80 * k, 200) for p in range(2) for k in range(3)}
     images = {task: Image.new("RGB", (32, 32), colour) for task, colour in colours.items()}
     long = "a very long prompt " * 40
-    sample_pictures.save_images(images, [long, "two\nlines, 日本 \U0001f5e1"], tmp_path / "step-000004")
+    sample_pictures.save_images(
+        images, [long, "two\nlines, 日本 \U0001f5e1"], dict.fromkeys(images, 0), tmp_path / "step-000004"
+    )
     sheet = Image.open(tmp_path / "step-000004" / "sheet.png")
     assert sheet.size == (8 + 3 * (192 + 8), 8 + 2 * (192 + 28))
     for (p, k), colour in colours.items():
@@ -159,8 +161,10 @@ def test_pictures_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
     image = Image.new("RGB", (32, 32))
     earlier = {(p, k): image for p in range(2) for k in range(3)}
     for step in (0, 4, 8):
-        sample_pictures.save_images(earlier, PROMPTS, tmp_path / "validation" / f"step-{step:06d}")
-    sample_pictures.save_images({(0, 0): image}, PROMPTS[:1], tmp_path / "validation" / "step-000004")
+        sample_pictures.save_images(
+            earlier, PROMPTS, dict.fromkeys(earlier, 0), tmp_path / "validation" / f"step-{step:06d}"
+        )
+    sample_pictures.save_images({(0, 0): image}, PROMPTS[:1], {(0, 0): 0}, tmp_path / "validation" / "step-000004")
     assert steps_of(tmp_path) == [0, 4]
     found = sample_pictures.latest_images(tmp_path, PROMPTS)
     assert found == [(PROMPTS[0], tmp_path / "validation" / "step-000004" / "prompt-00-0.png")]

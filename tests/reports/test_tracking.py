@@ -1,16 +1,19 @@
 """What a run reports is read back from where it went: W&B's own records, TensorBoard, trackio."""
 
 import json
+import re
 import shlex
 import shutil
 import socket
 import sqlite3
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics, run_command, words_of_run, write_pictures
@@ -18,7 +21,7 @@ from PIL import Image
 from wandb_record import history_of, read_wandb
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.reports import tracking
+from text_to_image_lora.reports import dashboard, tracking
 
 
 wandb = pytest.importorskip("wandb")
@@ -26,6 +29,7 @@ wandb = pytest.importorskip("wandb")
 KEY = "k" * 40
 SECRET = "hf_TopSecretTokenOfTheTest"
 PROMPTS = ["a red axe", "a blue axe, 日本, 50% off"]
+PANELS = ["samples/00 a red axe", "samples/01 a blue axe, , 50 off"]  # as far as words can be part of a file's name
 DETERMINISTIC = ("step", "train_loss", "lr", "grad_norm", "epoch")
 RUN = dict(rank=3, max_train_steps=3, validation_split=0.34, validation_steps=2)  # of the six pictures, two
 
@@ -69,14 +73,14 @@ def offline_run(tiny_sd, tmp_path_factory, refusing_server):
     pictures = write_pictures(folder / "pictures")
     words = words_of_run(
         tiny_sd, pictures, folder, output_dir=out, report_to="wandb", checkpointing_steps=2, validation_prompts=PROMPTS,
-        validation_inference_steps=1, **RUN,
+        validation_inference_steps=1, save_every_n_epochs=1, **RUN,
     )  # fmt: skip
     words.append(f"--hub_token={SECRET}")
     refusing_server.seen.clear()
     # A key and a network, and still offline, because WANDB_MODE says so.
     url = f"http://127.0.0.1:{refusing_server.server_port}"
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
-    done = run_command(words, env=environment)
+    done = run_command(words, env=environment | {"WANDB_DATA_DIR": str(folder / "wandb-data")}, timeout=300)
     assert done.returncode == 0, done.stderr
     (run,) = (out / "wandb").glob("offline-run-*")
     return SimpleNamespace(done=done, out=out, run=run, pictures=pictures, asked=list(refusing_server.seen))
@@ -101,18 +105,89 @@ def test_wandb_gets_the_validation_loss_of_each_noise_level(offline_run):
         assert row.items() <= (history[row["step"]] | {"step": row["step"]}).items()
 
 
-def test_wandb_gets_the_pictures_with_step_and_prompt(offline_run):
+def test_wandb_gets_a_panel_for_each_prompt_with_the_base_beside(offline_run):
     history = history_of(read_wandb(offline_run.run))
-    with_pictures = {step for step, row in history.items() if "validation.filenames" in row}
-    assert with_pictures == {0, 2, 3}
-    for step in with_pictures:
-        row = history[step]
-        assert row["validation._type"] == "images/separated"
-        assert row["validation.captions"] == [f"{prompt} (0)" for prompt in PROMPTS]
-        for k, name in enumerate(row["validation.filenames"]):
-            logged = Image.open(offline_run.run / "files" / name)
-            saved = Image.open(offline_run.out / "validation" / f"step-{step:06d}" / f"prompt-{k:02d}-0.png")
-            assert logged.tobytes() == saved.tobytes()
+    for p, panel in enumerate(PANELS):
+        assert {step for step, row in history.items() if f"{panel}.filenames" in row} == {0, 2, 3}
+        for step in (0, 2, 3):
+            row = history[step]
+            assert row["step"] == step
+            assert row[f"{panel}._type"] == "images/separated"
+            base = [(0, f"base, seed 0: {PROMPTS[p]}")] if step else []
+            expected = [*base, (step, f"step {step}, seed 0: {PROMPTS[p]}")]
+            assert row[f"{panel}.captions"] == [caption for _, caption in expected]
+            for (drawn_at, _), name in zip(expected, row[f"{panel}.filenames"], strict=True):
+                logged = Image.open(offline_run.run / "files" / name)
+                saved = Image.open(offline_run.out / "validation" / f"step-{drawn_at:06d}" / f"prompt-{p:02d}-0.png")
+                assert logged.tobytes() == saved.tobytes()
+
+
+def test_wandb_draws_over_the_step_and_keeps_the_best(offline_run):
+    metrics = {
+        r.metric.name or r.metric.glob_name: r.metric for r in read_wandb(offline_run.run) if r.HasField("metric")
+    }
+    assert metrics["*"].step_metric == "step"
+    assert metrics["validation/relative_loss"].summary.min
+    assert metrics["peak_memory_gib"].summary.max
+    history = history_of(read_wandb(offline_run.run))
+    assert all(row["step"] == step for step, row in history.items())
+
+
+def test_wandb_summary_holds_the_answer(offline_run):
+    summary = {}
+    for record in read_wandb(offline_run.run):
+        summary |= {item.key: json.loads(item.value_json) for item in record.summary.update if item.key}
+    (said,) = re.findall("Validation: (.*)", offline_run.done.stdout)
+    assert summary["answer"][1:] == said[1:]
+    last = [row for row in read_metrics(offline_run.out) if "validation/loss" in row][-1]
+    assert summary.get("best_step") == last.get("validation/best_step")
+    assert summary["take"] == "best"
+
+
+def table_in(run, name):
+    """The columns and rows of a table in an offline run."""
+    (path,) = (run / "files" / "media" / "table").glob(f"{name}_*.table.json")
+    table = json.loads(path.read_text())
+    return table["columns"], table["data"]
+
+
+def test_wandb_gets_a_table_of_the_sample_pictures(offline_run):
+    columns, rows = table_in(offline_run.run, "samples table")
+    assert columns == [*dashboard.SAMPLES]
+    assert [row[:3] for row in rows] == [[step, prompt, 0] for step in (2, 3) for prompt in PROMPTS]
+    losses = {row["step"]: row.get("validation/relative_loss") for row in read_metrics(offline_run.out)}
+    assert [row[-1] for row in rows] == [losses[2], losses[2], losses[3], losses[3]]
+    for step, _, _, *_, change, _ in rows:
+        assert 0 < change < 1, step
+    (artifact,) = (r.artifact for r in read_wandb(offline_run.run) if "samplestable" in r.artifact.name)
+    assert sum(entry.path.endswith(".jpg") for entry in artifact.manifest.contents) == 2 * 3
+
+
+def test_wandb_gets_the_data_sheet(offline_run):
+    columns, rows = table_in(offline_run.run, "data")
+    assert columns == [*dashboard.DATA]
+    assert len(rows) == 4  # of the six pictures, two are held out
+    captions = [
+        json.loads(line)["text"] for line in (offline_run.pictures / "metadata.jsonl").read_text().splitlines()
+    ]
+    assert {row[1] for row in rows} < set(captions)
+    assert all(row[2:5] == ["pictures", "40x32", "32x32"] for row in rows)
+
+
+def test_wandb_gets_the_lora_files_under_their_names(offline_run):
+    found = {}
+    for record in read_wandb(offline_run.run):
+        if record.artifact.type == "lora":
+            (entry,) = record.artifact.manifest.contents
+            found[(set(record.artifact.aliases) - {"latest"}).pop()] = (record.artifact.name, entry.path, entry.size)
+    sizes = {
+        alias: (offline_run.out / place / "pytorch_lora_weights.safetensors").stat().st_size
+        for alias, place in {"epoch-1": "epoch-0001", "best": "best", "last": ""}.items()
+    }
+    assert found == {
+        alias: ("my-lora-lora", "pytorch_lora_weights.safetensors", size) for alias, size in sizes.items()
+    }
+    assert [*found][-1] == "last"  # W&B gives the newest the name "latest" too
 
 
 def test_wandb_gets_the_configuration(offline_run):
@@ -124,6 +199,12 @@ def test_wandb_gets_the_configuration(offline_run):
     assert json.loads(config["target_modules"])[0] == "to_q"
     assert config["validation_prompts"] == json.dumps(PROMPTS)
     assert not any("token" in key for key in config)
+    about = json.loads((offline_run.out / "about.json").read_text())
+    assert config["command"] == about["command"]
+    assert config["dataset/fingerprint"] == about["dataset"]["fingerprint"] == about["settings"]["dataset"]
+    assert config["versions/diffusers"] == diffusers.__version__
+    assert config.get("versions/commit") == about["versions"].get("commit")
+    assert "hub_token" not in about["command"]
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name) == ("text2image-fine-tune", "my lora")
     (exit_record,) = (record.exit for record in records if record.WhichOneof("record_type") == "exit")
@@ -134,9 +215,11 @@ def test_the_token_is_nowhere(offline_run):
     (arguments,) = (record.environment.args for record in read_wandb(offline_run.run) if record.environment.args)
     assert "--hub_token=***" in arguments
     files = [path for path in offline_run.out.parent.rglob("*") if path.is_file()]
-    assert {"run.yaml", "README.md", "metrics.jsonl", "debug.log", "state.json"} <= {path.name for path in files}
+    assert {"run.yaml", "README.md", "report.html", "about.json", "metrics.jsonl", "debug.log", "state.json"} <= {
+        path.name for path in files
+    }
     for path in files:
-        assert SECRET.encode() not in path.read_bytes(), path
+        assert not any(secret.encode() in path.read_bytes() for secret in (SECRET, KEY)), path
     assert SECRET not in offline_run.done.stdout + offline_run.done.stderr
 
 
@@ -323,9 +406,10 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
     assert "/graphql" in refusing_server.seen
     accelerator.log({"train_loss": 0.5}, step=1)
-    line = tracking.finish_trackers(accelerator)
+    said = []
+    tracking.finish_trackers(accelerator, said.append)
     (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
-    assert shlex.split(line)[-1] == str(folder)
+    assert shlex.split(said[0])[-1] == str(folder)
     wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
     told = capsys.readouterr().err
@@ -336,14 +420,25 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
 def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
-    tracking.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, ["an axe"], 0)
-    assert tracking.finish_trackers(accelerator) is None
+    dashboard.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, {}, ["an axe"], {(0, 0): 7}, 0)
+    said = []
+    tracking.finish_trackers(accelerator, said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize(("to_send", "waited_for"), [(0, False), (500_000, True)])
+def test_files_have_the_time_that_they_take_to_send(monkeypatch, capsys, to_send, waited_for):
+    monkeypatch.setattr(tracking, "SECONDS_TO_FINISH", 0.01)
+    tracker = tracking.Sheltered(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)))
+    tracker.to_send = to_send
+    tracker.finish()
+    assert ("does not answer" not in capsys.readouterr().err) == waited_for
 
 
 LONG = "a drawing of a very long prompt, " * 4
 
 
-def test_tensorboard_gets_numbers_and_pictures(train, tmp_path):
+def test_tensorboard_gets_numbers_pictures_and_words(train, tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not among the requirements")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -353,19 +448,33 @@ def test_tensorboard_gets_numbers_and_pictures(train, tmp_path):
     for name in rows[0].keys() - {"step"}:
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         assert logged == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-    tags = events.Tags()["images"]
-    assert [tag.partition(" ")[0] for tag in tags] == ["validation/0-a", "validation/1-a"]
-    for tag in tags:  # the pictures of a prompt side by side
-        assert [(event.step, event.width, event.height) for event in events.Images(tag)] == [(0, 64, 32), (2, 64, 32)]
+    assert "step" not in events.Tags()["scalars"]
+    tags = [tag for tag in events.Tags()["images"] if tag.startswith("samples/")]
+    assert [tag.partition(" ")[0] for tag in tags] == ["samples/00", "samples/01"]
+    for tag in tags:  # the pictures of a prompt side by side, each with the base's to its left
+        shapes = [(event.step, event.width, event.height) for event in events.Images(tag)]
+        assert shapes == [(0, 64, 32), (2, 128, 32)]
+    (sheet,) = events.Images("data/pictures")
+    assert (sheet.width, sheet.height) == (6 * 128, 128)
+
+    def words(tag):
+        (event,) = events.Tensors(f"{tag}/text_summary")
+        return event.tensor_proto.string_val[0].decode()
+
+    assert "a blue axe number 1" in words("data")
+    assert json.loads((out / "about.json").read_text())["command"] in words("command")
+    assert "No pictures were held out" in words("answer")
+    assert LONG.strip() in words("samples")
 
 
-def test_trackio_gets_numbers_and_pictures(arguments, tmp_path):
+def test_trackio_gets_numbers_pictures_tables_and_files(arguments, tmp_path):
     pytest.importorskip("trackio", reason="trackio is not among the requirements")
     words = arguments(report_to="trackio", validation_prompts=PROMPTS)
-    done = run_command(words, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    done = run_command(words, env={"TRACKIO_DIR": str(tmp_path / "trackio")}, timeout=300)
     assert done.returncode == 0, done.stderr
     with sqlite3.connect(tmp_path / "trackio" / "text2image-fine-tune.db") as database:
         logged = [(step, json.loads(values)) for step, values in database.execute("SELECT step, metrics FROM metrics")]
+        aliases = {alias for (alias,) in database.execute("SELECT alias FROM artifact_aliases")}
     for row in read_metrics(tmp_path / "out"):
         assert any(step == row["step"] and values.items() >= row.items() - {("step", step)} for step, values in logged)
     captions = {
@@ -375,3 +484,23 @@ def test_trackio_gets_numbers_and_pictures(arguments, tmp_path):
         if isinstance(value, dict) and value.get("_type") == "trackio.image"
     }
     assert captions == {(step, prompt) for step in (0, 2) for prompt in PROMPTS}
+    tables = {
+        name: value["_value"]
+        for _, values in logged
+        for name, value in values.items()
+        if isinstance(value, dict) and value.get("_type") == "trackio.table"
+    }
+    assert [(row["step"], row["prompt"]) for row in tables["samples table"]] == [(2, prompt) for prompt in PROMPTS]
+    assert len(tables["data"]) == 6
+    assert "last" in aliases
+
+
+def test_trackio_runs_in_the_space_that_is_named(monkeypatch, accelerator):
+    started = {}
+    monkeypatch.setattr(accelerator, "log_with", ["trackio"])
+    monkeypatch.setattr(accelerator, "init_trackers", lambda name, **how: started.update(how["init_kwargs"]))
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, space_id="me/dashboard")
+    space = {"space_id": "me/dashboard", "private": True}  # trackio's own choice would be a public one
+    assert started == {"trackio": {"name": "my lora", "resume": "never"} | space}
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, first_step=4)
+    assert started == {"trackio": {"name": "my lora", "resume": "allow"}}

@@ -5,14 +5,19 @@ import json
 import math
 import statistics
 import sys
+import time
 from pathlib import Path
 
-from ..errors import NotANumberError
+from ..errors import NotANumberError, Stopped
 from ..files import in_bytes, telling_of_the_disk, write_whole
+from .dashboard import log_numbers, log_results
+from .report_page import FILE as PAGE
+from .report_page import update_page
 
 
 VALIDATED = "validation/loss"  # what a line of a validation has
 LAST_GOOD = "last-good"  # the folder with the LoRA of a run that came to no number
+PAGE_PAUSE = 20  # times what it took to write the page, before it is written once more
 
 
 def peak_memory_gib(device):
@@ -165,7 +170,7 @@ class StepReports:
         self.output_dir, self.waiting, self.smooth = output_dir, None, None
         self.pace = Pace(accelerator.device, progress.total, say, remedy)
         self.scaled = getattr(accelerator, "scaler", None) is not None
-        self.asked, self.skipped, self.in_a_row = False, [], 0
+        self.asked, self.skipped, self.in_a_row, self.page_due = False, [], 0, 0
 
     def put(self, step, values, *, samples, seconds):
         """Takes numbers and tensors of one number in, and how long the step of so many samples took.
@@ -197,7 +202,22 @@ class StepReports:
         values["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
         if self.metrics_file is not None:
             self.metrics_file.write(step, values)
-        self.accelerator.log({name: value for name, value in values.items() if math.isfinite(value)}, step=step)
+        log_numbers(self.accelerator, values, step)
+
+    def write_page(self):
+        """Writes the run's `report.html` anew; where validations are many, some are left out: training goes before."""
+        if self.metrics_file is None or time.monotonic() < self.page_due:
+            return
+        start = time.monotonic()
+        update_page(self.output_dir, self.say)
+        self.page_due = time.monotonic() + PAGE_PAUSE * (time.monotonic() - start)
+
+    def leave(self, ending):
+        """At the end: the page once more, and to the trackers what the run came to, unless it is to be gone on with."""
+        if self.metrics_file is not None and update_page(self.output_dir, self.say):
+            self.say(f"how it went: {Path(self.output_dir) / PAGE}")
+        if not isinstance(ending, Stopped):
+            log_results(self.accelerator, self.output_dir)
 
     def count_skipped(self, step, values):
         self.skipped.append(step)

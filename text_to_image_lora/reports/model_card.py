@@ -7,7 +7,8 @@ from urllib.parse import quote
 
 import yaml
 
-from ..files import is_hub_id, without_folders, write_whole
+from ..errors import TrainingError
+from ..files import is_hub_id, reason_of, without_folders, write_whole
 from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
 
@@ -116,3 +117,13 @@ def upload(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -
         commit_message="End of training",
         allow_patterns=[glob.escape(name) for name in names],
     ).commit_url
+
+
+def upload_or_tell(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -> str:
+    """Uploads what the run left, and returns the line that says where; a failure is a `TrainingError`: nothing is lost."""
+    try:
+        return f"uploaded: {upload(output_dir, repo_id, token, files)}"
+    except Exception as error:  # whatever it is, the weights are written and the user must hear so
+        raise TrainingError(
+            f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
+        ) from error

@@ -1,5 +1,6 @@
 """Sample pictures: drawn with the models in training by the pipeline's own code, written, and laid out in a sheet."""
 
+import contextlib
 import itertools
 import shutil
 from typing import NamedTuple
@@ -10,7 +11,8 @@ from PIL import Image
 from ..files import written_whole
 from ..models.modules import evaluating, in_its_precision
 from ..training import interruption
-from .tracking import log_pictures
+from .dashboard import log_pictures
+from .runs import step_of
 
 
 AT_ONCE = 4  # pictures denoised together
@@ -40,6 +42,10 @@ class Samples(NamedTuple):
             "negative_prompt": self.negative_prompt,
         }
         return common | (self.own[prompt] if self.own else {})
+
+    def seed_of(self, prompt, k):
+        """The seed of picture k of the prompt of this number."""
+        return self.of(prompt)["seed"] + k
 
 
 def make_pipeline(base, denoiser, vae, scheduler_config, trained_config):
@@ -101,8 +107,10 @@ class Painter:
         """Draws and saves the pictures of a step, each process its share of them."""
         images = self.generate()
         if self.accelerator.is_main_process:
-            save_images(images, self.samples.prompts, self.output_dir / "validation" / f"step-{step:06d}")
-            log_pictures(self.accelerator, images, self.samples.prompts, step)
+            prompts, seeds = self.samples.prompts, {task: self.samples.seed_of(*task) for task in images}
+            save_images(images, prompts, seeds, self.output_dir / "validation" / f"step-{step:06d}")
+            base = base_images(self.output_dir, prompts, seeds) if step and self.accelerator.trackers else {}
+            log_pictures(self.accelerator, images, base, prompts, seeds, step)
 
     @torch.no_grad()
     def generate(self):
@@ -133,7 +141,7 @@ class Painter:
                     embeds[f"negative_{of_call}"] = negative[name][without].to(device)
                 latents = pipeline(
                     **embeds,
-                    generator=[torch.Generator().manual_seed(settings[prompt]["seed"] + k) for prompt, k in batch],
+                    generator=[torch.Generator().manual_seed(samples.seed_of(*task)) for task in batch],
                     **{name: settings[batch[0][0]][name] for name in OF_A_CALL},
                     output_type="latent",
                     callback_on_step_end=_leave_out_the_rest_if_asked,
@@ -156,13 +164,13 @@ def _leave_out_the_rest_if_asked(pipeline, step, timestep, tensors):
     return tensors
 
 
-def step_of(folder):
-    """The step of a validation's folder, `step-000100`."""
-    return int(folder.name.partition("-")[2])
+def file_name(prompt, k):
+    """What picture k of the prompt of this number is called."""
+    return f"prompt-{prompt:02d}-{k}.png"
 
 
-def save_images(images, prompts, folder):
-    """Writes each picture, its prompt in the file, and a sheet of all with their prompts.
+def save_images(images, prompts, seeds, folder):
+    """Writes each picture, its prompt and its seed in the file, and a sheet of all with their prompts.
 
     Earlier pictures of this step and of later ones go: they are of a run that went further before it was resumed or
     started over.
@@ -173,11 +181,23 @@ def save_images(images, prompts, folder):
         for (prompt, k), image in images.items():
             info = PngInfo()
             info.add_itxt("prompt", prompts[prompt])
-            image.save(temporary / f"prompt-{prompt:02d}-{k}.png", pnginfo=info)
+            info.add_text("seed", str(seeds[prompt, k]))
+            image.save(temporary / file_name(prompt, k), pnginfo=info)
         label_sheet(images, prompts).save(temporary / "sheet.png")
     for other in folder.parent.glob("step-*"):
         if step_of(other) > step_of(folder):
             shutil.rmtree(other)
+
+
+def base_images(output_dir, prompts, seeds):
+    """{(prompt index, k): PIL.Image} that the base drew before the first step, as far as of these prompts and seeds."""
+    found = {}
+    for task, seed in seeds.items():
+        path = output_dir / "validation" / "step-000000" / file_name(*task)
+        with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
+            if (image.text.get("prompt"), image.text.get("seed")) == (prompts[task[0]], str(seed)):
+                found[task] = image.convert("RGB")
+    return found
 
 
 def latest_images(output_dir, prompts):

@@ -75,13 +75,20 @@ def values_of(table, probe, validation, timesteps):
 
 def in_words(validation, step):
     """One sentence on how the run went, for its end."""
-    if validation.best_step is None:
-        return f"Validation: no step was better than the base model (of {step}). Lower --learning_rate, or look at the pictures."
-    gain = 100 * (1 - float(relative(validation.best, validation.base).mean()))
-    where = f"best at step {validation.best_step}" if validation.best_step else "best before the first step"
-    best = f"Validation: {where}, {gain:.1f}% below the base model's loss"
-    if validation.worse_since is not None and validation.waited > 1:  # a single one that is worse may be chance
-        return f"{best}; overfitting since step {validation.worse_since}: use best/, or train for fewer steps."
-    if validation.best_step == step:
+    loss = float(relative(validation.best, validation.base).mean())
+    return f"Validation: {sentence(step, validation.best_step, loss, validation.worse_since, validation.waited)}"
+
+
+def sentence(step, best_step, best_loss, worse_since, waited, *, finished=True):
+    """How a run went until a step, by the relative loss of the best one and what `Validation` keeps."""
+    if best_step is None:
+        return f"no step was better than the base model (of {step}). Lower --learning_rate, or look at the pictures."
+    where = f"best at step {best_step}" if best_step else "best before the first step"
+    best = f"{where}, {100 * (1 - best_loss):.1f}% below the base model's loss"
+    if worse_since is not None and waited > 1:  # a single one that is worse may be chance
+        return f"{best}; overfitting since step {worse_since}: use best/, or train for fewer steps."
+    if best_step == step and not finished:
+        return f"{best}; it still improves."
+    if best_step == step:
         return f"{best}; it was still improving at the end: more steps may help."
     return f"{best}; no clear change since."

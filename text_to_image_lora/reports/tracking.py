@@ -18,7 +18,8 @@ from ..files import reason_of
 
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
-SECONDS_TO_FINISH = 60  # that a tracker has at the end of a run
+SECONDS_TO_FINISH = 60  # that a tracker has at the end of a run, and
+BYTES_A_SECOND = 250_000  # of the files that it sends: a slow line
 
 
 def trackers_of(report_to):
@@ -73,6 +74,7 @@ class Sheltered:
 
     def __init__(self, tracker, told=None):
         self.tracker, self.name, self.told, self.failed = tracker, tracker.name, dict(told or {}), False
+        self.to_send = 0  # bytes of files
 
     def __getattr__(self, name):
         return getattr(self.tracker, name)
@@ -98,7 +100,7 @@ class Sheltered:
         self.attempt(lambda: self.tracker.log(values, step=step, **options))
 
     def finish(self):
-        """Ends the tracker's run; one whose server doesn't answer any more is not waited for longer than a minute."""
+        """Ends the tracker's run; a server that doesn't answer any more is not waited for longer than files take to send."""
 
         def end():
             self.attempt(self.tracker.finish)
@@ -110,13 +112,15 @@ class Sheltered:
 
         thread = threading.Thread(target=end, daemon=True)
         thread.start()
-        thread.join(SECONDS_TO_FINISH)
+        thread.join(SECONDS_TO_FINISH + self.to_send / BYTES_A_SECOND)
         if thread.is_alive():
             self.failed = True
             print(f"{self.name} does not answer: its run is left as it is; what it had is on disk", file=sys.stderr)
 
 
-def start_trackers(accelerator, project_name, config, output_dir, run_id, *, first_step=0, given_up=None):
+def start_trackers(
+    accelerator, project_name, config, output_dir, run_id, *, space_id=None, first_step=0, given_up=None
+):
     """Starts the trackers on the main process; `config` holds no secret. Returns W&B's run id, or None.
 
     A W&B run that the server doesn't take is kept offline; another tracker that can't be started is left out. Of a run that
@@ -133,18 +137,27 @@ def start_trackers(accelerator, project_name, config, output_dir, run_id, *, fir
             if name == "wandb":
                 _start_wandb(accelerator, project_name, values, output_dir, run_id)
             else:
-                # TensorBoard's readers pass over what an earlier part of the run wrote of later steps.
-                own = {"purge_step": first_step + 1} if name == "tensorboard" and first_step else {}
+                own = options_of(name, output_dir, space_id, first_step)
                 accelerator.init_trackers(project_name, config=values, init_kwargs={name: own})
         except InputError:
             raise
         except Exception as error:
             print(f"{name} can't be started ({reason_of(error)}): the run goes on without it", file=sys.stderr)
             continue
-        told = given_up if name == "wandb" and run_id is not None else None
+        goes_on = run_id is not None if name == "wandb" else name == "trackio" and first_step
+        told = given_up if goes_on else None
         started += [Sheltered(tracker, told) for tracker in accelerator.trackers]
     accelerator.trackers = started
     return next((tracker.run.id for tracker in started if tracker.name == "wandb"), run_id)
+
+
+def options_of(name, output_dir, space_id, first_step):
+    """How TensorBoard or trackio is started; a Space, which anyone could look into, is made private."""
+    if name == "trackio":
+        options = {"name": Path(output_dir).resolve().name, "resume": "allow" if first_step else "never"}
+        return options if space_id is None else options | {"space_id": space_id, "private": True}
+    # TensorBoard's readers pass over what an earlier part of the run wrote of later steps.
+    return {"purge_step": first_step + 1} if first_step else {}
 
 
 def _start_wandb(accelerator, project_name, values, output_dir, run_id):
@@ -170,41 +183,15 @@ def _start_wandb(accelerator, project_name, values, output_dir, run_id):
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
 
 
-def log_pictures(accelerator, images, prompts, step):
-    """Validation pictures {(prompt index, image index): PIL.Image} to every tracker, with step and prompt."""
-    for tracker in accelerator.trackers:
-        tracker.attempt(functools.partial(_log_pictures, tracker, images, prompts, step))
-
-
-def _log_pictures(tracker, images, prompts, step):
-    if tracker.name == "wandb":
-        import wandb
-
-        pictures = [wandb.Image(image, caption=f"{prompts[p]} ({k})") for (p, k), image in sorted(images.items())]
-        tracker.run.log({"validation": pictures}, step=step)
-    elif tracker.name == "trackio":
-        import trackio
-
-        pictures = {
-            f"validation/{p}-{k}": trackio.Image(image, caption=prompts[p]) for (p, k), image in images.items()
-        }
-        tracker.run.log(pictures, step=step)
-    elif tracker.name == "tensorboard":
-        import numpy as np
-
-        for p, prompt in enumerate(prompts):
-            stack = np.stack([np.asarray(image) for (q, _), image in sorted(images.items()) if q == p])
-            tracker.writer.add_images(f"validation/{p}-{prompt[:80]}", stack, step, dataformats="NHWC")
-
-
-def finish_trackers(accelerator):
-    """Ends the runs; returns the line that says where the W&B run is, or None."""
+def finish_trackers(accelerator, say):
+    """Ends the runs, and says where the W&B run is."""
     line = None
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
             line = tracker.attempt(functools.partial(_where_it_is, tracker.run))
     accelerator.end_training()
-    return line
+    if line is not None:
+        say(line)
 
 
 def _where_it_is(run):

@@ -17,6 +17,7 @@ from ..pictures.records import fingerprint
 from ..training import interruption
 from ..training.objective import loss_of_samples
 from . import stopping
+from .dashboard import log_numbers
 
 
 STRATA = 8  # timesteps at which each picture is validated
@@ -144,6 +145,11 @@ class Judge:
         improved = not is_base and stopping.take_in(self.validation, table, step)
         if self.validation.best_step is not None:
             values["validation/best_step"] = self.validation.best_step
+            values["validation/best_relative_loss"] = float(
+                stopping.relative(self.validation.best, self.validation.base).mean()
+            )
+        if self.validation.worse_since is not None:
+            values["validation/worse_since"] = self.validation.worse_since
         if self.accelerator.is_main_process:
             self.metrics_file.write(step, values)
             if improved:
@@ -151,7 +157,7 @@ class Judge:
                     save_lora(folder)
             elif self.validation.best_step is None:  # what is there is another run's
                 shutil.rmtree(self.output_dir / "best", ignore_errors=True)
-        self.accelerator.log(values, step=step)
+        log_numbers(self.accelerator, values, step)
 
     def out_of_patience(self):
         return self.patience is not None and self.validation.waited >= self.patience

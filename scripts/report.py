@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Writes the page of a run anew, or one page of several runs over each other.
+
+python scripts/report.py sd-model-finetuned-lora           # its report.html
+python scripts/report.py run-a run-b --output both.html
+python scripts/report.py sweeps/rank                       # the report.html of a sweep: its trials over each other
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from text_to_image_lora.errors import InputError  # noqa: E402
+from text_to_image_lora.reports import report_page  # noqa: E402
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="output folder of a run, or a folder of several such as a sweep's",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the page of several runs goes; report.html in the folder that holds them when not given",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folders = report_page.runs_in(args.runs)
+    if [folder.resolve() for folder in folders] == [folder.resolve() for folder in args.runs] and len(folders) == 1:
+        if args.output is not None:
+            raise InputError("--output is for a page of several runs: that of one belongs into its folder.")
+        path = report_page.write_page(folders[0])
+    else:
+        place = args.runs[0] if len(args.runs) == 1 else Path.cwd()
+        path = args.output or place / report_page.FILE
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: there is no such folder. Name another --output.")
+        path = report_page.write_comparison(
+            folders, path, args.runs[0].resolve().name if len(args.runs) == 1 else "runs"
+        )
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,415 @@
+"""report.html: what it says of real runs, that it holds all it shows, and that nothing in it can do harm."""
+
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from conftest import ROOT, read_metrics, train_script, write_pictures
+from PIL import Image
+
+from text_to_image_lora.errors import InputError, Stopped
+from text_to_image_lora.reports import about, curves, dashboard, metrics, report_page, runs, sample_pictures
+
+
+pytest.importorskip("bokeh", reason="without Bokeh there are no curves: pip install -r requirements.txt")
+
+EVIL = "<script>alert(1)</script> an \"axe\" & 'spear' {{ 7 * 7 }}"
+PROMPTS = ["a red axe", f"a blue axe {EVIL}"]
+SECRET = "hf_TopSecretTokenOfTheTest"
+
+
+class Reader(HTMLParser):
+    """What a browser makes of a page: texts, scripts, addresses."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.sources, self.links, self.scripts, self.text, self.images, self.within = [], [], [], "", [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.within.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        if "src" in attributes:
+            self.sources.append(attributes["src"])
+        if "href" in attributes:
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes)
+
+    def handle_endtag(self, tag):
+        while self.within and self.within.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "script" in self.within:
+            self.scripts[-1] += data
+        elif "style" not in self.within:
+            self.text += data
+
+    @property
+    def words(self):
+        return " ".join(self.text.split())
+
+
+@pytest.fixture(scope="module")
+def finished(train_in, tmp_path_factory):
+    """A run of six steps with two validations, its last file, its best and an epoch's; what it said."""
+    folder, pages = tmp_path_factory.mktemp("finished"), []
+    write_pictures(folder / "pictures", count=8, captions=[EVIL, "a red axe", "a blue axe"])
+    (folder / "pictures" / "bad.png").write_text("no picture")
+    rows = (folder / "pictures" / "metadata.jsonl").read_text()
+    (folder / "pictures" / "metadata.jsonl").write_text(
+        rows + json.dumps({"file_name": "bad.png", "text": "x"}) + "\n"
+    )
+    said, write_page = io.StringIO(), report_page.write_page
+
+    def keep(output_dir):
+        path = write_page(output_dir)
+        pages.append(Reader(path).words)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(report_page, "write_page", keep)
+        patch.setattr(metrics, "PAGE_PAUSE", 0)
+        out = train_in(
+            folder, output_dir=folder / "my <b>lora", validation_split=0.3, validation_steps=3, max_train_steps=6, rank=2,
+            learning_rate=0.03,
+            validation_prompts=PROMPTS, num_validation_images=2, save_every_n_epochs=1, output_kohya_format=True,
+            skip_bad_images=True, hub_token=SECRET, seed=5, validation_inference_steps=1,
+        )  # fmt: skip
+    return SimpleNamespace(out=out, said=said.getvalue(), pages=pages, page=Reader(out / report_page.FILE))
+
+
+def test_the_answer_is_the_judges_own(finished):
+    (sentence,) = re.findall(r"Validation: (.*)", finished.said)
+    assert sentence[1:] in finished.page.words
+    answer = runs.answer_of(runs.read_run(finished.out))
+    assert answer.finished
+    last = [row for row in read_metrics(finished.out) if "validation/loss" in row][-1]
+    assert answer.best_step == last["validation/best_step"]
+    assert answer.gain == pytest.approx(100 * (1 - last["validation/best_relative_loss"]))
+    assert f"{answer.gain:.1f}%less loss than the base" in finished.page.words.replace("% less", "%less")
+    assert answer.take.place == "best"
+    assert answer.take.step == answer.best_step
+    assert "best/pytorch_lora_weights.safetensors" in finished.page.words
+
+
+def test_all_files_that_the_page_names_are_there(finished):
+    files = [link for link in finished.page.links if not link.startswith(("#", "data:"))]
+    assert {"pytorch_lora_weights.safetensors", "epoch-0001/pytorch_lora_weights.safetensors"} <= set(files)
+    assert any(link.startswith("best/") and "pytorch" not in link for link in files)  # kohya's
+    assert len([link for link in files if link.endswith(".png")]) == 4 * (1 + 2)
+    for link in files:
+        assert (finished.out / unquote(link)).is_file(), link
+
+
+def test_each_prompt_and_seed_has_base_and_lora_at_each_step(finished):
+    samples = [image["alt"] for image in finished.page.images if image["alt"]]
+    expected = [
+        f"{name}, step {step}: {prompt}"
+        for prompt in PROMPTS
+        for _ in range(2)
+        for name, step in (("base", 0), ("LoRA", 3), ("LoRA", 6))
+    ]
+    assert samples == expected
+    for prompt in PROMPTS:
+        for seed in (5, 6):
+            assert f"{prompt} seed {seed}" in finished.page.words
+    for image in finished.page.images:
+        data = runs.about.image_of(image["src"])
+        assert (data.format, data.size) == ("WEBP", (32, 32))
+
+
+def test_words_of_others_are_shown_as_they_are(finished):
+    assert EVIL in finished.page.text
+    assert "my <b>lora" in finished.page.words
+    assert len(finished.page.scripts) == 3  # the numbers, BokehJS, ours
+    assert not any("alert(1)" in script for script in finished.page.scripts)
+
+
+def test_the_page_needs_nothing_else(finished):
+    assert finished.page.sources
+    assert all(source.startswith("data:image/webp;base64,") for source in finished.page.sources)
+    assert not [link for link in finished.page.links if "//" in link]
+    text = (finished.out / report_page.FILE).read_text(encoding="utf-8")
+    assert "default-src 'none'; img-src data:;" in text
+    assert not re.search(r"<link[^>]*stylesheet|@import|url\(", text.split("<script")[0])
+
+
+def test_the_command_makes_the_same_run(finished):
+    command = runs.read_run(finished.out).about["command"]
+    assert command in finished.page.text
+    words = shlex.split(command)
+    assert words[:2] == ["accelerate", "launch"]
+    words = words[words.index("train_text_to_image_lora.py") + 1 :]
+    again = vars(train_script.parse_args(words))
+    for name, value in {"rank": 2, "seed": 5, "max_train_steps": 6, "validation_prompts": PROMPTS, "hub_token": None,
+                        "validation_split": 0.3, "skip_bad_images": True, "learning_rate": 0.03}.items():  # fmt: skip
+        assert again[name] == value
+    assert SECRET not in (finished.out / report_page.FILE).read_text(encoding="utf-8")
+    assert SECRET not in (finished.out / "about.json").read_text(encoding="utf-8")
+
+
+def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
+    told = runs.read_run(finished.out).about
+    count, held_out = told["dataset"]["pictures"], told["dataset"]["validated"]
+    assert (count + held_out, held_out > 0) == (8, True)
+    assert f"{count} pictures with {count} captions" in finished.page.words
+    assert f"{held_out} more held out" in finished.page.words
+    assert "bad.png" in finished.page.words
+    assert f"Fingerprint of pictures, captions and their order: {told['settings']['dataset']}" in finished.page.words
+    assert told["versions"]["torch"].split("+")[0] in finished.page.words
+    assert "40x32 → 32x32" in finished.page.words
+
+
+def test_it_is_written_while_the_run_goes_on(finished):
+    told = [re.search(r"(Step \d of 6, not finished|Finished at step \d)\.", page)[1] for page in finished.pages]
+    assert told[0] == "Step 0 of 6, not finished"
+    assert "Step 3 of 6, not finished" in told
+    assert told[-1] == "Finished at step 6"
+
+
+def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys):
+    def fail(output_dir):
+        raise OSError("no room")
+
+    monkeypatch.setattr(report_page, "write_page", fail)
+    out = train(max_train_steps=1)
+    assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert "report.html is not up to date: no room" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_leaves_its_page(train, tmp_path, monkeypatch):
+    put = metrics.StepReports.put
+
+    def put_and_ask(reports, step, *values, **how):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        put(reports, step, *values, **how)
+
+    monkeypatch.setattr(metrics.StepReports, "put", put_and_ask)
+    with pytest.raises(Stopped):
+        train(max_train_steps=1000, validation_prompts=PROMPTS[:1], validation_inference_steps=1)
+    words = Reader(tmp_path / "out" / report_page.FILE).words
+    (step,) = re.findall(r"Step (\d+) of 1000, not finished", words)
+    assert int(step) == read_metrics(tmp_path / "out")[-1]["step"] >= 3
+    assert f"LoRA, step {step}" not in words
+
+
+def test_a_tracker_that_fails_leaves_the_page_whole(train, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+
+    def fail(*_, **__):
+        raise OSError("no such host")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(dashboard, "table_of", fail)
+    out = train(report_to="wandb", validation_prompts=PROMPTS[:1], validation_inference_steps=1)
+    assert capsys.readouterr().err.count("wandb fails (no such host): the run goes on without it") == 1
+    assert "Finished at step 2." in Reader(out / report_page.FILE).words
+
+
+def test_equal_prompts_with_other_settings_are_shown_each(train):
+    lines = ["a red axe --guidance_scale 2", "a red axe --guidance_scale 9"]
+    out = train(validation_prompts=lines, num_validation_images=1, validation_inference_steps=1)
+    assert [len(pictures) for pictures in runs.read_run(out).pictures.values()] == [2, 2]
+
+
+def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
+    here, home = tmp_path / "work", tmp_path / "own"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    told = about.near({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
+    assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
+    dataset = {"notes": [f"left out: {here}/x.png"], "shown": [{"preview": f"data:image/webp;base64,AA{here}/BB"}]}
+    settings = {"train_data_dir": [f"{here}/pictures"], "dataset": "0123"}
+    told = about.write_about(tmp_path, flags={}, command="", settings=settings, machine={}, dataset=dataset)
+    assert told["settings"]["train_data_dir"] == ["pictures"]
+    assert told["dataset"] == {"notes": ["left out: x.png"], "shown": dataset["shown"], "fingerprint": "0123"}
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "launcher"),
+    [
+        ("cpu", 1, "accelerate launch --config_file accelerate_config.yaml"),
+        ("cpu", 2, "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2"),
+        ("cuda", 8, "accelerate launch --config_file accelerate_config.yaml --multi_gpu --num_processes 8"),
+    ],
+)
+def test_the_command_starts_as_many_processes(device, processes, launcher):
+    accelerator = SimpleNamespace(device=SimpleNamespace(type=device), num_processes=processes)
+    command = about.command_line(
+        "train.py", ["--instance_prompt", "an axe", "--output_dir", "~/my runs/a"], accelerator
+    )
+    assert command == f"{launcher} train.py --instance_prompt 'an axe' --output_dir ~/'my runs/a'"
+
+
+def test_a_run_without_held_out_pictures_says_how_to_choose(train, capsys):
+    out = train(max_train_steps=1)
+    assert "not up to date" not in capsys.readouterr().out  # nor before the first step, when there is no number yet
+    page = Reader(out / report_page.FILE)
+    assert runs.NOT_JUDGED in page.words
+    assert "overfitting since" not in page.words
+    assert runs.answer_of(runs.read_run(out)).take.place == ""
+
+
+@pytest.fixture(scope="module")
+def other(finished, tmp_path_factory):
+    """The same run with another rank and other losses, as a folder of a run beside it; made without about.json."""
+    out = tmp_path_factory.mktemp("others") / "other"
+    shutil.copytree(finished.out, out)
+    (out / "about.json").unlink()
+    flags = (out / "run.yaml").read_text().replace("rank: 2", "rank: 16")
+    (out / "run.yaml").write_text(flags)
+    rows = read_metrics(out)
+    for row in rows:
+        if "validation/best_relative_loss" in row:
+            row["validation/best_relative_loss"] /= 2
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def test_several_runs_over_each_other(finished, other, tmp_path):
+    path = report_page.write_comparison([finished.out, other], tmp_path / "both.html", "both")
+    page = Reader(path)
+    assert "rank 16 did best." in page.words
+    assert page.words.index("rank 16 other") < page.words.index("rank 2 my <b>lora")
+    charts = json.loads(page.scripts[0])
+    assert [line["label"] for line in charts[0]["lines"]] == ["rank 16", "rank 2"]
+    films = [image["alt"].partition(",")[0] for image in page.images[:5]]
+    assert films == ["base", "rank 16", "rank 16", "rank 2", "rank 2"]
+    assert "No two runs drew" not in page.words
+    for link in page.links:
+        assert link.startswith(("#", "data:")) or (tmp_path / unquote(link)).resolve().is_file()
+
+
+def test_differences_are_those_of_the_configuration():
+    settings = [dict(rank=4, seed=0, output_dir="a"), dict(rank=16, seed=0, output_dir="b", use_dora=True)]
+    assert report_page.differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
+
+
+def test_runs_are_called_by_what_differs_where_that_is_short():
+    def labels(*flags):
+        found = [
+            SimpleNamespace(name=f"run-{number}", folder=Path("runs") / str(number)) for number in range(len(flags))
+        ]
+        return report_page._labels(found, report_page.differences(flags))
+
+    assert labels(dict(rank=4, seed=1), dict(rank=16, seed=2)) == ["rank 4", "rank 16"]
+    assert labels(dict(seed=1), dict(seed=2)) == ["seed 1", "seed 2"]
+    assert labels(dict(rank=4, seed=1), dict(rank=4, seed=2), dict(rank=8, seed=1)) == ["run-0", "run-1", "run-2"]
+    assert labels(dict(a=1, b=1, c=1, d=1), dict(a=2, b=2, c=2, d=2)) == ["run-0", "run-1"]
+    assert labels(dict(rank=4), dict(rank=4)) == ["run-0", "run-1"]
+
+
+def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, other, tmp_path, monkeypatch, capsys):
+    import report
+
+    (finished.out / report_page.FILE).unlink()
+    report.main([str(finished.out)])
+    assert Reader(finished.out / report_page.FILE).words.startswith("my <b>lora")
+    for number, folder in enumerate((finished.out, other)):
+        shutil.copytree(folder, tmp_path / "sweep" / f"trial-{number:04d}")
+    report.main([str(tmp_path / "sweep")])
+    page = Reader(tmp_path / "sweep" / report_page.FILE)
+    assert "rank 16 did best." in page.words
+    assert "rank 16 trial-0001" in page.words
+    assert "trial-0000/report.html" in page.links
+    report.main([str(finished.out), str(other), "--output", str(tmp_path / "both.html")])
+    assert "rank 16 did best." in Reader(tmp_path / "both.html").words
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'both.html'}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["nothing"], "there is no run in it"), (["{run}", "--output", "x.html"], "belongs into its folder")],
+)
+def test_what_it_cannot_do_is_said_in_one_line(finished, tmp_path, words, message):
+    words = [word.format(run=finished.out) for word in words]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "report.py", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(rf"report.py: .*{message}.*\n", done.stderr)
+
+
+@pytest.mark.long
+def test_a_long_run_stays_small(tmp_path):
+    """800 steps and 60 pictures of 512 pixels, of more detail than photographs have."""
+    rng = np.random.default_rng(0)
+    rows = [{"step": step, "train_loss": 0.1 / step, "lr": 1e-4, "grad_norm": rng.random(), "epoch": step / 9,
+             "images_per_second": 3.21, "peak_memory_gib": 7.5} for step in range(1, 801)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in range(0, 801, 80)[:10]:
+        images = {}
+        for k in range(6):
+            noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            images[0, k] = noise.resize((512, 512), Image.Resampling.BICUBIC)
+        sample_pictures.save_images(
+            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
+        )
+    path = report_page.write_page(tmp_path)
+    assert path.stat().st_size < 10e6
+    page = Reader(path)
+    assert len(page.images) == 60
+    assert "pictures; all of them are in validation/" not in page.words
+    assert [line["x"][-1] for chart in json.loads(page.scripts[0]) for line in chart["lines"]] == [800] * 6
+    start = time.process_time()
+    report_page.write_page(tmp_path)  # the next time, the pictures are known
+    assert time.process_time() - start < 1
+
+
+def test_curves_are_thinned_by_means():
+    rows = [{"step": step, "train_loss": float(step % 2), "lr": None} for step in range(1, 10_001)]
+    steps, values = curves.curve(rows, "train_loss")
+    assert len(steps) <= curves.POINTS
+    assert steps[-1] == 10_000
+    assert np.mean(values) == pytest.approx(0.5, abs=0.02)
+    assert curves.curve(rows, "lr") == ([], [])
+    assert curves.curve(rows[:3], "train_loss") == ([1, 2, 3], [1.0, 0.0, 1.0])
+
+
+def test_numbers_that_nobody_thought_of_have_a_chart_too():
+    rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0} for step in (1, 2)]
+    assert [chart["title"] for chart in curves.charts_of(rows)] == ["Training loss", "perceptual"]
+
+
+@pytest.mark.parametrize("most", [3, 4, 10, 100])
+def test_steps_that_are_shown_hold_the_best_the_first_and_the_last(most):
+    steps = list(range(10, 610, 10))
+    for best in (None, 10, 250, 255, 600):
+        shown = report_page.steps_shown(steps, best, most)
+        assert len(shown) <= most
+        assert shown == sorted(set(shown) & set(steps))
+        assert {10, 600} <= set(shown)
+        assert best not in steps or best in shown
+
+
+def test_a_half_written_line_is_no_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 0.5}\n{"step": 2, "train_l')
+    assert [row["step"] for row in runs.read_run(tmp_path).rows] == [1]
+    report_page.write_page(tmp_path)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(InputError, match="there is no run in it"):
+        runs.read_run(tmp_path)
+    with pytest.raises(InputError, match="there is no run in it"):
+        report_page.runs_in([tmp_path])

@@ -1,0 +1,200 @@
+"""report.html in a browser, at a desk and on a phone: what moves, that nothing leaves the page, and how fast it opens."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from text_to_image_lora.reports import report_page, sample_pictures
+
+
+pytestmark = pytest.mark.long
+playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -r requirements-dev.txt")
+
+DESK = dict(viewport={"width": 1280, "height": 900})
+PHONE = dict(viewport={"width": 390, "height": 844}, device_scale_factor=2, has_touch=True, is_mobile=True)
+DEVICES = {"desk": DESK, "phone": PHONE}
+EVIL = "an axe</script><script>alert(1)</script><img src=http://example.invalid/x onerror=alert(2)>"
+STEPS = (20, 40, 60)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        own = Path(driver.chromium.executable_path)
+        found = own if own.exists() else shutil.which("chromium") or shutil.which("google-chrome")
+        if found is None:
+            pytest.skip("no browser: apt install chromium, or playwright install chromium")
+        as_root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        launched = driver.chromium.launch(executable_path=found, args=as_root)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(params=DEVICES)
+def open_page(request, browser):
+    """`open_page(path)`: a page on each device; at the end nothing was asked for but the file, and nothing failed."""
+    context, asked, wrong = browser.new_context(**DEVICES[request.param]), [], []
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.set_default_timeout(120_000)
+    page.on("request", lambda sent: asked.append(sent.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    page.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
+    page.device = request.param
+
+    def go(path):
+        page.goto(path.as_uri())
+        return page
+
+    yield go
+    assert wrong == []
+    assert asked
+    assert all(address.startswith("data:") or address == asked[0] for address in asked)
+    context.close()
+
+
+def wait_for(page, said, expression):
+    """Waits until the expression is true; the page's own rules forbid what Playwright's waiting for one needs."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{said}: {expression}")
+
+
+def draw_all(page):
+    """Scrolls all charts into view, as they are drawn when they are seen."""
+    for chart in page.locator(".chart").all():
+        chart.scroll_into_view_if_needed()
+        chart.evaluate("element => element.scrollIntoView()")
+    wait_for(page, "charts", "[...document.querySelectorAll('.chart')].every(chart => chart.dataset.drawn)")
+
+
+@pytest.fixture(scope="module")
+def real_run(train_on_weapons, tmp_path_factory):
+    """A short run of the embedded base on the bundled weapons."""
+    return train_on_weapons(
+        tmp_path_factory.mktemp("run") / "weapons", max_train_steps=STEPS[-1], validation_steps=STEPS[0], rank=4,
+        learning_rate=2e-3, validation_data_dir="metadata/weapons_test", num_validation_images=2,
+        validation_prompts=["a green axe with pink blossoms on a white background", EVIL], validation_inference_steps=4,
+    )  # fmt: skip
+
+
+def shown_in(page):
+    """The steps of the pictures that are seen."""
+    return page.evaluate("[...document.querySelectorAll('.film a:not([hidden])')].map(each => +each.dataset.step)")
+
+
+def test_the_slider_steps_through_training(real_run, open_page):
+    page = open_page(real_run / report_page.FILE)
+    assert shown_in(page) == [0, STEPS[-1]] * 4
+    slider = page.locator("#step")
+    slider.focus()
+    for step in reversed(STEPS[:-1]):
+        page.keyboard.press("ArrowLeft")
+        assert shown_in(page) == [0, step] * 4
+        assert page.locator("#step-shown").text_content() == str(step)
+    page.get_by_role("button", name="last").click()
+    assert shown_in(page) == [0, STEPS[-1]] * 4
+    for image in page.locator(".film a:not([hidden]) img").all():
+        assert image.evaluate("image => image.complete && image.naturalWidth") == 128
+        width, height = image.evaluate("image => [image.clientWidth, image.clientHeight]")
+        assert abs(width - height) <= 1
+        assert width > 100
+
+
+def test_a_chart_is_zoomed_and_the_others_follow(real_run, open_page):
+    page = open_page(real_run / report_page.FILE)
+    draw_all(page)
+    ranges = "Bokeh.documents.map(each => each.roots()[0].x_range).map(range => [range.start, range.end])"
+    whole = page.evaluate(ranges)
+    assert len(whole) == page.locator(".chart").count() >= 7
+    assert all(each == whole[0] for each in whole)
+    plot = page.locator(".plot").first
+    plot.evaluate("element => element.scrollIntoView({block: 'center'})")
+    box = plot.bounding_box()
+    left, right, middle = box["x"] + 0.4 * box["width"], box["x"] + 0.7 * box["width"], box["y"] + 80
+    if page.device == "phone":
+        pinch = {"x": left, "y": middle, "scaleFactor": 2, "gestureSourceType": "touch"}
+        page.context.new_cdp_session(page).send("Input.synthesizePinchGesture", pinch)
+    else:
+        page.mouse.move(left, middle)
+        page.mouse.down()
+        page.mouse.move(right, middle, steps=5)
+        page.mouse.up()
+    wait_for(page, "zoomed", "document.getElementById('curves').dataset.shown !== undefined")
+    zoomed = page.evaluate(ranges)
+    assert all(each == zoomed[0] for each in zoomed)
+    assert zoomed[0][1] - zoomed[0][0] < 0.9 * (whole[0][1] - whole[0][0])
+    page.get_by_role("button", name="Show all steps").click()
+    assert page.evaluate(ranges) == whole
+
+
+def test_one_finger_scrolls_the_page_over_charts(real_run, open_page):
+    page = open_page(real_run / report_page.FILE)
+    draw_all(page)
+    found = page.evaluate("""() => {
+        const found = [], look = (root) => root.querySelectorAll("*").forEach((each) => {
+            if (each.classList.contains("bk-events")) found.push(getComputedStyle(each).touchAction);
+            if (each.shadowRoot) look(each.shadowRoot);
+        });
+        look(document);
+        return found;
+    }""")
+    assert len(found) == page.locator(".chart").count()
+    if page.device == "phone":
+        assert set(found) == {"pan-x pan-y"}
+
+
+def test_the_command_is_copied(real_run, open_page):
+    page = open_page(real_run / report_page.FILE)
+    page.locator("[data-copy]").click()
+    wait_for(page, "copied", "document.querySelector('[data-copy]').textContent === 'Copied'")
+    command = json.loads((real_run / "about.json").read_text())["command"]
+    assert page.evaluate("navigator.clipboard.readText()") == command
+
+
+def test_it_is_no_wider_than_the_screen(real_run, open_page):
+    page = open_page(real_run / report_page.FILE)
+    draw_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == DEVICES[page.device]["viewport"]["width"]
+
+
+def test_several_runs_are_over_each_other(real_run, open_page, tmp_path):
+    for number in range(2):
+        shutil.copytree(real_run, tmp_path / f"trial-{number:04d}")
+    page = open_page(report_page.write_comparison(report_page.runs_in([tmp_path]), tmp_path / "report.html", "sweep"))
+    assert shown_in(page) == [0, STEPS[-1], STEPS[-1]] * 4
+    page.locator("#step").focus()
+    page.keyboard.press("Home")
+    assert shown_in(page) == [0, STEPS[0], STEPS[0]] * 4
+    draw_all(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == DEVICES[page.device]["viewport"]["width"]
+
+
+def test_a_long_run_opens_in_two_seconds(open_page, tmp_path):
+    """800 steps and 60 pictures of 512 pixels."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"step": step, "train_loss": rng.random(), "lr": 1e-4, "grad_norm": rng.random()} for step in range(1, 801)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in range(0, 800, 80):
+        small = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(6)]
+        images = {(0, k): image.resize((512, 512), Image.Resampling.BICUBIC) for k, image in enumerate(small)}
+        sample_pictures.save_images(
+            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
+        )
+    path, took = report_page.write_page(tmp_path), []
+    for _ in range(3):  # another program may be busy
+        start = time.perf_counter()
+        open_page(path)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 2
