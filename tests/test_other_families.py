@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from infer_fixtures import difference, draw
 from loopback_hub import Repositories, environment, serving
 from PIL import Image
 from safetensors import safe_open
@@ -161,6 +162,20 @@ def test_kohyas_file_is_the_same_lora(family, base, run):
     second.load_lora_weights(run, weight_name=path.name)
     wanted = outputs_of(first)
     assert (outputs_of(second) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["", "out.safetensors"])
+def test_infer_draws_what_training_drew(base, run, tmp_path, name):
+    """With either file."""
+    flags = ["--lora", run / name, "--guidance_scale", 3, "--num_inference_steps", 3, "--seed", 3]
+    (picture,) = draw(base, tmp_path, *flags, "--height", 32, "--width", 32, prompt=(PROMPT,)).values()
+    assert difference(picture, Image.open(run / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
+
+
+def test_a_dry_run_tells_what_it_takes(base, train, tmp_path):
+    train(pretrained_model_name_or_path=base, dry_run=True, resolution=None)
+    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert told["step"] > told["further_sample"] > 0
 
 
 def test_training_lowers_the_loss(base, train, pictures):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
-from .families import FAMILIES, STABLE_DIFFUSION, Family, family_by_marks
+from .families import STABLE_DIFFUSION, Family, all_supported, families_of, family_by_marks
 from .single_files import SingleFile, lightning_stubs, look_into
 
 
@@ -122,10 +122,9 @@ def _where(name, single_file_config):
 
 def _rows_of(name, pipeline):
     """The families whose pipeline a folder names."""
-    rows = [row for row in FAMILIES if row.pipeline == pipeline]
+    rows = families_of(pipeline)
     if not rows:
-        supported = ", ".join(f"{row.pipeline} ({row.name})" for row in FAMILIES)
-        raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
+        raise InputError(f"{name}: a {pipeline} is not supported; supported: {all_supported()}.")
     return rows
 
 
