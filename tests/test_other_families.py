@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,11 +16,14 @@ from conftest import (
     read_metrics,
     run_command,
     train_script,
+    write_pictures,
 )
 from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from infer_fixtures import difference, draw
+from loopback_hub import Repositories, environment, serving
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -160,6 +164,20 @@ def test_kohyas_file_is_the_same_lora(family, base, run):
     assert (outputs_of(second) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("name", ["", "out.safetensors"])
+def test_infer_draws_what_training_drew(base, run, tmp_path, name):
+    """With either file."""
+    flags = ["--lora", run / name, "--guidance_scale", 3, "--num_inference_steps", 3, "--seed", 3]
+    (picture,) = draw(base, tmp_path, *flags, "--height", 32, "--width", 32, prompt=(PROMPT,)).values()
+    assert difference(picture, Image.open(run / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
+
+
+def test_a_dry_run_tells_what_it_takes(base, train, tmp_path):
+    train(pretrained_model_name_or_path=base, dry_run=True, resolution=None)
+    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert told["step"] > told["further_sample"] > 0
+
+
 def test_training_lowers_the_loss(base, train, pictures):
     """On the pictures that it is trained on: a random model can learn nothing of others."""
     out = train(
@@ -261,3 +279,35 @@ def test_the_newest_stack_gives_the_trained_outputs(family, base, run, tmp_path)
     pipe.load_lora_weights(run, weight_name=WEIGHTS)
     here, there = outputs_of(pipe), torch.load(tmp_path / "there.pt")
     assert (there - here).norm() <= 1e-5 * here.norm()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("both", [False, True])
+def test_diffusers_own_test_of_its_xl_script(tiny_xl, tmp_path, both):
+    """`test_text_to_image_lora.py` of diffusers' examples: its flags as they stand there, model and pictures from a hub."""
+    root, out = tmp_path / "root" / "owner", tmp_path / "out"
+    shutil.copytree(tiny_xl, root / "tiny_xl")
+    (root / "dummy" / "data").mkdir(parents=True)
+    plain = write_pictures(tmp_path / "plain", count=4, size=(80, 64))
+    images = [{"bytes": (plain / f"{i}.png").read_bytes(), "path": f"{i}.png"} for i in range(4)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["a red axe"] * 4}, features=features)
+    rows.to_parquet(root / "dummy" / "data" / "train-00000-of-00001.parquet")
+    words = ["--pretrained_model_name_or_path", "owner/tiny_xl", "--dataset_name", "owner/dummy", "--resolution", "64"]
+    words += ["--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_train_steps", "6"]
+    words += ["--learning_rate", "5.0e-04", "--scale_lr", "--lr_scheduler", "constant", "--lr_warmup_steps", "0"]
+    words += ["--output_dir", str(out), "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
+    words += ["--train_text_encoder"] * both + ["--latent_cache_dir", str(tmp_path / "cache"), "--report_to", "none"]
+    with serving(Repositories, root=tmp_path / "root") as server:
+        done = run_command(words, env=environment(server, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir() if "checkpoint" in path.name} == {"checkpoint-4", "checkpoint-6"}
+    names = read_lora(out).keys()
+    assert all("lora" in name for name in names)
+    assert {name.partition(".")[0] for name in names} == {
+        "unet",
+        *(["text_encoder", "text_encoder_2"] if both else []),
+    }
+    pipe = stock_pipeline("xl", tiny_xl)
+    pipe.load_lora_weights(out, weight_name=WEIGHTS)
+    pipe("a prompt", num_inference_steps=1)

@@ -223,6 +223,20 @@ def test_a_single_file_is_the_folder(tiny_xl, xl_file):
         assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("key", "name", "resolution"),
+    [
+        ("cond_stage_model.transformer.text_model.x", "Stable Diffusion 1", 512),
+        ("cond_stage_model.model.ln_final.weight", "Stable Diffusion 2", 768),
+        ("conditioner.embedders.1.model.ln_final.weight", "Stable Diffusion XL", 1024),
+    ],
+)
+def test_a_single_file_tells_its_family(tmp_path, key, name, resolution):
+    save_file({key: torch.zeros(1)}, tmp_path / "base.safetensors")
+    base = loading.find_base_model(str(tmp_path / "base.safetensors"))
+    assert (base.family.name, base.resolution) == (name, resolution)
+
+
 @pytest.mark.parametrize("keys", [["v_pred"], ["v_pred", "ztsnr"]])
 def test_a_single_file_says_that_it_predicts_v(tiny_xl, xl_file, train, tmp_path, keys):
     path = tmp_path / "v.safetensors"
@@ -281,7 +295,7 @@ def test_bases_of_other_families_are_refused_by_name(tiny_sd, xl_file, tmp_path)
     ):
         save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(
-            InputError, match=f"a model of {name}, which is not supported; supported: Stable Diffusion 1"
+            InputError, match=f"a model of {name}, which is not supported; supported: StableDiffusionPipeline"
         ):
             loading.find_base_model(str(tmp_path / "other.safetensors"))
     with pytest.raises(InputError, match="a EDMEulerScheduler: a diffusion of another kind"):

@@ -191,6 +191,16 @@ STABLE_DIFFUSION_XL = Family(
 FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL)
 
 
+def families_of(pipeline):
+    """The families whose pipeline has that class in diffusers."""
+    return [family for family in FAMILIES if family.pipeline == pipeline]
+
+
+def all_supported():
+    """In words, the pipelines and their families."""
+    return ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
+
+
 def family_by_marks(denoiser_config):
     """The family whose marks a denoiser's configuration has; None where there is none."""
 

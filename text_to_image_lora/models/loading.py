@@ -10,38 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import hub_file, is_hub_id, reason_of
-from .families import FAMILIES, STABLE_DIFFUSION, Family, family_by_marks
+from ..files import reason_of
+from .base_model import BaseModel, family_of, from_hub, rows_of, where
+from .families import STABLE_DIFFUSION, family_by_marks
 from .single_files import SingleFile, lightning_stubs, look_into
-
-
-class BaseModel(NamedTuple):
-    """Where a base model is and what its configuration files say; nothing is loaded yet."""
-
-    source: str
-    kind: str  # "folder", "hub" or "file"
-    family: Family
-    resolution: int  # side in pixels of the pictures that it is made for
-    image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
-    latent_channels: int
-    vae_factor: int
-    cross_attention_dim: int
-    text_layers: int  # of the first text encoder
-    pooled_dim: int | None
-    zeros_for_empty_prompt: bool  # what its pipeline takes for an empty negative prompt, see `Family.zeros_option`
-    scheduler_changes: dict  # what a single file says of its diffusion by itself
-    single_file_config: str | None
-    revision: str | None
-    variant: str | None
-    cache_dir: str | None
-
-    def latent_shape(self, size):
-        """(channels, height, width) of the latent of (width, height) in pixels."""
-        return self.latent_channels, size[1] // self.vae_factor, size[0] // self.vae_factor
-
-    def condition_shapes(self, num_chunks):
-        """{name: shape} of what a caption becomes, in that many chunks of tokens."""
-        return self.family.condition_shapes(self, num_chunks)
 
 
 class Components(NamedTuple):
@@ -56,12 +28,12 @@ class Components(NamedTuple):
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
-    kind, folder = _where(name, single_file_config)
+    kind, folder = where(name, single_file_config)
     said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
 
     def read(file):
         if kind == "hub":
-            return json.loads(_hub_file(name, file, revision, cache_dir).read_text(encoding="utf-8"))
+            return json.loads(from_hub(name, file, revision, cache_dir).read_text(encoding="utf-8"))
         try:
             return json.loads(Path(folder, file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -72,9 +44,9 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
     else:
         index = read("model_index.json")
-        rows = _rows_of(name, index.get("_class_name"))
+        rows = rows_of(name, index.get("_class_name"))
         unet = read(f"{rows[0].denoiser}/config.json")
-        family = _family_of(name, rows, unet)
+        family = family_of(name, rows, unet)
         if said.family not in (None, family):
             raise InputError(
                 f"{name}: it is of {said.family.name}, and {folder} (--single_file_config) of {family.name}."
@@ -100,56 +72,6 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         variant=variant,
         cache_dir=cache_dir,
     )
-
-
-def _where(name, single_file_config):
-    """("file", "folder" or "hub", the folder with its configuration or None) of what a base model is called."""
-    path = Path(name)
-    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
-        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
-            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
-        return "file", single_file_config
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
-        return "folder", name
-    if not is_hub_id(name):
-        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
-    return "hub", None
-
-
-def _rows_of(name, pipeline):
-    """The families whose pipeline a folder names."""
-    rows = [row for row in FAMILIES if row.pipeline == pipeline]
-    if not rows:
-        supported = ", ".join(f"{row.pipeline} ({row.name})" for row in FAMILIES)
-        raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
-    return rows
-
-
-def _family_of(name, rows, unet):
-    """That of the rows whose marks the UNet's configuration has."""
-    family = family_by_marks(unet)
-    if family not in rows:
-        of = "no family that is known" if family is None else family.name
-        named = " or ".join(row.name for row in rows)
-        raise InputError(
-            f"{name}: its UNet is of {of}, and model_index.json names the pipeline of {named}. Fetch the model again."
-        )
-    return family
-
-
-def _hub_file(name, file, revision, cache_dir):
-    """`hub_file`, with an `InputError` where neither the local cache nor the hub has it."""
-    try:
-        return hub_file(name, file, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # the client's errors have no common base: no network, no such model, gated, bad token
-        raise InputError(
-            f"{name}: neither a folder here nor a model that the hub gives ({reason_of(error)}). Check the spelling, your "
-            "network and `hf auth login`, or pass a local folder."
-        ) from error
 
 
 def load_tokenizer(base):
@@ -304,7 +226,7 @@ def _load_vae(base, name):
         return diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, cache_dir=base.cache_dir)
     config = base.single_file_config if base.kind == "file" else base.source
     if base.kind == "hub":
-        config = str(_hub_file(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
+        config = str(from_hub(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
     with lightning_stubs():
         return diffusers.AutoencoderKL.from_single_file(
             name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32

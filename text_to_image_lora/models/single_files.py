@@ -4,7 +4,7 @@ import contextlib
 from typing import NamedTuple
 
 from ..errors import InputError
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, all_supported
 
 
 class SingleFile(NamedTuple):
@@ -35,8 +35,7 @@ def look_into(path):
         return SingleFile(None, {})
     for name, start in OTHER_SINGLE_FILES.items():
         if any(key.startswith(start) for key in keys):
-            supported = ", ".join(row.name for row in FAMILIES)
-            raise InputError(f"{path}: it is a model of {name}, which is not supported; supported: {supported}.")
+            raise InputError(f"{path}: it is a model of {name}, which is not supported; supported: {all_supported()}.")
     found = (row for row in FAMILIES if any(key.startswith(row.single_file_key) for key in keys))
     # Keys without a meaning for the model, by which its maker says how it was trained.
     changes = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..models.base_model import BaseModel
 from ..models.latents import LatentEncoder, encoded_at_once
-from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
 from ..pictures.records import in_threads
 from ..pictures.transforms import corner_shown
