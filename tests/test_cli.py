@@ -531,6 +531,7 @@ def test_a_run_says_only_what_is_its_own(real_run):
         "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
         "30 of 30 modules arrive, for diffusers",
         f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
+        f"how it went: {output_dir}/report.html",
         "W&B run saved offline. To upload it: wandb sync ",
     ]
     for line, start in zip(done.stdout.splitlines(), starts, strict=True):

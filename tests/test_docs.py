@@ -118,6 +118,7 @@ def test_every_flag_that_a_page_names_is_there(page):
 def links_of(page):
     """(target, heading) of each link to a file of ours."""
     found = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text_of(page))
+    found += [(target, "") for target in re.findall(r'<img src="([^"]*)"', text_of(page))]
     return [(page.parent / target if target else page, heading) for target, heading in found if "://" not in target]
 
 

@@ -152,6 +152,13 @@ def test_pictures_of_ones_own(shortened, tmp_path, name):
     shortened(name, train_data_dir=lay_out(tmp_path / "mine", creatures(5), "table"))
 
 
+@pytest.mark.parametrize("name", ["gpu_xl_08gb", "gpu_xl_12gb", "gpu_xl_16gb", "gpu_xl_24gb", "sd2_768", "sd2_512"])
+def test_other_families(shortened, request, tmp_path, name):
+    base = request.getfixturevalue("tiny_xl" if "_xl_" in name else "tiny_sd2")
+    pictures = lay_out(tmp_path / "mine", creatures(5), "table")
+    shortened(name, pretrained_model_name_or_path=base, train_data_dir=pictures, resolution=32)
+
+
 @pytest.mark.long
 def test_many_gpus(arguments, tmp_path):
     """On two processes of a CPU; the same run as on one with twice the accumulation, as the page says."""

@@ -269,7 +269,7 @@ def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, 
             if own != name:
                 words[1] = str(base)
                 with pytest.raises(InputError, match=f"it is a LoRA of {name}, and {base} is of {own}"):
-                    train_script.find_inputs(train_script.parse_args(words), None)
+                    train_script.find_inputs(train_script.parse_args(words), None, print)
         with pytest.raises(SystemExit):
             infer.check_lora_fits(
                 path, infer.read_safetensors("--lora", path)[0], {"unet.x.attn2.to_k.weight": (8, 7)}
@@ -316,7 +316,7 @@ def test_clip_skip_counts_the_layer_that_is_not_used(tiny_xl, pictures):
     words = ["--pretrained_model_name_or_path", str(tiny_xl), "--train_data_dir", str(pictures), "--clip_skip"]
     message = "has only 3 layers, 1 of them not used by Stable Diffusion XL"
     with pytest.raises(InputError, match=message):
-        train_script.find_inputs(train_script.parse_args([*words, "2"]), None)
+        train_script.find_inputs(train_script.parse_args([*words, "2"]), None, print)
 
 
 def test_the_losses_of_single_pictures_are_reported(tiny_xl, train):

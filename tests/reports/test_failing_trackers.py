@@ -1,5 +1,6 @@
 """A tracker that dies in the middle of a run: the training goes on, says so once, and everything is on disk."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,28 +10,38 @@ import psutil
 from conftest import ROOT, read_lora, read_metrics
 
 
+@contextlib.contextmanager
 def started(words, log):
+    """The command, which does not outlive the test."""
+    # W&B's process of its own, not one that another test has started in this process.
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     with open(log, "wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, ROOT / "train_text_to_image_lora.py", *words], stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "offline"},
+            env=own | {"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "offline"},
         )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_wandbs_process_is_killed(arguments, tmp_path):
     """W&B hands everything to a process of its own."""
     steps, log, metrics = 40, tmp_path / "log", tmp_path / "out" / "metrics.jsonl"
-    process = started(arguments(report_to="wandb", max_train_steps=steps, validation_prompt="a red axe"), log)
-    deadline, children = time.monotonic() + 120, []
-    while not (metrics.exists() and metrics.read_text().count("train_loss") >= 2):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    children = [child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name()]
-    assert children, "W&B has no process of its own any more: this test kills nothing"
-    for child in children:
-        child.kill()
-    assert process.wait(180) == 0, log.read_text()
+    words = arguments(report_to="wandb", max_train_steps=steps, validation_prompt="a red axe")
+    with started(words, log) as process:
+        deadline, children = time.monotonic() + 120, []
+        while not (metrics.exists() and metrics.read_text().count("train_loss") >= 2):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = [child for child in psutil.Process(process.pid).children(recursive=True) if "wandb" in child.name()]
+        assert children, "W&B has no process of its own any more: this test kills nothing"
+        for child in children:
+            child.kill()
+        assert process.wait(180) == 0, log.read_text()
     said = log.read_text()
     assert said.count("the run goes on without it, and all numbers are in metrics.jsonl") == 1, said
     assert "Traceback" not in said
