@@ -36,7 +36,8 @@ test-long: $(VENV)/installed-dev
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
 	$(VENV)-newest/bin/python -m pytest -m lora_file tests/models/test_lora_file.py tests/models/test_dialects.py \
 		tests/models/test_receipt.py tests/test_convert_lora.py tests/reports/test_model_card.py
-	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py -k newest
+	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py \
+		tests/test_other_families.py -k newest
 
 # What only a GPU can tell: the tests marked gpu, then a section for docs/performance.md; 20 minutes. It makes no .venv, for
 # GPU machines bring a PyTorch of their own: it runs with what $(PYTHON) has. After `make test` there is an environment

@@ -84,6 +84,8 @@ PIPELINES = {
         },
     ),
 }
+# {width of the prompts that its UNet attends to: family in words}
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 # flag: (diffusers class, what differs from the model's own settings, name in A1111)
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
@@ -140,6 +142,7 @@ class Model(NamedTuple):
     family: str
     shapes: dict  # {"unet.conv_in.weight": shape}
     prediction_type: str | None
+    zero_snr: bool | None = None
     unet_config: dict = {}  # of its config.json
 
 
@@ -500,9 +503,8 @@ def find_model(source, single_file_config, revision, variant):
         if path.suffix not in (".safetensors", ".ckpt"):
             fail(f"{flag} {path}: a single file must be .safetensors or .ckpt.")
         if single_file_config is None:
-            keys = read_safetensors(flag, path)[0] if path.suffix == ".safetensors" else ()
-            family = "sdxl" if any(key.startswith("conditioner.") for key in keys) else "sd"
-            return Model(source, None, revision, variant, family, {}, None)
+            family, prediction_type, zero_snr = look_into(path)
+            return Model(source, None, revision, variant, family or "sd", {}, prediction_type, zero_snr)
         flag, folder = "--single_file_config", single_file_config
     elif not path.is_dir():
         folder = hub_file(flag, source, "model_index.json", revision).parent
@@ -516,7 +518,7 @@ def find_model(source, single_file_config, revision, variant):
     if class_name not in families:
         known = " and ".join(PIPELINES["text to image"][0].values())
         fail(f"{flag} {folder} is a {class_name}; this script draws with {known}.")
-    prediction_type, unet_config = None, {}
+    prediction_type, zero_snr, unet_config = None, None, {}  # a folder's scheduler starts as its configuration says
     with contextlib.suppress(OSError, ValueError):  # the loader says what is wrong with it
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
@@ -527,7 +529,21 @@ def find_model(source, single_file_config, revision, variant):
         shapes |= {f"{file.parent.name}.{key}": shape for key, shape in read_safetensors(flag, file)[0].items()}
     shapes = shapes if all(files) else {}
     family = families[class_name]
-    return Model(source, single_file_config, revision, variant, family, shapes, prediction_type, unet_config)
+    if path.is_file():
+        inside, own_type, own_snr = look_into(path)
+        if inside not in (None, family):
+            fail(f"{MODEL_FLAG} {source} is not what {flag} {folder} describes: that is a {class_name}.")
+        prediction_type, zero_snr = own_type or prediction_type, own_snr
+    return Model(source, single_file_config, revision, variant, family, shapes, prediction_type, zero_snr, unet_config)
+
+
+def look_into(path):
+    """(family, prediction type, zero terminal SNR or not) of a single file by its keys alone; None for what they don't say."""
+    keys = read_safetensors(MODEL_FLAG, path)[0] if path.suffix == ".safetensors" else ()
+    starts = {"conditioner.": "sdxl", "cond_stage_model.": "sd"}
+    family = next((name for start, name in starts.items() if any(key.startswith(start) for key in keys)), None)
+    # Keys without a weight, by which a file's maker says how it was trained.
+    return family, "v_prediction" if "v_pred" in keys else None, "ztsnr" in keys or None
 
 
 def find_lora(given, scale, adapter):
@@ -664,12 +680,11 @@ def training_of(loras, own, decided):
 
 def settle(loras, model, scheduler, flags):
     """How to draw, {setting of TRAINING: value}: as flags say, or else as the LoRAs were trained; and notes that tell it."""
-    own, decided = {"prediction_type": model.prediction_type}, {k: v for k, v in flags.items() if v is not None}
+    own = {"prediction_type": model.prediction_type, "zero_snr": model.zero_snr}
+    decided = {k: v for k, v in flags.items() if v is not None}
     trained, obstacles = training_of(loras, own, decided), {}
     if scheduler in NO_ZERO_SNR:
         obstacles["zero_snr"] = f"--scheduler {scheduler} can't. Leave it out, or take ddim."
-    if model.family != "sd":
-        obstacles |= {"long_prompts": "Stable Diffusion XL's prompts are cut.", "num_chunks": ""}
     if "vae" in decided:
         vae_channels(decided["vae"])
     elif (vae := trained["vae"]) and len(Path(vae).parts) == 1 and not Path(vae).exists():
@@ -709,6 +724,12 @@ def check_fits(shapes, loras, clip_skip, latent_channels):
         fail(f"--vae makes latents of {latent_channels} channels, and the UNet takes {channels}. Pass another VAE.")
 
 
+def family_of(shapes, pattern):
+    """The family, in words, of weights {key: shape}, by the width of what those of the pattern take in; else None."""
+    widths = (shape[1] for key, shape in shapes.items() if re.search(pattern, key))
+    return next(filter(None, map(FAMILIES.get, widths)), None)
+
+
 def check_lora_fits(path, lora_shapes, model_shapes):
     """Refuses a LoRA with a key that names no layer of the model, or one of another size, or half of a pair."""
 
@@ -717,6 +738,13 @@ def check_lora_fits(path, lora_shapes, model_shapes):
         return re.sub("^lora_te2_", "text_encoder_2_", name).removeprefix("lora_").replace("text_model_", "")
 
     weights = {one_spelling(key.removesuffix(".weight")): shape for key, shape in model_shapes.items()}
+    to_keys = r"attn2[._](processor\.)?to_[kv]"
+    lora_family = family_of(lora_shapes, rf"{to_keys}.*(lora_A|lora_down|\.down)\.weight$")
+    model_family = family_of(model_shapes, rf"{to_keys}\.weight$")
+    if lora_family and model_family and lora_family != model_family:
+        fail(
+            f"--lora {path} is of {lora_family}, and the base model is of {model_family}. Pass one of the same family."
+        )
     partner = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
     partner |= {up: down for down, up in partner.items()}
     # The block names of the original code (kohya's SDXL files) and peft's are looked at when they are translated.
@@ -860,18 +888,7 @@ def set_num_threads(wanted):
 def stock_reads(lora):
     """Whether stock diffusers reads the file rightly by itself, as it does our own; the converter takes the others."""
     leaf = r"(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
-    if all(re.fullmatch(rf"(unet|text_encoder|text_encoder_2)\..+\.{leaf}", key) for key in lora.shapes):
-        return True
-    if not any(re.match("lora_unet_(input|middle|output)_block", key) for key in lora.shapes):
-        return False
-    # Of Stable Diffusion XL, under the names of the original code: diffusers alone knows those.
-    ranks = {shape[0] for key, shape in lora.shapes.items() if key.endswith(".lora_down.weight")}
-    if len(ranks) > 1 or any(key.endswith(".dora_scale") for key in lora.shapes):
-        what = f"ranks of {min(ranks)} to {max(ranks)}" if len(ranks) > 1 else "DoRA"
-        fail(
-            f"--lora {lora.path} has {what}, which diffusers misreads in kohya's format. Pass it in diffusers' format."
-        )
-    return True
+    return all(re.fullmatch(rf"(unet|text_encoder|text_encoder_2)\..+\.{leaf}", key) for key in lora.shapes)
 
 
 def translate(lora, model_shapes):
@@ -1101,21 +1118,36 @@ def size_of(drawing, own, shape):
 # Drawing.
 
 
-def encode_chunks(pipe, token_ids, num_chunks, clip_skip):
-    """Hidden states (1, 77 x num_chunks, D) of a prompt, each chunk with its start and end tokens, as A1111 has it."""
+def encode_chunks(pipe, text, num_chunks, clip_skip):
+    """What the pipeline reads in place of a prompt {argument: tensor}, its hidden states (1, 77 x num_chunks, D).
+
+    Each chunk has its start and end tokens, as A1111 has it; the embedding of the whole prompt is the first chunk's.
+    """
     import torch
 
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    if getattr(pipe, "text_encoder_2", None) is None:
+        output, encoder = run_chunks(pipe.tokenizer, pipe.text_encoder, text, num_chunks), pipe.text_encoder
+        hidden_states = output[0]
+        if clip_skip:
+            hidden_states = encoder.text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        return {"prompt_embeds": hidden_states.reshape(1, -1, hidden_states.shape[-1])}
+    pairs = (pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)
+    outputs = [run_chunks(*pair, text, num_chunks) for pair in pairs]
+    hidden_states = torch.cat([output.hidden_states[-2 - clip_skip] for output in outputs], dim=-1)
+    embeds = {"prompt_embeds": hidden_states.reshape(1, -1, hidden_states.shape[-1])}
+    return embeds | {"pooled_prompt_embeds": outputs[1][0][:1]}
+
+
+def run_chunks(tokenizer, encoder, text, num_chunks):
+    """What a text encoder makes of a text in chunks, a row each."""
+    import torch
+
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
     body, rows = tokenizer.model_max_length - 2, []
     for start in range(0, body * num_chunks, body):
         ids = [tokenizer.bos_token_id, *token_ids[start : start + body], tokenizer.eos_token_id]
         rows.append(ids + [tokenizer.pad_token_id] * (body + 2 - len(ids)))
-    with torch.no_grad():
-        output = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
-        hidden_states = output[0]
-        if clip_skip:
-            hidden_states = encoder.text_model.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
-    return hidden_states.reshape(1, -1, hidden_states.shape[-1])
+    return encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=True)
 
 
 class PromptEncoder:
@@ -1159,8 +1191,7 @@ class PromptEncoder:
         if key not in self.encoded:
             with torch.no_grad():
                 if num_chunks > 1:
-                    ids = self.pipe.tokenizer(text, add_special_tokens=False).input_ids
-                    self.encoded[key] = {"prompt_embeds": encode_chunks(self.pipe, ids, num_chunks, clip_skip)}
+                    self.encoded[key] = encode_chunks(self.pipe, text, num_chunks, clip_skip)
                 else:
                     output = self.pipe.encode_prompt(
                         prompt=text, device=self.pipe._execution_device, num_images_per_prompt=1,

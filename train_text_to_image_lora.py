@@ -94,7 +94,8 @@ MAY_CHANGE = set(
     train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
     text_encoder_lr loraplus_lr_ratio scale_lr lr_scheduler lr_warmup_steps lr_warmup_ratio lr_num_cycles lr_power lr_step_rules
     optimizer_args use_8bit_adam ema_decay adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
-    mixed_precision deterministic allow_tf32 compile max_train_time enable_xformers_memory_efficient_attention validation_split validation_data_dir
+    mixed_precision deterministic allow_tf32 compile max_train_time enable_xformers_memory_efficient_attention
+    enable_npu_flash_attention debug_loss validation_split validation_data_dir
     early_stopping_patience validation_prompt validation_prompts validation_negative_prompt num_validation_images
     validation_epochs validation_steps validation_guidance_scale validation_inference_steps report_to
     tracker_project_name trackio_space_id logging_dir push_to_hub push_checkpoints_to_hub hub_token hub_model_id output_kohya_format kohya_extras
@@ -135,7 +136,7 @@ def build_parser():
     group("--local_rank", type=int, default=-1, help="set by the launcher, not by you")
 
     group = parser.add_argument_group("base model").add_argument
-    group("--pretrained_model_name_or_path", help="the base model: hub id, local diffusers folder, or a single .safetensors/.ckpt file")
+    group("--pretrained_model_name_or_path", help="the base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or a single .safetensors/.ckpt file")
     group("--revision", help="branch, tag or commit of the base model on the hub")
     group("--variant", help="which of the base model's weight files to take, such as fp16")
     group("--single_file_config", metavar="FOLDER", help="diffusers folder with the configuration for a base model that is a single file, where the hub is out of reach")
@@ -167,7 +168,7 @@ def build_parser():
     group("--class_prompt", help="the caption of the pictures in --class_data_dir, where they have none")
     group("--prior_loss_weight", type=at_least(0, float), default=1.0, help="how much each picture of --class_data_dir counts in the loss, where one of yours counts 1")
     group("--max_train_samples", type=at_least(1), help="train on so many of the pictures, a choice that never changes; on all when not given")
-    group("--resolution", type=at_least(1), help="side in pixels of the square that pictures are resized and cropped to; the model family's own when not given (512 for Stable Diffusion 1)")
+    group("--resolution", type=at_least(1), help="side in pixels of the square that pictures are resized and cropped to; what the base model is made for when not given (512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)")
     group("--aspect_ratio_buckets", **yes, help="keep the pictures' shapes: train each at the nearest of several sizes with the area of the --resolution square")
     group("--bucket_min_size", type=at_least(1), help="smallest side of a bucket in pixels; half of --resolution when not given")
     group("--bucket_max_size", type=at_least(1), help="largest side of a bucket in pixels; twice --resolution when not given")
@@ -201,7 +202,7 @@ def build_parser():
     group("--lora_weights", metavar="PATH", help="start from this LoRA file or folder")
     group("--output_kohya_format", **yes, help="write the LoRA in kohya's format too, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir")
     group("--kohya_extras", nargs="+", default=[], choices=["thumbnail", "tags"], help="what the kohya file may tell of your pictures: thumbnail: the last sample picture; tags: how often each tag comes in the captions")
-    group("--train_text_encoder", **yes, help="adapt the text encoder too; captions are then encoded in each step")
+    group("--train_text_encoder", **yes, help="adapt the text encoder too (of Stable Diffusion XL both); captions are then encoded in each step")
     group("--text_encoder_rank", type=at_least(1), help="rank of the text encoder's LoRA; --rank when not given")
     group("--text_encoder_lr", type=above(0), help="learning rate of the text encoder's LoRA; --learning_rate when not given")
 
@@ -251,6 +252,7 @@ def build_parser():
     group("--allow_tf32", **switch, default=True, help="TF32 matrix products where the GPU has them")
     group("--compile", choices=["off", *COMPILED], default="off", help="torch.compile of the training steps, for runs of thousands of steps: each kind of transformer block once, the full denoiser, or that with CUDA graphs; what it gives is said at the start")
     group("--enable_xformers_memory_efficient_attention", **yes, help="xformers attention instead of PyTorch's own")
+    group("--enable_npu_flash_attention", **yes, help="flash attention of Ascend NPUs (needs torch_npu)")
 
     group = parser.add_argument_group("validation loss").add_argument
     group("--validation_split", type=between(0, 0.5), default=0.0, help="share of the pictures that are not trained on, to tell learning from overfitting; pictures that look alike stay together")
@@ -269,6 +271,7 @@ def build_parser():
 
     group = parser.add_argument_group("tracking and sharing").add_argument
     group("--report_to", choices=[*TRACKERS, "all", "none"], help="where metrics and sample pictures go; wandb when it is installed (offline without key or network)")
+    group("--debug_loss", **yes, help="report the loss of each picture in each step too, as loss_for_ and the name of its file")
     group("--tracker_project_name", default="text2image-fine-tune", help="the project's name in the trackers")
     group("--trackio_space_id", type=hub_id, metavar="OWNER/NAME", help="the hub Space that trackio's dashboard runs in, private when it is made; on this machine when not given")
     group("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir")
@@ -445,7 +448,7 @@ def sample_options(args):
 
 
 def resolution_of(args, base):
-    return base.family.resolution if args.resolution is None else args.resolution
+    return base.resolution if args.resolution is None else args.resolution
 
 
 def cache_folder(args):
@@ -657,21 +660,21 @@ def find_inputs(args, leave_out, say):
     """
     from huggingface_hub import get_token
 
-    from text_to_image_lora.models.dialects import check_lora
+    from text_to_image_lora.models.dialects import check_family, check_lora
     from text_to_image_lora.models.loading import find_base_model
 
     if args.lora_weights is not None:
         check_lora(args.lora_weights)
-
     base = find_base_model(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
         single_file_config=args.single_file_config, cache_dir=args.cache_dir,
     )  # fmt: skip
-    if resolution_of(args, base) % base.image_factor:
-        near = max(round(args.resolution / base.image_factor), 1) * base.image_factor
-        raise InputError(
-            f"--resolution {args.resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
-        )
+    if args.lora_weights is not None:
+        check_family(args.lora_weights, base)
+    side = resolution_of(args, base)
+    if side % base.image_factor:
+        near = max(round(side / base.image_factor), 1) * base.image_factor
+        raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
     buckets_of(args, base)
     if leave_out is None and args.skip_bad_images:
 
@@ -695,8 +698,12 @@ def find_inputs(args, leave_out, say):
             own, CaptionRules(), train_data_dir=args.class_data_dir, leave_out=leave_out, say=say
         )
         records = with_class_pictures(records, class_pictures)
-    if args.clip_skip is not None and args.clip_skip >= base.text_layers:
-        raise InputError(f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers.")
+    unused = base.family.text_encoders[0].unreached(0)
+    if args.clip_skip is not None and args.clip_skip + unused >= base.text_layers:
+        without = f", {unused} of them not used by {base.family.name}" if unused else ""
+        raise InputError(
+            f"--clip_skip {args.clip_skip}: the text encoder has only {base.text_layers} layers{without}."
+        )
     if (args.push_to_hub or args.push_checkpoints_to_hub) and not (args.hub_token or get_token()):
         raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
     check_writable(args.output_dir, "--output_dir")
@@ -898,6 +905,8 @@ def make_accelerator(args, lora_settings, trackers):
     )
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if args.enable_npu_flash_attention and accelerator.device.type != "npu":
+        raise InputError("--enable_npu_flash_attention needs an Ascend NPU and torch_npu: leave it out here.")
     if args.compile == "graphs" and accelerator.device.type != "cuda":
         raise InputError("--compile graphs needs a CUDA GPU: take blocks or full here.")
     if accelerator.device.type == "cpu":
@@ -1007,6 +1016,8 @@ def adapt(args, adapted, lora_settings, family, seed):
     if args.gradient_checkpointing:
         for name, model in adapted.items():
             model.enable_gradient_checkpointing() if name == family.denoiser else model.gradient_checkpointing_enable()
+    if args.enable_npu_flash_attention:
+        adapted[family.denoiser].enable_npu_flash_attention()
     if args.enable_xformers_memory_efficient_attention:
         try:
             adapted[family.denoiser].enable_xformers_memory_efficient_attention()
@@ -1051,7 +1062,10 @@ def load_models(args, run, weight_dtype, accelerator, say):
     parts = {family.denoiser: denoiser, "vae": vae}
     parts |= {row.name: model for row, model in zip(family.text_encoders, text_encoders, strict=True)}
     run.identity.update({f"{name} weights": modules.sample_identity(model) for name, model in parts.items()})
-    run.identity.update(num_chunks=num_chunks, prediction_type=diffusion.config.prediction_type)
+    run.identity.update(
+        num_chunks=num_chunks, prediction_type=diffusion.config.prediction_type,
+        rescale_betas_zero_snr=diffusion.config.rescale_betas_zero_snr,
+    )  # fmt: skip
     if run.resume_path is not None:
         checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
     if device.type != "mps":
@@ -1061,6 +1075,8 @@ def load_models(args, run, weight_dtype, accelerator, say):
         lora.cast_frozen(model, weight_dtype)
         model.to(device)
     vae.to(device)  # in float32: some VAEs overflow in float16
+    if weight_dtype == torch.float16 and vae.config.force_upcast:
+        say("the VAE stays in float32, as its configuration asks for: it overflows in fp16")
     if not args.train_text_encoder:
         for text_encoder in text_encoders:
             text_encoder.to(device, weight_dtype)
@@ -1072,35 +1088,36 @@ def load_models(args, run, weight_dtype, accelerator, say):
     painter = None
     if run.samples.prompts:
         painter = Painter(
-            make_pipeline(family, denoiser, vae, scheduler_config, diffusion.config), family, run.samples, prompt_encoder,
+            make_pipeline(run.base, denoiser, vae, scheduler_config, diffusion.config), family, run.samples, prompt_encoder,
             accelerator=accelerator, output_dir=Path(args.output_dir), keep_encoder=args.train_text_encoder,
         )  # fmt: skip
     return adapted, num_adapted, diffusion, vae, latent_encoder, prompt_encoder, painter
 
 
-def fill_cache(args, run, latent_encoder, prompt_encoder, accelerator, say):
-    """Encodes what is not in the cache yet.
+def fill_cache(args, run, denoiser, latent_encoder, prompt_encoder, accelerator, say):
+    """Encodes what is not in the cache yet; on a GPU the denoiser makes room for it.
 
     Returns the `TrainingSet`'s pictures, their latents and conditions (None where they are encoded live), and the two
     `ValidationSet`s (of pictures held out, and of as many that are trained on) or None.
     """
     from text_to_image_lora.pictures.alike import probe_of
     from text_to_image_lora.reports.validation_loss import ValidationSet
-    from text_to_image_lora.training import caching, shards
+    from text_to_image_lora.training import caching, shards, trials
 
     prompts = None if args.train_text_encoder else prompt_encoder
     cache = caching.Cache(cache_folder(args), run.base, latent_encoder, prompts)
     pictures, latents, conditions, validation_sets = to_train_on(args, run.pictures), None, None, None
-    if run.variations:
-        captions = caching.captions_to_cache(pictures, caption_rules_of(args))
-        latents, conditions = cache.build(pictures, run.variations, captions, accelerator)
-    if run.validated is not None:
-        parts = [run.validated, probe_of(run.pictures, len(run.validated), run.seed)]
-        parts = [part.to_validate_on() for part in parts]
-        validation_sets = [
-            ValidationSet(part, *cache.build(part, 1, [group[0] for group in part.captions], accelerator))
-            for part in parts
-        ]
+    with trials.base_set_aside(denoiser, accelerator.device):
+        if run.variations:
+            captions = caching.captions_to_cache(pictures, caption_rules_of(args))
+            latents, conditions = cache.build(pictures, run.variations, captions, accelerator)
+        if run.validated is not None:
+            parts = [run.validated, probe_of(run.pictures, len(run.validated), run.seed)]
+            parts = [part.to_validate_on() for part in parts]
+            validation_sets = [
+                ValidationSet(part, *cache.build(part, 1, [group[0] for group in part.captions], accelerator))
+                for part in parts
+            ]
     if accelerator.is_main_process and (run.variations or validation_sets):
         caches = [cached for part in validation_sets or () for cached in (part.latents, part.prompts)]
         needed = [cached.reader for cached in (latents, conditions, *caches) if cached is not None]
@@ -1178,11 +1195,11 @@ def describe_run(args, run, shown):
     return {k: v for k, v in whole.items() if v not in (None, []) and k != "validation_prompt"}
 
 
-def check_kohyas_names(args, adapted, say):
+def check_kohyas_names(args, family, adapted, say):
     """Raises `InputError` before training where --output_kohya_format has no names for what is adapted."""
     from text_to_image_lora.models import kohya, lora
 
-    kohya.kohya_tensors({name: lora.adapter_state(model) for name, model in adapted.items()})
+    kohya.kohya_tensors({name: lora.adapter_state(model) for name, model in adapted.items()}, family.kohya)
     if args.use_dora:
         say(
             "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, neither "
@@ -1204,13 +1221,13 @@ def write_lora(args, run, adapted, told, folder):
             f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
             f"saved before is in {args.output_dir}."
         )
-    layers = {name: receipt.layers_of(model) for name, model in adapted.items()}
+    layers, names = {name: receipt.layers_of(model) for name, model in adapted.items()}, run.base.family.kohya
     finished = Path(folder) == Path(args.output_dir)
     kohya_name = kohya.file_name(args.output_dir, None if finished else state.global_step)
     told = told | header.header_for_readers(
         told, name=Path(kohya_name).stem, started_at=state.started_at, step=state.global_step,
         steps_per_epoch=run.sampler.steps_per_epoch, num_pictures=len(run.pictures),
-        is_sd2=adapted[run.base.family.denoiser].config.cross_attention_dim == 1024,
+        names=names,
     )  # fmt: skip
     path = lora_file.save_lora(folder, components, told)
     count = receipt.check_arrival(path, components, layers)
@@ -1221,7 +1238,7 @@ def write_lora(args, run, adapted, told, folder):
             told |= {"ss_tag_frequency": header.tag_frequency(captions, Path(kohya_name).stem)}
         if "thumbnail" in args.kohya_extras and finished:
             told |= {"modelspec.thumbnail": header.thumbnail(latest_images(Path(folder), sample_prompts(args))[0][1])}
-        kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, told)
+        kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, told, names=names)
         receipt.check_arrival(kohya_path, components, layers, by_kohyas_names=True)
         arrives += f" and by kohya's names ({kohya_path})"
     return path, arrives
@@ -1312,13 +1329,13 @@ def main(args):
     )
     denoiser, scaling_factor = adapted[family.denoiser], latent_encoder.scaling_factor
     if args.output_kohya_format:
-        check_kohyas_names(args, adapted, say)
+        check_kohyas_names(args, family, adapted, say)
     optimizer, lr_scheduler = optimizers.make_optimizer_and_schedule(adapted, run.optimizer, run.schedule, device)
     params_to_optimize = [parameter for model in adapted.values() for parameter in lora.trainable_parameters(model)]
     trial, sampler.batch_size = settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say)
     interruption.hold()
     pictures, latents, conditions, validation_sets = fill_cache(
-        args, run, latent_encoder, prompt_encoder, accelerator, say
+        args, run, denoiser, latent_encoder, prompt_encoder, accelerator, say
     )
     if run.variations:  # from here on, the denoiser alone is needed on the device
         latent_encoder, prompt_encoder = None, prompt_encoder if args.train_text_encoder else None
@@ -1343,7 +1360,9 @@ def main(args):
         say(checkpoint.where_it_goes_on(stored, lr_scheduler, run.schedule))
     sampler.first_step, sampler.num_steps = state.global_step, num_steps
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
-    training_set = data.TrainingSet(pictures, run.base, draws, latents=latents, prompts=conditions)
+    training_set = data.TrainingSet(
+        pictures, run.base, draws, latents=latents, prompts=conditions, named=args.debug_loss
+    )
     loader = data.make_loader(training_set, sampler, args.dataloader_num_workers, device)
     if args.compile != "off":
         compile_denoiser(args, run, denoiser, trial, say)
@@ -1441,7 +1460,7 @@ def main(args):
     reports.write_page()
     batches, clock = iter(loader), time.time()
     while ending is None and state.global_step < num_steps and not (judge is not None and judge.out_of_patience()):
-        step, train_loss = state.global_step, torch.zeros((), device=device)
+        step, train_loss, of_pictures = state.global_step, torch.zeros((), device=device), {}
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
             batch = next(batches).on(device)
@@ -1474,6 +1493,8 @@ def main(args):
                 )
                 huber_c = objective.scheduled_huber_c(run.loss.huber_c, timesteps, diffusion.num_train_timesteps)
                 loss = objective.diffusion_loss(model_pred, target, weights, batch.get("mask"), huber_c)
+                if args.debug_loss:
+                    of_pictures |= objective.losses_by_name(batch, model_pred, target, huber_c)
                 if perceptual_loss is not None:
                     loss = loss + run.loss.perceptual_weight * perceptual_loss(model_pred, latents, noise, batch)
                 accelerator.backward(loss)
@@ -1493,13 +1514,8 @@ def main(args):
         now = time.time()
         reports.put(
             state.global_step,
-            {
-                "train_loss": train_loss,
-                "asked": asked,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "epoch": state.global_step / sampler.steps_per_epoch,
-            },
+            {"train_loss": train_loss, "asked": asked, "lr": lr, "grad_norm": grad_norm}
+            | {"epoch": state.global_step / sampler.steps_per_epoch, **of_pictures},
             samples=sampler.num_samples(step),
             seconds=now - clock,
         )
@@ -1542,7 +1558,7 @@ def main(args):
             output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
             dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
             pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)), hyperparameters=shown,
-            trigger_word=args.trigger_word, kohya_file=kohya_file,
+            trigger_word=args.trigger_word, kohya_file=kohya_file, family=family,
         )  # fmt: skip
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")

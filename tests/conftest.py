@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 
-pytest_plugins = ["infer_fixtures"]
+pytest_plugins = ["family_fixtures", "infer_fixtures"]
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]

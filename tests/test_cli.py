@@ -84,6 +84,13 @@ UPSTREAM_FLAGS = {
     "rank": ("4", 4),
     "image_interpolation_mode": ("lanczos", "lanczos"),
 }
+# The four more of its train_text_to_image_lora_sdxl.py.
+UPSTREAM_FLAGS_OF_XL = {
+    "pretrained_vae_model_name_or_path": ("madebyollin/sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix"),
+    "train_text_encoder": (None, True),
+    "debug_loss": (None, True),
+    "enable_npu_flash_attention": (None, True),
+}
 # What each choice flag of diffusers takes beyond the value above; "tensorboard" and "comet_ml" depend on the machine.
 UPSTREAM_CHOICES = {
     "lr_scheduler": ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
@@ -111,9 +118,9 @@ def test_upstream_has_51_flags():
     assert len(UPSTREAM_FLAGS) == 51
 
 
-@pytest.mark.parametrize("name", UPSTREAM_FLAGS)
+@pytest.mark.parametrize("name", UPSTREAM_FLAGS | UPSTREAM_FLAGS_OF_XL)
 def test_flags_of_diffusers_are_taken_with_their_types(name):
-    word, meaning = UPSTREAM_FLAGS[name]
+    word, meaning = (UPSTREAM_FLAGS | UPSTREAM_FLAGS_OF_XL)[name]
     args = train_script.build_parser().parse_args([f"--{name}"] if word is None else [f"--{name}", word])
     assert getattr(args, name) == meaning
     assert type(getattr(args, name)) is type(meaning)

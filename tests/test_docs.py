@@ -10,7 +10,17 @@ from conftest import ROOT, train_script
 
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "metadata").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "metadata").glob("*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("cloud/*.md")]
+LINKED += sorted(ROOT.glob("models/*/README.md"))
+# Flags that pages name and that are no command's of ours: of launchers, of other programs, and behind a prompt.
+OF_OTHERS = set(
+    """
+    --config_file --multi_gpu --num_processes --machine_rank --num_machines --main_process_ip --main_process_port
+    --nproc_per_node --standalone --master_port --repo-type --local-dir --no-half-vae --detach --timeout --secrets
+    --signal --requeue --flavor --negative --guidance --steps --help --no
+    """.split()  # noqa: SIM905 (one name a word reads better than one a line)
+)
 
 
 def test_the_page_of_flags_is_current():
@@ -39,19 +49,27 @@ def test_there_are_recipes():
     assert {"demo", "pokemon", "few_pictures", "colab_t4"} <= {path.stem for path in RECIPES}
 
 
-def commands_in(page):
-    """The words after the training script in each command that a page shows."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def commands_in(page, script="train_text_to_image_lora.py"):
+    """The words after the script in each command that a page shows."""
+    blocks = re.findall(r"```bash\n(.*?)```", text_of(page), flags=re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        if "train_text_to_image_lora.py" in line and "--help" not in line:
-            yield shlex.split(line.partition("train_text_to_image_lora.py")[2], comments=True)
+        if script in line and "--help" not in line:
+            yield shlex.split(line.partition(script)[2], comments=True)
 
 
-COMMANDS = [(page.name, words) for page in PAGES for words in commands_in(page)]
+COMMANDS = [(name_of(page), words) for page in PAGES for words in commands_in(page)]
 
 
 def test_the_readme_shows_commands():
-    assert sum(name == "README.md" for name, _ in COMMANDS) >= 3
+    assert sum(name == "README.md" for name, _ in COMMANDS) >= 2
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else "")
@@ -65,8 +83,80 @@ def test_the_commands_of_the_pages_are_taken(page, words, monkeypatch):
     train_script.parse_args(words)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def flags_of(script):
+    """The flags that infer.py or a file of scripts/ has, as its source says."""
+    return {*re.findall(r"\"(--\w+)\"", text_of(ROOT / script))} | {"--lora_scale", "--help"}
+
+
+SCRIPTS = ["infer.py", *sorted(name_of(path) for path in (ROOT / "scripts").glob("*.py"))]
+OTHER_COMMANDS = [
+    (name_of(page), script, words) for page in LINKED for script in SCRIPTS for words in commands_in(page, script)
+]
+
+
+@pytest.mark.parametrize(("page", "script", "words"), OTHER_COMMANDS, ids=lambda value: value[:40] if value else "")
+def test_the_other_commands_of_the_pages_have_such_flags(page, script, words):
+    given = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
+    assert given <= flags_of(script)
+    if script == "scripts/sweep.py":  # behind --sweep and --flags stand flags of the training command
+        named = {f"--{word.partition('=')[0]}" for word in words if re.match(r"[a-z_]+=", word)}
+        assert named <= {*train_script.build_parser()._option_string_actions}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_flag_that_a_page_names_is_there(page):
+    """Also in running text: `--flag`, alone or with its value."""
+    named = {
+        flag
+        for code in re.findall(r"`([^`]+)`", text_of(page))
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*\w", code)
+    }
+    known = {*train_script.build_parser()._option_string_actions} | OF_OTHERS
+    assert named - known.union(*map(flags_of, SCRIPTS)) == set()
+
+
+def links_of(page):
+    """(target, heading) of each link to a file of ours."""
+    found = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text_of(page))
+    return [(page.parent / target if target else page, heading) for target, heading in found if "://" not in target]
+
+
+def headings_of(page):
+    """As a page's headings are linked to: small letters, no marks, dashes for spaces."""
+    lines = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL).splitlines()
+    titles = [re.sub(r"^#+ ", "", line).lower() for line in lines if re.match(r"#+ ", line)]
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+    for target, heading in links_of(page):
+        assert target.exists(), target
+        if heading:
+            assert heading in headings_of(target), f"{target}#{heading}"
+
+
+def test_everything_is_found_from_the_readme():
+    """Every page, recipe, file of cloud/ and script is linked to, or named, on a page that links lead to."""
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        page = page / "README.md" if page.is_dir() else page
+        if page not in reached and page.suffix == ".md" and page.exists():
+            reached.add(page)
+            waiting += [target for target, _ in links_of(page)]
+    said = "\n".join(map(text_of, sorted(reached)))
+    targets = {target.resolve() for page in reached for target, _ in links_of(page)}
+    assert {name_of(page) for page in LINKED} - {name_of(page) for page in reached} == set()
+    others = [*RECIPES, *(ROOT / "cloud").iterdir(), *(ROOT / "docs").glob("*.png")]
+    assert [name_of(path) for path in others if path not in targets and path.name != "Dockerfile.dockerignore"] == []
+    files = [path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".yaml")]
+    assert [name_of(path) for path in files if path.name not in said] == []
+
+
+def test_each_recipes_page_has_its_command():
+    table = text_of(ROOT / "docs" / "recipes" / "README.md")
+    for path in sorted((ROOT / "docs" / "recipes").glob("*.md")):
+        if path.name != "README.md":
+            assert f"({path.name})" in table
+            assert any(f"recipes/{path.stem}.yaml" in words for words in commands_in(path)), path.name

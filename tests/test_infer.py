@@ -230,8 +230,6 @@ def test_the_most_chunks_of_several_loras(write_lora):
     base = infer.Model("tiny", None, None, None, "sd", {}, "epsilon")
     settings, notes = infer.settle(loras, base, None, {})
     assert (settings["long_prompts"], settings["num_chunks"]) == (True, 4)
-    settings, notes = infer.settle(loras, base._replace(family="sdxl"), None, {})
-    assert (settings["long_prompts"], settings["num_chunks"], len(notes)) == (None, None, 1)
 
 
 def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):

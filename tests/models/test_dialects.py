@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import dialects, kohya, lora, lora_file
+from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.updates import factors, modules_of
 
 
@@ -271,7 +272,7 @@ def test_every_layer_of_a_unet_and_a_text_encoder_has_a_name_that_leads_back(sd1
         assert len(names) == {"unet": 282, "text_encoder": 72}[component]
         for name in names:
             name = name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
-            key = f"{kohya.PREFIXES[component]}{name.replace('.', '_')}.lora_down.weight"
+            key = f"{STABLE_DIFFUSION.kohya.prefixes[component]}{name.replace('.', '_')}.lora_down.weight"
             assert dialects.place_of(key, "kohya") == (component, name, "lora_A.weight")
 
 
@@ -282,7 +283,6 @@ REFUSED = {
     "it is OFT, which is not read": "lora_unet_mid_block_attentions_0_proj_in.oft_blocks",
     "it is GLoRA, which is not read": "lora_unet_mid_block_attentions_0_proj_in.a1.weight",
     "it is a model's full difference, which is not read": "lora_unet_mid_block_attentions_0_proj_in.diff",
-    "it is a LoRA of Stable Diffusion XL, which is not": "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
     "it is a LoRA of Flux, which is not read": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
     "it is a LoRA of Stable Diffusion 3, which is not": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
     "it holds lora_unet_down_blocks_0_layer.lora_down.weight": "lora_unet_down_blocks_0_layer.lora_down.weight",

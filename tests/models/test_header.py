@@ -19,6 +19,7 @@ from small_pipeline import adapter, small_pipeline, trained
 
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import header, kohya, lora_file
+from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
 
 
@@ -154,7 +155,7 @@ def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
     monkeypatch.setattr(
         kohya,
         "kohya_tensors",
-        lambda components: {k: v for k, v in rule(components).items() if not k.endswith(".alpha")},
+        lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")},
     )
     with pytest.raises(
         TrainingError, match=r"out-step000002\.safetensors: 30 of 30 modules do not arrive where ComfyUI"
@@ -195,21 +196,23 @@ TOLD = {"resolution": "768", "learning_rate": "0.0001", "pretrained_model_name_o
 
 
 @pytest.mark.parametrize(
-    ("is_sd2", "prediction_type", "architecture", "version"),
+    ("family", "prediction_type", "architecture", "version"),
     [
-        (False, "epsilon", "stable-diffusion-v1/lora", "sd_v1"),
-        (False, "v_prediction", "stable-diffusion-v1/lora", "sd_v1_v"),
-        (True, "epsilon", "stable-diffusion-v2-512/lora", "sd_v2"),
-        (True, "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v"),
+        (STABLE_DIFFUSION, "epsilon", "stable-diffusion-v1/lora", "sd_v1"),
+        (STABLE_DIFFUSION, "v_prediction", "stable-diffusion-v1/lora", "sd_v1_v"),
+        (STABLE_DIFFUSION_2, "epsilon", "stable-diffusion-v2-512/lora", "sd_v2"),
+        (STABLE_DIFFUSION_2, "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v"),
+        (STABLE_DIFFUSION_XL, "epsilon", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+        (STABLE_DIFFUSION_XL, "v_prediction", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
     ],
 )
-def test_the_base_is_told_as_kohya_tells_it(is_sd2, prediction_type, architecture, version):
+def test_the_base_is_told_as_kohya_tells_it(family, prediction_type, architecture, version):
     told = header.header_for_readers(
         TOLD | {"prediction_type": prediction_type}, name="axes", started_at=None, step=10, steps_per_epoch=4,
-        num_pictures=7, is_sd2=is_sd2,
+        num_pictures=7, names=family.kohya,
     )  # fmt: skip
     assert (told["modelspec.architecture"], told["ss_base_model_version"]) == (architecture, version)
-    assert (told["ss_v2"], told["ss_sd_model_name"]) == (str(is_sd2), "owner/model")
+    assert (told["ss_v2"], told["ss_sd_model_name"]) == (str(family is STABLE_DIFFUSION_2), "owner/model")
     assert told["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
     assert ("predicts v" in told["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
     assert "modelspec.date" not in told  # of a run whose checkpoint doesn't say

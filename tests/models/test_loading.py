@@ -14,6 +14,7 @@ import torch
 from conftest import read_lora
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+from original_weights import exactly, renamed, vae_to_ldm
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,27 +26,10 @@ from text_to_image_lora.models.modules import sample_identity, weights_identity
 LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 
 
-def renamed(state_dict, rules, prefix):
-    """The tensors under their new names: each of the rules (pattern, replacement) is applied in turn."""
-    out = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        out[prefix + key] = value.contiguous()
-    return out
-
-
 def to_ldm(folder):
     """The weights of `tiny_sd` as Stability's and CompVis' single files name them (diffusers reads them back)."""
     layers = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
-    blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-    unet, vae, text_encoder = (
-        load_file(next((folder / name).glob("*.safetensors"))) for name in ("unet", "vae", "text_encoder")
-    )
-
-    def exactly(mapping):
-        return [(f"^{re.escape(new)}$", old) for new, old in mapping.items()]
-
+    unet, text_encoder = (load_file(next((folder / n).glob("*.safetensors"))) for n in ("unet", "text_encoder"))
     unet_rules = [
         *exactly(DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]),
         # A block has one layer and, but for the last, one more input block for its downsampler.
@@ -62,26 +46,10 @@ def to_ldm(folder):
         (r"time_emb_proj", "emb_layers.1"),
         (r"conv_shortcut", "skip_connection"),
     ]
-    vae_rules = [
-        *exactly(DIFFUSERS_TO_LDM_MAPPING["vae"]),
-        (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-        (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-        (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{blocks - 1 - int(m[1])}.block"),
-        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample"),
-        (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
-        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-        (r"conv_shortcut", "nin_shortcut"),
-    ]
     assert layers == 2
-    vae = renamed(vae, vae_rules, "first_stage_model.")
-    for key in vae:
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # they were convolutions once
-            vae[key] = vae[key][:, :, None, None]
     return {
         **renamed(unet, unet_rules, "model.diffusion_model."),
-        **vae,
+        **vae_to_ldm(folder),
         **renamed(text_encoder, [], "cond_stage_model.transformer."),
     }
 
@@ -170,7 +138,7 @@ def test_find_a_single_file(single_file, config_only):
         ("empty", "empty: it holds no model_index.json"),
         ("other", "other: a StableDiffusion3Pipeline is not supported; supported: StableDiffusionPipeline"),
         ("broken", "broken/model_index.json: it can't be read"),
-        ("part", "part/vae/config.json: it can't be read"),
+        ("part", "part/unet/config.json: it can't be read"),
     ],
 )
 def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, message):
@@ -412,7 +380,7 @@ def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
     path = tmp_path / "model" / "unet" / "config.json"
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)
     path.write_text(json.dumps(json.loads(path.read_text()) | xl))
-    with pytest.raises(InputError, match="not of the family of Stable Diffusion 1 and 2"):
+    with pytest.raises(InputError, match="its UNet is of Stable Diffusion XL, and model_index.json names"):
         load(tmp_path / "model")
 
 

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models import loading
 from text_to_image_lora.reports import sample_pictures
 
 
@@ -179,7 +179,7 @@ def test_the_base_models_own_sampler_is_used_unless_it_is_pndm(tiny_sd):
     for name, wanted in ((euler, euler), (None, dpm), ("PNDMScheduler", dpm)):
         config = {**config, "_class_name": name} if name else {k: v for k, v in config.items() if k != "_class_name"}
         pipe = sample_pictures.make_pipeline(
-            STABLE_DIFFUSION, given.unet, given.vae, config,
+            loading.find_base_model(str(tiny_sd)), given.unet, given.vae, config,
             SimpleNamespace(prediction_type="v_prediction", rescale_betas_zero_snr=False),
         )  # fmt: skip
         assert type(pipe.scheduler).__name__ == wanted

@@ -136,17 +136,36 @@ def sd15_configuration(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def xl_configuration(tmp_path_factory):
+    """A diffusers folder of Stable Diffusion XL's configuration, without weights."""
+    from family_fixtures import true_xl
+    from mini_sd import write_tokenizer
+
+    folder = tmp_path_factory.mktemp("xl")
+    for name in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / name)
+    for name, model in true_xl().items():
+        model.config.save_pretrained(folder / name) if "text" in name else model.save_config(folder / name)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    return folder
+
+
 RECIPES = sorted((ROOT / "recipes").glob("gpu_*.yaml"))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_recipe_of_a_card_says_what_it_takes_and_fits(sd15_configuration, recipe):
-    words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(sd15_configuration)]
+def test_the_recipe_of_a_card_says_what_it_takes_and_fits(recipe, request):
+    folder = request.getfixturevalue("xl_configuration" if "_xl_" in recipe.stem else "sd15_configuration")
+    words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(folder)]
     args = train_script.parse_args([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
-    base = loading.find_base_model(str(sd15_configuration))
+    base = loading.find_base_model(str(folder))
     plan = train_script.plan_of(args, base, torch.float16)
-    needs = estimate(base, shapes_of(base, args.resolution), plan)
+    shapes = shapes_of(base, args.resolution)
+    own = base.family.picture_condition((1, 1), (0, 0), (1, 1))
+    shapes = shapes._replace(condition=shapes.condition | {name: (len(row),) for name, row in own.items()})
+    needs = estimate(base, shapes, plan)
     found = needs.steps(args.train_batch_size) / 2**30, needs.peak(args.train_batch_size) / 2**30
     first = recipe.read_text().splitlines()[0]
     card, *said = map(float, re.findall(r"(\d+(?:\.\d)?) Gi?B", first))
@@ -155,4 +174,5 @@ def test_the_recipe_of_a_card_says_what_it_takes_and_fits(sd15_configuration, re
 
 
 def test_there_are_recipes_for_cards():
-    assert [path.stem for path in RECIPES] == ["gpu_04gb", "gpu_06gb", "gpu_08gb", "gpu_12gb", "gpu_24gb"]
+    names = ["gpu_04gb", "gpu_06gb", "gpu_08gb", "gpu_12gb", "gpu_24gb"]
+    assert [path.stem for path in RECIPES] == [*names, "gpu_xl_08gb", "gpu_xl_12gb", "gpu_xl_16gb", "gpu_xl_24gb"]

@@ -12,6 +12,7 @@ from conftest import read_lora, read_metrics, run_command, train_script
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import lean, loading, lora
+from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.training import processes, trials
 from text_to_image_lora.training.batches import EffectiveBatchSampler
 from text_to_image_lora.training.trials import Shapes, Trial, even_parts, heaviest_batch, what_compiling_gives
@@ -184,3 +185,34 @@ def test_auto_needs_to_know_what_a_step_has(arguments):
     assert done.returncode == 2
     assert "--gradient_accumulation_steps, such as 8" in done.stderr.strip()
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_makes_room_is_the_base_alone(tiny_sd):
+    """An adapter's weights are views of their masters, which moving would part."""
+    unet = loading.load_components(loading.find_base_model(str(tiny_sd))).denoiser
+    plain = {id(parameter) for parameter in unet.parameters()}
+    lora.add_lora(unet, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    assert {id(parameter) for parameter in trials.base_of(unet)} == plain
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with trials.base_set_aside(unet, torch.device("cpu")):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_that_made_room_predicts_as_before(tiny_sd):
+    base, device = loading.find_base_model(str(tiny_sd)), torch.device("cuda")
+    unet = loading.load_components(base).denoiser.to(device)
+    lora.add_lora(unet, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    more = [torch.zeros(1, *shape, device=device) for shape in (base.latent_shape((32, 32)), (), (77, 96))]
+    with torch.no_grad():
+        master.add_(1e-2)
+        wanted = unet(more[0] + 1, more[1].expand(1), more[2]).sample
+        with trials.base_set_aside(unet, device):
+            assert {parameter.device.type for parameter in trials.base_of(unet)} == {"cpu"}
+        assert torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)
+        master.add_(1e-2)
+        assert not torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
+from .families import family_by_width
+from .original_names import module_of
 
 
 # diffusers' LORA_WEIGHT_NAME_SAFE, without the seconds that importing it takes, and peft's name of such a file.
@@ -31,7 +33,6 @@ OTHER_ADAPTERS = {
 }
 
 OTHER_ARCHITECTURES = {
-    "Stable Diffusion XL": re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_"),
     "Flux": re.compile(r"double_blocks|single_blocks|single_transformer_blocks"),
     "Stable Diffusion 3": re.compile(r"joint_blocks|transformer\.transformer_blocks"),
 }
@@ -111,6 +112,20 @@ def check_lora(path) -> str:
     return dialect
 
 
+def check_family(path, base):
+    """Raises `InputError` where a LoRA is of another family than the `BaseModel`, as far as its shapes tell."""
+    pattern = re.compile(r".*attn2[._](processor\.)?to_[kv].*\b(lora_A|lora_down|down)\.weight")
+    for file, _ in files_of(path):
+        with opened(file, "np") as tensors:
+            widths = {tensors.get_slice(key).get_shape()[1] for key in tensors.keys() if pattern.fullmatch(key)}  # noqa: SIM118
+        found = filter(None, map(family_by_width, widths - {base.cross_attention_dim}))
+        if (family := next(found, None)) is not None:
+            raise InputError(
+                f"{path}: it is a LoRA of {family.name}, and {base.source} is of {base.family.name}. Take a base "
+                "model of the LoRA's family, or another LoRA."
+            )
+
+
 def dialect_of(keys) -> str:
     """ "diffusers", "old diffusers", "kohya" or "peft"; `InputError` for what is no LoRA of Stable Diffusion."""
     keys = sorted(keys)
@@ -119,7 +134,9 @@ def dialect_of(keys) -> str:
             raise InputError(f"it is {name}, which is not read: only LoRA and DoRA are.")
     for name, pattern in OTHER_ARCHITECTURES.items():
         if any(pattern.search(key) for key in keys):
-            raise InputError(f"it is a LoRA of {name}, which is not read: only those of Stable Diffusion 1 and 2 are.")
+            raise InputError(
+                f"it is a LoRA of {name}, which is not read: only those of Stable Diffusion 1, 2 and XL are."
+            )
     if not keys:
         raise InputError("it holds no weights.")
     dialect = next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
@@ -151,7 +168,10 @@ def _kohya_place(key):
     leaf = KOHYA_LEAVES.get(leaf, leaf if leaf in KOHYA_LEAVES.values() else None)
     if prefix is None or leaf is None:
         return None
-    module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.removeprefix(prefix).replace("_", "."))
+    name = name.removeprefix(prefix)
+    if prefix == "lora_unet_":
+        name = module_of(name) or name  # Stable Diffusion XL's has the original code's
+    module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.replace("_", "."))
     return (KOHYA_PREFIXES[prefix], module, leaf) if LAYER.fullmatch(module) else None
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from PIL import Image
 
-from .kohya import DORA_NETWORK, NETWORK
+from .kohya import DORA_NETWORK, NETWORK, header_of
 
 
 # kohya's names: those of the training script's flags and of what they were settled to.
@@ -47,21 +47,17 @@ SETTINGS = {
 THUMBNAIL_SIDE = 256  # pixels
 
 
-def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pictures, is_sd2):
+def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pictures, names):
     """The strings, of `told`: {flag, or what it was settled to: its value as a string}.
 
     `name` is what the file is called, `started_at` when the run began (seconds since 1970): the same for all its files,
-    whenever it was interrupted.
+    whenever it was interrupted, and `names` are the family's `KohyaNames`.
     """
     v_prediction = told.get("prediction_type") == "v_prediction"
-    architecture = "stable-diffusion-v1"
-    if is_sd2:
-        architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
     side = told["resolution"]
     header = {key: told[flag] for key, flag in SETTINGS.items() if flag in told}
     header |= {
-        "ss_base_model_version": f"sd_v{2 if is_sd2 else 1}{'_v' if v_prediction else ''}",
-        "ss_v2": str(is_sd2),
+        **header_of(names, v_prediction),
         "ss_output_name": name,
         "ss_steps": str(step),
         "ss_epoch": str(step // steps_per_epoch),
@@ -69,7 +65,7 @@ def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pic
         "ss_num_train_images": str(num_pictures),
         "ss_resolution": f"({side}, {side})",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{names.architectures['v_prediction' if v_prediction else 'epsilon']}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",

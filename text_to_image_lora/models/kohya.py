@@ -14,12 +14,12 @@ import torch
 
 from ..errors import InputError
 from .dialects import LAYER
+from .families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, KohyaNames, family_by_width
 from .lora_file import scale_of, write_tensors
+from .original_names import original_name
 
 
-# Of Stable Diffusion 1 and 2. XL's text encoders are lora_te1_ and lora_te2_, and its UNet has its original code's names.
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-OF_XL = re.compile(r"transformer_blocks\.[1-9]")
+OF_XL = re.compile(r"transformer_blocks\.[1-9]|add_embedding\.")
 
 
 # ss_network_module and ss_network_args: kohya's own, and LyCORIS' for what it alone has.
@@ -30,15 +30,28 @@ DORA_NETWORK = {
 }
 
 
+def family_of(components):
+    """The family that state dicts of a LoRA are of, as far as they tell: Stable Diffusion 1, where they don't."""
+    keys = {key: value.shape for key, value in components.get("unet", {}).items()}
+    if "text_encoder_2" in components or any(OF_XL.search(key) for key in keys):
+        return STABLE_DIFFUSION_XL
+    widths = {shape[1] for key, shape in keys.items() if re.search(r"attn2\.to_[kv]\.lora_A", key)}
+    return next(filter(None, map(family_by_width, widths)), STABLE_DIFFUSION)
+
+
+def header_of(names, v_prediction=False):
+    """The strings by which A1111 tells the family of the base."""
+    version = names.version + ("_v" if v_prediction and names.says_v else "")
+    return {"ss_v2": str(names.version == "sd_v2"), "ss_base_model_version": version}
+
+
 def minimal_header(components):
     """The strings by which readers tell what a file is, as far as folded state dicts tell."""
     shapes = {key: value.shape for state_dict in components.values() for key, value in state_dict.items()}
-    is_sd2 = any(shape[1] == 1024 for key, shape in shapes.items() if re.search(r"attn2\.to_[kv]\.lora_A", key))
     rank = max(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
     is_dora = any(key.endswith(".lora_magnitude_vector") for key in shapes)
     return {
-        "ss_v2": str(is_sd2),
-        "ss_base_model_version": "sd_v2" if is_sd2 else "sd_v1",
+        **header_of(family_of(components).kohya),
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         **(DORA_NETWORK if is_dora else NETWORK),
@@ -56,8 +69,8 @@ def file_name(output_dir, step=None):
     return f"{name}.safetensors" if step is None else f"{name}-step{step:06d}.safetensors"
 
 
-def kohya_tensors(components):
-    """{key: float32 tensor} by kohya's names, of {component: (peft's state dict, its `LoraConfig`)}.
+def kohya_tensors(components, names: KohyaNames = STABLE_DIFFUSION.kohya):
+    """{key: float32 tensor} by kohya's names of a family, of {component: (peft's state dict, its `LoraConfig`)}.
 
     The weights are as they were trained, and alpha says their scale: alpha / rank is peft's own. Where the configuration
     is None, the scale is in lora_B already.
@@ -66,10 +79,9 @@ def kohya_tensors(components):
     for component, (state_dict, config) in components.items():
         for key, value in state_dict.items():
             module, _, leaf = key.partition(".lora_")
-            name = module if component == "unet" or module.startswith("text_model.") else f"text_model.{module}"
-            if component not in PREFIXES or not LAYER.fullmatch(name) or OF_XL.search(name):
-                raise InputError(f"{component}.{module} has no name in kohya's format of Stable Diffusion 1 and 2.")
-            name = PREFIXES[component] + name.replace(".", "_")
+            name = _name_of(component, module, names)
+            if name is None:
+                raise InputError(f"{component}.{module} has no name in kohya's format of {names.version}.")
             value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
             if leaf == "A.weight":
                 tensors[f"{name}.alpha"] = torch.tensor(scale_of(config, module, len(value)) * len(value))
@@ -84,13 +96,26 @@ def kohya_tensors(components):
     return tensors
 
 
-def save_kohya(path, components, header, dtype=torch.float32) -> Path:
+def _name_of(component, module, names):
+    """What kohya calls a module; None where it has no name for it."""
+    whole = module if component == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+    if component not in names.prefixes or not LAYER.fullmatch(whole):
+        return None
+    name = whole.replace(".", "_")
+    if component == "unet" and names.original_blocks:
+        name = original_name(whole)
+    elif OF_XL.search(whole):
+        return None
+    return name and names.prefixes[component] + name
+
+
+def save_kohya(path, components, header, dtype=torch.float32, names: KohyaNames = STABLE_DIFFUSION.kohya) -> Path:
     """Writes the file whole or not at all and returns its path; the same weights and strings give the same bytes.
 
     In float32 unless told otherwise: float16 halves the few megabytes, but rounds what was trained, and an update that is
     still small falls below its smallest numbers. Readers cast by themselves. An alpha is always float32.
     """
-    tensors = kohya_tensors(components)
+    tensors = kohya_tensors(components, names)
     tensors = {key: value if key.endswith(".alpha") else value.to(dtype) for key, value in tensors.items()}
     header = {key: value for key, value in header.items() if not key.endswith("token")} | {"format": "pt"}
     write_tensors(Path(path), tensors, header)

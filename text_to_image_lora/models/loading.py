@@ -4,40 +4,16 @@ torch, diffusers and transformers are imported inside the functions, so that `fi
 that a base model is not there or does not fit.
 """
 
-import contextlib
 import json
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import hub_file, is_hub_id, reason_of
-from .families import FAMILIES, STABLE_DIFFUSION, Family, family_of
-
-
-class BaseModel(NamedTuple):
-    """Where a base model is and what its configuration files say; nothing is loaded yet."""
-
-    source: str
-    kind: str  # "folder", "hub" or "file"
-    family: Family
-    image_factor: int  # a resolution must be a multiple of this: the VAE's factor times the UNet's
-    latent_channels: int
-    vae_factor: int
-    cross_attention_dim: int
-    text_layers: int
-    single_file_config: str | None
-    revision: str | None
-    variant: str | None
-    cache_dir: str | None
-
-    def latent_shape(self, size):
-        """(channels, height, width) of the latent of (width, height) in pixels."""
-        return self.latent_channels, size[1] // self.vae_factor, size[0] // self.vae_factor
-
-    def condition_shapes(self, num_chunks):
-        """{name: shape} of what a caption becomes, in that many chunks of tokens."""
-        return self.family.condition_shapes(self, num_chunks)
+from ..files import reason_of
+from .base_model import BaseModel, family_of, from_hub, rows_of, where
+from .families import STABLE_DIFFUSION, family_by_marks
+from .single_files import SingleFile, lightning_stubs, look_into
 
 
 class Components(NamedTuple):
@@ -52,81 +28,50 @@ class Components(NamedTuple):
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
-    path = Path(name)
-    if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
-        if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
-            raise InputError(f"{single_file_config}: it holds no model_index.json (--single_file_config).")
-        folder = single_file_config
-        kind = "file"
-    elif path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise InputError(f"{name}: it holds no model_index.json, so it is not a diffusers model folder.")
-        folder, kind = name, "folder"
-    elif not is_hub_id(name):
-        raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
-    else:
-        folder, kind = None, "hub"
+    kind, folder = where(name, single_file_config)
+    said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
 
     def read(file):
         if kind == "hub":
-            return json.loads(_hub_file(name, file, revision, cache_dir).read_text(encoding="utf-8"))
+            return json.loads(from_hub(name, file, revision, cache_dir).read_text(encoding="utf-8"))
         try:
             return json.loads(Path(folder, file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
 
     if kind == "file" and folder is None:
-        # A single file names no family; its configuration comes from the hub when it is loaded.
-        family, vae, unet, text = STABLE_DIFFUSION, {}, {}, {}
+        # Its configuration comes from the hub when it is loaded.
+        family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
     else:
-        pipeline = read("model_index.json").get("_class_name")
-        family = family_of(pipeline)
-        if family is None:
-            supported = ", ".join(dict.fromkeys(row.pipeline for row in FAMILIES))
-            raise InputError(f"{name}: a {pipeline} is not supported; supported: {supported}.")
-        parts = ("vae", family.denoiser, family.text_encoders[0].name)
-        vae, unet, text = (read(f"{part}/config.json") for part in parts)
+        index = read("model_index.json")
+        rows = rows_of(name, index.get("_class_name"))
+        unet = read(f"{rows[0].denoiser}/config.json")
+        family = family_of(name, rows, unet)
+        if said.family not in (None, family):
+            raise InputError(
+                f"{name}: it is of {said.family.name}, and {folder} (--single_file_config) of {family.name}."
+            )
+        vae, texts = read("vae/config.json"), [read(f"{row.name}/config.json") for row in family.text_encoders]
     vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
+    side = unet.get("sample_size")
     return BaseModel(
         name,
         kind,
         family,
+        resolution=side * vae_factor if isinstance(side, int) else family.resolution,
         image_factor=vae_factor * 2 ** (len(unet.get("block_out_channels", [1] * 4)) - 1),
         latent_channels=vae.get("latent_channels", 4),
         vae_factor=vae_factor,
         cross_attention_dim=unet.get("cross_attention_dim", family.cross_attention_dim),
-        text_layers=text.get("num_hidden_layers", family.text_layers),
+        text_layers=texts[0].get("num_hidden_layers", family.text_layers),
+        pooled_dim=family.pooled_dim and texts[-1].get("projection_dim", family.pooled_dim),
+        zeros_for_empty_prompt=family.zeros_option is not None and index.get(family.zeros_option, True),
+        scheduler_changes=said.scheduler_changes,
         single_file_config=single_file_config,
         revision=revision,
         variant=variant,
         cache_dir=cache_dir,
     )
-
-
-def _hub_file(name, file, revision, cache_dir):
-    """`hub_file`, with an `InputError` where neither the local cache nor the hub has it."""
-    try:
-        return hub_file(name, file, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # the client's errors have no common base: no network, no such model, gated, bad token
-        raise InputError(
-            f"{name}: neither a folder here nor a model that the hub gives ({reason_of(error)}). Check the spelling, your "
-            "network and `hf auth login`, or pass a local folder."
-        ) from error
-
-
-@contextlib.contextmanager
-def lightning_stubs():
-    """Lets `weights_only` loading pass over the Lightning callbacks that old `.ckpt` files hold.
-
-    The stand-ins carry no behaviour: a checkpoint can name them, and nothing of Lightning's is imported or run.
-    """
-    import torch
-
-    names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
-    with torch.serialization.safe_globals([type("ModelCheckpoint", (), {"__module__": name}) for name in names]):
-        yield
 
 
 def load_tokenizer(base):
@@ -196,7 +141,7 @@ def _from_single_file(base, dtype):
         tuple(getattr(pipeline, row.name).to(dtype) for row in family.text_encoders),
         pipeline.vae,
         getattr(pipeline, family.denoiser).to(dtype),
-        dict(pipeline.scheduler.config),
+        dict(pipeline.scheduler.config) | base.scheduler_changes,
     )
 
 
@@ -281,7 +226,7 @@ def _load_vae(base, name):
         return diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, cache_dir=base.cache_dir)
     config = base.single_file_config if base.kind == "file" else base.source
     if base.kind == "hub":
-        config = str(_hub_file(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
+        config = str(from_hub(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
     with lightning_stubs():
         return diffusers.AutoencoderKL.from_single_file(
             name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
@@ -296,7 +241,7 @@ def _check_denoiser(base, vae, unet):
             f"latents of {channels} channels at 1/{factor} do not fit a UNet of {unet.config.in_channels} channels at "
             f"1/{base.vae_factor}"
         )
-    if unet.config.addition_embed_type != base.family.addition_embed_type:
+    if family_by_marks(unet.config) is not base.family:
         raise ValueError(f"it is not of the family of {base.family.name}")
 
 
@@ -307,6 +252,9 @@ def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_beta
     """
     import diffusers
 
+    kind = scheduler_config.get("_class_name", "")
+    if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
+        raise InputError(f"The base model's scheduler is a {kind}: a diffusion of another kind than is trained here.")
     changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True

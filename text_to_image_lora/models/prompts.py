@@ -92,6 +92,18 @@ def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None, num_chunks
     return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1])
 
 
+def encode_penultimate(tokenizer, text_encoder, captions, clip_skip=None, num_chunks=1):
+    """(hidden states of the last layer but one (N, 77 x num_chunks, D), what the model returns first of chunk one (N, ...)).
+
+    As the pipeline of Stable Diffusion XL has it: no layer norm follows, and `clip_skip` leaves out so many more. What a
+    `CLIPTextModelWithProjection` returns first is the embedding of the whole caption (N, P).
+    """
+    inner = getattr(text_encoder, "module", text_encoder)
+    output = text_encoder(tokenize(tokenizer, captions, num_chunks).to(inner.device), output_hidden_states=True)
+    hidden_states = output.hidden_states[-2 - (clip_skip or 0)]
+    return hidden_states.reshape(len(captions), -1, hidden_states.shape[-1]), output[0][::num_chunks]
+
+
 def text_identity(tokenizer, text_encoder):
     """A hash of what turns a caption into hidden states: the tokenizer and the text encoder."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""How the programs that people draw with read a LoRA file of Stable Diffusion 1 and 2, by their own rules.
+"""How the programs that people draw with read a LoRA file of Stable Diffusion, by their own rules.
 
 Written anew, apart from what writes the files, so that the two can be held against each other. Each rule takes the file's
 tensors, its header, and `layers`: {(component, module): shape of the weight} of the base's linear and convolution layers,
@@ -40,31 +40,37 @@ def diffusers(tensors, header, layers):
 def comfyui(tensors, header, layers):
     """As ComfyUI reads it: `model_lora_keys_unet` and `model_lora_keys_clip` in its `comfy/lora.py`.
 
-    The UNet's layers by diffusers' names with underscores; of the text encoder only the six kinds of its LORA_CLIP_MAP.
+    The UNet's layers by diffusers' names with underscores, and by the original code's; of the text encoders only the six
+    kinds of its LORA_CLIP_MAP.
     """
-    names = {}
+    names = {
+        name.replace("diffusion_model", "lora_unet"): place
+        for name, place in _original_names(layers, is_sd2=False).items()
+        if place[0] == "unet"
+    }
     for component, module in layers:
         if component == "unet":
             names["lora_unet_" + module.replace(".", "_")] = component, module
         elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.(self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])", module):
             layer, kind = found.groups()
-            names[f"lora_te_text_model_encoder_layers_{layer}_{kind.replace('.', '_')}"] = component, module
+            for prefix in ("te2",) if component == "text_encoder_2" else ("te", "te1"):
+                names[f"lora_{prefix}_text_model_encoder_layers_{layer}_{kind.replace('.', '_')}"] = component, module
     return _kohya_pairs(tensors, names.get)
 
 
 def a1111(tensors, header, layers):
     """As A1111 reads it: `load_network` in its `extensions-builtin/Lora/networks.py`.
 
-    It makes of kohya's names those of the original code's modules, by patterns that fit Stable Diffusion's blocks alone.
-    OpenCLIP, the text encoder of Stable Diffusion 2, has query, key, value and output in one module, which is changed only
-    where all four are there.
+    It makes of kohya's names those of the original code's modules, by patterns that fit Stable Diffusion's blocks alone;
+    those of Stable Diffusion XL have them already. OpenCLIP, the text encoder of Stable Diffusion 2 and the second of XL,
+    has query, key, value and output in one module, which is changed only where all four are there.
     """
     is_sd2 = layers.get(("text_encoder", "encoder.layers.0.self_attn.q_proj"), ())[:1] == (1024,)
     names = _original_names(layers, is_sd2)
     arrived = _kohya_pairs(tensors, lambda name: names.get(_in_the_original(name, is_sd2)))
     attentions = {}
-    for component, module in arrived if is_sd2 else ():
-        if ".self_attn." in module:
+    for component, module in arrived:
+        if ".self_attn." in module and (is_sd2 or component == "text_encoder_2"):
             attentions.setdefault(module.rpartition(".")[0], []).append((component, module))
     for places in attentions.values():
         if len(places) < 4:
@@ -74,9 +80,10 @@ def a1111(tensors, header, layers):
 
 
 def has_the_geometry_of_a1111(layers):
-    """Whether the UNet has the blocks of Stable Diffusion 1 and 2, which A1111's patterns count on."""
+    """Whether the UNet has the blocks of Stable Diffusion 1 and 2, or of XL, which A1111's patterns count on."""
     found = {re.match(r"down_blocks\.(\d+\.resnets\.\d+)\.", module) for _, module in layers}
-    return {match[1] for match in found if match} == {f"{i}.resnets.{j}" for i in range(4) for j in range(2)}
+    blocks = {match[1] for match in found if match}
+    return any(blocks == {f"{i}.resnets.{j}" for i in range(levels) for j in range(2)} for levels in (3, 4))
 
 
 def _pair(tensors, down, up, scale):
@@ -108,6 +115,7 @@ def _original_names(layers, is_sd2):
     """{name in the original code, with underscores: place}, by the order in which its UNet counts the blocks."""
     blocks = {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
     blocks |= {"time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2"}
+    blocks |= {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
     blocks |= {"mid_block.resnets.0": "middle_block_0", "mid_block.attentions.0": "middle_block_1"}
     blocks |= {"mid_block.resnets.1": "middle_block_2"}
     down, up = 1, 0
@@ -122,7 +130,7 @@ def _original_names(layers, is_sd2):
             blocks[f"up_blocks.{level}.resnets.{k}"] = f"output_blocks_{up}_0"
             blocks[f"up_blocks.{level}.attentions.{k}"] = f"output_blocks_{up}_1"
             up += 1
-        after_attention = ("unet", f"up_blocks.{level}.attentions.2.proj_in") in layers
+        after_attention = any(module.startswith(f"up_blocks.{level}.attentions.") for _, module in layers)
         blocks[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks_{up - 1}_{1 + after_attention}_conv"
     names = {}
     for component, module in layers:
@@ -131,12 +139,13 @@ def _original_names(layers, is_sd2):
             rest = module[len(block) + 1 :] if block else ""
             name = "_".join(filter(None, (blocks.get(block), _IN_RESNETS.get(rest, rest.replace(".", "_")))))
             names[f"diffusion_model_{name}"] = component, module
-        elif is_sd2:
+        elif is_sd2 or component == "text_encoder_2":
             name = module.removeprefix("encoder.layers.").replace("self_attn", "attn")
             name = name.replace("fc1", "c_fc").replace("fc2", "c_proj").replace(".", "_")
-            names[f"model_transformer_resblocks_{name}"] = component, module
+            names[f"{'' if is_sd2 else '1_'}model_transformer_resblocks_{name}"] = component, module
         else:
-            names[f"transformer_text_model_{module.replace('.', '_')}"] = component, module
+            for number in ("", "0_"):  # of two text encoders
+                names[f"{number}transformer_text_model_{module.replace('.', '_')}"] = component, module
     return names
 
 
@@ -162,10 +171,10 @@ def _in_the_original(name, is_sd2):
         return f"diffusion_model_input_blocks_{3 + int(match[1]) * 3}_0_op"
     if match := re.match(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", name):
         return f"diffusion_model_output_blocks_{2 + int(match[1]) * 3}_{2 if int(match[1]) > 0 else 1}_conv"
-    if match := re.match(r"lora_te_text_model_encoder_layers_(\d+)_(.+)", name):
-        layer, rest = match.groups()
-        if not is_sd2:
-            return f"transformer_text_model_encoder_layers_{layer}_{rest}"
+    if match := re.match(r"lora_te([12]?)_text_model_encoder_layers_(\d+)_(.+)", name):
+        which, layer, rest = match.groups()
+        if which == "1" or not (which or is_sd2):
+            return f"{'0_' if which else ''}transformer_text_model_encoder_layers_{layer}_{rest}"
         rest = rest.replace("mlp_fc1", "mlp_c_fc").replace("mlp_fc2", "mlp_c_proj").replace("self_attn", "attn")
-        return f"model_transformer_resblocks_{layer}_{rest}"
-    return name
+        return f"{'1_' if which else ''}model_transformer_resblocks_{layer}_{rest}"
+    return name.replace("lora_unet", "diffusion_model")

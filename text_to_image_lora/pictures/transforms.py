@@ -175,6 +175,14 @@ def draw_variation(width, height, size, augmentation, *, image_id, index):
     return Variation(left, top, flip, share, turn, *factors, hue)
 
 
+def corner_shown(width, height, variation, size):
+    """(left, top) in pixels of what is shown of a picture, in the picture as it was resized and mirrored."""
+    covering = covering_size(width, height, size, variation.share, variation.turn)
+    window = window_size(size, variation.turn)
+    left = covering[0] - window[0] - variation.left if variation.flip else variation.left
+    return left, variation.top
+
+
 def apply_variation(image, variation, size, interpolation="lanczos"):
     """An RGB picture to uint8 pixels (height, width, 3) of `size` (width, height): resized, cropped, flipped, ..."""
     pixels = _cut(image, variation, size, interpolation)

@@ -9,6 +9,7 @@ import yaml
 
 from ..errors import TrainingError
 from ..files import is_hub_id, reason_of, without_folders, write_whole
+from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
 
 
@@ -24,11 +25,12 @@ def write_model_card(
     trigger_word: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
+    family: Family = STABLE_DIFFUSION,
 ) -> Path:
     """Writes README.md, the hub's model card, and returns its path.
 
     `pictures` are (prompt, path) of sample pictures in `output_dir`. Without a `license`, a base model
-    from the hub gets Stable Diffusion's (as in diffusers' examples), and a local one, whose terms are unknown, none.
+    from the hub gets that of its family, and a local one, whose terms are unknown, none.
     `kohya_file` is the name of the file in kohya's format, where there is one.
     """
     on_hub = _is_on_hub(base_model)
@@ -40,9 +42,9 @@ def write_model_card(
         "base_model": base if on_hub else None,
         "datasets": [name for name in dataset_names if _is_on_hub(name)],
         "library_name": "diffusers",
-        "license": license or ("creativeml-openrail-m" if on_hub else None),
+        "license": license or (family.license if on_hub else None),
         "instance_prompt": trigger_word,
-        "tags": ["text-to-image", "stable-diffusion", "diffusers", "diffusers-training", "lora", "template:sd-lora"],
+        "tags": ["text-to-image", *family.tags, "diffusers", "diffusers-training", "lora", "template:sd-lora"],
         "widget": [{"text": prompt, "output": {"url": picture}} for prompt, picture in pictures],
     }
     front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
@@ -51,7 +53,7 @@ def write_model_card(
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
     pipeline = f"DiffusionPipeline.from_pretrained({base!r})"
     if base.endswith((".safetensors", ".ckpt")):
-        pipeline = f"StableDiffusionPipeline.from_single_file({base!r})"
+        pipeline = f"{family.pipeline}.from_single_file({base!r})"
     sections = [
         f"# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}",
         f"These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(' and '.join(datasets))} dataset.",

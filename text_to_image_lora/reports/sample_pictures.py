@@ -48,8 +48,8 @@ class Samples(NamedTuple):
         return self.of(prompt)["seed"] + k
 
 
-def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
-    """The family's pipeline around the models in training; prompts come as embeddings.
+def make_pipeline(base, denoiser, vae, scheduler_config, trained_config):
+    """The pipeline of a `BaseModel` around the models in training; prompts come as embeddings.
 
     No safety checker: it blackens pictures that are only unusual, and what is trained on is the user's own. The sampler
     is the base model's own, but DPM++ 2M (https://arxiv.org/abs/2211.01095) instead of PNDM, which in 30 steps overshoots
@@ -57,6 +57,7 @@ def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
     """
     import diffusers
 
+    family = base.family
     scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.PNDMScheduler)
     if scheduler_class is diffusers.PNDMScheduler:
         scheduler_class = diffusers.DPMSolverMultistepScheduler
@@ -66,9 +67,10 @@ def make_pipeline(family, denoiser, vae, scheduler_config, trained_config):
         scheduler_class = diffusers.DDIMScheduler
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     without = {name: None for row in family.text_encoders for name in (row.name, row.tokenizer)}
+    zeros = {} if family.zeros_option is None else {family.zeros_option: base.zeros_for_empty_prompt}
     pipeline = getattr(diffusers, family.pipeline)(
         vae=vae, scheduler=scheduler_class.from_config(scheduler_config, **changes),
-        **{family.denoiser: denoiser}, **without, **family.pipeline_options,
+        **{family.denoiser: denoiser}, **without, **family.pipeline_options, **zeros,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -89,7 +91,11 @@ class Painter:
 
     def _encode(self, prompt_encoder):
         """The conditions of the prompts and of the negative ones, which as in diffusers' pipelines have no clip_skip."""
-        negative = prompt_encoder(self._negative_prompts(), with_clip_skip=False)
+        negatives = self._negative_prompts()
+        negative = prompt_encoder(negatives, with_clip_skip=False)
+        if self.family.zeros_option is not None and self.pipeline.config[self.family.zeros_option]:
+            for value in negative.values():
+                value[[not text for text in negatives]] = 0
         wanted = prompt_encoder(self.samples.prompts)
         return [{name: value.cpu() for name, value in part.items()} for part in (wanted, negative)]
 

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..models.base_model import BaseModel
 from ..models.latents import LatentEncoder, encoded_at_once
-from ..models.loading import BaseModel
 from ..models.prompts import PromptEncoder
 from ..pictures.records import in_threads
+from ..pictures.transforms import corner_shown
 from . import interruption
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole
 
@@ -86,8 +87,9 @@ def _shard_path(folder, kind, key):
 
 def picture_condition_of(pictures, i, k, family):
     """What the family's denoiser is told of variation k of picture i itself, float32 tensors by name."""
-    fact = pictures.facts[i]
-    numbers = family.picture_condition((fact.width, fact.height), pictures.variation(i, k), pictures.sizes[i])
+    fact, size = pictures.facts[i], pictures.sizes[i]
+    corner = corner_shown(fact.width, fact.height, pictures.variation(i, k), size)
+    numbers = family.picture_condition((fact.width, fact.height), corner, size)
     return {name: torch.tensor(value, dtype=torch.float32) for name, value in numbers.items()}
 
 
@@ -174,7 +176,10 @@ class Cache(NamedTuple):
         where the disk is too full.
         """
         encoder, prompter = self.latent_encoder, self.prompt_encoder
-        identity = f"{encoder.identity} {self.base.family.name}"  # families differ in what a variation's condition is
+        own = picture_condition_of(
+            pictures, 0, 0, self.base.family
+        )  # families differ in what a variation's condition is
+        identity = " ".join((encoder.identity, *sorted(own)))
         latent_shards, locations = plan_latents(
             pictures, variations, identity=identity, dtype=encoder.dtype, folder=self.folder
         )

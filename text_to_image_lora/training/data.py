@@ -6,6 +6,7 @@ and no draw is ever made on the device.
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -71,10 +72,11 @@ class TrainingSet(torch.utils.data.Dataset):
     """Everything that a training step needs of a `Sample` of a `PictureSet`, drawn on the CPU.
 
     `latents` and `prompts` are what `Cache.build` gave. Where one is None, a sample has its pixels or its caption
-    instead, for the loop to encode. `base` is the `BaseModel`.
+    instead, for the loop to encode. `base` is the `BaseModel`. With `named`, a sample has its file's "names" too.
     """
 
-    def __init__(self, pictures, base, draws, *, latents=None, prompts=None):
+    def __init__(self, pictures, base, draws, *, latents=None, prompts=None, named=False):
+        self.named = named
         self.pictures, self.base, self.draws, self.latents, self.prompts = pictures, base, draws, latents, prompts
 
     def __len__(self):
@@ -109,6 +111,8 @@ class TrainingSet(torch.utils.data.Dataset):
             own = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position, 2))
             out["perceptual_timesteps"] = torch.randint(draws.num_train_timesteps, (), generator=own)
             out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
+        if self.named:
+            out["names"] = Path(pictures.records[index]["image"]["path"] or f"picture {index}").name
         captions = pictures.captions[index]
         caption = "" if is_dropped else captions[which_caption % len(captions)]
         condition = {}

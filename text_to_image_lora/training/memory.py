@@ -141,7 +141,8 @@ def estimate(base, shapes, plan):
         trial.predict(2 * plan.draws)  # each with its negative prompt
         vae.decode(torch.zeros(1, channels, height, width))
 
-    encoding = weights + encoders + peak_bytes(encode)
+    # On a GPU the denoiser's base is set aside meanwhile, where the steps don't encode themselves.
+    encoding = weights - (frozen if plan.caches else 0) + encoders + peak_bytes(encode)
     return Needs(
         encoding if plan.caches else 0,
         weights + one + (encoders if plan.encoders_stay else 0),

@@ -121,6 +121,12 @@ def loss_of_samples(model_pred, target, mask=None, huber_c=None):
     return (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
+def losses_by_name(batch, model_pred, target, huber_c=None):
+    """{loss_for_NAME: the loss of that sample, without its weight} of a batch with "names"."""
+    losses = loss_of_samples(model_pred.detach(), target, batch.get("mask"), huber_c)
+    return {f"loss_for_{name}": loss for name, loss in zip(batch["names"], losses, strict=True)}
+
+
 def diffusion_loss(model_pred, target, weights, mask=None, huber_c=None):
     """Sum over the samples of weight x loss; weights (N,), the rest as in `loss_of_samples`.
 

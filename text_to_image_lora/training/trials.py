@@ -53,6 +53,26 @@ def set_aside(models, device):
             model.to(device)
 
 
+def base_of(model):
+    """The weights of a model that are not its adapters'."""
+    return [p for name, p in model.named_parameters() if ".lora_" not in name and "adapter_masters" not in name]
+
+
+@contextlib.contextmanager
+def base_set_aside(model, device):
+    """Inside, the base weights of an adapted model are on the CPU; its adapters stay, which layers share with their masters."""
+    moved = base_of(model) if device.type == "cuda" else []  # elsewhere it is all one memory
+    for parameter in moved:
+        parameter.data = parameter.data.to("cpu")
+    if moved:
+        torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for parameter in moved:
+            parameter.data = parameter.data.to(device)
+
+
 def even_parts(count):
     """The sizes of batches that divide `count` samples into as few and as even parts as can be, the largest first."""
     return sorted({-(-count // parts) for parts in range(1, count + 1)}, reverse=True)

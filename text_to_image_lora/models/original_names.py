@@ -1,0 +1,77 @@
+"""What the modules of a UNet of three levels are called in the original code of Stable Diffusion XL, with underscores.
+
+Stability's generative-models number all blocks through, down and up: kohya's LoRA files of Stable Diffusion XL have these
+names (`make_unet_conversion_map` in kohya-ss/sd-scripts, `library/sdxl_model_util.py`), other families' have diffusers'.
+"""
+
+import re
+
+
+OUTSIDE = {
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+    "time_embedding.linear_1": "time_embed_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "add_embedding.linear_2": "label_emb_0_2",
+}
+IN_RESNETS = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+MODULES_OUTSIDE = {name: module for module, name in OUTSIDE.items()}
+MODULES_IN_RESNETS = {name: module for module, name in IN_RESNETS.items()}
+# Behind two resnets with attention (three on the way up) comes what changes the size.
+BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
+NAME = re.compile(r"(input_blocks|output_blocks|middle_block)_(\d+)(?:_(\d))?_(.+)")
+
+
+def original_name(module):
+    """The name of a module of diffusers' UNet; None where it has none."""
+    if module in OUTSIDE:
+        return OUTSIDE[module]
+    if not (match := BLOCK.fullmatch(module)):
+        return None
+    way, level, kind, k, rest = match.groups()
+    rest = IN_RESNETS.get(rest, rest) if kind == "resnets" else rest.replace(".", "_")
+    inner, level, k = int(kind == "attentions"), int(level or 0), int(k)
+    if kind == "downsamplers":
+        return f"input_blocks_{3 * level + 3}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{3 * level + 2}_2_conv"
+    if way is None:
+        return f"middle_block_{1 if inner else 2 * k}_{rest}"
+    if k > (1 if way == "down" else 2):
+        return None
+    return (
+        f"input_blocks_{3 * level + k + 1}_{inner}_{rest}"
+        if way == "down"
+        else f"output_blocks_{3 * level + k}_{inner}_{rest}"
+    )
+
+
+def module_of(name):
+    """The module that a name means, its own underscores and dots not told apart within a block; None for no such name."""
+    if name in MODULES_OUTSIDE:
+        return MODULES_OUTSIDE[name]
+    if not (match := NAME.fullmatch(name)):
+        return None
+    part, number, inner, rest = match.groups()
+    if part == "middle_block":
+        rest, number = f"{inner}_{rest}" if inner else rest, int(number)
+        return (
+            f"mid_block.attentions.0.{rest}" if number == 1 else f"mid_block.resnets.{number // 2}.{_in_resnet(rest)}"
+        )
+    if inner is None:
+        return None
+    level, k = divmod(int(number) - (part == "input_blocks"), 3)
+    way = "down" if part == "input_blocks" else "up"
+    if rest in ("op", "conv"):
+        return f"{way}_blocks.{level}.{way}samplers.0.conv"
+    return f"{way}_blocks.{level}." + (f"resnets.{k}.{_in_resnet(rest)}" if inner == "0" else f"attentions.{k}.{rest}")
+
+
+def _in_resnet(rest):
+    return MODULES_IN_RESNETS.get(rest, rest)
