@@ -123,16 +123,19 @@ def test_a_chart_is_zoomed_and_the_others_follow(real_run, open_page):
     left, right, middle = box["x"] + 0.4 * box["width"], box["x"] + 0.7 * box["width"], box["y"] + 80
     if page.device == "phone":
         pinch = {"x": left, "y": middle, "scaleFactor": 2, "gestureSourceType": "touch"}
-        page.context.new_cdp_session(page).send("Input.synthesizePinchGesture", pinch)
+        session = page.context.new_cdp_session(page)
+        for _ in range(4):  # a busy machine lets most of a gesture's events fall
+            session.send("Input.synthesizePinchGesture", pinch)
     else:
         page.mouse.move(left, middle)
         page.mouse.down()
         page.mouse.move(right, middle, steps=5)
         page.mouse.up()
-    wait_for(page, "zoomed", "document.getElementById('curves').dataset.shown !== undefined")
+    narrower = 0.9 * (whole[0][1] - whole[0][0])
+    shown = "(document.getElementById('curves').dataset.shown || '0 1e9').split(' ')"
+    wait_for(page, "zoomed", f"(([start, end]) => end - start < {narrower})({shown})")
     zoomed = page.evaluate(ranges)
     assert all(each == zoomed[0] for each in zoomed)
-    assert zoomed[0][1] - zoomed[0][0] < 0.9 * (whole[0][1] - whole[0][0])
     page.get_by_role("button", name="Show all steps").click()
     assert page.evaluate(ranges) == whole
 
