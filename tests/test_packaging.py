@@ -60,7 +60,10 @@ def test_the_wheel_holds_scripts_and_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
-    package = [path.relative_to(ROOT).as_posix() for path in (ROOT / "text_to_image_lora").rglob("*.py")]
+    parts = [
+        path for path in (ROOT / "text_to_image_lora").rglob("*") if path.suffix in (".py", ".html", ".css", ".js")
+    ]
+    package = [path.relative_to(ROOT).as_posix() for path in parts]
     assert sorted(files) == sorted([*package, *SCRIPTS])
     assert re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) == requirements("requirements.txt")
 

@@ -170,7 +170,7 @@ PLACES = {
     "step": ("training.interruption.mean_and_asked", 15),
     "validation": ("reports.validation_loss._noise_of", 180),
     "pictures": ("reports.sample_pictures._leave_out_the_rest_if_asked", 6),
-    "best LoRA": ("reports.stopping.take_in", 2),
+    "best LoRA": ("reports.stopping.take_in", 1),
     "checkpoint": ("training.checkpoint.save_checkpoint", 1),
 }
 

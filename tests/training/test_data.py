@@ -1,11 +1,13 @@
 """What each sample draws: it depends on the seed and the sample's place in the run, and on nothing else."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture_set, train_script, write_pictures
+from conftest import ROOT, make_picture_set, train_script, write_pictures
 from PIL import Image
 
 from text_to_image_lora.models.loading import find_base_model
@@ -179,3 +181,25 @@ def test_pictures_keep_their_captions(make_set, tmp_path):
                 assert caption == f"number {int(pixels[0, 0, 0]) // 10}"
                 seen[caption] += bool(weight)
     assert seen == {f"number {i}": 2 for i in range(20)}
+
+
+HELD = """
+import sys
+import torch
+from text_to_image_lora.training import data
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return {"number": torch.tensor(float(index))}
+
+loader = data.make_loader(Numbers(), [[0], [1], [2], [3]], 2, torch.device("cpu"))
+sys.batches = iter(loader)  # as an exception's traceback holds it
+next(sys.batches)
+sys.exit(130)
+"""
+
+
+def test_workers_end_with_a_process_that_still_has_their_loader():
+    """They don't heed SIGTERM, which is for the process that trains; so nobody may wait for them after it."""
+    done = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -5,6 +5,7 @@ position in the effective batch. So batch size, accumulation, number of processe
 and no draw is ever made on the device.
 """
 
+import atexit
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -200,6 +201,8 @@ def collate_packed(samples):
 
 def make_loader(training_set, sampler, num_workers, device):
     """The loader of the micro-batches that the sampler orders, `Packed`."""
+    if num_workers:
+        atexit.register(interruption.end_workers)  # before what multiprocessing has registered
     return torch.utils.data.DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
         pin_memory=device.type == "cuda", worker_init_fn=interruption.leave_signals_to_the_main_process,

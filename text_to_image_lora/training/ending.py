@@ -6,6 +6,7 @@ import time
 
 from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory
 from ..files import reason_of
+from .interruption import end_workers
 
 
 SECONDS_TO_ANSWER = 5  # that the other processes have to show that they are still there
@@ -69,6 +70,7 @@ def leave(exit_code, at_once=False):
     if at_once:
         sys.stdout.flush()
         os._exit(exit_code)
+    end_workers()
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads may abort the process when the interpreter ends
     sys.exit(exit_code)

@@ -6,6 +6,7 @@ waits. Signals are the process's, so what listens to them is the module's and no
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -150,6 +151,19 @@ def mean_and_asked(accelerator, loss):
     asks = torch.full_like(loss, float(asked() is not None))
     mean, asks = accelerator.reduce(torch.stack([loss, asks]), "mean").unbind()
     return mean, asks
+
+
+def end_workers():
+    """Ends the processes that load data, where their loader is not there any more to do it.
+
+    An exception keeps the loader's iterator alive until Python ends; multiprocessing would then ask them by a signal that
+    they don't heed, and wait for them.
+    """
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch would raise that one of them has died
+    for worker in workers:
+        worker.kill()
 
 
 def leave_signals_to_the_main_process(worker=None):
