@@ -23,14 +23,14 @@ demo: $(VENV)/installed
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"
 	@echo "How the run went:         $(RUN)/report.html"
 
-# The fast tests, on two workers: 6 minutes on 2 cores.
+# The fast tests, on two workers: 7 and a half minutes on 2 cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 # Many processes, the SD1.5 geometry, report.html in a browser (which is left out where there is none to be had).
 test-long: $(VENV)/installed-dev
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium || true
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 # Files that this stack writes, read by the newest one; each in an environment of its own.
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev

@@ -115,6 +115,29 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("base", ["tiny_xl", "tiny_sd2"])
+def test_other_families_killed_in_the_middle(start, request, pictures, tmp_path, base):
+    """At the end of their fifth step, of which the newest checkpoint knows four."""
+    import json
+
+    def run(folder, before=""):
+        folders = dict(output_dir=folder / "run" / "out", latent_cache_dir=folder / "run" / "cache")
+        words = words_of_run(request.getfixturevalue(base), pictures, folder, **FLAGS | folders)
+        return start(words, folder, before).wait()
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    code, said = run(undisturbed, killing(undisturbed, 0))
+    assert code == 0, said
+    moments = json.loads((undisturbed / "record.json").read_text())
+    nth = [number for number, what in enumerate(moments, 1) if what == "step"][4]
+    assert run(killed, killing(killed, nth))[0] == -signal.SIGKILL
+    code, said = run(killed)
+    assert code == 0, said
+    assert "checkpoint-4 (step 4)" in said
+    assert_same_end(undisturbed / "run" / "out", killed / "run" / "out")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, lost):
     """Under torchrun: nothing hangs, and the one that is left says which one it has lost."""
