@@ -27,10 +27,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
-# Many processes, the SD1.5 geometry, report.html in a browser (which is left out where there is none to be had).
-test-long: $(VENV)/installed-dev
+# Many processes, the SD1.5 geometry, report.html in a browser (which is left out where there is none to be had), trackio.
+test-long: $(VENV)/installed-dev $(VENV)-trackio/installed
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium || true
 	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
+	PYTHONPATH=$(VENV)-trackio $(BIN)/python -m pytest tests/reports/test_tracking.py -k trackio
 
 # Files that this stack writes, read by the newest one; each in an environment of its own.
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
@@ -68,6 +69,12 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# Beside the others, not among them: trackio asks for an older Pillow than the one it runs with here.
+$(VENV)-trackio/installed: requirements-trackio.txt $(VENV)/installed-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)-trackio \
+		-r requirements-trackio.txt
 	@touch $@
 
 $(VENV)-newest/installed: requirements-newest.txt

@@ -58,7 +58,7 @@ from text_to_image_lora.command_line import (
     seconds_of,
 )
 from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
-from text_to_image_lora.files import check_writable, reason_of, without_folders
+from text_to_image_lora.files import check_writable, counted, reason_of, without_folders
 from text_to_image_lora.libraries import hidden, quiet_libraries
 from text_to_image_lora.models.compiling import OPTIONS as COMPILED
 from text_to_image_lora.pictures import buckets
@@ -1034,19 +1034,20 @@ def load_models(args, run, weight_dtype, accelerator, say):
     """
     import torch
 
-    from text_to_image_lora.models import loading, lora, modules
+    from text_to_image_lora.models import loading, modules
     from text_to_image_lora.models.latents import LatentEncoder
     from text_to_image_lora.models.prompts import PromptEncoder
     from text_to_image_lora.reports.sample_pictures import Painter, make_pipeline
-    from text_to_image_lora.training import checkpoint
+    from text_to_image_lora.training import checkpoint, freed_memory
     from text_to_image_lora.training.objective import Diffusion
 
     family, device = run.base.family, accelerator.device
     # DoRA reads its magnitudes from the base in float32.
     dtype = torch.float32 if args.use_dora else weight_dtype
     tokenizers, text_encoders, vae, denoiser, scheduler_config = loading.load_components(
-        run.base, dtype, pretrained_vae=args.pretrained_vae_model_name_or_path
-    )
+        run.base, dtype, device="cpu" if args.use_dora else device, channels_last=device.type != "mps",
+        pretrained_vae=args.pretrained_vae_model_name_or_path,
+    )  # fmt: skip
     sets = [run.pictures] if run.validated is None else [run.pictures, run.validated]
     num_chunks = choose_num_chunks(args, tokenizers[0], sets, say)
     if args.preview_data is not None and accelerator.is_main_process:
@@ -1068,19 +1069,22 @@ def load_models(args, run, weight_dtype, accelerator, say):
     )  # fmt: skip
     if run.resume_path is not None:
         checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
-    if device.type != "mps":
-        denoiser.to(memory_format=torch.channels_last)
     num_adapted = adapt(args, adapted, run.lora, family, run.seed)
     for model in adapted.values():
-        lora.cast_frozen(model, weight_dtype)
-        model.to(device)
-    vae.to(device)  # in float32: some VAEs overflow in float16
+        if args.use_dora:
+            modules.place(model, device, weight_dtype)
+        else:
+            model.to(device)
+    if device.type == "cpu":  # now that the weights are where they stay
+        freed_memory.keep()
     if weight_dtype == torch.float16 and vae.config.force_upcast:
         say("the VAE stays in float32, as its configuration asks for: it overflows in fp16")
     if not args.train_text_encoder:
         for text_encoder in text_encoders:
             text_encoder.to(device, weight_dtype)
-    latent_encoder = LatentEncoder(vae, torch.float32 if weight_dtype == torch.float32 else torch.float16)
+    latent_encoder = LatentEncoder(vae, torch.float32 if weight_dtype == torch.float32 else torch.float16, device)
+    if run.samples.prompts or args.perceptual_loss == "decoder" or not run.variations:  # else the cache may be full
+        latent_encoder.get_ready()
     prompt_encoder = PromptEncoder(
         family, tokenizers, text_encoders, clip_skip=args.clip_skip, num_chunks=num_chunks, dtype=weight_dtype,
         autocast=accelerator.autocast if args.train_text_encoder else contextlib.nullcontext,
@@ -1170,6 +1174,22 @@ def settle_batch_size(args, run, denoiser, vae, prompt_encoder, accelerator, say
     return trial, found
 
 
+def go_on(args, run, adapted, optimizer, lr_scheduler, average, accelerator, say):
+    """Puts back what the run's checkpoint holds."""
+    from text_to_image_lora.models import lora
+    from text_to_image_lora.training import checkpoint, processes
+
+    stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
+    adapter = checkpoint.load_checkpoint(
+        stored, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler, average=average
+    )
+    if average is not None:
+        average.decay = args.ema_decay
+    for name, model in adapted.items():
+        lora.load_adapter(model, lora.part_of(adapter, name))
+    say(checkpoint.where_it_goes_on(stored, lr_scheduler, run.schedule))
+
+
 def compile_denoiser(args, run, denoiser, trial, say):
     """--compile: the denoiser's training steps are compiled from here on, and it is said what that gives."""
     from text_to_image_lora.models.compiling import compile_steps
@@ -1207,41 +1227,13 @@ def check_kohyas_names(args, family, adapted, say):
         )
 
 
-def write_lora(args, run, adapted, told, folder):
-    """Writes the LoRA into a folder, with --output_kohya_format in that format too, and reads each file back.
+def lora_writer(args, run, adapted, told):
+    from text_to_image_lora.reports.lora_writer import LoraWriter
 
-    `told` are strings of the run for their headers. Returns the path and in words what arrives where.
-    """
-    from text_to_image_lora.models import header, kohya, lora, lora_file, receipt
-    from text_to_image_lora.reports.sample_pictures import latest_images
-
-    components, state = {name: lora.adapter_state(model) for name, model in adapted.items()}, run.state
-    if not all(value.isfinite().all() for state_dict, _ in components.values() for value in state_dict.values()):
-        raise NotANumberError(
-            f"After step {state.global_step} the weights are not numbers any more. Lower --learning_rate; what was "
-            f"saved before is in {args.output_dir}."
-        )
-    layers, names = {name: receipt.layers_of(model) for name, model in adapted.items()}, run.base.family.kohya
-    finished = Path(folder) == Path(args.output_dir)
-    kohya_name = kohya.file_name(args.output_dir, None if finished else state.global_step)
-    told = told | header.header_for_readers(
-        told, name=Path(kohya_name).stem, started_at=state.started_at, step=state.global_step,
-        steps_per_epoch=run.sampler.steps_per_epoch, num_pictures=len(run.pictures),
-        names=names,
+    return LoraWriter(
+        adapted, Path(args.output_dir), told, run.base.family.kohya, run.state.started_at, run.sampler.steps_per_epoch,
+        run.pictures.captions, args.output_kohya_format, args.kohya_extras, sample_prompts(args),
     )  # fmt: skip
-    path = lora_file.save_lora(folder, components, told)
-    count = receipt.check_arrival(path, components, layers)
-    arrives = f"{count} of {count} modules arrive, for diffusers"
-    if args.output_kohya_format:
-        if "tags" in args.kohya_extras:
-            captions = [caption for group in run.pictures.captions for caption in group]
-            told |= {"ss_tag_frequency": header.tag_frequency(captions, Path(kohya_name).stem)}
-        if "thumbnail" in args.kohya_extras and finished:
-            told |= {"modelspec.thumbnail": header.thumbnail(latest_images(Path(folder), sample_prompts(args))[0][1])}
-        kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, told, names=names)
-        receipt.check_arrival(kohya_path, components, layers, by_kohyas_names=True)
-        arrives += f" and by kohya's names ({kohya_path})"
-    return path, arrives
 
 
 def say_what_is_better(args, device, weight_dtype, say):
@@ -1265,12 +1257,57 @@ def say_what_begins(args, run, num_adapted, num_parameters, accelerator, say):
     step, num_steps, sampler = run.state.global_step, run.schedule.num_steps, run.sampler
     dtype = str(modules.dtype_of(accelerator.mixed_precision)).removeprefix("torch.")
     say(
-        f"{len(run.pictures)} pictures, {sampler.steps_per_epoch} steps an epoch, {num_steps} steps; effective batch "
+        f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(num_steps, 'step')}; effective batch "
         f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
         f"{dtype}; rank-{args.rank} LoRA on {num_adapted} modules ({num_parameters:,} parameters)"
     )
     if step >= num_steps:
         say(f"finished at step {step}; raise --max_train_steps to go on")
+
+
+def start_reports(args, run, shown, described, notes, accelerator):
+    """Writes what the run is, starts the trackers, and returns the `MetricsFile`; only on the main process."""
+    from text_to_image_lora.reports import dashboard, metrics
+
+    if not accelerator.is_main_process:
+        return None
+    output_dir, state = Path(args.output_dir), run.state
+    output_dir.mkdir(parents=True, exist_ok=True)
+    about = write_about_run(args, run, shown, described, notes, accelerator)
+    metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
+    state.tracker_run_id = dashboard.start(
+        accelerator, args.tracker_project_name, about, output_dir, state.tracker_run_id,
+        space_id=args.trackio_space_id, first_step=state.global_step, given_up=metrics_file.given_up,
+    )  # fmt: skip
+    return metrics_file
+
+
+def make_judge(args, run, validation_sets, measure, metrics_file, accelerator, say):
+    """The `Judge` of the losses that `measure` gives, with what is best so far."""
+    from text_to_image_lora.reports.validation_loss import Judge
+
+    judge = Judge(
+        *validation_sets, measure, accelerator=accelerator, metrics_file=metrics_file, output_dir=Path(args.output_dir),
+        patience=args.early_stopping_patience, kept=run.state.validation,
+    )  # fmt: skip
+    if judge.begins_anew:
+        say("the pictures to validate on are others than before: what was best so far is looked for anew")
+    if run.resume_path is not None and accelerator.is_main_process:
+        judge.restore_best(run.resume_path)
+    return judge
+
+
+def write_card(args, family, shown, kohya_file):
+    """Writes the model card beside the finished LoRA, and returns its path."""
+    from text_to_image_lora.reports import model_card, sample_pictures
+
+    return model_card.write_model_card(
+        args.output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
+        dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
+        pictures=sample_pictures.latest_images(Path(args.output_dir), sample_prompts(args)), hyperparameters=shown,
+        kohya_file=kohya_file and kohya_file.name, family=family,
+    )  # fmt: skip
 
 
 def due_after(args, step, sampler, num_steps):
@@ -1309,10 +1346,10 @@ def main(args):
         from diffusers.training_utils import EMAModel
         from tqdm.auto import tqdm
 
-        from text_to_image_lora.models import kohya, lora, modules
-        from text_to_image_lora.reports import dashboard, metrics, model_card, sample_pictures, tracking
-        from text_to_image_lora.reports.validation_loss import Judge, LossMeter
-        from text_to_image_lora.training import checkpoint, data, hub_checkpoints, objective, optimizers, processes
+        from text_to_image_lora.models import lora, modules
+        from text_to_image_lora.reports import metrics, model_card, tracking
+        from text_to_image_lora.reports.validation_loss import LossMeter
+        from text_to_image_lora.training import checkpoint, data, freed_memory, hub_checkpoints, objective, optimizers
         from text_to_image_lora.training.perceptual import PerceptualLoss
 
     transformers.utils.logging.disable_progress_bar()
@@ -1343,21 +1380,12 @@ def main(args):
             say("the VAE stays in memory for --perceptual_loss decoder")
         else:
             vae = vae.to("cpu") if painter is not None else None
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        freed_memory.give_back(device)
 
     # What is trained, where it stopped, and on what.
     average = EMAModel(params_to_optimize, decay=args.ema_decay, foreach=True) if args.use_ema else None
     if run.resume_path is not None:
-        stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
-        adapter = checkpoint.load_checkpoint(
-            stored, optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=accelerator.scaler, average=average
-        )
-        if average is not None:
-            average.decay = args.ema_decay
-        for name, model in adapted.items():
-            lora.load_adapter(model, lora.part_of(adapter, name))
-        say(checkpoint.where_it_goes_on(stored, lr_scheduler, run.schedule))
+        go_on(args, run, adapted, optimizer, lr_scheduler, average, accelerator, say)
     sampler.first_step, sampler.num_steps = state.global_step, num_steps
     draws = draws_of(args, seed, diffusion.num_train_timesteps)
     training_set = data.TrainingSet(
@@ -1380,15 +1408,7 @@ def main(args):
 
     # Reports and files.
     output_dir, described = Path(args.output_dir), describe_run(args, run, shown)
-    metrics_file, judge = None, None
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        about = write_about_run(args, run, shown, described, notes.lines, accelerator)
-        metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
-        state.tracker_run_id = dashboard.start(
-            accelerator, args.tracker_project_name, about, output_dir, state.tracker_run_id,
-            space_id=args.trackio_space_id, first_step=state.global_step, given_up=metrics_file.given_up,
-        )  # fmt: skip
+    judge, metrics_file = None, start_reports(args, run, shown, described, notes.lines, accelerator)
     num_parameters = sum(parameter.numel() for parameter in params_to_optimize)
     say_what_begins(args, run, num_adapted, num_parameters, accelerator, say)
     if validation_sets is not None:
@@ -1396,17 +1416,12 @@ def main(args):
             family, denoiser, diffusion, scaling_factor=scaling_factor, dtype=weight_dtype, seed=seed,
             accelerator=accelerator, prompt_encoder=prompt_encoder if args.train_text_encoder else None,
         )  # fmt: skip
-        judge = Judge(
-            *validation_sets, measure, accelerator=accelerator, metrics_file=metrics_file, output_dir=output_dir,
-            patience=args.early_stopping_patience, kept=state.validation,
-        )  # fmt: skip
-        if judge.begins_anew:
-            say("the pictures to validate on are others than before: what was best so far is looked for anew")
-        if run.resume_path is not None and accelerator.is_main_process:
-            judge.restore_best(run.resume_path)
+        judge = make_judge(args, run, validation_sets, measure, metrics_file, accelerator, say)
+
+    writer = lora_writer(args, run, adapted, without_folders(described))
 
     def save_lora(folder):
-        return write_lora(args, run, adapted, without_folders(described), folder)
+        return writer.write(folder, state.global_step)
 
     def add_to_checkpoint(folder):
         with weights_for_use():
@@ -1552,14 +1567,8 @@ def main(args):
             save_lora(output_dir / metrics.LAST_GOOD)
     if accelerator.is_main_process and ending is None:
         with weights_for_use():
-            weights_file, arrives = save_lora(output_dir)
-        kohya_file = kohya.file_name(output_dir) if args.output_kohya_format else None
-        card = model_card.write_model_card(
-            output_dir, base_model=args.pretrained_model_name_or_path, repo_id=args.hub_model_id,
-            dataset_names=[args.dataset_name] if args.dataset_name else args.train_data_dir,
-            pictures=sample_pictures.latest_images(output_dir, sample_prompts(args)), hyperparameters=shown,
-            trigger_word=args.trigger_word, kohya_file=kohya_file, family=family,
-        )  # fmt: skip
+            weights_file, kohya_file, arrives = save_lora(output_dir)
+        card = write_card(args, family, shown, kohya_file)
         say(arrives)
         say(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
     reports.leave(ending)
@@ -1574,7 +1583,7 @@ def main(args):
         raise ending
     if args.push_to_hub and accelerator.is_main_process:
         interruption.let_go("in the upload; the LoRA is written")
-        files = [weights_file.name, *([kohya_file] if kohya_file else [])]
+        files = [path.name for path in (weights_file, kohya_file) if path is not None]
         say(model_card.upload_or_tell(output_dir, repository, args.hub_token, files))
 
 

@@ -92,7 +92,7 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
         "16x48                2                 5",
         "concept axe: 5 pictures, 5 samples an epoch",
         "concept spear: 2 pictures, 5 samples an epoch",
-        "concept whip: 1 pictures, 5 samples an epoch",
+        "concept whip: 1 picture, 5 samples an epoch",
         "what the model will see: ",
         "8 pictures, 5 steps an epoch, 6 steps; effective batch 4 on ",
     ):

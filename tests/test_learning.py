@@ -36,7 +36,7 @@ def demo_lora(tmp_path_factory):
     words += ["--output_dir", folder / "out", "--latent_cache_dir", folder / "cache"]
     done = run_command(words, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"176 pictures, \d+ steps an epoch, \d+ steps", done.stdout)
+    assert re.search(r"176 pictures, \d+ steps an epoch, [\d,]+ steps", done.stdout)
     return folder / "out"
 
 
@@ -92,6 +92,7 @@ def test_a_run_that_overfits_is_stopped_and_its_best_is_kept(train_on_weapons, e
     assert best < 0.97 * last
 
 
+@pytest.mark.long
 def test_a_run_that_still_improves_is_not_stopped(train_on_weapons, eight, tmp_path, capsys):
     out = train_on_weapons(
         tmp_path / "out", validation_data_dir=eight, rank=16, learning_rate=1e-3, max_train_steps=30,

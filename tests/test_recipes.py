@@ -88,8 +88,8 @@ def test_a_painters_style_from_kohyas_folders(shortened, tmp_path):
     lay_out(tmp_path / "paintings" / "3_vgstyle painting", creatures(10)[:8], "files")
     lay_out(tmp_path / "paintings" / "1_vgstyle sketch", creatures(10)[8:])
     out, said = shortened("van_gogh", train_data_dir=tmp_path / "paintings")
-    assert "3_vgstyle painting: 8 pictures, 3 times each an epoch" in said
-    assert "2 pictures have no caption file; their folder's name is their caption" in said
+    assert "3_vgstyle painting: 8 pictures, each 3 times an epoch" in said
+    assert "pictures without a caption file, whose folder's name is their caption: 2" in said
     assert "1 picture to validate on" in said
     assert "30 of 30 modules arrive, for diffusers and by kohya's names" in said
     # Each checkpoint holds a LoRA to compare, as the page says.
@@ -102,7 +102,7 @@ def test_things_in_class_folders(shortened, tmp_path):
     held_out = lay_out(tmp_path / "held out", weapons("axe", 8)[6:], "table")
     _, said = shortened("weapons", train_data_dir=tmp_path / "weapons", validation_data_dir=held_out)
     assert "concept axe: 4 pictures, 4 samples an epoch" in said
-    assert "concept trident: 1 pictures, 4 samples an epoch" in said
+    assert "concept trident: 1 picture, 4 samples an epoch" in said
     assert "only 2 pictures to validate on" in said
 
 

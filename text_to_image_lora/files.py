@@ -25,6 +25,11 @@ def in_bytes(count):
     return f"{count / 2**20:.1f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
 
 
+def counted(number, word):
+    """A number of things as people say it: "1 picture", "12,000 pictures"."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 @contextlib.contextmanager
 def written_whole(path, *, folder=False, shared=False):
     """A temporary path that becomes `path` in one rename, when all has been written to it; with `folder` it is one.

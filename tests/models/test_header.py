@@ -128,6 +128,9 @@ def test_the_same_run_gives_the_same_bytes_however_often_it_was_interrupted(trai
         (out / name).unlink()
     train(kohya_extras=["thumbnail", "tags"], **flags)
     assert {name: (out / name).read_bytes() for name in names} == first
+    # A thumbnail that is asked for when all is drawn, and of a prompt that was not, is left out.
+    train(kohya_extras=["thumbnail"], **flags | {"validation_prompt": "a blue whip"})
+    assert "modelspec.thumbnail" not in header_of(out / "out.safetensors")
     # The flag can also come later, to a run that is done.
     (out / "out.safetensors").unlink()
     train(**flags)

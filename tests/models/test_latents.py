@@ -1,5 +1,7 @@
 """Pixels become the latents that diffusers makes of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from text_to_image_lora.models import latents
 from text_to_image_lora.models.latents import LatentEncoder
-from text_to_image_lora.models.modules import weights_identity
+from text_to_image_lora.models.modules import place, weights_identity
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,19 @@ def test_the_identity_is_of_the_device_and_of_its_arithmetic(vae, monkeypatch):
         monkeypatch.setattr(type(vae), "device", torch.device(device))
         identities.add(LatentEncoder(vae, torch.float16).identity)
     assert len(identities) == 4  # a CPU has no TF32
+
+
+def test_the_vae_is_read_when_it_is_needed_and_then_once(vae, monkeypatch):
+    """Where the cache is full it is not; the identity, for which each value is looked at, doesn't depend on it."""
+    half, moved = copy.deepcopy(vae).half(), []
+    encoder = LatentEncoder(half, torch.float16)
+    before = encoder.identity
+    assert before == LatentEncoder(half.float(), torch.float16).identity
+    half.half()
+    assert half.dtype == torch.float16
+    monkeypatch.setattr(latents, "place", lambda *to: (moved.append(to), place(*to)))
+    pixels = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    first, again = encoder(pixels), encoder(pixels)
+    assert half.dtype == torch.float32
+    assert moved == [(half, torch.device("cpu"), torch.float32)]
+    torch.testing.assert_close(first, again, rtol=0, atol=0)

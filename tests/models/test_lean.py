@@ -5,10 +5,11 @@ import contextlib
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from text_to_image_lora.models import lean, lora
+from text_to_image_lora.models import lean, lora, modules
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.training.optimizers import OptimizerSettings, Schedule, make_optimizer_and_schedule
 
@@ -26,7 +27,7 @@ def make_unet(tiny_sd):
         for name, parameter in unet.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        lora.cast_frozen(unet, dtype)
+        modules.place(unet, "cpu", dtype)
         return unet
 
     return make
@@ -101,6 +102,14 @@ def test_in_bf16_it_is_as_near_to_float32_as_autocast_is(make_unet, flat):
     assert {value.dtype for value in lora.adapter_state(unet)[0].values()} == {torch.float32}
     worst = (cast / exact - 1).abs().max(dim=0).values
     assert ((found / exact - 1).abs().max(dim=0).values < 2 * worst + 0.01).all()
+
+
+def test_every_gate_of_a_lean_unet_keeps_less(make_unet):
+    unet = make_unet()
+    gates = [module for module in unet.modules() if isinstance(module, GEGLU)]
+    lean_unet(unet)
+    assert gates
+    assert {type(gate) for gate in gates} == {lean.LeanGEGLU}
 
 
 def test_small_updates_are_not_lost_in_bf16(make_unet):
@@ -202,6 +211,27 @@ def test_a_step_casts_no_inputs(make_unet):
     assert counts[0].count("_to_copy") < 12
     assert counts[1].count("_to_copy") > 100
     assert len(counts[0]) < 0.75 * len(counts[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_gives_the_same_bits_and_keeps_one_tensor(dtype):
+    torch.manual_seed(0)
+    gate, plain = GEGLU(8, 16).to(dtype), GEGLU(8, 16).to(dtype)
+    plain.load_state_dict(gate.state_dict())
+    gate.__class__ = lean.LeanGEGLU
+    x = torch.randn(2, 5, 8).to(dtype)
+    results, kept = [], []
+    for module in (gate, plain):
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+            out = module(given)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (given, module.proj.weight))))
+        if module is gate:
+            sizes = {saved.data_ptr(): saved.untyped_storage().nbytes() for saved in kept}
+    for found, expected in zip(*results):
+        assert torch.equal(found, expected)
+    # The input and the weight of its layer, and the layer's output of 32 numbers for each of 10 places.
+    assert sum(sizes.values()) == (10 * 8 + 32 * 8 + 10 * 32) * dtype.itemsize
 
 
 def test_the_script_trains_flat_masters(train_in, tmp_path):

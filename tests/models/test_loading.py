@@ -1,5 +1,6 @@
 """Base models in every form that people have them: folder, hub cache, single file, old pickles."""
 
+import copy
 import json
 import os
 import pickle
@@ -192,6 +193,34 @@ def test_load_in_half_precision(tiny_sd, single_file, kind):
     assert same_weights(whole.vae, half.vae)
 
 
+@pytest.mark.parametrize("names", ["one file", "variant", "shards", "mixed"])
+def test_weights_are_read_from_a_files_map_to_their_place(tiny_sd, tmp_path, monkeypatch, names):
+    """In one copy each, and with the values that diffusers gives them; the file may then become another."""
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    folder, variant = tmp_path / "model" / "unet", "fp16" if names == "variant" else None
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
+    if names == "mixed":  # as the embedded base has it
+        unet.conv_norm_out.weight.data = torch.linspace(1, 1.001, len(unet.conv_norm_out.weight))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    for other in ("vae/diffusion_pytorch_model", "text_encoder/model") if variant else ():
+        shutil.move(folder.parent / f"{other}.safetensors", folder.parent / f"{other}.{variant}.safetensors")
+    unet.save_pretrained(folder, variant=variant, max_shard_size="100KB" if names == "shards" else "1GB")
+    assert len(list(folder.glob("*.safetensors"))) > 1 or names != "shards"
+    base, mapped = loading.find_base_model(str(tmp_path / "model"), variant=variant), []
+    monkeypatch.setattr(loading, "place", lambda model, *_, **__: mapped.append(next(model.parameters()).dtype))
+    loading.load_components(base)
+    monkeypatch.undo()
+    assert mapped == [torch.float32 if names == "mixed" else torch.float16]
+    loaded = loading.load_components(base, channels_last=True).denoiser
+    stock = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, variant=variant)
+    wanted = copy.deepcopy(stock)
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert same_weights(loaded, wanted)
+    assert loaded.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not loaded.conv_in.weight.is_contiguous()
+
+
 # diffusers 0.39 passes an argument that huggingface_hub 1.x no longer knows.
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
 @pytest.mark.parametrize("revision", [None, "fixed"])
@@ -306,6 +335,17 @@ def other_vae(folder, **changes):
     vae = AutoencoderKL(**options | changes)
     vae.save_pretrained(folder)
     return vae
+
+
+@pytest.mark.parametrize(
+    "component", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"]
+)
+def test_a_folders_file_that_was_cut_is_told_in_one_line(tiny_sd, tmp_path, component):
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    path = tmp_path / "model" / f"{component}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model: this model can't be loaded: \S.*"):
+        load(tmp_path / "model")
 
 
 def test_another_vae_is_used(tiny_sd, from_folder, train, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.models import lora
+from text_to_image_lora.models import lora, modules
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 
 
@@ -294,7 +294,7 @@ def test_the_base_has_its_own_precision_after_the_adapters_have_read_it(make_une
     for model in (whole, unet):
         torch.manual_seed(0)
         lora.add_lora(model, DEFAULTS._replace(use_dora=use_dora))
-    lora.cast_frozen(unet, torch.bfloat16)
+    modules.place(unet, "cpu", torch.bfloat16)
     assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.bfloat16}
     states = [lora.adapter_state(model)[0] for model in (whole, unet)]
     assert all(

@@ -237,7 +237,7 @@ def test_a_single_file_tells_its_family(tmp_path, key, name, resolution):
     assert (base.family.name, base.resolution) == (name, resolution)
 
 
-@pytest.mark.parametrize("keys", [["v_pred"], ["v_pred", "ztsnr"]])
+@pytest.mark.parametrize("keys", [pytest.param(["v_pred"], marks=pytest.mark.long), ["v_pred", "ztsnr"]])
 def test_a_single_file_says_that_it_predicts_v(tiny_xl, xl_file, train, tmp_path, keys):
     path = tmp_path / "v.safetensors"
     save_file(load_file(xl_file) | {key: torch.zeros(0) for key in keys}, path)

@@ -127,8 +127,8 @@ def test_repeats_of_the_parent_and_of_the_inner_folder(tmp_path, load, said):
     assert dataset["num_repeats"][:] == [10, 10, 3]
     assert dataset["concept"][:] == ["red axe", "red axe", "spear"]
     assert said == [
-        f"{tmp_path}/set/10_red axe: 2 pictures, 10 times each an epoch",
-        f"{tmp_path}/set/3_spear: 1 pictures, 3 times each an epoch",
+        f"{tmp_path}/set/10_red axe: 2 pictures, each 10 times an epoch",
+        f"{tmp_path}/set/3_spear: 1 picture, each 3 times an epoch",
     ]
     inner = load(tmp_path / "set" / "10_red axe")
     assert inner["num_repeats"][:] == [10, 10]
@@ -140,7 +140,7 @@ def test_kohya_pictures_without_a_caption_file_take_their_folders_name(tmp_path,
         save_picture(tmp_path / "2_sks_dog" / f"{name}.png", 0)
     write("a dog on a sofa", tmp_path / "2_sks_dog" / "a.txt")
     assert load(tmp_path)["captions"][:] == [["a dog on a sofa"], ["sks dog"]]
-    assert f"{tmp_path}: 1 pictures have no caption file; their folder's name is their caption" in said
+    assert f"{tmp_path}: pictures without a caption file, whose folder's name is their caption: 1" in said
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_trigger_and_class_from_the_folders_name(tmp_path, load, said, name, cap
     dataset = load(tmp_path / "set")
     assert dataset["captions"][:] == [[caption], ["wvy cat"]]
     assert dataset["concept"][:] == ["sks", "wvy"]
-    assert said[0] == f"{tmp_path}/set: 1 pictures have the caption '{caption}' (--caption_template)"
+    assert said[0] == f"{tmp_path}/set: the caption '{caption}' is for 1 picture (--caption_template)"
     template = "a painting of {trigger}, a {class}"
     assert load(tmp_path / "set", caption_template=template)["captions"][:] == [
         ["a painting of sks, a golden retriever"],
@@ -167,7 +167,7 @@ def test_a_single_folder_below_is_a_trigger_and_a_class(tmp_path, load, said):
     dataset = load(tmp_path / "set")
     assert dataset["captions"][:] == [["myAnimeStyleToken anime face"]] * 2
     assert dataset["concept"][:] == ["myAnimeStyleToken"] * 2
-    caption = "2 pictures have the caption 'myAnimeStyleToken anime face' (--caption_template)"
+    caption = "the caption 'myAnimeStyleToken anime face' is for 2 pictures (--caption_template)"
     assert said == [f"{tmp_path}/set: {caption}"]
 
 

@@ -173,7 +173,7 @@ def test_bad_rows_of_a_stored_dataset_are_refused_or_left_out_by_the_command(sto
     assert f"left out: {folder}: row 1: column 'text' is empty\n" in out
     assert f"left out: {folder}: row 3: there is no picture\n" in out
     assert out.count("left out") == 2
-    assert "\n2 pictures, 1 steps an epoch" in out
+    assert "\n2 pictures, 1 step an epoch" in out
 
 
 @pytest.mark.parametrize("instance_prompt", [None, "sks"])

@@ -33,13 +33,12 @@ def card(output_dir, **options):
 
 
 def test_card_survives_any_prompt(tmp_path):
-    values = {"validation_prompt": HOSTILE, "target_modules": ["to_q", "to_out.0"]}
+    values = {"validation_prompt": HOSTILE, "trigger_word": HOSTILE, "target_modules": ["to_q", "to_out.0"]}
     values |= {"class_data_dir": "/home/me/axes", "train_data_dir": ["/home/me/axes", "/home/me/my spears", "whips"]}
     path = card(
         tmp_path,
         pictures=[(HOSTILE, tmp_path / "image_0.png"), ("a blue axe", tmp_path / "in a folder" / "image (1).png")],
         hyperparameters=values | {"hub_token": "hf_secret"},
-        trigger_word=HOSTILE,
         repo_id="me/axes",
         kohya_file="my `axes` [1].safetensors",
     )
@@ -81,7 +80,7 @@ def test_card_survives_any_prompt(tmp_path):
         if token.type == "td_open"
     ]
     assert cells == [
-        "validation_prompt", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
+        "validation_prompt", one_line, "trigger_word", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
     ]  # fmt: skip
     assert {child.type for token in inline for child in token.children} <= {
         "text", "text_special", "code_inline", "softbreak", "link_open", "link_close", "em_open", "em_close"
@@ -98,9 +97,9 @@ def test_card_without_pictures_trigger_or_kohyas_file_has_none_of_their_parts(tm
     assert [line for line in text.splitlines() if line.startswith("#")][1:] == ["## Use with diffusers", "## Training"]
     assert "Gallery" not in text
     assert "\n\n\n" not in text
-    local = card(tmp_path, repo_id="axes", kohya_file="axes.safetensors", trigger_word="sks").read_text(
-        encoding="utf-8"
-    )
+    local = card(
+        tmp_path, repo_id="axes", kohya_file="axes.safetensors", hyperparameters={"trigger_word": "sks"}
+    ).read_text(encoding="utf-8")
     assert "Download axes.safetensors.\n" in local
     assert "huggingface.co" not in local
     assert "put it in `models/Lora` and write ` sks <lora:axes:1> ` as the prompt" in local
@@ -110,13 +109,12 @@ def test_card_tells_no_local_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models/mini-sd").mkdir(parents=True)
     for base_model in ("models/mini-sd", "./models/mini-sd/", str(tmp_path / "models/mini-sd")):
-        path = card(tmp_path, base_model=base_model, dataset_names=[base_model], license="mit")
-        assert metadata_load(path).keys() == {"library_name", "license", "tags"}
+        path = card(tmp_path, base_model=base_model, dataset_names=[base_model])
+        assert metadata_load(path).keys() == {"library_name", "tags"}
         text = path.read_text(encoding="utf-8")
         assert "weights for mini-sd, fine-tuned on the mini-sd dataset" in text
         assert "from_pretrained('mini-sd')" in text
         assert "models" not in text
-    assert "license" not in metadata_load(card(tmp_path, base_model="models/mini-sd"))
 
 
 def test_card_of_several_datasets(tmp_path):

@@ -21,7 +21,7 @@ from conftest import ROOT, read_metrics, train_script, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError, Stopped
-from text_to_image_lora.reports import about, curves, dashboard, metrics, report_page, runs, sample_pictures
+from text_to_image_lora.reports import about, curves, metrics, panels, report_page, runs, sample_pictures
 
 
 pytest.importorskip("bokeh", reason="without Bokeh there are no curves: pip install -r requirements.txt")
@@ -218,7 +218,7 @@ def test_a_tracker_that_fails_leaves_the_page_whole(train, monkeypatch, capsys):
         raise OSError("no such host")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(dashboard, "table_of", fail)
+    monkeypatch.setattr(panels.Wandb, "table_of", fail)
     out = train(report_to="wandb", validation_prompts=PROMPTS[:1], validation_inference_steps=1)
     assert capsys.readouterr().err.count("wandb fails (no such host): the run goes on without it") == 1
     assert "Finished at step 2." in Reader(out / report_page.FILE).words
@@ -236,6 +236,9 @@ def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
+    other = f"/mnt{here}/pictures /x{here}/y"  # another disk, with folders of these names
+    assert about.near(other) == other
+    assert about.near(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
     told = about.near({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
     assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
     dataset = {"notes": [f"left out: {here}/x.png"], "shown": [{"preview": f"data:image/webp;base64,AA{here}/BB"}]}
@@ -308,13 +311,15 @@ def test_differences_are_those_of_the_configuration():
 def test_runs_are_called_by_what_differs_where_that_is_short():
     def labels(*flags):
         found = [
-            SimpleNamespace(name=f"run-{number}", folder=Path("runs") / str(number)) for number in range(len(flags))
+            SimpleNamespace(name=f"run-{number}", folder=Path("runs") / f"run-{number}")
+            for number in range(len(flags))
         ]
         return report_page._labels(found, report_page.differences(flags))
 
     assert labels(dict(rank=4, seed=1), dict(rank=16, seed=2)) == ["rank 4", "rank 16"]
     assert labels(dict(seed=1), dict(seed=2)) == ["seed 1", "seed 2"]
-    assert labels(dict(rank=4, seed=1), dict(rank=4, seed=2), dict(rank=8, seed=1)) == ["run-0", "run-1", "run-2"]
+    seeds = dict(rank=4, seed=1), dict(rank=4, seed=2), dict(rank=8, seed=1)
+    assert labels(*seeds) == ["rank 4, seed 1", "rank 4, seed 2", "rank 8, seed 1"]
     assert labels(dict(a=1, b=1, c=1, d=1), dict(a=2, b=2, c=2, d=2)) == ["run-0", "run-1"]
     assert labels(dict(rank=4), dict(rank=4)) == ["run-0", "run-1"]
 
@@ -413,3 +418,24 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         runs.read_run(tmp_path)
     with pytest.raises(InputError, match="there is no run in it"):
         report_page.runs_in([tmp_path])
+
+
+def test_files_of_others_in_the_output_folder_are_not_the_runs(train, tmp_path):
+    """Such as in A1111's folder of LoRAs: what is the run's own is told by its name."""
+    out = train(output_kohya_format=True)
+    (out / "someone elses.safetensors").write_bytes(b"")
+    (file,) = runs.read_run(out).files
+    assert [path.name for path in file.paths] == ["pytorch_lora_weights.safetensors", "out.safetensors"]
+
+
+def test_runs_that_are_named_alike_are_told_apart(tmp_path):
+    """By as much of their folders as it takes; and one that is named twice is one."""
+    folders = [tmp_path / machine / "rank" / "trial-0000" for machine in ("m1", "m2")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train_loss": 0.5}) + "\n")
+    found = report_page.runs_in([*folders, tmp_path / "m1" / ".." / "m1" / "rank" / "trial-0000"])
+    assert [folder.resolve() for folder in found] == folders
+    text = report_page.write_comparison(found, tmp_path / "page.html", "runs").read_text(encoding="utf-8")
+    for name in ("m1/rank/trial-0000", "m2/rank/trial-0000"):
+        assert name in text

@@ -21,7 +21,7 @@ from PIL import Image
 from wandb_record import history_of, read_wandb
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.reports import dashboard, tracking
+from text_to_image_lora.reports import dashboard, panels, tracking
 
 
 wandb = pytest.importorskip("wandb")
@@ -153,7 +153,7 @@ def table_in(run, name):
 
 def test_wandb_gets_a_table_of_the_sample_pictures(offline_run):
     columns, rows = table_in(offline_run.run, "samples table")
-    assert columns == [*dashboard.SAMPLES]
+    assert columns == [*panels.SAMPLES]
     assert [row[:3] for row in rows] == [[step, prompt, 0] for step in (2, 3) for prompt in PROMPTS]
     losses = {row["step"]: row.get("validation/relative_loss") for row in read_metrics(offline_run.out)}
     assert [row[-1] for row in rows] == [losses[2], losses[2], losses[3], losses[3]]
@@ -165,7 +165,7 @@ def test_wandb_gets_a_table_of_the_sample_pictures(offline_run):
 
 def test_wandb_gets_the_data_sheet(offline_run):
     columns, rows = table_in(offline_run.run, "data")
-    assert columns == [*dashboard.DATA]
+    assert columns == [*panels.DATA]
     assert len(rows) == 4  # of the six pictures, two are held out
     captions = [
         json.loads(line)["text"] for line in (offline_run.pictures / "metadata.jsonl").read_text().splitlines()
@@ -302,7 +302,8 @@ def test_trackers_of(installed, there, report_to, names):
 @pytest.mark.parametrize("name", tracking.TRACKERS)
 def test_a_missing_tracker_is_named_with_its_remedy(installed, name):
     installed()
-    with pytest.raises(InputError, match=f"--report_to {name}: it is not installed. Run: pip install {name}$"):
+    how = "--no-deps -r requirements-trackio.txt" if name == "trackio" else name
+    with pytest.raises(InputError, match=f"--report_to {name}: it is not installed. Run: pip install {how}$"):
         tracking.trackers_of(name)
 
 
@@ -415,6 +416,18 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     told = capsys.readouterr().err
     assert "doesn't take the run" in told
     assert KEY not in told
+
+
+def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):
+    """Asked for when a run went on: they stand beside white."""
+    added = []
+    writer = SimpleNamespace(add_images=lambda name, pictures, step, dataformats: added.append(pictures))
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    samples = [panels.Sample(0, 0, images[0], images[1]), panels.Sample(1, 1, None, images[2])]
+    panels.TensorBoard(SimpleNamespace(writer=writer)).show_pictures("samples/00 an axe", "an axe", samples, 3)
+    assert added[0].shape == (2, 8, 16, 3)
+    assert added[0][1, 0, 0].tolist() == [255] * 3
+    assert added[0][1, 0, 8].tolist() == [0, 0, 255]
 
 
 def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):

@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import written_whole
+from text_to_image_lora.training import hub_checkpoints
 from text_to_image_lora.training.checkpoint import (
     TrainState,
     check_same_run,
@@ -379,3 +380,19 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     assert "--output_dir" in message
     assert "--resume_from_checkpoint none" in message
     assert "lora_alpha" not in message
+
+
+@pytest.mark.parametrize("wanted", ["hf://me/axes", "hf://me/axes/checkpoint-20"])
+def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wanted):
+    """The hub listed it, and then the network went."""
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub_checkpoints, "_names_on_hub", lambda *_: ["checkpoint-20"])
+    monkeypatch.setattr(hub_checkpoints, "asked_again", lambda ask: ask())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        InputError, match=r"^me/axes: checkpoint-20 can't be fetched \(no route to host\)\. Run it again"
+    ):
+        hub_checkpoints.find_checkpoint(tmp_path, wanted, None, print)

@@ -121,8 +121,9 @@ def test_options_reach_the_optimizer(train):
 
 
 def test_a_value_may_be_any_literal():
-    words = ["betas=(0.9,0.99)", "eps=1e-6", "amsgrad=True", "name=word"]
-    assert optimizers.parse_options(words) == dict(betas=(0.9, 0.99), eps=1e-6, amsgrad=True, name="word")
+    words = ["betas=(0.9,0.99)", "eps=1e-6", "amsgrad=True", "foreach=false", "name=word"]
+    expected = dict(betas=(0.9, 0.99), eps=1e-6, amsgrad=True, foreach=False, name="word")
+    assert optimizers.parse_options(words) == expected
 
 
 @pytest.mark.parametrize(

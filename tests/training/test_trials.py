@@ -165,7 +165,7 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
         identity={"num_chunks": 1}, state=SimpleNamespace(batch_size=kept),
     )  # fmt: skip
     moved = []
-    encoder = SimpleNamespace(to=lambda device: moved.append(str(device)))
+    encoder = SimpleNamespace(to=lambda device: moved.append(str(device)), device=Gpu.device)
     monkeypatch.setattr(trials, "shapes_of", lambda *_: trial.shapes)
     monkeypatch.setattr(trials, "Trial", lambda *_, **__: trial)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

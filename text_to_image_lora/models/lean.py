@@ -6,6 +6,7 @@ operators than the UNet itself has, and at batch 1 a GPU waits for each of them 
 """
 
 import torch
+from diffusers.models.activations import GEGLU
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 
 
@@ -57,6 +58,39 @@ class LeanConv2d(Conv2d):
 
 
 LEAN = {Linear: LeanLinear, Conv2d: LeanConv2d}
+
+
+class Gated(torch.autograd.Function):
+    """`value * gelu(gate)` of the two halves of x (..., 2 n), in the backward of which the GELU is computed again.
+
+    The adapted layer behind it keeps its input, which autograd alone doesn't make the frozen model do; what autograd would
+    keep here, the GELU, is as large.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        value, gate = x.chunk(2, dim=-1)
+        return value * torch.nn.functional.gelu(gate)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        gelu = torch.nn.functional.gelu(gate)
+        if torch.compiler.is_compiling():  # it joins these itself, and can't write into a part of a tensor
+            return torch.cat([grad_output * gelu, torch.ops.aten.gelu_backward(grad_output * value, gate)], dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_value, grad_gate = grad_x.chunk(2, dim=-1)
+        torch.mul(grad_output, gelu, out=grad_value)
+        torch.mul(grad_output, value, out=grad_gate)
+        torch.ops.aten.gelu_backward(grad_gate, gate, grad_input=grad_gate)
+        return grad_x
+
+
+class LeanGEGLU(GEGLU):
+    def forward(self, hidden_states):
+        return Gated.apply(self.proj(hidden_states))
 
 
 class Masters:
@@ -131,4 +165,7 @@ def hold_lean(model, groups, flat=True):
         return groups
     for layer in layers:
         layer.__class__ = LEAN[type(layer)]
+    for module in model.modules():
+        if type(module) is GEGLU:
+            module.__class__ = LeanGEGLU
     return Masters(model, groups, flat).trained

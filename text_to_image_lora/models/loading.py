@@ -13,11 +13,16 @@ from ..errors import InputError
 from ..files import reason_of
 from .base_model import BaseModel, family_of, from_hub, rows_of, where
 from .families import STABLE_DIFFUSION, family_by_marks
+from .modules import place
 from .single_files import SingleFile, lightning_stubs, look_into
 
 
 class Components(NamedTuple):
-    """The models of a base, frozen, in eval mode, the VAE in float32; tokenizers and text encoders in their family's order."""
+    """The models of a base, frozen, in eval mode; tokenizers and text encoders in their family's order.
+
+    The weights of a VAE from a folder may still be those of its file, mapped into memory, in the file's dtype: for
+    `modules.place`, where they are needed.
+    """
 
     tokenizers: tuple
     text_encoders: tuple
@@ -89,13 +94,15 @@ def load_tokenizer(base):
         raise InputError(f"{source}: its tokenizer can't be loaded ({reason_of(error)}).") from error
 
 
-def load_components(base, dtype=None, *, pretrained_vae=None):
-    """The `Components` of a base model, denoiser and text encoders in `dtype`, or float32.
+def load_components(base, dtype=None, *, device="cpu", channels_last=False, pretrained_vae=None):
+    """The `Components` of a base model: the denoiser on a device, the others on the CPU, it and text encoders in `dtype`.
 
-    A folder's weights are read straight into it. `InputError` with the reason where a file is missing or does not fit.
+    That is float32 if not given. A folder's weights are read straight to where they are to be, with `channels_last` in
+    that order. `InputError` with the reason where a file is missing or does not fit.
     """
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
 
     source, dtype = base.source, torch.float32 if dtype is None else dtype
     try:
@@ -118,11 +125,12 @@ def load_components(base, dtype=None, *, pretrained_vae=None):
             missing = [key for key, value in model.named_parameters() if value.is_meta]
             if missing:  # diffusers leaves them without data and only logs it
                 raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
-    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
         raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, error)}") from error
     for model in (*loaded.text_encoders, loaded.vae, loaded.denoiser):
         model.requires_grad_(False)
         model.eval()
+    place(loaded.denoiser, device, dtype, channels_last=channels_last)
     return loaded
 
 
@@ -140,7 +148,7 @@ def _from_single_file(base, dtype):
         tuple(getattr(pipeline, row.tokenizer) for row in family.text_encoders),
         tuple(getattr(pipeline, row.name).to(dtype) for row in family.text_encoders),
         pipeline.vae,
-        getattr(pipeline, family.denoiser).to(dtype),
+        getattr(pipeline, family.denoiser),
         dict(pipeline.scheduler.config) | base.scheduler_changes,
     )
 
@@ -153,9 +161,8 @@ def _from_folder(base, dtype):
 
     family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
     weights = dict(variant=base.variant, **options)
-    # The largest first: while a file is read it takes memory twice.
     denoiser = getattr(diffusers, family.denoiser_class).from_pretrained(
-        base.source, subfolder=family.denoiser, torch_dtype=dtype, **weights
+        base.source, subfolder=family.denoiser, torch_dtype=_dtype_in_file(base, family.denoiser) or dtype, **weights
     )
     tokenizers, text_encoders = [], []
     for row in family.text_encoders:
@@ -167,9 +174,37 @@ def _from_folder(base, dtype):
             raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
         tokenizers.append(tokenizer)
         text_encoders.append(text_encoder)
-    vae = diffusers.AutoencoderKL.from_pretrained(base.source, subfolder="vae", torch_dtype=torch.float32, **weights)
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        base.source, subfolder="vae", torch_dtype=_dtype_in_file(base, "vae") or torch.float32, **weights
+    )
     scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, scheduler_config)
+
+
+def _dtype_in_file(base, component):
+    """The dtype of a diffusers model's safetensors, which are then mapped and not copied; None where there is not one."""
+    import torch
+    from safetensors import safe_open
+
+    folder = Path(base.source, component)
+    if base.kind == "hub":  # as far as it was fetched before
+        folder = from_hub(base.source, f"{component}/config.json", base.revision, base.cache_dir).parent
+    variant = f".{base.variant}" if base.variant else ""
+    whole, stem = folder / f"diffusion_pytorch_model{variant}.safetensors", "diffusion_pytorch_model"
+    files = (
+        [whole] if whole.is_file() else [*folder.glob(f"{stem}{variant}-0*"), *folder.glob(f"{stem}-0*{variant}.*")]
+    )
+    kinds = set()
+    try:
+        for path in files:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                kinds |= {file.get_slice(name).get_dtype() for name in names}
+    except Exception:  # noqa: BLE001 - the loading says what is wrong with the file
+        return None
+    return (
+        {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(*kinds) if len(kinds) == 1 else None
+    )
 
 
 def empty_components(base, dtype):

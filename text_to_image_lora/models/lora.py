@@ -97,13 +97,6 @@ def text_layers(text_encoder, leave_out=0):
     return [name for name in names if int(name.partition("layers.")[2].partition(".")[0]) < blocks - leave_out]
 
 
-def cast_frozen(model, dtype):
-    """Takes the base to a precision of its own, where the adapters have read it in float32 (DoRA's magnitudes do)."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
 def trainable_parameters(model):
     """A list, not a generator: the optimizer and the clipping both walk through it."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -41,6 +41,23 @@ def in_its_precision(model):
         handle.remove()
 
 
+def place(model, device, dtype, *, channels_last=False):
+    """Brings a model to a device, its frozen weights in `dtype`, each by one copy from where it is: from a file's map too.
+
+    No weight is mapped afterwards, so that the file may change. What is trained keeps its dtype. With `channels_last`
+    the weights of convolutions come in that order.
+    """
+    import torch
+
+    def placed(tensor):
+        if tensor.requires_grad or not tensor.is_floating_point():
+            return tensor.to(device)
+        order = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, dtype, memory_format=order, copy=True)
+
+    model._apply(placed)
+
+
 def sample_identity(model):
     """A quick hash of a model's weights: of the signs of some thousand values of each tensor.
 
@@ -55,8 +72,8 @@ def sample_identity(model):
     return digest.hexdigest()[:16]
 
 
-def weights_identity(model):
-    """A hash of a model's configuration and weights: the same for the same model, wherever it was loaded from."""
+def weights_identity(model, dtype=None):
+    """A hash of a model's configuration and weights, in their own dtype or in `dtype`, wherever it was loaded from."""
     import torch
 
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()
@@ -64,5 +81,5 @@ def weights_identity(model):
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import in_bytes, write_whole
+from ..files import counted, in_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
 from .buckets import enlarged, table
 
@@ -63,9 +63,11 @@ def lines_of(report):
     """The report for a terminal: what there is, and the first few of what may be wrong."""
     tokens = report["tokens"]
     lines = [
-        f"{report['pictures']} pictures, {report['captions']} captions ({report['different_captions']} different)"
+        f"{counted(report['pictures'], 'picture')}, {counted(report['captions'], 'caption')} "
+        f"({report['different_captions']} different)"
         + (f"; {report['validated']} more to validate on" if report["validated"] else ""),
-        f"{report['samples_an_epoch']} samples and {report['steps_an_epoch']} steps an epoch; the cache takes about "
+        f"{counted(report['samples_an_epoch'], 'sample')} and {counted(report['steps_an_epoch'], 'step')} an epoch; the cache "
+        f"takes about "
         f"{in_bytes(report['cache_bytes'])}",
     ]
     if tokens:
@@ -103,7 +105,9 @@ def lines_of_samples(pictures, samples, bucketed, balanced):
     if balanced:
         concepts = pictures.records["concept"][:]
         for concept, count in sorted(Counter(concepts[i] for i in samples).items()):
-            lines.append(f"concept {concept}: {concepts.count(concept)} pictures, {count} samples an epoch")
+            lines.append(
+                f"concept {concept}: {counted(concepts.count(concept), 'picture')}, {counted(count, 'sample')} an epoch"
+            )
     return lines
 
 

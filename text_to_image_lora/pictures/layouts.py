@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..files import counted
 from .tables import Columns, captions_of, choose_caption_column, is_caption, read_table, read_text
 
 
@@ -142,13 +143,13 @@ def read_folder(folder, layout, files, reading, *, leave_out, say):
         masks |= _mask_of(row)
         yield row
     if unnamed:
-        say(f"{folder}: {unnamed} pictures have no caption file; their folder's name is their caption")
+        say(f"{folder}: pictures without a caption file, whose folder's name is their caption: {unnamed}")
     if layout == "kohya":
         for (parent, num_repeats), count in held.items():
-            say(f"{parent}: {count} pictures, {num_repeats} times each an epoch")
+            say(f"{parent}: {counted(count, 'picture')}, each {counted(num_repeats, 'time')} an epoch")
     _tell_unused_masks(folder, files, masks, say)
     for caption, count in worded.items():
-        say(f"{folder}: {count} pictures have the caption '{caption}' (--caption_template)")
+        say(f"{folder}: the caption '{caption}' is for {counted(count, 'picture')} (--caption_template)")
 
 
 def _trigger_and_caption(folder, name, caption_template):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -56,7 +57,8 @@ def near(value):
     if isinstance(value, str):
         for folder, short in ((Path.cwd(), ""), (Path.home(), "~" + os.sep)):
             if folder.parent != folder:  # the root of a disk says nothing
-                value = value.replace(f"{folder}{os.sep}", short)
+                start = rf"(?<![\w./~-]){re.escape(str(folder) + os.sep)}"  # of a path, not within another
+                value = re.sub(start, lambda _, short=short: short, value)
     return value
 
 

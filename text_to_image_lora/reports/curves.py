@@ -5,7 +5,11 @@ import math
 
 POINTS = 800  # of a curve at most; where there are more steps, a point is the mean of several
 SMOOTHING = 0.95  # of the faint training loss, as on the progress bar
-COLOURS = ("#3366aa", "#dd6622", "#228855", "#aa3377", "#887711", "#229999", "#884422", "#666666")
+# Of runs: eight, and these once more, lighter.
+COLOURS = (
+    "#3366aa", "#dd6622", "#228855", "#aa3377", "#887711", "#229999", "#884422", "#666666",
+    "#88bbee", "#f0b080", "#77cc99", "#dd88bb", "#ccbb55", "#77d0d0", "#c09070", "#b0b0b0",
+)  # fmt: skip
 # From the least noisy timestep to the noisiest.
 OF_TIMESTEPS = ("#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154")
 # Title, unit of the axis, and the names in metrics.jsonl.

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from ..errors import NotANumberError, Stopped
 from ..files import in_bytes, telling_of_the_disk, write_whole
 from .dashboard import log_numbers, log_results
@@ -105,6 +107,7 @@ class Pace:
 
     FIRST = 10  # steps to measure
     SLOWER = 4  # times the median: a slow step
+    FULL = 95  # percent of a machine's memory
     IN_A_ROW = 5  # slow steps, before it is said
 
     def __init__(self, device, num_steps, say, remedy):
@@ -125,9 +128,13 @@ class Pace:
             self.slow = self.slow + 1 if seconds > self.SLOWER * usual else 0
             if self.slow == self.IN_A_ROW:
                 self.said = True
+                since = f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before"
+                if self.device.type == "cpu" and psutil.virtual_memory().percent < self.FULL:
+                    self.say(f"{since}: other programs use this machine, or it was slowed down")
+                    return
                 self.say(
-                    f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before: another "
-                    f"program uses the device, or its memory is full. If it stays so, stop with Ctrl-C and go on with {self.remedy}."
+                    f"{since}: another program uses the device, or its memory is full. If it stays so, stop with Ctrl-C "
+                    f"and go on with {self.remedy}."
                 )
 
     def check_spill(self):

@@ -20,20 +20,17 @@ def write_model_card(
     dataset_names: list[str],
     pictures: list[tuple[str, Path]],
     hyperparameters: dict,
-    lora_file: str = WEIGHTS_NAME,
     kohya_file: str | None = None,
-    trigger_word: str | None = None,
     repo_id: str | None = None,
-    license: str | None = None,
     family: Family = STABLE_DIFFUSION,
 ) -> Path:
     """Writes README.md, the hub's model card, and returns its path.
 
-    `pictures` are (prompt, path) of sample pictures in `output_dir`. Without a `license`, a base model
-    from the hub gets that of its family, and a local one, whose terms are unknown, none.
-    `kohya_file` is the name of the file in kohya's format, where there is one.
+    `pictures` are (prompt, path) of sample pictures in `output_dir`. A base model from the hub gets the
+    license of its family, and a local one, whose terms are unknown, none. `kohya_file` is the name of
+    the file in kohya's format, where there is one.
     """
-    on_hub = _is_on_hub(base_model)
+    on_hub, trigger_word = _is_on_hub(base_model), hyperparameters.get("trigger_word")
     base, *datasets = (
         name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, *dataset_names)
     )
@@ -42,13 +39,13 @@ def write_model_card(
         "base_model": base if on_hub else None,
         "datasets": [name for name in dataset_names if _is_on_hub(name)],
         "library_name": "diffusers",
-        "license": license or (family.license if on_hub else None),
+        "license": family.license if on_hub else None,
         "instance_prompt": trigger_word,
         "tags": ["text-to-image", *family.tags, "diffusers", "diffusers-training", "lora", "template:sd-lora"],
         "widget": [{"text": prompt, "output": {"url": picture}} for prompt, picture in pictures],
     }
     front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
-    weights = f"{repo_id or '.'!r}, weight_name={lora_file!r}"
+    weights = f"{repo_id or '.'!r}, weight_name={WEIGHTS_NAME!r}"
     rows = without_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
     pipeline = f"DiffusionPipeline.from_pretrained({base!r})"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..files import reason_of, write_whole
+from .about import FILE as ABOUT
 from .about import data_url
 from .curves import COLOURS, charts_of, charts_over_each_other
 from .runs import answer_of, read_run
@@ -99,13 +100,14 @@ def runs_in(folders):
     """The output folders that are named, and those below one that holds several, such as a sweep's."""
     found = []
     for folder in map(Path, folders):
-        below = [folder] if (folder / "metrics.jsonl").is_file() else sorted(folder.glob("*/metrics.jsonl"))
+        of_a_run = any((folder / name).is_file() for name in ("metrics.jsonl", ABOUT))
+        below = [folder] if of_a_run else sorted(folder.glob("*/metrics.jsonl"))
         if not below:
             raise InputError(
                 f"{folder}: there is no run in it (no metrics.jsonl). Name an --output_dir or a sweep's folder."
             )
         found += [path.parent if path.name == "metrics.jsonl" else path for path in below]
-    return list(dict.fromkeys(found))
+    return list({folder.resolve(): folder for folder in found}.values())
 
 
 def differences(settings):
@@ -117,17 +119,19 @@ def differences(settings):
 
 def _labels(runs, differs):
     """What the runs are called: by what makes them differ where that is short, as in a sweep, else by their folders."""
-    telling = [row for row in differs if row[0] != "seed"] or differs
-    if 0 < len(telling) <= MOST_IN_LABEL:
+    for telling in ([row for row in differs if row[0] != "seed"], differs):
+        if not 0 < len(telling) <= MOST_IN_LABEL:
+            continue
         labels = [", ".join(f"{name} {value}" for name, value in zip([name for name, _ in telling], values, strict=True))
                   for values in zip(*(values for _, values in telling), strict=True)]  # fmt: skip
         if len(set(labels)) == len(labels) and max(map(len, labels)) <= LONGEST_LABEL:
             return labels
-    names = [run.name for run in runs]
-    return [
-        name if names.count(name) == 1 else str(Path(*run.folder.resolve().parts[-2:]))
-        for name, run in zip(names, runs, strict=True)
-    ]
+    parts = [run.folder.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*each[-length:])) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _findings(dataset):

@@ -12,7 +12,6 @@ from . import about, stopping
 
 
 LOSS = "validation/relative_loss"
-FOR_KOHYAS_READERS = "*.safetensors"
 
 
 class Picture(NamedTuple):
@@ -111,6 +110,7 @@ def read_files(folder):
     """The `LoraFile`s of a run: those of its epochs, the best, and the last."""
     from safetensors import safe_open
 
+    from ..models import kohya
     from ..models.lora_file import WEIGHTS_NAME
 
     for place in [*sorted(path.name for path in folder.glob("epoch-*")), "best", ""]:
@@ -118,8 +118,9 @@ def read_files(folder):
         if path.is_file():
             with safe_open(path, "np") as file:
                 step = (file.metadata() or {}).get("ss_steps")
-            others = sorted(other for other in (folder / place).glob(FOR_KOHYAS_READERS) if other != path)
-            yield LoraFile(place, None if step is None else int(step), [path, *others])
+            step = None if step is None else int(step)
+            kohyas = folder / place / kohya.file_name(folder, step if place else None)  # others' may lie there too
+            yield LoraFile(place, step, [path, *([kohyas] if kohyas.is_file() else [])])
 
 
 class Answer(NamedTuple):

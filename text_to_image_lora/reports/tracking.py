@@ -34,7 +34,8 @@ def trackers_of(report_to):
     if report_to == "all":
         return installed
     if report_to not in installed:
-        raise InputError(f"--report_to {report_to}: it is not installed. Run: pip install {report_to}")
+        how = "--no-deps -r requirements-trackio.txt" if report_to == "trackio" else report_to
+        raise InputError(f"--report_to {report_to}: it is not installed. Run: pip install {how}")
     return [report_to]
 
 

@@ -109,7 +109,13 @@ def _download(repository, name, output_dir, token):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    fetched = snapshot_download(repository, allow_patterns=f"{name}/*", token=token)
+    try:
+        fetched = asked_again(lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token))
+    except Exception as error:  # the client's errors have no common base
+        raise InputError(
+            f"{repository}: {name} can't be fetched ({reason_of(error)}). Run it again when the network is there, or with "
+            "--resume_from_checkpoint latest to go on from what is here."
+        ) from error
     path = Path(output_dir) / name
     with written_whole(path, folder=True) as folder:
         shutil.copytree(Path(fetched) / name, folder, dirs_exist_ok=True)

@@ -29,14 +29,14 @@ BREAKING = ("capturable", "differentiable")  # options for a step that is record
 
 
 def parse_options(words):
-    """{"key": value} of words such as `d_coef=0.5`; values are Python literals, or strings."""
+    """{"key": value} of words such as `d_coef=0.5`; values are Python literals, `true` and `false` too, or strings."""
     options = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise InputError(f"--optimizer_args {word}: write key=value, such as weight_decay=0.1")
         try:
-            options[key] = ast.literal_eval(value)
+            options[key] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         except (ValueError, SyntaxError):
             options[key] = value
     return options

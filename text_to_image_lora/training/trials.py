@@ -42,6 +42,7 @@ def shapes_of(pictures, index, base, num_chunks):
 @contextlib.contextmanager
 def set_aside(models, device):
     """Inside, the models are on the CPU and their memory on the device is free."""
+    models = [model for model in models if model.device.type == device.type]
     for model in models:
         model.to("cpu")
     if device.type == "cuda":

@@ -69,7 +69,8 @@ if (data) {
     });
     figure.xaxis.axis_label = "step";
     const values = chart.lines.flatMap((line) => line.y), highest = Math.max(...values);
-    if (chart.zero) figure.y_range = new Bokeh.Range1d({ start: 0, end: 1.15 * highest || 1 });
+    // Of a number that stays the same, such as a constant rate, Bokeh would show the range around it that it has for any.
+    if (chart.zero || Math.min(...values) === highest) figure.y_range = new Bokeh.Range1d({ start: Math.min(0, 1.15 * highest), end: 1.15 * Math.max(0, highest) || 1 });
     if (highest < 0.01) figure.yaxis.formatter = new Bokeh.BasicTickFormatter({ precision: 1 });
     const legend = [];
     for (const line of chart.lines) {
