@@ -64,7 +64,7 @@ def main(args):
 
     from text_to_image_lora.models.loading import find_base_model
     from text_to_image_lora.models.modules import dtype_of
-    from text_to_image_lora.training import processes
+    from text_to_image_lora.training import freed_memory, processes
 
     device = torch.device(
         "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
@@ -76,6 +76,8 @@ def main(args):
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = find_base_model(args.pretrained_model_name_or_path)
     unet = load_unet(base, args, device, dtype)
+    if device.type == "cpu":
+        freed_memory.keep()
 
     def random(*shape):
         return torch.randn(args.train_batch_size, *shape, device=device).to(dtype)

@@ -9,8 +9,8 @@
 
 Steps are of Stable Diffusion v1.5's geometry (random weights). Each script is run short and long, in turn, and a step is
 timed in two ways: from inside, between the ends of the optimizer's steps; and as the difference of the two commands over
-the steps between. Both are medians, and a ratio is the median of the turns' ratios. The start is the short command
-without its steps. Before, each script is run once untimed: its cache is filled, and what its last step dispatches is
+the steps between. Both are medians, and a ratio is the median of the turns' ratios. The start is the time from the
+command to the first forward pass of its first step. Before, each script is run once untimed: its cache is filled, and what its last step dispatches is
 counted, on any device: at batch 1 a GPU waits for each operator to be launched. Views launch nothing and are not
 counted, nor is what the data loader does. MFU holds the floating-point operations of a script's own step, counted there
 too, against the rate of a large matrix product in the same precision, measured in each turn.
@@ -153,7 +153,7 @@ def results_of(turns, counted, rates, short, long):
         runners[name] = {
             "step_seconds": median(steps),
             "step_seconds_by_commands": median((r[long].seconds - r[short].seconds) / (long - short) for r in runs),
-            "start_seconds": median(r[short].seconds - short * step for r, step in zip(runs, steps, strict=True)),
+            "start_seconds": median(ran.told["start"] for r in runs for ran in r.values()),
             "flops": told["flops"],
             "mfu": told["flops"] / median(steps) / rate,
             "operators": sum(told["operators"].values()),

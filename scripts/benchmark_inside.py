@@ -24,7 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
@@ -54,9 +56,22 @@ class Clock:
 
     def __init__(self):
         self.began, self.ends, self.events, self.peak_before = time.perf_counter(), [], [], 0
+        self.start, self.watching = None, None
+
+    def watch_for_the_first_step(self):
+        """Notes how long after the process began a model in training first ran."""
+
+        def note(module, _):
+            if self.start is None and module.training and torch.is_grad_enabled():
+                self.start = time.time() - psutil.Process().create_time()
+                self.watching.remove()
+
+        self.watching = register_module_forward_pre_hook(note)
 
     def end_of_step(self, *_):
         self.ends.append(time.perf_counter())
+        if self.start is None:  # its model is not in training mode
+            self.start = time.time() - psutil.Process().create_time()
         if not torch.cuda.is_initialized():
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -70,7 +85,7 @@ class Clock:
         """Seconds of each step but the first, and their median; memory of the GPU in these steps, and the most at all."""
         if len(self.ends) < 2:
             sys.exit(f"a step can't be timed: the optimizer's was seen {len(self.ends)} times, and 2 are needed")
-        told = {"first_step_after": self.ends[0] - self.began}
+        told = {"first_step_after": self.ends[0] - self.began, "start": self.start}
         seconds = [after - before for before, after in itertools.pairwise(self.ends)]
         if self.events:
             torch.cuda.synchronize()
@@ -200,6 +215,7 @@ def main(how, *words):
         told = rates(words)
     elif how == "time":
         clock = Clock()
+        clock.watch_for_the_first_step()
         run_script(words[0], words[1:], clock.end_of_step)
         told = clock.told()
     else:

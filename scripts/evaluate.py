@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 import evaluation_report  # noqa: E402
 from evaluation_inputs import find_inputs  # noqa: E402
 from evaluation_judges import CLIP_MODEL, DINO_MODEL, Seen  # noqa: E402
-from evaluation_pictures import draw_all, drawings_of, make_loss_meter, picture_folder  # noqa: E402
+from evaluation_pictures import draw_all, drawings_of, make_loss_meter, picture_folder, refusals_of_infer  # noqa: E402
 
 import infer  # noqa: E402
 from text_to_image_lora.command_line import Parser, at_least, between  # noqa: E402
@@ -81,10 +81,11 @@ def build_parser():
 def draw_and_look(args, inputs):
     """{label: `Drawn`} of the base and the LoRAs; pictures that are drawn already are taken as they are."""
     flags, job, training = inputs.flags, inputs.job, inputs.job.training
-    device, dtype = infer.choose_device(flags.device, flags.mixed_precision)
-    if device == "cpu":
-        infer.set_num_threads(flags.num_cpu_threads)
-    studio = infer.open_studio(flags, job, device, dtype)
+    with refusals_of_infer():
+        device, dtype = infer.choose_device(flags.device, flags.mixed_precision)
+        if device == "cpu":
+            infer.set_num_threads(flags.num_cpu_threads)
+        studio = infer.open_studio(flags, job, device, dtype)
     inputs.judge.load(device)
     source, side = infer.source_of(flags, training["vae"], dtype, device), inputs.resolution
     like = infer.Drawing(

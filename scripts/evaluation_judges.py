@@ -72,6 +72,10 @@ def find_vision_model(flag, source, kind):
         found, how = read("config.json").get("model_type"), PREPROCESSING[kind]
         if not path.is_dir() or (path / "preprocessor_config.json").exists():
             how = how | read("preprocessor_config.json")
+        if isinstance(how["size"], int):  # as the first models of this kind have it
+            how = how | {"size": {"shortest_edge": how["size"]}}
+        if isinstance(how["crop_size"], int):
+            how = how | {"crop_size": {"height": how["crop_size"], "width": how["crop_size"]}}
     except Exception as error:  # the hub client's errors have no common base
         raise InputError(
             f"{source}: it can't be read, nor be got from the hub ({reason_of(error)}). Pass a local folder to {flag}."

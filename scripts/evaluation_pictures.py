@@ -141,7 +141,7 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     pipe, training, family = studio.pipe, studio.training, base.family
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="no")
     dtype = pipe.vae.dtype
-    latent_encoder = LatentEncoder(pipe.vae.to(torch.float32), torch.float32)  # some VAEs overflow in float16
+    latent_encoder = LatentEncoder(pipe.vae, torch.float32)
     latents, _ = Cache(Path(folder), base, latent_encoder, None).build(pictures, 1, [], accelerator)
     pipe.vae.to(dtype)
     tokenizers = tuple(getattr(pipe, row.tokenizer) for row in family.text_encoders)

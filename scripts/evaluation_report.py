@@ -61,6 +61,7 @@ def tables_of(inputs, drawn, num_images):
         for name in inputs.judge.alike_by:
             references = [held_out.embedded[name][list(inputs.asked[i].references)] for i in with_trigger]
             own[name] = scores.likeness(of(label, with_trigger, name), references)
+        own["set distance"] = scores.set_distance(of(label, with_trigger), held_out.embedded[same])
         if label != BASE:
             own["drift"] = scores.drift(of(label, without), of(BASE, without))
             bleed[label] = scores.bleed(presence(label), presence(BASE), groups)

@@ -40,6 +40,25 @@ def diversity(drawn):
     return 1 - others / (seeds - 1)
 
 
+def set_distance(drawn, held_out):
+    """How far the pictures (P, S, D), all together, are from the held-out ones (N, D), near 0 for two sets of one kind: (P, S).
+
+    The squared maximum mean discrepancy, without bias, in a cubic kernel: the KID of Binkowski et al., 2018
+    (arXiv:1801.01401), of these embeddings. Its mean is that distance; a picture's value is its share of it (twice its own
+    part, less the mean of these: the influence), so that values of prompts tell how sure the mean is.
+    """
+
+    def kernel(a, b):
+        return ((1 + a @ b.T) / 2) ** 3
+
+    pictures = drawn.reshape(-1, drawn.shape[-1])
+    among, references = kernel(pictures, pictures), kernel(held_out, held_out)
+    own = (among.sum(axis=1) - np.diag(among)) / (len(pictures) - 1)
+    others = (references.sum() - np.trace(references)) / (len(held_out) * (len(held_out) - 1))
+    share = 2 * (own - kernel(pictures, held_out).mean(axis=1)) - own.mean() + others
+    return share.reshape(drawn.shape[:2])
+
+
 def nearest(pictures, training):
     """The likeness of each picture (..., D) to the training picture (T, D) nearest to it, and that one's index."""
     alike = pictures @ np.asarray(training).T

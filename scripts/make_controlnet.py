@@ -22,7 +22,7 @@ from drawings import COLOURS, MOTIFS, contact_sheet, decorate_with, draw_scene  
 from judges import shares, train_judge  # noqa: E402
 from make_mini_sd import Stage, keep_norms_in_float32  # noqa: E402
 from measure_mini_sd import JUDGE, load_pipeline  # noqa: E402
-from mini_sd import RESOLUTION, captions_of, held_out_scenes, to_tensor  # noqa: E402
+from mini_sd import RESOLUTION, captions_of, encoded, held_out_scenes, to_tensor  # noqa: E402
 from mini_sd_pictures import draw_for_unet, drawn_set, scene_of  # noqa: E402
 
 
@@ -101,11 +101,7 @@ def encoded_set(args, vae):
     if not path.exists():
         pictures = drawn_set(args.work_dir / "pictures.npy", draw_for_unet, args.seed, args.num_drawings)
         print(f"encoding {len(pictures)} pictures and finding their edges", flush=True)
-        latents = []
-        with torch.no_grad():
-            for first in range(0, len(pictures), 32):
-                latents.append(vae.encode(to_tensor(pictures[first : first + 32], vae.device)).latent_dist.mean.cpu())
-        kept = {"latents": torch.cat(latents).contiguous(), "edges": torch.from_numpy(canny_edges(pictures))}
+        kept = {"latents": encoded(pictures, vae), "edges": torch.from_numpy(canny_edges(pictures))}
         save_file(kept, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     kept = load_file(path)

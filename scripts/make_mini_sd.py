@@ -23,6 +23,7 @@ from drawings import contact_sheet  # noqa: E402
 from mini_sd import (  # noqa: E402
     RESOLUTION,
     captions_of,
+    encoded,
     held_out_scenes,
     make_pipeline,
     make_scheduler,
@@ -308,21 +309,15 @@ def standardise(vae, latents):
         vae.post_quant_conv.weight.mul_(std.to(vae.device)[None, :, None, None])
 
 
-def encoded_set(args, vae, device):
+def encoded_set(args, vae):
     """Posterior means (N, channels, 16, 16) of the UNet's drawings, before `standardise`; kept in the work folder."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     path = args.work_dir / "latents.safetensors"
     if not path.exists():
         pictures = drawn_set(args.work_dir / "unet_pictures.npy", draw_for_unet, args.seed, args.num_drawings)
         print(f"encoding {len(pictures)} pictures", flush=True)
-        latents = []
-        with torch.no_grad():
-            for first in range(0, len(pictures), 32):
-                pixels = to_tensor(pictures[first : first + 32], device)
-                latents.append(vae.encode(pixels).latent_dist.mean.cpu())
-        save_file({"latents": torch.cat(latents).contiguous()}, path.with_suffix(".tmp"))
+        save_file({"latents": encoded(pictures, vae)}, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     return load_file(path)["latents"]
 
@@ -430,7 +425,7 @@ def main(args):
     print(f"autoencoder: {measure_vae(args, vae, device)}", flush=True)
     vae = train_vae(args, "decoder", args.decoder_steps, vae, device)
     print(f"after the decoder's own stage: {measure_vae(args, vae, device)}", flush=True)
-    latents = encoded_set(args, vae, device)
+    latents = encoded_set(args, vae)
     standardise(vae, latents)
     unet, text_encoder = train_unet(args, vae, latents, tokenizer, device)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -147,6 +147,15 @@ def to_tensor(images, device):
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
+def encoded(pictures, vae):
+    """Posterior means (N, channels, h, w) of pictures (N, H, W, 3), unscaled, on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        parts = (to_tensor(pictures[first : first + 32], vae.device) for first in range(0, len(pictures), 32))
+        return torch.cat([vae.encode(pixels).latent_dist.mean.cpu() for pixels in parts]).contiguous()
+
+
 def make_pipeline(vae, unet, text_encoder, tokenizer):
     from diffusers import StableDiffusionPipeline
 

@@ -31,7 +31,7 @@ def parse_args(argv=None):
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the page of several runs goes; report.html in the folder that holds them when not given",
+        help="where the page of several runs goes; report.html in the folder that was named, or in this one where several were, when not given",
     )
     return parser.parse_args(argv)
 

@@ -35,8 +35,15 @@ LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and en
 MOST_REFUSED = 3  # trials, before the sweep ends because not one can be run
 
 
+STOPPED = (75, 130, 143)  # the training's exit codes where it stopped at a checkpoint to go on from
+
+
 class Refused(Exception):
     """The training command doesn't take a trial's flags; says why."""
+
+
+class StoppedItself(Exception):
+    """A trial was stopped, by its --max_train_time or a signal, with this exit code; it is as it was under way."""
 
 
 def parse_args(argv=None):
@@ -206,6 +213,8 @@ def run_trial(study, settings, trial, params, lock):
             stop_children()
             raise
     losses = losses_of(output_dir)
+    if process.returncode in STOPPED:
+        raise StoppedItself(process.returncode)
     if process.returncode or not losses:
         study.tell(number, state=TrialState.FAIL)
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
@@ -227,10 +236,11 @@ def write_results(study, settings):
     """results.csv, results.md and pictures.png in the sweep's folder; returns what to print."""
     folder, varied = Path(settings["sweep_dir"]), list(settings["sweep"])
     rows = sweep_results.rank(study.get_trials(deepcopy=False), folder, varied)
-    best, command = rows[0], None
-    if best["state"] == "complete":
-        command = shlex.join(command_of(settings, {key: best[key] for key in varied}, f"{folder.name}-best"))
-    return sweep_results.write(rows, folder, varied, command)
+
+    def again(params):
+        return shlex.join(command_of(settings, params, f"{folder.name}-best"))
+
+    return sweep_results.write(rows, folder, varied, again)
 
 
 def main(argv=None):
@@ -259,6 +269,11 @@ def main(argv=None):
         except Refused as error:
             outcome = str(error)
             refused.append(f"trial {trial.number}: {outcome}")
+        except StoppedItself as stopped:
+            print(
+                f"trial {trial.number}: stopped at a checkpoint; run the same command again to go on", file=sys.stderr
+            )
+            sys.exit(stopped.args[0])
         lock.release()
         print(f"trial {trial.number}: {outcome}", flush=True)
         if len(refused) == MOST_REFUSED and not has_result(study):

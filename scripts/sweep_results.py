@@ -103,6 +103,15 @@ def over_seeds(rows, varied):
     return found
 
 
+def best_of(rows, varied):
+    """The row of the trial to take, or None: of the settings that are best over their seeds, the one with the lowest loss."""
+    done = [row for row in rows if row["state"] == "complete"]
+    if not done or "seed" not in varied:
+        return next(iter(done), None)
+    settings, others = over_seeds(rows, varied)[0], [key for key in varied if key != "seed"]
+    return next(row for row in done if _key(row, others) == _key(settings, others))
+
+
 def shown(value):
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -143,8 +152,11 @@ def picture_sheet(rows, folder, varied):
     return sheet
 
 
-def write(rows, folder, varied, best_command=None):
-    """results.csv, results.md and pictures.png in the sweep's folder; returns the text of the second."""
+def write(rows, folder, varied, command_of):
+    """results.csv, results.md and pictures.png in the sweep's folder; returns the text of the second.
+
+    `command_of(params)` is the command that trains with these values once more.
+    """
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -152,9 +164,15 @@ def write(rows, folder, varied, best_command=None):
     said = [markdown(rows)]
     if "seed" in varied and rows[0]["state"] == "complete":
         said += ["", "Over the seeds:", "", markdown(over_seeds(rows, varied))]
-    if best_command is not None:
-        number = rows[0]["trial"]
-        said += ["", f"The best, trial {number} (its LoRA: {lora_of(trial_dir(folder, number))}):", "", best_command]
+    best = best_of(rows, varied)
+    if best is not None:
+        what = (
+            "Of the settings that are best over the seeds, the best trial is"
+            if "seed" in varied
+            else "The best is trial"
+        )
+        lora = lora_of(trial_dir(folder, best["trial"]))
+        said += ["", f"{what} {best['trial']} (its LoRA: {lora}):", "", command_of({key: best[key] for key in varied})]
     (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:

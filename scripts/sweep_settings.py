@@ -26,17 +26,19 @@ def _flags():
 
 def values_of(text):
     """The values of `4,16`, or the range of `1e-4..1e-2` as a mapping."""
-    import yaml
 
     def value(word):
-        try:
-            return float(word) if re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", word) else yaml.safe_load(word)
-        except yaml.YAMLError:
+        """Only numbers, true, false and null are something else than words: `no` is a precision."""
+        if word in ("true", "false", "null"):
+            return {"true": True, "false": False}.get(word)
+        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", word):
             return word
+        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
 
     low, dots, high = text.partition("..")
-    if dots:
-        return {"min": value(low), "max": value(high), "log": True}
+    ends = value(low), value(high)
+    if dots and all(isinstance(end, int | float) for end in ends):
+        return {"min": ends[0], "max": ends[1], "log": True}
     return [value(word) for word in text.split(",")]
 
 
@@ -66,6 +68,8 @@ def settle(args):
                 raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
             if not isinstance(settings[name], dict):
                 break  # `check` says so
+            if name == "sweep" and isinstance(settings["flags"], dict):  # what a file fixes may be varied
+                settings["flags"] = {k: v for k, v in settings["flags"].items() if k != key.removeprefix("--")}
             settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
     check(settings)
     return settings
@@ -101,6 +105,13 @@ def check(settings):
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise SweepError(f"there is no flag --{key}." + (f" Did you mean --{near[0]}?" if near else ""))
+    switches = {action.dest for action in _flags() if action.nargs == 0}
+    for key, given in (settings["flags"] | settings["sweep"]).items():
+        words = [value for value in (given if isinstance(given, list) else [given]) if isinstance(value, bool)]
+        if words and key not in switches:
+            raise SweepError(
+                f"{key} takes a value, not {str(words[0]).lower()}; in a YAML file, quote it if it is a word."
+            )
     both = settings["flags"].keys() & settings["sweep"].keys()
     if both:
         raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")

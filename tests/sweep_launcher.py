@@ -3,7 +3,8 @@
     python tests/sweep_launcher.py train_text_to_image_lora.py --output_dir ... --max_train_steps ...
 
 It goes on from its checkpoint as the training does. What a test needs beyond that is in the environment:
-SWEEP_STEP_SECONDS, how long each step takes; SWEEP_BROKEN, a file: while it is there, trials of rank 4 fail.
+SWEEP_STEP_SECONDS, how long each step takes; SWEEP_BROKEN, a file: while it is there, trials of rank 4 fail;
+SWEEP_STOPS_AT, the step after which one stops as at its --max_train_time.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def main():
         with open(args.output_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         (args.output_dir / f"checkpoint-{step}").mkdir(exist_ok=True)
+        if os.environ.get("SWEEP_STOPS_AT") == str(step):
+            sys.exit(75)
 
 
 main()

@@ -90,6 +90,24 @@ def test_pictures_are_prepared_as_transformers_does(kind):
     assert np.abs(got - wanted).max() < 1e-5
 
 
+def test_the_form_in_which_clips_authors_published_how_it_takes_pictures(clip_model, tmp_path):
+    """openai/clip-vit-large-patch14 has sides where later models have mappings."""
+    folder = shutil.copytree(clip_model, tmp_path / "clip")
+    published = {
+        "crop_size": 224,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 3,
+        "size": 224,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(published))
+    how = evaluation_judges.find_vision_model("--clip_model", str(folder), "clip")
+    wanted = evaluation_judges.PREPROCESSING["clip"]
+    images = [noise_picture(0, (500, 300))]
+    np.testing.assert_array_equal(preprocess(images, how).numpy(), preprocess(images, wanted).numpy())
+
+
 def test_clip_and_dino_see_what_transformers_does(clip_and_dino):
     import torch
 
@@ -207,7 +225,7 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     found = json.loads((out / "evaluation.json").read_text())
     scores = found["scores"]
     assert list(scores) == ["base", "axe", "epoch-0002", "held-out pictures"]
-    names = {"CLIP-T", "CLIP-I", "DINOv2", "diversity", "nearest", "memorised", "held-out loss"}
+    names = {"CLIP-T", "CLIP-I", "DINOv2", "diversity", "set distance", "nearest", "memorised", "held-out loss"}
     assert {*scores["base"]} == names
     assert {*scores["axe"]} == names | {"drift"}
     assert scores["axe"]["drift"]["mean"] > 1e-5

@@ -45,6 +45,50 @@ def test_of_two_alike_and_one_other():
     np.testing.assert_allclose(scores.diversity(drawn), [[0.5, 0.5, 1]])
 
 
+def test_the_distance_of_two_sets():
+    """Sums over all pairs, as its paper has them; around 0 for sets of one kind; and one pose of them is far."""
+    rng = np.random.default_rng(0)
+
+    def of_one_kind(*shape):
+        return scores.normalised(np.eye(8)[0] + 0.3 * rng.standard_normal((*shape, 8)))
+
+    drawn, held_out = of_one_kind(6, 3), of_one_kind(10)
+    flat = drawn.reshape(-1, 8)
+
+    def pairs(a, b):
+        return [((1 + x @ y) / 2) ** 3 for i, x in enumerate(a) for j, y in enumerate(b) if a is not b or i != j]
+
+    within, without, across = pairs(flat, flat), pairs(held_out, held_out), pairs(flat, held_out)
+    assert (len(within), len(without), len(across)) == (18 * 17, 10 * 9, 180)
+    found = scores.set_distance(drawn, held_out)
+    assert found.shape == (6, 3)
+    assert found.mean() == pytest.approx(np.mean(within) + np.mean(without) - 2 * np.mean(across))
+    same = np.array([scores.set_distance(of_one_kind(6, 3), of_one_kind(10)).mean() for _ in range(200)])
+    assert abs(same.mean()) < 3 * same.std() / 200**0.5  # negative as often as positive
+    # As like each held-out picture as the others are, and all in one pose: the mean cosine doesn't tell, the distance does.
+    drawn, held_out = of_one_kind(30, 3), of_one_kind(40)
+    copies = np.tile(scores.normalised(held_out.mean(axis=0)), (30, 3, 1))
+    assert (copies @ held_out.mean(axis=0)).mean() > (drawn @ held_out.mean(axis=0)).mean()
+    mean, error = scores.mean_and_error(scores.set_distance(drawn, held_out))
+    assert scores.set_distance(copies, held_out).mean() > mean + 4 * error
+
+
+def test_how_sure_the_distance_is():
+    """The standard error over prompts is what the distance varies by when other prompts are drawn."""
+    rng = np.random.default_rng(1)
+    held_out = scores.normalised(np.eye(8)[1] + 0.3 * rng.standard_normal((30, 8)))
+    found = []
+    for _ in range(200):
+        prompts = np.eye(8)[0] + 0.5 * rng.standard_normal((12, 1, 8))
+        found.append(
+            scores.mean_and_error(
+                scores.set_distance(scores.normalised(prompts + 0.1 * rng.standard_normal((12, 3, 8))), held_out)
+            )
+        )
+    means, errors = np.array(found).T
+    assert means.std() == pytest.approx(np.median(errors), rel=0.25)
+
+
 def test_memorised_is_what_is_nearer_than_any_held_out_picture():
     np.testing.assert_array_equal(scores.memorised(np.array([[0.5, 0.81, 0.99]]), np.array([0.3, 0.8])), [[0, 1, 1]])
 

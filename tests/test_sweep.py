@@ -409,3 +409,63 @@ def test_workers_draw_different_trials():
         study = optuna.create_study(sampler=sweep.sampler_of(settings, number))
         drawn.add(study.ask().suggest_float("x", 0, 1))
     assert len(drawn) == 4
+
+
+def test_what_a_file_fixes_can_be_varied(tmp_path):
+    """With the project's own files; what the command line both fixes and varies is still refused."""
+    for name in ("weapons", "creatures"):
+        args = sweep.parse_args([
+            str(ROOT / f"scripts/sweeps/{name}.yaml"), "--sweep_dir", str(tmp_path), "--sweep", "learning_rate=1e-3,5e-3"
+        ])  # fmt: skip
+        settings = sweep_settings.settle(args)
+        assert settings["sweep"] == {"learning_rate": [1e-3, 5e-3]}
+        assert "learning_rate" not in settings["flags"]
+        assert settings["flags"]["train_batch_size"] == 4
+
+
+def test_words_are_words_and_numbers_numbers():
+    """Not as YAML has it, to which `no` and `off` are false."""
+    assert sweep_settings.values_of("no,bf16") == ["no", "bf16"]
+    assert sweep_settings.values_of("off,blocks") == ["off", "blocks"]
+    assert sweep_settings.values_of("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
+    assert sweep_settings.values_of("true,false,null") == [True, False, None]
+    assert sweep_settings.values_of("../a,../b") == ["../a", "../b"]
+    assert sweep_settings.values_of("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
+
+
+def test_a_word_that_yaml_takes_for_false_is_asked_to_be_quoted(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("sweep: {mixed_precision: [no, bf16]}\nflags: {validation_split: 0.1}\n")
+    done = run(tmp_path / "sweep", path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "sweep.py: mixed_precision takes a value, not false; in a YAML file, quote it if it is a word.\n"
+    )
+
+
+def test_a_trial_that_stopped_in_time_is_gone_on_from(tmp_path):
+    """As --max_train_time and signals stop it: with a checkpoint, and exit code 75."""
+    words = ["--sweep", "rank=2,4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=4)]
+    done = run(tmp_path / "sweep", *words, SWEEP_STOPS_AT="2")
+    assert done.returncode == 75, done.stderr
+    assert "trial 0: stopped at a checkpoint; run the same command again to go on" in done.stderr
+    done = run(tmp_path / "sweep", *words)
+    assert done.returncode == 0, done.stderr
+    assert [(row["trial"], row["state"]) for row in rows_of(tmp_path / "sweep")] == [
+        ("1", "complete"),
+        ("0", "complete"),
+    ]
+    assert "going on from checkpoint-2" in (tmp_path / "sweep" / "trial-0000" / "log.txt").read_text()
+
+
+def test_a_lucky_seed_is_not_the_best(tmp_path):
+    """Rank 4 has the lowest loss of all, and rank 8 is better over the seeds: its best trial is the one to take."""
+    losses = {(0, 4): 0.5, (1, 4): 0.9, (0, 8): 0.6, (1, 8): 0.55}
+    rows = [
+        {"trial": i, "state": "complete", sweep_results.METRIC: loss, "seed": seed, "rank": rank}
+        for i, ((seed, rank), loss) in enumerate(losses.items())
+    ]
+    rows.sort(key=lambda row: row[sweep_results.METRIC])
+    assert sweep_results.best_of(rows, ["seed", "rank"])["trial"] == 3
+    assert sweep_results.best_of(rows, ["rank"])["trial"] == 0
+    assert sweep_results.best_of([row | {"state": "fail"} for row in rows], ["rank"]) is None
