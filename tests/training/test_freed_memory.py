@@ -12,15 +12,16 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is
 
 
 def test_what_a_step_frees_is_there_for_the_next():
-    """Counted by the pages that a process touches for the first time: without it, 28,000 for each of the 20 steps.
+    """Counted by the pages that a process touches for the first time in 20 steps, with and without it.
 
     Also for blocks of more than 32 MiB, which glibc never keeps, and in a thread of its own, as a backward pass has.
     """
     code = """
-import resource, threading, torch
+import resource, sys, threading, torch
 from text_to_image_lora.training import freed_memory
 torch.set_num_threads(1)
-freed_memory.keep()
+if "keep" in sys.argv:
+    freed_memory.keep()
 def faults():
     blocks = [torch.ones(2**21) for _ in range(4)] + [torch.ones(10 * 2**20) for _ in range(2)]
     thread = threading.Thread(target=lambda: blocks.append(torch.ones(2**21)))
@@ -34,8 +35,14 @@ for _ in range(20):
     after = faults()
 print(after - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 * 28_000  # a place or two that it had not used before
+
+    def touched(*words):
+        command = [sys.executable, "-c", code, *words]
+        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+    assert (
+        touched("keep") < touched() / 4
+    )  # where a block goes is the heap's choice: now and then to a place not used before
 
 
 def test_what_is_no_longer_needed_goes_back():
