@@ -29,7 +29,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 
 
 aten = torch.ops.aten
@@ -41,6 +41,7 @@ NOTHING = {
 # PyTorch's formulas, and those of operators that it passes over.
 FORMULAS = flop_registry | {
     aten.addmm_: addmm_flop,
+    aten.baddbmm_: baddbmm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }

@@ -1,6 +1,7 @@
 """What the benchmarks run and on what: whole commands, watched from outside and inside; a model and pictures for them."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -166,7 +167,12 @@ def prepare(model, work, *, resolution, rank, batch_size=1, baseline=None, basel
     model = work / "sd15" if model is None else model
     if not (model / "model_index.json").exists():
         print(f"making {model}", flush=True)
-        make_sd15(model)
+        # In a process of its own: what this one once held would count as the peak of each that it starts.
+        making = multiprocessing.get_context("spawn").Process(target=make_sd15, args=(model,))
+        making.start()
+        making.join()
+        if making.exitcode:
+            sys.exit(f"{model} could not be made")
     # All of an epoch's steps are to have as many pictures.
     count = batch_size * -(-8 // batch_size)
     pictures = make_pictures(work / f"pictures-{resolution}-{count}", resolution, count)

@@ -1,66 +1,25 @@
 """The lean forward against peft's own, on tiny UNets of diffusers'."""
 
-import contextlib
+import functools
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from text_to_image_lora.models import lean, lora, modules
+from text_to_image_lora.models import lean, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.training.optimizers import OptimizerSettings, Schedule, make_optimizer_and_schedule
 
 
 WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]
-PLAIN = lora.LoraSettings(rank=4, alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
 
 
 @pytest.fixture
 def make_unet(tiny_sd):
-    def make(settings=PLAIN, dtype=torch.float32):
-        unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet").to(memory_format=torch.channels_last).train()
-        torch.manual_seed(0)
-        lora.add_lora(unet, settings)
-        for name, parameter in unet.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        modules.place(unet, "cpu", dtype)
-        return unet
-
-    return make
-
-
-def lean_unet(unet, flat=True, groups=None):
-    """The tensors to train of a UNet that is made lean."""
-    groups = [lora.trainable_parameters(unet)] if groups is None else groups
-    return [tensor for group in lean.hold_lean(unet, groups, flat) for tensor in group]
-
-
-def batch_of(step, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(step)
-    latents = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
-    states = torch.randn(2, 7, 96, generator=generator).to(dtype)
-    return latents, torch.randint(1000, (2,), generator=generator), states
-
-
-def train(unet, parameters, steps=20, dtype=torch.float32, autocast=False, accumulation=1):
-    """(losses, gradient norms) of some steps."""
-    optimizer, found = torch.optim.AdamW(parameters, lr=1e-3), []
-    for step in range(steps):
-        total = 0
-        for micro_step in range(accumulation):
-            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-                pred = unet(*batch_of(step * accumulation + micro_step, dtype)).sample
-            loss = pred.float().square().mean() / accumulation
-            loss.backward()
-            total += loss.item()
-        found.append((total, float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))))
-        optimizer.step()
-        optimizer.zero_grad()
-    return torch.tensor(found)
+    return functools.partial(unet_of, tiny_sd)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -184,18 +143,6 @@ def test_optimizers_that_look_at_matrices_get_them(make_unet, name, ratio, shape
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(tensors) == shapes == len(lora.trainable_parameters(unet))
     assert sum(p.numel() for p in tensors) == sum(v.numel() for v in lora.adapter_state(unet)[0].values())
-
-
-class Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_casts_no_inputs(make_unet):

@@ -2,12 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
@@ -108,6 +111,15 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
     assert [(row["step"], row["train_loss"], row["lr"]) for row in rows] == [(1, 0.5, 1e-4), (2, 0.25, 1e-4)]
     assert [{"step": step, **values} for step, values in reports.logged] == rows
     assert 0.01 < peak_memory_gib(torch.device("cpu")) < 64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is what getrusage says")
+def test_peak_memory_is_the_process_s_own():
+    """Also where the one that started it holds more."""
+    held = np.ones(2**28)
+    code = "import torch; from text_to_image_lora.reports.metrics import peak_memory_gib as peak; print(peak(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.01 < float(done.stdout) < held.nbytes / 2**30
 
 
 def put_losses(reports, losses, first=1):

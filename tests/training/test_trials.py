@@ -193,11 +193,24 @@ def test_what_makes_room_is_the_base_alone(tiny_sd):
     plain = {id(parameter) for parameter in unet.parameters()}
     lora.add_lora(unet, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
     lean.hold_lean(unet, [lora.trainable_parameters(unet)])
-    assert {id(parameter) for parameter in trials.base_of(unet)} == plain
+    joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
+    assert {id(parameter) for parameter in trials.base_of(unet)} == plain | {id(parameter) for parameter in joined}
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     with trials.base_set_aside(unet, torch.device("cpu")):
         pass
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_parts_of_one_memory_are_moved_as_one():
+    """Whole and parts, in their order and shape, also where a part is not contiguous."""
+    whole = torch.arange(12.0).reshape(4, 3)
+    parts = [whole, whole[2:], whole[:2].t(), whole + 1]
+    found = list(trials.moved(parts, torch.device("meta")))
+    assert all(part.is_meta for part in found)
+    assert [(part.shape, part.stride()) for part in found] == [(part.shape, part.stride()) for part in parts]
+    memory = [part.untyped_storage()._cdata for part in found]
+    assert memory[0] == memory[1] == memory[2] != memory[3]
+    assert all(torch.equal(part, own) for part, own in zip(trials.moved(parts, torch.device("cpu")), parts))
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ import torch
 from diffusers.models.activations import GEGLU
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 
+from .joined import join, projections
+
 
 class LoraLinear(torch.autograd.Function):
     """`x W' + bias + (x A') B'` for a frozen W, with the backward by hand.
@@ -102,29 +104,43 @@ class Masters:
     """
 
     def __init__(self, model, groups, flat=True):
-        self.layers = [module for module in model.modules() if type(module) in (LeanLinear, LeanConv2d)]
+        layers = [module for module in model.modules() if type(module) in (LeanLinear, LeanConv2d)]
         # The scale in equal shares for A and B, so that one number does for all.
-        scaling = {layer.scaling["default"] for layer in self.layers}
+        scaling = {layer.scaling["default"] for layer in layers}
         (self.share,) = {value**0.5 for value in scaling}
-        self.dtype = self.layers[0].base_layer.weight.dtype
-        self.sizes = [[parameter.numel() for parameter in group] for group in groups]
-        owners = {id(parameter): place for place, parameter in enumerate(p for group in groups for p in group)}
-        self.places = [
-            (owners[id(layer.lora_A["default"].weight)], owners[id(layer.lora_B["default"].weight)])
-            for layer in self.layers
-        ]
+        self.dtype = layers[0].base_layer.weight.dtype
+        found = projections(model, LeanLinear)
+        together = {layer for _, _, own in found for layer in own}
+        holders = {layer: (layer,) for layer in layers if layer not in together}
+        for attention, name, own in found:
+            holder = join(attention, name, own)
+            holders |= {layer: (layer,) for layer in own} if holder is None else {holder: own}
+        # The weights of a holder's layers lie beside each other, so that they are handed out as one tensor; in the same
+        # order where projections are not joined, for a checkpoint may be gone on from so.
+        pieces = {
+            (holder, leaf): [getattr(layer, leaf)["default"].weight for layer in of_holder]
+            for leaf in ("lora_A", "lora_B")
+            for holder, of_holder in holders.items()
+        }
+        owners = [{id(parameter) for parameter in group} for group in groups]
+        keys = [[key for key, piece in pieces.items() if id(piece[0]) in owner] for owner in owners]
+        numbers = {key: number for number, key in enumerate(key for group in keys for key in group)}
+        self.places = [(holder, numbers[holder, "lora_A"], numbers[holder, "lora_B"]) for holder in holders]
+        self.sizes = [[sum(parameter.numel() for parameter in pieces[key]) for key in group] for group in keys]
+        groups = [[parameter for key in group for parameter in pieces[key]] for group in keys]
         self.trained = groups
         if flat:
-            self.trained = [[self.flattened(*pair)] for pair in zip(groups, self.sizes, strict=True)]
+            self.trained = [[self.flattened(group)] for group in groups]
             # A module of its own, after the others: who asks for the model's dtype looks at the first parameter. No
             # "lora_" in its name, or peft would save it.
             model.add_module("adapter_masters", torch.nn.ParameterList(master for (master,) in self.trained))
         model.register_forward_pre_hook(self.hand_out)
 
     @staticmethod
-    def flattened(group, sizes):
+    def flattened(group):
         """One parameter for a group, of which the group's become views that are not trained themselves."""
         master = torch.nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in group]))
+        sizes = [parameter.numel() for parameter in group]
         for parameter, part in zip(group, master.detach().split(sizes), strict=True):
             parameter.requires_grad_(False)
             parameter.data = part.view(parameter.shape)
@@ -138,8 +154,8 @@ class Masters:
             if self.share != 1:
                 whole = whole * self.share
             parts += whole.reshape(-1).to(self.dtype).split(sizes)
-        for layer, (a, b) in zip(self.layers, self.places, strict=True):
-            layer.__dict__["lean"] = parts[a], parts[b]
+        for holder, a, b in self.places:
+            holder.__dict__["lean"] = parts[a], parts[b]
 
 
 def is_plain(layer):

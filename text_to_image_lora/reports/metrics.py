@@ -24,18 +24,20 @@ PAGE_PAUSE = 20  # times what it took to write the page, before it is written on
 
 def peak_memory_gib(device):
     """The most memory the run has held so far: of the GPU's, or this process's on a CPU."""
+    import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
+    if sys.platform == "linux":  # `getrusage` would begin with what the process had that started this one
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 2**20
+    if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 

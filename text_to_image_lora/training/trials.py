@@ -62,16 +62,31 @@ def base_of(model):
 @contextlib.contextmanager
 def base_set_aside(model, device):
     """Inside, the base weights of an adapted model are on the CPU; its adapters stay, which layers share with their masters."""
-    moved = base_of(model) if device.type == "cuda" else []  # elsewhere it is all one memory
-    for parameter in moved:
-        parameter.data = parameter.data.to("cpu")
-    if moved:
+    base = base_of(model) if device.type == "cuda" else []  # elsewhere it is all one memory
+
+    def bring(to):
+        for parameter, value in zip(base, moved([parameter.data for parameter in base], to), strict=True):
+            parameter.data = value
+
+    bring(torch.device("cpu"))
+    if base:
         torch.cuda.empty_cache()
     try:
         yield
     finally:
-        for parameter in moved:
-            parameter.data = parameter.data.to(device)
+        bring(device)
+
+
+def moved(tensors, device):
+    """Each of the tensors on a device; those that are parts of one memory, as joined projections are, stay so."""
+    memories = {}
+    for tensor in tensors:
+        own = tensor.untyped_storage()
+        if own.data_ptr() not in memories:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(own).to(device)
+            memories[own.data_ptr()] = whole.untyped_storage()
+        place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        yield torch.empty(0, dtype=tensor.dtype, device=device).set_(memories[own.data_ptr()], *place)
 
 
 def even_parts(count):
