@@ -29,7 +29,8 @@ test: $(VENV)/installed-dev
 
 # Many processes, the SD1.5 geometry, report.html in a browser (which is left out where there is none to be had), trackio.
 test-long: $(VENV)/installed-dev $(VENV)-trackio/installed
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium || true
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium >/dev/null 2>&1 \
+		|| echo "no browser to be had: the tests of report.html in one are left out"
 	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)-trackio $(BIN)/python -m pytest tests/reports/test_tracking.py -k trackio
 
