@@ -99,7 +99,7 @@ class Masters:
     """The float32 weights of a model's adapters, and what its layers compute with: a copy in the base's precision.
 
     `trained` is, for each of `groups` (lists of the layers' parameters), one flat tensor of which the layers' own weights
-    become views; or, not `flat`, the group itself. The copy is made at each forward pass of the model, in one operator
+    become views; or, not `flat`, the group's parameters. The copy is made at each forward pass of the model, in one operator
     for a group, and the gradients come back to the masters in one.
     """
 
