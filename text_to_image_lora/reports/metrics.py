@@ -24,7 +24,6 @@ PAGE_PAUSE = 20  # times what it took to write the page, before it is written on
 
 def peak_memory_gib(device):
     """The most memory the run has held so far: of the GPU's, or this process's on a CPU."""
-    import psutil
     import torch
 
     if device.type == "cuda":
