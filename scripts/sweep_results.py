@@ -4,8 +4,10 @@ import csv
 import json
 from pathlib import Path
 
+from text_to_image_lora.reports.numbers import LOSS as METRIC
+from text_to_image_lora.reports.numbers import read_numbers
 
-METRIC = "validation/relative_loss"
+
 DONE = {"complete": 0, "pruned": 1}  # states in the order of the table; others come last
 MOST_STRIPS = 24  # trials on the sheet of pictures
 
@@ -16,17 +18,7 @@ def trial_dir(folder, number):
 
 def validations_of(output_dir):
     """The rows of a trial's metrics with a validation so far, the one before its first step left out."""
-    try:
-        lines = (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # half written
-            continue
-    return [row for row in rows if row.get(METRIC) is not None and row["step"] > 0]
+    return [row for row in read_numbers(output_dir).validations if row["step"] > 0]
 
 
 def losses_of(output_dir):

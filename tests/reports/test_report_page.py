@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from array import array
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +24,7 @@ from PIL import Image
 
 from text_to_image_lora.errors import InputError, Stopped
 from text_to_image_lora.reports import about, curves, metrics, panels, report_page, runs, sample_pictures
+from text_to_image_lora.reports.numbers import Curve, read_numbers
 
 
 pytest.importorskip("bokeh", reason="without Bokeh there are no curves: pip install -r requirements.txt")
@@ -382,18 +385,46 @@ def test_a_long_run_stays_small(tmp_path):
 
 
 def test_curves_are_thinned_by_means():
-    rows = [{"step": step, "train_loss": float(step % 2), "lr": None} for step in range(1, 10_001)]
-    steps, values = curves.curve(rows, "train_loss")
+    curve = Curve(array("q", range(1, 10_001)), array("d", [step % 2 for step in range(1, 10_001)]))
+    steps, values = curves.thinned(curve)
     assert len(steps) <= curves.POINTS
     assert steps[-1] == 10_000
     assert np.mean(values) == pytest.approx(0.5, abs=0.02)
-    assert curves.curve(rows, "lr") == ([], [])
-    assert curves.curve(rows[:3], "train_loss") == ([1, 2, 3], [1.0, 0.0, 1.0])
+    assert curves.thinned(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
+    means = [
+        np.mean(curve.values[place : place + 13]) for place in range(0, 10_000, 13)
+    ]  # 770 parts of 13, at most 800
+    assert values == pytest.approx(means, rel=1e-4)
 
 
-def test_numbers_that_nobody_thought_of_have_a_chart_too():
-    rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0} for step in (1, 2)]
-    assert [chart["title"] for chart in curves.charts_of(rows)] == ["Training loss", "perceptual"]
+def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
+    rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0, "lr": None} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = read_numbers(tmp_path)
+    assert [chart["title"] for chart in curves.charts_of(told.curves)] == ["Training loss", "perceptual"]
+
+
+def test_a_page_of_many_steps_takes_little_memory(tmp_path):
+    """It is written while the run trains: rows kept as Python's dicts took a kilobyte a step, again at each page."""
+    num_steps = 20_000
+    row = {
+        "train_loss": 1.23456,
+        "lr": 1e-4,
+        "grad_norm": 0.1234,
+        "epoch": 1.2345,
+        "images_per_second": 12.34,
+        "peak": 1.2,
+    }
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(json.dumps({"step": step} | row) + "\n" for step in range(1, num_steps + 1))
+    report_page.write_page(tmp_path)  # imports
+    tracemalloc.start()
+    try:
+        report_page.write_page(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 * num_steps + 8e6  # BokehJS and the page with it: 4 MB
 
 
 @pytest.mark.parametrize("most", [3, 4, 10, 100])
@@ -409,7 +440,8 @@ def test_steps_that_are_shown_hold_the_best_the_first_and_the_last(most):
 
 def test_a_half_written_line_is_no_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 0.5}\n{"step": 2, "train_l')
-    assert [row["step"] for row in runs.read_run(tmp_path).rows] == [1]
+    numbers = runs.read_run(tmp_path).numbers
+    assert (numbers.last_step, list(numbers.curves["train_loss"].values)) == (1, [0.5])
     report_page.write_page(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 
 POINTS = 800  # of a curve at most; where there are more steps, a point is the mean of several
 SMOOTHING = 0.95  # of the faint training loss, as on the progress bar
@@ -28,18 +30,19 @@ NAMES = {
 }
 AT_TIMESTEP = "validation/relative_loss_t"
 # The other charts tell these already, or they are no curves.
-TOLD = {"step", "epoch", "validation/loss", "validation/gap", "validation/best_step", "validation/worse_since",
+TOLD = {"epoch", "validation/loss", "validation/gap", "validation/best_step", "validation/worse_since",
         "validation/best_relative_loss"}  # fmt: skip
 
 
-def curve(rows, name):
-    """The (steps, values) of a number in metrics.jsonl, thinned to `POINTS`; rows without it are left out."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    each = math.ceil(len(points) / POINTS)
+def thinned(curve):
+    """The (steps, values) of a `Curve` as lists, at most `POINTS` of them; values to five digits."""
+    steps, values = (np.frombuffer(each, each.typecode) for each in curve)
+    each = math.ceil(len(steps) / POINTS)
     if each > 1:  # the last of a part's steps, so that the last point is the last step
-        parts = [points[first : first + each] for first in range(0, len(points), each)]
-        points = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-    return [step for step, _ in points], [float(f"{value:.5g}") for _, value in points]
+        first = np.arange(0, len(steps), each)
+        last = np.minimum(first + each, len(steps)) - 1
+        steps, values = steps[last], np.add.reduceat(values, first) / (last - first + 1)
+    return steps.tolist(), [float(f"{value:.5g}") for value in values]
 
 
 def smoothed(values):
@@ -51,23 +54,23 @@ def smoothed(values):
     return found
 
 
-def charts_of(rows):
-    """The charts of one run as `chart` makes them, those of which metrics.jsonl holds nothing left out."""
+def charts_of(curves):
+    """The charts of one run's {name: `Curve`} as `chart` makes them, those that it has no numbers of left out."""
     charts = []
     for title, unit, names in CHARTS:
         lines = []
         for name, colour in zip(names, COLOURS, strict=False):
-            lines += lines_of(rows, name, NAMES.get(name, ""), colour)
+            lines += lines_of(curves, name, NAMES.get(name, ""), colour)
         charts.append(chart(title, unit, lines, names[0]))
-    at_timesteps = sorted({name for row in rows for name in row if name.startswith(AT_TIMESTEP)})
+    at_timesteps = sorted(name for name in curves if name.startswith(AT_TIMESTEP))
     lines = []
     for place, name in enumerate(at_timesteps):
         colour = OF_TIMESTEPS[place * len(OF_TIMESTEPS) // len(at_timesteps)]
-        lines += lines_of(rows, name, f"t = {int(name.removeprefix(AT_TIMESTEP))}", colour)
+        lines += lines_of(curves, name, f"t = {int(name.removeprefix(AT_TIMESTEP))}", colour)
     charts.insert(1, chart("Relative loss at each timestep", "999 is all noise", lines, AT_TIMESTEP))
     told = TOLD | {name for _, _, names in CHARTS for name in names} | {*at_timesteps}
-    for name in sorted({name for row in rows for name in row} - told):
-        charts.append(chart(name, "", lines_of(rows, name, "", COLOURS[0]), name))
+    for name in sorted(curves.keys() - told):
+        charts.append(chart(name, "", lines_of(curves, name, "", COLOURS[0]), name))
     return [each for each in charts if each["lines"]]
 
 
@@ -77,11 +80,11 @@ def chart(title, unit, lines, name):
     return {"title": title, "unit": unit, "lines": lines, "base": base, "zero": name in FROM_ZERO, "legend": True}
 
 
-def lines_of(rows, name, label, colour):
+def lines_of(curves, name, label, colour):
     """The lines of one number: its curve; of the training loss, which swings, a faint one and its moving average."""
-    steps, values = curve(rows, name)
-    if not steps:
+    if name not in curves:
         return []
+    steps, values = thinned(curves[name])
     line = {"label": label, "x": steps, "y": values, "colour": colour, "faint": False, "dots": len(steps) <= 60}
     if name != "train_loss" or len(steps) < 20:
         return [line]
@@ -89,13 +92,13 @@ def lines_of(rows, name, label, colour):
     return [faint, line | {"y": smoothed(values), "label": label or "moving average"}]
 
 
-def charts_over_each_other(rows_of_runs):
-    """The charts of several runs ({name: rows}), a colour each."""
+def charts_over_each_other(runs):
+    """The charts of several runs ({run: {name: `Curve`}}), a colour each."""
     charts = []
     for title, unit, names in CHARTS:
         lines = []
-        for place, (run, rows) in enumerate(rows_of_runs.items()):
+        for place, (run, curves) in enumerate(runs.items()):
             # Of the training loss the moving average alone: the single steps of several runs hide each other.
-            lines += lines_of(rows, names[0], run, COLOURS[place % len(COLOURS)])[-1:]
+            lines += lines_of(curves, names[0], run, COLOURS[place % len(COLOURS)])[-1:]
         charts.append(chart(title, unit, lines, names[0]) | {"legend": False})  # the page has one for all
     return [each for each in charts if each["lines"]]

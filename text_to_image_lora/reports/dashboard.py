@@ -9,8 +9,9 @@ from PIL import Image
 
 from . import tracking
 from .about import image_of
+from .numbers import LOSS
 from .panels import DASHBOARDS, Sample
-from .runs import LOSS, answer_of, read_run
+from .runs import answer_of, read_run
 
 
 IN_TABLES = 256  # pixels of a table's pictures
@@ -88,7 +89,7 @@ def log_results(accelerator, output_dir):
 
 def rows_of_samples(run):
     """A row for each sample picture that a LoRA drew: `SAMPLES`."""
-    losses = {row["step"]: row[LOSS] for row in run.rows if row.get(LOSS) is not None}
+    losses = {row["step"]: row[LOSS] for row in run.numbers.validations}
     of_base, rows = {}, []
     for step, pictures in run.pictures.items():
         for key, picture in pictures.items():

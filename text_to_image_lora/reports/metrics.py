@@ -107,13 +107,14 @@ class Pace:
     """What is said of a run's speed: after ten steps what is left, and once when steps become many times slower."""
 
     FIRST = 10  # steps to measure
+    USUAL = 200  # steps whose median tells what is usual
     SLOWER = 4  # times the median: a slow step
     FULL = 95  # percent of a machine's memory
     IN_A_ROW = 5  # slow steps, before it is said
 
     def __init__(self, device, num_steps, say, remedy):
         self.device, self.num_steps, self.say, self.remedy = device, num_steps, say, remedy
-        self.seconds, self.slow, self.said = [], 0, False
+        self.seconds, self.slow, self.said = collections.deque(maxlen=self.USUAL), 0, False
 
     def take(self, step, seconds):
         """How long a step took, without what is done between steps."""
@@ -125,7 +126,7 @@ class Pace:
             self.say(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
             self.check_spill()
         elif len(self.seconds) > self.FIRST and not self.said:
-            usual = statistics.median(self.seconds[-200:])
+            usual = statistics.median(self.seconds)
             self.slow = self.slow + 1 if seconds > self.SLOWER * usual else 0
             if self.slow == self.IN_A_ROW:
                 self.said = True

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .runs import LOSS
+from .numbers import LOSS
 
 
 # What W&B's summary holds of a number instead of its last value.

@@ -16,6 +16,7 @@ from ..files import reason_of, write_whole
 from .about import FILE as ABOUT
 from .about import data_url
 from .curves import COLOURS, charts_of, charts_over_each_other
+from .numbers import FILE as METRICS
 from .runs import answer_of, read_run
 
 
@@ -58,7 +59,7 @@ def write_page(output_dir):
     shown = _cards_of([run], path.parent, {run.folder: answer})
     _render(
         path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
-        take=take, files=[_linked(file, path) for file in run.files], charts=charts_of(run.rows), dataset=dataset,
+        take=take, files=[_linked(file, path) for file in run.files], charts=charts_of(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
         versions=run.about.get("versions"), settings=run.settings, **shown,
     )  # fmt: skip
@@ -87,7 +88,7 @@ def write_comparison(folders, path, title):
             "page": _link(page, path) if page.exists() and page != path else None,
             "take": None if answer.take is None else _linked(answer.take, path),
         })  # fmt: skip
-    charts = charts_over_each_other({names[run.folder]: run.rows for run in runs})
+    charts = charts_over_each_other({names[run.folder]: run.numbers.curves for run in runs})
     _render(
         path, "comparison.html", title=title, runs=rows, sentence=sentence, charts=charts,
         differences=differs,
@@ -100,13 +101,13 @@ def runs_in(folders):
     """The output folders that are named, and those below one that holds several, such as a sweep's."""
     found = []
     for folder in map(Path, folders):
-        of_a_run = any((folder / name).is_file() for name in ("metrics.jsonl", ABOUT))
-        below = [folder] if of_a_run else sorted(folder.glob("*/metrics.jsonl"))
+        of_a_run = any((folder / name).is_file() for name in (METRICS, ABOUT))
+        below = [folder] if of_a_run else sorted(folder.glob(f"*/{METRICS}"))
         if not below:
             raise InputError(
-                f"{folder}: there is no run in it (no metrics.jsonl). Name an --output_dir or a sweep's folder."
+                f"{folder}: there is no run in it (no {METRICS}). Name an --output_dir or a sweep's folder."
             )
-        found += [path.parent if path.name == "metrics.jsonl" else path for path in below]
+        found += [path.parent if path.name == METRICS else path for path in below]
     return list({folder.resolve(): folder for folder in found}.values())
 
 

@@ -9,9 +9,8 @@ from PIL import Image
 
 from ..errors import InputError
 from . import about, stopping
-
-
-LOSS = "validation/relative_loss"
+from .numbers import FILE as METRICS
+from .numbers import LOSS, Numbers, read_numbers
 
 
 class Picture(NamedTuple):
@@ -29,7 +28,7 @@ class Run(NamedTuple):
     about: dict  # empty: of a run that was made without
     flags: dict  # of run.yaml
     settings: dict  # those, and what the others were settled to
-    rows: list  # of metrics.jsonl, by step
+    numbers: Numbers
     pictures: dict  # {step: {(prompt, seed, how many such before): Picture}}; k for the seed where it isn't known
     files: list  # of `LoraFile`
 
@@ -40,7 +39,7 @@ class Run(NamedTuple):
     @property
     def step(self):
         """The last step that is told of."""
-        return self.rows[-1]["step"] if self.rows else 0
+        return self.numbers.last_step
 
 
 class LoraFile(NamedTuple):
@@ -54,17 +53,13 @@ class LoraFile(NamedTuple):
 def read_run(folder):
     """The `Run` in an output folder, finished or not; an `InputError` where there is none."""
     folder = Path(folder)
-    if not any(
-        (folder / name).is_file() for name in ("metrics.jsonl", about.FILE)
-    ):  # before its first step, it has one
-        raise InputError(
-            f"{folder}: there is no run in it (no metrics.jsonl). Name a run's --output_dir, or a sweep's."
-        )
+    if not any((folder / name).is_file() for name in (METRICS, about.FILE)):  # before its first step, it has one
+        raise InputError(f"{folder}: there is no run in it (no {METRICS}). Name a run's --output_dir, or a sweep's.")
     told, flags = _read_json(folder / about.FILE), {}
     if (folder / "run.yaml").is_file():
         flags = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     settings = told.get("settings", flags)
-    return Run(folder, told, flags, settings, read_rows(folder), read_pictures(folder), list(read_files(folder)))
+    return Run(folder, told, flags, settings, read_numbers(folder), read_pictures(folder), list(read_files(folder)))
 
 
 def _read_json(path):
@@ -72,17 +67,6 @@ def _read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def read_rows(folder):
-    """The rows of metrics.jsonl, in the order of their steps; a line that is half written is left out."""
-    rows, path = [], Path(folder) / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return sorted(rows, key=lambda row: row["step"])
 
 
 def step_of(folder):
@@ -146,7 +130,7 @@ def answer_of(run):
     last = next((file for file in run.files if file.place == ""), None)
     finished = last is not None and last.step in (run.step, None)
     last = last if finished else None
-    judged = [row for row in run.rows if row.get(LOSS) is not None]
+    judged = run.numbers.validations
     if not judged:
         return Answer(NOT_JUDGED, None, None, None, False, last, finished)
     newest = judged[-1]

@@ -64,7 +64,8 @@ class ShardReader:
     def _file(self, shard):
         if shard not in self.files:
             file = safe_open(self.paths[shard], "pt")
-            self.files[shard] = {name: file.get_slice(name) for name in sorted(file.keys())}
+            # Maps of the file, not copies; and not slices of it, whose every read leaves an object behind (safetensors 0.8).
+            self.files[shard] = {name: file.get_tensor(name) for name in sorted(file.keys())}
         return self.files[shard]
 
     def row(self, shard, row):
@@ -73,7 +74,7 @@ class ShardReader:
 
     def shape(self, shard, name):
         """The shape of a row of the tensor `name`; nothing is read but the file's header."""
-        return self._file(shard)[name].get_shape()[1:]
+        return self._file(shard)[name].shape[1:]
 
 
 def check_free_disk(folder, needed):
