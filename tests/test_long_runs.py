@@ -42,11 +42,12 @@ def test_ten_thousand_steps_grow_nothing(arguments, tmp_path):
     steady = [look for look in looks if total / 5 < look[0] < 0.98 * total]
     assert len(steady) > 20
     third = len(steady) // 3
-    for what, tolerance in ((1, 4 * 2**20), (2, 0), (3, 0)):
-        first, last = (statistics.median(look[what] for look in part) for part in (steady[:third], steady[-third:]))
+    # Open files and threads by the fewest seen: a file that is being written, or a batch on its way, is one more.
+    for what, usual, tolerance in ((1, statistics.median, 4 * 2**20), (2, min, 0), (3, min, 0)):
+        first, last = (usual(look[what] for look in part) for part in (steady[:third], steady[-third:]))
         assert last <= first + tolerance, (what, first, last)
-    # Processor time, which others on the machine don't lengthen, for each byte of metrics: their lines are all as long.
+    # Processor time, which others on the machine lengthen least, for each byte of metrics: their lines are all as long.
     first, last = (
         (part[-1][4] - part[0][4]) / (part[-1][0] - part[0][0]) for part in (steady[:third], steady[-third:])
     )
-    assert last < 1.25 * first, (first, last)
+    assert last < 1.5 * first, (first, last)
