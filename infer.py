@@ -1723,6 +1723,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # Not to be found: diffusers and peft would import it wherever it is installed, which takes a second.
+    sys.modules.setdefault("bitsandbytes", None)
     try:
         main()
     except KeyboardInterrupt:

@@ -772,9 +772,10 @@ def look_at_data(args, base, records, validation_records, left_out):
     """
     import torch
 
-    from text_to_image_lora.models import loading, modules, prompts
-    from text_to_image_lora.pictures import examine, inspection
-    from text_to_image_lora.training import batches, caching, memory, trials
+    with hidden(*not_needed(args)):
+        from text_to_image_lora.models import loading, modules, prompts
+        from text_to_image_lora.pictures import examine, inspection
+        from text_to_image_lora.training import batches, caching, memory, trials
 
     def usable(records):
         good, bad = examine.examine(records, range(len(records)))
@@ -1236,6 +1237,11 @@ def lora_writer(args, run, adapted, told):
     )  # fmt: skip
 
 
+def not_needed(args):
+    """Libraries that diffusers and peft would import and the run does without; 8-bit Adam imports bitsandbytes itself."""
+    return ["bitsandbytes", *([] if args.enable_xformers_memory_efficient_attention else ["xformers"])]
+
+
 def say_what_is_better(args, device, weight_dtype, say):
     import torch
 
@@ -1339,8 +1345,7 @@ def main(args):
 
     import torch
 
-    # 8-bit Adam imports bitsandbytes itself.
-    with hidden("bitsandbytes", *([] if args.enable_xformers_memory_efficient_attention else ["xformers"])):
+    with hidden(*not_needed(args)):
         import diffusers
         import transformers
         from diffusers.training_utils import EMAModel
@@ -1395,8 +1400,7 @@ def main(args):
     if args.compile != "off":
         compile_denoiser(args, run, denoiser, trial, say)
     # As each process wraps them. They are where they belong: to be moved would part the weights from their masters.
-    trained = accelerator.prepare(*adapted.values(), device_placement=[False] * len(adapted))
-    trained = [trained] if len(adapted) == 1 else list(trained)
+    trained = [accelerator.prepare(model, device_placement=[False]) for model in adapted.values()]
     optimizer = accelerator.prepare(optimizer)
     weights_for_use = functools.partial(optimizers.weights_for_use, params_to_optimize, optimizer, average)
     perceptual_loss = None
@@ -1558,8 +1562,6 @@ def main(args):
     progress.close()
     if judge is not None and ending is None:
         say(judge.in_words(state.global_step))
-    if (line := reports.in_words()) is not None:
-        say(line)
 
     # What the run leaves.
     if accelerator.is_main_process and isinstance(ending, NotANumberError):

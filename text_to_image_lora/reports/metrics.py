@@ -222,7 +222,9 @@ class StepReports:
         self.page_due = time.monotonic() + PAGE_PAUSE * (time.monotonic() - start)
 
     def leave(self, ending):
-        """At the end: the page once more, and to the trackers what the run came to, unless it is to be gone on with."""
+        """At the end: what was skipped, the page once more, and to the trackers what the run came to, unless it goes on."""
+        if (line := self.in_words()) is not None:
+            self.say(line)
         if self.metrics_file is not None and update_page(self.output_dir, self.say):
             self.say(f"how it went: {Path(self.output_dir) / PAGE}")
         if not isinstance(ending, Stopped):
