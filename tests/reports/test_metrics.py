@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
+from text_to_image_lora.reports import metrics
 from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
 
 
@@ -120,6 +121,23 @@ def test_peak_memory_is_the_process_s_own():
     code = "import torch; from text_to_image_lora.reports.metrics import peak_memory_gib as peak; print(peak(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.01 < float(done.stdout) < held.nbytes / 2**30
+
+
+@pytest.mark.parametrize(("takes", "pause"), [(0.1, 10), (2, 40)])
+def test_the_page_is_written_now_and_then(reports, monkeypatch, takes, pause):
+    """Not after each epoch of a small dataset, many times a second; and not for more than a twentieth of the time."""
+    clock, written = SimpleNamespace(now=0.0), []
+
+    def update_page(folder, say):
+        clock.now += takes
+        written.append(clock.now)
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(metrics, "update_page", update_page)
+    while clock.now < 200:
+        clock.now += 0.5  # an epoch
+        reports.write_page()
+    assert np.diff(written) == pytest.approx(pause + takes, abs=0.51)
 
 
 def put_losses(reports, losses, first=1):

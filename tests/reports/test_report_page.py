@@ -89,6 +89,7 @@ def finished(train_in, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(report_page, "write_page", keep)
         patch.setattr(metrics, "PAGE_PAUSE", 0)
+        patch.setattr(metrics, "PAGE_SHARE", 0)
         out = train_in(
             folder, output_dir=folder / "my <b>lora", validation_split=0.3, validation_steps=3, max_train_steps=6, rank=2,
             learning_rate=0.03,

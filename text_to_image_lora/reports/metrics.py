@@ -19,7 +19,8 @@ from .report_page import update_page
 
 VALIDATED = "validation/loss"  # what a line of a validation has
 LAST_GOOD = "last-good"  # the folder with the LoRA of a run that came to no number
-PAGE_PAUSE = 20  # times what it took to write the page, before it is written once more
+# Before the page, some 1.5 MB, is written once more: seconds at least, and times what it took to write it.
+PAGE_PAUSE, PAGE_SHARE = 10, 20
 
 
 def peak_memory_gib(device):
@@ -214,12 +215,13 @@ class StepReports:
         log_numbers(self.accelerator, values, step)
 
     def write_page(self):
-        """Writes the run's `report.html` anew; where validations are many, some are left out: training goes before."""
+        """Writes the run's `report.html` anew; where epochs are short, some are left out: training goes before."""
         if self.metrics_file is None or time.monotonic() < self.page_due:
             return
         start = time.monotonic()
         update_page(self.output_dir, self.say)
-        self.page_due = time.monotonic() + PAGE_PAUSE * (time.monotonic() - start)
+        now = time.monotonic()
+        self.page_due = now + max(PAGE_PAUSE, PAGE_SHARE * (now - start))
 
     def leave(self, ending):
         """At the end: what was skipped, the page once more, and to the trackers what the run came to, unless it goes on."""
