@@ -392,9 +392,8 @@ def test_curves_are_thinned_by_means():
     assert steps[-1] == 10_000
     assert np.mean(values) == pytest.approx(0.5, abs=0.02)
     assert curves.thinned(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
-    means = [
-        np.mean(curve.values[place : place + 13]) for place in range(0, 10_000, 13)
-    ]  # 770 parts of 13, at most 800
+    each = 13  # 770 parts of so many steps; of 12 there would be more than 800
+    means = [np.mean(curve.values[place : place + each]) for place in range(0, 10_000, each)]
     assert values == pytest.approx(means, rel=1e-4)
 
 
@@ -408,14 +407,8 @@ def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):
     """It is written while the run trains: rows kept as Python's dicts took a kilobyte a step, again at each page."""
     num_steps = 20_000
-    row = {
-        "train_loss": 1.23456,
-        "lr": 1e-4,
-        "grad_norm": 0.1234,
-        "epoch": 1.2345,
-        "images_per_second": 12.34,
-        "peak": 1.2,
-    }
+    names = ("train_loss", "lr", "grad_norm", "epoch", "images_per_second", "peak_memory_gib")
+    row = dict.fromkeys(names, 1.23456)
     with open(tmp_path / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps({"step": step} | row) + "\n" for step in range(1, num_steps + 1))
     report_page.write_page(tmp_path)  # imports
