@@ -37,7 +37,6 @@ another program's dialect goes through the project's converter.
 
 import argparse
 import contextlib
-import difflib
 import functools
 import glob
 import hashlib
@@ -52,9 +51,13 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.drawing.rows import AXES, SETTINGS, nearest, number, sampler_name
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.models.samplers import NO_ZERO_SNR, SAMPLERS
 
 
 MODEL_FLAG, WEIGHT_NAME = "--pretrained_model_name_or_path", "pytorch_lora_weights.safetensors"
@@ -86,19 +89,6 @@ PIPELINES = {
 }
 # {width of the prompts that its UNet attends to: family in words}
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-# flag: (diffusers class, what differs from the model's own settings, name in A1111)
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}, "DDIM"),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}, "DDPM"),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
-    "euler": ("EulerDiscreteScheduler", {}, "Euler"),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler a"),
-    "heun": ("HeunDiscreteScheduler", {}, "Heun"),
-    "dpm++": ("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
-    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "DPM++ 2M Karras"),
-    "unipc": ("UniPCMultistepScheduler", {}, "UniPC"),
-    "lcm": ("LCMScheduler", {}, "LCM"),
-}
 # How a LoRA was trained, where it must be drawn so: (key in its header, value of the string there, in words)
 TRAINING = {
     "prediction_type": ("prediction_type", {"epsilon": "epsilon", "v_prediction": "v_prediction"}.get, "{}"),
@@ -112,7 +102,6 @@ TRAINING = {
     "clip_skip": ("clip_skip", lambda text: int(text) or None if text.isdecimal() else None, "clip skip {}"),
     "vae": ("pretrained_vae_model_name_or_path", lambda text: text if text != "None" else None, "the VAE {}"),
 }
-NO_ZERO_SNR = ("pndm", "heun")  # samplers that diffusers can't start at zero signal
 BATCH_SIZE = 4  # pictures drawn at once: more gain little speed and cost the memory of small GPUs
 STRENGTH = 0.8  # of image to image, unless a flag or a prompt says otherwise
 TILED_FROM = 1280 * 1280  # pixels, above which the VAE works in tiles: in one piece it would take 10 GB and more
@@ -191,14 +180,6 @@ class Drawing(NamedTuple):
         return tuple(lora for lora in self.scaled_loras() if lora.scale)
 
 
-class Prompt(NamedTuple):
-    """A prompt, the options that stood behind it {field of `Drawing`: value}, and the line as it was written."""
-
-    text: str
-    options: dict
-    line: str
-
-
 class Cell(NamedTuple):
     """A place along an axis of a grid: what the sheet says there, and what its pictures have otherwise."""
 
@@ -242,74 +223,7 @@ def note(message):
     print(f"note: {message}", file=sys.stderr)
 
 
-# What a picture can have of its own: by a flag, by an option of its prompt, as a place in a grid.
-
-
-def number(kind, least=-math.inf, most=math.inf, multiple_of=None):
-    """An argparse type: a finite number within bounds."""
-    wish = "a whole number" if kind is int else "a finite number"
-    if multiple_of:
-        wish += f", a multiple of {multiple_of}"
-    elif math.isfinite(most):
-        wish = f"a number from {least} to {most}"
-    elif math.isfinite(least):
-        wish += f", {least} or more"
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if math.isfinite(value) and least <= value <= most and not (multiple_of and value % multiple_of):
-                return value
-        raise argparse.ArgumentTypeError(f"{text}: it must be {wish}.")
-
-    return parse
-
-
-def nearest(name, names):
-    return difflib.get_close_matches(name, names, 1, cutoff=0)[0]
-
-
-def sampler_name(text):
-    """An argparse type: a name of SCHEDULERS."""
-    if text in SCHEDULERS:
-        return text
-    listed = ", ".join(SCHEDULERS)
-    message = f"invalid choice: {text!r}. Did you mean {nearest(text, SCHEDULERS)}? There are {listed}."
-    raise argparse.ArgumentTypeError(message)
-
-
-class Setting(NamedTuple):
-    """Something that a picture can have of its own."""
-
-    short: str  # its name in grids and behind prompts; the flag's is taken too
-    letter: str | None  # kohya's option behind a prompt
-    parse: Callable  # the value of a text; raises argparse.ArgumentTypeError
-    label: str | None  # on a sheet; None: no grid goes through it
-    needs: str | None = None  # a flag without which it has no meaning
-
-
-SETTINGS = {  # {field of `Drawing`, which is the flag's name too: row}
-    "prompt": Setting("prompt", None, str, "{}"),
-    "negative_prompt": Setting("negative", "n", str, "without {}"),
-    "seed": Setting("seed", "d", number(int), "seed {}"),
-    "num_inference_steps": Setting("steps", "s", number(int, least=1), "{} steps"),
-    "guidance_scale": Setting("guidance", "l", number(float), "guidance {}"),
-    "scheduler": Setting("scheduler", None, sampler_name, "{}"),
-    "height": Setting("height", "h", number(int, least=8, multiple_of=8), None),
-    "width": Setting("width", "w", number(int, least=8, multiple_of=8), None),
-    "strength": Setting("strength", None, number(float, 0, 1), "strength {}", needs="image"),
-    "lora_scale": Setting("lora_scale", None, number(float), "LoRA at {}", needs="lora"),
-    "controlnet_scale": Setting("controlnet_scale", None, number(float), "ControlNet at {}", needs="controlnet"),
-    "checkpoint": Setting("checkpoint", None, str, "{}"),
-}
-AXES = {name: field for field, row in SETTINGS.items() if row.label for name in (field, row.short)}
-OF_PROMPTS = {  # {option behind a prompt: field}
-    name: field
-    for field, row in SETTINGS.items()
-    if field not in ("prompt", "checkpoint")
-    for name in (field, row.short, row.letter)
-    if name
-}
+# The flags.
 
 
 # fmt: off
@@ -344,7 +258,7 @@ def build_parser():
     add("--guidance_scale", "how strictly the prompt is followed; 1 and less: no guidance", 7.5, type=of["guidance_scale"])
     add("--height", "height of the pictures in pixels, a multiple of 8 (default: the model's own, or in the shape of --image)", type=of["height"])
     add("--width", "width of the pictures in pixels, a multiple of 8 (default: the model's own, or in the shape of --image)", type=of["width"])
-    add("--scheduler", "sampler (default: the model's own, dpm++ instead of pndm; ddim for zero terminal SNR)", type=sampler_name, metavar="{" + ",".join(SCHEDULERS) + "}")
+    add("--scheduler", "sampler (default: the model's own, dpm++ instead of pndm; ddim for zero terminal SNR)", type=sampler_name, metavar="{" + ",".join(SAMPLERS) + "}")
     add("--clip_skip", "last text-encoder layers to leave out, A1111 counts one more (default: as the LoRA was trained, else 0)", type=number(int, least=0))
     group = parser.add_argument_group("from pictures")
     add("--image", "picture to start from (image to image), of any size and shape", type=Path, metavar="FILE")
@@ -422,46 +336,6 @@ def check_outputs(output_dir, merged):
             fail(f"{flag} {folder}: can't write into {existing}. Name another folder.")
     if merged and merged.exists() and any(merged.iterdir()):
         fail(f"--save_merged {merged} is not empty. Name a new folder.")
-
-
-# Prompts.
-
-
-def parse_prompt(line, where, refuse=fail):
-    """The `Prompt` of a line such as `a red axe --seed 3 --negative blurry`; `where` it stood is told with its faults."""
-    text, *options = re.split(r"(?:^|\s)\s*--(?=[A-Za-z])", line)
-    found = {}
-    for option in options:
-        name, value = re.fullmatch(r"([\w-]+)[\s=]*(.*?)\s*", option, re.DOTALL).groups()
-        field = OF_PROMPTS.get(name.replace("-", "_"))
-        if field is None:
-            known = [name for name in OF_PROMPTS if len(name) > 1]
-            refuse(f"{where}: unknown option --{name}. Did you mean --{nearest(name, known)}?")
-        try:
-            found[field] = SETTINGS[field].parse(value)
-        except argparse.ArgumentTypeError as error:
-            refuse(f"{where}: --{name} {error}" if value else f"{where}: --{name} has no value.")
-    if options and not text.strip():
-        refuse(f"{where}: there is no prompt before --{options[0].split()[0]}.")
-    return Prompt(text.strip(), found, line)
-
-
-def read_prompts(flag, values, refuse=fail):
-    """The prompts of a flag; a value that ends in .txt stands for the lines of that file, less those that start with #."""
-    prompts = []
-    for value in values:
-        if not value.lower().endswith(".txt"):
-            prompts.append(parse_prompt(value, flag, refuse))
-            continue
-        try:
-            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            refuse(f"{flag} {value} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.")
-        numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
-        if not numbered:
-            refuse(f"{flag} {value} is empty. Write one prompt a line.")
-        prompts += [parse_prompt(line, f"{value}:{i}", refuse) for i, line in numbered]
-    return prompts
 
 
 # What is there: models, LoRAs, pictures.
@@ -843,7 +717,7 @@ def make_scheduler(own, chosen, training):
 
     # PNDM, which Stable Diffusion v1.x comes with, overshoots at strong guidance in so few steps.
     default = "ddim" if training["zero_snr"] else "dpm++" if type(own) is diffusers.PNDMScheduler else None
-    name, changes, _ = SCHEDULERS.get(chosen or default, (type(own).__name__, {}, None))
+    name, changes, _ = SAMPLERS.get(chosen or default, (type(own).__name__, {}, None))
     if training["prediction_type"] not in (None, own.config.get("prediction_type")):
         changes = changes | {"prediction_type": training["prediction_type"]}
     if training["zero_snr"]:  # sampling must start at the last timestep (Lin et al., 2023, arXiv:2305.08891)
@@ -893,7 +767,6 @@ def stock_reads(lora):
 
 def translate(lora, model_shapes):
     """The weights of a LoRA in another program's dialect, {key of our own files: tensor}; refuses one that does not fit."""
-    from text_to_image_lora.errors import InputError
     from text_to_image_lora.models.lora_file import as_diffusers
 
     try:
@@ -1354,7 +1227,7 @@ def describe(drawing, drawn, source):
     chunks |= {"prompt": drawing.prompt, "seed": drawing.seed, "width": image.width, "height": image.height}
     chunks |= {"scheduler": type(scheduler).__name__, "diffusers_version": source.machine["diffusers"]}
     sampler = chunks["scheduler"]
-    for name, changes, label in SCHEDULERS.values():
+    for name, changes, label in SAMPLERS.values():
         if name == chunks["scheduler"] and all(scheduler.config.get(key) == value for key, value in changes.items()):
             sampler = label
     listed = ", ".join(f"{short(lora.given)}:{lora.scale:g}" for lora in loras)
@@ -1695,7 +1568,13 @@ def save_sheets(args, argv, grid, drawings, images, given):
 
 
 def main(argv=None):
-    argv = [*(sys.argv[1:] if argv is None else argv)]
+    try:
+        run([*(sys.argv[1:] if argv is None else argv)])
+    except InputError as error:
+        fail(error)
+
+
+def run(argv):
     args = parse_args(argv)
     job = find_job(args)
     device, dtype = choose_device(args.device, args.mixed_precision or ("no" if args.save_merged else None))

@@ -46,7 +46,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infer import parse_prompt, read_prompts
 from text_to_image_lora.command_line import (
     Parser,
     above,
@@ -57,6 +56,7 @@ from text_to_image_lora.command_line import (
     hub_id,
     seconds_of,
 )
+from text_to_image_lora.drawing.prompts import parse_prompt, read_prompts
 from text_to_image_lora.errors import InputError, NotANumberError, Stopped, TrainingError
 from text_to_image_lora.files import check_writable, counted, reason_of, without_folders
 from text_to_image_lora.libraries import hidden, quiet_libraries
@@ -103,15 +103,11 @@ MAY_CHANGE = set(
 )
 
 
-def refuse(reason):
-    raise InputError(reason)
-
-
 class PromptLines(argparse.Action):
     """Puts the lines of a file of prompts in its place."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values, refuse)])
+        setattr(namespace, self.dest, [prompt.line for prompt in read_prompts(option_string, values)])
 
 
 def build_parser():
@@ -439,12 +435,12 @@ def sample_lines(args):
 
 
 def sample_prompts(args):
-    return [parse_prompt(line, "--validation_prompts", refuse).text for line in sample_lines(args)]
+    return [parse_prompt(line, "--validation_prompts").text for line in sample_lines(args)]
 
 
 def sample_options(args):
     """For each prompt what its sample pictures have otherwise {name: value}."""
-    return [parse_prompt(line, "--validation_prompts", refuse).options for line in sample_lines(args)]
+    return [parse_prompt(line, "--validation_prompts").options for line in sample_lines(args)]
 
 
 def resolution_of(args, base):

@@ -11,6 +11,7 @@ from evaluation_judges import make_judge  # noqa: E402
 from evaluation_pictures import choose_prompts, refusals_of_infer  # noqa: E402
 
 import infer  # noqa: E402
+from text_to_image_lora.drawing.prompts import read_prompts  # noqa: E402
 from text_to_image_lora.errors import InputError  # noqa: E402
 from text_to_image_lora.files import check_writable  # noqa: E402
 
@@ -137,7 +138,7 @@ def find_models(args):
         model = infer.find_model(
             flags.pretrained_model_name_or_path, flags.single_file_config, flags.revision, flags.variant
         )
-        others = infer.read_prompts("--other_prompts", args.other_prompts or [])
+        others = read_prompts("--other_prompts", args.other_prompts or [])
     for prompt in others:
         if prompt.options:
             raise InputError(

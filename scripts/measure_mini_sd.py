@@ -22,7 +22,7 @@ from drawings import WEAPONS, contact_sheet  # noqa: E402
 from judges import judge_the_judges, shares, train_judge  # noqa: E402
 from mini_sd import article, captions_of, held_out_scenes  # noqa: E402
 
-from infer import SCHEDULERS  # noqa: E402
+from text_to_image_lora.models.samplers import SAMPLERS  # noqa: E402
 
 
 JUDGE = Path(__file__).resolve().parents[1] / "models" / "mini-sd-judge" / "judge.safetensors"
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--num_inference_steps", type=int, default=30, help="of the sampler, as in infer.py")
     add(
         "--scheduler",
-        choices=SCHEDULERS,
+        choices=SAMPLERS,
         default="dpm++",
         help="as in infer.py; pndm is what the model's folder names",
     )
@@ -75,7 +75,7 @@ def load_pipeline(model, lora=None, *, scheduler="dpm++"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    name, changes, _ = SCHEDULERS[scheduler]
+    name, changes, _ = SAMPLERS[scheduler]
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:

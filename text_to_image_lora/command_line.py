@@ -1,11 +1,14 @@
-"""The dress of a command line: answers of one line, numbers within bounds, and flags from a YAML file."""
+"""The command line of the scripts: flags as fields of dataclasses, numbers within bounds, and flags from a YAML file."""
 
 import argparse
+import dataclasses
 import difflib
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .files import reason_of
@@ -82,6 +85,42 @@ def seconds_of(text):
     )
 
 
+def flag(
+    default: Any, help: str, type: Any = None, *, may_change=False, recorded=True, secret=False, **options: Any
+) -> Any:
+    """A field of a frozen dataclass that is a flag of the command line, with the field's name.
+
+    Args:
+        default: The field's value where the flag is not given. A flag whose default is a bool is a switch.
+        help: One line for `--help`.
+        type: Makes the value of a word, such as `at_least(1)`; raises `argparse.ArgumentTypeError`.
+        may_change: Whether a run that is resumed may have another value than before.
+        recorded: Whether trackers and files of the run record the value.
+        secret: Whether the value is a secret: it is not recorded, and is removed from `sys.argv`.
+        options: Further options of `argparse.ArgumentParser.add_argument`, such as `choices` or `nargs`.
+    """
+    kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type}
+    options = kind | options | {"help": help}
+    metadata = {"options": options, "may_change": may_change, "recorded": recorded and not secret, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Every flag of a command in the order of `--help`: its field, and its value.
+
+    `settings` is a dataclass of groups of flags, as `Parser.settings` returns it.
+    """
+    for group in dataclasses.fields(settings):
+        values = getattr(settings, group.name)
+        for field in dataclasses.fields(values):
+            yield field, getattr(values, field.name)
+
+
+def values_of(settings: Any) -> dict[str, Any]:
+    """The value of every flag of a command by the flag's name."""
+    return {field.name: value for field, value in fields_of(settings)}
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something, and one letter for what a flag takes."""
 
@@ -89,14 +128,36 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return {int: "N", float: "X"}.get(getattr(action.type, "kind", action.type), "NAME")
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "", []) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "", [], ()) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a mistake with an `InputError` of one line, and names the nearest flag there is."""
+    """Parses flags; a mistake is an `InputError` of one line that names the nearest flag.
 
-    def __init__(self, **how):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+    `settings_class` is a frozen dataclass whose fields are groups of flags: frozen dataclasses of fields made by `flag`,
+    each with a `title` for `--help` and, if its flags have to be checked together, a method `check(settings)`.
+    """
+
+    def __init__(self, settings_class: Any = None, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        self.settings_class = settings_class
+        for group in [] if settings_class is None else dataclasses.fields(settings_class):
+            add = self.add_argument_group(group.type.title).add_argument
+            for field in dataclasses.fields(group.type):
+                add(f"--{field.name}", default=field.default, **field.metadata["options"])
+
+    def settings(self, argv: list[str] | None = None) -> Any:
+        """The groups of flags of a command line, checked; raises `InputError`."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(self.parse(argv)).items()}
+        groups = {
+            group.name: group.type(**{field.name: values[field.name] for field in dataclasses.fields(group.type)})
+            for group in dataclasses.fields(self.settings_class)
+        }
+        settings = self.settings_class(**groups)
+        for group in groups.values():
+            if hasattr(group, "check"):
+                group.check(settings)
+        return settings
 
     def error(self, message):
         if "unrecognized arguments:" in message:
@@ -127,7 +188,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             if action.nargs == 0:
                 words.append(f"--{action.dest}" if value else f"--no-{action.dest}")
-            elif isinstance(value, list):
+            elif isinstance(value, list | tuple):
                 words += [f"--{action.dest}", *map(str, value)]
             else:
                 words += (

@@ -1,0 +1,64 @@
+"""Prompts with options behind them, from a command line or a file. Needs no torch."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
+
+
+class Prompt(NamedTuple):
+    """A prompt, the options that stood behind it {field of a drawing: value}, and the line as it was written."""
+
+    text: str
+    options: dict[str, Any]
+    line: str
+
+    def __str__(self):
+        return self.line
+
+
+def parse_prompt(line, where):
+    """The `Prompt` of a line such as `a red axe --seed 3 --negative blurry`.
+
+    Raises `InputError` for an option that is unknown or has a bad value; `where` says in the message where the line stood.
+    """
+    text, *options = re.split(r"(?:^|\s)\s*--(?=[A-Za-z])", line)
+    found = {}
+    for option in options:
+        name, value = re.fullmatch(r"([\w-]+)[\s=]*(.*?)\s*", option, re.DOTALL).groups()
+        field = OPTIONS_OF_PROMPTS.get(name.replace("-", "_"))
+        if field is None:
+            known = [name for name in OPTIONS_OF_PROMPTS if len(name) > 1]
+            raise InputError(f"{where}: unknown option --{name}. Did you mean --{nearest(name, known)}?")
+        try:
+            found[field] = SETTINGS[field].parse(value)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{where}: --{name} {error}" if value else f"{where}: --{name} has no value.") from error
+    if options and not text.strip():
+        raise InputError(f"{where}: there is no prompt before --{options[0].split()[0]}.")
+    return Prompt(text.strip(), found, line)
+
+
+def read_prompts(flag, values):
+    """The prompts of a flag; a value that ends in .txt stands for the lines of that file, except those that start with #.
+
+    Raises `InputError` where a file can't be read or a line can't be parsed.
+    """
+    prompts = []
+    for value in values:
+        if not value.lower().endswith(".txt"):
+            prompts.append(parse_prompt(value, flag))
+            continue
+        try:
+            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise InputError(f"{flag} {value} can't be read: {reason}.") from error
+        numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
+        if not numbered:
+            raise InputError(f"{flag} {value} is empty. Write one prompt a line.")
+        prompts += [parse_prompt(line, f"{value}:{i}") for i, line in numbered]
+    return prompts
