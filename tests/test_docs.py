@@ -11,7 +11,11 @@ from conftest import ROOT, train_script
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "metadata").glob("*.md"))]
-LINKED = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")), *ROOT.glob("cloud/*.md")]
+LINKED = [
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *ROOT.glob("cloud/*.md"),
+]
 LINKED += sorted(ROOT.glob("models/*/README.md"))
 # Flags that pages name and that are no command's of ours: of launchers, of other programs, and behind a prompt.
 OF_OTHERS = set(

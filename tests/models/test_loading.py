@@ -300,6 +300,22 @@ def test_a_checkpoint_that_runs_code_is_refused(tiny_sd, single_file, config_onl
     assert target.is_dir()  # so it was a working attack
 
 
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_folder_with_weights_that_run_code_is_refused(tiny_sd, tmp_path, name):
+    target, folder = tmp_path / "executed", tmp_path / "evil"
+    shutil.copytree(tiny_sd, folder)
+    weights = folder / f"{name}.safetensors"
+    pickled = folder / f"{name.replace('/model', '/pytorch_model')}.bin"
+    torch.save(load_file(weights) | {"more": Attack(str(target))}, pickled)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"evil: .* could run code") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    assert not target.exists()
+    torch.load(pickled, weights_only=False)
+    assert target.is_dir()  # so it was a working attack
+
+
 @pytest.mark.parametrize(
     "what",
     ["lora", "no text encoder", "no unet", "cut", "empty", "unet weight", "vae weight", "text weight", "inpaint"],

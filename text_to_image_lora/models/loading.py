@@ -125,7 +125,9 @@ def load_components(base, dtype=None, *, device="cpu", channels_last=False, pret
             missing = [key for key, value in model.named_parameters() if value.is_meta]
             if missing:  # diffusers leaves them without data and only logs it
                 raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+    except (
+        OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError, SingleFileComponentError,
+    ) as error:  # fmt: skip
         raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, error)}") from error
     for model in (*loaded.text_encoders, loaded.vae, loaded.denoiser):
         model.requires_grad_(False)
