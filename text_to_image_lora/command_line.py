@@ -85,8 +85,19 @@ def seconds_of(text):
     )
 
 
+COMPATIBILITY = "compatibility"  # the title of flags that exist for commands written for diffusers' scripts
+
+
 def flag(
-    default: Any, help: str, type: Any = None, *, may_change=False, recorded=True, secret=False, **options: Any
+    default: Any,
+    help: str,
+    type: Any = None,
+    *,
+    may_change=False,
+    recorded=True,
+    secret=False,
+    title=None,
+    **options: Any,
 ) -> Any:
     """A field of a frozen dataclass that is a flag of the command line, with the field's name.
 
@@ -97,11 +108,14 @@ def flag(
         may_change: Whether a run that is resumed may have another value than before.
         recorded: Whether trackers and files of the run record the value.
         secret: Whether the value is a secret: it is not recorded, and is removed from `sys.argv`.
+        title: Another title for the flag in `--help` than its group's; such flags come last.
         options: Further options of `argparse.ArgumentParser.add_argument`, such as `choices` or `nargs`.
     """
     kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type}
     options = kind | options | {"help": help}
-    metadata = {"options": options, "may_change": may_change, "recorded": recorded and not secret, "secret": secret}
+    metadata = dict(
+        options=options, may_change=may_change, recorded=recorded and not secret, secret=secret, title=title
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -117,8 +131,29 @@ def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def values_of(settings: Any) -> dict[str, Any]:
-    """The value of every flag of a command by the flag's name."""
-    return {field.name: value for field, value in fields_of(settings)}
+    """The value of every flag of a command by the flag's name, as plain data: what JSON and YAML can hold."""
+    return {field.name: plain(value) for field, value in fields_of(settings)}
+
+
+def plain(value: Any) -> Any:
+    """The value of a flag as plain data: tuples as lists, and what has no plain form as it is written."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def recorded_values(settings: Any) -> dict[str, Any]:
+    """What files and trackers record of the flags: those that say something, without secrets."""
+    values = values_of(settings)
+    recorded = [field.name for field, _ in fields_of(settings) if field.metadata["recorded"]]
+    return {name: values[name] for name in recorded if values[name] not in (None, [])}
+
+
+def hide_secrets(settings: Any) -> None:
+    """Takes the values of secret flags out of `sys.argv`, which trackers record."""
+    for field, value in fields_of(settings):
+        if field.metadata["secret"] and value:
+            sys.argv[:] = [word.replace(value, "***") for word in sys.argv]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -141,9 +176,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, settings_class: Any = None, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
         self.settings_class = settings_class
-        for group in [] if settings_class is None else dataclasses.fields(settings_class):
-            add = self.add_argument_group(group.type.title).add_argument
+        if settings_class is None:
+            return
+        by_title = {group.type.title: [] for group in dataclasses.fields(settings_class)}
+        for group in dataclasses.fields(settings_class):
             for field in dataclasses.fields(group.type):
+                by_title.setdefault(field.metadata["title"] or group.type.title, []).append(field)
+        for title, fields in by_title.items():
+            add = self.add_argument_group(title).add_argument
+            for field in fields:
                 add(f"--{field.name}", default=field.default, **field.metadata["options"])
 
     def settings(self, argv: list[str] | None = None) -> Any:

@@ -2,14 +2,16 @@
 
 import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InputError
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
 
-class Prompt(NamedTuple):
+@dataclass(frozen=True)
+class Prompt:
     """A prompt, the options that stood behind it {field of a drawing: value}, and the line as it was written."""
 
     text: str

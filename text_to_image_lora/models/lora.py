@@ -1,7 +1,6 @@
 """Adapters on a frozen model, through peft."""
 
 import contextlib
-from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -9,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
 from ..libraries import hidden
+from .settings import LoraSettings
 
 
 TEXT_TARGET_MODULES = (
@@ -22,25 +22,8 @@ TEXT_TARGET_MODULES = (
 INITIALISATIONS = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
-class LoraSettings(NamedTuple):
-    """What adapters are made: which layers, at which rank and strength."""
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...] | list[str]  # by the ends of their names
-    dropout: float = 0.0
-    init: str = "gaussian"
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    @property
-    def needs_autocast(self):
-        """Whether peft computes it, in float32, instead of the lean forward in the base's precision."""
-        return bool(self.dropout or self.use_dora)
-
-
-def add_lora(model, settings):
-    """Freezes the model, adds float32 adapters to it, and returns how many modules were adapted.
+def add_lora(model, settings: LoraSettings) -> int:
+    """Freezes the model, adds float32 adapters to the `target_modules`, and returns how many modules were adapted.
 
     Raises `InputError` where a name in `target_modules` matches nothing.
     """
@@ -55,9 +38,9 @@ def add_lora(model, settings):
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        lora_dropout=settings.lora_dropout,
         target_modules=list(settings.target_modules),
-        init_lora_weights=INITIALISATIONS[settings.init],
+        init_lora_weights=INITIALISATIONS[settings.init_lora_weights],
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
     )

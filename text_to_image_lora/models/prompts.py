@@ -48,8 +48,8 @@ def chunks_needed(tokenizer, num_tokens):
     return max(1, math.ceil((num_tokens - 2) / (tokenizer.model_max_length - 2)))
 
 
-def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts, say):
-    """How many chunks of tokens each prompt is encoded in; says how many captions are longer than one.
+def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts):
+    """(how many chunks of tokens each prompt is encoded in, a line on captions that are longer than one, or None).
 
     `token_counts` is what `count_tokens` gave, and `sources` names the picture of each of its lists. With `long_prompts`
     all prompts of a run get as many chunks as the longest needs, so that they fit into one batch; more than `MOST_CHUNKS`
@@ -58,12 +58,11 @@ def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts, say):
     limit = tokenizer.model_max_length
     long = [index for index, counts in enumerate(token_counts) for count in counts if count > limit]
     if not long_prompts:
-        if long:
-            say(
-                f"{len(long)} captions have more than {limit} tokens, and what follows is cut (--long_prompts reads "
-                f"them whole); the first: {sources[long[0]]}"
-            )
-        return 1
+        cut = (
+            f"{len(long)} captions have more than {limit} tokens, and what follows is cut (--long_prompts reads them whole); "
+            f"the first: {sources[long[0]] if long else None}"
+        )
+        return 1, cut if long else None
     longest, most = max(((i, count) for i, counts in enumerate(token_counts) for count in counts), key=lambda x: x[1])
     num_chunks = chunks_needed(tokenizer, most)
     if num_chunks > MOST_CHUNKS:
@@ -71,9 +70,8 @@ def choose_num_chunks(tokenizer, token_counts, sources, *, long_prompts, say):
             f"{sources[longest]}: its caption of {most} tokens would make every prompt {num_chunks} chunks long. Shorten it "
             f"({MOST_CHUNKS} chunks are the limit), or leave --long_prompts out."
         )
-    if num_chunks > 1:
-        say(f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks")
-    return num_chunks
+    whole = f"{len(long)} captions have more than {limit} tokens; every prompt is encoded in {num_chunks} chunks"
+    return num_chunks, whole if num_chunks > 1 else None
 
 
 def encode_prompts(tokenizer, text_encoder, captions, clip_skip=None, num_chunks=1):

@@ -1,5 +1,6 @@
 """Which pictures are the same or look alike, and a division of them that keeps those together."""
 
+import logging
 from collections import defaultdict
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from ..errors import InputError
 
 
+logger = logging.getLogger(__name__)
 ALIKE_BITS = 7  # of the 128 bits of a difference hash; other pictures differ by some 30 at least
 
 
@@ -84,7 +86,7 @@ def hold_out(pictures, share):
     return sorted(chosen)
 
 
-def divide(pictures, others, share, say):
+def divide(pictures, others, share):
     """(the `PictureSet` to train on, the one to validate on), with nothing in both.
 
     `others` are the pictures to validate on; where it is None, `share` of the set's own are. Pictures to train on that look
@@ -107,12 +109,14 @@ def divide(pictures, others, share, say):
             "alike stay together). Leave --validation_split out, or bring more."
         )
     if more:
-        say(f"{more} pictures are not trained on, because they look like one that is validated on")
+        logger.info(f"{more} pictures are not trained on, because they look like one that is validated on")
     few = len(held_out)
     if few == 1:
-        say("only 1 picture to validate on: best/ and early stopping follow it alone (10 or more are better)")
+        logger.info("only 1 picture to validate on: best/ and early stopping follow it alone (10 or more are better)")
     elif few < 10:
-        say(f"only {few} pictures to validate on: the validation loss is a rough guide (10 or more are better)")
+        logger.info(
+            f"only {few} pictures to validate on: the validation loss is a rough guide (10 or more are better)"
+        )
     return pictures.select(kept), held_out
 
 

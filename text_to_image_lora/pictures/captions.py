@@ -2,27 +2,16 @@
 
 import re
 import zlib
-from typing import NamedTuple
+
+from .settings import CaptionSettings
 
 
-class CaptionRules(NamedTuple):
-    """What is done to captions: `edit_caption` when the dataset is read, the rest each time a sample draws one."""
-
-    trigger_word: str | None = None  # put in front where it is missing
-    prefix: str = ""
-    suffix: str = ""
-    shuffle_tags: bool = False
-    keep_tags: int = 0  # the first so many stay where they are
-    tag_variations: int = 8  # orders of each caption that are cached
-    dropout: float = 0.0  # share of samples with the empty caption
-
-
-def edit_caption(caption, rules):
+def edit_caption(caption: str, settings: CaptionSettings) -> str:
     """The caption with the trigger word put in front where it is missing as a word of its own, and prefix and suffix."""
-    trigger = rules.trigger_word
+    trigger = settings.trigger_word
     if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
         caption = f"{trigger}, {caption}"
-    return f"{rules.prefix}{caption}{rules.suffix}"
+    return f"{settings.caption_prefix}{caption}{settings.caption_suffix}"
 
 
 def shuffle_tags(caption, rng, keep=0):
@@ -31,7 +20,7 @@ def shuffle_tags(caption, rng, keep=0):
     return ", ".join(tags[:keep] + [tags[keep:][i] for i in rng.permutation(max(len(tags) - keep, 0))])
 
 
-def shuffled_variations(captions, rules):
+def shuffled_variations(captions: list[str], settings: CaptionSettings) -> list[str]:
     """`tag_variations` orders of the tags of each caption, alike or not, so that each is drawn as often as before.
 
     They depend on the captions alone, so that runs of other seeds share the cache.
@@ -39,4 +28,6 @@ def shuffled_variations(captions, rules):
     import numpy as np
 
     rng = np.random.default_rng([0, zlib.crc32("\n".join(captions).encode())])
-    return [shuffle_tags(caption, rng, rules.keep_tags) for caption in captions for _ in range(rules.tag_variations)]
+    return [
+        shuffle_tags(caption, rng, settings.keep_tags) for caption in captions for _ in range(settings.tag_variations)
+    ]

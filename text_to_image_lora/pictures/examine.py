@@ -1,6 +1,7 @@
 """The pictures themselves: which can be decoded, how large they are, and what they look like in 128 bits."""
 
 import contextlib
+import logging
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from .records import image_id, in_threads, read_image_bytes, read_mask_bytes
 from .transforms import ImageError, open_image, open_mask
 
 
+logger = logging.getLogger(__name__)
 # A line of the list of known pictures; the end of the line too, because a killed run leaves half a line.
 KNOWN_PICTURES = "pictures-1.txt"  # another number for what is found out of a picture in another way
 KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
@@ -81,7 +83,7 @@ def examine(records, indices, folder=None):
     return good, bad
 
 
-def usable_pictures(records, folder, *, skip_bad_images, accelerator, say):
+def usable_pictures(records, folder, *, skip_bad_images, accelerator):
     """The rows whose pictures can be decoded, and the `Picture` of each; ranks share the work.
 
     Raises `InputError` for the first that can't be, unless `skip_bad_images`: then they are told and left out.
@@ -98,7 +100,7 @@ def usable_pictures(records, folder, *, skip_bad_images, accelerator, say):
             f"{records[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
         )
     for index in sorted(bad):
-        say(f"left out: {records[index]['source']}: {bad[index]}")
+        logger.info(f"left out: {records[index]['source']}: {bad[index]}")
     return usable_part(records, good)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,6 +11,7 @@ from .alike import alike_pictures, equal_pictures
 from .buckets import enlarged, table
 
 
+PREVIEWED = 10  # pictures on the sheet of --preview_data
 LISTED = 5  # examples of each finding on the terminal; the JSON file has all
 
 
@@ -114,6 +116,15 @@ def lines_of_samples(pictures, samples, bucketed, balanced):
 def write_report(report, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_preview(path, pictures, sampler, num_variations):
+    """Draws what the model will see of the first pictures; returns the line that says where."""
+    chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(pictures))]))[:PREVIEWED]
+    sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return f"what the model will see: {path}"
 
 
 def preview_sheet(pictures, indices, num_variations, tile=192):

@@ -10,19 +10,22 @@
 """
 
 import difflib
+import logging
 import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import counted
-from .tables import Columns, captions_of, choose_caption_column, is_caption, read_table, read_text
+from .settings import LAYOUTS, CaptionSettings, DataSettings
+from .tables import captions_of, choose_caption_column, is_caption, read_table, read_text
 
 
-LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
+logger = logging.getLogger(__name__)
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 CAPTION_ENDINGS = (".txt", ".caption")
@@ -33,15 +36,17 @@ TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+
 
 
 class Reading(NamedTuple):
-    """How folders and datasets are read: what was asked for by name; what was not, is found."""
+    """How folders and datasets are read: what was asked for by name; what was not, is found.
 
-    columns: Columns = Columns()
-    layout: str | None = None
-    instance_prompt: str | None = None  # the caption of pictures that have none
-    caption_template: str = "{trigger} {class}"  # the caption of those in folders [trigger]_[class]
-    config_name: str | None = None  # which of a dataset's configurations
+    With `leave_out`, rows without a picture or a caption are passed to it as (source, reason) and left out; else the first
+    of them is an `InputError`.
+    """
+
+    data: DataSettings
+    captions: CaptionSettings
     cache_dir: str | None = None  # of downloads
-    archive_dir: str = "archives"  # archives are unpacked below it
+    archive_dir: str | Path = "archives"  # archives are unpacked below it
+    leave_out: Callable[[str, str], Any] | None = None
 
 
 def is_picture(path):
@@ -85,23 +90,23 @@ def recognise(folder, files, instance_prompt):
     return None
 
 
-def read_folder(folder, layout, files, reading, *, leave_out, say):
+def read_folder(folder, layout, files, reading):
     """Yields the rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
 
-    Raises `InputError` for what can't be used; where there is a function `leave_out(source, reason)`, it is called for
-    rows without a picture or a caption, and they are left out.
+    Raises `InputError` for what can't be used.
     """
-    asked, instance_prompt = reading.columns, reading.instance_prompt
+    asked, leave_out, instance_prompt = reading.data, reading.leave_out, reading.captions.instance_prompt
     pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
         if instance_prompt is not None:
-            say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
-        yield from _metadata_rows(folder, files, pictures, asked, leave_out, say)
+            logger.info(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
+        yield from _metadata_rows(folder, files, pictures, reading)
         return
-    upstreams_defaults = Columns(image="image", caption="text")
-    for kind, name in asked._asdict().items():
-        if name is not None and name != getattr(upstreams_defaults, kind):
-            raise InputError(f"{folder}: there is no metadata file, so no column '{name}' (--{kind}_column).")
+    upstreams_defaults = {"image_column": "image", "caption_column": "text"}
+    for flag in ("image_column", "caption_column", "mask_column", "concept_column"):
+        name = getattr(asked, flag)
+        if name is not None and name != upstreams_defaults.get(flag):
+            raise InputError(f"{folder}: there is no metadata file, so no column '{name}' (--{flag}).")
     names = {path.relative_to(folder).as_posix(): path for path in files}
     held, worded, masks, unnamed = Counter(), Counter(), set(), 0
     for path in pictures:
@@ -127,7 +132,7 @@ def read_folder(folder, layout, files, reading, *, leave_out, say):
             else:
                 reason = f"there is no {path.stem}.txt beside it"
         elif layout == "trigger_class":
-            concept, caption = _trigger_and_caption(path.parent, concept, reading.caption_template)
+            concept, caption = _trigger_and_caption(path.parent, concept, reading.captions.caption_template)
             captions, worded[caption] = [caption], worded[caption] + 1
         elif instance_prompt is None:
             raise InputError("--dataset_layout instance needs --instance_prompt, the caption of all pictures.")
@@ -143,13 +148,13 @@ def read_folder(folder, layout, files, reading, *, leave_out, say):
         masks |= _mask_of(row)
         yield row
     if unnamed:
-        say(f"{folder}: pictures without a caption file, whose folder's name is their caption: {unnamed}")
+        logger.info(f"{folder}: pictures without a caption file, whose folder's name is their caption: {unnamed}")
     if layout == "kohya":
         for (parent, num_repeats), count in held.items():
-            say(f"{parent}: {counted(count, 'picture')}, each {counted(num_repeats, 'time')} an epoch")
-    _tell_unused_masks(folder, files, masks, say)
+            logger.info(f"{parent}: {counted(count, 'picture')}, each {counted(num_repeats, 'time')} an epoch")
+    _tell_unused_masks(folder, files, masks)
     for caption, count in worded.items():
-        say(f"{folder}: the caption '{caption}' is for {counted(count, 'picture')} (--caption_template)")
+        logger.info(f"{folder}: the caption '{caption}' is for {counted(count, 'picture')} (--caption_template)")
 
 
 def _trigger_and_caption(folder, name, caption_template):
@@ -170,11 +175,11 @@ def _mask_of(row):
     return set() if row["mask"] is None else {os.path.realpath(row["mask"]["path"])}
 
 
-def _tell_unused_masks(folder, files, used, say):
+def _tell_unused_masks(folder, files, used):
     masks = [path for path in files if path.name.lower().endswith(MASK_ENDING)]
     others = [path.name for path in masks if os.path.realpath(path) not in used]
     if others:
-        say(f"{folder}: {len(others)} masks belong to no picture, as their names say; the first: {others[0]}")
+        logger.info(f"{folder}: {len(others)} masks belong to no picture, as their names say; the first: {others[0]}")
 
 
 def _mask_file(picture, folder):
@@ -208,7 +213,7 @@ def _caption_file(picture, names):
     return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
 
 
-def _metadata_rows(folder, files, pictures, asked, leave_out, say):
+def _metadata_rows(folder, files, pictures, reading):
     tables = [path for path in files if path.name.lower() in METADATA_NAMES]
     if not tables:
         raise InputError(f"{folder}: it holds no metadata.csv, .jsonl or .parquet (--dataset_layout metadata).")
@@ -219,7 +224,7 @@ def _metadata_rows(folder, files, pictures, asked, leave_out, say):
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
                 "Keep one of them."
             )
-        for row in _rows_of_table(file, folder, asked, leave_out):
+        for row in _rows_of_table(file, folder, reading):
             named.add(os.path.realpath(row["image"]["path"]))
             masks |= _mask_of(row)
             count += 1
@@ -230,31 +235,35 @@ def _metadata_rows(folder, files, pictures, asked, leave_out, say):
     without = [path for path in pictures if os.path.realpath(path) not in used]
     if without:
         what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
-        say(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
-    _tell_unused_masks(folder, files, masks, say)
+        logger.info(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
+    _tell_unused_masks(folder, files, masks)
     if len(named) < count:
-        say(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row counts")
+        logger.info(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row counts")
 
 
-def _rows_of_table(file, dataset_folder, asked, leave_out):
+def _rows_of_table(file, dataset_folder, reading):
     """Yields the rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
-    table = read_table(file)
+    asked, leave_out, table = reading.data, reading.leave_out, read_table(file)
     if not table:
         return
     columns = list(dict.fromkeys(key for _, row in table for key in row if key is not None))
-    file_column = "file_name" if "file_name" in columns and asked.image in (None, "image") else asked.image
+    file_column = (
+        "file_name" if "file_name" in columns and asked.image_column in (None, "image") else asked.image_column
+    )
     if file_column not in columns:
-        wanted = f"there is no column '{asked.image}'" if asked.image else "there is no column 'file_name'"
+        wanted = (
+            f"there is no column '{asked.image_column}'" if asked.image_column else "there is no column 'file_name'"
+        )
         raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.")
     for kind in ("mask", "concept"):
-        name = getattr(asked, kind)
+        name = getattr(asked, f"{kind}_column")
         if name is not None and name not in columns:
             raise InputError(
                 f"{file}: there is no column '{name}' (--{kind}_column). The columns are: {', '.join(columns)}."
             )
-    other = {file_column, asked.mask, asked.concept}
+    other = {file_column, asked.mask_column, asked.concept_column}
     textual = [c for c in columns if c not in other and all(is_caption(row.get(c)) for _, row in table)]
-    chosen = choose_caption_column(str(file), columns, textual, asked.caption)
+    chosen = choose_caption_column(str(file), columns, textual, asked.caption_column)
     root, inside, missing = file.parent.resolve(), dataset_folder.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
@@ -276,7 +285,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
                 )
             elif not captions:
                 reason = f"column '{chosen}' is empty"
-        mask = row.get(asked.mask) if asked.mask is not None else None
+        mask = row.get(asked.mask_column) if asked.mask_column is not None else None
         if reason is None and mask:
             mask_path = _find_picture(root, mask) if isinstance(mask, str) else None
             if mask_path is None or not mask_path.resolve().is_relative_to(inside):
@@ -287,7 +296,7 @@ def _rows_of_table(file, dataset_folder, asked, leave_out):
         if reason:
             raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
         mask_path = mask_path if mask else _mask_file(path, dataset_folder)
-        concept = root.name if asked.concept is None else str(row.get(asked.concept))
+        concept = root.name if asked.concept_column is None else str(row.get(asked.concept_column))
         yield _row(path, captions, concept, 1, f"{where}: '{name}'", mask_path)
 
 

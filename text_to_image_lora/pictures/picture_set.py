@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .records import fingerprint, read_image_bytes
-from .transforms import Augmentation, apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
+from .settings import AugmentationSettings
+from .transforms import apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
 
 
 class View(NamedTuple):
     """How a picture becomes pixels: what is random about it, and how it is resized."""
 
-    augmentation: Augmentation = Augmentation()
+    augmentation: AugmentationSettings = AugmentationSettings()
     interpolation: str = "lanczos"
 
 
@@ -43,14 +44,10 @@ class PictureSet:
         parts = {name: [getattr(self, name)[i] for i in indices] for name in ("facts", "sizes", "captions")}
         return replace(self, records=self.records.select(indices), **parts)
 
-    def having(self, **changes):
-        """The same pictures with other captions, another view, ..."""
-        return replace(self, **changes)
-
     def to_validate_on(self):
         """The same pictures cropped in the middle, nothing augmented, with their first caption."""
-        view = self.view._replace(augmentation=Augmentation(center_crop=True))
-        return self.having(captions=[group[:1] for group in self.captions], view=view)
+        view = self.view._replace(augmentation=AugmentationSettings(center_crop=True))
+        return replace(self, captions=[group[:1] for group in self.captions], view=view)
 
     @functools.cached_property
     def is_class(self):

@@ -4,6 +4,7 @@ Nothing here needs torch: a wrong folder, column or row is told before anything 
 """
 
 import itertools
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,43 +18,43 @@ from .records import features_of_records, with_captions, with_columns
 from .tables import captions_of, choose_caption_column
 
 
+logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
 ROWS_TOGETHER = 5000  # that are Python objects at the same time
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
-def load_records(
-    reading, caption_rules, *, dataset_name=None, train_data_dir=None, max_train_samples=None,
-    leave_out=None, say=print,
-):  # fmt: skip
+def log_left_out(source, reason):
+    """Logs a row that is left out: for `Reading.leave_out`."""
+    logger.info(f"left out: {source}: {reason}")
+
+
+def load_records(reading):
     """The records (see `records.py`) of a hub dataset or of folders and archives, in the order that the source gives.
 
-    `train_data_dir` is a folder or an archive, or a list of them, one after the other; so may `dataset_name` be, which
-    else is a hub id. `say` is told what the user should know. Rows without a picture or a caption go to
-    `leave_out(source, reason)`; where that is None, they are an `InputError`, as is a folder, column, row or caption that
-    can't be used.
+    Each of `train_data_dir` is a folder or an archive; so may `dataset_name` be, which else is a hub id. A folder, column,
+    row or caption that can't be used is an `InputError`.
     """
-    if dataset_name is not None and not os.path.isdir(dataset_name) and not is_archive(dataset_name):
-        parts = [_from_hub(dataset_name, reading, leave_out)]
+    data, captions = reading.data, reading.captions
+    if data.dataset_name is not None and not os.path.isdir(data.dataset_name) and not is_archive(data.dataset_name):
+        parts = [_from_hub(data.dataset_name, reading)]
     else:
-        sources = dataset_name if dataset_name is not None else train_data_dir
-        sources = [sources] if isinstance(sources, (str, os.PathLike)) else sources
         parts = []
-        for source in map(Path, sources):
+        for source in map(Path, data.train_data_dir or [data.dataset_name]):
             folder = unpack(source, reading.archive_dir) if is_archive(source) else source
-            parts.append(_from_folder(folder, reading, leave_out, say))
+            parts.append(_from_folder(folder, reading))
     import datasets
 
     records = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if caption_rules.trigger_word or caption_rules.prefix or caption_rules.suffix:
-        edited = [[edit_caption(caption, caption_rules) for caption in group] for group in records["captions"]]
+    if captions.trigger_word or captions.caption_prefix or captions.caption_suffix:
+        edited = [[edit_caption(caption, captions) for caption in group] for group in records["captions"]]
         records = with_captions(records, edited)
-    if max_train_samples is not None and max_train_samples < len(records):
-        records = records.shuffle(seed=0, keep_in_memory=True).select(range(max_train_samples))
+    if data.max_train_samples is not None and data.max_train_samples < len(records):
+        records = records.shuffle(seed=0, keep_in_memory=True).select(range(data.max_train_samples))
     return records
 
 
-def _from_folder(folder, reading, leave_out, say):
+def _from_folder(folder, reading):
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
     files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
@@ -62,20 +63,24 @@ def _from_folder(folder, reading, leave_out, say):
     others = sorted(name for name in parts if name.lower() in OTHER_SPLITS)
     at_the_top = {path.name.lower() for path in files if path.parent == folder} & set(METADATA_NAMES)
     if split is not None and others and not at_the_top and not on_disk:
-        say(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
+        logger.info(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
         folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
     endings, stored_files = {path.suffix.lower() for path in files}, None
-    chosen = reading.layout or recognise(folder, files, reading.instance_prompt)
-    if reading.layout is None and chosen in (None, "trigger_class", "instance") and endings & {".parquet", ".arrow"}:
+    chosen = reading.data.dataset_layout or recognise(folder, files, reading.captions.instance_prompt)
+    if (
+        reading.data.dataset_layout is None
+        and chosen in (None, "trigger_class", "instance")
+        and endings & {".parquet", ".arrow"}
+    ):
         if endings & PICTURE_ENDINGS:  # such as the thumbnail of a hub repository
-            say(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
+            logger.info(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
             endings -= PICTURE_ENDINGS
             stored_files = _files_to_train_on(folder, files)
-            if reading.instance_prompt is not None:
-                say(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
+            if reading.captions.instance_prompt is not None:
+                logger.info(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
         chosen = None
     if chosen is not None:
-        rows = read_folder(folder, chosen, files, reading, leave_out=leave_out, say=say)
+        rows = read_folder(folder, chosen, files, reading)
         # In parts, because rows as Python objects take several times the memory of their Arrow table.
         part, tables = list(itertools.islice(rows, ROWS_TOGETHER)), []
         import datasets  # now, because it takes longer than to find a wrong column
@@ -97,12 +102,14 @@ def _from_folder(folder, reading, leave_out, say):
                 kind = stored_files[0].suffix[1:].lower()
                 stored = datasets.load_dataset(kind, data_files=[*map(str, stored_files)], cache_dir=reading.cache_dir)
             else:
-                stored = datasets.load_dataset(str(folder), reading.config_name, cache_dir=reading.cache_dir)
+                stored = datasets.load_dataset(
+                    str(folder), reading.data.dataset_config_name, cache_dir=reading.cache_dir
+                )
         except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
             raise InputError(
                 f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
             ) from error
-        return _from_dataset(_train_split(stored, folder), folder, reading, leave_out)
+        return _from_dataset(_train_split(stored, folder), folder, reading)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
@@ -125,7 +132,7 @@ def _files_to_train_on(folder, files):
     return []
 
 
-def _from_hub(name, reading, leave_out):
+def _from_hub(name, reading):
     """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
     if not is_hub_id(name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
@@ -143,10 +150,10 @@ def _from_hub(name, reading, leave_out):
                     raise
                 # No network: what is in the cache serves, and the client needn't retry for half a minute to find out.
                 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        where = dict(path=name, name=reading.config_name, cache_dir=reading.cache_dir)
+        where = dict(path=name, name=reading.data.dataset_config_name, cache_dir=reading.cache_dir)
         features = datasets.load_dataset_builder(**where).info.features
         if features is not None:
-            _columns_of(features, name, reading.columns)
+            _columns_of(features, name, reading.data)
         dataset = _train_split(datasets.load_dataset(**where), name)
     except InputError:
         raise
@@ -155,7 +162,7 @@ def _from_hub(name, reading, leave_out):
             f"{name}: neither a folder here nor a hub dataset that can be loaded ({reason_of(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
-    return _from_dataset(dataset, name, reading, leave_out)
+    return _from_dataset(dataset, name, reading)
 
 
 def _train_split(stored, where):
@@ -173,7 +180,9 @@ def _columns_of(features, where, asked):
     import datasets
 
     columns = list(features)
-    image_column, caption_column, mask_column, concept_column = asked
+    image_column = asked.image_column
+    mask_column = asked.mask_column
+    concept_column = asked.concept_column
     if image_column is not None and image_column not in columns:
         if not (image_column == "image" and any(isinstance(f, datasets.Image) for f in features.values())):
             raise InputError(
@@ -203,7 +212,7 @@ def _columns_of(features, where, asked):
         return isinstance(inner, datasets.Value) and inner.dtype in ("string", "large_string")
 
     textual = [c for c, f in features.items() if is_text(f) and c != concept_column]
-    return image_column, choose_caption_column(str(where), columns, textual, caption_column)
+    return image_column, choose_caption_column(str(where), columns, textual, asked.caption_column)
 
 
 def _files_elsewhere(dataset, column, source, cache_dir):
@@ -240,10 +249,10 @@ def _files_elsewhere(dataset, column, source, cache_dir):
     return found
 
 
-def _from_dataset(dataset, source, reading, leave_out):
+def _from_dataset(dataset, source, reading):
     """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
-    where, asked = str(source), reading.columns
-    mask_column, concept_column = asked.mask, asked.concept
+    where, asked, leave_out = str(source), reading.data, reading.leave_out
+    mask_column, concept_column = asked.mask_column, asked.concept_column
     image_column, caption_column = _columns_of(dataset.features, where, asked)
     captions = [captions_of(value) for value in dataset[caption_column]]
     bad = {index: f"column '{caption_column}' is empty" for index, group in enumerate(captions) if not group}

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from typing import NamedTuple
 
 from ..errors import InputError
 
@@ -13,15 +12,6 @@ CAPTION_COLUMNS = (
     "title", "txt", "label_text", "sentences",
 )  # fmt: skip
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-
-
-class Columns(NamedTuple):
-    """The columns that were asked for by name; None for those that are to be found."""
-
-    image: str | None = None
-    caption: str | None = None
-    mask: str | None = None
-    concept: str | None = None
 
 
 def read_text(file):

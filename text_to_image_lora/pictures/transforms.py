@@ -8,44 +8,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from .settings import INTERPOLATIONS, AugmentationSettings
+
 
 # Sizes are checked below, from the header and before anything is decoded; Pillow's own limit only warns at first.
 Image.MAX_IMAGE_PIXELS = None
 PIXEL_LIMIT = 2**28
 WHOLE_LIMIT = 2**26  # pixels to which a picture is resized whole, before it is cropped
 
-INTERPOLATIONS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,
+RESAMPLING = {
+    name: Image.Resampling["NEAREST" if name == "nearest_exact" else name.upper()] for name in INTERPOLATIONS
 }
 
 
 class ImageError(Exception):
     """A picture that can't be used, with the reason."""
-
-
-class Augmentation(NamedTuple):
-    """What may be random about a picture, and by how much."""
-
-    center_crop: bool = False  # else the crop's place is random
-    random_flip: bool = False
-    rotation: float = 0.0  # degrees to either side
-    crop_scale: float = 1.0  # the least share of the picture's sides that a crop shows
-    brightness: float = 0.0  # each factor is drawn from 1 - x to 1 + x
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0  # shift to either side, as a share of the colour circle
-
-    def variations(self):
-        """How many variations hold all there is; None where they are endless."""
-        if self.center_crop and self[2:] == Augmentation()[2:]:
-            return 2 if self.random_flip else 1
-        return None
 
 
 class Variation(NamedTuple):
@@ -64,6 +41,12 @@ class Variation(NamedTuple):
     contrast: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0
+
+    @property
+    def is_augmented(self):
+        """Whether the picture is turned or its colours are changed."""
+        colours = (self.brightness, self.contrast, self.saturation, self.hue)
+        return self.turn != 0 or colours != (1.0, 1.0, 1.0, 0.0)
 
 
 def open_image(data, background="white"):
@@ -150,7 +133,7 @@ def covering_size(width, height, size, share, turn):
     return resized_size(width, height, tuple(math.ceil(side / share) for side in window_size(size, turn)))
 
 
-def draw_variation(width, height, size, augmentation, *, image_id, index):
+def draw_variation(width, height, size, augmentation: AugmentationSettings, *, image_id, index):
     """Variation `index` of a picture of width x height, for pixels of `size`: a function of its arguments alone.
 
     With `random_flip`, even and odd indices are each other's orientation, so two variations hold both.
@@ -161,10 +144,11 @@ def draw_variation(width, height, size, augmentation, *, image_id, index):
     def between(least, most):  # in few digits: they are a part of the cache's keys
         return round(float(rng.uniform(least, most)), 4)
 
-    share = between(augmentation.crop_scale, 1)
-    turn = between(-augmentation.rotation, augmentation.rotation)
-    factors = [between(1 - x, 1 + x) for x in augmentation[4:7]]
-    hue = between(-augmentation.hue, augmentation.hue)
+    share = between(augmentation.random_crop_scale, 1)
+    turn = between(-augmentation.random_rotation, augmentation.random_rotation)
+    ranges = (augmentation.random_brightness, augmentation.random_contrast, augmentation.random_saturation)
+    factors = [between(1 - x, 1 + x) for x in ranges]
+    hue = between(-augmentation.random_hue, augmentation.random_hue)
     covering, window = covering_size(width, height, size, share, turn), window_size(size, turn)
     room = [covering[axis] - window[axis] for axis in (0, 1)]
     if augmentation.center_crop:
@@ -186,7 +170,7 @@ def corner_shown(width, height, variation, size):
 def apply_variation(image, variation, size, interpolation="lanczos"):
     """An RGB picture to uint8 pixels (height, width, 3) of `size` (width, height): resized, cropped, flipped, ..."""
     pixels = _cut(image, variation, size, interpolation)
-    return pixels if variation[4:] == Variation(0, 0, False)[4:] else _augment(pixels, variation, size)
+    return _augment(pixels, variation, size) if variation.is_augmented else pixels
 
 
 def apply_variation_to_mask(mask, variation, size, factor):
@@ -207,10 +191,10 @@ def _cut(image, variation, size, interpolation):
     if covering[0] * covering[1] > WHOLE_LIMIT:  # a thin strip: only what is seen of it is enlarged
         scale = image.width / covering[0], image.height / covering[1]
         seen = tuple(side * scale[i % 2] for i, side in enumerate(box))
-        image = image.resize(window, INTERPOLATIONS[interpolation], box=seen)
+        image = image.resize(window, RESAMPLING[interpolation], box=seen)
     else:
         if image.size != covering:
-            image = image.resize(covering, INTERPOLATIONS[interpolation])
+            image = image.resize(covering, RESAMPLING[interpolation])
         image = image.crop(box)
     return np.array(ImageOps.mirror(image) if variation.flip else image)
 

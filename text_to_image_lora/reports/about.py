@@ -10,21 +10,58 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from ..command_line import Parser, recorded_values
 from ..files import write_whole
 from ..pictures.inspection import describe
 
 
 FILE = "about.json"
+SCRIPT = "train_text_to_image_lora.py"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
 SHOWN = 16  # pictures of the data sheet
 LISTED = 20  # of each finding
 SIDE = 256  # pixels, of the data sheet's pictures
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def describe_run(settings: Any, run: Any) -> dict[str, Any]:
+    """What trackers and the LoRA's header tell of a run: its flags, and what those that were not given became."""
+    settled = {
+        "seed": run.seed,
+        "resolution": run.resolution,
+        "cache_variations": run.variations,
+        "validation_prompts": settings.samples.texts,
+        "learning_rate": settings.optimizer.rate,
+        "perceptual_loss_weight": settings.loss.perceptual_weight if settings.loss.perceptual_loss else None,
+        "max_train_steps": run.num_steps,
+        "lr_warmup_steps": run.num_warmup_steps,
+    }
+    whole = recorded_values(settings) | settled | run.identity
+    return {k: v for k, v in whole.items() if v not in (None, []) and k != "validation_prompt"}
+
+
+def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelerator: Any) -> dict[str, Any]:
+    """Writes run.yaml, for --config, and about.json, for the page and the trackers; returns what the second holds.
+
+    run.yaml has the run's flags, its seed, and nothing that follows from other flags: so that --config run.yaml --rank 16
+    has the alpha of rank 16.
+    """
+    names = ("validation_prompt", "validation_prompts")
+    flags = {name: value for name, value in recorded_values(settings).items() if name not in names}
+    lines = [prompt.line for prompt in settings.samples.prompts]
+    flags |= ({"validation_prompts": lines} if lines else {}) | {"seed": run.seed}
+    words = Parser(type(settings)).words(flags | {"mixed_precision": accelerator.mixed_precision})
+    return write_about(
+        settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
+        machine=machine(accelerator), settings=described,
+        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes),
+    )  # fmt: skip
 
 
 def write_about(output_dir, *, flags, command, settings, machine, dataset):

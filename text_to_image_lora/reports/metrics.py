@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import math
 import statistics
 import sys
@@ -17,6 +18,7 @@ from .report_page import FILE as PAGE
 from .report_page import update_page
 
 
+logger = logging.getLogger(__name__)
 VALIDATED = "validation/loss"  # what a line of a validation has
 LAST_GOOD = "last-good"  # the folder with the LoRA of a run that came to no number
 # Before the page, some 1.5 MB, is written once more: seconds at least, and times what it took to write it.
@@ -113,8 +115,8 @@ class Pace:
     FULL = 95  # percent of a machine's memory
     IN_A_ROW = 5  # slow steps, before it is said
 
-    def __init__(self, device, num_steps, say, remedy):
-        self.device, self.num_steps, self.say, self.remedy = device, num_steps, say, remedy
+    def __init__(self, device, num_steps, remedy):
+        self.device, self.num_steps, self.remedy = device, num_steps, remedy
         self.seconds, self.slow, self.said = collections.deque(maxlen=self.USUAL), 0, False
 
     def take(self, step, seconds):
@@ -124,7 +126,7 @@ class Pace:
             each, left = statistics.median(self.seconds), self.num_steps - step
             memory = in_bytes(peak_memory_gib(self.device) * 2**30)
             rest = f", {in_words(each * left)} for the {left} left" if left else ""
-            self.say(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
+            logger.info(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
             self.check_spill()
         elif len(self.seconds) > self.FIRST and not self.said:
             usual = statistics.median(self.seconds)
@@ -133,9 +135,9 @@ class Pace:
                 self.said = True
                 since = f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before"
                 if self.device.type == "cpu" and psutil.virtual_memory().percent < self.FULL:
-                    self.say(f"{since}: other programs use this machine, or it was slowed down")
+                    logger.info(f"{since}: other programs use this machine, or it was slowed down")
                     return
-                self.say(
+                logger.info(
                     f"{since}: another program uses the device, or its memory is full. If it stays so, stop with Ctrl-C "
                     f"and go on with {self.remedy}."
                 )
@@ -151,7 +153,7 @@ class Pace:
             )
             if taken > own:
                 self.said = True
-                self.say(
+                logger.info(
                     f"{in_bytes(taken)} are in use and the GPU has {in_bytes(own)}: the driver lends it the "
                     f"machine's memory, which is many times slower. Stop with Ctrl-C and go on with {self.remedy}."
                 )
@@ -175,10 +177,10 @@ class StepReports:
     IN_A_ROW = 10  # steps that were skipped, before the run ends
     TO_SETTLE = 16  # of fp16's, whose loss scale begins at 2**16 and is halved in each
 
-    def __init__(self, accelerator, metrics_file, progress, output_dir, say, remedy):
-        self.accelerator, self.metrics_file, self.progress, self.say = accelerator, metrics_file, progress, say
+    def __init__(self, accelerator, metrics_file, progress, output_dir, remedy):
+        self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
         self.output_dir, self.waiting, self.smooth = output_dir, None, None
-        self.pace = Pace(accelerator.device, progress.total, say, remedy)
+        self.pace = Pace(accelerator.device, progress.total, remedy)
         self.scaled = getattr(accelerator, "scaler", None) is not None
         self.asked, self.skipped, self.in_a_row, self.page_due = False, [], 0, 0
 
@@ -219,16 +221,16 @@ class StepReports:
         if self.metrics_file is None or time.monotonic() < self.page_due:
             return
         start = time.monotonic()
-        update_page(self.output_dir, self.say)
+        update_page(self.output_dir)
         now = time.monotonic()
         self.page_due = now + max(PAGE_PAUSE, PAGE_SHARE * (now - start))
 
     def leave(self, ending):
         """At the end: what was skipped, the page once more, and to the trackers what the run came to, unless it goes on."""
         if (line := self.in_words()) is not None:
-            self.say(line)
-        if self.metrics_file is not None and update_page(self.output_dir, self.say):
-            self.say(f"how it went: {Path(self.output_dir) / PAGE}")
+            logger.info(line)
+        if self.metrics_file is not None and update_page(self.output_dir):
+            logger.info(f"how it went: {Path(self.output_dir) / PAGE}")
         if not isinstance(ending, Stopped):
             log_results(self.accelerator, self.output_dir)
 
@@ -237,7 +239,7 @@ class StepReports:
         self.in_a_row += 1
         settles = self.scaled and math.isfinite(values["train_loss"])
         if len(self.skipped) == 1 and not settles:
-            self.say(
+            logger.info(
                 f"step {step} is skipped: its loss is {values['train_loss']:.3g}, the norm of its gradient "
                 f"{values['grad_norm']:.3g}. The weights stay as they were; {self.limit()} such steps in a row end the run"
             )

@@ -1,8 +1,10 @@
 """The model card beside the LoRA file, and their upload to the hub."""
 
 import glob
+import logging
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -11,6 +13,9 @@ from ..errors import TrainingError
 from ..files import is_hub_id, reason_of, without_folders, write_whole
 from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
+
+
+logger = logging.getLogger(__name__)
 
 
 def write_model_card(
@@ -116,11 +121,13 @@ def upload(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -
     ).commit_url
 
 
-def upload_or_tell(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -> str:
-    """Uploads what the run left, and returns the line that says where; a failure is a `TrainingError`: nothing is lost."""
+def upload_run(settings: Any, files: list[str]) -> None:
+    """--push_to_hub: uploads what the run left, and logs where; a failure is a `TrainingError`: nothing is lost."""
+    output_dir, sharing = settings.run.output_dir, settings.sharing
     try:
-        return f"uploaded: {upload(output_dir, repo_id, token, files)}"
+        address = upload(output_dir, sharing.repository(output_dir), sharing.hub_token, files)
     except Exception as error:  # whatever it is, the weights are written and the user must hear so
         raise TrainingError(
             f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
         ) from error
+    logger.info(f"uploaded: {address}")

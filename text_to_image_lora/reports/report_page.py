@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import logging
 import os
 import re
 import time
@@ -20,6 +21,7 @@ from .numbers import FILE as METRICS
 from .runs import answer_of, read_run
 
 
+logger = logging.getLogger(__name__)
 FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "page"
 SIDE = 384  # pixels of a sample picture's longer side; the PNG is linked
@@ -33,7 +35,7 @@ FINDINGS = (
 )
 
 
-def update_page(folder, say, *, of_several=False):
+def update_page(folder, *, of_several=False):
     """Writes the page of the run in a folder, or of the runs in its folders; returns whether that was possible.
 
     It is not worth a run: where it can't be written, that is said, and the run goes on.
@@ -45,7 +47,7 @@ def update_page(folder, say, *, of_several=False):
         else:
             write_page(folder)
     except Exception as error:
-        say(f"{folder / FILE} is not up to date: {reason_of(error)}")
+        logger.info(f"{folder / FILE} is not up to date: {reason_of(error)}")
         return False
     return True
 

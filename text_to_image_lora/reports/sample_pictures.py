@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import shutil
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -11,11 +12,11 @@ from PIL import Image
 from ..files import written_whole
 from ..models.modules import evaluating, in_its_precision
 from ..training import interruption
+from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .runs import step_of
 
 
-AT_ONCE = 4  # pictures denoised together
 OF_A_CALL = ("num_inference_steps", "guidance_scale", "height", "width")  # what those have in common
 
 
@@ -76,10 +77,29 @@ def make_pipeline(base, denoiser, vae, scheduler_config, trained_config):
     return pipeline
 
 
+def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
+    """The `Painter` of a run; without prompts one that draws nothing."""
+    given = settings.samples
+    samples = Samples(
+        given.texts, given.validation_negative_prompt, given.num_validation_images, run.resolution,
+        given.validation_inference_steps, given.validation_guidance_scale, run.seed,
+        own=[prompt.options for prompt in given.prompts],
+    )  # fmt: skip
+    pipeline = None
+    if samples.prompts:
+        pipeline = make_pipeline(
+            run.base, models.denoiser, models.vae, models.scheduler_config, models.diffusion.config
+        )
+    return Painter(
+        pipeline, models.family, samples, models.prompt_encoder, accelerator=accelerator,
+        output_dir=Path(settings.run.output_dir), keep_encoder=models.trains_text_encoder,
+    )  # fmt: skip
+
+
 class Painter:
     """Draws a run's sample pictures, writes them below `output_dir`/validation, and sends them to the trackers.
 
-    The prompts are encoded once, and the encoder is let go, unless `keep_encoder`: while it is trained itself. The VAE
+    Without prompts it does nothing. The prompts are encoded once, and the encoder is let go, unless `keep_encoder`: while it is trained itself. The VAE
     decodes on the accelerator's device, and is put back where it was.
     """
 
@@ -87,7 +107,7 @@ class Painter:
         self.pipeline, self.family, self.samples = pipeline, family, samples
         self.accelerator, self.output_dir = accelerator, output_dir
         self.prompt_encoder = prompt_encoder if keep_encoder else None
-        self.conditions = None if keep_encoder else self._encode(prompt_encoder)
+        self.conditions = self._encode(prompt_encoder) if samples.prompts and not keep_encoder else None
 
     def _encode(self, prompt_encoder):
         """The conditions of the prompts and of the negative ones, which as in diffusers' pipelines have no clip_skip."""
@@ -105,6 +125,8 @@ class Painter:
 
     def draw(self, step):
         """Draws and saves the pictures of a step, each process its share of them."""
+        if not self.samples.prompts:
+            return
         images = self.generate()
         if self.accelerator.is_main_process:
             prompts, seeds = self.samples.prompts, {task: self.samples.seed_of(*task) for task in images}
@@ -128,7 +150,7 @@ class Painter:
         batches = []
         for _, alike in itertools.groupby(tasks, lambda task: [settings[task[0]][name] for name in OF_A_CALL]):
             alike = list(alike)
-            batches += [alike[first : first + AT_ONCE] for first in range(0, len(alike), AT_ONCE)]
+            batches += [alike[first : first + DRAWN_AT_ONCE] for first in range(0, len(alike), DRAWN_AT_ONCE)]
         images, was_on = {}, pipeline.vae.device
         pipeline.vae.to(device)
         denoiser = getattr(pipeline, self.family.denoiser)

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-import importlib.util
 import json
+import logging
 import os
 import shlex
 import socket
@@ -17,26 +17,9 @@ from ..errors import InputError
 from ..files import reason_of
 
 
-TRACKERS = ("wandb", "tensorboard", "trackio")
+logger = logging.getLogger(__name__)
 SECONDS_TO_FINISH = 60  # that a tracker has at the end of a run, and
 BYTES_A_SECOND = 250_000  # of the files that it sends: a slow line
-
-
-def trackers_of(report_to):
-    """The names of the trackers that `--report_to` means; needs no torch."""
-    specs = {name: importlib.util.find_spec(name) for name in TRACKERS}
-    # A mere folder of that name, such as the one that W&B writes its runs to, has a spec without origin.
-    installed = [name for name, spec in specs.items() if spec is not None and spec.origin is not None]
-    if report_to is None:
-        return ["wandb"] if "wandb" in installed else []
-    if report_to == "none":
-        return []
-    if report_to == "all":
-        return installed
-    if report_to not in installed:
-        how = "--no-deps -r requirements-trackio.txt" if report_to == "trackio" else report_to
-        raise InputError(f"--report_to {report_to}: it is not installed. Run: pip install {how}")
-    return [report_to]
 
 
 def wandb_mode():
@@ -184,7 +167,7 @@ def _start_wandb(accelerator, project_name, values, output_dir, run_id):
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
 
 
-def finish_trackers(accelerator, say):
+def finish_trackers(accelerator):
     """Ends the runs, and says where the W&B run is."""
     line = None
     for tracker in accelerator.trackers:
@@ -192,7 +175,7 @@ def finish_trackers(accelerator, say):
             line = tracker.attempt(functools.partial(_where_it_is, tracker.run))
     accelerator.end_training()
     if line is not None:
-        say(line)
+        logger.info(line)
 
 
 def _where_it_is(run):

@@ -4,6 +4,7 @@ The models in memory are used, and the training's random numbers are left alone.
 """
 
 import hashlib
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from . import stopping
 from .dashboard import log_numbers
 
 
+logger = logging.getLogger(__name__)
 STRATA = 8  # timesteps at which each picture is validated
 
 
@@ -116,30 +118,43 @@ def _noise_of(shape, seed, image_id, k):
 class Judge:
     """Judges a run by its validation losses: reports them, keeps the best LoRA in `best/`, says when to stop.
 
-    `held_out` and `probe` are the `ValidationSet`s of pictures that are not trained on, and of as many that are. `kept` is
-    what `state` gave when a run was left; where it is None, or is of other pictures, `start` begins anew.
+    `held_out` and `probe` are the `ValidationSet`s of pictures that are not trained on, and of as many that are; without
+    them nothing is judged, and all methods do nothing. `kept` is what `state` returned when a run was left; where it is
+    None, or belongs to other pictures, `start` measures the base anew.
     """
 
     def __init__(self, held_out, probe, measure, *, accelerator, metrics_file, output_dir, patience, kept=None):
-        self.held_out, self.probe, self.measure = held_out, probe, measure
-        self.accelerator, self.metrics_file, self.output_dir = accelerator, metrics_file, Path(output_dir)
+        self.held_out, self.probe = held_out, probe
+        self.measure = measure
+        self.accelerator, self.metrics_file = accelerator, metrics_file
+        self.output_dir = Path(output_dir)
         self.patience = patience
+        self.validation, self.identities = None, []
+        if held_out is None:
+            return
         self.identities = [held_out.identity(), probe.identity()]
-        self.validation = None if kept is None else stopping.Validation(**kept)
-        self.begins_anew = kept is not None and self.validation.pictures != self.identities
-        if self.begins_anew:
-            self.validation = None
+        if kept is not None:
+            self.validation = stopping.Validation(**kept)
+            if self.validation.pictures != self.identities:
+                self.validation = None
+                logger.info(
+                    "the pictures to validate on are others than before: what was best so far is looked for anew"
+                )
 
     def start(self):
-        """Measures the base model; its LoRA must be off."""
+        """Measures the base model, unless that was done before the run was resumed; its LoRA must be off."""
+        if self.held_out is None or self.validation is not None:
+            return
         base, probe = (self.measure(part).tolist() for part in (self.held_out, self.probe))
         self.validation = stopping.Validation(base=base, base_probe=probe, best=base, pictures=self.identities)
 
-    def take_in(self, step, save_lora, *, is_base=False):
-        """Measures the LoRA of this step, reports it, and has it saved to best/ where it is the best so far.
+    def validate(self, step, save_lora, *, is_base=False):
+        """Measures the LoRA of this step, reports its loss, and saves the LoRA to best/ if it is the best so far.
 
         `is_base` says that nothing is learnt yet, so that it can't be the best.
         """
+        if self.held_out is None:
+            return
         table, probe = self.measure(self.held_out), self.measure(self.probe)
         values = stopping.values_of(table, probe, self.validation, self.measure.timesteps)
         improved = not is_base and stopping.take_in(self.validation, table, step)
@@ -160,15 +175,15 @@ class Judge:
         log_numbers(self.accelerator, values, step)
 
     def out_of_patience(self):
-        return self.patience is not None and self.validation.waited >= self.patience
+        return self.patience is not None and self.validation is not None and self.validation.waited >= self.patience
 
     def state(self):
-        """What a checkpoint keeps of it."""
-        return asdict(self.validation)
+        """What a checkpoint keeps of it; None without pictures."""
+        return None if self.validation is None else asdict(self.validation)
 
     def keep_best(self, folder):
         """Copies best/ into a checkpoint's folder, if there is one."""
-        if self.validation.best_step is not None:
+        if self.validation is not None and self.validation.best_step is not None:
             _copy_best(self.output_dir, folder)
 
     def restore_best(self, folder):
@@ -178,8 +193,8 @@ class Judge:
             _copy_best(folder, self.output_dir)
 
     def in_words(self, step):
-        """One sentence on how the run went, for its end."""
-        return stopping.in_words(self.validation, step)
+        """One sentence on how the run went, for its end; None without pictures."""
+        return None if self.validation is None else stopping.in_words(self.validation, step)
 
 
 def _copy_best(source, target):

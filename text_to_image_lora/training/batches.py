@@ -6,14 +6,22 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Batching(NamedTuple):
-    """How samples become the batches of an optimizer step."""
+class Epoch(NamedTuple):
+    """The samples of an epoch, before they are put into a random order."""
+
+    samples: np.ndarray | list[int]  # the picture's index of each
+    seed: int = 0
+    groups: list[int] | None = None  # a number for each picture: the samples of a step are of one group
+    loss_weights: list[float] | None = None  # for each picture
+
+
+class Division(NamedTuple):
+    """How the samples of an optimizer step are divided into batches."""
 
     batch_size: int  # pictures per process and forward pass
     accumulation: int = 1  # forward passes per optimizer step
-    seed: int = 0
-    balanced: bool = False  # every concept has as many samples
-    prior_loss_weight: float = 1.0  # how much each class picture counts
+    rank: int = 0
+    world_size: int = 1
 
 
 class Sample(NamedTuple):
@@ -70,29 +78,29 @@ def samples_of_dataset(is_class, concepts, num_repeats, *, balanced, seed=0):
 
 
 class EffectiveBatchSampler:
-    """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`.
+    """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`, which are set before it is iterated.
 
-    `samples` holds the indices of an epoch's samples; each epoch is a permutation of it. An optimizer step takes the
-    next `batch_size * world_size * accumulation` of it; the last of an epoch takes what is left. With `groups` (a number
-    for each picture), the samples of a step are of one group, each group's last step takes what is left of it, and the
-    steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go round,
-    a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
-    `world_size`, because DDP averages over the ranks; with `loss_weights` (a number for each picture) each is in
-    proportion to its picture's, and a step's add up to that on average.
+    Each epoch is a permutation of its samples. An optimizer step takes the next `batch_size * world_size * accumulation`
+    of it; the last of an epoch takes what is left. With groups, each group's last step takes what is left of the group,
+    and the steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go
+    round, a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
+    `world_size`, because DDP averages over the ranks; with `loss_weights` each is in proportion to its picture's, and a
+    step's add up to that on average.
     """
 
-    def __init__(
-        self, samples, *, batch_size, accumulation, rank, world_size, seed, groups=None, loss_weights=None, num_steps=None,
-        first_step=0,
-    ):  # fmt: skip
-        self.samples = np.asarray(samples)
+    def __init__(self, epoch: Epoch, division: Division):
+        self.samples = np.asarray(epoch.samples)
         count = self.samples.max() + 1
-        self.groups = np.zeros(count, dtype=int) if groups is None else np.asarray(groups)
-        self.loss_weights = np.ones(count) if loss_weights is None else np.asarray(loss_weights, dtype=float)
-        self.loss_weights = self.loss_weights / self.loss_weights[self.samples].mean()
-        self.batch_size, self.rank, self.world_size, self.seed = batch_size, rank, world_size, seed
-        self.effective_batch_size = batch_size * world_size * accumulation
-        self.num_steps, self.first_step = num_steps, first_step
+        self.groups = np.zeros(count, dtype=int) if epoch.groups is None else np.asarray(epoch.groups)
+        weights = np.ones(count) if epoch.loss_weights is None else np.asarray(epoch.loss_weights, dtype=float)
+        self.loss_weights = weights / weights[self.samples].mean()
+        self.seed = epoch.seed
+        self.batch_size = division.batch_size
+        self.rank = division.rank
+        self.world_size = division.world_size
+        self.effective_batch_size = division.batch_size * division.world_size * division.accumulation
+        self.first_step = 0
+        self.num_steps = 0
         counts = np.bincount(self.groups[self.samples])
         self.steps_per_epoch = int(np.ceil(counts / self.effective_batch_size).sum())
         self.epoch = (None, None)
@@ -139,24 +147,16 @@ class EffectiveBatchSampler:
             yield from self.micro_batches(step)
 
 
-def make_sampler(pictures, batching, *, rank, world_size):
-    """The `EffectiveBatchSampler` of a `PictureSet`; a step's pictures are of one size."""
+def make_sampler(pictures, seed: int, division: Division, *, balanced=False, prior_loss_weight=1.0):
+    """The `EffectiveBatchSampler` of a `PictureSet`; a step's pictures are of one size.
+
+    With `balanced` every concept has as many samples; each class picture counts `prior_loss_weight`.
+    """
     records = pictures.records
     samples = samples_of_dataset(
-        pictures.is_class,
-        records["concept"][:],
-        records["num_repeats"][:],
-        balanced=batching.balanced,
-        seed=batching.seed,
+        pictures.is_class, records["concept"][:], records["num_repeats"][:], balanced=balanced, seed=seed
     )
-    groups = {size: number for number, size in enumerate(sorted(set(pictures.sizes)))}
-    return EffectiveBatchSampler(
-        samples,
-        groups=[groups[size] for size in pictures.sizes],
-        loss_weights=[batching.prior_loss_weight if other else 1.0 for other in pictures.is_class],
-        batch_size=batching.batch_size,
-        accumulation=batching.accumulation,
-        rank=rank,
-        world_size=world_size,
-        seed=batching.seed,
-    )
+    numbers = {size: number for number, size in enumerate(sorted(set(pictures.sizes)))}
+    groups = [numbers[size] for size in pictures.sizes]
+    weights = [prior_loss_weight if is_class else 1.0 for is_class in pictures.is_class]
+    return EffectiveBatchSampler(Epoch(samples, seed, groups, weights), division)

@@ -9,12 +9,13 @@ each is written whole or not at all.
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,16 @@ import torch
 from ..models.base_model import BaseModel
 from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.prompts import PromptEncoder
+from ..pictures.alike import probe_of
 from ..pictures.records import in_threads
-from ..pictures.transforms import corner_shown
-from . import interruption
-from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole
+from ..pictures.settings import CaptionSettings
+from . import interruption, trials
+from .conditions import picture_condition_of
+from .inputs import as_trained_on
+from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
 
 
+logger = logging.getLogger(__name__)
 CACHE_VERSION = 4
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
@@ -85,14 +90,6 @@ def _shard_path(folder, kind, key):
     return Path(folder) / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
 
 
-def picture_condition_of(pictures, i, k, family):
-    """What the family's denoiser is told of variation k of picture i itself, float32 tensors by name."""
-    fact, size = pictures.facts[i], pictures.sizes[i]
-    corner = corner_shown(fact.width, fact.height, pictures.variation(i, k), size)
-    numbers = family.picture_condition((fact.width, fact.height), corner, size)
-    return {name: torch.tensor(value, dtype=torch.float32) for name, value in numbers.items()}
-
-
 def encode_latent_entries(entries, progress, *, pictures, encoder, family):
     """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w), and the variations' conditions.
 
@@ -148,9 +145,9 @@ def bytes_of_prompts(shards, condition_shapes, dtype):
     return sum(len(shard.entries) for shard in shards) * row * dtype.itemsize
 
 
-def captions_to_cache(pictures, caption_rules):
+def captions_to_cache(pictures, settings: CaptionSettings):
     """Every caption that a sample may draw; with caption dropout the empty one is there too."""
-    return [caption for group in pictures.captions for caption in group] + [""] * (caption_rules.dropout > 0)
+    return [caption for group in pictures.captions for caption in group] + [""] * (settings.caption_dropout > 0)
 
 
 def bytes_of_cache(pictures, base, *, variations, captions, num_chunks, dtype):
@@ -245,3 +242,47 @@ class CachedPrompts(NamedTuple):
     def row(self, caption):
         """The caption's condition by name."""
         return self.reader.row(*self.places[caption])
+
+
+class CachedSet(NamedTuple):
+    """A `PictureSet` and what is cached of it; None where pictures, or captions, are encoded in each step."""
+
+    pictures: Any
+    latents: CachedLatents | None
+    prompts: CachedPrompts | None
+
+
+class CachedSets(NamedTuple):
+    """The sets of a run."""
+
+    training: CachedSet
+    held_out: CachedSet | None  # pictures that are not trained on
+    probe: CachedSet | None  # as many that are
+
+    def paths(self):
+        """Those of all shards."""
+        parts = [part for each in self if each is not None for part in (each.latents, each.prompts)]
+        return [path for part in parts if part is not None for path in part.reader.paths]
+
+
+def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
+    """Encodes what is not in the cache yet; on a GPU the denoiser makes room for it."""
+    folder, captions = settings.cache.folder, settings.captions
+    prompts = None if settings.lora.train_text_encoder else models.prompt_encoder
+    cache = Cache(folder, run.base, models.latent_encoder, prompts)
+    pictures = as_trained_on(settings, run.pictures)
+    training, validated = CachedSet(pictures, None, None), []
+    with trials.base_set_aside(models.denoiser, accelerator.device):
+        if run.variations:
+            cached = cache.build(pictures, run.variations, captions_to_cache(pictures, captions), accelerator)
+            training = CachedSet(pictures, *cached)
+        if run.validated is not None:
+            probe = probe_of(run.pictures, len(run.validated), run.seed)
+            for part in (run.validated.to_validate_on(), probe.to_validate_on()):
+                first_captions = [group[0] for group in part.captions]
+                validated.append(CachedSet(part, *cache.build(part, 1, first_captions, accelerator)))
+    sets = CachedSets(training, *(validated or (None, None)))
+    if accelerator.is_main_process and (run.variations or validated):
+        logger.info(trim(folder, settings.cache.latent_cache_limit, sets.paths()))
+    accelerator.wait_for_everyone()
+    return sets

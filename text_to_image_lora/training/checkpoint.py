@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ from ..errors import InputError
 from ..files import reason_of, remove_folder, written_whole
 
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -50,7 +52,7 @@ def step_of(path):
     return int(NAME.fullmatch(path.name)[1])
 
 
-def find_checkpoint(output_dir, wanted, say=print):
+def find_checkpoint(output_dir, wanted):
     """The folder that `--resume_from_checkpoint` means; None for "none", and where `latest` finds nothing to go on from.
 
     `latest` passes over damaged ones, with a line for each; one that was asked for by its name is an `InputError` then.
@@ -58,7 +60,7 @@ def find_checkpoint(output_dir, wanted, say=print):
     if wanted == "none":
         return None
     if wanted == "latest":
-        return newest_whole(list_checkpoints(output_dir), say)
+        return newest_whole(list_checkpoints(output_dir))
     for path in (Path(wanted), Path(output_dir) / Path(wanted).name):
         if any((path / name).is_file() for name in ALWAYS):
             if (damage := damage_of(path)) is not None:
@@ -70,13 +72,13 @@ def find_checkpoint(output_dir, wanted, say=print):
     )
 
 
-def newest_whole(checkpoints, say):
+def newest_whole(checkpoints):
     """The last of these folders that is whole, or None; the damaged ones after it are told."""
     for path in reversed(checkpoints):
         damage = damage_of(path)
         if damage is None:
             return path
-        say(f"{path}: this checkpoint is damaged ({damage}) and passed over")
+        logger.info(f"{path}: this checkpoint is damaged ({damage}) and passed over")
     return None
 
 
@@ -112,7 +114,7 @@ def damage_of(path):
 LEARNT = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
 
 
-def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, settings, average=None):
+def save_checkpoint(folder, *, adapter, learning, state, settings):
     """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it).
 
     `write_manifest` makes it whole, when all else that belongs to it is there too.
@@ -120,14 +122,15 @@ def save_checkpoint(folder, *, adapter, optimizer, lr_scheduler, scaler, state, 
     # As bytes first: what these libraries say of a full disk names neither the file nor the reason.
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.items()}
     (folder / "adapter.safetensors").write_bytes(save(tensors))
-    states = {"optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict()}
+    scaler = learning.scaler
+    states = {"optimizer": learning.optimizer.state_dict(), "lr_scheduler": learning.lr_scheduler.state_dict()}
     _save(states | {"scaler": None if scaler is None else scaler.state_dict()}, folder / "optimizer.pt")
-    if average is not None:
-        _save(average, folder / "ema.pt")
+    if learning.average is not None:
+        _save(learning.average.state_dict(), folder / "ema.pt")
     (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
 
 
-def write_checkpoint(output_dir, add, *, limit, state, say, **stored):
+def write_checkpoint(output_dir, add, *, limit, state, **stored):
     """Writes the checkpoint of this step, reads it back, and deletes what `prune_checkpoints` says; returns its folder.
 
     `add(folder)` writes what else belongs to it; `stored` is what `save_checkpoint` wants.
@@ -137,7 +140,7 @@ def write_checkpoint(output_dir, add, *, limit, state, say, **stored):
         save_checkpoint(folder, state=state, **stored)
         add(folder)
         write_manifest(folder)
-    prune_checkpoints(output_dir, limit, newest=state.global_step, say=say)
+    prune_checkpoints(output_dir, limit, newest=state.global_step)
     return path
 
 
@@ -169,11 +172,14 @@ def read_checkpoint(path):
         }
 
 
-def load_checkpoint(stored, *, optimizer, lr_scheduler, scaler, average=None):
+def load_checkpoint(stored, learning):
     """Puts optimizer, schedule, loss scale and moving average back, and returns the adapter's tensors.
 
     `stored` is what `read_checkpoint` gave.
     """
+    optimizer = learning.optimizer
+    lr_scheduler = learning.lr_scheduler
+    average = learning.average
     with refusing(stored["path"]):
         # What the flags say now holds: only what was learnt comes from the checkpoint.
         kept = {"params", "lr"} | LEARNT
@@ -191,12 +197,13 @@ def load_checkpoint(stored, *, optimizer, lr_scheduler, scaler, average=None):
             device = average.shadow_params[0].device
             average.load_state_dict(stored["average"])
             average.to(device)
-        if scaler is not None and stored["scaler"] is not None:
-            scaler.load_state_dict(stored["scaler"])
+            average.decay = learning.ema_decay
+        if learning.scaler is not None and stored["scaler"] is not None:
+            learning.scaler.load_state_dict(stored["scaler"])
     return stored["adapter"]
 
 
-def where_it_goes_on(stored, lr_scheduler, schedule):
+def where_it_goes_on(stored, lr_scheduler, schedule_name, num_steps):
     """In words, the checkpoint that a run goes on from, and how the learning rate changes there, where it does.
 
     To be asked after `load_checkpoint`, with what that was given.
@@ -206,8 +213,8 @@ def where_it_goes_on(stored, lr_scheduler, schedule):
     if before == now:
         return line
     return (
-        f"{line}; the learning rate was {before[0]:.3g} there and is {now[0]:.3g} from here on, as {schedule.name} over "
-        f"{schedule.num_steps} steps has it"
+        f"{line}; the learning rate was {before[0]:.3g} there and is {now[0]:.3g} from here on, as {schedule_name} over "
+        f"{num_steps} steps has it"
     )
 
 
@@ -228,6 +235,7 @@ def refusing(path):
 
 def check_same_run(path, before, now):
     """Raises `InputError` where a checkpoint belongs to another run: names what differs."""
+    now = json.loads(json.dumps(now))  # as what was stored has come back
     different = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
     if different:
         raise InputError(
@@ -236,7 +244,7 @@ def check_same_run(path, before, now):
         )
 
 
-def prune_checkpoints(output_dir, limit, newest, say=print):
+def prune_checkpoints(output_dir, limit, newest):
     """Deletes the oldest checkpoints beyond `limit`, and those after step `newest`, of a run that was given up.
 
     Called after the new one is in place, which is read back first: where the disk doesn't give back what was written, the
@@ -244,7 +252,9 @@ def prune_checkpoints(output_dir, limit, newest, say=print):
     """
     checkpoints = list_checkpoints(output_dir)
     if (damage := damage_of(Path(output_dir) / f"checkpoint-{newest}")) is not None:
-        say(f"checkpoint-{newest} can't be read back ({damage}), so that no older one is deleted: look after the disk")
+        logger.info(
+            f"checkpoint-{newest} can't be read back ({damage}), so that no older one is deleted: look after the disk"
+        )
         return
     for path in Path(output_dir).glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -8,46 +8,19 @@ and no draw is ever made on the device.
 import atexit
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..pictures.captions import CaptionRules, shuffle_tags
+from ..pictures.captions import shuffle_tags
+from ..pictures.settings import CaptionSettings
 from . import interruption
-from .caching import picture_condition_of
+from .conditions import picture_condition_of
+from .settings import LossSettings, TimestepSettings
 
 
 LIVE_VARIATIONS = 2**31 - 2
-
-
-class TimestepSampling(NamedTuple):
-    """How timesteps are drawn: the scheme, from `first` up to, not including, `last`, and the schemes' own settings.
-
-    The schemes are diffusers' (Esser et al., 2024, https://arxiv.org/abs/2403.03206): as there, a `logit_mean` below 0
-    prefers noisy timesteps.
-    """
-
-    scheme: str
-    first: int
-    last: int
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-
-    def draw(self, generator):
-        if self.scheme == "uniform":
-            share = torch.rand((), generator=generator).item()
-        else:
-            from diffusers.training_utils import compute_density_for_timestep_sampling
-
-            share = (
-                1
-                - compute_density_for_timestep_sampling(
-                    self.scheme, 1, self.logit_mean, self.logit_std, self.mode_scale, generator=generator
-                ).item()
-            )
-        return max(self.first, min(self.first + int(share * (self.last - self.first)), self.last - 1))
 
 
 def seed_of(*numbers):
@@ -63,10 +36,9 @@ class Draws(NamedTuple):
 
     seed: int
     num_train_timesteps: int
-    caption_rules: CaptionRules = CaptionRules()
-    timestep_sampling: TimestepSampling | None = None  # None: every timestep is as likely
-    input_perturbation: bool = False  # other noise, for the model's input only
-    perceptual: bool = False  # another timestep and noise, for the perceptual loss of the base itself
+    captions: CaptionSettings = CaptionSettings()
+    timesteps: TimestepSettings = TimestepSettings()
+    loss: LossSettings = LossSettings()
 
 
 class TrainingSet(torch.utils.data.Dataset):
@@ -95,10 +67,10 @@ class TrainingSet(torch.utils.data.Dataset):
         noise = torch.randn(latent_shape, generator=generator)
         channel_noise = torch.randn((latent_shape[0], 1, 1), generator=generator)
         posterior_noise = torch.randn(latent_shape, generator=generator)
-        is_dropped = float(torch.rand((), generator=generator)) < draws.caption_rules.dropout
-        if draws.timestep_sampling is not None:
+        is_dropped = float(torch.rand((), generator=generator)) < draws.captions.caption_dropout
+        if not draws.timesteps.all_alike:
             own = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position, 1))
-            timestep = draws.timestep_sampling.draw(own)
+            timestep = draws.timesteps.draw(own, draws.num_train_timesteps)
         out = {
             "weights": torch.tensor(sample.weight),
             "timesteps": torch.tensor(timestep),
@@ -106,9 +78,9 @@ class TrainingSet(torch.utils.data.Dataset):
             "channel_noise": channel_noise,
             "posterior_noise": posterior_noise,
         }
-        if draws.input_perturbation:
+        if draws.loss.input_perturbation:
             out["perturbation"] = torch.randn(latent_shape, generator=generator)
-        if draws.perceptual:
+        if draws.loss.perceptual_loss == "self":
             own = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position, 2))
             out["perceptual_timesteps"] = torch.randint(draws.num_train_timesteps, (), generator=own)
             out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
@@ -129,22 +101,9 @@ class TrainingSet(torch.utils.data.Dataset):
         if self.prompts is not None:
             condition |= self.prompts.row(caption)
         else:
-            rng, rules = np.random.default_rng(which_caption), draws.caption_rules
+            rng, rules = np.random.default_rng(which_caption), draws.captions
             out["captions"] = shuffle_tags(caption, rng, rules.keep_tags) if rules.shuffle_tags else caption
         return out | {"condition": condition}
-
-
-def collate(samples):
-    """Stacks tensors, lists captions; the condition stays a dict of its own."""
-    first = samples[0]
-    return {
-        key: collate([sample[key] for sample in samples])
-        if isinstance(value, dict)
-        else torch.stack([sample[key] for sample in samples])
-        if torch.is_tensor(value)
-        else [sample[key] for sample in samples]
-        for key, value in first.items()
-    }
 
 
 class Packed:
@@ -196,7 +155,7 @@ class Packed:
 
 
 def collate_packed(samples):
-    return Packed(collate(samples))
+    return Packed(torch.utils.data.default_collate(samples))
 
 
 def make_loader(training_set, sampler, num_workers, device):
@@ -207,3 +166,15 @@ def make_loader(training_set, sampler, num_workers, device):
         training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
         pin_memory=device.type == "cuda", worker_init_fn=interruption.leave_signals_to_the_main_process,
     )  # fmt: skip
+
+
+def make_run_loader(settings: Any, run: Any, cached: Any, num_train_timesteps: int, device: torch.device) -> Any:
+    """The loader of a run, from the step where it stopped; `cached` is the `CachedSet` to train on."""
+    run.sampler.first_step = run.state.global_step
+    run.sampler.num_steps = run.num_steps
+    draws = Draws(run.seed, num_train_timesteps, settings.captions, settings.timesteps, settings.loss)
+    training_set = TrainingSet(
+        cached.pictures, run.base, draws, latents=cached.latents, prompts=cached.prompts,
+        named=settings.tracking.debug_loss,
+    )  # fmt: skip
+    return make_loader(training_set, run.sampler, settings.batches.dataloader_num_workers, device)

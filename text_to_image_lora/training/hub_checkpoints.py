@@ -1,5 +1,6 @@
 """Checkpoints on the hub, for runs on machines that keep nothing: uploaded beside the training, and gone on from."""
 
+import logging
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from ..files import asked_again, reason_of, written_whole
 from . import checkpoint
 
 
+logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/(checkpoint-\d+))?/?")
 
 
@@ -20,8 +22,8 @@ class Uploads:
     is worth more than its copy.
     """
 
-    def __init__(self, repository, token, say):
-        self.repository, self.token, self.say = repository, token, say
+    def __init__(self, repository, token):
+        self.repository, self.token = repository, token
         self.threads, self.under_way = ThreadPoolExecutor(1), None
 
     def send(self, folder):
@@ -40,7 +42,7 @@ class Uploads:
                 repo_id=repository, folder_path=folder, path_in_repo=folder.name, commit_message=folder.name
             )
         except Exception as error:  # the client's errors have no common base
-            self.say(f"{folder.name} is not uploaded ({reason_of(error)}); it is in {folder}, and the run goes on")
+            logger.info(f"{folder.name} is not uploaded ({reason_of(error)}); it is in {folder}, and the run goes on")
 
     def wait(self):
         """Until what is under way has arrived, or has failed."""
@@ -48,21 +50,21 @@ class Uploads:
             self.under_way.result()
 
 
-def find_checkpoint(output_dir, wanted, token, say):
+def find_checkpoint(output_dir, wanted, token):
     """The folder that `--resume_from_checkpoint` means, as `checkpoint.find_checkpoint`, or from the hub.
 
     hf://owner/name is the newest that is whole, there or in the output folder; it is downloaded into that. Where neither
     has one, the run begins: so the same command does for its first start and for all others.
     """
     if not wanted.startswith("hf:"):
-        return checkpoint.find_checkpoint(output_dir, wanted, say)
+        return checkpoint.find_checkpoint(output_dir, wanted)
     address = ADDRESS.fullmatch(wanted)
     if address is None:
         raise InputError(
             f"--resume_from_checkpoint {wanted}: write hf://owner/name, or hf://owner/name/checkpoint-500 for one of several."
         )
     repository, name = address.groups()
-    here = checkpoint.newest_whole(checkpoint.list_checkpoints(output_dir), say)
+    here = checkpoint.newest_whole(checkpoint.list_checkpoints(output_dir))
     try:
         there = asked_again(lambda: _names_on_hub(repository, token))
     except Exception as error:  # the client's errors have no common base
@@ -71,20 +73,20 @@ def find_checkpoint(output_dir, wanted, token, say):
                 f"{wanted}: the hub does not give its checkpoints ({reason_of(error)}). Check the name, your network and the "
                 "token."
             ) from error
-        say(f"{wanted} can't be reached ({reason_of(error)}): the newest checkpoint here is taken")
+        logger.info(f"{wanted} can't be reached ({reason_of(error)}): the newest checkpoint here is taken")
         return here
     if name is not None:
         if name not in there:
             raise InputError(f"{wanted}: there is no such checkpoint. There are: {', '.join(there) or 'none'}.")
-        return checkpoint.find_checkpoint(output_dir, str(_download(repository, name, output_dir, token)), say)
+        return checkpoint.find_checkpoint(output_dir, str(_download(repository, name, output_dir, token)))
     for name in reversed(there):
         if here is not None and checkpoint.step_of(here) >= checkpoint.step_of(Path(name)):
             break
-        path = checkpoint.newest_whole([_download(repository, name, output_dir, token)], say)
+        path = checkpoint.newest_whole([_download(repository, name, output_dir, token)])
         if path is not None:
             return path
     if here is None:
-        say(f"{wanted}: there is no checkpoint yet, so the run begins")
+        logger.info(f"{wanted}: there is no checkpoint yet, so the run begins")
     return here
 
 

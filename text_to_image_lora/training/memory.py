@@ -7,7 +7,7 @@ checkpointing) changes the estimate without a formula.
 
 import functools
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,11 +17,14 @@ from torch.utils._pytree import tree_leaves
 from ..files import in_bytes
 from ..models import lean, loading, lora
 from ..models.latents import encoded_at_once
+from ..models.settings import LoraSettings
+from .optimizers import OPTIMIZERS
 from .trials import Trial
 
 
 # Beside the tensors: a CUDA context with cuDNN's and cuBLAS's workspaces (by their documentation; it differs by driver), and
 # the interpreter with this project's libraries (measured).
+DRAWN_AT_ONCE = 4  # sample pictures
 CUDA_BYTES, PYTHON_BYTES = int(0.5 * 2**30), int(0.7 * 2**30)
 
 
@@ -103,12 +106,25 @@ class Plan(NamedTuple):
     """What of a run's settings its memory depends on."""
 
     dtype: torch.dtype  # of the frozen base
-    lora: lora.LoraSettings
+    lora: LoraSettings
     bytes_for_each_weight: int  # what the optimizer keeps, and a moving average
     gradient_checkpointing: bool
     caches: bool  # pictures are encoded before the steps, not in them
     encoders_stay: bool  # and while they run
     draws: int  # sample pictures at once; 0: none
+
+
+def plan_of(settings: Any, base: Any, dtype: torch.dtype) -> Plan:
+    """The `Plan` of a run."""
+    variations = settings.cache.num_variations(settings.augmentation)
+    stays = settings.lora.train_text_encoder or settings.loss.perceptual_loss == "decoder"
+    num_pictures = len(settings.samples.prompts) * settings.samples.num_validation_images
+    return Plan(
+        dtype, settings.lora.of_denoiser(base.family),
+        OPTIMIZERS[settings.optimizer.name].bytes_per_weight + (4 if settings.optimizer.use_ema else 0),
+        settings.speed.gradient_checkpointing, caches=variations > 0, encoders_stay=not variations or stays,
+        draws=min(DRAWN_AT_ONCE, num_pictures),
+    )  # fmt: skip
 
 
 def estimate(base, shapes, plan):

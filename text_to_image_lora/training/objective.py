@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .settings import LossSettings
+
 
 def snr_of(alphas_cumprod, timesteps):
     """Signal-to-noise ratio of each timestep, float32 (N,): alpha_bar / (1 - alpha_bar)."""
@@ -68,41 +70,24 @@ class Diffusion:
         signal, noise = alpha_bar.view(-1, 1, 1, 1).sqrt(), (1 - alpha_bar.view(-1, 1, 1, 1)).sqrt()
         return self.prediction.clean(noisy_latents.float(), model_pred.float(), signal, noise)
 
-    def weights(self, timesteps, *, snr_gamma=None, debiased=False):
+    def weights(self, timesteps: torch.Tensor, loss: LossSettings) -> torch.Tensor:
         """How much each sample's loss counts by its timestep, float32 (N,)."""
-        if snr_gamma is None and not debiased:
+        if loss.snr_gamma is None and not loss.debiased_estimation:
             return torch.ones(len(timesteps), device=timesteps.device)
         snr = snr_of(self.noise_scheduler.alphas_cumprod, timesteps)
-        if debiased:
+        if loss.debiased_estimation:
             return self.prediction.debiased_weights(snr.clamp(1e-3, 1e3))
-        return self.prediction.min_snr_weights(snr, snr_gamma)
+        return self.prediction.min_snr_weights(snr, loss.snr_gamma)
 
 
-class Loss(NamedTuple):
-    """What is minimised, beside what the model predicts."""
-
-    huber_c: float | None = (
-        None  # the width of a scheduled pseudo-Huber loss at the noisiest timestep; None: squared error
-    )
-    snr_gamma: float | None = None
-    debiased: bool = False
-    noise_offset: float = 0.0  # scale of a noise that is constant over each channel
-    input_perturbation: float = 0.0  # scale of noise that only the model's input has
-    perceptual: str | None = None  # "decoder" or "self"
-    perceptual_weight: float = 0.0
-    perceptual_max_timestep: int = 0  # "decoder" looks at samples below it
-
-
-def scheduled_huber_c(huber_c, timesteps, num_train_timesteps):
+def scheduled_huber_c(loss: LossSettings, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor | None:
     """The width of the Huber loss at each timestep (N,): from 1 at the first, falling to `huber_c` at the last.
 
-    None where `huber_c` is: the loss is the squared error then.
-
-    The exponential schedule of Khrapov et al., 2024, https://arxiv.org/abs/2403.16728.
+    None for the squared error. The exponential schedule of Khrapov et al., 2024, https://arxiv.org/abs/2403.16728.
     """
-    if huber_c is None:
+    if loss.loss_type != "huber":
         return None
-    return torch.exp(math.log(huber_c) * timesteps.float() / num_train_timesteps)
+    return torch.exp(math.log(loss.huber_c) * timesteps.float() / num_train_timesteps)
 
 
 def loss_of_samples(model_pred, target, mask=None, huber_c=None):

@@ -5,10 +5,12 @@ added to the objective by a weight.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 
 from ..models.lora import without_adapters
+from .settings import LossSettings
 
 
 DECODER_BLOCKS = 2  # of the decoder's upward blocks that are looked at, beside its middle; later ones cost far more
@@ -82,7 +84,7 @@ def middle_features(family, unet, noisy_latents, timesteps, condition):
 
 
 class PerceptualLoss:
-    """The perceptual loss of a run, for its loop to add, as its `Loss` says; `dtype` is the denoiser's.
+    """The perceptual loss of a run, for its loop to add, as its `LossSettings` say; `dtype` is the denoiser's.
 
     The decoder looks only at samples below `perceptual_max_timestep`: beyond it, what is predicted is no picture yet.
     """
@@ -100,7 +102,7 @@ class PerceptualLoss:
         timesteps, weights = batch["timesteps"], batch["weights"]
         noisy_latents = self.diffusion.add_noise(latents, noise, timesteps)
         predicted = self.diffusion.clean_estimate(noisy_latents, model_pred, timesteps)
-        if self.loss.perceptual == "self":
+        if self.loss.perceptual_loss == "self":
             return (self._self_loss(predicted, latents, batch) * weights).sum()
         # By the numbers that never left the CPU: to ask the device would wait for it.
         seen = (batch["timesteps_on_cpu"] < self.loss.perceptual_max_timestep).nonzero()[:, 0]
@@ -127,3 +129,13 @@ class PerceptualLoss:
                 wanted = features(clean)
             given = features(predicted)
         return (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+
+
+def make_perceptual_loss(settings: LossSettings, models: Any) -> PerceptualLoss | None:
+    """The perceptual loss of a run, or None."""
+    if settings.perceptual_loss is None:
+        return None
+    return PerceptualLoss(
+        settings, family=models.family, denoiser=models.denoiser, vae=models.vae, diffusion=models.diffusion,
+        scaling_factor=models.scaling_factor, dtype=models.dtype,
+    )  # fmt: skip

@@ -1,6 +1,9 @@
 """What several processes must agree on, and how many threads each computes with."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,6 +23,15 @@ def as_main_says(find, accelerator):
     if refused is not None:
         raise InputError(refused)
     return found
+
+
+@contextlib.contextmanager
+def no_sync(accelerator: Any, models: list, *, unless: bool) -> Iterator[None]:
+    """Inside, the processes don't share the models' gradients, unless it is the last backward pass of a step."""
+    with contextlib.ExitStack() as stack:
+        for model in [] if unless else models:
+            stack.enter_context(accelerator.no_sync(model))
+        yield
 
 
 def check_alike(values):

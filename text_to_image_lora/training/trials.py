@@ -1,16 +1,22 @@
 """Steps on made-up batches, tried before a run: whether they fit, how many samples do, whether compiling pays."""
 
 import contextlib
+import functools
+import logging
 import os
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 
 from ..errors import is_out_of_memory
-from .caching import picture_condition_of
+from ..models.compiling import compile_steps
+from .conditions import picture_condition_of
+
+
+logger = logging.getLogger(__name__)
 
 
 class Shapes(NamedTuple):
@@ -163,10 +169,22 @@ def first_that_fits(trial, device, sizes, most, bytes_of_sample):
     return next((size for size in sizes if min(size, most) * each <= room), sizes[-1])
 
 
-def what_compiling_gives(compile_steps, trial, batch_size, num_passes):
-    """Calls `compile_steps()`, and says what that cost and after how many of the run's forward passes it is paid back."""
+def compile_denoiser(settings: Any, run: Any, models: Any, trial: Trial) -> None:
+    """--compile: the denoiser's training steps are compiled from here on, and it is logged what that gives."""
+    sampler, sizes = run.sampler, len(set(run.pictures.sizes))
+    _, batch_size = heaviest_batch(run.pictures, sampler, sampler.batch_size)
+    step = run.state.global_step
+    num_passes = sampler.num_micro_batches(step) * (run.num_steps - step)
+    logger.info("compiling" + (f"; each of the {sizes} sizes once, the others when they come" if sizes > 1 else ""))
+    compiled = settings.cache.folder / "compiled"
+    start = functools.partial(compile_steps, models.denoiser, settings.speed.compile, batch_size, compiled)
+    logger.info(what_compiling_gives(start, trial, batch_size, num_passes))
+
+
+def what_compiling_gives(start, trial, batch_size, num_passes):
+    """Calls `start()`, which compiles, and says what that cost and after how many of the run's forward passes it is paid back."""
     _, before = trial.seconds(batch_size)
-    compile_steps()
+    start()
     first, after = trial.seconds(batch_size)
     line = f"compiled in {first:.0f} s: forward and backward take {after:.3f} s instead of {before:.3f}"
     if after >= before:

@@ -1,0 +1,101 @@
+"""The flags of the base model and of the LoRA. Imports nothing heavy."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..command_line import above, at_least, flag, from_up_to
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """The model that is fine-tuned."""
+
+    title: ClassVar = "base model"
+    # fmt: off
+    pretrained_model_name_or_path: str | None = flag(None, "the base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or a single .safetensors/.ckpt file", may_change=True)
+    revision: str | None = flag(None, "branch, tag or commit of the base model on the hub", may_change=True)
+    variant: str | None = flag(None, "which of the base model's weight files to take, such as fp16", may_change=True)
+    single_file_config: str | None = flag(None, "diffusers folder with the configuration for a base model that is a single file, where the hub is out of reach", metavar="FOLDER", may_change=True)
+    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE than the base model's: hub id, folder or single file", may_change=True)
+    clip_skip: int | None = flag(None, "leave out so many of the text encoder's last layers, in training and validation", at_least(0))
+    cache_dir: str | None = flag(None, "where downloaded models and datasets are stored", may_change=True)
+    # fmt: on
+
+    def check(self, settings):
+        if self.pretrained_model_name_or_path is None:
+            raise InputError("--pretrained_model_name_or_path is needed: a hub id, a local folder or a single file.")
+        vae = self.pretrained_vae_model_name_or_path
+        if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
+            raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapters and their files."""
+
+    title: ClassVar = "LoRA"
+    # fmt: off
+    rank: int = flag(4, "dimension of the update matrices", at_least(1))
+    lora_alpha: float | None = flag(None, "the LoRA's update is scaled by alpha / rank; the rank when not given", above(0))
+    lora_dropout: float = flag(0.0, "dropout before the update matrices", from_up_to(0, 1))
+    target_modules: tuple[str, ...] | None = flag(None, "layers to adapt, by the ends of their names; all of attention and feed-forward when not given", nargs="+", metavar="NAME")
+    init_lora_weights: str = flag("gaussian", "how the update matrices begin: true (Kaiming), gaussian or orthogonal")
+    use_rslora: bool = flag(False, "scale the LoRA's update by alpha / sqrt(rank)")
+    use_dora: bool = flag(False, "weight-decomposed LoRA (DoRA)")
+    lora_weights: str | None = flag(None, "start from this LoRA file or folder", metavar="PATH")
+    train_text_encoder: bool = flag(False, "adapt the text encoder too (of Stable Diffusion XL both); captions are then encoded in each step")
+    text_encoder_rank: int | None = flag(None, "rank of the text encoder's LoRA; --rank when not given", at_least(1))
+    output_kohya_format: bool = flag(False, "write the LoRA in kohya's format too, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir", may_change=True)
+    kohya_extras: tuple[str, ...] = flag((), "what the kohya file may tell of your pictures: thumbnail: the last sample picture; tags: how often each tag comes in the captions", nargs="+", choices=["thumbnail", "tags"], may_change=True)
+    # fmt: on
+
+    @property
+    def alpha(self) -> float:
+        """The update is scaled by alpha / rank."""
+        return self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def needs_autocast(self) -> bool:
+        """Whether peft computes the adapters, in float32, instead of the lean forward in the base's precision."""
+        return bool(self.lora_dropout or self.use_dora)
+
+    def of_denoiser(self, family: Any) -> "LoraSettings":
+        """With the layers of a `Family` where none are asked for."""
+        return dataclasses.replace(self, target_modules=tuple(self.target_modules or family.target_modules))
+
+    def of_text_encoder(self, layers: Sequence[str]) -> "LoraSettings":
+        """With the rank of the text encoders, for these layers; alpha / rank stays."""
+        rank = self.text_encoder_rank or self.rank
+        alpha = self.alpha * rank / self.rank
+        return dataclasses.replace(self, rank=rank, lora_alpha=alpha, target_modules=tuple(layers))
+
+    def check(self, settings):
+        if self.init_lora_weights not in ("true", "gaussian", "orthogonal"):
+            rewrites = self.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
+            reason = (
+                " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
+            )
+            raise InputError(
+                f"--init_lora_weights {self.init_lora_weights}: choose true, gaussian or orthogonal.{reason}"
+            )
+        ranks = [rank for rank in (self.rank, self.text_encoder_rank) if rank is not None]
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise InputError(
+                f"--init_lora_weights orthogonal needs an even rank, not {' and '.join(map(str, ranks))}."
+            )
+        if self.lora_weights is not None and not Path(self.lora_weights).exists():
+            raise InputError(f"{self.lora_weights}: there is no such file or folder (--lora_weights).")
+        if self.kohya_extras and not self.output_kohya_format:
+            raise InputError("--kohya_extras is for the file in kohya's format: add --output_kohya_format.")
+        if "thumbnail" in self.kohya_extras and not settings.samples.prompts:
+            raise InputError("--kohya_extras thumbnail takes a sample picture: add --validation_prompt.")
+        for_text = (self.text_encoder_rank, settings.optimizer.text_encoder_lr)
+        if not self.train_text_encoder and any(value is not None for value in for_text):
+            raise InputError(
+                "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add "
+                "--train_text_encoder."
+            )

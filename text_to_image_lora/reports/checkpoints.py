@@ -1,0 +1,52 @@
+"""What a run writes: its LoRA wherever that is kept, and its checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import without_folders
+from ..models import lora
+from ..training import checkpoint, hub_checkpoints
+from .lora_writer import LoraWriter
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run and uploads them; the LoRA files beside it are its `writer`'s."""
+
+    def __init__(self, settings: Any, run: Any, models: Any, learning: Any, described: dict[str, Any]):
+        self.settings, self.run = settings.checkpoints, run
+        self.output_dir = Path(settings.run.output_dir)
+        self.models, self.learning = models, learning
+        self.writer = LoraWriter(
+            models.adapted, self.output_dir, without_folders(described), run.base.family.kohya, run.state.started_at,
+            run.sampler.steps_per_epoch, run.pictures.captions, settings.lora.output_kohya_format,
+            settings.lora.kohya_extras, settings.samples.texts,
+        )  # fmt: skip
+        repository = settings.sharing.repository(settings.run.output_dir)
+        uploads = settings.sharing.push_checkpoints_to_hub
+        self.uploads = hub_checkpoints.Uploads(repository if uploads else None, settings.sharing.hub_token)
+
+    def save_lora(self, folder: str | Path) -> Any:
+        """Writes the LoRA as it is now; see `LoraWriter.write`."""
+        return self.writer.write(folder, self.run.state.global_step)
+
+    def due_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after an optimizer step."""
+        return self.settings.due_after(step)
+
+    def save(self, judge: Any) -> None:
+        """Writes a checkpoint of this step, with the LoRA and the best one so far, and begins to upload it."""
+        state = self.run.state
+        state.validation = judge.state()
+        self.uploads.wait()  # for the one before, which may go now
+
+        def add(folder):
+            with self.learning.weights_for_use():
+                self.save_lora(folder)
+            judge.keep_best(folder)
+
+        states = {name: lora.adapter_state(model)[0] for name, model in self.models.adapted.items()}
+        path = checkpoint.write_checkpoint(
+            self.output_dir, add, limit=self.settings.checkpoints_total_limit, state=state,
+            settings=self.run.identity, adapter=lora.joined(states), learning=self.learning,
+        )  # fmt: skip
+        self.uploads.send(path)

@@ -1,0 +1,52 @@
+"""The `Accelerator` of a run, in its precision, checked against the device."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
+
+from ..errors import InputError
+from . import processes
+
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(settings: Any, trackers: list[str]) -> Accelerator:
+    """Raises `InputError` where the device can't do what the flags ask for; settles the computing threads."""
+    run, speed, precision = settings.run, settings.speed, settings.speed.precision
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise InputError("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
+    processes.be_deterministic(speed.deterministic)
+    logging_dir = os.path.join(run.output_dir, settings.tracking.logging_dir)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # Said outright, or ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide the gradients once more.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(run.output_dir, logging_dir=logging_dir),
+        # Plain adapters compute in the base's own precision; peft's, in float32, need the casts.
+        kwargs_handlers=[AutocastKwargs(enabled=settings.lora.needs_autocast)],
+    )
+    device = accelerator.device
+    if speed.enable_xformers_memory_efficient_attention and device.type != "cuda":
+        raise InputError("--enable_xformers_memory_efficient_attention needs a CUDA GPU: leave it out here.")
+    if speed.enable_npu_flash_attention and device.type != "npu":
+        raise InputError("--enable_npu_flash_attention needs an Ascend NPU and torch_npu: leave it out here.")
+    if speed.compile == "graphs" and device.type != "cuda":
+        raise InputError("--compile graphs needs a CUDA GPU: take blocks or full here.")
+    if device.type == "cpu":
+        torch.set_num_threads(processes.num_cpu_threads(run.num_cpu_threads, os.environ))
+    torch.set_float32_matmul_precision("high" if speed.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = speed.allow_tf32  # PyTorch's own default is yes
+    if settings.sharing.hub_token is not None:
+        logger.info(
+            "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in "
+            "the environment, doesn't leak."
+        )
+    if precision == "bf16" and processes.emulates_bf16(device):
+        logger.info("this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here")
+    return accelerator

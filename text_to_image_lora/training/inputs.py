@@ -1,0 +1,134 @@
+"""What a command names: the base model and the pictures, found and checked before torch is imported."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import log
+from ..errors import InputError
+from ..files import check_writable
+from ..models.dialects import check_family, check_lora
+from ..models.loading import find_base_model
+from ..pictures.captions import shuffled_variations
+from ..pictures.layouts import Reading
+from ..pictures.records import with_class_pictures
+from ..pictures.settings import CaptionSettings, DataSettings
+from ..pictures.sources import load_records, log_left_out
+
+
+class Inputs(NamedTuple):
+    """What a run begins with."""
+
+    base: Any  # the `BaseModel`
+    records: Any  # a `datasets.Dataset` of the pictures to train on, see `pictures.records`
+    validation_records: Any  # one of those to validate on, or None
+    left_out: list[tuple[str, str]]  # (source, reason) of what can't be used, in a dry run
+    notes: list[str]  # what was logged of the pictures
+
+
+def find_inputs(settings: Any) -> Inputs:
+    """Finds the base model and the pictures; raises `InputError` with what is wrong with them. Needs no torch."""
+    left_out: list[tuple[str, str]] = []
+    leave_out = log_left_out if settings.data.skip_bad_images else None
+    if settings.data.dry_run:
+
+        def leave_out(source, reason):
+            left_out.append((source, reason))
+
+    base = find_base(settings)
+    with log.kept("pictures") as notes:
+        records, validation_records = find_records(settings, leave_out)
+    check_rest(settings, base)
+    return Inputs(base, records, validation_records, left_out, notes)
+
+
+def find_base(settings: Any) -> Any:
+    """The `BaseModel`, which takes the --resolution and the --lora_weights."""
+    given, lora_weights = settings.base, settings.lora.lora_weights
+    if lora_weights is not None:
+        check_lora(lora_weights)
+    base = find_base_model(
+        given.pretrained_model_name_or_path, revision=given.revision, variant=given.variant,
+        single_file_config=given.single_file_config, cache_dir=given.cache_dir,
+    )  # fmt: skip
+    if lora_weights is not None:
+        check_family(lora_weights, base)
+    side = settings.sizes.side(base)
+    if side % base.image_factor:
+        near = max(round(side / base.image_factor), 1) * base.image_factor
+        raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
+    settings.sizes.buckets(base)
+    return base
+
+
+def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> tuple[Any, Any]:
+    """The records to train on, those of class pictures after them, and the ones to validate on or None."""
+    archives = settings.cache.folder / "archives"
+    reading = Reading(settings.data, settings.captions, settings.base.cache_dir, archives, leave_out)
+    records, validation_records = load_records(reading), None
+    if settings.validation.validation_data_dir is not None:
+        others = dataclasses.replace(
+            settings.data, dataset_name=None, dataset_config_name=None, max_train_samples=None,
+            train_data_dir=settings.validation.validation_data_dir,
+        )  # fmt: skip
+        validation_records = load_records(reading._replace(data=others))
+    if settings.class_pictures.class_data_dir is not None:
+        class_data = DataSettings(train_data_dir=(settings.class_pictures.class_data_dir,))
+        captions = CaptionSettings(instance_prompt=settings.class_pictures.class_prompt)
+        class_pictures = load_records(Reading(class_data, captions, None, archives, leave_out))
+        records = with_class_pictures(records, class_pictures)
+    return records, validation_records
+
+
+def check_rest(settings: Any, base: Any) -> None:
+    """Raises `InputError` for a --clip_skip that is too large, a token that is missing, a folder that can't be written."""
+    clip_skip, unused = settings.base.clip_skip, base.family.text_encoders[0].unreached(0)
+    if clip_skip is not None and clip_skip + unused >= base.text_layers:
+        without = f", {unused} of them not used by {base.family.name}" if unused else ""
+        raise InputError(f"--clip_skip {clip_skip}: the text encoder has only {base.text_layers} layers{without}.")
+    if settings.sharing.uploads:
+        from huggingface_hub import get_token
+
+        if not (settings.sharing.hub_token or get_token()):
+            raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
+    check_writable(settings.run.output_dir, "--output_dir")
+    preview = settings.data.preview_data
+    if preview is not None:
+        check_writable(Path(preview).parent, "--preview_data")
+        if Path(preview).is_dir():
+            raise InputError(f"--preview_data {preview}: it is a folder. Name a file in it.")
+    validates = settings.validation.validation_split or settings.validation.validation_data_dir
+    if settings.cache.cache_variations != 0 or validates:
+        check_writable(settings.cache.folder, "--latent_cache_dir")
+
+
+def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tuple[Any, list]]) -> tuple[Any, Any]:
+    """The `PictureSet` to train on and the one to validate on, or None.
+
+    `usable(records)` gives the records whose pictures can be used, and the `Picture` of each.
+    """
+    from ..pictures.alike import divide
+    from ..pictures.picture_set import PictureSet, View
+
+    view = View(settings.augmentation, settings.sizes.image_interpolation_mode)
+    buckets = settings.sizes.buckets(inputs.base)
+
+    def make(records):
+        records, facts = usable(records)
+        return PictureSet(records, facts, buckets.sizes_of(facts), records["captions"][:], view)
+
+    pictures, share = make(inputs.records), settings.validation.validation_split
+    if inputs.validation_records is None and not share:
+        return pictures, None
+    others = None if inputs.validation_records is None else make(inputs.validation_records)
+    return divide(pictures, others, share)
+
+
+def as_trained_on(settings: Any, pictures: Any) -> Any:
+    """The `PictureSet` as it is trained on: where shuffled tags are cached, each order is a caption of its own."""
+    caches = settings.cache.num_variations(settings.augmentation)
+    if not settings.captions.shuffle_tags or not caches or settings.lora.train_text_encoder:
+        return pictures
+    captions = [shuffled_variations(group, settings.captions) for group in pictures.captions]
+    return dataclasses.replace(pictures, captions=captions)

@@ -1,0 +1,322 @@
+"""A run, from its flags to the models that are trained."""
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..command_line import fields_of, plain
+from ..errors import InputError
+from ..files import counted, reason_of
+from ..models import kohya, loading, lora, lora_file, modules, prompts
+from ..models.latents import LatentEncoder
+from ..models.prompts import PromptEncoder
+from ..models.settings import LoraSettings
+from ..pictures.examine import usable_pictures
+from ..pictures.inspection import lines_of_samples, write_preview
+from . import checkpoint, freed_memory, hub_checkpoints, inputs, processes
+from .batches import Division, make_sampler
+from .objective import Diffusion
+from .settings import OptimizerSettings
+
+
+logger = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """What a run is, before any model is loaded."""
+
+    base: Any  # the `BaseModel`
+    state: checkpoint.TrainState  # to begin with
+    resume_path: Path | None
+    seed: int
+    pictures: Any  # the `PictureSet` to train on
+    validated: Any  # the one to validate on, or None
+    sampler: Any  # the `EffectiveBatchSampler`
+    lora: LoraSettings  # of the denoiser
+    optimizer: OptimizerSettings  # with the learning rates of this run
+    num_steps: int  # optimizer steps of the whole run
+    num_warmup_steps: int
+    variations: int  # of each picture in the cache; 0: no cache
+    resolution: int  # side in pixels
+    notes: list[str]  # what was logged of the pictures
+    identity: dict[str, Any]  # what must be equal for a checkpoint to be resumed
+    identity_before: dict[str, Any] | None  # that of the checkpoint
+
+
+def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
+    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
+    from .. import log
+
+    # The main process decides: on several machines the others may not see its output folder.
+    where_it_stopped = functools.partial(_where_it_stopped, settings)
+    resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
+    seed = state.seed if settings.run.seed is None else settings.run.seed
+    usable = functools.partial(
+        usable_pictures,
+        folder=settings.cache.folder,
+        skip_bad_images=settings.data.skip_bad_images,
+        accelerator=accelerator,
+    )
+    with log.kept("pictures") as notes:
+        pictures, validated = inputs.make_picture_sets(settings, found, usable)
+    if pictures.masked and settings.loss.perceptual_loss is not None:
+        raise InputError(
+            "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
+        )
+    sampler = make_run_sampler(settings, pictures, seed, accelerator.process_index, accelerator.num_processes)
+    lora_settings = settings.lora.of_denoiser(found.base.family)
+    identity = identity_of_run(settings, found.base, pictures, sampler, seed)
+    processes.check_alike(identity)
+    if resume_path is not None:
+        checkpoint.check_same_run(resume_path, identity_before, identity)
+    num_steps = settings.batches.num_steps(sampler.steps_per_epoch)
+    num_warmup_steps = settings.schedule.num_warmup_steps(num_steps)
+    optimizer = settings.optimizer.scaled(sampler.effective_batch_size)
+    settings.schedule.check_rate(optimizer.rate)
+    for line in lines_of_samples(
+        pictures, sampler.samples, settings.sizes.aspect_ratio_buckets, settings.data.balanced
+    ):
+        logger.info(line)
+    return Run(
+        found.base, state, resume_path, seed, pictures, validated, sampler, lora_settings, optimizer, num_steps,
+        num_warmup_steps, settings.cache.num_variations(settings.augmentation), settings.sizes.side(found.base),
+        [*found.notes, *notes], identity, identity_before,
+    )  # fmt: skip
+
+
+def _where_it_stopped(settings):
+    """(checkpoint to resume from or None, `TrainState`, the identity of the checkpoint's run or None)."""
+    wanted, token = settings.checkpoints.resume_from_checkpoint, settings.sharing.hub_token
+    path = hub_checkpoints.find_checkpoint(settings.run.output_dir, wanted, token)
+    if path is not None:
+        return path, *checkpoint.read_state(path)
+    drawn = int.from_bytes(os.urandom(4), "little")
+    seed = drawn if settings.run.seed is None else settings.run.seed
+    return None, checkpoint.TrainState(seed=seed, started_at=int(time.time())), None
+
+
+def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_size: int) -> Any:
+    """The `EffectiveBatchSampler` of a run."""
+    batches = settings.batches
+    division = Division(batches.batch_size, batches.gradient_accumulation_steps, rank, world_size)
+    return make_sampler(
+        pictures, seed, division, balanced=settings.data.balanced,
+        prior_loss_weight=settings.class_pictures.prior_loss_weight,
+    )  # fmt: skip
+
+
+def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be resumed, by the flags' names."""
+    limits = settings.sizes.buckets(base) if settings.sizes.aspect_ratio_buckets else None
+    lora_settings = settings.lora.of_denoiser(base.family)
+    text_rank = lora_settings.text_encoder_rank or lora_settings.rank
+    settled = {
+        "seed": seed,
+        "resolution": settings.sizes.side(base),
+        "bucket_min_size": limits and limits.smallest,
+        "bucket_max_size": limits and limits.largest,
+        "bucket_step": limits and limits.step,
+        "clip_skip": settings.base.clip_skip or None,
+        "cache_variations": settings.cache.num_variations(settings.augmentation),
+        "lora_alpha": lora_settings.alpha,
+        "target_modules": list(lora_settings.target_modules or ()),
+        "text_encoder_rank": text_rank if lora_settings.train_text_encoder else None,
+        "optimizer": settings.optimizer.name,
+        "loraplus": settings.optimizer.loraplus_lr_ratio is not None,
+        "perceptual_loss_weight": settings.loss.perceptual_weight,
+        "effective_batch_size": sampler.effective_batch_size,
+        "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
+    }
+    flags = {field.name: plain(value) for field, value in fields_of(settings) if not field.metadata["may_change"]}
+    identity = flags | settled
+    if settings.timesteps.prediction_type is None:
+        del identity["prediction_type"]  # the base model's own, which is known when it is loaded
+    return identity
+
+
+@dataclass
+class Models:
+    """The models of a run on their device."""
+
+    family: Any
+    adapted: dict[str, torch.nn.Module]  # what is trained, by component; the denoiser comes first
+    num_adapted: int  # modules
+    diffusion: Diffusion
+    vae: Any
+    latent_encoder: Any  # None when it is no longer needed
+    prompt_encoder: Any
+    scheduler_config: dict[str, Any]
+    dtype: torch.dtype  # of the frozen base
+    scaling_factor: float  # of the VAE's latents
+
+    @property
+    def denoiser(self) -> Any:
+        return self.adapted[self.family.denoiser]
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        return len(self.adapted) > 1
+
+    def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the latents and conditions that the cache does not hold, but those of trained text encoders."""
+        if "pixels" in batch:
+            mean, std = self.latent_encoder(batch["pixels"])
+            # Rounded as in the cache, so that both give the same.
+            batch["mean"] = mean.to(self.latent_encoder.dtype).float()
+            batch["std"] = std.to(self.latent_encoder.dtype).float()
+        if "captions" in batch and not self.trains_text_encoder:
+            batch["condition"] |= self.prompt_encoder(batch["captions"])
+        return batch
+
+    def release_encoders(self, settings: Any) -> None:
+        """With all in the cache the steps need the denoiser alone on the device."""
+        self.latent_encoder = None
+        if not self.trains_text_encoder:
+            self.prompt_encoder = None
+        if settings.loss.perceptual_loss == "decoder":
+            logger.info("the VAE stays in memory for --perceptual_loss decoder")
+        else:
+            self.vae = self.vae.to("cpu") if settings.samples.prompts else None
+        freed_memory.give_back(next(self.denoiser.parameters()).device)
+
+
+def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
+    """Loads the base onto the device and adds the LoRA to it, which comes first: a wrong --target_modules costs seconds."""
+    family, device, lora_settings = run.base.family, accelerator.device, settings.lora
+    weight_dtype = modules.dtype_of(accelerator.mixed_precision)
+    # DoRA reads its magnitudes from the base in float32.
+    dtype = torch.float32 if lora_settings.use_dora else weight_dtype
+    loaded = loading.load_components(
+        run.base, dtype, device="cpu" if lora_settings.use_dora else device, channels_last=device.type != "mps",
+        pretrained_vae=settings.base.pretrained_vae_model_name_or_path,
+    )  # fmt: skip
+    sets = [pictures for pictures in (run.pictures, run.validated) if pictures is not None]
+    num_chunks, long_captions = choose_num_chunks(settings, loaded.tokenizers[0], sets)
+    if long_captions is not None:
+        logger.info(long_captions)
+    if settings.data.preview_data is not None and accelerator.is_main_process:
+        logger.info(write_preview(settings.data.preview_data, run.pictures, run.sampler, run.variations))
+    diffusion = Diffusion(
+        loading.make_noise_scheduler(
+            loaded.scheduler_config,
+            prediction_type=settings.timesteps.prediction_type,
+            rescale_betas_zero_snr=settings.timesteps.rescale_betas_zero_snr,
+        )
+    )
+    text_encoders = {row.name: model for row, model in zip(family.text_encoders, loaded.text_encoders, strict=True)}
+    _check_models(run, {family.denoiser: loaded.denoiser, "vae": loaded.vae, **text_encoders}, diffusion, num_chunks)
+    adapted = {family.denoiser: loaded.denoiser, **(text_encoders if lora_settings.train_text_encoder else {})}
+    num_adapted = adapt(settings, adapted, family, run.seed)
+    for model in adapted.values():
+        if lora_settings.use_dora:
+            modules.place(model, device, weight_dtype)
+        else:
+            model.to(device)
+    if device.type == "cpu":  # now that the weights are where they stay
+        freed_memory.keep()
+    if weight_dtype == torch.float16 and loaded.vae.config.force_upcast:
+        logger.info("the VAE stays in float32, as its configuration asks for: it overflows in fp16")
+    if not lora_settings.train_text_encoder:
+        for text_encoder in loaded.text_encoders:
+            text_encoder.to(device, weight_dtype)
+    cached_dtype = torch.float32 if weight_dtype == torch.float32 else torch.float16
+    latent_encoder = LatentEncoder(loaded.vae, cached_dtype, device)
+    if settings.samples.prompts or settings.loss.perceptual_loss == "decoder" or not run.variations:
+        latent_encoder.get_ready()  # else the cache may be full
+    prompt_encoder = PromptEncoder(
+        family, loaded.tokenizers, loaded.text_encoders, clip_skip=settings.base.clip_skip, num_chunks=num_chunks,
+        dtype=weight_dtype, autocast=accelerator.autocast if lora_settings.train_text_encoder else contextlib.nullcontext,
+    )  # fmt: skip
+    return Models(
+        family, adapted, num_adapted, diffusion, loaded.vae, latent_encoder, prompt_encoder, loaded.scheduler_config,
+        weight_dtype, latent_encoder.scaling_factor,
+    )  # fmt: skip
+
+
+def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, str | None]:
+    """`models.prompts.choose_num_chunks` for the captions of these `PictureSet`s and the prompts of the sample pictures."""
+    captions = [group for pictures in sets for group in pictures.captions]
+    sources = [source for pictures in sets for source in pictures.records["source"]]
+    drawn = [[text] for text in settings.samples.texts]
+    counts = prompts.count_tokens(tokenizer, captions + drawn)
+    sources += ["--validation_prompts"] * len(drawn)
+    return prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=settings.captions.long_prompts)
+
+
+def _check_models(run, parts, diffusion, num_chunks):
+    """Adds to the run's identity what only the loaded models tell, and checks it against the checkpoint's."""
+    run.identity.update({f"{name} weights": modules.sample_identity(model) for name, model in parts.items()})
+    run.identity.update(
+        num_chunks=num_chunks,
+        prediction_type=diffusion.config.prediction_type,
+        rescale_betas_zero_snr=diffusion.config.rescale_betas_zero_snr,
+    )
+    if run.resume_path is not None:
+        checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
+
+
+def adapt(settings: Any, adapted: dict[str, Any], family: Any, seed: int) -> int:
+    """Adds the LoRA to the models ({component: model}, the denoiser first), and sets what the flags want of them.
+
+    Returns how many modules were adapted.
+    """
+    lora_settings = settings.lora
+    torch.manual_seed(seed)
+    denoiser, num_adapted = adapted[family.denoiser], 0
+    for name, model in adapted.items():
+        if name == family.denoiser:
+            num_adapted += lora.add_lora(model, lora_settings.of_denoiser(family))
+            if lora_settings.target_modules is None:
+                lora.check_count(model, num_adapted, family.modules_per_block)
+        else:
+            row = next(row for row in family.text_encoders if row.name == name)
+            layers = lora.text_layers(model, row.unreached(settings.base.clip_skip or 0))
+            num_adapted += lora.add_lora(model, lora_settings.of_text_encoder(layers))
+    if lora_settings.lora_weights is not None:
+        loaded, _ = lora_file.load_lora(lora_settings.lora_weights)
+        lora.start_from_file(adapted, loaded, lora_settings.lora_weights)
+    if settings.speed.gradient_checkpointing:
+        for name, model in adapted.items():
+            model.enable_gradient_checkpointing() if name == family.denoiser else model.gradient_checkpointing_enable()
+    if settings.speed.enable_npu_flash_attention:
+        denoiser.enable_npu_flash_attention()
+    if settings.speed.enable_xformers_memory_efficient_attention:
+        try:
+            denoiser.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+            raise InputError(f"xformers can't be used here ({reason_of(error)}): leave the flag out.") from error
+    return num_adapted
+
+
+def check_kohyas_names(settings: Any, models: Models) -> None:
+    """Raises `InputError` before training where --output_kohya_format has no names for what is adapted."""
+    if not settings.lora.output_kohya_format:
+        return
+    states = {name: lora.adapter_state(model) for name, model in models.adapted.items()}
+    kohya.kohya_tensors(states, models.family.kohya)
+    if settings.lora.use_dora:
+        logger.info(
+            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, neither "
+            "by those it was trained with; the kohya file draws something else there, and the same in LyCORIS"
+        )
+
+
+def log_beginning(settings: Any, run: Run, models: Models, num_parameters: int, accelerator: Any) -> None:
+    """Logs what is trained, on what, with how many steps."""
+    sampler, num_steps = run.sampler, run.num_steps
+    dtype = str(models.dtype).removeprefix("torch.")
+    logger.info(
+        f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(num_steps, 'step')}; effective batch "
+        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
+        f"{dtype}; rank-{settings.lora.rank} LoRA on {models.num_adapted} modules ({num_parameters:,} parameters)"
+    )
+    if run.state.global_step >= num_steps:
+        logger.info(f"finished at step {run.state.global_step}; raise --max_train_steps to go on")
