@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from text_to_image_lora.pictures.settings import AugmentationSettings
+
 
 pytest_plugins = ["family_fixtures", "infer_fixtures"]
 
@@ -74,31 +76,53 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
-def read_records(
-    train_data_dir=None, *, say=print, leave_out=None, max_train_samples=None, dataset_name=None, **flags
-):
-    """`load_records` with the values that these flags of the training script mean."""
-    from text_to_image_lora.pictures.captions import CaptionRules
-    from text_to_image_lora.pictures.layouts import Reading
-    from text_to_image_lora.pictures.sources import load_records
-    from text_to_image_lora.pictures.tables import Columns
+def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives", cache_dir=None, **flags):
+    """The records of a dataset, read with these flags of the training script."""
+    from dataclasses import fields
 
-    columns = Columns(**{kind: flags.pop(f"{kind}_column", None) for kind in Columns._fields})
-    rules = {"prefix": "caption_prefix", "suffix": "caption_suffix", "trigger_word": "trigger_word"}
-    rules = CaptionRules(**{name: flags.pop(flag) for name, flag in rules.items() if flag in flags})
-    names = {"dataset_layout": "layout", "dataset_config_name": "config_name"}
-    reading = Reading(columns, **{names.get(flag, flag): value for flag, value in flags.items()})
-    return load_records(
-        reading, rules, dataset_name=dataset_name, train_data_dir=train_data_dir, max_train_samples=max_train_samples,
-        leave_out=leave_out, say=say,
-    )  # fmt: skip
+    from text_to_image_lora.pictures.layouts import Reading
+    from text_to_image_lora.pictures.settings import CaptionSettings, DataSettings
+    from text_to_image_lora.pictures.sources import load_records
+
+    if train_data_dir is not None:
+        folders = train_data_dir if isinstance(train_data_dir, list | tuple) else [train_data_dir]
+        flags["train_data_dir"] = tuple(map(str, folders))
+    names = {field.name for field in fields(CaptionSettings)}
+    captions = CaptionSettings(**{name: flags.pop(name) for name in names & flags.keys()})
+    return load_records(Reading(DataSettings(**flags), captions, cache_dir, archive_dir, leave_out))
+
+
+@pytest.fixture
+def said():
+    """The lines that the package logs in a test."""
+    import logging
+
+    from text_to_image_lora import log
+
+    lines, level = [], log.PACKAGE.level
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.PACKAGE.addHandler(handler)
+    log.PACKAGE.setLevel(logging.INFO)
+    yield lines
+    log.PACKAGE.removeHandler(handler)
+    log.PACKAGE.setLevel(level)
+
+
+def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, first_step=0, num_steps=0, **epoch):
+    """An `EffectiveBatchSampler` of these samples; `epoch` has a seed, groups and loss weights."""
+    from text_to_image_lora.training.batches import Division, EffectiveBatchSampler, Epoch
+
+    division = Division(batch_size, accumulation, rank, world_size)
+    sampler = EffectiveBatchSampler(Epoch(samples, **epoch), division)
+    sampler.first_step, sampler.num_steps = first_step, num_steps
+    return sampler
 
 
 def make_picture_set(records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", **augmentation):
     """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
-    from text_to_image_lora.pictures.transforms import Augmentation
 
     records = read_records(records) if isinstance(records, (str, Path)) else records
     good, bad = examine(records, range(len(records)))
@@ -108,7 +132,7 @@ def make_picture_set(records, *, resolution=32, sizes=None, captions=None, inter
         [good[index] for index in range(len(records))],
         sizes or [(resolution, resolution)] * len(records),
         captions or records["captions"][:],
-        View(Augmentation(**augmentation), interpolation),
+        View(AugmentationSettings(**augmentation), interpolation),
     )
 
 
@@ -145,7 +169,7 @@ def train_here(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_text_to_image_lora.py", *words])
         try:
-            train_script.main(train_script.parse_args(words))
+            train_script.main(train_script.parse_settings(words))
         finally:
             # Signals and Accelerate's state are the process's; each run is to find its own.
             interruption.stop_listening()

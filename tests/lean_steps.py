@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from text_to_image_lora.models import lean, lora, modules
 from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.settings import LoraSettings
 
 
-PLAIN = lora.LoraSettings(rank=4, alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
+PLAIN = LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
 
 
 def unet_of(folder, settings=PLAIN, dtype=torch.float32):

@@ -1,6 +1,5 @@
 """The command as a person types it: its flags, its answers to mistakes, its output, its launchers."""
 
-import copy
 import json
 import os
 import re
@@ -25,9 +24,9 @@ from conftest import (
     write_pictures,
 )  # fmt: skip
 
+from text_to_image_lora.command_line import values_of
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
-from text_to_image_lora.models.families import STABLE_DIFFUSION
 
 
 # The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with what a person may write and what it means.
@@ -103,7 +102,7 @@ NEEDED = ["--pretrained_model_name_or_path=model", "--train_data_dir=pictures"]
 
 
 def parse(*words):
-    return train_script.parse_args([*NEEDED, *map(str, words)])
+    return train_script.parse_settings([*NEEDED, *map(str, words)])
 
 
 def refused(*words):
@@ -131,16 +130,8 @@ def test_choices_of_diffusers_are_taken(name, value):
     assert getattr(train_script.build_parser().parse_args([f"--{name}", value]), name) == value
 
 
-def test_a_command_written_for_diffusers_runs(train, tmp_path, monkeypatch):
-    """Every flag of theirs that a local run on a CPU can have, in one command; nothing writes into what was parsed."""
-    parsed, parse_args = [], train_script.parse_args
-
-    def remember(words):
-        args = parse_args(words)
-        parsed.append((args, copy.deepcopy(vars(args))))
-        return args
-
-    monkeypatch.setattr(train_script, "parse_args", remember)
+def test_a_command_written_for_diffusers_runs(train, tmp_path):
+    """Every flag of theirs that a local run on a CPU can have, in one command."""
     output_dir = train(
         image_column="image", caption_column="text", validation_prompt="a red axe", validation_epochs=1,
         max_train_samples=4, cache_dir=tmp_path / "downloads", center_crop=True, random_flip=True, num_train_epochs=1,
@@ -155,8 +146,6 @@ def test_a_command_written_for_diffusers_runs(train, tmp_path, monkeypatch):
     # scale_lr: 2 pictures x 2 accumulation; then the cosine is halfway.
     assert [row["lr"] for row in read_metrics(output_dir)] == pytest.approx([4e-4, 2e-4])
     assert read_lora(output_dir)
-    ((args, before),) = parsed
-    assert vars(args) == before
 
 
 def test_an_unknown_flag_names_the_nearest():
@@ -196,7 +185,7 @@ def test_values_that_would_fail_later_are_refused_at_once(words, answer):
 
 
 def test_a_step_rule_is_taken():
-    assert parse("--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,1e-2").lr_step_rules
+    assert parse("--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,1e-2").schedule.lr_step_rules
 
 
 # run.yaml
@@ -209,17 +198,19 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
         max_train_samples=3,
     )  # fmt: skip
     first = train(output_dir=tmp_path / "first", **options)
-    wanted = train_script.parse_args(arguments(output_dir=tmp_path / "first", **options))
-    again = train_script.parse_args([f"--config={first / 'run.yaml'}"])
-    assert again.seed is not None  # drawn, it stands in run.yaml
-    assert train_script.sample_prompts(again) == train_script.sample_prompts(wanted) == [options["validation_prompt"]]
+    wanted = train_script.parse_settings(arguments(output_dir=tmp_path / "first", **options))
+    again = train_script.parse_settings([f"--config={first / 'run.yaml'}"])
+    assert again.run.seed is not None  # drawn, it stands in run.yaml
+    assert again.samples.texts == wanted.samples.texts == [options["validation_prompt"]]
     not_the_same = (
         "seed",
         "config",
         "validation_prompt",
         "validation_prompts",
     )  # run.yaml has all prompts in the last
-    again, wanted = ({k: v for k, v in vars(args).items() if k not in not_the_same} for args in (again, wanted))
+    again, wanted = (
+        {k: v for k, v in values_of(settings).items() if k not in not_the_same} for settings in (again, wanted)
+    )
     assert again == wanted
 
     others = (
@@ -235,17 +226,17 @@ def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
     """The command line can change the rank, and with it goes the alpha; and so on."""
     out = train(output_dir=tmp_path / "out", lr_warmup_ratio=0.5, max_train_steps=None, num_train_epochs=1, rank=2)
     argv = ["--config", str(out / "run.yaml"), "--rank", "8", "--num_train_epochs", "3", "--optimizer", "prodigy"]
-    args = train_script.parse_args([*argv, "--learning_rate", "1"])
-    assert (args.lora_alpha, args.max_train_steps, args.lr_warmup_steps, args.lr_warmup_ratio) == (
+    settings = train_script.parse_settings([*argv, "--learning_rate", "1"])
+    assert (settings.schedule.lr_warmup_steps, settings.schedule.lr_warmup_ratio) == (None, 0.5)
+    assert (settings.lora.lora_alpha, settings.batches.max_train_steps, settings.batches.num_train_epochs) == (
         None,
         None,
-        None,
-        0.5,
+        3,
     )
-    assert (args.bucket_step, args.cache_variations, args.num_train_epochs) == (None, None, 3)
-    assert train_script.lora_settings_of(args, STABLE_DIFFUSION).alpha == 8
-    schedule = train_script.schedule_of(args, steps_per_epoch=10)
-    assert (schedule.num_steps, schedule.warmup_steps) == (30, 15)
+    assert (settings.sizes.bucket_step, settings.cache.cache_variations) == (None, None)
+    assert settings.lora.alpha == 8
+    num_steps = settings.batches.num_steps(10)
+    assert (num_steps, settings.schedule.num_warmup_steps(num_steps)) == (30, 15)
 
 
 # Bad input, through the real command.

@@ -78,7 +78,7 @@ def test_the_commands_are_taken(name, monkeypatch):
     assert len(COMMANDS[name]) == HOW_MANY[name]
     for words in COMMANDS[name]:
         pictures = ["--train_data_dir", "pictures"] * ("--train_data_dir" not in words)
-        train_script.parse_args([*words, *pictures])
+        train_script.parse_settings([*words, *pictures])
 
 
 def test_the_page_names_every_file_and_leads_somewhere():

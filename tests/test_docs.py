@@ -45,8 +45,8 @@ def test_a_recipe_says_what_for_and_is_taken(recipe):
     assert re.match(r"# \w.{20,}", first), first
     given = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     pictures = [] if {"train_data_dir", "dataset_name"} & given.keys() else ["--train_data_dir", "pictures"]
-    args = train_script.parse_args(["--config", str(recipe), *pictures])
-    assert args.max_train_steps == given["max_train_steps"]
+    settings = train_script.parse_settings(["--config", str(recipe), *pictures])
+    assert settings.batches.max_train_steps == given["max_train_steps"]
 
 
 def test_there_are_recipes():
@@ -84,7 +84,7 @@ def test_the_commands_of_the_pages_are_taken(page, words, monkeypatch):
         words += ["--pretrained_model_name_or_path", "model"]
     if not {"--train_data_dir", "--dataset_name", "--config"} & set(words):
         words += ["--train_data_dir", "pictures"]
-    train_script.parse_args(words)
+    train_script.parse_settings(words)
 
 
 def flags_of(script):

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 import wandb
-from conftest import read_lora, read_metrics, write_pictures
+from conftest import batch_sampler, read_lora, read_metrics, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,7 +29,6 @@ from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.reports import model_card
 from text_to_image_lora.reports.sample_pictures import Painter, Samples
 from text_to_image_lora.training import objective
-from text_to_image_lora.training.batches import EffectiveBatchSampler
 
 
 TOKEN = "hf_NeverToBeSeenAnywhere"
@@ -161,7 +160,7 @@ def test_fault_02_every_sample_has_its_own_noise(straight):
     assert len(set(timesteps)) == 12
     # A draw is that of (step, position), and no two ranks have the same positions.
     options = dict(batch_size=2, accumulation=2, world_size=2, seed=0, num_steps=1)
-    ranks = [EffectiveBatchSampler(np.ones(8, int), rank=rank, **options) for rank in range(2)]
+    ranks = [batch_sampler(np.ones(8, int), rank=rank, **options) for rank in range(2)]
     positions = [sample.position for sampler in ranks for batch in sampler for sample in batch]
     assert sorted(positions) == list(range(8))
 

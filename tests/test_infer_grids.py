@@ -319,7 +319,7 @@ def test_the_training_script_reads_the_same_lines(train, tiny_sd, tmp_path, caps
 def test_the_training_script_refuses_other_options(line, reason, arguments, tmp_path):
     (tmp_path / "prompts.txt").write_text(line)
     with pytest.raises(InputError, match=reason):
-        train_script.parse_args(arguments(validation_prompts=[tmp_path / "prompts.txt"]))
+        train_script.parse_settings(arguments(validation_prompts=[tmp_path / "prompts.txt"]))
 
 
 # Pictures that say how they were drawn.

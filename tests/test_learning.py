@@ -24,8 +24,8 @@ def demo_flags():
 
 def test_the_demos_flags_are_known(monkeypatch):
     monkeypatch.chdir(ROOT)
-    args = train_script.parse_args([*demo_flags(), "--output_dir", "x"])
-    assert args.max_train_steps == 1200
+    settings = train_script.parse_settings([*demo_flags(), "--output_dir", "x"])
+    assert settings.batches.max_train_steps == 1200
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from wandb_record import history_of, read_wandb
 
 from text_to_image_lora.models import lora
+from text_to_image_lora.models.settings import LoraSettings
 
 
 PROMPTS = ["a red axe", "a blue axe"]
@@ -39,7 +40,12 @@ def trained_output(model, checkpoint, inputs):
     with torch.no_grad():
         plain = unet(*inputs).sample
         lora.add_lora(
-            unet, lora.LoraSettings(4, 8.0, ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"))
+            unet,
+            LoraSettings(
+                rank=4,
+                lora_alpha=8.0,
+                target_modules=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+            ),
         )
         lora.load_adapter(unet, load_file(checkpoint / "adapter.safetensors"))
         return unet(*inputs).sample, plain

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from text_to_image_lora.models import loading, lora, lora_file
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
+from text_to_image_lora.training.run import adapt
 
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -111,9 +112,9 @@ def test_stock_diffusers_gives_the_trained_outputs(family, base, run):
     trained = stock_pipeline(family, base)
     found = loading.find_base_model(str(base))
     words = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", "pictures", "--train_text_encoder"]
-    args = train_script.parse_args([*words, "--rank", "4", "--lora_alpha", "6", "--text_encoder_rank", "2"])
+    settings = train_script.parse_settings([*words, "--rank", "4", "--lora_alpha", "6", "--text_encoder_rank", "2"])
     adapted = {name: getattr(trained, name) for name in ("unet", *(row.name for row in found.family.text_encoders))}
-    train_script.adapt(args, adapted, train_script.lora_settings_of(args, found.family), found.family, seed=0)
+    adapt(settings, adapted, found.family, seed=0)
     stored = load_file(run / "checkpoint-2" / "adapter.safetensors")
     for name, model in adapted.items():
         lora.load_adapter(model, lora.part_of(stored, name))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.training import data, objective
 
 
@@ -271,7 +272,7 @@ def prediction(unet):
 def trained_prediction(tiny_sd, checkpoint, **options):
     """The UNet with the checkpoint's own tensors, put on as training does."""
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    settings = lora.LoraSettings(target_modules=STABLE_DIFFUSION.target_modules, init="true", **options)
+    settings = LoraSettings(target_modules=STABLE_DIFFUSION.target_modules, init_lora_weights="true", **options)
     lora.add_lora(unet, settings)
     lora.load_adapter(unet, load_file(checkpoint / "adapter.safetensors"))
     return prediction(unet)
@@ -282,7 +283,7 @@ def trained_prediction(tiny_sd, checkpoint, **options):
 def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options):
     """Alpha is not in upstream's file: with another one than the rank, the reloaded LoRA is too strong or too weak."""
     output_dir = train(rank=2, lora_alpha=7, max_train_steps=3, **options)
-    wanted = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, alpha=7, **options)
+    wanted = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, lora_alpha=7, **options)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
     base = prediction(pipeline.unet)
     assert (wanted - base).abs().max() > 1e-2
@@ -292,5 +293,5 @@ def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options
         reader(output_dir, weight_name="pytorch_lora_weights.safetensors")
         torch.testing.assert_close(prediction(pipeline.unet), wanted, atol=1e-5, rtol=1e-5)
     # With the alpha lost it would be another model: the comparison sees that.
-    wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, alpha=2, **options)
+    wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, lora_alpha=2, **options)
     assert (wanted - wrong).abs().max() > 1e-2

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
 from safetensors.torch import load_file, save_file
 
+from text_to_image_lora.command_line import fields_of
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.training.checkpoint import damage_of, find_checkpoint, read_state
 
@@ -258,11 +259,16 @@ def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, 
 
 
 def test_every_flag_may_change_or_is_of_the_run(two):
-    """A new flag is of the run until it is in the list."""
-    flags = {action.dest for action in train_script.build_parser()._actions} - {"help"}
+    """A new flag is of the run until its field says otherwise."""
+    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
+    fields = [field for field, _ in fields_of(train_script.parse_settings(words))]
+    flags, may_change = (
+        {field.name for field in fields},
+        {field.name for field in fields if field.metadata["may_change"]},
+    )
     of_the_run = read_state(two / "checkpoint-2")[1].keys()
-    assert of_the_run.isdisjoint(train_script.MAY_CHANGE)
-    assert flags - of_the_run == train_script.MAY_CHANGE
+    assert of_the_run.isdisjoint(may_change)
+    assert flags - of_the_run == may_change
     weights = {f"{name} weights" for name in ("unet", "text_encoder", "vae")}
     assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | weights
 
@@ -404,14 +410,13 @@ def judged(train_in, tmp_path_factory):
 
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
-def test_damage_is_seen_in_every_file(judged, tmp_path, file, what):
+def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
     assert damage_of(path) is None
     DAMAGES[what](path / file)
     named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
     assert damage_of(path).startswith(named)
-    said = []
-    assert find_checkpoint(tmp_path, "latest", said.append) is None
+    assert find_checkpoint(tmp_path, "latest") is None
     assert len(said) == 1
     assert said[0].startswith(f"{path}: this checkpoint is damaged ({named}")
     with pytest.raises(

@@ -29,6 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import dialects, kohya, lora, lora_file
 from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.models.updates import factors, modules_of
 
 
@@ -234,7 +235,7 @@ def sd15():
         models = {"unet": unet, "text_encoder": CLIPTextModel(clip)}
         targets = [*UNET_TARGETS[:6], "proj_in", "proj_out"]
         for model, names in zip(models.values(), (targets, lora.text_layers(models["text_encoder"]))):
-            lora.add_lora(model, lora.LoraSettings(rank=16, alpha=8, target_modules=names))
+            lora.add_lora(model, LoraSettings(rank=16, lora_alpha=8, target_modules=names))
     return models
 
 

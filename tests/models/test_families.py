@@ -17,7 +17,7 @@ from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.models.prompts import PromptEncoder
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.caching import Cache
-from text_to_image_lora.training.data import Draws, TrainingSet, collate
+from text_to_image_lora.training.data import Draws, TrainingSet
 
 
 CAPTIONS = ["a red axe", "a very long caption " * 30, ""]
@@ -74,7 +74,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_xl, sto
 
     def batch_of(**cached):
         training_set = TrainingSet(pictures, base, draws, **cached)
-        return collate([training_set[sample] for sample in samples])
+        return torch.utils.data.default_collate([training_set[sample] for sample in samples])
 
     def prediction_of(batch):
         latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * latent_encoder.scaling_factor

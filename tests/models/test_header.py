@@ -185,7 +185,9 @@ def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
 )
 def test_extras_without_what_they_need_are_refused(flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        train_script.parse_args([*["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"], *flags.split()])
+        train_script.parse_settings(
+            [*["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"], *flags.split()]
+        )
 
 
 def test_the_name_is_the_folders(tmp_path):

@@ -1,6 +1,7 @@
 """Projections of one input computed together, against each by itself, on tiny UNets of diffusers'."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_the_base_takes_no_more_memory(make_unet):
 @pytest.mark.parametrize("left_out", ["to_k", "to_v"])
 def test_what_is_not_adapted_whole_stays_apart(make_unet, left_out):
     targets = [name for name in PLAIN.target_modules if name != left_out]
-    unet = make_unet(PLAIN._replace(target_modules=targets))
+    unet = make_unet(replace(PLAIN, target_modules=targets))
     parameters = lean_unet(unet)
     assert not joined_of(unet)
     assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}

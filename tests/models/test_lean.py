@@ -1,6 +1,7 @@
 """The lean forward against peft's own, on tiny UNets of diffusers'."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 
 from text_to_image_lora.models import lean, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
-from text_to_image_lora.training.optimizers import OptimizerSettings, Schedule, make_optimizer_and_schedule
+from text_to_image_lora.training.learning import Learning
+from text_to_image_lora.training.settings import OptimizerSettings, ScheduleSettings
 
 
 WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]
@@ -27,9 +29,9 @@ def make_unet(tiny_sd):
     "settings",
     [
         PLAIN,
-        PLAIN._replace(alpha=1),
-        PLAIN._replace(use_rslora=True, alpha=8),
-        PLAIN._replace(target_modules=WITH_CONVOLUTIONS),
+        replace(PLAIN, lora_alpha=1),
+        replace(PLAIN, use_rslora=True, lora_alpha=8),
+        replace(PLAIN, target_modules=WITH_CONVOLUTIONS),
     ],
     ids=["plain", "alpha", "rslora", "convolutions"],
 )
@@ -123,9 +125,9 @@ def test_the_base_is_the_base_when_adapters_are_off(make_unet, tiny_sd):
         assert not torch.allclose(unet(*batch_of(0)).sample, base(*batch_of(0)).sample, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [dict(dropout=0.1), dict(use_dora=True)])
+@pytest.mark.parametrize("changes", [dict(lora_dropout=0.1), dict(use_dora=True)])
 def test_what_is_not_plain_stays_as_peft_has_it(make_unet, changes):
-    unet = make_unet(PLAIN._replace(**changes))
+    unet = make_unet(replace(PLAIN, **changes))
     groups = [lora.trainable_parameters(unet)]
     classes = [type(module) for module in unet.modules()]
     assert lean.hold_lean(unet, groups) is groups
@@ -138,9 +140,11 @@ def test_what_is_not_plain_stays_as_peft_has_it(make_unet, changes):
 )
 def test_optimizers_that_look_at_matrices_get_them(make_unet, name, ratio, shapes):
     unet = make_unet()
-    settings = OptimizerSettings(name, 1e-3, loraplus_lr_ratio=ratio)
-    optimizer, _ = make_optimizer_and_schedule({"unet": unet}, settings, Schedule("constant", 10), torch.device("cpu"))
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    settings = OptimizerSettings(optimizer=name, learning_rate=1e-3, loraplus_lr_ratio=ratio)
+    learning = Learning(
+        {"unet": unet}, settings, ScheduleSettings(), num_steps=10, num_warmup_steps=0, device=torch.device("cpu")
+    )
+    tensors = [p for group in learning.optimizer.param_groups for p in group["params"]]
     assert len(tensors) == shapes == len(lora.trainable_parameters(unet))
     assert sum(p.numel() for p in tensors) == sum(v.numel() for v in lora.adapter_state(unet)[0].values())
 

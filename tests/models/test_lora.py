@@ -1,5 +1,7 @@
 """Adapters on a tiny UNet of diffusers'."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -7,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import lora, modules
 from text_to_image_lora.models.families import STABLE_DIFFUSION
+from text_to_image_lora.models.settings import LoraSettings
 
 
-DEFAULTS = lora.LoraSettings(rank=4, alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
+DEFAULTS = LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules)
 
 
 @pytest.fixture
@@ -66,14 +69,14 @@ def test_named_layers_are_adapted(make_unet, target_modules, count):
     unet = make_unet()
     ends = tuple("." + name for name in target_modules)
     expected = sum(name.endswith(ends) for name, _ in unet.named_modules())
-    assert lora.add_lora(unet, DEFAULTS._replace(target_modules=target_modules)) == expected == count
+    assert lora.add_lora(unet, replace(DEFAULTS, target_modules=target_modules)) == expected == count
 
 
 @pytest.mark.parametrize("wrong", ["to_qq", "o_q", "attn1", "to_out", "all-linear", "", ".*to_q"])
 def test_a_layer_that_is_not_there_is_refused(make_unet, wrong):
     unet = make_unet()
     with pytest.raises(InputError, match=r"Try some of: .*attn1\.to_q") as caught:
-        lora.add_lora(unet, DEFAULTS._replace(target_modules=["to_q", wrong]))
+        lora.add_lora(unet, replace(DEFAULTS, target_modules=["to_q", wrong]))
     assert str(caught.value).startswith(f"--target_modules {wrong}: ")
     assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
 
@@ -94,7 +97,7 @@ def test_a_layer_renamed_upstream_is_noticed(make_unet):
 def test_a_fresh_adapter_changes_nothing(make_unet, init, use_dora):
     unet = make_unet()
     before = output_of(unet)
-    lora.add_lora(unet, DEFAULTS._replace(init=init, use_dora=use_dora))
+    lora.add_lora(unet, replace(DEFAULTS, init_lora_weights=init, use_dora=use_dora))
     torch.testing.assert_close(output_of(unet), before, rtol=1e-4, atol=1e-5)
     randomize(unet)
     assert (output_of(unet) - before).abs().max() > 1e-3
@@ -130,7 +133,7 @@ def test_trainable_parameters_can_be_walked_twice(make_unet):
 def test_the_adapter_is_float32_on_a_half_precision_model(make_unet, dtype, use_dora):
     """Fault 3: at a learning rate of 1e-4 most updates are lost in bfloat16."""
     unet = make_unet().to(dtype)
-    lora.add_lora(unet, DEFAULTS._replace(use_dora=use_dora))
+    lora.add_lora(unet, replace(DEFAULTS, use_dora=use_dora))
     assert {parameter.dtype for parameter in lora.trainable_parameters(unet)} == {torch.float32}
     assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {dtype}
     assert {value.dtype for value in lora.adapter_state(unet)[0].values()} == {torch.float32}
@@ -140,11 +143,11 @@ def test_the_adapter_is_float32_on_a_half_precision_model(make_unet, dtype, use_
         assert {p.grad.dtype for p in lora.trainable_parameters(unet)} == {torch.float32}
 
 
-@pytest.mark.parametrize("options", [{}, dict(use_dora=True), dict(use_rslora=True, alpha=3)])
+@pytest.mark.parametrize("options", [{}, dict(use_dora=True), dict(use_rslora=True, lora_alpha=3)])
 def test_a_stored_adapter_comes_back(make_unet, options):
     first, second = make_unet(), make_unet()
     for seed, unet in enumerate((first, second)):
-        lora.add_lora(unet, DEFAULTS._replace(**options))
+        lora.add_lora(unet, replace(DEFAULTS, **options))
         randomize(unet, seed)
     state, config = lora.adapter_state(first)
     assert config.r == 4
@@ -179,7 +182,7 @@ def test_an_adapter_that_does_not_fit_is_refused(make_unet):
 def test_starting_from_a_file_reproduces_its_product(make_unet, options, alpha):
     """Fault 8: in a file the update is B·A; the adapter it starts has a scale of its own."""
     unet = make_unet()
-    lora.add_lora(unet, DEFAULTS._replace(alpha=alpha, **options))
+    lora.add_lora(unet, replace(DEFAULTS, lora_alpha=alpha, **options))
     generator = torch.Generator().manual_seed(2)
     given = {k: torch.randn(v.shape, generator=generator) for k, v in lora.adapter_state(unet)[0].items()}
     lora.start_from(unet, given)
@@ -198,9 +201,9 @@ def test_starting_from_a_file_reproduces_its_product(make_unet, options, alpha):
 @pytest.mark.parametrize("options", [{}, dict(use_dora=True)])
 def test_starting_from_a_smaller_rank_is_exact_and_learns_in_all_directions(make_unet, options):
     small, large = make_unet(), make_unet()
-    lora.add_lora(small, DEFAULTS._replace(**options))
+    lora.add_lora(small, replace(DEFAULTS, **options))
     randomize(small)
-    lora.add_lora(large, DEFAULTS._replace(rank=8, alpha=3, **options))
+    lora.add_lora(large, replace(DEFAULTS, rank=8, lora_alpha=3, **options))
     lora.start_from(large, lora.adapter_state(small)[0])
     torch.testing.assert_close(output_of(large), output_of(small), rtol=1e-4, atol=1e-5)
     before = {name: parameter.clone() for name, parameter in large.named_parameters() if ".lora_B." in name}
@@ -213,7 +216,7 @@ def test_starting_from_a_smaller_rank_is_exact_and_learns_in_all_directions(make
 def test_starting_from_what_does_not_fit_is_refused(make_unet):
     small, large = make_unet(), make_unet()
     lora.add_lora(small, DEFAULTS)
-    lora.add_lora(large, DEFAULTS._replace(rank=8))
+    lora.add_lora(large, replace(DEFAULTS, rank=8))
     with pytest.raises(ValueError, match="do not fit"):
         lora.start_from(small, lora.adapter_state(large)[0])
     fewer = {name: value for name, value in lora.adapter_state(small)[0].items() if "to_q" not in name}
@@ -234,7 +237,7 @@ def test_starting_from_a_text_encoder_without_its_last_layer(tiny_sd, use_dora):
     models, tokens = [], torch.tensor([[1, 5, 6, 2]])
     for leave_out in (1, 0):
         model = CLIPTextModel.from_pretrained(tiny_sd / "text_encoder").eval()
-        settings = DEFAULTS._replace(target_modules=lora.text_layers(model, leave_out), use_dora=use_dora)
+        settings = replace(DEFAULTS, target_modules=lora.text_layers(model, leave_out), use_dora=use_dora)
         lora.add_lora(model, settings)
         models.append(model)
     few, all_layers = models
@@ -257,7 +260,7 @@ def two_adapted(tiny_sd):
         "text_encoder": CLIPTextModel.from_pretrained(tiny_sd / "text_encoder"),
     }
     lora.add_lora(models["unet"], DEFAULTS)
-    lora.add_lora(models["text_encoder"], DEFAULTS._replace(target_modules=lora.text_layers(models["text_encoder"])))
+    lora.add_lora(models["text_encoder"], replace(DEFAULTS, target_modules=lora.text_layers(models["text_encoder"])))
     for seed, model in enumerate(models.values()):
         randomize(model, seed)
     return models
@@ -293,7 +296,7 @@ def test_the_base_has_its_own_precision_after_the_adapters_have_read_it(make_une
     whole, unet = make_unet(), make_unet()
     for model in (whole, unet):
         torch.manual_seed(0)
-        lora.add_lora(model, DEFAULTS._replace(use_dora=use_dora))
+        lora.add_lora(model, replace(DEFAULTS, use_dora=use_dora))
     modules.place(unet, "cpu", torch.bfloat16)
     assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.bfloat16}
     states = [lora.adapter_state(model)[0] for model in (whole, unet)]

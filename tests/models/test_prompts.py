@@ -142,13 +142,12 @@ def test_how_many_chunks_a_run_needs(loaded):
     counts = prompts.count_tokens(tokenizer, captions)
     assert counts == [[5], [78, 152], [2]]
     assert [prompts.chunks_needed(tokenizer, count) for count in (2, 77, 78, 152, 153)] == [1, 1, 2, 2, 3]
-    said = []
     sources = ["a.png", "b.png", "c.png"]
-    assert prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=True, say=said.append) == 2
-    assert prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=False, say=said.append) == 1
-    assert [line.startswith("2 captions ") for line in said] == [True, True]
-    assert said[1].endswith("the first: b.png")
-    assert prompts.choose_num_chunks(tokenizer, counts[:1], sources, long_prompts=True, say=said.append) == 1
-    assert len(said) == 2
+    num_chunks, line = prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=True)
+    assert (num_chunks, line.startswith("2 captions ")) == (2, True)
+    num_chunks, line = prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=False)
+    assert (num_chunks, line.startswith("2 captions "), line.endswith("the first: b.png")) == (1, True, True)
+    assert prompts.choose_num_chunks(tokenizer, counts[:1], sources, long_prompts=True) == (1, None)
+    assert prompts.choose_num_chunks(tokenizer, counts[:1], sources, long_prompts=False) == (1, None)
     with pytest.raises(InputError, match="^c.png: its caption of 800 tokens would make every prompt 11 chunks long"):
-        prompts.choose_num_chunks(tokenizer, [[5], [5], [800]], sources, long_prompts=True, say=said.append)
+        prompts.choose_num_chunks(tokenizer, [[5], [5], [800]], sources, long_prompts=True)

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import kohya, lora, lora_file, readers
 from text_to_image_lora.models.receipt import check_arrival, layers_of
+from text_to_image_lora.models.settings import LoraSettings
 
 
 pytestmark = pytest.mark.lora_file
@@ -164,8 +165,8 @@ def sd_models(cross_attention_dim):
         )  # fmt: skip
         text_encoder = CLIPTextModel(clip)
         layers = {"unet": layers_of(unet), "text_encoder": layers_of(text_encoder)}
-        lora.add_lora(unet, lora.LoraSettings(16, 8, list(layers["unet"])))
-        lora.add_lora(text_encoder, lora.LoraSettings(16, 8, lora.text_layers(text_encoder)))
+        lora.add_lora(unet, LoraSettings(rank=16, lora_alpha=8, target_modules=list(layers["unet"])))
+        lora.add_lora(text_encoder, LoraSettings(rank=16, lora_alpha=8, target_modules=lora.text_layers(text_encoder)))
     return {"unet": unet, "text_encoder": text_encoder}, layers
 
 

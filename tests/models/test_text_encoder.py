@@ -17,6 +17,7 @@ from safetensors import safe_open
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.loading import find_base_model, load_components
+from text_to_image_lora.training.run import adapt
 
 
 PROMPT = "a red axe"
@@ -126,10 +127,10 @@ def test_its_alpha_is_in_proportion_to_its_rank(tiny_sd):
     """The file can't show it: there the scale is folded into the weights."""
     words = ["--pretrained_model_name_or_path", str(tiny_sd), "--train_data_dir", "pictures", "--rank", "4"]
     words += ["--lora_alpha", "8", "--train_text_encoder", "--text_encoder_rank", "2"]
-    args, family = train_script.parse_args(words), STABLE_DIFFUSION
+    settings = train_script.parse_settings(words)
     loaded = load_components(find_base_model(str(tiny_sd)))
     adapted = {"unet": loaded.denoiser, "text_encoder": loaded.text_encoders[0]}
-    train_script.adapt(args, adapted, train_script.lora_settings_of(args, family), family, seed=0)
+    adapt(settings, adapted, STABLE_DIFFUSION, seed=0)
     settings = {name: model.peft_config["default"] for name, model in adapted.items()}
     assert {name: (own.r, own.lora_alpha) for name, own in settings.items()} == {
         "unet": (4, 8),

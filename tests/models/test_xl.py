@@ -19,9 +19,11 @@ import infer
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import kohya, loading, lora, lora_file, original_names, receipt
 from text_to_image_lora.models.families import STABLE_DIFFUSION_XL
+from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.pictures.transforms import Variation, apply_variation, corner_shown
-from text_to_image_lora.training.batches import Sample
-from text_to_image_lora.training.data import Draws, TrainingSet, collate
+from text_to_image_lora.training.batches import Division, Sample, make_sampler
+from text_to_image_lora.training.data import Draws, TrainingSet
+from text_to_image_lora.training.inputs import find_inputs
 
 
 RANK = 16
@@ -39,7 +41,9 @@ def components_of(models):
 
 def test_its_layers_are_all_adapted(xl):
     with torch.device("meta"):
-        count = lora.add_lora(xl["unet"], lora.LoraSettings(RANK, RANK, STABLE_DIFFUSION_XL.target_modules))
+        count = lora.add_lora(
+            xl["unet"], LoraSettings(rank=RANK, lora_alpha=RANK, target_modules=STABLE_DIFFUSION_XL.target_modules)
+        )
     lora.check_count(xl["unet"], count, STABLE_DIFFUSION_XL.modules_per_block)
     assert count == 700
     assert sum(parameter.numel() for parameter in lora.trainable_parameters(xl["unet"])) == 41_861_120
@@ -51,7 +55,9 @@ def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
     targets = {"unet": [*STABLE_DIFFUSION_XL.target_modules, "proj_in", "proj_out"]}
     targets |= {name: lora.text_layers(xl[name]) for name in ("text_encoder", "text_encoder_2")}
     with torch.device("meta"):
-        counts = [lora.add_lora(xl[name], lora.LoraSettings(1, 1, targets[name])) for name in xl]
+        counts = [
+            lora.add_lora(xl[name], LoraSettings(rank=1, lora_alpha=1, target_modules=targets[name])) for name in xl
+        ]
     assert counts == [722, 72, 192]
     # Numbers in place of what has none.
     components = {
@@ -122,11 +128,10 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
     )
     base = loading.find_base_model(str(tiny_xl))
     training_set = TrainingSet(make_picture_set(pictures, center_crop=True, random_flip=flip), base, Draws(0, 1000))
-    args = train_script.parse_args(
-        ["--pretrained_model_name_or_path", str(tiny_xl), "--train_data_dir", str(pictures), "--train_batch_size", "4"]
+    sampler = make_sampler(training_set.pictures, 0, Division(batch_size=4))
+    batch = torch.utils.data.default_collate(
+        [training_set[Sample(int(i), 0, k, 0.25)] for k, i in enumerate(sampler.samples_of(0))]
     )
-    sampler = train_script_sampler(args, training_set.pictures)
-    batch = collate([training_set[Sample(int(i), 0, k, 0.25)] for k, i in enumerate(sampler.samples_of(0))])
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_xl, add_watermarker=False)
     embeds, _, pooled, _ = pipe.encode_prompt(batch["captions"], device="cpu", do_classifier_free_guidance=False)
     scheduler = DDPMScheduler.from_pretrained(tiny_xl, subfolder="scheduler")
@@ -142,12 +147,6 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
         predicted = pipe.unet(noisy, batch["timesteps"], embeds, added_cond_kwargs=more).sample
         loss = torch.nn.functional.mse_loss(predicted, batch["noise"])
     assert read_metrics(out)[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
-
-
-def train_script_sampler(args, pictures):
-    from text_to_image_lora.training.batches import make_sampler
-
-    return make_sampler(pictures, train_script.batching_of(args, 0), rank=0, world_size=1)
 
 
 # Single files.
@@ -269,7 +268,7 @@ def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, 
             if own != name:
                 words[1] = str(base)
                 with pytest.raises(InputError, match=f"it is a LoRA of {name}, and {base} is of {own}"):
-                    train_script.find_inputs(train_script.parse_args(words), None, print)
+                    find_inputs(train_script.parse_settings(words))
         with pytest.raises(SystemExit):
             infer.check_lora_fits(
                 path, infer.read_safetensors("--lora", path)[0], {"unet.x.attn2.to_k.weight": (8, 7)}
@@ -316,7 +315,7 @@ def test_clip_skip_counts_the_layer_that_is_not_used(tiny_xl, pictures):
     words = ["--pretrained_model_name_or_path", str(tiny_xl), "--train_data_dir", str(pictures), "--clip_skip"]
     message = "has only 3 layers, 1 of them not used by Stable Diffusion XL"
     with pytest.raises(InputError, match=message):
-        train_script.find_inputs(train_script.parse_args([*words, "2"]), None, print)
+        find_inputs(train_script.parse_settings([*words, "2"]))
 
 
 def test_the_losses_of_single_pictures_are_reported(tiny_xl, train):

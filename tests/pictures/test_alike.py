@@ -14,10 +14,6 @@ from text_to_image_lora.pictures.examine import Picture, difference_hash, examin
 from text_to_image_lora.pictures.records import with_class_pictures
 
 
-def silent(line):
-    pass
-
-
 def random_pictures(count, rng):
     return [Picture(rng.bytes(16).hex(), 9, 9, int.from_bytes(rng.bytes(16))) for _ in range(count)]
 
@@ -56,9 +52,9 @@ def divided(tmp_path):
     for i in range(4):
         shutil.copy(folder / f"{i}.png", folder / f"copy{i}.png")
         Image.open(folder / f"{i + 4}.png").resize((48, 48)).save(folder / f"small{i}.jpg", quality=80)
-    pictures = make_picture_set(read_records(folder, say=silent))
+    pictures = make_picture_set(read_records(folder))
     assert len(set(groups_of(pictures.facts))) == 12
-    return divide(pictures, None, 0.3, silent)
+    return divide(pictures, None, 0.3)
 
 
 def test_what_looks_alike_is_never_on_both_sides(divided):
@@ -100,14 +96,14 @@ def with_class(pictures, class_pictures):
     return make_picture_set(with_class_pictures(read_records(pictures), read_records(class_pictures)))
 
 
-def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others):
+def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others, said):
     shutil.copy(pictures / "2.png", others / "same.png")
     Image.open(pictures / "4.png").resize((80, 64)).save(others / "larger.png")
     with open(others / "metadata.jsonl", "a") as file:
         for name in ("same.png", "larger.png"):
             file.write(json.dumps({"file_name": name, "text": "x"}) + "\n")
-    whole, validated, said = make_picture_set(pictures), make_picture_set(others), []
-    kept, held_out = divide(whole, validated, 0.0, said.append)
+    whole, validated = make_picture_set(pictures), make_picture_set(others)
+    kept, held_out = divide(whole, validated, 0.0)
     assert kept.facts == [whole.facts[index] for index in (0, 1, 3, 5)]
     assert held_out is validated
     assert said == [
@@ -119,12 +115,12 @@ def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others):
 def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
     pictures = make_picture_set(pictures)
     with pytest.raises(InputError, match="All pictures to train on look like one in --validation_data_dir"):
-        divide(pictures, pictures, 0.0, silent)
+        divide(pictures, pictures, 0.0)
 
 
-def test_class_pictures_are_not_validated_on(pictures, tmp_path):
-    both, said = with_class(pictures, write_pictures(tmp_path / "class", count=6, seed=5)), []
-    kept, held_out = divide(both, None, 0.34, said.append)
+def test_class_pictures_are_not_validated_on(pictures, tmp_path, said):
+    both = with_class(pictures, write_pictures(tmp_path / "class", count=6, seed=5))
+    kept, held_out = divide(both, None, 0.34)
     assert len(held_out) == 2
     assert held_out.is_class == [False] * 2
     assert sorted(kept.is_class) == [False] * 4 + [True] * 6
@@ -134,13 +130,13 @@ def test_class_pictures_are_not_validated_on(pictures, tmp_path):
 def test_class_pictures_alone_are_nothing_to_train_on(pictures, tmp_path):
     both = with_class(pictures, write_pictures(tmp_path / "class", count=3, seed=5))
     with pytest.raises(InputError, match="All pictures to train on look like one"):
-        divide(both, make_picture_set(pictures), 0.0, silent)
+        divide(both, make_picture_set(pictures), 0.0)
 
 
 def test_copies_alone_cannot_be_divided(tmp_path):
     pictures = make_picture_set(write_pictures(tmp_path / "one", count=1)).select([0] * 4)
     with pytest.raises(InputError, match="4 pictures can't be divided"):
-        divide(pictures, None, 0.25, silent)
+        divide(pictures, None, 0.25)
 
 
 def test_a_dry_run_divides_too(train, tmp_path, capsys):

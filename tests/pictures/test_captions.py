@@ -1,6 +1,7 @@
 """What is done to captions: a trigger, tags in another order, the empty caption, and the same in the cache and live."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.loading import find_base_model
-from text_to_image_lora.pictures.captions import CaptionRules, edit_caption, shuffle_tags, shuffled_variations
+from text_to_image_lora.pictures.captions import edit_caption, shuffle_tags, shuffled_variations
+from text_to_image_lora.pictures.settings import CaptionSettings
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.data import Draws, TrainingSet
 
@@ -32,7 +34,7 @@ def test_edited_captions(tmp_path):
     ],
 )
 def test_a_trigger_is_put_in_front_where_it_is_missing(caption, trigger, expected):
-    assert edit_caption(caption, CaptionRules(trigger_word=trigger)) == expected
+    assert edit_caption(caption, CaptionSettings(trigger_word=trigger)) == expected
 
 
 tags = st.lists(st.text("abc ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=1, max_size=6)
@@ -51,7 +53,7 @@ def test_every_order_occurs():
 
 
 def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
-    rules = CaptionRules(tag_variations=8)
+    rules = CaptionSettings(tag_variations=8)
     first = shuffled_variations(["a, b, c, d"], rules)
     assert first == shuffled_variations(["a, b, c, d"], rules)
     assert len(first) == 8
@@ -64,10 +66,10 @@ def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
     assert orders("a, b, c, d") != orders("e, f, g, h")
     assert shuffled_variations(["one tag"], rules) == ["one tag"] * 8
     assert all(
-        order.startswith("a, b, ") for order in shuffled_variations(["a, b, c, d"], rules._replace(keep_tags=2))
+        order.startswith("a, b, ") for order in shuffled_variations(["a, b, c, d"], replace(rules, keep_tags=2))
     )
     # A caption without tags is drawn as often as one with many.
-    many = shuffled_variations(["a sentence", "a, b"], rules._replace(tag_variations=30))
+    many = shuffled_variations(["a sentence", "a, b"], replace(rules, tag_variations=30))
     assert many.count("a sentence") == 30
 
 
@@ -77,13 +79,13 @@ def make_set(tiny_sd, tmp_path):
     pictures = make_picture_set(write_pictures(tmp_path / "set", count=1, captions=["sks, red, old, big"]))
 
     def make(**rules):
-        return TrainingSet(pictures, find_base_model(str(tiny_sd)), Draws(0, 1000, CaptionRules(**rules)))
+        return TrainingSet(pictures, find_base_model(str(tiny_sd)), Draws(0, 1000, CaptionSettings(**rules)))
 
     return make
 
 
 def test_caption_dropout(make_set):
-    plain, dropping = make_set(), make_set(dropout=0.3)
+    plain, dropping = make_set(), make_set(caption_dropout=0.3)
     samples = [(plain[Sample(0, step, 0, 1.0)], dropping[Sample(0, step, 0, 1.0)]) for step in range(300)]
     dropped = [b["captions"] == "" for _, b in samples]
     assert 60 < sum(dropped) < 120
@@ -121,7 +123,7 @@ def test_each_different_order_is_encoded_once(train, pictures, tmp_path):
     shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
     with safe_open(shards[0], "pt") as file:
         counts = [file.get_slice(name).get_shape()[0] for name in sorted(file.keys())]
-    rules = CaptionRules(keep_tags=1, tag_variations=4)
+    rules = CaptionSettings(keep_tags=1, tag_variations=4)
     expected = sum(len(set(shuffled_variations([c], rules))) for c in ("sks, a, b, c", "sks, d, e, f"))
     assert len(shards) == 1
     assert counts == [expected]

@@ -113,27 +113,27 @@ def test_a_mask_belongs_to_the_picture(pictures, tmp_path):
 def usable(tmp_path):
     from accelerate.state import PartialState
 
-    def usable(records, *, skip_bad_images, said):
+    def usable(records, *, skip_bad_images):
         return usable_pictures(
             records, tmp_path / "memo", skip_bad_images=skip_bad_images,
-            accelerator=SimpleNamespace(process_index=0, num_processes=1), say=said.append,
+            accelerator=SimpleNamespace(process_index=0, num_processes=1),
         )  # fmt: skip
 
     yield usable
     PartialState._reset_state()
 
 
-def test_bad_pictures_are_refused_or_left_out(pictures, usable):
+def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
     (pictures / "1.png").write_bytes(b"")
     (pictures / "4.png").write_text("words")
-    records, said = read_records(pictures), []
+    records = read_records(pictures)
     with pytest.raises(InputError) as caught:
-        usable(records, skip_bad_images=False, said=said)
+        usable(records, skip_bad_images=False)
     assert str(caught.value) == (
         f"{pictures}/metadata.jsonl:2: '1.png': the file is empty (2 such pictures in all). Fix it, or pass "
         "--skip_bad_images to leave it out."
     )
-    kept, facts = usable(records, skip_bad_images=True, said=said)
+    kept, facts = usable(records, skip_bad_images=True)
     assert kept["source"][:] == [records["source"][index] for index in (0, 2, 3, 5)]
     assert facts == inspect(kept, None)
     assert [line.partition("'")[0] for line in said] == [

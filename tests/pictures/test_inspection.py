@@ -82,7 +82,7 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
     train(dry_run=True, preview_data=sheet_file, random_flip=True, random_hue=0.1, cache_variations=3)
     sheet = Image.open(sheet_file)
     assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
-    expected = make_picture_set(pictures, random_flip=True, hue=0.1)
+    expected = make_picture_set(pictures, random_flip=True, random_hue=0.1)
     rows = []
     for index in range(6):
         tile = Image.fromarray(expected.pixels(index, 1)).resize((192, 192), Image.Resampling.LANCZOS)

@@ -19,14 +19,9 @@ CAPTIONS = {"axe": ["a red axe", "a blue axe, old"], "spear": ["écru spear 绿"
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture
 def load(tmp_path, said):
     def load(*folders, **options):
-        return read_records([*folders], archive_dir=tmp_path / "archives", say=said.append, **options)
+        return read_records([*folders], archive_dir=tmp_path / "archives", **options)
 
     return load
 

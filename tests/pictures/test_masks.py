@@ -40,9 +40,8 @@ def masked(tmp_path):
     return folder
 
 
-def test_a_mask_beside_its_picture(masked):
-    said = []
-    dataset = read_records(masked, say=said.append)
+def test_a_mask_beside_its_picture(masked, said):
+    dataset = read_records(masked)
     assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
     assert len(dataset) == 4
     assert said == []  # a mask is no picture without a row
@@ -87,15 +86,14 @@ def test_a_broken_mask_is_told(train, masked):
 
 
 @pytest.mark.parametrize("layout", ["metadata", "caption_files"])
-def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout):
+def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
     for name in ("11.mask.png", "one.mask.png"):  # slips for 1.mask.png
         half().save(masked / name)
     if layout == "caption_files":
         for i in range(4):
             (masked / f"{i}.txt").write_text("a cat")
         (masked / "metadata.jsonl").unlink()
-    said = []
-    dataset = read_records(masked, say=said.append)
+    dataset = read_records(masked)
     assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
     assert said == [f"{masked}: 2 masks belong to no picture, as their names say; the first: 11.mask.png"]
 

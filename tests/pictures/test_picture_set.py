@@ -1,6 +1,7 @@
 """A set of pictures: all that is known of one is under its index, and a variation is the same in every use."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 from text_to_image_lora.pictures import picture_set
 from text_to_image_lora.pictures.inspection import preview_sheet
 from text_to_image_lora.pictures.records import read_image_bytes, with_class_pictures
-from text_to_image_lora.pictures.transforms import Augmentation, apply_variation, draw_variation, open_image
+from text_to_image_lora.pictures.settings import AugmentationSettings
+from text_to_image_lora.pictures.transforms import apply_variation, draw_variation, open_image
 
 
-RANDOM = dict(random_flip=True, hue=0.1)
+RANDOM = dict(random_flip=True, random_hue=0.1)
 SIZES = [(32, 32), (48, 16), (16, 48), (32, 32), (48, 16), (32, 32)]
 
 
@@ -50,7 +52,7 @@ def test_a_part_has_all_that_is_known_of_its_pictures(some, indices):
 
 def test_other_captions_or_another_view_leave_the_set_as_it_was(some):
     before, captions = some.pixels(2, 1), some.captions
-    others = some.having(captions=[["a cat"]] * 6, view=some.view._replace(augmentation=Augmentation()))
+    others = replace(some, captions=[["a cat"]] * 6, view=some.view._replace(augmentation=AugmentationSettings()))
     assert others.captions == [["a cat"]] * 6
     assert some.captions is captions
     assert (some.pixels(2, 1) == before).all()
@@ -140,17 +142,17 @@ def test_masked_and_class_follow_the_part(some, pictures, tmp_path):
     both = make_picture_set(records)
     assert both.is_class == [False] * 6 + [True] * 2
     assert both.select([7, 0, 6]).is_class == [True, False, True]
-    assert both.having(captions=[["a"]] * 8).is_class == both.is_class
+    assert replace(both, captions=[["a"]] * 8).is_class == both.is_class
     assert not both.select([0, 6, 7]).masked
 
 
 def test_the_fingerprint_is_of_pictures_captions_order_and_samples(some):
     others = [
-        some, some.select([0, 1, 2, 3, 4]), some.select([1, 0, 2, 3, 4, 5]), some.having(captions=[["a"]] * 6),
+        some, some.select([0, 1, 2, 3, 4]), some.select([1, 0, 2, 3, 4, 5]), replace(some, captions=[["a"]] * 6),
     ]  # fmt: skip
     found = {other.fingerprint() for other in others} | {some.fingerprint([0, 1]), some.fingerprint([1, 0])}
     assert len(found) == 6
-    assert some.having(view=some.view._replace(interpolation="nearest")).fingerprint() == some.fingerprint()
+    assert replace(some, view=some.view._replace(interpolation="nearest")).fingerprint() == some.fingerprint()
 
 
 def test_it_goes_to_another_process_without_the_picture_that_is_open(some):

@@ -178,13 +178,11 @@ def test_bad_rows_of_a_stored_dataset_are_refused_or_left_out_by_the_command(sto
 
 @pytest.mark.parametrize("instance_prompt", [None, "sks"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_thumbnails_beside_parquet_files_are_not_trained_on(stored, tmp_path, instance_prompt, count):
-    folder, said = stored("parquet"), []
+def test_thumbnails_beside_parquet_files_are_not_trained_on(stored, tmp_path, instance_prompt, count, said):
+    folder = stored("parquet")
     for i in range(count):
         (folder / f"thumbnail{i}.png").write_bytes(picture_bytes("green"))
-    dataset = read_records(
-        folder, cache_dir=str(tmp_path / "datasets-cache"), instance_prompt=instance_prompt, say=said.append
-    )
+    dataset = read_records(folder, cache_dir=str(tmp_path / "datasets-cache"), instance_prompt=instance_prompt)
     assert dataset["captions"][:] == [["a red cat"], ["a blue cat"]]
     assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
     assert f"{folder}: training on its parquet or arrow files, not on the pictures beside them" in said

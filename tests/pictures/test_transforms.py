@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from text_to_image_lora.pictures import transforms
+from text_to_image_lora.pictures.settings import INTERPOLATIONS, AugmentationSettings
 from text_to_image_lora.pictures.transforms import (
-    INTERPOLATIONS,
     PIXEL_LIMIT,
-    Augmentation,
     ImageError,
     Variation,
     apply_variation,
@@ -219,7 +219,7 @@ def test_the_short_side_becomes_the_resolution(width, height, resolution):
 @pytest.mark.parametrize("size", [(50, 31), (31, 50), (20, 20), (24, 40), (25, 24), (27, 24), (24, 27)])
 def test_center_crop(interpolation, size):
     image, resolution = noise(*size), 24
-    options = dict(augmentation=Augmentation(center_crop=True), image_id="a", index=0)
+    options = dict(augmentation=AugmentationSettings(center_crop=True), image_id="a", index=0)
     variation = draw_variation(*size, (resolution, resolution), **options)
     pil = getattr(Image.Resampling, interpolation.upper().removesuffix("_EXACT"))
     whole = torchvision_resize(image, resolution, pil)
@@ -231,7 +231,7 @@ def test_center_crop(interpolation, size):
 @given(width=sides, height=sides, resolution=resolutions, index=st.integers(0, 2**31), flip=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_crops_lie_inside(width, height, resolution, index, flip):
-    options = dict(augmentation=Augmentation(random_flip=flip), image_id="a", index=index)
+    options = dict(augmentation=AugmentationSettings(random_flip=flip), image_id="a", index=index)
     left, top, mirrored, *rest = draw_variation(width, height, (resolution, resolution), **options)
     new_width, new_height = resized_size(width, height, (resolution, resolution))
     assert 0 <= left <= new_width - resolution
@@ -241,7 +241,7 @@ def test_crops_lie_inside(width, height, resolution, index, flip):
 
 
 def test_every_crop_occurs():
-    crops = {draw_variation(64, 40, (32, 32), Augmentation(), image_id="a", index=i).left for i in range(400)}
+    crops = {draw_variation(64, 40, (32, 32), AugmentationSettings(), image_id="a", index=i).left for i in range(400)}
     assert crops == set(range(51 - 32 + 1))
 
 
@@ -255,7 +255,7 @@ def test_a_flip_mirrors_the_same_crop():
 
 def test_a_variation_is_a_function_of_its_arguments():
     def draw(image_id="a", index=0):
-        augmentation = Augmentation(random_flip=True)
+        augmentation = AugmentationSettings(random_flip=True)
         return draw_variation(900, 500, (64, 64), augmentation, image_id=image_id, index=index)
 
     first = draw()
@@ -267,7 +267,7 @@ def test_a_variation_is_a_function_of_its_arguments():
 
 @pytest.mark.parametrize(("center_crop", "random_flip", "count"), [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 2)])
 def test_square_pictures_have_one_crop(center_crop, random_flip, count):
-    augmentation = Augmentation(center_crop=bool(center_crop), random_flip=bool(random_flip))
+    augmentation = AugmentationSettings(center_crop=bool(center_crop), random_flip=bool(random_flip))
     options = dict(augmentation=augmentation, image_id="a")
     drawn = {draw_variation(70, 70, (32, 32), index=index, **options) for index in range(20)}
     assert drawn == {Variation(0, 0, False), Variation(0, 0, True)} if count == 2 else {Variation(0, 0, False)}
@@ -289,9 +289,9 @@ def test_only_what_is_seen_of_a_strip_is_enlarged_with_the_same_pixels(monkeypat
     image, mask = smooth(*size), smooth(*size).convert("L")
     assert np.ptp(np.asarray(image)) > 100
     augmentations = (
-        Augmentation(center_crop=True),
-        Augmentation(random_flip=True),
-        Augmentation(random_flip=True, crop_scale=0.6, rotation=40),
+        AugmentationSettings(center_crop=True),
+        AugmentationSettings(random_flip=True),
+        AugmentationSettings(random_flip=True, random_crop_scale=0.6, random_rotation=40),
     )
     for augmentation, index in ((a, i) for a in augmentations for i in range(4)):
         variation = draw_variation(*size, (24, 32), augmentation, image_id="a", index=index)
@@ -318,7 +318,7 @@ def test_a_strip_is_never_enlarged_beyond_the_limit(monkeypatch, size):
 
     monkeypatch.setattr(Image.Image, "resize", spy)
     image = Image.new("RGB", size, (200, 90, 40))
-    variation = draw_variation(*size, (512, 512), Augmentation(center_crop=True), image_id="a", index=0)
+    variation = draw_variation(*size, (512, 512), AugmentationSettings(center_crop=True), image_id="a", index=0)
     assert (apply_variation(image, variation, (512, 512)) == (200, 90, 40)).all()
     assert made == [(512, 512)]
     # What is less thin is resized whole, as ever.
@@ -330,23 +330,31 @@ def test_a_strip_is_never_enlarged_beyond_the_limit(monkeypatch, size):
 
 
 def test_how_many_variations_hold_all_there_is():
-    assert Augmentation(center_crop=True).variations() == 1
-    assert Augmentation(center_crop=True, random_flip=True).variations() == 2
-    assert Augmentation(random_flip=True).variations() is None
+    assert AugmentationSettings(center_crop=True).variations() == 1
+    assert AugmentationSettings(center_crop=True, random_flip=True).variations() == 2
+    assert AugmentationSettings(random_flip=True).variations() is None
     for name in ("rotation", "brightness", "contrast", "saturation", "hue"):
-        assert Augmentation(center_crop=True, **{name: 0.1}).variations() is None
-    assert Augmentation(center_crop=True, crop_scale=0.9).variations() is None
+        assert AugmentationSettings(center_crop=True, **{f"random_{name}": 0.1}).variations() is None
+    assert AugmentationSettings(center_crop=True, random_crop_scale=0.9).variations() is None
 
 
-STRONG = Augmentation(
-    random_flip=True, rotation=180, crop_scale=0.5, brightness=0.5, contrast=0.5, saturation=0.5, hue=0.5
+STRONG = AugmentationSettings(
+    random_flip=True,
+    random_rotation=180,
+    random_crop_scale=0.5,
+    random_brightness=0.5,
+    random_contrast=0.5,
+    random_saturation=0.5,
+    random_hue=0.5,
 )
 
 
 @given(sides, sides, st.sampled_from([(24, 24), (40, 16), (16, 40)]), st.integers(0, 2**31), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_every_variation_has_its_size_and_no_corner_from_outside(width, height, size, index, center_crop):
-    augmentation = STRONG._replace(center_crop=center_crop, brightness=0, contrast=0, saturation=0, hue=0)
+    augmentation = replace(
+        STRONG, center_crop=center_crop, random_brightness=0, random_contrast=0, random_saturation=0, random_hue=0
+    )
     variation = draw_variation(width, height, size, augmentation, image_id="a", index=index)
     assert 0.5 <= variation.share <= 1
     assert -180 <= variation.turn <= 180

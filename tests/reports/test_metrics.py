@@ -72,7 +72,7 @@ def numbers(loss):
 
 
 @pytest.fixture
-def reports(tmp_path):
+def reports(tmp_path, said):
     """`StepReports` whose tracker keeps what it gets in `logged`."""
     logged = []
     tracker = SimpleNamespace(
@@ -80,10 +80,8 @@ def reports(tmp_path):
         log=lambda values, step: logged.append((step, dict(values))),
     )  # fmt: skip
     accelerator = SimpleNamespace(device=torch.device("cpu"), trackers=[tracker])
-    progress, said = SimpleNamespace(set_postfix=lambda **shown: None, total=100), []
-    made = StepReports(
-        accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, said.append, "--lighter"
-    )
+    progress = SimpleNamespace(set_postfix=lambda **shown: None, total=100)
+    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
     made.logged, made.said = logged, said
     return made
 
@@ -128,7 +126,7 @@ def test_the_page_is_written_now_and_then(reports, monkeypatch, takes, pause):
     """Not after each epoch of a small dataset, many times a second; and not for more than a twentieth of the time."""
     clock, written = SimpleNamespace(now=0.0), []
 
-    def update_page(folder, say):
+    def update_page(folder):
         clock.now += takes
         written.append(clock.now)
 

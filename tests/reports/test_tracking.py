@@ -22,6 +22,7 @@ from wandb_record import history_of, read_wandb
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.reports import dashboard, panels, tracking
+from text_to_image_lora.reports.settings import TRACKERS, TrackingSettings
 
 
 wandb = pytest.importorskip("wandb")
@@ -271,7 +272,7 @@ def installed(monkeypatch, tmp_path):
     """Makes exactly these trackers importable (as empty packages)."""
 
     def only(*names):
-        for name in tracking.TRACKERS:
+        for name in TRACKERS:
             monkeypatch.setitem(sys.modules, name, None)
         for name in names:
             monkeypatch.delitem(sys.modules, name)
@@ -296,22 +297,22 @@ def installed(monkeypatch, tmp_path):
 )
 def test_trackers_of(installed, there, report_to, names):
     installed(*there)
-    assert tracking.trackers_of(report_to) == names
+    assert TrackingSettings(report_to=report_to).trackers == names
 
 
-@pytest.mark.parametrize("name", tracking.TRACKERS)
+@pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_tracker_is_named_with_its_remedy(installed, name):
     installed()
     how = "--no-deps -r requirements-trackio.txt" if name == "trackio" else name
     with pytest.raises(InputError, match=f"--report_to {name}: it is not installed. Run: pip install {how}$"):
-        tracking.trackers_of(name)
+        _ = TrackingSettings(report_to=name).trackers
 
 
 def test_a_folder_called_wandb_is_not_the_package(installed, tmp_path, monkeypatch):
     installed("tensorboard")
     (tmp_path / "site" / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb")
-    assert tracking.trackers_of(None) == []
+    assert TrackingSettings().trackers == []
 
 
 @pytest.fixture
@@ -400,15 +401,14 @@ def accelerator():
     PartialState._reset_state()
 
 
-def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, accelerator, monkeypatch, capsys):
+def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, accelerator, monkeypatch, capsys, said):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing_server.server_port}")
     refusing_server.seen.clear()
     run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
     assert "/graphql" in refusing_server.seen
     accelerator.log({"train_loss": 0.5}, step=1)
-    said = []
-    tracking.finish_trackers(accelerator, said.append)
+    tracking.finish_trackers(accelerator)
     (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
     assert shlex.split(said[0])[-1] == str(folder)
     wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
@@ -430,12 +430,11 @@ def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):
     assert added[0][1, 0, 8].tolist() == [0, 0, 255]
 
 
-def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch):
+def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch, said):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
     dashboard.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, {}, ["an axe"], {(0, 0): 7}, 0)
-    said = []
-    tracking.finish_trackers(accelerator, said.append)
+    tracking.finish_trackers(accelerator)
     assert said == []
 
 

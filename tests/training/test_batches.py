@@ -4,17 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_picture_set, write_pictures
+from conftest import batch_sampler, make_picture_set, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text_to_image_lora.training.batches import (
-    Batching,
-    EffectiveBatchSampler,
-    add_class_samples,
-    make_sampler,
-    samples_of_epoch,
-)
+from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, samples_of_epoch
 
 
 WORLD_SIZES = (1, 2, 3, 8)
@@ -25,7 +19,7 @@ batch_sizes, accumulations, seeds = st.integers(1, 5), st.integers(1, 4), st.int
 def micro_batches_of(step, num_repeats, world_size, **options):
     """[micro-batch][rank] -> samples."""
     samplers = [
-        EffectiveBatchSampler(samples_of_epoch(num_repeats), rank=rank, world_size=world_size, **options)
+        batch_sampler(samples_of_epoch(num_repeats), rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
     ]
     by_rank = [list(sampler.micro_batches(step)) for sampler in samplers]
@@ -39,7 +33,7 @@ def micro_batches_of(step, num_repeats, world_size, **options):
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_epoch_holds_every_sample_num_repeats_times(world_size, num_repeats, batch_size, accumulation, seed):
     options = dict(batch_size=batch_size, accumulation=accumulation, seed=seed)
-    sampler = EffectiveBatchSampler(samples_of_epoch(num_repeats), rank=0, world_size=world_size, **options)
+    sampler = batch_sampler(samples_of_epoch(num_repeats), rank=0, world_size=world_size, **options)
     for epoch in (0, 3):
         seen = Counter()
         for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
@@ -69,7 +63,7 @@ CUTS = [(b, w, 24 // b // w) for b in (1, 2, 3, 4, 6, 8, 12, 24) for w in WORLD_
 @given(num_repeats=repeats, cut=st.sampled_from(CUTS), other=st.sampled_from(CUTS), seed=seeds)
 @settings(max_examples=200, deadline=None)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other, seed):
-    steps = EffectiveBatchSampler(
+    steps = batch_sampler(
         samples_of_epoch(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
     )
     for step in range(2 * steps.steps_per_epoch):
@@ -96,15 +90,15 @@ def test_a_resumed_run_goes_on_with_the_next_sample(num_repeats, cut, num_steps,
     options = dict(
         batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, seed=1, num_steps=num_steps
     )
-    whole = list(EffectiveBatchSampler(samples_of_epoch(num_repeats), **options))
-    rest = list(EffectiveBatchSampler(samples_of_epoch(num_repeats), first_step=first_step, **options))
+    whole = list(batch_sampler(samples_of_epoch(num_repeats), **options))
+    rest = list(batch_sampler(samples_of_epoch(num_repeats), first_step=first_step, **options))
     assert rest == [batch for batch in whole if batch[0].step >= first_step]
     assert {batch[0].step for batch in whole} == set(range(num_steps))
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
     def order(seed, epoch):
-        sampler = EffectiveBatchSampler(range(30), batch_size=30, accumulation=1, rank=0, world_size=1, seed=seed)
+        sampler = batch_sampler(range(30), batch_size=30, accumulation=1, rank=0, world_size=1, seed=seed)
         return tuple(sample.index for batch in sampler.micro_batches(epoch) for sample in batch)
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
@@ -113,9 +107,9 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 
 def test_the_sampler_of_a_picture_set(tmp_path):
-    """A step's pictures are of one size; what the `Batching` says reaches the sampler."""
+    """A step's pictures are of one size; what the `Division` says reaches the sampler."""
     pictures = make_picture_set(write_pictures(tmp_path / "set"), sizes=[(32, 32)] * 4 + [(16, 48)] * 2)
-    sampler = make_sampler(pictures, Batching(2, accumulation=2, seed=3), rank=1, world_size=2)
+    sampler = make_sampler(pictures, 3, Division(2, accumulation=2, rank=1, world_size=2))
     assert (sampler.effective_batch_size, sampler.rank, sampler.seed) == (8, 1, 3)
     assert sorted(sampler.samples.tolist()) == list(range(6))
     assert sampler.steps_per_epoch == 2
@@ -135,9 +129,7 @@ grouped = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, 
 def test_every_sample_once_and_each_step_of_one_size(world_size, held, batch_size, accumulation, seed):
     num_repeats, groups = zip(*held)
     options = dict(batch_size=batch_size, accumulation=accumulation, world_size=world_size, seed=seed, groups=groups)
-    samplers = [
-        EffectiveBatchSampler(samples_of_epoch(num_repeats), rank=rank, **options) for rank in range(world_size)
-    ]
+    samplers = [batch_sampler(samples_of_epoch(num_repeats), rank=rank, **options) for rank in range(world_size)]
     for epoch in (0, 2):
         seen = Counter()
         for step in range(epoch * samplers[0].steps_per_epoch, (epoch + 1) * samplers[0].steps_per_epoch):
@@ -151,7 +143,7 @@ def test_every_sample_once_and_each_step_of_one_size(world_size, held, batch_siz
 
 
 def test_steps_of_the_groups_are_mixed():
-    sampler = EffectiveBatchSampler(
+    sampler = batch_sampler(
         range(80), groups=[0] * 40 + [1] * 40, batch_size=4, accumulation=1, rank=0, world_size=1, seed=0
     )
     orders = [[int(sampler.samples_of(20 * epoch + step)[0] >= 40) for step in range(20)] for epoch in range(3)]
@@ -206,7 +198,7 @@ def test_loss_weights_count_whatever_the_batch_holds(batch_size):
     """Also where a step has pictures of one side only: the flag mustn't cancel out, nor give 0 / 0."""
     for other in (0.25, 0.0):
         weights = [1.0] * 5 + [other] * 5
-        sampler = EffectiveBatchSampler(
+        sampler = batch_sampler(
             range(10), loss_weights=weights, batch_size=batch_size, accumulation=1, rank=0, world_size=1, seed=0
         )
         mean = sum(weights) / 10
@@ -218,7 +210,7 @@ def test_loss_weights_count_whatever_the_batch_holds(batch_size):
 
 def test_loss_weights_are_means_over_samples_not_pictures():
     """Where pictures are repeated unequally: the weights of an epoch's samples are 1 on average."""
-    sampler = EffectiveBatchSampler(
+    sampler = batch_sampler(
         samples_of_epoch([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
         loss_weights=[1.0, 0.25, 0.5],
     )  # fmt: skip

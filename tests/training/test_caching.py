@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import make_picture_set, write_pictures
+from conftest import batch_sampler, make_picture_set, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -27,10 +27,11 @@ from text_to_image_lora.models.prompts import PromptEncoder
 from text_to_image_lora.pictures import picture_set
 from text_to_image_lora.pictures.examine import Picture
 from text_to_image_lora.pictures.picture_set import PictureSet, View
-from text_to_image_lora.pictures.transforms import Augmentation, apply_variation, draw_variation
+from text_to_image_lora.pictures.settings import AugmentationSettings
+from text_to_image_lora.pictures.transforms import apply_variation, draw_variation
 from text_to_image_lora.training import caching
-from text_to_image_lora.training.batches import EffectiveBatchSampler, Sample
-from text_to_image_lora.training.data import Draws, TrainingSet, collate
+from text_to_image_lora.training.batches import Sample
+from text_to_image_lora.training.data import Draws, TrainingSet
 from text_to_image_lora.training.shards import Shard, ShardReader, check_free_disk, fill_shards
 
 
@@ -161,7 +162,7 @@ def test_cached_equals_live(build, base, encoders, pictures, dtype, clip_skip):
 def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictures):
     tokenizer, text_encoder, vae = encoders
     built = build(pictures)
-    files, flipped = [Image.open(pictures / f"{i}.png") for i in range(6)], Augmentation(random_flip=True)
+    files, flipped = [Image.open(pictures / f"{i}.png") for i in range(6)], AugmentationSettings(random_flip=True)
     for first in range(0, 6, 2):
         pixels, rows = [], []
         for i in (first, first + 1):
@@ -187,9 +188,11 @@ def test_cached_pictures_keep_their_captions(build, base, tmp_path):
     built = build(write_pictures(tmp_path / "set", captions=["a cat", "a dog", "an axe", "a whip"]))
     latents, prompts = built.content()
     assert len(prompts) == 4
-    sampler = EffectiveBatchSampler(range(6), batch_size=2, accumulation=2, rank=0, world_size=1, seed=0, num_steps=8)
+    sampler = batch_sampler(range(6), batch_size=2, accumulation=2, rank=0, world_size=1, seed=0, num_steps=8)
     pairs, orders = Counter(), set()
-    loader = torch.utils.data.DataLoader(training_set(built, base), batch_sampler=sampler, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(
+        training_set(built, base), batch_sampler=sampler, collate_fn=torch.utils.data.default_collate
+    )
     for batch in loader:
         found = []
         for mean, states in zip(batch["mean"], batch["condition"]["encoder_hidden_states"]):
@@ -205,12 +208,15 @@ def test_cached_pictures_keep_their_captions(build, base, tmp_path):
 
 def test_workers_read_the_same(build, base, pictures):
     built = build(pictures)
-    sampler = EffectiveBatchSampler(range(6), batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, num_steps=4)
+    sampler = batch_sampler(range(6), batch_size=2, accumulation=1, rank=0, world_size=1, seed=0, num_steps=4)
     here, there = (
         [
             batch | batch.pop("condition")
             for batch in torch.utils.data.DataLoader(
-                training_set(built, base), batch_sampler=sampler, collate_fn=collate, num_workers=workers
+                training_set(built, base),
+                batch_sampler=sampler,
+                collate_fn=torch.utils.data.default_collate,
+                num_workers=workers,
             )
         ]
         for workers in (0, 2)
@@ -226,7 +232,7 @@ def test_workers_read_the_same(build, base, pictures):
     ("center_crop", "random_flip", "square", "wide"), [(1, 0, 1, 1), (1, 1, 2, 2), (0, 0, 1, 4), (0, 1, 2, 4)]
 )
 def test_equal_variations_are_stored_once(center_crop, random_flip, square, wide):
-    augmentation = Augmentation(center_crop=bool(center_crop), random_flip=bool(random_flip))
+    augmentation = AugmentationSettings(center_crop=bool(center_crop), random_flip=bool(random_flip))
     facts = [Picture(f"{i:032x}", *size) for i, size in enumerate([(50, 50), (900, 32), (32, 32)])]
     pictures = PictureSet({"mask": [None] * 3}, facts, [(32, 32)] * 3, [[]] * 3, View(augmentation))
     shards, locations = caching.plan_latents(

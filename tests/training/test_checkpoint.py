@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,11 +50,16 @@ def advance(model, optimizer, lr_scheduler, steps):
         optimizer.zero_grad()
 
 
+def learning_of(optimizer, lr_scheduler, scaler=None):
+    """What of a `Learning` a checkpoint holds."""
+    return SimpleNamespace(optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, average=None)
+
+
 def save(output_dir, step, run=None):
     model, optimizer, lr_scheduler = run or make_run()
     with written_whole(output_dir / f"checkpoint-{step}", folder=True) as folder:
         save_checkpoint(
-            folder, adapter=model.state_dict(), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=None,
+            folder, adapter=model.state_dict(), learning=learning_of(optimizer, lr_scheduler),
             state=TrainState(seed=7, global_step=step), settings=SETTINGS,
         )  # fmt: skip
         write_manifest(folder)
@@ -61,7 +67,7 @@ def save(output_dir, step, run=None):
 
 
 def load(path, optimizer, lr_scheduler, scaler=None):
-    return load_checkpoint(read_checkpoint(path), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler)
+    return load_checkpoint(read_checkpoint(path), learning_of(optimizer, lr_scheduler, scaler))
 
 
 def names(output_dir):
@@ -89,7 +95,7 @@ def test_the_loss_scale_comes_back(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     with written_whole(tmp_path / "checkpoint-1", folder=True) as folder:
         save_checkpoint(
-            folder, adapter=model.state_dict(), optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler,
+            folder, adapter=model.state_dict(), learning=learning_of(optimizer, lr_scheduler, scaler),
             state=TrainState(seed=0), settings={},
         )  # fmt: skip
     fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -251,7 +257,7 @@ while not survived:
         for path in list_checkpoints(".")
         if damage_of(path) is None
     }}
-    prune_checkpoints(".", 1, newest=2, say=lambda line: None)
+    prune_checkpoints(".", 1, newest=2)
     write(3, "new")
     print(json.dumps([found, [path.name for path in list_checkpoints(".")]]))
     os.chdir("..")
@@ -347,21 +353,20 @@ def test_the_newest_are_kept(tmp_path, limit, kept):
     assert {path.name for path in tmp_path.iterdir()} == {*names(tmp_path), "checkpoint-7", "notes"}
 
 
-def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path):
+def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path, said):
     for step in (1, 2):
         save(tmp_path, step)
     (tmp_path / ".checkpoint-1.old").mkdir()
     data = (tmp_path / "checkpoint-2" / "optimizer.pt").read_bytes()
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    said = []
-    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    prune_checkpoints(tmp_path, 1, newest=2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert said == [
         "checkpoint-2 can't be read back (optimizer.pt is not as it was written), so that no older one is deleted: look "
         "after the disk"
     ]
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data)
-    prune_checkpoints(tmp_path, 1, newest=2, say=said.append)
+    prune_checkpoints(tmp_path, 1, newest=2)
     assert len(said) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # nor what a kill left
 
@@ -395,4 +400,4 @@ def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wan
     with pytest.raises(
         InputError, match=r"^me/axes: checkpoint-20 can't be fetched \(no route to host\)\. Run it again"
     ):
-        hub_checkpoints.find_checkpoint(tmp_path, wanted, None, print)
+        hub_checkpoints.find_checkpoint(tmp_path, wanted, None)

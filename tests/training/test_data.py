@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_picture_set, train_script, write_pictures
+from conftest import ROOT, batch_sampler, make_picture_set, train_script, write_pictures
 from PIL import Image
 
 from text_to_image_lora.models.loading import find_base_model
-from text_to_image_lora.training.batches import EffectiveBatchSampler, Sample
-from text_to_image_lora.training.data import Draws, TrainingSet, collate, seed_of
+from text_to_image_lora.training.batches import Sample
+from text_to_image_lora.training.data import Draws, TrainingSet, seed_of
 
 
 def test_seeds_of_neighbours_and_of_prefixes_differ():
@@ -67,7 +67,7 @@ def test_no_two_samples_of_a_step_share_their_noise(make_set):
     """Fault 2: upstream seeds all ranks alike, so they draw the same noise and timesteps."""
     training_set = make_set()
     samplers = [
-        EffectiveBatchSampler([*range(6)] * 2, batch_size=2, accumulation=2, rank=rank, world_size=3, seed=0)
+        batch_sampler([*range(6)] * 2, batch_size=2, accumulation=2, rank=rank, world_size=3, seed=0)
         for rank in range(3)
     ]
     samples = [training_set[sample] for sampler in samplers for batch in sampler.micro_batches(0) for sample in batch]
@@ -96,8 +96,10 @@ def timesteps_of(make_set):
     """Three hundred timesteps as these flags of the script have them drawn."""
 
     def draw(*words):
-        args = train_script.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", *words])
-        training_set = make_set(draws=train_script.draws_of(args, 0, 1000))
+        settings = train_script.parse_settings(
+            ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", *words]
+        )
+        training_set = make_set(draws=Draws(0, 1000, timesteps=settings.timesteps))
         return np.array([training_set[Sample(0, step, p, 1.0)]["timesteps"] for step in range(150) for p in range(2)])
 
     return draw
@@ -171,10 +173,10 @@ def test_pictures_keep_their_captions(make_set, tmp_path):
         Image.new("RGB", (40, 32), (10 * i, 0, 0)).save(folder / f"{i}.png")
     seen = Counter()
     for rank in range(2):
-        sampler = EffectiveBatchSampler(
-            range(20), batch_size=3, accumulation=2, rank=rank, world_size=2, seed=0, num_steps=4
+        sampler = batch_sampler(range(20), batch_size=3, accumulation=2, rank=rank, world_size=2, seed=0, num_steps=4)
+        loader = torch.utils.data.DataLoader(
+            make_set(folder), batch_sampler=sampler, collate_fn=torch.utils.data.default_collate
         )
-        loader = torch.utils.data.DataLoader(make_set(folder), batch_sampler=sampler, collate_fn=collate)
         for batch in loader:
             assert len(batch["captions"]) == len(batch["pixels"]) == len(batch["noise"]) <= 3
             for caption, pixels, weight in zip(batch["captions"], batch["pixels"], batch["weights"]):

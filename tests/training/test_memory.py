@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import ROOT, run_command, train_script
 from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
-from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes
+from text_to_image_lora.models.settings import LoraSettings
+from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes, plan_of
 from text_to_image_lora.training.trials import Shapes, Trial
 
 
@@ -43,7 +45,7 @@ def test_shapes_alone_are_counted_like_numbers():
 
 
 def plan_for(base, **changes):
-    settings = lora.LoraSettings(4, 4, base.family.target_modules)
+    settings = LoraSettings(rank=4, lora_alpha=4, target_modules=base.family.target_modules)
     return Plan(torch.float32, settings, 8, False, caches=True, encoders_stay=False, draws=4)._replace(**changes)
 
 
@@ -77,7 +79,7 @@ def test_it_follows_what_changes_a_step(tiny_sd):
     plain = estimate(base, shapes, plan)
     lighter = estimate(base, shapes, plan._replace(gradient_checkpointing=True, dtype=torch.bfloat16))
     assert lighter.step < 0.6 * plain.step
-    heavier = plan._replace(lora=plan.lora._replace(rank=64), caches=False, encoders_stay=True, draws=0)
+    heavier = plan._replace(lora=replace(plan.lora, rank=64), caches=False, encoders_stay=True, draws=0)
     live = estimate(base, shapes_of(base, 128), heavier)
     assert live.further_sample > 3 * plain.further_sample
     assert live.step > plain.step + 3 * (live.further_sample - plain.further_sample) / 4
@@ -159,14 +161,14 @@ RECIPES = sorted((ROOT / "recipes").glob("gpu_*.yaml"))
 def test_the_recipe_of_a_card_says_what_it_takes_and_fits(recipe, request):
     folder = request.getfixturevalue("xl_configuration" if "_xl_" in recipe.stem else "sd15_configuration")
     words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(folder)]
-    args = train_script.parse_args([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
+    settings = train_script.parse_settings([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
     base = loading.find_base_model(str(folder))
-    plan = train_script.plan_of(args, base, torch.float16)
-    shapes = shapes_of(base, args.resolution)
+    plan = plan_of(settings, base, torch.float16)
+    shapes = shapes_of(base, settings.sizes.resolution)
     own = base.family.picture_condition((1, 1), (0, 0), (1, 1))
     shapes = shapes._replace(condition=shapes.condition | {name: (len(row),) for name, row in own.items()})
     needs = estimate(base, shapes, plan)
-    found = needs.steps(args.train_batch_size) / 2**30, needs.peak(args.train_batch_size) / 2**30
+    found = needs.steps(settings.batches.batch_size) / 2**30, needs.peak(settings.batches.batch_size) / 2**30
     first = recipe.read_text().splitlines()[0]
     card, *said = map(float, re.findall(r"(\d+(?:\.\d)?) Gi?B", first))
     assert said == pytest.approx(found, abs=0.06)

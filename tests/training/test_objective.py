@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from text_to_image_lora.training import objective
 from text_to_image_lora.training.objective import PREDICTIONS, Diffusion
+from text_to_image_lora.training.settings import LossSettings
 
 
 SCHEDULES = [
@@ -33,7 +34,7 @@ def reference_weight(alpha_bar, snr_gamma, prediction_type):
 
 @pytest.mark.parametrize("snr_gamma", [0.5, 5.0, 20.0])
 def test_min_snr_weights(noise_scheduler, snr_gamma):
-    weights = Diffusion(noise_scheduler).weights(torch.arange(1000), snr_gamma=snr_gamma)
+    weights = Diffusion(noise_scheduler).weights(torch.arange(1000), LossSettings(snr_gamma=snr_gamma))
     alphas, prediction_type = noise_scheduler.alphas_cumprod.double().tolist(), noise_scheduler.config.prediction_type
     expected = [reference_weight(alpha_bar, snr_gamma, prediction_type) for alpha_bar in alphas]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-7)
@@ -54,7 +55,10 @@ def test_zero_terminal_snr_is_seen():
     assert snr[1] == 0 < snr[0]
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(diffusion.add_noise(latents, noise, timesteps)[1], noise[1])
-    target, weights = diffusion.target(latents, noise, timesteps), diffusion.weights(timesteps, snr_gamma=5.0)
+    target, weights = (
+        diffusion.target(latents, noise, timesteps),
+        diffusion.weights(timesteps, LossSettings(snr_gamma=5.0)),
+    )
     assert objective.diffusion_loss(torch.zeros_like(target), target, weights).isfinite()
 
 
@@ -122,7 +126,7 @@ def test_half_precision_predictions_are_compared_in_float32():
 def test_huber(huber_c):
     """Against the formula, one number at a time in float64; near the target it is the squared error, far off it is linear."""
     timesteps = torch.tensor([0, 500, 1000])
-    c = objective.scheduled_huber_c(huber_c, timesteps, 1000)
+    c = objective.scheduled_huber_c(LossSettings(loss_type="huber", huber_c=huber_c), timesteps, 1000)
     assert c.tolist() == pytest.approx([1, huber_c**0.5, huber_c])
     model_pred, target = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     losses = objective.loss_of_samples(model_pred, target, huber_c=c)
@@ -140,7 +144,7 @@ def test_huber(huber_c):
 def test_debiased_weights(noise_scheduler):
     timesteps, kind = torch.arange(0, 1000, 37), noise_scheduler.config.prediction_type
     snr = objective.snr_of(noise_scheduler.alphas_cumprod, timesteps)
-    weights = Diffusion(noise_scheduler).weights(timesteps, debiased=True)
+    weights = Diffusion(noise_scheduler).weights(timesteps, LossSettings(debiased_estimation=True))
     for value, weight in zip(snr.double().tolist(), weights.tolist(), strict=True):
         value = min(max(value, 1e-3), 1e3)
         assert weight == pytest.approx(1 / (value + 1) if kind == "v_prediction" else value**-0.5, rel=1e-4)

@@ -174,7 +174,9 @@ def test_bad_flags_are_told(train, flags, message):
 
 
 def test_an_optimizer_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(optimizers.OPTIMIZERS, "prodigy", ("no_such_package", "Prodigy", {}, "prodigyopt", 16))
+    monkeypatch.setitem(
+        optimizers.OPTIMIZERS, "prodigy", optimizers.OPTIMIZERS["prodigy"]._replace(module="no_such_package")
+    )
     with pytest.raises(InputError, match="--optimizer prodigy needs prodigyopt. Run: pip install prodigyopt"):
         optimizers.check_optimizer("prodigy", [])
 

@@ -1,6 +1,7 @@
 """The perceptual losses: zero at the truth, as the formula says, felt by the LoRA alone, and no harm to learning."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.loading import find_base_model, load_components
+from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.training import perceptual
-from text_to_image_lora.training.objective import Diffusion, Loss
+from text_to_image_lora.training.objective import Diffusion
 from text_to_image_lora.training.perceptual import PerceptualLoss
+from text_to_image_lora.training.settings import LossSettings
 
 
 KINDS = ["decoder", "self"]
@@ -27,7 +30,7 @@ def loaded(tiny_sd):
     """VAE and adapted UNet, with a LoRA that does something."""
     loaded = load_components(find_base_model(str(tiny_sd)))
     torch.manual_seed(0)
-    lora.add_lora(loaded.denoiser, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    lora.add_lora(loaded.denoiser, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     for name, parameter in loaded.denoiser.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -45,7 +48,7 @@ def loss_of(loaded, diffusion):
     vae, unet = loaded
 
     def build(kind, model_pred, clean, noise, batch, max_timestep=1000):
-        loss = Loss(perceptual=kind, perceptual_max_timestep=max_timestep)
+        loss = LossSettings(perceptual_loss=kind, perceptual_max_timestep=max_timestep)
         perceptual_loss = PerceptualLoss(
             loss, family=STABLE_DIFFUSION, denoiser=unet, vae=vae, diffusion=diffusion, scaling_factor=SCALING_FACTOR,
             dtype=torch.float32,
@@ -122,13 +125,13 @@ def test_the_decoder_chooses_its_samples_without_asking_the_device(loaded, numbe
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # which knows no meta
     clean, noise, predicted, batch = numbers
     loss = PerceptualLoss(
-        Loss(perceptual="decoder", perceptual_max_timestep=600), family=STABLE_DIFFUSION, denoiser=loaded[1],
+        LossSettings(perceptual_loss="decoder", perceptual_max_timestep=600), family=STABLE_DIFFUSION, denoiser=loaded[1],
         vae=loaded[0].to("meta"), diffusion=Diffusion(DDPMScheduler()), scaling_factor=SCALING_FACTOR, dtype=torch.float32,
     )  # fmt: skip
     moved = {name: value.to("meta") for name, value in batch.items() if torch.is_tensor(value)}
     moved["timesteps_on_cpu"] = batch["timesteps_on_cpu"]
     for limit in (600, 10):  # some samples, and none
-        loss.loss = loss.loss._replace(perceptual_max_timestep=limit)
+        loss.loss = dataclasses.replace(loss.loss, perceptual_max_timestep=limit)
         assert loss(predicted.to("meta"), clean.to("meta"), noise.to("meta"), moved).device.type == "meta"
 
 
@@ -220,11 +223,11 @@ def test_a_run_with_it(train, tmp_path, kind):
 def test_each_has_its_weight():
     words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
     for kind, weight in ((None, None), ("decoder", 0.1), ("self", 0.01)):
-        args = train_script.parse_args(words + ([] if kind is None else ["--perceptual_loss", kind]))
-        assert train_script.loss_of(args).perceptual_weight == weight
-        assert train_script.loss_of(args).perceptual_max_timestep == 400
-    args = train_script.parse_args([*words, "--perceptual_loss", "self", "--perceptual_loss_weight", "0"])
-    assert train_script.loss_of(args).perceptual_weight == 0
+        loss = train_script.parse_settings(words + ([] if kind is None else ["--perceptual_loss", kind])).loss
+        assert loss.perceptual_weight == weight
+        assert loss.perceptual_max_timestep == 400
+    settings = train_script.parse_settings([*words, "--perceptual_loss", "self", "--perceptual_loss_weight", "0"])
+    assert settings.loss.perceptual_weight == 0
 
 
 def test_masks_are_refused(train, pictures):

@@ -84,4 +84,4 @@ def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
 
 def test_deterministic_and_xformers_do_not_go_together(arguments):
     with pytest.raises(InputError, match="--deterministic needs plain attention"):
-        train_script.parse_args(arguments(deterministic=True, enable_xformers_memory_efficient_attention=True))
+        train_script.parse_settings(arguments(deterministic=True, enable_xformers_memory_efficient_attention=True))

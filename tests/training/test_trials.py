@@ -8,13 +8,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import read_lora, read_metrics, run_command, train_script
+from conftest import batch_sampler, read_lora, read_metrics, run_command, train_script
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
-from text_to_image_lora.training import processes, trials
-from text_to_image_lora.training.batches import EffectiveBatchSampler
+from text_to_image_lora.models.settings import LoraSettings
+from text_to_image_lora.training import batch_size, processes, trials
 from text_to_image_lora.training.trials import Shapes, Trial, even_parts, heaviest_batch, what_compiling_gives
 
 
@@ -23,7 +23,7 @@ def make_trial(tiny_sd):
     """A `Trial` of the tiny UNet, whose device has memory for `room` samples."""
     base = loading.find_base_model(str(tiny_sd))
     unet = loading.load_components(base).denoiser
-    lora.add_lora(unet, lora.LoraSettings(4, 4, base.family.target_modules))
+    lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=base.family.target_modules))
     ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
     shapes = Shapes(base.latent_shape((32, 32)), base.condition_shapes(1))
 
@@ -78,7 +78,7 @@ def test_batches_as_few_and_as_even_as_can_be():
 def test_the_heaviest_batch_is_one_that_occurs(sizes, limit, world_size, accumulation, expected):
     pictures = SimpleNamespace(sizes=sizes)
     groups = [sorted(set(sizes)).index(size) for size in sizes]
-    sampler = EffectiveBatchSampler(
+    sampler = batch_sampler(
         np.arange(len(sizes)), batch_size=limit, accumulation=accumulation, rank=0, world_size=world_size, seed=0,
         groups=groups, num_steps=20,
     )  # fmt: skip
@@ -150,18 +150,17 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
     """With a trial that has memory for so many samples, in the place of the GPU's."""
     trial = make_trial(room)
     words = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *flags]
-    args = train_script.parse_args(words)
+    settings = train_script.parse_settings(words)
     sizes = [(32, 32)] * 8
-    sampler = EffectiveBatchSampler(
+    sampler = batch_sampler(
         np.arange(8), batch_size=1, accumulation=6, rank=0, world_size=1, seed=0, groups=[0] * 8, num_steps=4
     )
     family = trial.family
     base = SimpleNamespace(
         family=family, kind="folder", _replace=lambda **_: SimpleNamespace(family=family, kind="folder")
     )
-    settings = lora.LoraSettings(4, 4, ())
     run = SimpleNamespace(
-        base=base, sampler=sampler, pictures=SimpleNamespace(sizes=sizes), lora=settings, variations=1,
+        base=base, sampler=sampler, pictures=SimpleNamespace(sizes=sizes), lora=LoraSettings(), variations=1,
         identity={"num_chunks": 1}, state=SimpleNamespace(batch_size=kept),
     )  # fmt: skip
     moved = []
@@ -170,12 +169,16 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
     monkeypatch.setattr(trials, "Trial", lambda *_, **__: trial)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(processes, "broadcast_object_list", lambda answer: answer)
-    more = (trial.denoiser, encoder, SimpleNamespace(text_encoders=[encoder]), Gpu(), lambda line: None)
+    models = SimpleNamespace(
+        denoiser=trial.denoiser, vae=encoder, prompt_encoder=SimpleNamespace(text_encoders=[encoder]),
+        trains_text_encoder=False,
+    )  # fmt: skip
     if found is None:
         with pytest.raises(TrainingError, match="Out of memory: a training step does not fit this device. Try "):
-            train_script.settle_batch_size(args, run, *more)
+            batch_size.settle(settings, run, models, Gpu())
     else:
-        assert train_script.settle_batch_size(args, run, *more)[1] == found
+        assert batch_size.settle(settings, run, models, Gpu()) is trial
+        assert sampler.batch_size == found
     assert moved[:2] == ["cpu", "cpu"]
     assert len(moved) == 4
 
@@ -191,7 +194,7 @@ def test_what_makes_room_is_the_base_alone(tiny_sd):
     """An adapter's weights are views of their masters, which moving would part."""
     unet = loading.load_components(loading.find_base_model(str(tiny_sd))).denoiser
     plain = {id(parameter) for parameter in unet.parameters()}
-    lora.add_lora(unet, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     lean.hold_lean(unet, [lora.trainable_parameters(unet)])
     joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
     assert {id(parameter) for parameter in trials.base_of(unet)} == plain | {id(parameter) for parameter in joined}
@@ -218,7 +221,7 @@ def test_parts_of_one_memory_are_moved_as_one():
 def test_a_model_that_made_room_predicts_as_before(tiny_sd):
     base, device = loading.find_base_model(str(tiny_sd)), torch.device("cuda")
     unet = loading.load_components(base).denoiser.to(device)
-    lora.add_lora(unet, lora.LoraSettings(4, 4, STABLE_DIFFUSION.target_modules))
+    lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
     more = [torch.zeros(1, *shape, device=device) for shape in (base.latent_shape((32, 32)), (), (77, 96))]
     with torch.no_grad():

@@ -64,7 +64,7 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     )  # fmt: skip
 
 
-def write_about(output_dir, *, flags, command, settings, machine, dataset):
+def write_about(output_dir, *, flags, command, settings: dict, machine, dataset):
     """Writes `run.yaml` and `about.json` of a run into its folder; returns what the second holds, as plain data.
 
     `flags` are for --config, `command` makes the same run again, `settings` are the flags and what they were settled to;

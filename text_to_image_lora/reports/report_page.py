@@ -113,7 +113,7 @@ def runs_in(folders):
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def differences(settings):
+def differences(settings: list):
     """[(name, [value of each run])] of the settings that are not the same in all."""
     names, follow = sorted({name for each in settings for name in each}), {"output_dir"}
     rows = [(name, [each.get(name, "") for each in settings]) for name in names if name not in follow]

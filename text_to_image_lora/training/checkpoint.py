@@ -114,7 +114,7 @@ def damage_of(path):
 LEARNT = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
 
 
-def save_checkpoint(folder, *, adapter, learning, state, settings):
+def save_checkpoint(folder, *, adapter, learning, state, settings: dict):
     """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it).
 
     `write_manifest` makes it whole, when all else that belongs to it is there too.
