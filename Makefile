@@ -61,6 +61,7 @@ style: $(VENV)/installed-dev
 quality: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 $(VENV)/installed: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
