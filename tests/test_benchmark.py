@@ -5,17 +5,16 @@ import subprocess
 import sys
 import time
 
-import bare_unet
-import benchmark
-import benchmark_gpu
-import benchmark_inside
 import pytest
 import torch
-from benchmark_gpu import Row, measure_rows, rows_for
-from benchmark_runs import CommandFailed, Ran, prepare, run
 from conftest import ROOT
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
+
+from scripts import benchmark
+from scripts.benchmarks import bare_unet, gpu, inside
+from scripts.benchmarks.gpu import Row, measure_rows, rows_for
+from scripts.benchmarks.runs import CommandFailed, Ran, prepare, run
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -29,12 +28,12 @@ def silent(*_, **__):
 
 
 def test_the_median_leaves_out_the_first_fifth():
-    assert benchmark_inside.middle([100.0, 90.0, *[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]) == 4.5
-    assert benchmark_inside.middle([3.0]) == 3.0
+    assert inside.middle([100.0, 90.0, *[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]) == 4.5
+    assert inside.middle([3.0]) == 3.0
 
 
 def counted(work):
-    counter = benchmark_inside.Counter()
+    counter = inside.Counter()
     with counter:
         work()
     counter.end_of_step()
@@ -66,7 +65,7 @@ def test_arithmetic_that_pytorch_passes_over():
 def test_views_and_the_loader_are_not_counted(monkeypatch):
     iterator = torch.utils.data.dataloader._BaseDataLoaderIter
     monkeypatch.setattr(iterator, "__next__", iterator.__next__)  # to be put back
-    counter = benchmark_inside.Counter()
+    counter = inside.Counter()
     counter.leave_out_loading()
     with counter:
         for (batch,) in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(6, 2)), batch_size=2):
@@ -76,7 +75,7 @@ def test_views_and_the_loader_are_not_counted(monkeypatch):
 
 
 def test_a_clock_that_saw_no_step_says_so():
-    clock = benchmark_inside.Clock()
+    clock = inside.Clock()
     clock.end_of_step()
     with pytest.raises(SystemExit, match="was seen 1 times"):
         clock.told()
@@ -86,7 +85,7 @@ def bare_steps(model, batch_size):
     """A `Counter` and a `Clock` that saw three steps of the bare UNet."""
     words = ["--pretrained_model_name_or_path", str(model), "--resolution", "32", "--max_train_steps", "3"]
     words += ["--train_batch_size", str(batch_size), "--rank", "4", "--report_to", "none"]  # some don't concern it
-    counter, clock = benchmark_inside.Counter(), benchmark_inside.Clock()
+    counter, clock = inside.Counter(), inside.Clock()
     hooks = [register_optimizer_step_post_hook(watch.end_of_step) for watch in (counter, clock)]
     try:
         with counter:
@@ -109,7 +108,7 @@ def test_the_bare_unet_steps_to_its_input_alone(tiny_sd):
 
 
 def test_a_matrix_rate():
-    assert 1e8 < benchmark_inside.matrix_rate("fp32", torch.device("cpu"), side=256, repeats=4) < 1e14
+    assert 1e8 < inside.matrix_rate("fp32", torch.device("cpu"), side=256, repeats=4) < 1e14
 
 
 # Outside.
@@ -249,7 +248,7 @@ def test_a_suite_of_rows_that_work_and_rows_that_do_not(tiny_sd, tmp_path):
     assert words[2].startswith("failed: train_text_to_image_lora.py: Pass one of --snr_gamma")
     assert words[3] == "no_such_package is not installed"
     machine, rates = {"device": "A CPU", "torch": "2"}, {"tf32": 1e12}
-    section = benchmark_gpu.section_of("command", machine, rates, outcomes, ["One."], setting, steps=2)
+    section = gpu.section_of("command", machine, rates, outcomes, ["One."], setting, steps=2)
     assert section.startswith("### A CPU, PyTorch 2\n\n`command`: model, 32², rank 2")
     assert f"\n| plain | {plain.ran.told['median']:.3g} | {plain.images_per_second:.3g} |" in section
     assert f"\n| refused | {words[2]} | | | | | |\n" in section
@@ -285,9 +284,9 @@ def test_batches_grow_until_that_brings_nothing():
     assert [o.words for o in outcomes if o.row.batch_size > 8] == [
         "not measured: the batch before it was no faster, or did not fit"
     ] * 2
-    assert "Best batch: 4, 40 images/s." in benchmark_gpu.findings_of(outcomes)
-    assert "ours: 2,000 operators and 1 TFLOP a step." in benchmark_gpu.findings_of(outcomes)
-    table = benchmark_gpu.table_of(outcomes, {"bf16": 1e14})
+    assert "Best batch: 4, 40 images/s." in gpu.findings_of(outcomes)
+    assert "ours: 2,000 operators and 1 TFLOP a step." in gpu.findings_of(outcomes)
+    table = gpu.table_of(outcomes, {"bf16": 1e14})
     # 4 pictures of 1 TFLOP in 0.1 s, of 100 TFLOP/s
     assert "| bf16, batch 4 | 0.1 | 40 | 40.0% | 2.00 | 3.00 | 1 |" in table
     assert "| fp32, --allow_tf32 | 0.1 | 10 |  | 2.00 |" in table  # its rate is not known
@@ -297,8 +296,8 @@ def test_out_of_memory_is_a_row():
     machine = Machine(most=8)
     outcomes = measure_rows(growing_rows(), machine, time.monotonic() + 60, say=silent)
     assert machine.ran == [1, 1, 2, 4, 8, 16, 1]
-    assert "| bf16, batch 16 | out of memory | | | | | |" in benchmark_gpu.table_of(outcomes, {})
-    assert "Best batch: 8, 80 images/s." in benchmark_gpu.findings_of(outcomes)
+    assert "| bf16, batch 16 | out of memory | | | | | |" in gpu.table_of(outcomes, {})
+    assert "Best batch: 8, 80 images/s." in gpu.findings_of(outcomes)
 
 
 def test_when_the_time_is_spent_the_rest_is_not_measured():
@@ -307,7 +306,7 @@ def test_when_the_time_is_spent_the_rest_is_not_measured():
     assert machine.ran == []
     assert "not measured: the time was spent" in {o.words for o in outcomes}
     assert not [o for o in outcomes if o.ran]
-    assert benchmark_gpu.findings_of(outcomes)[0].endswith("not measured: the time was spent.")
+    assert gpu.findings_of(outcomes)[0].endswith("not measured: the time was spent.")
 
 
 def test_the_rows_differ_in_name():
@@ -320,7 +319,7 @@ def test_the_rows_differ_in_name():
 @pytest.mark.long
 def test_two_ranks_beside_one(tiny_sd, tmp_path):
     setting = prepare(tiny_sd, tmp_path, resolution=32, rank=2)
-    sentence = benchmark_gpu.compare_ranks(setting, time.monotonic() + 300, steps=3, precision="no")
+    sentence = gpu.compare_ranks(setting, time.monotonic() + 300, steps=3, precision="no")
     assert "3 steps in no: the losses differ by at most" in sentence
     assert float(sentence.split("at most ")[1].split()[0]) < 1e-4
 

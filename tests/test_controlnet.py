@@ -1,8 +1,6 @@
 """The embedded base's ControlNet: its maker is resumable, its measure is right, and it makes objects follow edges."""
 
 import kornia
-import make_controlnet
-import mini_sd_pictures
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,8 @@ from conftest import ROOT
 from diffusers import ControlNetModel
 from PIL import Image
 from safetensors.torch import load_file
+
+from scripts.mini_sd import controlnet, pictures
 
 
 BASE, CONTROLNET = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-controlnet"
@@ -19,7 +19,7 @@ BASE, CONTROLNET = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-controln
 def folder(tmp_path_factory):
     """A work folder with eight drawings, made in this process."""
     folder = tmp_path_factory.mktemp("controlnet")
-    np.save(folder / "pictures.npy", np.stack([mini_sd_pictures.draw_for_unet(0, i) for i in range(8)]))
+    np.save(folder / "pictures.npy", np.stack([pictures.draw_for_unet(0, i) for i in range(8)]))
     return folder
 
 
@@ -27,7 +27,7 @@ def run(folder, output_dir, *flags):
     """The script's exit code: two steps of two drawings, nothing measured unless the flags ask for it."""
     few = ["--num_drawings", "8", "--steps", "2", "--batch_size", "2", "--num_pictures", "0"]
     paths = ["--model", str(BASE), "--work_dir", str(folder), "--output_dir", str(output_dir)]
-    return make_controlnet.main(make_controlnet.parse_args([*few, *paths, *flags]))
+    return controlnet.main(controlnet.parse_args([*few, *paths, *flags]))
 
 
 def test_stopped_and_gone_on_with_it_writes_the_weights_of_one_go(folder, tmp_path):
@@ -42,18 +42,18 @@ def test_stopped_and_gone_on_with_it_writes_the_weights_of_one_go(folder, tmp_pa
     )
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
-    controlnet = ControlNetModel.from_pretrained(tmp_path / "resumed")
-    assert all(layer.weight.abs().sum() > 0 for layer in controlnet.controlnet_down_blocks)
-    fresh = make_controlnet.make_controlnet(make_controlnet.load_pipeline(BASE).unet)
+    trained = ControlNetModel.from_pretrained(tmp_path / "resumed")
+    assert all(layer.weight.abs().sum() > 0 for layer in trained.controlnet_down_blocks)
+    fresh = controlnet.make_controlnet(controlnet.load_pipeline(BASE).unet)
     assert not any(layer.weight.abs().sum() > 0 for layer in fresh.controlnet_down_blocks)
 
 
 def test_a_control_image_is_kornias_canny_in_white_on_black():
-    picture = mini_sd_pictures.draw_for_unet(0, 0)
-    edges = make_controlnet.canny_edges([picture])
+    picture = pictures.draw_for_unet(0, 0)
+    edges = controlnet.canny_edges([picture])
     pixels = torch.tensor(picture).permute(2, 0, 1)[None] / 255
     _, expected = kornia.filters.canny(pixels, 0.1, 0.2, (5, 5), (1, 1), hysteresis=True)
-    control = make_controlnet.control_image(edges[0])
+    control = controlnet.control_image(edges[0])
     assert (control.mode, control.size) == ("RGB", (128, 128))
     assert np.array_equal(np.asarray(control), 255 * expected[0, 0, ..., None].numpy().repeat(3, axis=2))
     assert 0.01 < edges.mean() < 0.2
@@ -63,11 +63,11 @@ def test_agreement_forgives_a_pixel_and_counts_what_is_missing_and_what_is_too_m
     frame, line = np.zeros((2, 1, 32, 32), dtype=bool)
     frame[0, 8, 8:24] = frame[0, 24, 8:24] = True
     line[0, 8, 8:24] = True
-    assert make_controlnet.edge_agreement(frame, np.roll(frame, 1, axis=1)) == pytest.approx(1)
-    assert make_controlnet.edge_agreement(frame, np.roll(frame, 2, axis=1)) == 0
-    assert make_controlnet.edge_agreement(line, frame) == pytest.approx(2 / 3)
-    assert make_controlnet.edge_agreement(frame, line) == pytest.approx(2 / 3)
-    assert make_controlnet.edge_agreement(np.zeros_like(frame), frame) == 0
+    assert controlnet.edge_agreement(frame, np.roll(frame, 1, axis=1)) == pytest.approx(1)
+    assert controlnet.edge_agreement(frame, np.roll(frame, 2, axis=1)) == 0
+    assert controlnet.edge_agreement(line, frame) == pytest.approx(2 / 3)
+    assert controlnet.edge_agreement(frame, line) == pytest.approx(2 / 3)
+    assert controlnet.edge_agreement(np.zeros_like(frame), frame) == 0
 
 
 def test_it_ships_small_and_in_half_precision():
@@ -89,21 +89,19 @@ def test_measuring_prints_a_row_for_each_way_to_draw_and_the_sheet_is_drawn(tmp_
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_one_prompt_and_two_control_images_give_two_pictures_that_follow_them(seed):
-    """A held-out prompt with two poses, one noise; `make_controlnet.py --measure_only` measures the same on many."""
-    colour, kind, background, _ = make_controlnet.held_out_drawings(1, seed)[0][0]
-    poses = [
-        make_controlnet.draw_scene(kind, colour, background, 128, np.random.default_rng([seed, i])) for i in (1, 2)
-    ]
-    edges = make_controlnet.canny_edges(poses)
-    pipeline = make_controlnet.load_controlled(BASE, CONTROLNET)
+    """A held-out prompt with two poses, one noise; `controlnet.py --measure_only` measures the same on many."""
+    colour, kind, background, _ = controlnet.held_out_drawings(1, seed)[0][0]
+    poses = [controlnet.draw_scene(kind, colour, background, 128, np.random.default_rng([seed, i])) for i in (1, 2)]
+    edges = controlnet.canny_edges(poses)
+    pipeline = controlnet.load_controlled(BASE, CONTROLNET)
 
     def edges_drawn(scale):
-        prompts = [make_controlnet.captions_of(colour, kind, background)[0]] * 2
+        prompts = [controlnet.captions_of(colour, kind, background)[0]] * 2
         options = dict(guidance_scale=4.0, num_inference_steps=20, controlnet_conditioning_scale=scale)
-        images = make_controlnet.draw_controlled(pipeline, prompts, edges, [seed, seed], **options)
-        return make_controlnet.canny_edges(images)
+        images = controlnet.draw_controlled(pipeline, prompts, edges, [seed, seed], **options)
+        return controlnet.canny_edges(images)
 
     followed = edges_drawn(1.0)
-    agreement = make_controlnet.edge_agreement(followed, edges)
-    assert agreement.min() > make_controlnet.edge_agreement(followed, edges[::-1].copy()).max() + 0.2
-    assert agreement.min() > make_controlnet.edge_agreement(edges_drawn(0.0), edges).max() + 0.2
+    agreement = controlnet.edge_agreement(followed, edges)
+    assert agreement.min() > controlnet.edge_agreement(followed, edges[::-1].copy()).max() + 0.2
+    assert agreement.min() > controlnet.edge_agreement(edges_drawn(0.0), edges).max() + 0.2

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import convert_lora
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from small_pipeline import (
     trained,
 )
 
+from scripts import convert_lora
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import kohya, lora_file
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
@@ -314,7 +314,7 @@ def test_the_command_as_typed(ours, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; sys.path.insert(0, 'scripts'); import convert_lora; convert_lora.parse_args(['a', 'b'])\n"
+    code = "import sys; from scripts import convert_lora; convert_lora.parse_args(['a', 'b'])\n"
     code += "print(*[name for name in ('torch', 'numpy', 'peft', 'safetensors') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -5,15 +5,16 @@ import shutil
 import subprocess
 import sys
 
-import evaluate
-import evaluation_judges
-import evaluation_pictures
 import numpy as np
 import pytest
 from conftest import ROOT, write_pictures
-from drawings import draw_scene
-from evaluation_judges import ClipAndDino, MiniSdJudge, preprocess
 from PIL import Image
+
+from scripts import evaluate
+from scripts.evaluation import judges
+from scripts.evaluation import pictures as evaluation_pictures
+from scripts.evaluation.judges import ClipAndDino, MiniSdJudge, preprocess
+from scripts.mini_sd.drawings import draw_scene
 
 
 BASE, WEAPONS, WEAPONS_TEST = (
@@ -27,8 +28,9 @@ BASE, WEAPONS, WEAPONS_TEST = (
 def clip_model(tmp_path_factory):
     """A folder with a CLIP of one layer each and the tokenizer of the embedded base."""
     import torch
-    from mini_sd import write_tokenizer
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     write_tokenizer(folder / "words")
@@ -82,7 +84,7 @@ def test_pictures_are_prepared_as_transformers_does(kind):
     """By the image processor of DINOv2's own configuration, of which CLIP's differs in its settings alone."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-    how = evaluation_judges.PREPROCESSING[kind]
+    how = judges.PREPROCESSING[kind]
     images = [noise_picture(0, (500, 300)), noise_picture(1, (230, 641))]
     wanted = BitImageProcessorPil(**how, resample=3)(images, return_tensors="np")["pixel_values"]
     got = preprocess(images, how).numpy()
@@ -102,8 +104,8 @@ def test_the_form_in_which_clips_authors_published_how_it_takes_pictures(clip_mo
         "size": 224,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(published))
-    how = evaluation_judges.find_vision_model("--clip_model", str(folder), "clip")
-    wanted = evaluation_judges.PREPROCESSING["clip"]
+    how = judges.find_vision_model("--clip_model", str(folder), "clip")
+    wanted = judges.PREPROCESSING["clip"]
     images = [noise_picture(0, (500, 300))]
     np.testing.assert_array_equal(preprocess(images, how).numpy(), preprocess(images, wanted).numpy())
 
@@ -167,8 +169,8 @@ def test_the_embedded_bases_judge_sees_what_is_drawn(mini_sd_judge):
 
 
 def test_the_embedded_bases_own_judge_is_found():
-    assert isinstance(evaluation_judges.make_judge(None, BASE, "", ""), MiniSdJudge)
-    assert isinstance(evaluation_judges.make_judge("mini-sd", "somewhere/else", "", ""), MiniSdJudge)
+    assert isinstance(judges.make_judge(None, BASE, "", ""), MiniSdJudge)
+    assert isinstance(judges.make_judge("mini-sd", "somewhere/else", "", ""), MiniSdJudge)
 
 
 def test_other_things_are_no_weapons(mini_sd_judge):
@@ -331,14 +333,14 @@ def test_one_held_out_picture_is_too_few(words, tmp_path):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; sys.path.insert(0, 'scripts'); import evaluate; evaluate.build_parser().format_help()\n"
+    code = "import sys; from scripts import evaluate; evaluate.build_parser().format_help()\n"
     code += "print(*[name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
 def test_checkpoints_lie_in_their_runs(tmp_path):
-    from evaluation_report import runs_of
+    from scripts.evaluation.report import runs_of
 
     class Given:
         def __init__(self, given):

@@ -14,11 +14,12 @@ import time
 import numpy as np
 import psutil
 import pytest
-import sweep
-import sweep_results
-import sweep_settings
 from conftest import ROOT, read_metrics, write_pictures
 from PIL import Image
+
+from scripts import sweep
+from scripts.sweeping import results
+from scripts.sweeping import settings as sweep_settings
 
 
 # Where it is the queue that is tested, and no training.
@@ -251,15 +252,15 @@ def test_trials_of_several_seeds_are_one():
         {
             "trial": i,
             "state": "pruned" if key == (2, 8) else "complete",
-            sweep_results.METRIC: loss,
+            results.METRIC: loss,
             "seed": key[0],
             "rank": key[1],
         }
         for i, (key, loss) in enumerate(losses.items())
     ]
-    large, small = sweep_results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
+    large, small = results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
     assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
-    assert small[sweep_results.METRIC] == pytest.approx(0.625)
+    assert small[results.METRIC] == pytest.approx(0.625)
     assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
     assert large["above_best"] is None
     assert (small["above_best"], small["its_error"]) == pytest.approx((-0.125, 0.025))  # of the two seeds both have
@@ -316,7 +317,7 @@ def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
-    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", sweep_results.METRIC)
+    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", results.METRIC)
     values = {"train_batch_size": {"value": 4}, "rank": {"value": 16}, "learning_rate": {"value": 0.0002}}
     assert values.keys() == settings["parameters"].keys()
     parts = create_sweep_command_args({"args": values})
@@ -377,10 +378,10 @@ def test_settings_that_training_refuses_do_not_stop_the_others(run_here, tmp_pat
 
 def test_lists_are_values_over_seeds_too():
     rows = [
-        {"state": "complete", sweep_results.METRIC: loss, "seed": seed, "target_modules": modules}
+        {"state": "complete", results.METRIC: loss, "seed": seed, "target_modules": modules}
         for seed, modules, loss in ((0, ["to_q"], 0.6), (1, ["to_q"], 0.8), (0, ["to_q", "to_k"], 0.5))
     ]
-    first, second = sweep_results.over_seeds(rows, ["seed", "target_modules"])
+    first, second = results.over_seeds(rows, ["seed", "target_modules"])
     assert (first["target_modules"], first["seeds"]) == (["to_q"], 2)  # the other may have had the easy seed
     assert (second["above_best"], second["its_error"]) == (pytest.approx(-0.1), None)
 
@@ -462,10 +463,10 @@ def test_a_lucky_seed_is_not_the_best(tmp_path):
     """Rank 4 has the lowest loss of all, and rank 8 is better over the seeds: its best trial is the one to take."""
     losses = {(0, 4): 0.5, (1, 4): 0.9, (0, 8): 0.6, (1, 8): 0.55}
     rows = [
-        {"trial": i, "state": "complete", sweep_results.METRIC: loss, "seed": seed, "rank": rank}
+        {"trial": i, "state": "complete", results.METRIC: loss, "seed": seed, "rank": rank}
         for i, ((seed, rank), loss) in enumerate(losses.items())
     ]
-    rows.sort(key=lambda row: row[sweep_results.METRIC])
-    assert sweep_results.best_of(rows, ["seed", "rank"])["trial"] == 3
-    assert sweep_results.best_of(rows, ["rank"])["trial"] == 0
-    assert sweep_results.best_of([row | {"state": "fail"} for row in rows], ["rank"]) is None
+    rows.sort(key=lambda row: row[results.METRIC])
+    assert results.best_of(rows, ["seed", "rank"])["trial"] == 3
+    assert results.best_of(rows, ["rank"])["trial"] == 0
+    assert results.best_of([row | {"state": "fail"} for row in rows], ["rank"]) is None

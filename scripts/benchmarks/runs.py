@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
+from .. import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-INSIDE = ROOT / "scripts" / "benchmark_inside.py"
+
+INSIDE = Path(__file__).with_name("inside.py")
+BARE_UNET = Path(__file__).with_name("bare_unet.py")
 TRAINING_SCRIPT = ROOT / "train_text_to_image_lora.py"
-BARE_UNET = ROOT / "scripts" / "bare_unet.py"
 
 
 def sd15_models(tokenizer):
@@ -46,8 +47,9 @@ def sd15_models(tokenizer):
 def make_sd15(folder):
     """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
     import torch
-    from mini_sd import make_pipeline, write_tokenizer
     from transformers import CLIPTokenizer
+
+    from ..mini_sd.model import make_pipeline, write_tokenizer
 
     write_tokenizer(folder.with_name("words"))
     tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
@@ -87,7 +89,7 @@ class Ran(NamedTuple):
     seconds: float
     memory_gib: float  # in its steps: of the GPU, or of the CPU in the command's last third
     peak_memory_gib: float
-    told: dict[str, Any]  # by benchmark_inside.py
+    told: dict[str, Any]  # by inside.py
 
 
 def run(command, env=None, timeout=None):

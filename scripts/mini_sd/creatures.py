@@ -8,8 +8,9 @@ import itertools
 import math
 
 import numpy as np
-from drawings import COLOURS, SUPERSAMPLING, circle, curve, jittered, shaded
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from .drawings import COLOURS, SUPERSAMPLING, circle, curve, jittered, shaded
 
 
 EXTENT = 2.2

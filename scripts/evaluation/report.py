@@ -3,21 +3,18 @@
 import functools
 import json
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from text_to_image_lora.files import write_whole
+from text_to_image_lora.reports import stopping
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-import evaluation_scores as scores  # noqa: E402
-from evaluation_inputs import BASE, images_of  # noqa: E402
-from evaluation_pictures import picture_folder  # noqa: E402
-from evaluation_plot import Point, nearest_sheet, picture_sheet, plot  # noqa: E402
-
-from text_to_image_lora.files import write_whole  # noqa: E402
-from text_to_image_lora.reports import stopping  # noqa: E402
+from . import scores
+from .inputs import BASE, images_of
+from .pictures import picture_folder
+from .plot import Point, nearest_sheet, picture_sheet, plot
 
 
 HELD_OUT = "held-out pictures"

@@ -4,28 +4,26 @@
 Captions are combinations of colour, kind and background that the base was never trained on. How often the judges
 (`judges.py`) are right about drawings is measured first.
 
-    python scripts/measure_mini_sd.py
-    python scripts/measure_mini_sd.py --loras demo/seed0 demo/seed1 demo/seed2
+    python -m scripts.mini_sd.measure
+    python -m scripts.mini_sd.measure --loras demo/seed0 demo/seed1 demo/seed2
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from infer import SCHEDULERS
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-from draw_datasets import weapon_scenes  # noqa: E402
-from drawings import WEAPONS, contact_sheet  # noqa: E402
-from judges import judge_the_judges, shares, train_judge  # noqa: E402
-from mini_sd import article, captions_of, held_out_scenes  # noqa: E402
-
-from infer import SCHEDULERS  # noqa: E402
+from .. import ROOT
+from .draw import weapon_scenes
+from .drawings import WEAPONS, contact_sheet
+from .judges import judge_the_judges, shares, train_judge
+from .model import article, captions_of, held_out_scenes
 
 
-JUDGE = Path(__file__).resolve().parents[1] / "models" / "mini-sd-judge" / "judge.safetensors"
+JUDGE = ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
 
 
 def parse_args(argv=None):

@@ -1,18 +1,15 @@
 """What an evaluation is of, found and checked before any model is loaded; `evaluate.py` calls it."""
 
 import glob
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import infer
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import check_writable
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-from evaluation_judges import make_judge  # noqa: E402
-from evaluation_pictures import choose_prompts, refusals_of_infer  # noqa: E402
-
-import infer  # noqa: E402
-from text_to_image_lora.errors import InputError  # noqa: E402
-from text_to_image_lora.files import check_writable  # noqa: E402
+from .judges import make_judge
+from .pictures import choose_prompts, refusals_of_infer
 
 
 BASE = "base"

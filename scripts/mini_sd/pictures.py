@@ -2,17 +2,13 @@
 
 import multiprocessing
 import os
-import sys
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from creatures import BUILDS, draw_creature  # noqa: E402
-from draw_datasets import (  # noqa: E402
+from .creatures import BUILDS, draw_creature
+from .draw import (
     EYE_COLOURS,
     FEATURES,
     MOODS,
@@ -22,7 +18,7 @@ from draw_datasets import (  # noqa: E402
     lit,
     weapon_shapes,
 )
-from drawings import (  # noqa: E402
+from .drawings import (
     COLOURS,
     KINDS,
     MOTIFS,
@@ -34,7 +30,7 @@ from drawings import (  # noqa: E402
     draw_scene,
     jittered,
 )
-from mini_sd import RESOLUTION, all_scenes, held_out_scenes  # noqa: E402
+from .model import RESOLUTION, all_scenes, held_out_scenes
 
 
 DECORATED = 0.45  # share of the UNet's drawings whose object carries dots, stars, hearts, diamonds or flowers

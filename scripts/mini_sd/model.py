@@ -1,15 +1,11 @@
-"""What the embedded base model is: its captions, vocabulary and geometry. `make_mini_sd.py` trains it."""
+"""What the embedded base model is: its captions, vocabulary and geometry. `make.py` trains it."""
 
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from drawings import COLOURS, KINDS, MOTIFS  # noqa: E402
+from .drawings import COLOURS, KINDS, MOTIFS
 
 
 RESOLUTION = 128

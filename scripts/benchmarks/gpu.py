@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark_runs import ROOT, CommandFailed, matrix_rates, prepare, write_json
+from .runs import CommandFailed, matrix_rates, prepare, write_json
 
 
-sys.path.insert(0, str(ROOT))
 STEPS = 60  # a row's; the first fifth is left out of the median
 PICTURES = 64  # whole batches up to this size
 PLAIN = "bf16"

@@ -5,18 +5,14 @@ picture of a model, some of them blurred; what it must not take for a blossom is
 smears, stars, hearts and diamonds of the same pink, and blossoms beside the object.
 """
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from draw_datasets import PINKS, decorate_with_blossoms, draw_weapon  # noqa: E402
-from drawings import COLOURS, KINDS, MOTIFS, WEAPONS, draw_blossom, draw_scene, jittered, places_on  # noqa: E402
-from mini_sd import RESOLUTION, all_scenes, to_tensor  # noqa: E402
+from .draw import PINKS, decorate_with_blossoms, draw_weapon
+from .drawings import COLOURS, KINDS, MOTIFS, WEAPONS, draw_blossom, draw_scene, jittered, places_on
+from .model import RESOLUTION, all_scenes, to_tensor
 
 
 BORDER = 6  # pixels at each side that only a background has

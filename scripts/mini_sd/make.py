@@ -6,21 +6,19 @@ transformers classes: first the autoencoder, then its decoder alone, then the UN
 the same command again to go on where it stopped; `--export_only` writes the pipeline from the newest states. A GPU is
 taken where there is one.
 
-    python scripts/make_mini_sd.py --work_dir mini-sd-work --output_dir models/mini-sd
+    python -m scripts.mini_sd.make --work_dir mini-sd-work --output_dir models/mini-sd
 """
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from drawings import contact_sheet  # noqa: E402
-from mini_sd import (  # noqa: E402
+from .. import ROOT
+from .drawings import contact_sheet
+from .model import (
     RESOLUTION,
     captions_of,
     encoded,
@@ -33,7 +31,7 @@ from mini_sd import (  # noqa: E402
     to_tensor,
     write_tokenizer,
 )  # fmt: skip
-from mini_sd_pictures import crops_of, draw_for_codec, draw_for_unet, drawn_set, scene_of  # noqa: E402
+from .pictures import crops_of, draw_for_codec, draw_for_unet, drawn_set, scene_of
 
 
 VALIDATION_PROMPTS = [
@@ -271,7 +269,7 @@ def measure_vae(args, vae, device):
     import torch
     from PIL import Image
 
-    folder = Path(__file__).resolve().parents[1] / "metadata" / "weapons_test"
+    folder = ROOT / "metadata" / "weapons_test"
     images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
     with torch.no_grad():
         out = torch.cat([vae(to_tensor(images[i : i + 8], device)).sample for i in range(0, len(images), 8)])

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-import infer  # noqa: E402
-from text_to_image_lora.errors import InputError  # noqa: E402
+import infer
+from text_to_image_lora.errors import InputError
 
 
 OTHERS = "other prompts"

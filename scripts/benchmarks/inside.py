@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Looks at a training script from inside its process; scripts/benchmark.py runs it.
 
-    python scripts/benchmark_inside.py time SCRIPT FLAGS...
-    python scripts/benchmark_inside.py count SCRIPT FLAGS...
-    python scripts/benchmark_inside.py rate bf16 tf32
+    python scripts/benchmarks/inside.py time SCRIPT FLAGS...
+    python scripts/benchmarks/inside.py count SCRIPT FLAGS...
+    python scripts/benchmarks/inside.py rate bf16 tf32
 
 `time` and `count` run a script with its flags and are called at the end of each of its optimizer's steps: `time` notes
 when that was, and what memory of the GPU the steps took; `count` what operators the last step dispatched, and their
@@ -196,7 +196,7 @@ def machine(device):
 
 def rates(precisions):
     """The machine, and its matrix rate in each precision; what it can't multiply in is left out."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # here, so that a timed script finds its own package
     from accelerate.utils import parse_flag_from_env
 
     from text_to_image_lora.training import processes

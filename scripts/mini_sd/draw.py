@@ -1,22 +1,19 @@
 #!/usr/bin/env python
 """Draws the bundled datasets: weapons with pink blossoms, a held-out set of them, and creatures.
 
-python scripts/draw_datasets.py --output_dir metadata
+python -m scripts.mini_sd.draw --output_dir metadata
 """
 
 import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from creatures import BUILDS, draw_creature  # noqa: E402
-from drawings import (  # noqa: E402
+from .creatures import BUILDS, draw_creature
+from .drawings import (
     COLOURS,
     KINDS,
     SUPERSAMPLING,

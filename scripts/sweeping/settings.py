@@ -4,12 +4,11 @@ import difflib
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
+from .. import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+
 SAMPLERS = ("grid", "random", "tpe")
 
 

@@ -1,15 +1,11 @@
 """An evaluation in pictures: likeness against drift, what each LoRA drew, the training pictures nearest to it."""
 
 import math
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import infer
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-from evaluation_inputs import images_of  # noqa: E402
-
-import infer  # noqa: E402
+from .inputs import images_of
 
 
 SHOWN = 6  # prompts of each kind on the sheet of pictures

@@ -2,21 +2,18 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import hub_file, is_hub_id, reason_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-from evaluation_scores import normalised  # noqa: E402
-
-from text_to_image_lora.errors import InputError  # noqa: E402
-from text_to_image_lora.files import hub_file, is_hub_id, reason_of  # noqa: E402
+from .. import ROOT
+from .scores import normalised
 
 
-ROOT = Path(__file__).resolve().parents[1]
 MINI_SD, MINI_SD_JUDGE = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
 CLIP_MODEL, DINO_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 AT_ONCE = 16  # pictures that a judge looks at together
@@ -172,7 +169,7 @@ class ClipAndDino:
 
 
 class MiniSdJudge:
-    """The judges of the embedded base's drawings (`judges.py`): colours by pixels, kinds and blossoms by a small network.
+    """The judges of the embedded base's drawings (`mini_sd/judges.py`): colours by pixels, kinds and blossoms by a small network.
 
     Two embeddings are made of its layers: what is in a picture wherever it is, which says how alike pictures are, and what
     is where, which says whether they are the same.
@@ -182,8 +179,8 @@ class MiniSdJudge:
     alike_by, compared_by = ("likeness",), "layout"
 
     def __init__(self):
-        from drawings import KINDS, WEAPONS
-        from mini_sd import captions_of, held_out_scenes
+        from ..mini_sd.drawings import KINDS, WEAPONS
+        from ..mini_sd.model import captions_of, held_out_scenes
 
         self.kinds, self.network = list(KINDS), None
         others = [captions_of(*scene)[0] for scene in held_out_scenes() if scene[1] not in WEAPONS]
@@ -200,7 +197,7 @@ class MiniSdJudge:
 
     def said(self, prompt):
         """What a caption of the embedded base's kind says: {"kind", "object", "background", "blossoms": value}."""
-        from drawings import COLOURS
+        from ..mini_sd.drawings import COLOURS
 
         words, found = re.findall(r"\w+", prompt.lower()), {}
         for i, word in enumerate(words):
@@ -214,14 +211,15 @@ class MiniSdJudge:
 
     def load(self, device):
         """Loads the network; it looks on the CPU."""
-        from judges import train_judge
+        from ..mini_sd.judges import train_judge
 
         self.network = train_judge(MINI_SD_JUDGE, 0)
 
     def embed(self, images):
         """{"likeness": (N, 288), "layout": (N, 2048)}: the highest answer of each channel of four layers; the last layer."""
         import torch
-        from mini_sd import to_tensor
+
+        from ..mini_sd.model import to_tensor
 
         fitted, found = [fit(image) for image in images], {"likeness": [], "layout": []}
         for first in range(0, len(images), AT_ONCE):
@@ -238,7 +236,7 @@ class MiniSdJudge:
 
         Presence is 1 or 0: of blossoms on the object, and of each kind that a concept among the references is named after.
         """
-        from judges import judge_colours, judge_pictures
+        from ..mini_sd.judges import judge_colours, judge_pictures
 
         fitted = [fit(image) for image in images]
         kinds, counts = judge_pictures(self.network, fitted)
@@ -255,8 +253,9 @@ class MiniSdJudge:
 
 def fit(image):
     """The picture as the embedded base draws: RGB, 128 x 128."""
-    from mini_sd import RESOLUTION
     from PIL import Image, ImageOps
+
+    from ..mini_sd.model import RESOLUTION
 
     return ImageOps.fit(image.convert("RGB"), (RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
 

@@ -5,25 +5,22 @@ Stock diffusers classes and their recipe (Zhang et al., 2023, https://arxiv.org/
 first half behind zero convolutions learns, the base stays as it is. Its data are the base's own drawings with their
 canny edges. Run the same command again to go on where it stopped (after `--max_minutes` with exit code 75).
 
-    python scripts/make_controlnet.py --work_dir mini-sd-work/controlnet --output_dir models/mini-controlnet
-    python scripts/make_controlnet.py --measure_only --sheet docs/controlnet.png
+    python -m scripts.mini_sd.controlnet --work_dir mini-sd-work/controlnet --output_dir models/mini-controlnet
+    python -m scripts.mini_sd.controlnet --measure_only --sheet docs/controlnet.png
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
-
-sys.path.insert(0, str(Path(__file__).parent))
-from drawings import COLOURS, MOTIFS, contact_sheet, decorate_with, draw_scene  # noqa: E402
-from judges import shares, train_judge  # noqa: E402
-from make_mini_sd import Stage, keep_norms_in_float32  # noqa: E402
-from measure_mini_sd import JUDGE, load_pipeline  # noqa: E402
-from mini_sd import RESOLUTION, captions_of, encoded, held_out_scenes, to_tensor  # noqa: E402
-from mini_sd_pictures import draw_for_unet, drawn_set, scene_of  # noqa: E402
+from .drawings import COLOURS, MOTIFS, contact_sheet, decorate_with, draw_scene
+from .judges import shares, train_judge
+from .make import Stage, keep_norms_in_float32
+from .measure import JUDGE, load_pipeline
+from .model import RESOLUTION, captions_of, encoded, held_out_scenes, to_tensor
+from .pictures import draw_for_unet, drawn_set, scene_of
 
 
 EMBEDDING_CHANNELS = (16, 32, 64, 64)  # of the edges on their way to the latents: three steps of 2, as the VAE's

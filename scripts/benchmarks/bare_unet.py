@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Steps a base model's UNet alone: forward, and backward to its input. What no LoRA training can be faster than.
 
-    python scripts/benchmark_inside.py time scripts/bare_unet.py --pretrained_model_name_or_path models/mini-sd \
+    python scripts/benchmarks/inside.py time scripts/benchmarks/bare_unet.py --pretrained_model_name_or_path models/mini-sd \
         --resolution 64 --train_batch_size 4 --max_train_steps 100
 
 Takes the training script's flags and passes over those that don't concern a UNet alone. It is loaded in the run's
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the checkout
 
 
 def parse_args(argv=None):
@@ -35,7 +35,7 @@ def parse_args(argv=None):
 
 
 class NothingToTrain(torch.optim.Optimizer):
-    """An optimizer that changes nothing: its step only tells benchmark_inside.py that a step has ended."""
+    """An optimizer that changes nothing: its step only tells inside.py that a step has ended."""
 
     def __init__(self, tensor):
         super().__init__([tensor], {})
