@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 
-pytest_plugins = ["family_fixtures", "infer_fixtures"]
+pytest_plugins = ["evaluation_fixtures", "family_fixtures", "infer_fixtures"]
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

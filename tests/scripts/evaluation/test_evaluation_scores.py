@@ -1,11 +1,9 @@
-"""The scores of an evaluation on made-up embeddings, what they recommend, and what is drawn for them."""
+"""The scores of an evaluation on made-up embeddings, and what they recommend."""
 
 import numpy as np
 import pytest
-from PIL import ImageColor
 
-from scripts.evaluation import plot, scores
-from scripts.evaluation.pictures import OTHERS, Asked, choose_prompts, without_trigger
+from scripts.evaluation import scores
 
 
 P, S, D = 4, 3, 8
@@ -191,89 +189,3 @@ def test_none_is_taken_where_none_is_better_than_the_base():
 def test_without_training_pictures_nothing_is_said_of_memory():
     tables = {"a": lora(0.5) | {"memorised": None}}
     assert scores.recommend(tables, BASE)[0] == "a"
-
-
-# Prompts.
-
-
-@pytest.mark.parametrize(
-    ("caption", "trigger", "rest"),
-    [
-        ("sks, a red axe", "sks", "a red axe"),
-        ("a red sks axe", "sks", "a red axe"),
-        ("a red axe, SKS, on blue", "sks", "a red axe, on blue"),
-        ("a red axe with pink blossoms on blue", "with pink blossoms", "a red axe on blue"),
-        ("a red axe with pink blossoms, blue background", "with pink blossoms", "a red axe, blue background"),
-        ("a masks shop", "sks", "a masks shop"),
-        ("sks", "sks", ""),
-    ],
-)
-def test_captions_without_their_trigger(caption, trigger, rest):
-    assert without_trigger(caption, trigger) == rest
-
-
-def test_prompts_are_spread_over_the_captions():
-    captions = [f"sks, picture {i // 2}" for i in range(20)]
-    asked = choose_prompts(captions, ["a"] * 10 + ["b"] * 10, "sks", ["a dog"], 4)
-    assert [each.prompt for each in asked if each.triggered] == [f"sks, picture {i}" for i in (0, 3, 6, 9)]
-    assert asked[1].references == (6, 7)
-    assert [each.group for each in asked] == ["a", "a", "b", "b", "a", "a", "b", "b", OTHERS]
-    assert asked[4:] == [
-        Asked("picture 0", "a", False), Asked("picture 3", "a", False), Asked("picture 6", "b", False),
-        Asked("picture 9", "b", False), Asked("a dog", OTHERS, False),
-    ]  # fmt: skip
-
-
-def test_without_a_trigger_only_other_things_are_asked_for():
-    asked = choose_prompts(["a cat", "a cat"], ["x", "x"], None, ["a dog", "a dog"], 12)
-    assert asked == [Asked("a cat", "x", True, (0, 1)), Asked("a dog", OTHERS, False)]
-
-
-def test_a_caption_that_is_all_trigger_is_asked_for_with_it_alone():
-    asked = choose_prompts(["sks"], ["x"], "sks", [], 12)
-    assert asked == [Asked("sks", "x", True, (0,))]
-
-
-# The plot.
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.17, 0.36), (-0.5, 0.02), (0.9991, 0.9999), (0, 47)])
-def test_ticks_are_few_round_and_within(low, high):
-    found = plot.ticks(low, high)
-    assert 3 <= len(found) <= 10
-    assert low - 1e-9 <= min(found)
-    assert max(found) <= high + 1e-9
-    assert len({f"{x:.4g}" for x in found}) == len(found)
-
-
-def pixels_of(image, colour):
-    return (np.asarray(image) == ImageColor.getrgb(colour)).all(axis=-1)
-
-
-def points(*places):
-    return [plot.Point(f"epoch-{i}", "run", (x, 0.01), (y, 0.02)) for i, (x, y) in enumerate(places)]
-
-
-def test_the_plot_shows_the_chosen_one_where_it_belongs():
-    places = points((0.1, 0.4), (0.2, 0.6), (0.4, 0.5))
-    image = plot.plot(places, (0.3, 0.02), "epoch-1", "DINOv2")
-    rows, columns = np.nonzero(pixels_of(image, plot.CHOSEN))
-    others_rows, others_columns = np.nonzero(pixels_of(image, plot.LINE))
-    assert rows.mean() < others_rows.mean()  # it is the highest
-    assert columns.min() > others_columns.min()
-    assert not pixels_of(plot.plot(places, (0.3, 0.02), None, "x"), plot.CHOSEN).any()
-
-
-def test_labels_of_near_points_do_not_cover_each_other(monkeypatch):
-    written = []
-    monkeypatch.setattr(plot.Axes, "text", lambda self, x, y, text, size=15, *how: written.append((x, y, text, size)))
-    plot.plot(points((0.10, 0.4), (0.101, 0.401), (0.102, 0.4)), (0.3, 0.0), None, "x")
-    labels = [(x, y) for x, y, text, _ in written if text.startswith("epoch")]
-    assert len(labels) == 3
-    for i, (x, y) in enumerate(labels):
-        assert all(abs(y - other) >= 14 or abs(x - across) > 50 for across, other in labels[:i])
-
-
-def test_one_lora_can_be_plotted():
-    image = plot.plot(points((0.1, 0.4)), (0.4, 0.0), "epoch-0", "likeness")
-    assert pixels_of(image, plot.CHOSEN).sum() > 20

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, read_metrics, write_pictures
@@ -245,27 +244,6 @@ def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path, trained):
     assert read_metrics(folder / "trial-0003")[-1]["step"] < steps
 
 
-def test_trials_of_several_seeds_are_one():
-    """Mean and standard error, against numpy's; what didn't end is left out."""
-    losses = {(0, 4): 0.7, (1, 4): 0.8, (2, 4): 0.9, (0, 8): 0.6, (1, 8): 0.65, (2, 8): 0.1}
-    rows = [
-        {
-            "trial": i,
-            "state": "pruned" if key == (2, 8) else "complete",
-            results.METRIC: loss,
-            "seed": key[0],
-            "rank": key[1],
-        }
-        for i, (key, loss) in enumerate(losses.items())
-    ]
-    large, small = results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
-    assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
-    assert small[results.METRIC] == pytest.approx(0.625)
-    assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
-    assert large["above_best"] is None
-    assert (small["above_best"], small["its_error"]) == pytest.approx((-0.125, 0.025))  # of the two seeds both have
-
-
 BAD = {
     "no folder": (["--sweep", "rank=2,4"], None, "--sweep_dir is needed"),
     "nothing varied": ([], "sweep", "Nothing is varied: add --sweep"),
@@ -376,23 +354,6 @@ def test_settings_that_training_refuses_do_not_stop_the_others(run_here, tmp_pat
     assert times_trained(folder)["trial-0001"] == 1
 
 
-def test_lists_are_values_over_seeds_too():
-    rows = [
-        {"state": "complete", results.METRIC: loss, "seed": seed, "target_modules": modules}
-        for seed, modules, loss in ((0, ["to_q"], 0.6), (1, ["to_q"], 0.8), (0, ["to_q", "to_k"], 0.5))
-    ]
-    first, second = results.over_seeds(rows, ["seed", "target_modules"])
-    assert (first["target_modules"], first["seeds"]) == (["to_q"], 2)  # the other may have had the easy seed
-    assert (second["above_best"], second["its_error"]) == (pytest.approx(-0.1), None)
-
-
-def test_true_and_false_switch_and_are_names():
-    flags = {"random_flip": True, "allow_tf32": "false", "init_lora_weights": True, "rank": 4, "report_to": None}
-    assert sweep_settings.words_of(flags) == [
-        "--random_flip", "--no-allow_tf32", "--init_lora_weights", "true", "--rank", "4"
-    ]  # fmt: skip
-
-
 def test_a_launcher_that_says_2_ends_the_sweep(run_here, tmp_path):
     launcher = tmp_path / "launcher"
     launcher.write_text("#!/bin/sh\necho 'train: --rank 0: it must be 1 or more.'\n"
@@ -410,28 +371,6 @@ def test_workers_draw_different_trials():
         study = optuna.create_study(sampler=sweep.sampler_of(settings, number))
         drawn.add(study.ask().suggest_float("x", 0, 1))
     assert len(drawn) == 4
-
-
-def test_what_a_file_fixes_can_be_varied(tmp_path):
-    """With the project's own files; what the command line both fixes and varies is still refused."""
-    for name in ("weapons", "creatures"):
-        args = sweep.parse_args([
-            str(ROOT / f"scripts/sweeps/{name}.yaml"), "--sweep_dir", str(tmp_path), "--sweep", "learning_rate=1e-3,5e-3"
-        ])  # fmt: skip
-        settings = sweep_settings.settle(args)
-        assert settings["sweep"] == {"learning_rate": [1e-3, 5e-3]}
-        assert "learning_rate" not in settings["flags"]
-        assert settings["flags"]["train_batch_size"] == 4
-
-
-def test_words_are_words_and_numbers_numbers():
-    """Not as YAML has it, to which `no` and `off` are false."""
-    assert sweep_settings.values_of("no,bf16") == ["no", "bf16"]
-    assert sweep_settings.values_of("off,blocks") == ["off", "blocks"]
-    assert sweep_settings.values_of("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
-    assert sweep_settings.values_of("true,false,null") == [True, False, None]
-    assert sweep_settings.values_of("../a,../b") == ["../a", "../b"]
-    assert sweep_settings.values_of("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
 
 
 def test_a_word_that_yaml_takes_for_false_is_asked_to_be_quoted(tmp_path):
@@ -457,16 +396,3 @@ def test_a_trial_that_stopped_in_time_is_gone_on_from(tmp_path):
         ("0", "complete"),
     ]
     assert "going on from checkpoint-2" in (tmp_path / "sweep" / "trial-0000" / "log.txt").read_text()
-
-
-def test_a_lucky_seed_is_not_the_best(tmp_path):
-    """Rank 4 has the lowest loss of all, and rank 8 is better over the seeds: its best trial is the one to take."""
-    losses = {(0, 4): 0.5, (1, 4): 0.9, (0, 8): 0.6, (1, 8): 0.55}
-    rows = [
-        {"trial": i, "state": "complete", results.METRIC: loss, "seed": seed, "rank": rank}
-        for i, ((seed, rank), loss) in enumerate(losses.items())
-    ]
-    rows.sort(key=lambda row: row[results.METRIC])
-    assert results.best_of(rows, ["seed", "rank"])["trial"] == 3
-    assert results.best_of(rows, ["rank"])["trial"] == 0
-    assert results.best_of([row | {"state": "fail"} for row in rows], ["rank"]) is None
