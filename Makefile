@@ -37,7 +37,7 @@ test-long: $(VENV)/installed-dev $(VENV)-trackio/installed
 # Files that this stack writes, read by the newest one; each in an environment of its own.
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
 	$(VENV)-newest/bin/python -m pytest -m lora_file tests/models/test_lora_file.py tests/models/test_dialects.py \
-		tests/models/test_receipt.py tests/test_convert_lora.py tests/reports/test_model_card.py
+		tests/models/test_receipt.py tests/scripts/test_convert_lora.py tests/reports/test_model_card.py
 	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py \
 		tests/test_other_families.py -k newest
 

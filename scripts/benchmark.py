@@ -27,8 +27,10 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmark_runs import (
-    ROOT,
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from scripts import ROOT
+from scripts.benchmarks.runs import (
     TRAINING_SCRIPT,
     CommandFailed,
     environment,
@@ -80,15 +82,15 @@ def parse_args(argv=None):
 
 def main(args):
     if args.suite:
-        import benchmark_gpu
+        from scripts.benchmarks import gpu
 
-        benchmark_gpu.check_for_gpu()
+        gpu.check_for_gpu()
     with tempfile.TemporaryDirectory() as folder:
         work = args.work_dir or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         try:
             if args.suite:
-                benchmark_gpu.run_suite(args, work)
+                gpu.run_suite(args, work)
             elif args.dataset_sizes:
                 time_datasets(args, work)
             elif args.count_kernels:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from text_to_image_lora.command_line import Parser, at_least  # noqa: E402
-from text_to_image_lora.errors import InputError, TrainingError  # noqa: E402
-from text_to_image_lora.models.dialects import check_lora  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.command_line import Parser, at_least
+from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.models.dialects import check_lora
 
 
 DIALECTS = ("diffusers", "kohya", "peft")

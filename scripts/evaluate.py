@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
-import evaluation_report  # noqa: E402
-from evaluation_inputs import find_inputs  # noqa: E402
-from evaluation_judges import CLIP_MODEL, DINO_MODEL, Seen  # noqa: E402
-from evaluation_pictures import draw_all, drawings_of, make_loss_meter, picture_folder, refusals_of_infer  # noqa: E402
-
-import infer  # noqa: E402
-from text_to_image_lora.command_line import Parser, at_least, between  # noqa: E402
-from text_to_image_lora.errors import InputError  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+import infer
+from scripts.evaluation import report
+from scripts.evaluation.inputs import find_inputs
+from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
+from scripts.evaluation.pictures import draw_all, drawings_of, make_loss_meter, picture_folder, refusals_of_infer
+from text_to_image_lora.command_line import Parser, at_least, between
+from text_to_image_lora.errors import InputError
 
 
 class Drawn(NamedTuple):
@@ -116,7 +115,7 @@ def main(args):
         f"{len(inputs.held_out)} held-out pictures", flush=True
     )  # fmt: skip
     drawn = draw_and_look(args, inputs)
-    print("\n" + evaluation_report.write(args, inputs, drawn))
+    print("\n" + report.write(args, inputs, drawn))
     print(f"\n{args.output_dir}: evaluation.md, evaluation.json and pictures ({time.time() - started:.0f} s)")
 
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from train_text_to_image_lora import build_parser  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from scripts import ROOT
+from train_text_to_image_lora import build_parser
 
 
 HEAD = """# Flags of train_text_to_image_lora.py

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from text_to_image_lora.errors import InputError  # noqa: E402
-from text_to_image_lora.reports import report_page  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.reports import report_page
 
 
 def parse_args(argv=None):

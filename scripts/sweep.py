@@ -22,13 +22,12 @@ import time
 from pathlib import Path
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import sweep_results  # noqa: E402
-from sweep_results import METRIC, losses_of, shown, trial_dir  # noqa: E402
-from sweep_settings import SAMPLERS, SweepError, command_of, settle  # noqa: E402
-
-from text_to_image_lora.reports.report_page import FILE as PAGE  # noqa: E402
-from text_to_image_lora.reports.report_page import update_page  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from scripts.sweeping import results
+from scripts.sweeping.results import METRIC, losses_of, shown, trial_dir
+from scripts.sweeping.settings import SAMPLERS, SweepError, command_of, settle
+from text_to_image_lora.reports.report_page import FILE as PAGE
+from text_to_image_lora.reports.report_page import update_page
 
 
 LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
@@ -235,12 +234,12 @@ def has_result(study):
 def write_results(study, settings):
     """results.csv, results.md and pictures.png in the sweep's folder; returns what to print."""
     folder, varied = Path(settings["sweep_dir"]), list(settings["sweep"])
-    rows = sweep_results.rank(study.get_trials(deepcopy=False), folder, varied)
+    rows = results.rank(study.get_trials(deepcopy=False), folder, varied)
 
     def again(params):
         return shlex.join(command_of(settings, params, f"{folder.name}-best"))
 
-    return sweep_results.write(rows, folder, varied, again)
+    return results.write(rows, folder, varied, again)
 
 
 def main(argv=None):

@@ -15,10 +15,10 @@ from PIL import Image
 from text_to_image_lora.pictures.settings import AugmentationSettings
 
 
-pytest_plugins = ["family_fixtures", "infer_fixtures"]
+pytest_plugins = ["evaluation_fixtures", "family_fixtures", "infer_fixtures"]
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 for name in ("WANDB_API_KEY", "ACCELERATE_MIXED_PRECISION"):
     os.environ.pop(name, None)
@@ -41,8 +41,9 @@ def tiny_sd(tmp_path_factory):
     """A `StableDiffusionPipeline` folder with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from mini_sd import make_pipeline, make_text_encoder, write_tokenizer
     from transformers import CLIPTokenizer
+
+    from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-sd")
     write_tokenizer(folder / "words")
@@ -289,10 +290,11 @@ def read_lora(folder):
 @functools.cache
 def held_out_weapons():
     """Latents and hidden states of the pictures of metadata/weapons_test, as the embedded base has them."""
-    import measure_mini_sd
     import torch
 
-    pipeline, folder = measure_mini_sd.load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
+    from scripts.mini_sd import measure
+
+    pipeline, folder = measure.load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     images = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -306,11 +308,12 @@ def held_out_loss(lora=None, strata=4):
 
     By other code than the trainer's, which reads the file as anybody would; noise and timesteps are the same for all.
     """
-    import measure_mini_sd
     import torch
     from diffusers import DDPMScheduler
 
-    pipeline = measure_mini_sd.load_pipeline(ROOT / "models" / "mini-sd", lora)
+    from scripts.mini_sd import measure
+
+    pipeline = measure.load_pipeline(ROOT / "models" / "mini-sd", lora)
     (latents, hidden_states), losses = held_out_weapons(), []
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     for k in range(strata):

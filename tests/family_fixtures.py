@@ -8,8 +8,9 @@ WIDTHS, POOLED, NUMBER = (32, 64), 64, 8  # of XL's text encoders, of the pooled
 
 def tokenizers_of(folder):
     """Two tokenizers of one vocabulary; as in Stable Diffusion XL, the second pads with another word."""
-    from mini_sd import write_tokenizer
     from transformers import CLIPTokenizer
+
+    from scripts.mini_sd.model import write_tokenizer
 
     write_tokenizer(folder / "words")
     first = CLIPTokenizer.from_pretrained(folder / "words")

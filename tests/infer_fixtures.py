@@ -41,8 +41,9 @@ def library_settings():
 def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from mini_sd import make_pipeline, make_text_encoder, write_tokenizer
     from transformers import CLIPTokenizer
+
+    from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)

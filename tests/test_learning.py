@@ -5,10 +5,10 @@ import re
 import shlex
 import shutil
 
-import judges
-import measure_mini_sd
 import pytest
 from conftest import ROOT, read_metrics, relative_loss, run_command, train_script
+
+from scripts.mini_sd import judges, measure
 
 
 BASE, WEAPONS = ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons"
@@ -44,13 +44,13 @@ def demo_lora(tmp_path_factory):
 def test_the_demo_learns(demo_lora):
     """Held-out loss falls; blossoms appear that the base never draws, and the prompt's colours stay; seed for seed.
 
-    The bounds are below what `scripts/measure_mini_sd.py` finds over three seeds (see the model card).
+    The bounds are below what `scripts/mini_sd/measure.py` finds over three seeds (see the model card).
     """
-    scenes, judge = measure_mini_sd.weapon_test_scenes(), judges.train_judge(measure_mini_sd.JUDGE, 0)
-    prompts, found = [measure_mini_sd.blossom_caption(*scene) for scene in scenes], {}
+    scenes, judge = measure.weapon_test_scenes(), judges.train_judge(measure.JUDGE, 0)
+    prompts, found = [measure.blossom_caption(*scene) for scene in scenes], {}
     for name, lora in (("base", None), ("lora", demo_lora)):
-        pipeline = measure_mini_sd.load_pipeline(BASE, lora)
-        images = measure_mini_sd.draw_with(pipeline, prompts, seed=0, guidance_scale=4.0, num_inference_steps=30)
+        pipeline = measure.load_pipeline(BASE, lora)
+        images = measure.draw_with(pipeline, prompts, seed=0, guidance_scale=4.0, num_inference_steps=30)
         found[name] = judges.shares(judge, images, scenes)
     assert relative_loss(demo_lora) < 0.75
     assert found["base"]["blossoms"] < 0.05, found

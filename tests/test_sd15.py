@@ -12,7 +12,7 @@ PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((3
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
     """A pipeline folder with SD1.5's configuration, filled with noise: 2 GB in float16."""
-    from benchmark_runs import make_sd15
+    from scripts.benchmarks.runs import make_sd15
 
     return make_sd15(tmp_path_factory.mktemp("sd15") / "model")
 

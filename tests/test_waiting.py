@@ -1,10 +1,11 @@
 """No training step waits for the device: what is reported is read a step later, and nothing else is asked for."""
 
-import benchmark_inside
 import pytest
 import torch
 from conftest import read_metrics
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from scripts.benchmarks import inside
 
 
 FLAGS = dict(max_train_steps=6, gradient_accumulation_steps=2, num_validation_images=0, checkpointing_steps=0)
@@ -23,7 +24,7 @@ def test_no_step_asks_for_a_number(train, monkeypatch, options):
     """Counted on a CPU, in each of the steps; what the loader draws is drawn ahead of them, on the CPU."""
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
     monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that it is put back
-    counter = benchmark_inside.Counter()
+    counter = inside.Counter()
     counter.leave_out_loading()
     hook = register_optimizer_step_post_hook(counter.end_of_step)
     try:

@@ -244,7 +244,7 @@ def test_a_thumbnail_is_small_and_says_nothing_but_pixels(tmp_path):
 
 def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
     """At another rank and alpha; peft's folder is of the UNet alone, as many are."""
-    import convert_lora
+    from scripts import convert_lora
 
     first = train(output_kohya_format=True, lora_alpha=2, output_dir=tmp_path / "axes")
     convert_lora.main(convert_lora.parse_args([str(first), str(tmp_path / "peft"), "--to", "peft"]))

@@ -391,8 +391,7 @@ def test_bundled_sets(name, concepts):
 
 @pytest.mark.long
 def test_bundled_sets_are_what_the_script_draws(tmp_path):
-    script = ROOT / "scripts" / "draw_datasets.py"
-    subprocess.run([sys.executable, script, "--output_dir", tmp_path], check=True)
+    subprocess.run([sys.executable, "-m", "scripts.mini_sd.draw", "--output_dir", tmp_path], cwd=ROOT, check=True)
     drawn, bundled = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for folder in (tmp_path, ROOT / "metadata")

@@ -330,7 +330,7 @@ def test_runs_are_called_by_what_differs_where_that_is_short():
 
 
 def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, other, tmp_path, monkeypatch, capsys):
-    import report
+    from scripts import report
 
     (finished.out / report_page.FILE).unlink()
     report.main([str(finished.out)])

@@ -125,8 +125,8 @@ def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
 @pytest.fixture(scope="module")
 def sd15_configuration(tmp_path_factory):
     """A diffusers folder of SD1.5's configuration, without weights."""
-    from benchmark_runs import sd15_models
-    from mini_sd import write_tokenizer
+    from scripts.benchmarks.runs import sd15_models
+    from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("sd15")
     write_tokenizer(folder / "tokenizer")
@@ -142,7 +142,8 @@ def sd15_configuration(tmp_path_factory):
 def xl_configuration(tmp_path_factory):
     """A diffusers folder of Stable Diffusion XL's configuration, without weights."""
     from family_fixtures import true_xl
-    from mini_sd import write_tokenizer
+
+    from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("xl")
     for name in ("tokenizer", "tokenizer_2"):

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Steps a base model's UNet alone: forward, and backward to its input. What no LoRA training can be faster than.
+
+    python scripts/benchmarks/inside.py time scripts/benchmarks/bare_unet.py --pretrained_model_name_or_path models/mini-sd \
+        --resolution 64 --train_batch_size 4 --max_train_steps 100
+
+Takes the training script's flags and passes over those that don't concern a UNet alone. It is loaded in the run's
+precision and laid out as the training script does; its weights are frozen, and latents, prompts and the prediction's
+gradient are random numbers of the run's shapes. Nothing is written.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the checkout
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="a diffusers folder or hub id")
+    add("--resolution", type=int, default=512, help="side in pixels of the pictures that the latents stand for")
+    add("--train_batch_size", type=int, default=1, help="pictures a step")
+    add("--max_train_steps", type=int, default=10, help="how many steps")
+    add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the UNet")
+    add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on a GPU")
+    add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention")
+    return parser.parse_known_args(argv)[0]
+
+
+class NothingToTrain(torch.optim.Optimizer):
+    """An optimizer that changes nothing: its step only tells inside.py that a step has ended."""
+
+    def __init__(self, tensor):
+        super().__init__([tensor], {})
+
+    def step(self, closure=None):
+        pass
+
+
+def load_unet(base, args, device, dtype):
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    unet = getattr(diffusers, base.family.denoiser_class).from_pretrained(
+        base.source, subfolder=base.family.denoiser, torch_dtype=dtype
+    )
+    unet.requires_grad_(False).to(device, memory_format=torch.channels_last).train()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    return unet
+
+
+def main(args):
+    from accelerate.utils import parse_flag_from_env
+
+    from text_to_image_lora.models.loading import find_base_model
+    from text_to_image_lora.models.modules import dtype_of
+    from text_to_image_lora.training import freed_memory, processes
+
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
+    )
+    dtype = dtype_of(args.mixed_precision)
+    if device.type == "cpu":
+        torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    base = find_base_model(args.pretrained_model_name_or_path)
+    unet = load_unet(base, args, device, dtype)
+    if device.type == "cpu":
+        freed_memory.keep()
+
+    def random(*shape):
+        return torch.randn(args.train_batch_size, *shape, device=device).to(dtype)
+
+    torch.manual_seed(0)
+    noisy_latents = random(*base.latent_shape((args.resolution, args.resolution))).requires_grad_()
+    condition = {name: random(*shape) for name, shape in base.condition_shapes(1).items()}
+    timesteps = torch.randint(0, 1000, (args.train_batch_size,), device=device)
+    gradient = random(*noisy_latents.shape[1:])
+    optimizer = NothingToTrain(noisy_latents)
+    for _ in range(args.max_train_steps):
+        base.family.predict(unet, noisy_latents, timesteps, **condition).backward(gradient)
+        noisy_latents.grad = None
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,173 @@
+"""What an evaluation is of, found and checked before any model is loaded; `evaluate.py` calls it."""
+
+import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import infer
+from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import check_writable
+
+from .judges import make_judge
+from .pictures import choose_prompts, refusals_of_infer
+
+
+BASE = "base"
+# Flags that mean what they do in infer.py, which draws the pictures.
+OF_INFER = (
+    "pretrained_model_name_or_path", "revision", "variant", "single_file_config", "vae", "seed", "num_inference_steps",
+    "guidance_scale", "scheduler", "mixed_precision", "device", "batch_size", "num_cpu_threads",
+)  # fmt: skip
+
+
+class Inputs(NamedTuple):
+    """What an evaluation is of."""
+
+    flags: Any  # of infer.py
+    job: Any  # infer.py's `Job`, without drawings
+    loras: dict  # {label: `Lora`, or None for the base, which comes first}
+    base: Any  # the package's `BaseModel`
+    held_out: Any  # a `PictureSet`
+    trained: Any  # a `PictureSet` or None
+    asked: list  # of `Asked`
+    judge: Any
+    resolution: int
+
+    def captions(self):
+        """The caption of each held-out picture."""
+        return [group[0] for group in self.held_out.captions]
+
+    def references(self):
+        """{concept: {name of the likeness: embeddings}} of the held-out pictures; the judge must be loaded."""
+        concepts = self.held_out.records["concept"][:]
+        return {
+            name: self.judge.embed(images_of(self.held_out, [i for i, own in enumerate(concepts) if own == name]))
+            for name in dict.fromkeys(concepts)
+        }
+
+
+def images_of(pictures, indices=None):
+    """The `PIL.Image`s of a `PictureSet`, or of some of its pictures, as they are trained on."""
+    from PIL import Image
+
+    return [Image.fromarray(pictures.pixels(i, 0)) for i in (range(len(pictures)) if indices is None else indices)]
+
+
+def read_pictures(args, folders, resolution):
+    """The `PictureSet` of folders, cropped in the middle to squares of the resolution."""
+    from text_to_image_lora.pictures import buckets
+    from text_to_image_lora.pictures.captions import CaptionRules
+    from text_to_image_lora.pictures.examine import examine, usable_part
+    from text_to_image_lora.pictures.layouts import Reading
+    from text_to_image_lora.pictures.picture_set import PictureSet
+    from text_to_image_lora.pictures.sources import load_records
+    from text_to_image_lora.pictures.tables import Columns
+
+    columns = Columns(caption=args.caption_column, concept=args.concept_column)
+    reading = Reading(columns, instance_prompt=args.instance_prompt, archive_dir=args.output_dir / "archives")
+    records = load_records(reading, CaptionRules(trigger_word=args.trigger_word), train_data_dir=folders)
+    good, bad = examine(records, range(len(records)))
+    for i, reason in bad.items():
+        raise InputError(f"{records[i]['source']}: {reason}. Fix it, or take the picture out.")
+    records, facts = usable_part(records, good)
+    sizes = buckets.square(resolution).sizes_of(facts)
+    return PictureSet(records, facts, sizes, records["captions"][:])
+
+
+def divide_pictures(args, resolution):
+    """(the held-out `PictureSet`, the one that was trained on or None), divided as the training script divides them."""
+    from text_to_image_lora.pictures.alike import divide
+
+    trained = None if args.train_data_dir is None else read_pictures(args, args.train_data_dir, resolution)
+    held_out = None
+    if args.validation_data_dir is not None:
+        held_out = read_pictures(args, args.validation_data_dir, resolution)
+    if trained is not None:
+        trained, held_out = divide(trained, held_out, args.validation_split, print)
+        trained = trained.to_validate_on()
+    if len(held_out) < 2:
+        raise InputError("There is 1 held-out picture. Take 2 or more, better 10, to tell likeness from chance.")
+    return held_out.to_validate_on(), trained
+
+
+def find_loras(words):
+    """{label: `Lora`} of --lora, behind the base's None."""
+    for word in words:
+        if not Path(word).exists() and glob.has_magic(word) and not glob.glob(word):
+            raise InputError(f"--lora {word}: no file or folder has such a name. Check the path.")
+    count = sum(len(glob.glob(word)) if glob.has_magic(word) and not Path(word).exists() else 1 for word in words)
+    with refusals_of_infer():
+        found = infer.find_checkpoints([BASE, *words], 1.0)
+    if len(found) <= count:
+        raise InputError("--lora names a LoRA twice. Name each once; infer.py --grid lora_scale compares strengths.")
+    return found
+
+
+def resolution_of(args, model, base):
+    """Side in pixels of the pictures: as wanted, or the model's own."""
+    side = model.unet_config.get("sample_size")
+    resolution = args.resolution or (side * base.vae_factor if isinstance(side, int) else base.family.resolution)
+    if resolution % base.image_factor:
+        near = max(round(resolution / base.image_factor), 1) * base.image_factor
+        raise InputError(
+            f"--resolution {resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
+        )
+    return resolution
+
+
+def check_flags(args):
+    """Refuses flags that need others, or exclude them."""
+    if (args.validation_data_dir is None) == (not args.validation_split):
+        raise InputError("Pass one of --validation_data_dir and --validation_split: pictures no LoRA was trained on.")
+    if args.validation_split and args.train_data_dir is None:
+        raise InputError("--validation_split is a share of --train_data_dir: add it.")
+    if args.trigger_word is not None and not args.trigger_word.strip():
+        raise InputError("--trigger_word is empty: write what calls the concept, or leave the flag out.")
+    check_writable(args.output_dir, "--output_dir")
+
+
+def find_models(args):
+    """(the flags of infer.py, its `Job` without drawings, {label: `Lora`}, the other prompts), as infer.py finds them."""
+    words = [f"--{name}={getattr(args, name)}" for name in OF_INFER if getattr(args, name) is not None]
+    with refusals_of_infer():
+        flags = infer.parse_args([*words, "--prompt", "of the evaluation"])
+        model = infer.find_model(
+            flags.pretrained_model_name_or_path, flags.single_file_config, flags.revision, flags.variant
+        )
+        others = read_prompts("--other_prompts", args.other_prompts or [])
+    for prompt in others:
+        if prompt.options:
+            raise InputError(
+                f"--other_prompts {prompt.line!r}: options behind a prompt are for infer.py. Leave them out."
+            )
+    loras = find_loras(args.lora)
+    chosen = tuple(lora for lora in loras.values() if lora)
+    with refusals_of_infer():
+        training, notes = infer.settle(chosen, model, flags.scheduler, {"clip_skip": None, "vae": flags.vae})
+        if model.shapes:
+            vae = training["vae"] and infer.vae_channels(training["vae"])
+            infer.check_fits(model.shapes, chosen, training["clip_skip"] or 0, vae)
+    for line in notes:
+        print(f"note: {line}")
+    job = infer.Job(model, chosen, None, {}, None, [], training)
+    return flags, job, loras, [prompt.text for prompt in others]
+
+
+def find_inputs(args):
+    """The `Inputs` of the flags; raises `InputError` for what can't be evaluated."""
+    from text_to_image_lora.models.loading import find_base_model
+
+    check_flags(args)
+    flags, job, loras, others = find_models(args)
+    judge = make_judge(args.judge, args.pretrained_model_name_or_path, args.clip_model, args.dino_model)
+    base = find_base_model(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
+        single_file_config=args.single_file_config,
+    )  # fmt: skip
+    resolution = resolution_of(args, job.model, base)
+    held_out, trained = divide_pictures(args, resolution)
+    captions, concepts = [group[0] for group in held_out.captions], held_out.records["concept"][:]
+    asked = choose_prompts(captions, concepts, args.trigger_word, others or judge.other_prompts, args.num_prompts)
+    judge.check_prompts([*captions, *(each.prompt for each in asked)])
+    return Inputs(flags, job, loras, base, held_out, trained, asked, judge, resolution)

@@ -1,0 +1,272 @@
+"""What an evaluation looks at pictures with: CLIP and DINOv2, or on the embedded base the judges of its drawings."""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import hub_file, is_hub_id, reason_of
+
+from .. import ROOT
+from .scores import normalised
+
+
+MINI_SD, MINI_SD_JUDGE = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
+CLIP_MODEL, DINO_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+AT_ONCE = 16  # pictures that a judge looks at together
+# {model type: how it takes pictures}, where its folder has no preprocessor_config.json: as their authors published them.
+PREPROCESSING = {
+    "clip": {
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    "dinov2": {
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
+}
+# Everyday things that few LoRAs are of.
+OTHER_PROMPTS = [
+    "a photo of a dog in a park",
+    "a portrait of an old woman",
+    "a red car on a street",
+    "a bowl of fruit on a table",
+    "a mountain landscape at sunset",
+    "a city street at night",
+    "a wooden house by a lake",
+    "a cup of coffee on a desk",
+]
+
+
+class Seen(NamedTuple):
+    """What a judge sees in N pictures."""
+
+    embedded: (
+        dict  # {name of the likeness: unit vectors (N, D)}; the last one decides drift, diversity and the nearest
+    )
+    adherence: np.ndarray  # (N,): how much of its prompt each shows
+    presence: dict  # {concept: (N,)}: how much of the concept each shows
+
+
+def find_vision_model(flag, source, kind):
+    """How a CLIP or DINOv2 model takes pictures; `InputError` where the folder or hub id is none of that `kind`."""
+    path = Path(source)
+    if not path.is_dir() and not is_hub_id(source):
+        raise InputError(f"{source}: there is no such folder, and it is not a hub id (owner/name) either ({flag}).")
+
+    def read(name):
+        file = path / name if path.is_dir() else hub_file(source, name)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    try:
+        found, how = read("config.json").get("model_type"), PREPROCESSING[kind]
+        if not path.is_dir() or (path / "preprocessor_config.json").exists():
+            how = how | read("preprocessor_config.json")
+        if isinstance(how["size"], int):  # as the first models of this kind have it
+            how = how | {"size": {"shortest_edge": how["size"]}}
+        if isinstance(how["crop_size"], int):
+            how = how | {"crop_size": {"height": how["crop_size"], "width": how["crop_size"]}}
+    except Exception as error:  # the hub client's errors have no common base
+        raise InputError(
+            f"{source}: it can't be read, nor be got from the hub ({reason_of(error)}). Pass a local folder to {flag}."
+        ) from error
+    if found != kind:
+        raise InputError(f"{source}: it is a model of the type {found}, and {flag} takes {kind}.")
+    return how
+
+
+def preprocess(images, how):
+    """Pixels (N, 3, H, W) as CLIP and DINOv2 take them: the shorter side resized, the middle cropped, normalised.
+
+    By PIL, since the image processors of transformers want torchvision.
+    """
+    import torch
+    from PIL import Image
+
+    crop, shortest, rows = how["crop_size"], how["size"].get("shortest_edge", how["size"].get("height")), []
+    for image in images:
+        width, height = (side * shortest // min(image.size) for side in image.size)
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+        rows.append((np.asarray(image) / 255 - how["image_mean"]) / how["image_std"])
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float()
+
+
+class ClipAndDino:
+    """CLIP (arXiv:2103.00020) for what pictures show, DINOv2 (arXiv:2304.07193) for how they look, as DreamBooth has it.
+
+    `alike_by` names the embeddings that likeness is told by, of which the last decides; `compared_by` the one that pictures
+    are compared with each other by.
+    """
+
+    adherence_name, other_prompts = "CLIP-T", OTHER_PROMPTS
+    alike_by, compared_by = ("CLIP-I", "DINOv2"), "DINOv2"
+
+    def __init__(self, clip_model, dino_model):
+        self.sources = {"clip_model": clip_model, "dino_model": dino_model}
+        self.preprocessing = (
+            find_vision_model("--clip_model", clip_model, "clip"),
+            find_vision_model("--dino_model", dino_model, "dinov2"),
+        )
+
+    def check_prompts(self, prompts):
+        """CLIP reads any prompt."""
+
+    def load(self, device):
+        """Loads both models onto the device, in float32."""
+        import transformers
+
+        loaded, classes = [], (transformers.CLIPModel, transformers.Dinov2Model)
+        for (flag, source), model_class in zip(self.sources.items(), classes, strict=True):
+            try:
+                model = model_class.from_pretrained(source, use_safetensors=True)
+                if flag == "clip_model":
+                    self.tokenizer = transformers.CLIPTokenizer.from_pretrained(source)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{source}: it can't be loaded ({reason_of(error)}). Pass another --{flag}."
+                ) from error
+            loaded.append(model.eval().requires_grad_(False).to(device))
+        self.clip, self.dino = loaded
+
+    def embed(self, images):
+        """{"CLIP-I": (N, D), "DINOv2": (N, E)} of pictures."""
+        import torch
+
+        found = {"CLIP-I": [], "DINOv2": []}
+        for first in range(0, len(images), AT_ONCE):
+            part = images[first : first + AT_ONCE]
+            for_clip, for_dino = (preprocess(part, how).to(self.clip.device) for how in self.preprocessing)
+            with torch.no_grad():
+                seen = self.clip.vision_model(for_clip).pooler_output
+                found["CLIP-I"].append(self.clip.visual_projection(seen).cpu())
+                found["DINOv2"].append(self.dino(for_dino).pooler_output.cpu())
+        return {name: normalised(torch.cat(parts).numpy()) for name, parts in found.items()}
+
+    def look(self, images, prompts, references):
+        """The `Seen` of pictures: adherence is the cosine between CLIP's embeddings of each and of its prompt (CLIP-T).
+
+        Presence is the likeness by DINOv2 to the held-out pictures of each concept {name: embeddings}.
+        """
+        import torch
+
+        embedded, unique = self.embed(images), list(dict.fromkeys(prompts))
+        limit = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(unique, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        with torch.no_grad():
+            texts = self.clip.text_projection(self.clip.text_model(**tokens.to(self.clip.device)).pooler_output)
+        texts = normalised(texts.cpu().numpy())[[unique.index(prompt) for prompt in prompts]]
+        presence = {name: embedded["DINOv2"] @ own["DINOv2"].mean(axis=0) for name, own in references.items()}
+        return Seen(embedded, np.sum(embedded["CLIP-I"] * texts, axis=-1), presence)
+
+
+class MiniSdJudge:
+    """The judges of the embedded base's drawings (`mini_sd/judges.py`): colours by pixels, kinds and blossoms by a small network.
+
+    Two embeddings are made of its layers: what is in a picture wherever it is, which says how alike pictures are, and what
+    is where, which says whether they are the same.
+    """
+
+    adherence_name, sources = "adherence", {}
+    alike_by, compared_by = ("likeness",), "layout"
+
+    def __init__(self):
+        from ..mini_sd.drawings import KINDS, WEAPONS
+        from ..mini_sd.model import captions_of, held_out_scenes
+
+        self.kinds, self.network = list(KINDS), None
+        others = [captions_of(*scene)[0] for scene in held_out_scenes() if scene[1] not in WEAPONS]
+        self.other_prompts = others[:: len(others) // 8][:8]
+
+    def check_prompts(self, prompts):
+        """Raises `InputError` for a prompt of which the judges can't tell whether a picture shows it."""
+        for prompt in prompts:
+            if "kind" not in self.said(prompt):
+                raise InputError(
+                    f"{prompt!r} names nothing that the embedded base's judges know ({', '.join(self.kinds[:6])}, ...). "
+                    "Leave it out, or pass --judge clip."
+                )
+
+    def said(self, prompt):
+        """What a caption of the embedded base's kind says: {"kind", "object", "background", "blossoms": value}."""
+        from ..mini_sd.drawings import COLOURS
+
+        words, found = re.findall(r"\w+", prompt.lower()), {}
+        for i, word in enumerate(words):
+            if word in self.kinds and "kind" not in found:
+                found["kind"] = word
+                if i and words[i - 1] in COLOURS:
+                    found["object"] = words[i - 1]
+            if word == "background" and i and words[i - 1] in COLOURS:
+                found["background"] = words[i - 1]
+        return found | ({"blossoms": True} if {"blossom", "blossoms"} & {*words} else {})
+
+    def load(self, device):
+        """Loads the network; it looks on the CPU."""
+        from ..mini_sd.judges import train_judge
+
+        self.network = train_judge(MINI_SD_JUDGE, 0)
+
+    def embed(self, images):
+        """{"likeness": (N, 288), "layout": (N, 2048)}: the highest answer of each channel of four layers; the last layer."""
+        import torch
+
+        from ..mini_sd.model import to_tensor
+
+        fitted, found = [fit(image) for image in images], {"likeness": [], "layout": []}
+        for first in range(0, len(images), AT_ONCE):
+            with torch.no_grad():
+                near = self.network.near(to_tensor(fitted[first : first + AT_ONCE], "cpu"))
+                layers = (near, self.network.around(near), self.network.far[:2](near), self.network.far[:3](near))
+                highest = [normalised(layer.amax(dim=(2, 3)).numpy()) for layer in layers]
+            found["likeness"].append(np.concatenate(highest, axis=1))
+            found["layout"].append(layers[-1].flatten(1).numpy())
+        return {name: normalised(np.concatenate(parts)) for name, parts in found.items()}
+
+    def look(self, images, prompts, references):
+        """The `Seen` of pictures: adherence is the share of what each prompt says (colours, kind, blossoms) that is shown.
+
+        Presence is 1 or 0: of blossoms on the object, and of each kind that a concept among the references is named after.
+        """
+        from ..mini_sd.judges import judge_colours, judge_pictures
+
+        fitted = [fit(image) for image in images]
+        kinds, counts = judge_pictures(self.network, fitted)
+        adherence = []
+        for prompt, image, kind, count in zip(prompts, fitted, kinds, counts, strict=True):
+            colour, background = judge_colours(image)
+            shown = {"kind": kind, "object": colour, "background": background, "blossoms": count > 0}
+            adherence.append(np.mean([shown[name] == value for name, value in self.said(prompt).items()]))
+        presence = {"blossoms": np.array(counts) > 0}
+        presence |= {name: np.array(kinds) == name for name in references if name in self.kinds}
+        presence = {name: found.astype(float) for name, found in presence.items()}
+        return Seen(self.embed(images), np.array(adherence), presence)
+
+
+def fit(image):
+    """The picture as the embedded base draws: RGB, 128 x 128."""
+    from PIL import Image, ImageOps
+
+    from ..mini_sd.model import RESOLUTION
+
+    return ImageOps.fit(image.convert("RGB"), (RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
+
+
+def is_embedded_base(model):
+    """Whether the base model is the one in `models/mini-sd`."""
+    return Path(model).resolve() == MINI_SD
+
+
+def make_judge(name, model, clip_model, dino_model):
+    """The judge of this name; where it is None, the embedded base's own for that one, else CLIP and DINOv2."""
+    if name == "mini-sd" or (name is None and is_embedded_base(model)):
+        return MiniSdJudge()
+    return ClipAndDino(clip_model, dino_model)

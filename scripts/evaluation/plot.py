@@ -1,0 +1,181 @@
+"""An evaluation in pictures: likeness against drift, what each LoRA drew, the training pictures nearest to it."""
+
+import math
+from typing import Any, NamedTuple
+
+import infer
+
+from .inputs import images_of
+
+
+SHOWN = 6  # prompts of each kind on the sheet of pictures
+PAIRS = 4  # pictures of each LoRA beside their nearest training picture
+FINER = 3  # the plot is drawn so much larger and shrunk: PIL draws without smoothing
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 600, 90, 40, 60, 80  # of the plot, in pixels
+INK, GRID, LINE, CHOSEN = "#222222", "#e2e2e2", "#4477aa", "#cc3311"
+
+
+def ticks(low, high):
+    """Round numbers that divide a span into four to nine parts."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 9)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def span(values, least=None):
+    """(low, high) around (mean, standard error)s, with some room."""
+    low = min(mean - error for mean, error in values) if least is None else least
+    high = max(mean + error for mean, error in values)
+    room = 0.08 * (high - low) or 0.05
+    return (low - room if least is None else least), high + room
+
+
+class Axes:
+    """A plot's frame: numbers become places on it, and it draws them."""
+
+    def __init__(self, across, up):
+        from PIL import Image, ImageDraw
+
+        self.image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), "white")
+        self.draw, self.across, self.up = ImageDraw.Draw(self.image), across, up
+
+    def place(self, x, y):
+        (left, right), (low, high) = self.across, self.up
+        return (
+            LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    def line(self, points, colour, width=1.0):
+        self.draw.line([(FINER * x, FINER * y) for x, y in points], colour, round(FINER * width), joint="curve")
+
+    def disc(self, x, y, radius, colour):
+        self.draw.ellipse([FINER * v for v in (x - radius, y - radius, x + radius, y + radius)], colour)
+
+    def text(self, x, y, text, size=15, anchor="mm", colour=INK):
+        self.draw.text((FINER * x, FINER * y), text, colour, infer.font_for([text], FINER * size), anchor=anchor)
+
+    def frame(self, title, across, up):
+        """Grid lines with their numbers, the names of the axes, and the title."""
+        for x in ticks(*self.across):
+            at, _ = self.place(x, self.up[0])
+            self.line([(at, TOP), (at, HEIGHT - BOTTOM)], GRID)
+            self.text(at, HEIGHT - BOTTOM + 16, f"{x:.4g}", 13)
+        for y in ticks(*self.up):
+            _, at = self.place(self.across[0], y)
+            self.line([(LEFT, at), (WIDTH - RIGHT, at)], GRID)
+            self.text(LEFT - 10, at, f"{y:.4g}", 13, "rm")
+        self.line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], INK, 1.3)
+        self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 28, across)
+        self.text(LEFT, 24, title, 17, "lm")
+        self.text(LEFT, 46, up, 13, "lm")
+
+
+class Point(NamedTuple):
+    """A LoRA's place on the plot, two (mean, standard error)s; LoRAs of one run are joined by a line."""
+
+    label: str
+    run: Any
+    drift: tuple[float, float]
+    likeness: tuple[float, float]
+
+
+def plot(points, base, chosen, likeness):
+    """The plot of `Point`s: the higher and further left the better.
+
+    `base` is the base model's likeness, `likeness` is what that is called, and the LoRA labelled `chosen` is red.
+    """
+    from PIL import Image
+
+    axes = Axes(span([each.drift for each in points], 0.0), span([base, *(each.likeness for each in points)]))
+    axes.frame(
+        "Likeness to the held-out pictures, and what it costs",
+        "drift from the base, asked without the trigger",
+        likeness,
+    )
+    _, level = axes.place(0, base[0])
+    for x in range(LEFT, WIDTH - RIGHT, 12):
+        axes.line([(x, level), (min(x + 6, WIDTH - RIGHT), level)], "#888888", 1.3)
+    axes.text(WIDTH - RIGHT, level - 10, "base", 13, "rm", "#666666")
+    for run in dict.fromkeys(each.run for each in points):
+        axes.line([axes.place(each.drift[0], each.likeness[0]) for each in points if each.run == run], "#b8cbdd", 1.5)
+    for (x, dx), (y, dy), colour in ((each.drift, each.likeness, colour_of(each, chosen)) for each in points):
+        axes.line([axes.place(x - dx, y), axes.place(x + dx, y)], colour, 1.5)
+        axes.line([axes.place(x, y - dy), axes.place(x, y + dy)], colour, 1.5)
+        axes.disc(*axes.place(x, y), 6, colour)
+    label_points(
+        axes, [(*axes.place(each.drift[0], each.likeness[0]), each.label, colour_of(each, chosen)) for each in points]
+    )
+    return axes.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def colour_of(point, chosen):
+    return CHOSEN if point.label == chosen else LINE
+
+
+def label_points(axes, points):
+    """Writes each point's label beside it, where no other label is yet."""
+    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y, _, _ in points]
+    for x, y, label, colour in points:
+        wide = infer.font_for([label], 14).getlength(label)
+        places = [(x + 10, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)] + [
+            (x - 10 - wide, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)
+        ]
+        places = [place for place in places if place[0] > LEFT and place[0] + wide < WIDTH] or places
+
+        def clear(place, wide=wide):
+            left, top, right, bottom = place[0], place[1] - 8, place[0] + wide, place[1] + 8
+            return all(right < a or left > c or bottom < b or top > d for a, b, c, d in boxes)
+
+        left, up = next(filter(clear, places), places[0])
+        boxes.append((left, up - 8, left + wide, up + 8))
+        axes.text(left, up, label, 14, "lm", colour)
+
+
+def opened(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def spread(numbers):
+    """At most `SHOWN` of them, spread evenly."""
+    count = min(SHOWN, len(numbers))
+    return [numbers[round(k * (len(numbers) - 1) / max(count - 1, 1))] for k in range(count)]
+
+
+def picture_sheet(inputs, folder_of, seed):
+    """What the base and each LoRA drew of some prompts from one seed; held-out pictures of the same captions above.
+
+    With the trigger on top, without it and of other things below.
+    """
+    numbers, parts = range(len(inputs.asked)), []
+    drawn = [(label, "") for label in inputs.loras]
+    triggered = [i for i in numbers if inputs.asked[i].triggered]
+    for heading, chosen in (
+        ("with the trigger", spread(triggered)),
+        ("without it", spread([i for i in numbers if i not in triggered])),
+    ):
+        rows, images = list(drawn), []
+        if heading == "with the trigger":
+            rows = [("held out", ""), *drawn]
+            images += images_of(inputs.held_out, [inputs.asked[i].references[0] for i in chosen])
+        for label in inputs.loras:
+            images += [opened(folder_of(label) / f"{i:03d}-seed{seed}.png") for i in chosen]
+        columns = [(inputs.asked[i].prompt, f"seed {seed}") for i in chosen]
+        parts.append(infer.layout(rows, columns, images, heading))
+    return infer.stacked(parts)
+
+
+def nearest_sheet(inputs, copied, folder_of, seed):
+    """For each LoRA the pictures that are nearest to a training picture, each with that one to its right."""
+    rows, images = [], []
+    for label, found in copied.items():
+        pairs = found[:PAIRS]
+        rows.append((label, f"likeness {pairs[0][3]:.2f} to {pairs[-1][3]:.2f}"))
+        for prompt, k, training, _ in pairs:
+            images.append(opened(folder_of(label) / f"{prompt:03d}-seed{seed + k}.png"))
+            images += images_of(inputs.trained, [training])
+    columns = [("drawn", ""), ("trained on", "")] * min(PAIRS, len(pairs))
+    return infer.layout(rows, columns, images, "Nearest to a training picture")

@@ -1,0 +1,178 @@
+"""An evaluation's tables, plot, sheets and recommendation, written into its folder; `evaluate.py` calls it."""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from text_to_image_lora.files import write_whole
+from text_to_image_lora.reports import stopping
+
+from . import scores
+from .inputs import BASE, images_of
+from .pictures import picture_folder
+from .plot import Point, nearest_sheet, picture_sheet, plot
+
+
+HELD_OUT = "held-out pictures"
+
+
+class Found(NamedTuple):
+    """All that an evaluation found."""
+
+    tables: dict  # {label: {score: table (P, S)}}
+    losses: dict  # {label: (held-out loss relative to the base's, standard error)}
+    of_held_out: dict  # {score: (mean, standard error)} of the held-out pictures themselves
+    bleed: dict  # {label: {asked for: {concept: (mean, standard error)}}}
+    copied: dict  # {label: [(number in `asked`, of the seed, of the training picture, likeness)]}, nearest first
+
+
+def by_prompt(values, rows, num_images):
+    """Values (P * S, ...) of all prompts as (P, S, ...) of some."""
+    values = np.asarray(values)
+    return values.reshape(-1, num_images, *values.shape[1:])[rows]
+
+
+def tables_of(inputs, drawn, num_images):
+    """The `Found` of what the LoRAs drew."""
+    with_trigger = [i for i, each in enumerate(inputs.asked) if each.triggered]
+    without = [i for i, each in enumerate(inputs.asked) if not each.triggered]
+    groups = [inputs.asked[i].group for i in without]
+    held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
+    same = inputs.judge.compared_by
+    training = None if inputs.trained is None else inputs.judge.embed(images_of(inputs.trained))[same]
+    near = None if training is None else scores.nearest(held_out.embedded[same], training)[0]
+    tables, losses, bleed, copied, base = {}, {}, {}, {}, drawn[BASE]
+
+    def of(label, rows, name=same):
+        return by_prompt(drawn[label].seen.embedded[name], rows, num_images)
+
+    def presence(label):
+        return {name: by_prompt(own, without, num_images) for name, own in drawn[label].seen.presence.items()}
+
+    for label, (seen, table) in drawn.items():
+        own = {inputs.judge.adherence_name: by_prompt(seen.adherence, with_trigger, num_images)}
+        for name in inputs.judge.alike_by:
+            references = [held_out.embedded[name][list(inputs.asked[i].references)] for i in with_trigger]
+            own[name] = scores.likeness(of(label, with_trigger, name), references)
+        own["set distance"] = scores.set_distance(of(label, with_trigger), held_out.embedded[same])
+        if label != BASE:
+            own["drift"] = scores.drift(of(label, without), of(BASE, without))
+            bleed[label] = scores.bleed(presence(label), presence(BASE), groups)
+        own["diversity"] = scores.diversity(of(label, with_trigger))
+        if training is not None:
+            own["nearest"], which = scores.nearest(of(label, with_trigger), training)
+            own["memorised"] = scores.memorised(own["nearest"], near)
+            order = np.dstack(np.unravel_index(np.argsort(-own["nearest"], axis=None), which.shape))[0]
+            copied[label] = [
+                (with_trigger[p], int(s), int(which[p, s]), float(own["nearest"][p, s])) for p, s in order
+            ]
+        tables[label] = own
+        more, error = stopping.difference(table, base.losses, base.losses)
+        losses[label] = (1 + more, error if label != BASE else 0.0)
+    of_held_out = {inputs.judge.adherence_name: scores.mean_and_error(held_out.adherence[:, None])}
+    if near is not None:
+        of_held_out["nearest"] = scores.mean_and_error(near[:, None])
+    return Found(tables, losses, of_held_out, bleed, copied)
+
+
+def summary(found):
+    """{label: {score: (mean, standard error)}}, the base first, the held-out pictures themselves last."""
+    rows = {
+        label: {name: scores.mean_and_error(table) for name, table in own.items()}
+        | {"held-out loss": found.losses[label]}
+        for label, own in found.tables.items()
+    }
+    return rows | {HELD_OUT: found.of_held_out}
+
+
+def runs_of(loras):
+    """{label: folder of the run} of LoRAs {label: `Lora` or None}; checkpoints lie in their run's folder."""
+    runs = {}
+    for label, lora in loras.items():
+        if lora is not None:
+            path = Path(lora.given)
+            runs[label] = path.parent if re.fullmatch(r"(epoch|checkpoint)-\d+|best", path.name) else path
+    return runs
+
+
+def markdown(head, rows):
+    return "\n".join(["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]])
+
+
+def table_of_scores(rows):
+    names = list(dict.fromkeys(name for own in rows.values() for name in own))
+    names = [name for name in names if name != "held-out loss"] + ["held-out loss"]
+    return markdown(
+        ["LoRA", *names], [[label, *(scores.shown(own.get(name)) for name in names)] for label, own in rows.items()]
+    )
+
+
+def table_of_bleed(bleed):
+    concepts = list(next(iter(next(iter(bleed.values())).values())))
+    rows = [
+        [label, group, *(scores.shown(own[concept], "+") for concept in concepts)]
+        for label, matrix in bleed.items()
+        for group, own in matrix.items()
+    ]
+    return markdown(["LoRA", "asked for, without the trigger", *concepts], rows)
+
+
+def words_of(found, likeness):
+    """(label of the LoRA to take or None, why in words), by the likeness of this name."""
+    tables = {
+        label: {"likeness": own[likeness], "drift": own["drift"], "memorised": own.get("memorised")}
+        | {"loss": found.losses[label]}
+        for label, own in found.tables.items()
+        if label != BASE
+    }
+    return scores.recommend(tables, found.tables[BASE][likeness])
+
+
+def write(args, inputs, drawn):
+    """evaluation.md and .json, likeness-drift.png, pictures.png and nearest.png in the output folder.
+
+    Returns what to print.
+    """
+    found = tables_of(inputs, drawn, args.num_images)
+    folder, judge, likeness = args.output_dir, inputs.judge, inputs.judge.alike_by[-1]
+    rows, (chosen, words) = summary(found), words_of(found, likeness)
+    looked = ", ".join(judge.sources.values()) or "the embedded base's judges"
+    about = (
+        f"{len(inputs.asked)} prompts x {args.num_images} seeds for each LoRA, {len(inputs.held_out)} held-out pictures; "
+        f"looked at by {looked}. Means with their standard errors."
+    )
+    told = [words, "", table_of_scores(rows), "", "How much more of a concept comes than from the base:", ""]
+    told += [table_of_bleed(found.bleed)]
+    pages = ["", "![likeness against drift](likeness-drift.png)", "", "![pictures](pictures.png)"]
+    points = [
+        Point(label, runs_of(inputs.loras)[label], rows[label]["drift"], rows[label][likeness])
+        for label in found.bleed
+    ]
+    plot(points, rows[BASE][likeness], chosen, likeness).save(folder / "likeness-drift.png")
+    folder_of = functools.partial(picture_folder, folder)
+    picture_sheet(inputs, folder_of, args.seed).save(folder / "pictures.png")
+    if found.copied:
+        nearest_sheet(inputs, found.copied, folder_of, args.seed).save(folder / "nearest.png")
+        pages += ["", "Beside the training picture nearest to it:", "", "![nearest](nearest.png)"]
+    write_whole(folder / "evaluation.md", "\n".join(["# Evaluation", "", *told, "", about, *pages]) + "\n")
+    stored = {
+        "recommendation": {"take": chosen, "words": words},
+        "scores": named(rows),
+        "bleed": {label: named(matrix) for label, matrix in found.bleed.items()},
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "prompts": [each._asdict() for each in inputs.asked],
+    }
+    write_whole(folder / "evaluation.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+    return "\n".join(told)
+
+
+def named(rows):
+    """{label: {score: {"mean", "standard_error"}}} of {label: {score: (mean, standard error)}}."""
+    return {
+        label: {name: {"mean": value[0], "standard_error": value[1]} for name, value in own.items()}
+        for label, own in rows.items()
+    }

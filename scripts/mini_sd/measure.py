@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Measures whether the embedded base does what its caption says, and what the demo's LoRA adds and keeps.
+
+Captions are combinations of colour, kind and background that the base was never trained on. How often the judges
+(`judges.py`) are right about drawings is measured first.
+
+    python -m scripts.mini_sd.measure
+    python -m scripts.mini_sd.measure --loras demo/seed0 demo/seed1 demo/seed2
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from text_to_image_lora.models.samplers import SAMPLERS
+
+from .. import ROOT
+from .draw import weapon_scenes
+from .drawings import WEAPONS, contact_sheet
+from .judges import judge_the_judges, shares, train_judge
+from .model import article, captions_of, held_out_scenes
+
+
+JUDGE = ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Measure the embedded base, and LoRAs of the bundled weapons on it.")
+    add = parser.add_argument
+    add("--model", type=Path, default=Path("models/mini-sd"), help="folder of the pipeline")
+    add("--loras", type=Path, nargs="*", default=[], help="folders of LoRAs trained on metadata/weapons, a seed each")
+    add("--guidance_scale", type=float, nargs="+", default=[4.0], help="the first is for the LoRAs too")
+    add("--num_inference_steps", type=int, default=30, help="of the sampler, as in infer.py")
+    add(
+        "--scheduler",
+        choices=SAMPLERS,
+        default="dpm++",
+        help="as in infer.py; pndm is what the model's folder names",
+    )
+    add(
+        "--num_pictures",
+        type=int,
+        default=None,
+        help="of the base at each guidance; default: all held-out captions, 0: none",
+    )
+    add("--seed", type=int, default=0, help="of the noise of every picture, and of the judges")
+    add("--pictures_per_caption", type=int, default=3, help="of the 24 held-out captions with blossoms, for each LoRA")
+    add("--judge", type=Path, default=JUDGE, help="kept here, or trained")
+    add("--output", type=Path, default=None, help="JSON file for the numbers; pictures go into a folder beside it")
+    return parser.parse_args(argv)
+
+
+def blossom_caption(colour, kind, background):
+    return f"{article(f'{colour} {kind}')} with pink blossoms on {article(background)} background"
+
+
+def weapon_test_scenes(seed=0):
+    """The (colour, kind, background) of metadata/weapons_test: no picture of the LoRA's training set shows them."""
+    return [
+        (colour, kind, background)
+        for i, kind in enumerate(WEAPONS)
+        for colour, background in weapon_scenes(np.random.default_rng([seed, 1, i]))[1]
+    ]
+
+
+def load_pipeline(model, lora=None, *, scheduler="dpm++"):
+    import diffusers
+    import torch
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
+    name, changes, _ = SAMPLERS[scheduler]
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    return pipeline
+
+
+def draw_with(pipeline, prompts, *, seed, guidance_scale, num_inference_steps, batch_size=24):
+    """A picture of each prompt; the noise of picture i depends on the seed and i alone."""
+    import torch
+
+    images = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(seed * 100_003 + first + i) for i in range(len(batch))]
+        images += pipeline(
+            batch,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generators,
+        ).images
+    return images
+
+
+def table(rows):
+    """The rows of shares as a Markdown table, in percent."""
+    lines = [
+        "| | object's colour | background's colour | kind | blossoms | pictures |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        shares = " | ".join(
+            f"{100 * row[key]:.1f}%" for key in ("object_colour", "background_colour", "kind", "blossoms")
+        )
+        lines.append(f"| {name} | {shares} | {row['pictures']} |")
+    return "\n".join(lines)
+
+
+def main(args):
+    judge = train_judge(args.judge, args.seed)
+    rows = judge_the_judges(judge, args.seed)
+    steps = dict(num_inference_steps=args.num_inference_steps)
+
+    def measure(name, pipeline, prompts, scenes, guidance_scale, seed):
+        images = draw_with(pipeline, prompts, seed=seed, guidance_scale=guidance_scale, **steps)
+        rows[name] = shares(judge, images, scenes)
+        print(f"{name}: {rows[name]}", flush=True)
+        if args.output is not None:
+            folder = args.output.with_suffix("") / name.replace(" ", "-").replace(",", "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                image.save(folder / f"{i:03d} {prompt}.png")
+            contact_sheet(images[:72], 12).save(folder.with_suffix(".png"))
+
+    held_out = held_out_scenes()
+    held_out = [held_out[i] for i in np.random.default_rng([args.seed, 42]).permutation(len(held_out))]
+    base, chosen = load_pipeline(args.model, scheduler=args.scheduler), held_out[: args.num_pictures]
+    for scale in args.guidance_scale if chosen else ():
+        prompts = [captions_of(*scene)[0] for scene in chosen]
+        measure(f"base, guidance {scale:g}", base, prompts, chosen, scale, args.seed)
+    weapons = weapon_test_scenes() * args.pictures_per_caption
+    others = [scene for scene in held_out if scene[1] not in WEAPONS][:48]
+    scale = args.guidance_scale[0]
+    for i, lora in enumerate(args.loras):
+        seed = args.seed + 1 + i
+        prompts = [blossom_caption(*scene) for scene in weapons]
+        measure(f"base, asked for blossoms, seed {i}", base, prompts, weapons, scale, seed)
+        pipeline = load_pipeline(args.model, lora, scheduler=args.scheduler)
+        measure(f"LoRA, asked for blossoms, seed {i}", pipeline, prompts, weapons, scale, seed)
+        prompts = [captions_of(*scene)[0] for scene in others]
+        measure(f"LoRA, other objects, seed {i}", pipeline, prompts, others, scale, seed)
+    print("\n" + table(rows))
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())

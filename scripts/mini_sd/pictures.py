@@ -1,0 +1,138 @@
+"""What the embedded base is shown: endless pictures for the autoencoder, a set of captioned drawings for the UNet."""
+
+import multiprocessing
+import os
+from functools import lru_cache, partial
+
+import numpy as np
+from PIL import Image
+
+from .creatures import BUILDS, draw_creature
+from .draw import (
+    EYE_COLOURS,
+    FEATURES,
+    MOODS,
+    PINKS,
+    decorate_with_blossoms,
+    draw_backdrop,
+    lit,
+    weapon_shapes,
+)
+from .drawings import (
+    COLOURS,
+    KINDS,
+    MOTIFS,
+    SUPERSAMPLING,
+    WEAPONS,
+    decorate_with,
+    decorate_with_confetti,
+    draw_object,
+    draw_scene,
+    jittered,
+)
+from .model import RESOLUTION, all_scenes, held_out_scenes
+
+
+DECORATED = 0.45  # share of the UNet's drawings whose object carries dots, stars, hearts, diamonds or flowers
+
+
+def any_colour(rng):
+    """Red, green and blue (0 to 255): half of the time of a colour that no word stands for."""
+    names = list(COLOURS)
+    return tuple(int(c) for c in (rng.integers(0, 256, 3) if rng.random() < 0.5 else COLOURS[str(rng.choice(names))]))
+
+
+def draw_blossomed(rng):
+    """As the bundled weapons, of any colours; a third on kinds that are no weapons; a third of the blossoms not pink."""
+    size = RESOLUTION * SUPERSAMPLING
+    image = draw_backdrop(jittered(any_colour(rng), rng), size, rng)
+    kind = str(rng.choice(WEAPONS if rng.random() < 0.7 else list(KINDS)))
+    shapes = weapon_shapes(kind) if kind in WEAPONS else KINDS[kind]
+    colour = jittered(any_colour(rng), rng)
+    mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.66, 0.88), perspective=0.2)
+    colours = PINKS if rng.random() < 0.65 else rng.integers(30, 256, (2, 3)).astype(float)
+    decorate_with_blossoms(image, mask, int(rng.integers(4, 10)), rng, colours)
+    return lit(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX), rng)
+
+
+def draw_any_creature(rng):
+    names = list(COLOURS)
+    colour, eyes, build = str(rng.choice(names)), str(rng.choice(EYE_COLOURS)), str(rng.choice(list(BUILDS)))
+    features, mood = FEATURES[rng.integers(len(FEATURES))], MOODS[rng.integers(len(MOODS))]
+    return draw_creature(colour, eyes, build, features, mood, RESOLUTION, rng)
+
+
+def draw_for_codec(seed, index):
+    """uint8 (H, W, 3): picture `index` of what a user of the bundled datasets may want held, of any colour."""
+    rng = np.random.default_rng([seed, 10, index])
+    what = rng.random()
+    if what < 0.4:
+        image = draw_blossomed(rng)
+    elif what < 0.85:
+        kind = str(rng.choice(list(KINDS)))
+        motif = decorate_with(str(rng.choice(list(MOTIFS))), any_colour(rng))
+        decorate = (decorate_with_confetti, motif, None)[0 if what < 0.6 else 1 if what < 0.72 else 2]
+        image = draw_scene(kind, any_colour(rng), any_colour(rng), RESOLUTION, rng, decorate=decorate)
+    else:
+        image = draw_any_creature(rng)
+    return np.asarray(image.convert("RGB"))
+
+
+def crops_of(pictures, count, size, rng):
+    """uint8 crops (count, size, size, 3), rather of detail than of bare background, turned by quarters, mirrored,
+    some with red, green and blue exchanged."""
+    crops = []
+    for index in rng.integers(len(pictures), size=count):
+        picture, candidates = pictures[index], []
+        for _ in range(2 if size < RESOLUTION and rng.random() < 0.6 else 1):
+            y, x = rng.integers(0, RESOLUTION - size + 1, 2)
+            crop = picture[y : y + size, x : x + size]
+            candidates.append((np.abs(np.diff(crop[::2, ::2].astype(np.int16), axis=0)).mean(), y, x))
+        _, y, x = max(candidates)
+        crop = np.rot90(picture[y : y + size, x : x + size], rng.integers(4))
+        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
+        crops.append(crop[..., rng.permutation(3)] if rng.random() < 0.3 else crop)
+    return np.stack(crops)
+
+
+@lru_cache(maxsize=1)
+def training_scenes(seed):
+    held_out = set(held_out_scenes(seed))
+    return [scene for scene in all_scenes() if scene not in held_out]
+
+
+def scene_of(seed, index):
+    """(colour, kind, background, decoration) of drawing `index` of the UNet's set, and the generator it goes on with."""
+    rng = np.random.default_rng([seed, 30, index])
+    scenes = training_scenes(seed)
+    colour, kind, background = scenes[rng.integers(len(scenes))]
+    decoration = ""
+    if rng.random() < DECORATED:
+        other = str(rng.choice([name for name in COLOURS if name not in (colour, background)]))
+        decoration = f"{other} {rng.choice(list(MOTIFS))}"
+    return (colour, kind, background, decoration), rng
+
+
+def draw_for_unet(seed, index):
+    """uint8 (H, W, 3)."""
+    (colour, kind, background, decoration), rng = scene_of(seed, index)
+    decorate = None
+    if decoration:
+        other, motif = decoration.split()
+        decorate = decorate_with(motif, COLOURS[other])
+    return np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate))
+
+
+def drawn_set(path, draw, seed, count):
+    """uint8 (count, H, W, 3), memory-mapped: `draw(seed, index)` of each index, drawn by all cores and kept at `path`."""
+    if not path.exists():
+        print(f"drawing {count} pictures: {path}", flush=True)
+        temporary = path.with_suffix(".tmp")
+        shape = (count, RESOLUTION, RESOLUTION, 3)
+        pictures = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        with multiprocessing.get_context("spawn").Pool() as workers:
+            for i, picture in enumerate(workers.imap(partial(draw, seed), range(count), chunksize=16)):
+                pictures[i] = picture
+        pictures.flush()
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")

@@ -1,0 +1,142 @@
+"""What a sweep is to do, from its YAML file and the command line, and the training commands that follow; for `sweep.py`."""
+
+import difflib
+import os
+import re
+import shlex
+from pathlib import Path
+
+from .. import ROOT
+
+
+SAMPLERS = ("grid", "random", "tpe")
+
+
+class SweepError(Exception):
+    """What the user can put right, in one sentence."""
+
+
+def _flags():
+    """The training command's flags, as argparse has them."""
+    from train_text_to_image_lora import build_parser
+
+    return [action for action in build_parser()._actions if action.dest != "help"]
+
+
+def values_of(text):
+    """The values of `4,16`, or the range of `1e-4..1e-2` as a mapping."""
+
+    def value(word):
+        """Only numbers, true, false and null are something else than words: `no` is a precision."""
+        if word in ("true", "false", "null"):
+            return {"true": True, "false": False}.get(word)
+        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", word):
+            return word
+        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
+
+    low, dots, high = text.partition("..")
+    ends = value(low), value(high)
+    if dots and all(isinstance(end, int | float) for end in ends):
+        return {"min": ends[0], "max": ends[1], "log": True}
+    return [value(word) for word in text.split(",")]
+
+
+def settle(args):
+    """The sweep as a mapping: from the YAML file, and what the command line says goes before it."""
+    import yaml
+
+    settings = dict(
+        sampler="grid", num_trials=20, prune=False, launcher=None, seed=0, flags={}, sweep={}, sweep_dir=None
+    )
+    if args.config is not None:
+        try:
+            given = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise SweepError(f"{args.config}: it can't be read ({str(error).splitlines()[0]}).") from error
+        if not isinstance(given, dict) or set(given) - set(settings):
+            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "no mapping"
+            raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
+        settings |= {key: value for key, value in given.items() if value is not None}
+    for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    for name, words in (("sweep", args.sweep or []), ("flags", args.flags or [])):
+        for word in words:
+            key, equals, text = word.partition("=")
+            if not equals:
+                raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
+            if not isinstance(settings[name], dict):
+                break  # `check` says so
+            if name == "sweep" and isinstance(settings["flags"], dict):  # what a file fixes may be varied
+                settings["flags"] = {k: v for k, v in settings["flags"].items() if k != key.removeprefix("--")}
+            settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
+    check(settings)
+    return settings
+
+
+def check(settings):
+    for key in ("sweep", "flags"):
+        if not isinstance(settings[key], dict):
+            raise SweepError(f"{key}: it must hold one flag a line, such as 'rank: [4, 16]'.")
+    for key, least in (("num_trials", 1), ("seed", 0)):
+        if type(settings[key]) is not int or settings[key] < least:
+            raise SweepError(f"{key} {settings[key]}: it must be a whole number, {least} or more.")
+    if settings["sweep_dir"] is None:
+        raise SweepError("--sweep_dir is needed: the folder of the sweep.")
+    if not settings["sweep"]:
+        raise SweepError("Nothing is varied: add --sweep, such as rank=4,16.")
+    if settings["sampler"] not in SAMPLERS:
+        raise SweepError(f"sampler {settings['sampler']}: choose {', '.join(SAMPLERS)}.")
+    for key, values in settings["sweep"].items():
+        if isinstance(values, dict):
+            if settings["sampler"] == "grid":
+                raise SweepError(f"{key} is a range: list its values for a grid, or take --sampler random or tpe.")
+            low, high = values.get("min"), values.get("max")
+            numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high))
+            if not numbers or not low < high or (values.get("log") and low <= 0):
+                raise SweepError(
+                    f"{key}: a range is min..max of two numbers, the smaller one first (above 0 with log)."
+                )
+        elif not isinstance(values, list) or not values:
+            raise SweepError(f"{key}: list its values, such as [4, 16].")
+    known = [action.dest for action in _flags()]
+    for key in [*settings["sweep"], *settings["flags"]]:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise SweepError(f"there is no flag --{key}." + (f" Did you mean --{near[0]}?" if near else ""))
+    switches = {action.dest for action in _flags() if action.nargs == 0}
+    for key, given in (settings["flags"] | settings["sweep"]).items():
+        words = [value for value in (given if isinstance(given, list) else [given]) if isinstance(value, bool)]
+        if words and key not in switches:
+            raise SweepError(
+                f"{key} takes a value, not {str(words[0]).lower()}; in a YAML file, quote it if it is a word."
+            )
+    both = settings["flags"].keys() & settings["sweep"].keys()
+    if both:
+        raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")
+    every = settings["flags"].keys() | settings["sweep"].keys()
+    if not every & {"validation_split", "validation_data_dir"}:
+        raise SweepError("Trials are ranked by the loss on pictures held out: add validation_split=0.1 to --flags.")
+    for name in ("output_dir", "latent_cache_dir"):
+        if name in settings["sweep"]:
+            raise SweepError(f"{name} can't be varied: each trial has a folder of its own in --sweep_dir.")
+
+
+def words_of(flags):
+    """The flags as words of a command line. Only for a switch do true and false mean on and off."""
+    switches, words = {action.dest for action in _flags() if action.nargs == 0}, []
+    for key, value in flags.items():
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if key in switches and value in ("true", "false"):
+            words.append(f"--{key}" if value == "true" else f"--no-{key}")
+        elif value is not None:
+            words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def command_of(settings, params, output_dir):
+    launcher = shlex.split(settings["launcher"]) if settings["launcher"] else ["python"]
+    cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
+    flags = cache | settings["flags"] | params | {"output_dir": output_dir}
+    return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *words_of(flags)]

@@ -1,0 +1,321 @@
+"""The converter as typed: between the formats and back, smaller ranks, sums, and bad input in one line."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small_pipeline import (
+    ADAPTERS,
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    adapter,
+    assert_close,
+    assert_differs,
+    encode,
+    pipeline_with,
+    predict,
+    small_pipeline,
+    trained,
+)
+
+from scripts import convert_lora
+from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.models import kohya, lora_file
+from text_to_image_lora.models.updates import factors, modules_of, relative_difference
+
+
+pytestmark = pytest.mark.lora_file
+HEADER = {"ss_sd_model_name": "mini", "ss_v2": "False", "modelspec.trigger_phrase": "sks", "ss_network_dim": "99"}
+PRIVATE = {
+    "ss_tag_frequency": '{"axes": {"sks": 3}}',
+    "modelspec.thumbnail": "data:image/jpeg;base64,",
+    "ss_dataset_dirs": "{}",
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return small_pipeline()
+
+
+def train(base, options, seed=None):
+    """The UNet and the text encoder with adapters; a seed gives them other weights."""
+    models = {
+        "unet": trained(base.unet, UNET_TARGETS, **options),
+        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
+    }
+    if seed is not None:
+        torch.manual_seed(seed)
+        for model in models.values():
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = torch.randn(parameter.shape) / 3
+    return models
+
+
+@pytest.fixture
+def ours(base, tmp_path):
+    """A run's folder: UNet and text encoder at rank 4, alpha 6."""
+    lora_file.save_lora(tmp_path / "ours", components_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
+    return tmp_path / "ours"
+
+
+def components_of(models):
+    return {name: adapter(model) for name, model in models.items()}
+
+
+def convert(*words):
+    convert_lora.main(convert_lora.parse_args([*map(str, words)]))
+
+
+def header_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def updates_of(path):
+    """{(component, module): the whole update as a matrix} in float64."""
+    found = {}
+    for name, state_dict in lora_file.load_lora(path)[0].items():
+        for module in modules_of(state_dict):
+            a, b = factors(state_dict, module)
+            found[name, module] = b @ a
+    return found
+
+
+def assert_equal_updates(path, wanted, tolerance=1e-6):
+    got, wanted = updates_of(path), wanted if isinstance(wanted, dict) else updates_of(wanted)
+    assert got.keys() == wanted.keys()
+    for place, update in wanted.items():
+        assert (got[place] - update).norm() <= tolerance * update.norm(), place
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("way", ["kohya", "peft"])
+def test_there_and_back_again(base, tmp_path, way, options):
+    first = lora_file.save_lora(tmp_path / "a.safetensors", components_of(train(base, options)), HEADER)
+    between, back = tmp_path / {"kohya": "b.safetensors", "peft": "b"}[way], tmp_path / "c.safetensors"
+    convert(first, between, "--to", way)
+    convert(between, back, "--to", "diffusers")
+    one, two = load_file(first), load_file(back)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    # And once more through the other one.
+    convert(between, tmp_path / "d", "--to", "peft")
+    convert(tmp_path / "d", tmp_path / "e.safetensors", "--to", "kohya")
+    assert_equal_updates(tmp_path / "e.safetensors", first)
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_true_alpha_comes_home(base, tmp_path, options):
+    """From the file that training writes by kohya's names, with its own ranks and alphas."""
+    models = train(base, options)
+    lora_file.save_lora(tmp_path / "ours.safetensors", components_of(models), {})
+    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    convert(tmp_path / "kohya.safetensors", tmp_path / "home.safetensors", "--to", "diffusers")
+    assert_equal_updates(tmp_path / "home.safetensors", tmp_path / "ours.safetensors")
+    pipe = pipeline_with(base)
+    pipe.load_lora_weights(tmp_path, weight_name="home.safetensors")
+    assert_close(predict(pipe.unet), predict(models["unet"]))
+    assert_close(encode(pipe.text_encoder), encode(models["text_encoder"]))
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_peft_itself_reads_its_folders(base, tmp_path, options):
+    models = train(base, options)
+    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    convert(tmp_path / "kohya.safetensors", tmp_path / "folder", "--to", "peft")
+    pipe = pipeline_with(base)
+    unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "folder" / "unet")
+    assert unet.peft_config["default"].base_model_name_or_path == "mini"
+    assert_differs(predict(base.unet), predict(models["unet"]))
+    assert_close(predict(unet.base_model), predict(models["unet"]))
+    if hasattr(pipe.text_encoder, "text_model"):  # a level that peft's names have, and transformers before 5.6
+        text_encoder = PeftModel.from_pretrained(pipe.text_encoder, tmp_path / "folder" / "text_encoder")
+        assert_close(encode(text_encoder.base_model), encode(models["text_encoder"]))
+
+
+def test_the_unet_alone_is_a_folder_of_its_own(base, tmp_path):
+    lora_file.save_lora(tmp_path, {"unet": adapter(trained(base.unet, ["to_q"]))}, {})
+    convert(tmp_path, tmp_path / "peft", "--to", "peft")
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    PeftModel.from_pretrained(pipeline_with(base).unet, tmp_path / "peft")
+
+
+def test_headers_say_what_the_file_is_now(ours, tmp_path):
+    convert(ours, tmp_path / "axes.safetensors", "--to", "kohya", "--rank", 2)
+    told = header_of(tmp_path / "axes.safetensors")
+    assert told.items() >= {
+        "ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_module": "networks.lora", "ss_output_name": "axes",
+        "modelspec.title": "axes", "modelspec.trigger_phrase": "sks", "ss_sd_model_name": "mini",
+        "ss_base_model_version": "sd_v1",
+    }.items()  # fmt: skip
+    assert not told.keys() & {*PRIVATE, "lora_adapter_metadata"}
+    convert(tmp_path / "axes.safetensors", tmp_path / "again.safetensors", "--to", "diffusers")
+    assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
+
+
+def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(ours, tmp_path, capsys):
+    """Against the singular values of the whole matrices."""
+    convert(ours, tmp_path / "small.safetensors", "--rank", 2)
+    said = capsys.readouterr().out
+    whole, small = updates_of(ours), updates_of(tmp_path / "small.safetensors")
+    shares, lost = {}, 0.0
+    for place, update in whole.items():
+        values = torch.linalg.svdvals(update)
+        assert torch.linalg.matrix_rank(small[place], rtol=1e-4) == 2
+        error = (small[place] - update).norm().item()
+        assert error == pytest.approx(values[2:].norm().item(), rel=1e-4)
+        shares[".".join(place)], lost = error / update.norm().item(), lost + error**2
+    overall = (lost / sum(update.square().sum().item() for update in whole.values())) ** 0.5
+    worst = max(shares, key=shares.get)
+    assert f"rank 2: {overall:.1%} of the update's norm is lost, at worst {shares[worst]:.1%} ({worst})" in said
+    assert "64 modules, read back exactly" in said
+    convert(ours, tmp_path / "same.safetensors", "--rank", 4)
+    assert "rank 4: 0.0% of the update's norm is lost" in capsys.readouterr().out
+    assert_equal_updates(tmp_path / "same.safetensors", ours)
+
+
+def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_path, capsys):
+    other, third = tmp_path / "other.safetensors", tmp_path / "third"
+    kohya.save_kohya(other, components_of(train(base, ADAPTERS["patterns"], seed=2)), {})
+    lora_file.save_lora(third, {"unet": adapter(trained(base.unet, ["to_q"], lora_alpha=3))}, {})
+    convert(f"{ours}:0.5", tmp_path / "sum.safetensors", "--merge", f"{other}:-2", third, "--to", "kohya")
+    wanted = {}
+    for path, strength in ((ours, 0.5), (other, -2), (third, 1)):
+        for place, update in updates_of(path).items():
+            wanted[place] = wanted.get(place, 0) + strength * update
+    assert_equal_updates(tmp_path / "sum.safetensors", wanted)
+    ranks = {len(value) for key, value in load_file(tmp_path / "sum.safetensors").items() if ".lora_down." in key}
+    assert ranks == {6, 8, 10}  # 4 + 2, 4 + 4, 4 + 2 + 4
+    told = header_of(tmp_path / "sum.safetensors")
+    assert (told["modelspec.merged_from"], told["ss_sd_model_name"]) == ("ours, other, third", "mini")
+    assert "modelspec.trigger_phrase" not in told
+    capsys.readouterr()
+    convert(tmp_path / "sum.safetensors", tmp_path / "smaller.safetensors", "--rank", 7)
+    assert 0 < float(re.search(r"rank 7: ([\d.]+)%", capsys.readouterr().out)[1]) < 30
+    convert(f"{ours}:0.25", tmp_path / "weak.safetensors", "--to", "diffusers")
+    assert_equal_updates(tmp_path / "weak.safetensors", {k: v / 4 for k, v in updates_of(ours).items()})
+
+
+def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
+    for to, out in (("kohya", "a.safetensors"), ("diffusers", "b.safetensors"), ("peft", "c")):
+        convert(ours, tmp_path / out, "--to", to, "--dtype", "float16")
+        assert 0 < float(re.search(r"within (\S+) of each update", capsys.readouterr().out)[1]) < 1e-3
+        file = tmp_path / out if to != "peft" else tmp_path / out / "unet" / "adapter_model.safetensors"
+        assert {v.dtype for k, v in load_file(file).items() if not k.endswith("alpha")} == {torch.float16}
+        assert_equal_updates(tmp_path / out, ours, tolerance=1e-3)
+
+
+def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
+    """An update that has hardly begun, below float16's smallest numbers."""
+    state_dict, config = adapter(trained(base.unet, ["to_q"]))
+    tiny = {key: value * (1e-8 if ".lora_B." in key else 1) for key, value in state_dict.items()}
+    lora_file.save_lora(tmp_path, {"unet": (tiny, config)}, {})
+    with pytest.raises(TrainingError, match="8 of 8 modules do not arrive"):
+        convert(tmp_path, tmp_path / "half.safetensors", "--to", "kohya", "--dtype", "float16")
+
+
+def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, capsys):
+    dora = tmp_path / "dora"
+    lora_file.save_lora(dora, components_of(train(base, ADAPTERS["dora"])), {})
+    convert(dora, tmp_path / "small.safetensors", "--rank", 2, "--to", "kohya")
+    assert "DoRA: told without the base's weights" in capsys.readouterr().out
+    assert header_of(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
+    one, two = (lora_file.load_lora(path)[0]["unet"] for path in (dora, tmp_path / "small.safetensors"))
+    magnitudes = [key for key in one if "magnitude" in key]
+    assert len(magnitudes) == 52
+    assert all(torch.equal(one[key], two[key]) for key in magnitudes)
+    for words in ((f"{dora}:0.5", tmp_path / "x.safetensors"), (ours, tmp_path / "x.safetensors", "--merge", dora)):
+        with pytest.raises(InputError, match="DoRA's update depends on the base model's weights"):
+            convert(*words)
+
+
+def test_equal_and_different_updates_are_told_apart():
+    """In factors that cancel to seven digits, against the matrices formed in float64."""
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
+    for a2, b2 in (
+        (a, b),
+        (a * 2, b / 2),
+        (a, b * (1 + 1e-7)),
+        (torch.randn(6, 30).double(), torch.randn(20, 6).double()),
+    ):
+        wanted = ((b @ a - b2 @ a2).norm() / (b @ a).norm()).item()
+        assert relative_difference((a, b), (a2, b2)) == pytest.approx(wanted, rel=1e-3, abs=1e-14)
+    zero = torch.zeros_like(b)
+    assert relative_difference((a, zero), (a * 2, zero)) == 0
+    assert relative_difference((a, zero), (a, b)) == np.inf
+
+
+BAD = {
+    "no such file": ("{tmp}/void {tmp}/o.safetensors", "{tmp}/void: there is no such file or folder."),
+    "none to merge": ("{ours} {tmp}/o.safetensors --merge {tmp}/void:0.5", "{tmp}/void: there is no such file"),
+    "not a number": ("{ours}:nan {tmp}/o.safetensors", "a strength is a finite number"),
+    "there already": ("{ours} {ours} --to peft", "{ours}: it exists already. Name another OUT"),
+    "a folder for a file": ("{ours} {tmp}/o", "{tmp}/o: name a .safetensors file, or pass --to peft"),
+    "a file for a folder": ("{ours} {tmp}/o.safetensors --to peft", "peft's format is a folder"),
+    "another format": ("{ours} {tmp}/o.safetensors --to lycoris", "invalid choice: 'lycoris'"),
+    "rank 0": ("{ours} {tmp}/o.safetensors --rank 0", "--rank 0: it must be 1 or more."),
+    "a typo": ("{ours} {tmp}/o.safetensors --ranks 2", "there is no flag --ranks. Did you mean --rank?"),
+    "truncated": (
+        "{tmp}/cut.safetensors {tmp}/o.safetensors",
+        "{tmp}/cut.safetensors: it can't be read as a safetensors",
+    ),
+    "a pickle": ("{tmp}/pickle.pt {tmp}/o.safetensors", "{tmp}/pickle.pt: it can't be read as a safetensors file"),
+    "no adapter": (
+        "{tmp}/model.safetensors {tmp}/o.safetensors",
+        "not a LoRA of Stable Diffusion: it holds conv_in.weight",
+    ),
+    "of other shapes": ("{ours} {tmp}/o.safetensors --merge {tmp}/odd.safetensors", "they are of different models"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(ours, tmp_path, words, message):
+    (tmp_path / "cut.safetensors").write_bytes((ours / lora_file.WEIGHTS_NAME).read_bytes()[:-100])
+    torch.save({"x": torch.ones(1)}, tmp_path / "pickle.pt")
+    save_file({"conv_in.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    odd = {f"{name}.lora_A.weight": torch.ones(2, 5), f"{name}.lora_B.weight": torch.ones(5, 2)}
+    save_file(odd, tmp_path / "odd.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    places = dict(tmp=tmp_path, ours=ours)
+    with pytest.raises(InputError, match=re.escape(message.format(**places))) as caught:
+        convert(*words.format(**places).split())
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, "scripts/convert_lora.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_as_typed(ours, tmp_path):
+    done = run(ours, tmp_path / "axes.safetensors", "--to", "kohya")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/axes.safetensors (kohya format): 64 modules, read back exactly\n"
+    assert_equal_updates(tmp_path / "axes.safetensors", ours)
+    done = run(ours, tmp_path / "axes.safetensors", "--to", "kohya")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"convert_lora.py: {tmp_path}/axes.safetensors: it exists already.")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from scripts import convert_lora; convert_lora.parse_args(['a', 'b'])\n"
+    code += "print(*[name for name in ('torch', 'numpy', 'peft', 'safetensors') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert "--merge LORA" in run("--help").stdout

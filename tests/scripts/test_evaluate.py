@@ -1,0 +1,189 @@
+"""`scripts/evaluate.py`: the command whole and again, its held-out loss, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_pictures
+from PIL import Image
+
+from scripts import evaluate
+
+
+def run_here(words):
+    """Runs the command's `main` in this process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    try:
+        evaluate.main(evaluate.build_parser().parse_args([*map(str, words)]))
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+@pytest.fixture
+def words(model, lora, clip_model, dino_model, tmp_path):
+    """A tiny evaluation of two LoRAs; the second is at strength 0, which is the base."""
+    shutil.copytree(lora, tmp_path / "runs" / "epoch-0002")
+    captions = ["a red axe in sks style", "a blue fish in sks style", "a green house in sks style"]
+    held_out = write_pictures(tmp_path / "held-out", 4, captions=captions, seed=1)
+    trained = write_pictures(tmp_path / "trained", 5, captions=captions, seed=2)
+    flags = {
+        "pretrained_model_name_or_path": [model], "lora": [lora, f"{tmp_path / 'runs' / 'epoch-0002'}:0"],
+        "validation_data_dir": [held_out], "train_data_dir": [trained], "trigger_word": ["in sks style"],
+        "other_prompts": ["a cup", "a red spear"], "num_prompts": [2], "num_inference_steps": [2],
+        "clip_model": [clip_model], "dino_model": [dino_model], "num_cpu_threads": [1], "batch_size": [9],
+        "device": ["cpu"], "output_dir": [tmp_path / "out"],
+    }  # fmt: skip
+
+    def build(**changes):
+        chosen = {name: value for name, value in (flags | changes).items() if value is not None}
+        return [word for name, values in chosen.items() for word in (f"--{name}", *values)]
+
+    return build
+
+
+@pytest.mark.usefixtures("library_settings")
+def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
+    run_here(words())
+    said, out = capsys.readouterr().out, tmp_path / "out"
+    assert "2 LoRAs and the base: 6 prompts x 3 seeds each, 4 held-out pictures" in said
+    assert "2/3 axe: 18 pictures drawn, 0 were there" in said
+    found = json.loads((out / "evaluation.json").read_text())
+    scores = found["scores"]
+    assert list(scores) == ["base", "axe", "epoch-0002", "held-out pictures"]
+    names = {"CLIP-T", "CLIP-I", "DINOv2", "diversity", "set distance", "nearest", "memorised", "held-out loss"}
+    assert {*scores["base"]} == names
+    assert {*scores["axe"]} == names | {"drift"}
+    assert scores["axe"]["drift"]["mean"] > 1e-5
+    assert scores["axe"]["held-out loss"]["mean"] != pytest.approx(1, abs=1e-3)
+    # At strength 0 a LoRA is the base, in every score.
+    assert scores["epoch-0002"].pop("drift")["mean"] == pytest.approx(0, abs=1e-9)
+    for name, value in scores["epoch-0002"].items():
+        assert value["mean"] == pytest.approx(scores["base"][name]["mean"], abs=1e-6), name
+    assert {*found["bleed"]["axe"]} == {"held-out", "other prompts"}
+    markdown = (out / "evaluation.md").read_text()
+    assert found["recommendation"]["words"] in markdown
+    assert found["recommendation"]["words"] in said
+    for name in ("likeness-drift.png", "pictures.png", "nearest.png"):
+        assert f"]({name})" in markdown
+        with Image.open(out / name) as sheet:
+            assert min(sheet.size) > 300
+    pictures = {path: path.stat().st_mtime_ns for path in (out / "pictures").rglob("*.png")}
+    assert len(pictures) == 3 * 18
+
+    cut = out / "pictures" / "axe" / "000-seed0.png"
+    (before, again) = cut.read_bytes(), out / "pictures" / "axe" / "001-seed2.png"
+    cut.write_bytes(before[:500])
+    again.unlink()
+    run_here(words())
+    said = capsys.readouterr().out
+    assert "2/3 axe: 2 pictures drawn, 16 were there" in said
+    assert "3/3 epoch-0002: 0 pictures drawn, 18 were there" in said
+    changed = {path for path in pictures if path.stat().st_mtime_ns != pictures[path]}
+    assert changed == {cut, again}
+    assert json.loads((out / "evaluation.json").read_text())["recommendation"] == found["recommendation"]
+
+    run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))  # drawn otherwise: drawn anew
+    assert "2/2 axe: 18 pictures drawn, 0 were there" in capsys.readouterr().out
+    assert "nearest" not in json.loads((out / "evaluation.json").read_text())["scores"]["axe"]
+
+
+@pytest.mark.usefixtures("library_settings")
+def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp_path, clip_model, dino_model):
+    """Of the same run, seed and pictures, divided by --validation_split."""
+    split = dict(validation_split=0.4, num_validation_images=0)
+    out = train(**split, learning_rate=3e-2, center_crop=True)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    wanted = [row["validation/relative_loss"] for row in rows if "validation/relative_loss" in row][-1]
+    run_here([
+        "--pretrained_model_name_or_path", tiny_sd, "--lora", out, "--train_data_dir", pictures, "--validation_split",
+        0.4, "--num_prompts", 1, "--num_inference_steps", 1, "--clip_model", clip_model, "--dino_model", dino_model,
+        "--num_cpu_threads", 1, "--other_prompts", "a cup", "--output_dir", tmp_path / "evaluation", "--device", "cpu",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["scores"]["out"]["held-out loss"]
+    assert abs(wanted - 1) > 2e-3  # ten times the tolerance below
+    assert found["mean"] == pytest.approx(wanted, abs=2e-4)
+
+
+def command(words):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "evaluate.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": ["nowhere/*.safetensors"]}, "--lora nowhere/*.safetensors: no file or folder has such a name"),
+        ({"lora": ["nowhere/run"]}, "--lora nowhere/run is no file or folder here"),
+        ({"validation_data_dir": None}, "Pass one of --validation_data_dir and --validation_split"),
+        ({"validation_data_dir": ["nowhere"]}, "nowhere: there is no such folder"),
+        ({"validation_data_dir": None, "train_data_dir": None, "validation_split": [0.2]}, "add it"),
+        ({"clip_model": ["nowhere/folder/deep"]}, "--clip_model"),
+        ({"num_images": [2]}, "--num_images 2: it must be 3 or more"),
+        ({"trigger_word": [" "]}, "--trigger_word is empty"),
+        ({"judge": ["mini-sd"]}, "'a cup' names nothing that the embedded base's judges know"),
+        ({"other_prompts": ["a cup --seed 3"]}, "options behind a prompt are for infer.py"),
+        ({"resolution": [33]}, "--resolution 33: this model needs a multiple of"),
+        ({"scheduler": ["dppm"]}, "Did you mean ddpm?"),
+        ({"nmu_prompts": [2]}, "Did you mean --num_prompts?"),
+    ],
+)
+def test_bad_input_is_one_line(words, changes, said, capsys):
+    """By the command's own `main`, which prints it and ends with code 2 (see the next test)."""
+    with pytest.raises(evaluate.InputError) as refused:
+        run_here(words(**changes))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not capsys.readouterr().err
+
+
+def test_bad_input_ends_with_code_2(words, dino_model):
+    code, lines = command(words(clip_model=[dino_model]))
+    assert code == 2
+    assert lines == [f"evaluate.py: {dino_model}: it is a model of the type dinov2, and --clip_model takes clip."]
+
+
+def test_one_lora_given_twice(words, lora):
+    with pytest.raises(evaluate.InputError, match="names a LoRA twice"):
+        run_here(words(lora=[lora, f"{lora}:0.5"]))
+
+
+def test_one_held_out_picture_is_too_few(words, tmp_path):
+    with pytest.raises(evaluate.InputError, match="There is 1 held-out picture"):
+        run_here(words(validation_data_dir=[write_pictures(tmp_path / "one", 1, seed=3)]))
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from scripts import evaluate; evaluate.build_parser().format_help()\n"
+    code += "print(*[name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_checkpoints_lie_in_their_runs(tmp_path):
+    from scripts.evaluation.report import runs_of
+
+    class Given:
+        def __init__(self, given):
+            self.given = given
+
+    loras = {
+        "base": None,
+        "1": Given("run/epoch-0001"),
+        "2": Given("run/best"),
+        "3": Given("run"),
+        "4": Given("other"),
+    }
+    assert {label: str(run) for label, run in runs_of(loras).items()} == {
+        "1": "run",
+        "2": "run",
+        "3": "run",
+        "4": "other",
+    }

@@ -1,0 +1,400 @@
+"""A sweep: every combination once, also when it is killed or divided among workers; ranked by the held-out loss."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, read_metrics, write_pictures
+from PIL import Image
+
+from scripts import sweep
+from scripts.sweeping import results
+from scripts.sweeping import settings as sweep_settings
+from text_to_image_lora.command_line import values_of
+
+
+# Where it is the queue that is tested, and no training.
+LAUNCHER = shlex.join([sys.executable, str(ROOT / "tests" / "sweep_launcher.py")])
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures", count=8)
+
+
+def flags_of(model="model", pictures="pictures", **changes):
+    flags = dict(
+        pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
+        max_train_steps=4, validation_split=0.25, validation_steps=2, seed=0, report_to="none",
+    )  # fmt: skip
+    return [f"{key}={value}" for key, value in (flags | changes).items()]
+
+
+def command(folder, *words):
+    return [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--sweep_dir", str(folder), *map(str, words)]
+
+
+def run(folder, *words, **environment):
+    return subprocess.run(
+        command(folder, *words), capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | environment
+    )
+
+
+@pytest.fixture
+def run_here(capsys):
+    """`run` in this process: what it prints."""
+
+    def run(folder, *words):
+        sweep.main(["--sweep_dir", str(folder), *map(str, words)])
+        return capsys.readouterr().out
+
+    return run
+
+
+def rows_of(folder):
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def times_trained(folder):
+    """How often each trial's training was started from its first step."""
+    return {
+        path.parent.name: path.read_text(errors="replace").count("effective batch")
+        - path.read_text(errors="replace").count("going on from")
+        for path in sorted(folder.glob("trial-*/log.txt"))
+    }
+
+
+def wait_for(folder, pattern, process):
+    deadline = time.monotonic() + 240
+    while not list(folder.glob(pattern)) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.long)], ids=["queue", "trained"])
+def test_a_killed_sweep_ends_with_every_trial_done_once(tmp_path, trained):
+    """Four trials; killed in the third, with its training."""
+    words, environment = ["--sweep", "rank=2,4", "learning_rate=1e-3,4e-3"], {}
+    if not trained:
+        words, environment = [*words, "--launcher", LAUNCHER], {"SWEEP_STEP_SECONDS": "0.1"}
+    words += ["--flags"] + flags_of(
+        ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons", resolution=128, max_train_steps=6,
+        checkpointing_steps=1, checkpoints_total_limit=1, validation_split=0.05,
+    )  # fmt: skip
+    folder = tmp_path / "sweep"
+    with subprocess.Popen(
+        command(folder, *words), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    ) as process:  # fmt: skip
+        wait_for(folder, "trial-0002/checkpoint-*", process)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (folder / "results.csv").exists()
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert "trial 0:" not in done.stdout
+    assert "trial 2: rank=4" in done.stdout
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows] == ["complete"] * 4
+    assert {(row["rank"], row["learning_rate"]) for row in rows} == {
+        (rank, rate) for rank in "24" for rate in ("0.001", "0.004")
+    }
+    losses = [float(row["validation/relative_loss"]) for row in rows]
+    assert losses == sorted(losses)
+    assert losses[0] < 1
+    assert times_trained(folder) == {f"trial-{number:04d}": 1 for number in range(4)}
+    again = run(folder, *words)
+    assert "trial 3:" not in again.stdout
+    assert rows_of(folder) == rows
+
+
+def test_what_it_leaves(tiny_sd, pictures, tmp_path):
+    """Two trials that are trained."""
+    folder = tmp_path / "sweep"
+    words = ["--sweep", "rank=2,4", "--flags"]
+    words += flags_of(
+        tiny_sd, pictures, random_flip="true", validation_prompt="an axe", num_validation_images=2,
+        validation_inference_steps=2,
+    )  # fmt: skip
+    done = run(folder, *words)
+    assert done.returncode == 0, done.stderr
+    table = (folder / "results.md").read_text()
+    assert table.startswith("| trial | state | validation/relative_loss | at_step | rank |\n|---|---|---|---|---|\n")
+    assert table in done.stdout
+    best = rows_of(folder)[0]
+    line = table.splitlines()[-1]
+    assert line.startswith("python train_text_to_image_lora.py --latent_cache_dir ")
+    assert f"--rank {best['rank']} --output_dir sweep-best" in line
+    assert "--random_flip " in line
+    values = [
+        json.loads(text).get("validation/relative_loss")
+        for text in (folder / f"trial-000{best['trial']}" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert float(best["validation/relative_loss"]) == pytest.approx(min(v for v in values[1:] if v is not None))
+    assert done.stdout.splitlines()[-1] == f"all of it, to look at: {folder / 'report.html'}"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.search("rank [24] did best|No run was better than the base model", page)
+    assert all(f"trial-000{number}/report.html" in page for number in range(2))
+    with Image.open(folder / "pictures.png") as sheet:
+        assert sheet.size == (300 + 2 * 150 + 6, 2 * 150 + 6)
+
+
+def test_two_workers_divide_the_trials(tmp_path):
+    folder = tmp_path / "sweep"
+    words = ["--launcher", LAUNCHER, "--sweep", "rank=1,2,3,4", "--flags", *flags_of()]
+    workers = [
+        subprocess.Popen(
+            command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"SWEEP_STEP_SECONDS": "0.3"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert times_trained(folder) == {f"trial-{number:04d}": 1 for number in range(4)}
+    started = [sum(f"trial {number}: rank" in out for out, _ in outputs) for number in range(4)]
+    assert started == [1, 1, 1, 1]
+    assert {row["state"] for row in rows_of(folder)} == {"complete"}
+
+
+def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tmp_path):
+    folder, environment = tmp_path / "sweep", os.environ | {"SWEEP_STEP_SECONDS": "0.2"}
+    words = ["--launcher", LAUNCHER, "--sweep", "rank=2,4", "--flags", *flags_of(max_train_steps=100000)]
+    worker = subprocess.Popen(
+        command(folder, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    wait_for(folder, "trial-0000/checkpoint-*", worker)
+    trainings = psutil.Process(worker.pid).children(recursive=True)
+    assert trainings
+    worker.kill()
+    worker.wait()
+    # Where the tests run in a shell's background, SIGINT is ignored, and so it would be in what they start.
+    listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    second = subprocess.Popen(
+        command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, **listening
+    )
+    try:
+        assert second.stdout.readline().startswith("trial 1:")  # and not trial 0, which still trains
+        second.send_signal(signal.SIGINT)
+        assert second.wait(timeout=60) == 130
+        assert trainings[0].is_running()
+        assert not [p for p in psutil.process_iter(["cmdline"]) if f"{folder}/trial-0001" in (p.info["cmdline"] or [])]
+    finally:
+        second.stdout.close()
+        started = psutil.Process(second.pid).children(recursive=True) if second.poll() is None else []
+        for process in [*trainings, *started, second]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        second.wait()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_ranges_from_yaml(tmp_path, sampler, capsys):
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        f"""
+sweep_dir: {tmp_path / "sweep"}
+sampler: {sampler}
+num_trials: 3
+launcher: {LAUNCHER}
+sweep:
+  learning_rate: {{min: 1.0e-4, max: 1.0e-2, log: true}}
+  rank: {{min: 2, max: 6}}
+  center_crop: [true, false]
+flags:
+  pretrained_model_name_or_path: model
+  train_data_dir: pictures
+  max_train_steps: 2
+  validation_split: 0.25
+"""
+    )
+    sweep.main([str(config)])
+    rows = rows_of(tmp_path / "sweep")
+    assert [row["state"] for row in rows] == ["complete"] * 3
+    assert len({row["learning_rate"] for row in rows}) == 3
+    assert all(1e-4 <= float(row["learning_rate"]) <= 1e-2 and 2 <= int(row["rank"]) <= 6 for row in rows)
+    for row in rows:  # what the table says is what was run
+        words = shlex.split((tmp_path / "sweep" / f"trial-000{row['trial']}" / "command.txt").read_text())
+        assert {"True": "--center_crop", "False": "--no-center_crop"}[row["center_crop"]] in words
+        assert words[words.index("--rank") + 1] == row["rank"]
+
+
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.long)], ids=["queue", "trained"])
+def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path, trained):
+    """Three that learn, then one that hardly does: it doesn't come to its last step."""
+    folder, steps = tmp_path / "sweep", 200 if trained else 40
+    words, environment = ["--prune", "--sweep", "learning_rate=2e-2,3e-2,4e-2,1e-9"], {}
+    if not trained:
+        words, environment = [*words, "--launcher", LAUNCHER], {"SWEEP_STEP_SECONDS": "0.05"}
+    words += ["--flags", *flags_of(tiny_sd, pictures, max_train_steps=steps, validation_steps=5)]
+    done = run(folder, *words, **environment)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(folder)
+    assert [row["state"] for row in rows] == ["complete"] * 3 + ["pruned"], done.stdout
+    assert rows[3]["learning_rate"] == "1e-09"
+    assert "trial 3: stopped at step " in done.stdout
+    assert read_metrics(folder / "trial-0003")[-1]["step"] < steps
+
+
+BAD = {
+    "no folder": (["--sweep", "rank=2,4"], None, "--sweep_dir is needed"),
+    "nothing varied": ([], "sweep", "Nothing is varied: add --sweep"),
+    "no held-out pictures": (["--sweep", "rank=2", "--flags", "resolution=32"], "sweep", "add validation_split=0.1"),
+    "a grid of a range": (["--sweep", "rank=2..4", "--flags", "validation_split=0.1"], "sweep", "rank is a range"),
+    "both": (["--sweep", "rank=2", "--flags", "rank=4", "validation_split=0.1"], "sweep", "rank: it is both varied and"),
+    "no value": (["--sweep", "rank"], "sweep", "--sweep rank: write flag=value"),
+    "upside down": (
+        ["--sweep", "rank=4..2", "--sampler", "tpe", "--flags", "validation_split=0.1"], "sweep", "rank: a range is min..max"
+    ),
+    "flags left empty": (["{tmp}/empty.yaml"], None, "flags: it must hold one flag a line"),
+    "a list": (["{tmp}/list.yaml"], None, "sweep: it must hold one flag a line"),
+    "no trials": (
+        ["--sampler", "random", "--num_trials", "0", "--sweep", "rank=2", "--flags", "validation_split=0.1"], "sweep",
+        "num_trials 0: it must be a whole number, 1 or more",
+    ),
+    "no config": (["{tmp}/no.yaml"], "sweep", "no.yaml: it can't be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told(case, tmp_path):
+    words, folder, message = BAD[case]
+    (tmp_path / "empty.yaml").write_text(f"sweep_dir: {tmp_path}/x\nflags: []\n")
+    (tmp_path / "list.yaml").write_text(f"sweep_dir: {tmp_path}/x\nsweep: [rank]\n")
+    argv = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    with pytest.raises(sweep_settings.SweepError, match=message):
+        sweep.main(argv + (["--sweep_dir", str(tmp_path / folder)] if folder else []))
+
+
+def test_a_flag_that_training_refuses_ends_the_sweep(tmp_path):
+    done = run(tmp_path / "sweep", "--sweep", "rnak=2,4", "--flags", *flags_of())
+    assert done.returncode == 2
+    assert "there is no flag --rnak. Did you mean --rank?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_sweep_in_the_same_folder_is_refused(run_here, tmp_path):
+    folder, words = tmp_path / "sweep", ["--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=1)]
+    run_here(folder, "--sweep", "rank=2", *words)
+    with pytest.raises(sweep_settings.SweepError, match="it holds another sweep"):
+        run_here(folder, "--sweep", "rank=4", *words)
+
+
+def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
+    """Its command, put together as W&B's agent does, gives flags that the training takes, and a folder by the run's id."""
+    import yaml
+    from conftest import train_script
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    settings = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    assert (settings["program"], settings["metric"]["name"]) == ("train_text_to_image_lora.py", results.METRIC)
+    values = {"train_batch_size": {"value": 4}, "rank": {"value": 16}, "learning_rate": {"value": 0.0002}}
+    assert values.keys() == settings["parameters"].keys()
+    parts = create_sweep_command_args({"args": values})
+    words = [w for c in create_sweep_command(settings["command"]) for w in (parts["args"] if c == "${args}" else [c])]
+    (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "abc123"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    argv = done.stdout.splitlines()
+    assert argv[:4] == ["launch", "--config_file", "accelerate_config.yaml", "train_text_to_image_lora.py"]
+    values = values_of(train_script.parse_settings(argv[4:]))
+    expected = {"output_dir": "sweeps/abc123", "train_batch_size": 4, "rank": 16, "learning_rate": 0.0002}
+    assert expected.items() <= values.items()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sweep_whose_trials_fail_ends(run_here, tmp_path, sampler):
+    folder = tmp_path / "sweep"
+    words = ["--sampler", sampler, "--num_trials", "2", "--launcher", "false", "--sweep", "rank=2..4", "--flags"]
+    assert run_here(folder, *words, *flags_of()).count("failed: ") == 2
+    assert [row["state"] for row in rows_of(folder)] == ["fail", "fail"]
+
+
+def test_a_trial_that_failed_is_tried_again_by_the_same_command(run_here, tmp_path, monkeypatch):
+    """The machine fails in the second of three trials; once it is well, that one alone is made up for."""
+    folder, broken = tmp_path / "sweep", tmp_path / "broken"
+    monkeypatch.setenv("SWEEP_BROKEN", str(broken))
+    broken.touch()
+    words = ["--launcher", LAUNCHER, "--sweep", "rank=2,4,8", "--flags", *flags_of()]
+    assert "failed: the machine is broken" in run_here(folder, *words)
+    assert {row["rank"]: row["state"] for row in rows_of(folder)} == {"2": "complete", "4": "fail", "8": "complete"}
+    assert run_here(folder, *words).count("failed: ") == 1  # it fails once more, once
+    broken.unlink()
+    run_here(folder, *words)
+    assert [row["rank"] for row in rows_of(folder) if row["state"] == "complete"].count("4") == 1
+    count = len(rows_of(folder))
+    run_here(folder, *words)
+    assert len(rows_of(folder)) == count == 3  # the failed ones that were made up for are not shown
+    assert times_trained(folder) == {
+        "trial-0000": 1, "trial-0001": 0, "trial-0002": 1, "trial-0003": 0, "trial-0004": 1
+    }  # fmt: skip
+
+
+def test_settings_that_training_refuses_do_not_stop_the_others(run_here, tmp_path):
+    """Schedule-free takes no cosine; the same command says so each time, and ends with a table of the others."""
+    folder, launcher = tmp_path / "sweep", tmp_path / "launcher"
+    refusing = f'#!/bin/sh\ncase "$*" in *schedulefree*) exec {sys.executable} "$@";; esac\nexec {LAUNCHER} "$@"\n'
+    launcher.write_text(refusing)
+    launcher.chmod(0o755)
+    words = ["--launcher", launcher, "--sweep", "optimizer=schedulefree,adamw", "--flags"]
+    for _ in range(2):
+        out = run_here(folder, *words, *flags_of(lr_scheduler="cosine"))
+        assert "can't be run: train_text_to_image_lora.py: --optimizer schedulefree needs no" in out
+        assert [(row["state"], row["optimizer"]) for row in rows_of(folder)] == [
+            ("complete", "adamw"), ("fail", "schedulefree")
+        ]  # fmt: skip
+    assert times_trained(folder)["trial-0001"] == 1
+
+
+def test_a_launcher_that_says_2_ends_the_sweep(run_here, tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text("#!/bin/sh\necho 'train: --rank 0: it must be 1 or more.'\n"
+                        "echo \"CalledProcessError: Command '...' returned non-zero exit status 2.\"\nexit 1\n")  # fmt: skip
+    launcher.chmod(0o755)
+    with pytest.raises(sweep_settings.SweepError, match="trial 0: can't be run: "):
+        run_here(tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of())
+
+
+def test_workers_draw_different_trials():
+    optuna = pytest.importorskip("optuna")
+    settings = {"sampler": "random", "seed": 0}
+    drawn = set()
+    for number in range(4):
+        study = optuna.create_study(sampler=sweep.sampler_of(settings, number))
+        drawn.add(study.ask().suggest_float("x", 0, 1))
+    assert len(drawn) == 4
+
+
+def test_a_word_that_yaml_takes_for_false_is_asked_to_be_quoted(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("sweep: {mixed_precision: [no, bf16]}\nflags: {validation_split: 0.1}\n")
+    done = run(tmp_path / "sweep", path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "sweep.py: mixed_precision takes a value, not false; in a YAML file, quote it if it is a word.\n"
+    )
+
+
+def test_a_trial_that_stopped_in_time_is_gone_on_from(tmp_path):
+    """As --max_train_time and signals stop it: with a checkpoint, and exit code 75."""
+    words = ["--sweep", "rank=2,4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=4)]
+    done = run(tmp_path / "sweep", *words, SWEEP_STOPS_AT="2")
+    assert done.returncode == 75, done.stderr
+    assert "trial 0: stopped at a checkpoint; run the same command again to go on" in done.stderr
+    done = run(tmp_path / "sweep", *words)
+    assert done.returncode == 0, done.stderr
+    assert [(row["trial"], row["state"]) for row in rows_of(tmp_path / "sweep")] == [
+        ("1", "complete"),
+        ("0", "complete"),
+    ]
+    assert "going on from checkpoint-2" in (tmp_path / "sweep" / "trial-0000" / "log.txt").read_text()
