@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from scripts.sweeping import results
 from scripts.sweeping.results import METRIC, losses_of, shown, trial_dir
 from scripts.sweeping.settings import SAMPLERS, SweepError, command_of, settle
+from text_to_image_lora import log
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 
@@ -243,6 +244,7 @@ def write_results(study, settings):
 
 
 def main(argv=None):
+    log.start()
     settings = settle(parse_args(argv))
     folder = Path(settings["sweep_dir"])
     try:
@@ -278,7 +280,7 @@ def main(argv=None):
         if len(refused) == MOST_REFUSED and not has_result(study):
             break
     print("\n" + write_results(study, settings))
-    if has_result(study) and update_page(folder, print, of_several=True):
+    if has_result(study) and update_page(folder, of_several=True):
         print(f"\nall of it, to look at: {folder / PAGE}")
     if refused and not has_result(study):
         raise SweepError(refused[0])
