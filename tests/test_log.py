@@ -1,0 +1,71 @@
+"""What the commands log: which stream, which format, which process, and whole lines beside a progress bar."""
+
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from tqdm import tqdm
+
+from text_to_image_lora import log
+
+
+logger = logging.getLogger("text_to_image_lora.reports.anything")
+
+
+@pytest.fixture(autouse=True)
+def configuration():
+    """The package's logger is left as it was found."""
+    handlers, level, propagate = [*log.PACKAGE.handlers], log.PACKAGE.level, log.PACKAGE.propagate
+    yield
+    log.PACKAGE.handlers[:], log.PACKAGE.level, log.PACKAGE.propagate = handlers, level, propagate
+
+
+def test_levels_have_their_streams_and_formats(capsys):
+    log.start(warning_format="note: %(message)s")
+    logger.debug("not for users")
+    logger.info("%d of %d pictures", 2, 3)
+    logger.warning("one is small")
+    assert capsys.readouterr() == ("2 of 3 pictures\n", "note: one is small\n")
+
+
+def test_a_second_start_replaces_the_first_and_nothing_else(capsys):
+    other = logging.NullHandler()
+    log.PACKAGE.addHandler(other)
+    log.start(warning_format="note: %(message)s")
+    log.start()
+    logger.warning("once")
+    assert capsys.readouterr() == ("", "once\n")
+    assert other in log.PACKAGE.handlers
+
+
+def test_only_the_main_process_writes(capsys):
+    log.start(main_process=False)
+    logger.info("a line")
+    logger.error("an error")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_does_not_tear_a_progress_bar(capsys):
+    log.start()
+    with tqdm(total=2, file=sys.stderr, ncols=60) as bar:
+        bar.update()
+        logger.warning("careful")
+        logger.info("a picture")
+    said, shown = capsys.readouterr()
+    assert said == "a picture\n"
+    # tqdm overwrites the bar with spaces before the line, and draws it again below the line.
+    assert re.search(r"\r +\rcareful\n\r +50%\|", shown.replace("\x1b[A", "")), repr(shown)
+
+
+def test_it_needs_nothing_that_is_not_there():
+    """A library that logs to the root logger doubles no line; without tqdm, and before `start`, nothing fails."""
+    code = (
+        "import logging, sys\nfrom text_to_image_lora import log\n"
+        "logging.basicConfig(stream=sys.stdout, format='root: %(message)s')\n"
+        "log.start()\nlogging.getLogger('text_to_image_lora.files').info('once')\nassert 'tqdm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("once\n", "")
