@@ -14,7 +14,7 @@ from ..files import reason_of
 from .base_model import BaseModel, family_of, from_hub, rows_of, where
 from .families import STABLE_DIFFUSION, family_by_marks
 from .modules import place
-from .single_files import SingleFile, lightning_stubs, look_into
+from .single_files import SingleFile, look_into, safe_to_read
 
 
 class Components(NamedTuple):
@@ -139,7 +139,7 @@ def _from_single_file(base, dtype):
     import torch
 
     family = base.family
-    with lightning_stubs():
+    with safe_to_read(base.source):
         pipeline = getattr(diffusers, family.pipeline).from_single_file(
             base.source, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
             local_files_only=base.single_file_config is not None, **family.pipeline_options,
@@ -262,7 +262,7 @@ def _load_vae(base, name):
     config = base.single_file_config if base.kind == "file" else base.source
     if base.kind == "hub":
         config = str(from_hub(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
-    with lightning_stubs():
+    with safe_to_read(name):
         return diffusers.AutoencoderKL.from_single_file(
             name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
         )
