@@ -1,12 +1,12 @@
-"""What the libraries load and say while they are imported."""
+"""What the libraries load and say while they are imported, and how many threads they compute with."""
 
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CORES, ROOT, THREADS
 
-from text_to_image_lora.libraries import hidden
+from text_to_image_lora.libraries import hidden, num_cpu_threads
 
 
 def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
@@ -59,3 +59,17 @@ def test_what_trains_nothing_imports_nothing_of_the_page(tiny_sd, pictures, tmp_
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("wanted", "environment", "threads"), THREADS)
+def test_how_many_threads(cores, wanted, environment, threads):
+    assert num_cpu_threads(wanted, environment) == threads
+
+
+def test_cores_that_it_may_not_use_are_not_counted(cores, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    assert num_cpu_threads(None, {}) == 2
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # where the machine doesn't tell
+    assert num_cpu_threads(None, {}) == 2
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS and Windows
+    assert num_cpu_threads(None, {}) == 2 * CORES

@@ -3,6 +3,7 @@
 Two tokenizers and text encoders, a pooled embedding, and numbers of each picture's own: nothing outside the row knows.
 """
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,13 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from text_to_image_lora.models import loading
-from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
+from text_to_image_lora.models.families import (
+    FAMILIES,
+    PIPELINE_KINDS,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_XL,
+    families_of,
+)
 from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.models.prompts import PromptEncoder
 from text_to_image_lora.training.batches import Sample
@@ -148,3 +155,11 @@ def test_clip_skip_and_both_text_encoders(tiny_xl, stock, train):
     before = draw()
     stock.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
     assert abs(draw() - before).max() > 3
+
+
+def test_the_pipelines_of_a_family_are_diffusers_own():
+    for family in FAMILIES:
+        for kind in PIPELINE_KINDS:
+            assert hasattr(diffusers, family.pipeline_of(kind))
+    assert families_of("StableDiffusionXLControlNetImg2ImgPipeline") == [STABLE_DIFFUSION_XL]
+    assert families_of("FluxPipeline") == []

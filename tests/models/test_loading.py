@@ -10,6 +10,7 @@ import sys
 import types
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import read_lora
@@ -80,8 +81,8 @@ class Attack:
         return os.mkdir, (self.path,)
 
 
-def lightning_checkpoint(path, tensors):
-    """A .ckpt as Lightning wrote it in 2022: the callback's class is a key in the pickle."""
+def lightning_checkpoint(path, tensors, score):
+    """A .ckpt as Lightning wrote it in 2022: the callback's class is a key in the pickle, and beside it lies a score."""
     parents = [LIGHTNING.rsplit(".", n)[0] for n in range(3)]
     for name in parents:
         assert name not in sys.modules
@@ -92,7 +93,7 @@ def lightning_checkpoint(path, tensors):
         torch.save(
             {
                 "epoch": 3,
-                "callbacks": {module.ModelCheckpoint: {"best_model_score": torch.tensor(1.0), "dirpath": "/x"}},
+                "callbacks": {module.ModelCheckpoint: {"best_model_score": score, "dirpath": "/x"}},
                 "state_dict": tensors,
             },
             path,
@@ -269,8 +270,9 @@ def test_training_from_a_single_file_equals_training_from_the_folder(from_folder
     assert [drawn(a, step) for step in (0, 2)] == [drawn(b, step) for step in (0, 2)]
 
 
-def test_a_lightning_checkpoint_loads(tiny_sd, single_file, config_only, tmp_path):
-    path = lightning_checkpoint(tmp_path / "old.ckpt", load_file(single_file))
+@pytest.mark.parametrize("score", [torch.tensor(1.0), np.float64(0.1)], ids=["tensor", "numpy"])
+def test_a_lightning_checkpoint_loads(tiny_sd, single_file, config_only, tmp_path, score):
+    path = lightning_checkpoint(tmp_path / "old.ckpt", load_file(single_file), score)
     assert LIGHTNING.encode() in path.read_bytes()
     with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
         torch.load(path, weights_only=True)

@@ -1,34 +1,21 @@
-"""What a process computes with: as many threads as it should, and a number format that its device has."""
+"""What a process computes with: the threads of a launched run, and a number format that its device has."""
 
 import os
 
 import pytest
 import torch
-from conftest import CORES, THREADS, train_script
+from conftest import train_script
 
+from text_to_image_lora import libraries
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.training import interruption, processes
-
-
-@pytest.mark.parametrize(("wanted", "environment", "threads"), THREADS)
-def test_how_many_threads(cores, wanted, environment, threads):
-    assert processes.num_cpu_threads(wanted, environment) == threads
-
-
-def test_cores_that_it_may_not_use_are_not_counted(cores, monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
-    assert processes.num_cpu_threads(None, {}) == 2
-    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # where the machine doesn't tell
-    assert processes.num_cpu_threads(None, {}) == 2
-    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS and Windows
-    assert processes.num_cpu_threads(None, {}) == 2 * CORES
 
 
 def test_a_launched_run_computes_with_the_physical_cores_and_says_so(train, monkeypatch, capsys):
     """In the environment that `accelerate launch` makes."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(processes, "physical_cores", lambda: 2)
+    monkeypatch.setattr(libraries, "physical_cores", lambda: 2)
     try:
         train(num_cpu_threads=None, max_train_steps=1)
         assert torch.get_num_threads() == 2

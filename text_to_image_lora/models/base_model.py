@@ -1,11 +1,35 @@
 """Where a base model is, and of which family: told within a second, without torch."""
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
 from .families import Family, all_supported, families_of, family_by_marks
+
+
+class ConfigFiles(NamedTuple):
+    """Where the configuration files of a base model are."""
+
+    source: str  # folder, hub id or single file
+    kind: str  # "folder", "hub" or "file"
+    folder: str | None  # None: on the hub
+    revision: str | None = None
+    cache_dir: str | None = None
+
+    def read(self, file: str) -> dict[str, Any]:
+        """What a JSON file such as `unet/config.json` holds; `InputError` where it can't be read."""
+        if self.kind == "hub":
+            path = from_hub(self.source, file, self.revision, self.cache_dir)
+        else:
+            path = Path(self.folder, file)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.folder or self.source}/{file}: it can't be read ({error}). Fetch the model again."
+            ) from error
 
 
 class BaseModel(NamedTuple):
@@ -27,6 +51,14 @@ class BaseModel(NamedTuple):
     revision: str | None
     variant: str | None
     cache_dir: str | None
+
+    @property
+    def config_files(self) -> ConfigFiles | None:
+        """None: of a single file without a configuration of its own."""
+        if self.kind == "file" and self.single_file_config is None:
+            return None
+        folder = {"folder": self.source, "file": self.single_file_config, "hub": None}[self.kind]
+        return ConfigFiles(self.source, self.kind, folder, self.revision, self.cache_dir)
 
     def latent_shape(self, size):
         """(channels, height, width) of the latent of (width, height) in pixels."""

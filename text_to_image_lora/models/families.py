@@ -67,6 +67,10 @@ class Family(NamedTuple):
     license: str  # of the base models, for the model card
     tags: tuple[str, ...]  # the hub's
 
+    def pipeline_of(self, kind: str = "") -> str:
+        """The class in diffusers of its pipeline of one of the `PIPELINE_KINDS`."""
+        return f"{self.pipeline.removesuffix('Pipeline')}{kind}Pipeline"
+
 
 def _encode_one_clip(tokenizers, text_encoders, captions, *, clip_skip, num_chunks):
     hidden_states = encode_prompts(tokenizers[0], text_encoders[0], captions, clip_skip, num_chunks)
@@ -189,11 +193,13 @@ STABLE_DIFFUSION_XL = Family(
 )
 
 FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL)
+# What diffusers' names of pipelines have before "Pipeline": all these can be made of the same models.
+PIPELINE_KINDS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 
 
 def families_of(pipeline):
-    """The families whose pipeline has that class in diffusers."""
-    return [family for family in FAMILIES if family.pipeline == pipeline]
+    """The families that have a pipeline of that class in diffusers."""
+    return [family for family in FAMILIES if pipeline in map(family.pipeline_of, PIPELINE_KINDS)]
 
 
 def all_supported():

@@ -4,17 +4,16 @@ torch, diffusers and transformers are imported inside the functions, so that `fi
 that a base model is not there or does not fit.
 """
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of
-from .base_model import BaseModel, family_of, from_hub, rows_of, where
+from .base_model import BaseModel, ConfigFiles, family_of, from_hub, rows_of, where
 from .families import STABLE_DIFFUSION, family_by_marks
 from .modules import place
-from .single_files import SingleFile, lightning_stubs, look_into
+from .single_files import SingleFile, look_into, safe_to_read
 
 
 class Components(NamedTuple):
@@ -35,15 +34,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
     kind, folder = where(name, single_file_config)
     said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
-
-    def read(file):
-        if kind == "hub":
-            return json.loads(from_hub(name, file, revision, cache_dir).read_text(encoding="utf-8"))
-        try:
-            return json.loads(Path(folder, file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}/{file}: it can't be read ({error}). Fetch the model again.") from error
-
+    read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.
         family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
@@ -141,7 +132,7 @@ def _from_single_file(base, dtype):
     import torch
 
     family = base.family
-    with lightning_stubs():
+    with safe_to_read(base.source):
         pipeline = getattr(diffusers, family.pipeline).from_single_file(
             base.source, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
             local_files_only=base.single_file_config is not None, **family.pipeline_options,
@@ -264,7 +255,7 @@ def _load_vae(base, name):
     config = base.single_file_config if base.kind == "file" else base.source
     if base.kind == "hub":
         config = str(from_hub(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
-    with lightning_stubs():
+    with safe_to_read(name):
         return diffusers.AutoencoderKL.from_single_file(
             name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
         )

@@ -1,9 +1,14 @@
 """What a base model in a single file says by itself, and how an old one is read without running its code."""
 
 import contextlib
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
+from ..files import reason_of
 from .families import FAMILIES, Family, all_supported
 
 
@@ -42,14 +47,40 @@ def look_into(path):
     return SingleFile(next(found, None), changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}))
 
 
-@contextlib.contextmanager
-def lightning_stubs():
-    """Lets `weights_only` loading pass over the Lightning callbacks that old `.ckpt` files hold.
+# What training programs leave in a .ckpt beside the weights, and loading does not need.
+HARMLESS = re.compile(r"(pytorch_lightning|lightning)\..+|numpy\.(_?core\.multiarray\.scalar|dtype)")
 
-    The stand-ins carry no behaviour: a checkpoint can name them, and nothing of Lightning's is imported or run.
+
+class Inert:
+    """Stands in for a class or function that a .ckpt names and loading does not need; takes anything, does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    __setstate__ = __init__
+
+
+@contextlib.contextmanager
+def safe_to_read(path: str | Path) -> Iterator[None]:
+    """Inside, `weights_only` loading reads the single file: stand-ins take the place of what is `HARMLESS` in it.
+
+    No code that a file brings is ever run. Raises `InputError` for a checkpoint of torch that names anything else, and
+    for one that is broken. Files of safetensors hold nothing but weights.
     """
     import torch
 
-    names = ("pytorch_lightning.callbacks.model_checkpoint", "lightning.pytorch.callbacks.model_checkpoint")
-    with torch.serialization.safe_globals([type("ModelCheckpoint", (), {"__module__": name}) for name in names]):
+    if Path(path).suffix.lower() == ".safetensors":
+        yield
+        return
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = f"it is not a whole torch checkpoint ({reason_of(error)})"
+        raise InputError(f"{path}: {reason}. Get the model as .safetensors.") from error
+    if refused := [name for name in names if not HARMLESS.fullmatch(name)]:
+        raise InputError(
+            f"{path}: it carries more than weights ({', '.join(refused[:3])}), and unpickling that could run code. Get the "
+            "model as .safetensors."
+        )
+    with torch.serialization.safe_globals([(Inert, name) for name in names]):
         yield

@@ -1,4 +1,4 @@
-"""What several processes must agree on, and how many threads each computes with."""
+"""What several processes must agree on, and how each computes."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..errors import InputError
+from ..libraries import num_cpu_threads as num_cpu_threads
 
 
 def as_main_says(find, accelerator):
@@ -44,29 +45,6 @@ def check_alike(values):
                 f"process {rank} is to train something else than process 0: {', '.join(differ)}. Give all the same "
                 "command and the same pictures."
             )
-
-
-def num_cpu_threads(wanted, environment):
-    """How many threads a process on a CPU computes with.
-
-    The physical cores divided by this machine's processes, unless OMP_NUM_THREADS says otherwise; the 1 that launchers set
-    in silence doesn't.
-    """
-    if wanted is not None:
-        return wanted
-    said = environment.get("OMP_NUM_THREADS")
-    launched = "ACCELERATE_MIXED_PRECISION" in environment or "LOCAL_WORLD_SIZE" in environment
-    if said is not None and said.isdigit() and not (launched and said == "1"):
-        return max(1, int(said))
-    return max(1, physical_cores() // int(environment.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def physical_cores():
-    """Those that this process may use."""
-    import psutil
-
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(logical, psutil.cpu_count(logical=False) or logical)
 
 
 def be_deterministic(wanted):
