@@ -62,16 +62,17 @@ def load_unet(base, args, device, dtype):
 def main(args):
     from accelerate.utils import parse_flag_from_env
 
+    from text_to_image_lora.libraries import num_cpu_threads
     from text_to_image_lora.models.loading import find_base_model
     from text_to_image_lora.models.modules import dtype_of
-    from text_to_image_lora.training import freed_memory, processes
+    from text_to_image_lora.training import freed_memory
 
     device = torch.device(
         "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     )
     dtype = dtype_of(args.mixed_precision)
     if device.type == "cpu":
-        torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ))
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = find_base_model(args.pretrained_model_name_or_path)

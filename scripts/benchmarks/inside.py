@@ -199,14 +199,14 @@ def rates(precisions):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # here, so that a timed script finds its own package
     from accelerate.utils import parse_flag_from_env
 
-    from text_to_image_lora.training import processes
+    from text_to_image_lora.libraries import num_cpu_threads
 
     device = torch.device(
         "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
     )
     size = dict(side=8192, repeats=50)
     if device.type == "cpu":
-        torch.set_num_threads(processes.num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ))
         size = dict(side=2048, repeats=6)
     return {"machine": machine(device), "rates": {name: matrix_rate(name, device, **size) for name in precisions}}
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
 from ..errors import InputError
+from ..libraries import num_cpu_threads
 from . import processes
 
 
@@ -39,7 +40,7 @@ def make_accelerator(settings: Any, trackers: list[str]) -> Accelerator:
     if speed.compile == "graphs" and device.type != "cuda":
         raise InputError("--compile graphs needs a CUDA GPU: take blocks or full here.")
     if device.type == "cpu":
-        torch.set_num_threads(processes.num_cpu_threads(run.num_cpu_threads, os.environ))
+        torch.set_num_threads(num_cpu_threads(run.num_cpu_threads, os.environ))
     torch.set_float32_matmul_precision("high" if speed.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = speed.allow_tf32  # PyTorch's own default is yes
     if settings.sharing.hub_token is not None:

@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..errors import InputError
-from ..libraries import num_cpu_threads as num_cpu_threads
 
 
 def as_main_says(find, accelerator):
