@@ -99,8 +99,8 @@ def read(sources):
     from text_to_image_lora.models.updates import merge
 
     loaded = [load_lora(path) for path, _ in sources]
-    components, header = loaded[0]
-    if len(sources) > 1 or sources[0][1] != 1:
+    (components, header), *_ = loaded
+    if [strength for _, strength in sources] != [1]:
         components = merge([(part, strength) for (part, _), (_, strength) in zip(loaded, sources)])
     return components, header
 

@@ -79,7 +79,9 @@ def build_parser():
 
 def draw_and_look(args, inputs):
     """{label: `Drawn`} of the base and the LoRAs; pictures that are drawn already are taken as they are."""
-    flags, job, training = inputs.flags, inputs.job, inputs.job.training
+    flags = inputs.flags
+    job = inputs.job
+    training = job.training
     with refusals_of_infer():
         device, dtype = infer.choose_device(flags.device, flags.mixed_precision)
         if device == "cpu":

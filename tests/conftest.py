@@ -292,9 +292,9 @@ def held_out_weapons():
     """Latents and hidden states of the pictures of metadata/weapons_test, as the embedded base has them."""
     import torch
 
-    from scripts.mini_sd import measure
+    from scripts.mini_sd.pipeline import load_pipeline
 
-    pipeline, folder = measure.load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
+    pipeline, folder = load_pipeline(ROOT / "models" / "mini-sd"), ROOT / "metadata" / "weapons_test"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     images = [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -311,9 +311,9 @@ def held_out_loss(lora=None, strata=4):
     import torch
     from diffusers import DDPMScheduler
 
-    from scripts.mini_sd import measure
+    from scripts.mini_sd.pipeline import load_pipeline
 
-    pipeline = measure.load_pipeline(ROOT / "models" / "mini-sd", lora)
+    pipeline = load_pipeline(ROOT / "models" / "mini-sd", lora)
     (latents, hidden_states), losses = held_out_weapons(), []
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     for k in range(strata):

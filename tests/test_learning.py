@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, read_metrics, relative_loss, run_command, train_script
 
 from scripts.mini_sd import judges, measure
+from scripts.mini_sd.pipeline import draw_with, load_pipeline
 
 
 BASE, WEAPONS = ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons"
@@ -46,11 +47,11 @@ def test_the_demo_learns(demo_lora):
 
     The bounds are below what `scripts/mini_sd/measure.py` finds over three seeds (see the model card).
     """
-    scenes, judge = measure.weapon_test_scenes(), judges.train_judge(measure.JUDGE, 0)
-    prompts, found = [measure.blossom_caption(*scene) for scene in scenes], {}
+    scenes, judge = measure.weapon_test_scenes(), judges.train_judge(judges.JUDGE, 0)
+    prompts, found = [measure.blossom_caption(scene) for scene in scenes], {}
     for name, lora in (("base", None), ("lora", demo_lora)):
-        pipeline = measure.load_pipeline(BASE, lora)
-        images = measure.draw_with(pipeline, prompts, seed=0, guidance_scale=4.0, num_inference_steps=30)
+        pipeline = load_pipeline(BASE, lora)
+        images = draw_with(pipeline, prompts, seed=0, guidance_scale=4.0, num_inference_steps=30)
         found[name] = judges.shares(judge, images, scenes)
     assert relative_loss(demo_lora) < 0.75
     assert found["base"]["blossoms"] < 0.05, found

@@ -31,7 +31,8 @@ def parse_args(argv=None):
     add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on a GPU")
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention")
-    return parser.parse_known_args(argv)[0]
+    args, _ = parser.parse_known_args(argv)
+    return args
 
 
 class NothingToTrain(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .runs import CommandFailed, matrix_rates, prepare, write_json
+from .runs import Command, CommandFailed, matrix_rates, others, prepare, write_json
 
 
 STEPS = 60  # a row's; the first fifth is left out of the median
@@ -39,6 +39,10 @@ class Row(NamedTuple):
     needs: str | None = None  # a Python package
     how: str = "time"  # or count
     growing: bool = False  # one of the ever larger batches
+
+    @property
+    def command(self):
+        return Command(self.runner, self.how, self.precision, self.batch_size, self.processes, self.flags)
 
     @property
     def rate(self):
@@ -103,7 +107,9 @@ def why_not(row):
 
 def measure_rows(rows, setting, deadline, *, steps=STEPS, say=print):
     """The `Outcome` of each row; what is not done at `deadline` (of `time.monotonic`) is not measured."""
-    outcomes, fastest, grows = [], 0.0, True
+    outcomes = []
+    fastest = 0.0
+    grows = True
     for row in rows:
         left = deadline - time.monotonic()
         ran, words = None, why_not(row)
@@ -113,10 +119,7 @@ def measure_rows(rows, setting, deadline, *, steps=STEPS, say=print):
             words = "not measured: the batch before it was no faster, or did not fit"
         elif words is None:
             try:
-                ran = setting.run(
-                    row.how, row.runner, steps=steps if row.how == "time" else 3, batch_size=row.batch_size,
-                    precision=row.precision, flags=row.flags, processes=row.processes, timeout=left,
-                )  # fmt: skip
+                ran = setting.run(row.command, steps=steps if row.how == "time" else 3, timeout=left)
             except CommandFailed as error:
                 words = "out of memory" if error.out_of_memory else f"failed: {error}"
                 if time.monotonic() >= deadline:
@@ -192,8 +195,8 @@ def compare_ranks(setting, deadline, *, steps=STEPS, precision="bf16"):
             left = deadline - time.monotonic()
             if left <= 0:
                 return "Two processes beside one with twice the batch: not measured: the time was spent."
-            how = dict(steps=steps, batch_size=2 // processes, precision=precision, processes=processes, timeout=left)
-            setting.run("time", "ours", **how)
+            command = Command(precision=precision, batch_size=2 // processes, processes=processes)
+            setting.run(command, steps=steps, timeout=left)
             lines = (setting.output_of("ours") / "metrics.jsonl").read_text().splitlines()
             losses.append([json.loads(line)["train_loss"] for line in lines])
     except CommandFailed as error:
@@ -242,10 +245,8 @@ def run_suite(args, work):
 
     deadline, num_gpus = time.monotonic() + 60 * args.minutes, torch.cuda.device_count()
     machine, rates = matrix_rates(["bf16", "fp16", "tf32", "fp32"])
-    setting = prepare(
-        args.model, work, resolution=args.resolution, rank=args.rank, batch_size=PICTURES, baseline=args.baseline,
-        baseline_flags=args.baseline_flags, bare_unet=True,
-    )  # fmt: skip
+    beside = others(bare_unet=True, baseline=args.baseline, baseline_flags=args.baseline_flags)
+    setting = prepare(args.model, work, resolution=args.resolution, rank=args.rank, batch_size=PICTURES, beside=beside)
     outcomes = measure_rows(rows_for(num_gpus, args.baseline is not None), setting, deadline)
     sentences = findings_of(outcomes)
     if num_gpus > 1:

@@ -56,8 +56,12 @@ class Clock:
     """When each step ended: by the host's clock or, on a GPU, by events in its stream, which are read after the last."""
 
     def __init__(self):
-        self.began, self.ends, self.events, self.peak_before = time.perf_counter(), [], [], 0
-        self.start, self.watching = None, None
+        self.began = time.perf_counter()
+        self.ends = []
+        self.events = []
+        self.peak_before = 0
+        self.start = None
+        self.watching = None
 
     def watch_for_the_first_step(self):
         """Notes how long after the process began a model in training first ran."""
@@ -108,7 +112,10 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operators, self.flops, self.loading, self.steps = collections.Counter(), 0, False, []
+        self.operators = collections.Counter()
+        self.flops = 0
+        self.loading = False
+        self.steps = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -215,15 +222,17 @@ def main(how, *words):
     if how == "rate":
         told = rates(words)
     elif how == "time":
+        script, *flags = words
         clock = Clock()
         clock.watch_for_the_first_step()
-        run_script(words[0], words[1:], clock.end_of_step)
+        run_script(script, flags, clock.end_of_step)
         told = clock.told()
     else:
+        script, *flags = words
         counter = Counter()
         counter.leave_out_loading()
         with counter:
-            run_script(words[0], words[1:], counter.end_of_step)
+            run_script(script, flags, counter.end_of_step)
         told = counter.told()
     if os.environ.get("RANK", "0") == "0":
         print("\nBENCHMARK " + json.dumps(told), flush=True)

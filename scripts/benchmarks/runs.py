@@ -97,23 +97,29 @@ def run(command, env=None, timeout=None):
 
     While models are loaded more memory is taken than by the steps, which are what the last third of a long run does.
     """
-    started, samples = time.monotonic(), [(0, 0)]
+    started = time.monotonic()
+    samples = [(0, 0)]  # seconds and GiB
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         words = [str(word) for word in command]
         # A session of its own, so that its end is that of all the processes it has started.
         process = subprocess.Popen(words, stdout=out, stderr=errors, env=env, start_new_session=True)
-        watched, usage, timed_out = psutil.Process(process.pid), None, False
+        watched = psutil.Process(process.pid)
+        ended = 0  # the process's number, once it has
+        timed_out = False
         try:
-            while (waited := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-                samples.append((time.monotonic() - started, watched.memory_info().rss / 2**30))
-                if timeout is not None and samples[-1][0] > timeout and not timed_out:
+            while not ended:
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if ended:
+                    break
+                elapsed = time.monotonic() - started
+                samples.append((elapsed, watched.memory_info().rss / 2**30))
+                if timeout is not None and elapsed > timeout and not timed_out:
                     os.killpg(process.pid, signal.SIGKILL)
                     timed_out = True
                 time.sleep(0.05)
-            _, status, usage = waited
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
-            if usage is None:
+            if not ended:
                 os.killpg(process.pid, signal.SIGKILL)
         seconds = time.monotonic() - started
         out.seek(0)
@@ -126,8 +132,20 @@ def run(command, env=None, timeout=None):
         raise CommandFailed(f"{said[-4000:]}{complained[-4000:]}{killed}")
     told = [line for line in said.splitlines() if line.startswith("BENCHMARK ")]
     told = json.loads(told[-1].removeprefix("BENCHMARK ")) if told else {}
-    late = max(rss for at, rss in samples if at >= samples[-1][0] * 2 / 3)
+    last, _ = samples[-1]
+    late = max(rss for at, rss in samples if at >= last * 2 / 3)
     return Ran(seconds, told.get("memory_gib", late), told.get("peak_memory_gib", usage.ru_maxrss / 2**20), told)
+
+
+class Command(NamedTuple):
+    """A training to look at from inside, beside the flags that all have."""
+
+    runner: str = "ours"  # or bare UNet, or baseline
+    how: str = "time"  # or count
+    precision: str = "no"
+    batch_size: int = 1  # of each process
+    processes: int = 1
+    flags: tuple[str, ...] = ()
 
 
 class Setting(NamedTuple):
@@ -140,21 +158,22 @@ class Setting(NamedTuple):
     resolution: int
     rank: int
 
-    def run(self, how, runner, *, steps, batch_size, precision, flags=(), processes=1, timeout=None):
-        """Runs a runner's command and looks at it from inside; `how` is time or count."""
-        script, own_flags = self.scripts[runner]
-        output = self.output_of(runner)
+    def run(self, command, *, steps, timeout=None):
+        """The `Ran` of a `Command` of so many steps."""
+        script, own_flags = self.scripts[command.runner]
+        output = self.output_of(command.runner)
         shutil.rmtree(output, ignore_errors=True)
-        launcher = (
-            ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes) if processes > 1 else ()
-        )
-        command = [
-            sys.executable, *launcher, INSIDE, how, script, "--pretrained_model_name_or_path", self.model,
+        launcher = ()
+        if command.processes > 1:
+            launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", command.processes)
+        words = [
+            sys.executable, *launcher, INSIDE, command.how, script, "--pretrained_model_name_or_path", self.model,
             "--train_data_dir", self.pictures, "--resolution", self.resolution, "--center_crop", "--rank", self.rank,
-            "--train_batch_size", batch_size, "--max_train_steps", steps, "--mixed_precision", precision,
-            "--checkpointing_steps", 100000, "--seed", 0, "--output_dir", output, *flags, *own_flags,
+            "--train_batch_size", command.batch_size, "--max_train_steps", steps,
+            "--mixed_precision", command.precision, "--checkpointing_steps", 100000, "--seed", 0,
+            "--output_dir", output, *command.flags, *own_flags,
         ]  # fmt: skip
-        return run(command, environment(), timeout)
+        return run(words, environment(), timeout)
 
     def output_of(self, runner):
         return self.work / f"out-{runner.replace(' ', '-')}"
@@ -164,8 +183,14 @@ def environment():
     return os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
-def prepare(model, work, *, resolution, rank, batch_size=1, baseline=None, baseline_flags=(), bare_unet=False):
-    """The `Setting`; model and pictures are made where they are not there yet."""
+def others(*, bare_unet=False, baseline=None, baseline_flags=()):
+    """The scripts beside ours, as `Setting` has them."""
+    found = {"bare UNet": (BARE_UNET, ())} if bare_unet else {}
+    return found if baseline is None else found | {"baseline": (baseline, tuple(baseline_flags))}
+
+
+def prepare(model, work, *, resolution, rank, batch_size=1, beside=None):
+    """The `Setting` of our script and of those `beside` it; model and pictures are made where they are not there yet."""
     model = work / "sd15" if model is None else model
     if not (model / "model_index.json").exists():
         print(f"making {model}", flush=True)
@@ -178,12 +203,8 @@ def prepare(model, work, *, resolution, rank, batch_size=1, baseline=None, basel
     # All of an epoch's steps are to have as many pictures.
     count = batch_size * -(-8 // batch_size)
     pictures = make_pictures(work / f"pictures-{resolution}-{count}", resolution, count)
-    scripts = {"ours": (TRAINING_SCRIPT, ("--latent_cache_dir", work / "cache", "--report_to", "none"))}
-    if bare_unet:
-        scripts["bare UNet"] = (BARE_UNET, ())
-    if baseline is not None:
-        scripts["baseline"] = (baseline, tuple(baseline_flags))
-    return Setting(model, pictures, work, scripts, resolution, rank)
+    ours = {"ours": (TRAINING_SCRIPT, ("--latent_cache_dir", work / "cache", "--report_to", "none"))}
+    return Setting(model, pictures, work, ours | (beside or {}), resolution, rank)
 
 
 def matrix_rates(precisions):

@@ -14,7 +14,7 @@ from .. import ROOT
 from .scores import normalised
 
 
-MINI_SD, MINI_SD_JUDGE = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
+MINI_SD = ROOT / "models" / "mini-sd"
 CLIP_MODEL, DINO_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 AT_ONCE = 16  # pictures that a judge looks at together
 # {model type: how it takes pictures}, where its folder has no preprocessor_config.json: as their authors published them.
@@ -90,7 +90,9 @@ def preprocess(images, how):
     import torch
     from PIL import Image
 
-    crop, shortest, rows = how["crop_size"], how["size"].get("shortest_edge", how["size"].get("height")), []
+    crop = how["crop_size"]
+    shortest = how["size"].get("shortest_edge", how["size"].get("height"))
+    rows = []
     for image in images:
         width, height = (side * shortest // min(image.size) for side in image.size)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -180,10 +182,10 @@ class MiniSdJudge:
 
     def __init__(self):
         from ..mini_sd.drawings import KINDS, WEAPONS
-        from ..mini_sd.model import captions_of, held_out_scenes
+        from ..mini_sd.model import held_out_scenes, sentence_of
 
         self.kinds, self.network = list(KINDS), None
-        others = [captions_of(*scene)[0] for scene in held_out_scenes() if scene[1] not in WEAPONS]
+        others = [sentence_of(scene) for scene in held_out_scenes() if scene.kind not in WEAPONS]
         self.other_prompts = others[:: len(others) // 8][:8]
 
     def check_prompts(self, prompts):
@@ -211,9 +213,9 @@ class MiniSdJudge:
 
     def load(self, device):
         """Loads the network; it looks on the CPU."""
-        from ..mini_sd.judges import train_judge
+        from ..mini_sd.judges import JUDGE, train_judge
 
-        self.network = train_judge(MINI_SD_JUDGE, 0)
+        self.network = train_judge(JUDGE, 0)
 
     def embed(self, images):
         """{"likeness": (N, 288), "layout": (N, 2048)}: the highest answer of each channel of four layers; the last layer."""
@@ -225,10 +227,11 @@ class MiniSdJudge:
         for first in range(0, len(images), AT_ONCE):
             with torch.no_grad():
                 near = self.network.near(to_tensor(fitted[first : first + AT_ONCE], "cpu"))
-                layers = (near, self.network.around(near), self.network.far[:2](near), self.network.far[:3](near))
+                last = self.network.far[:3](near)
+                layers = (near, self.network.around(near), self.network.far[:2](near), last)
                 highest = [normalised(layer.amax(dim=(2, 3)).numpy()) for layer in layers]
             found["likeness"].append(np.concatenate(highest, axis=1))
-            found["layout"].append(layers[-1].flatten(1).numpy())
+            found["layout"].append(last.flatten(1).numpy())
         return {name: normalised(np.concatenate(parts)) for name, parts in found.items()}
 
     def look(self, images, prompts, references):

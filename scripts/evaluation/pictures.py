@@ -136,7 +136,9 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     from text_to_image_lora.training.caching import Cache
     from text_to_image_lora.training.objective import Diffusion
 
-    pipe, training, family = studio.pipe, studio.training, base.family
+    pipe = studio.pipe
+    training = studio.training
+    family = base.family
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="no")
     dtype = pipe.vae.dtype
     latent_encoder = LatentEncoder(pipe.vae, torch.float32)

@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 import infer
 
 from .inputs import images_of
+from .scores import Estimate
 
 
 SHOWN = 6  # prompts of each kind on the sheet of pictures
 PAIRS = 4  # pictures of each LoRA beside their nearest training picture
 FINER = 3  # the plot is drawn so much larger and shrunk: PIL draws without smoothing
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 600, 90, 40, 60, 80  # of the plot, in pixels
-INK, GRID, LINE, CHOSEN = "#222222", "#e2e2e2", "#4477aa", "#cc3311"
+WIDTH, HEIGHT = 900, 600  # of the plot, in pixels
+LEFT, RIGHT = 90, 40  # its margins
+TOP, BOTTOM = 60, 80
+INK = "#222222"
+GRID = "#e2e2e2"
+LINE = "#4477aa"
+CHOSEN = "#cc3311"
 
 
 def ticks(low, high):
@@ -23,9 +29,9 @@ def ticks(low, high):
 
 
 def span(values, least=None):
-    """(low, high) around (mean, standard error)s, with some room."""
-    low = min(mean - error for mean, error in values) if least is None else least
-    high = max(mean + error for mean, error in values)
+    """(low, high) around `Estimate`s, with some room."""
+    low = min(each.mean - each.error for each in values) if least is None else least
+    high = max(each.mean + each.error for each in values)
     room = 0.08 * (high - low) or 0.05
     return (low - room if least is None else least), high + room
 
@@ -37,7 +43,9 @@ class Axes:
         from PIL import Image, ImageDraw
 
         self.image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), "white")
-        self.draw, self.across, self.up = ImageDraw.Draw(self.image), across, up
+        self.draw = ImageDraw.Draw(self.image)
+        self.across = across
+        self.up = up
 
     def place(self, x, y):
         (left, right), (low, high) = self.across, self.up
@@ -57,12 +65,14 @@ class Axes:
 
     def frame(self, title, across, up):
         """Grid lines with their numbers, the names of the axes, and the title."""
+        left, _ = self.across
+        low, _ = self.up
         for x in ticks(*self.across):
-            at, _ = self.place(x, self.up[0])
+            at, _ = self.place(x, low)
             self.line([(at, TOP), (at, HEIGHT - BOTTOM)], GRID)
             self.text(at, HEIGHT - BOTTOM + 16, f"{x:.4g}", 13)
         for y in ticks(*self.up):
-            _, at = self.place(self.across[0], y)
+            _, at = self.place(left, y)
             self.line([(LEFT, at), (WIDTH - RIGHT, at)], GRID)
             self.text(LEFT - 10, at, f"{y:.4g}", 13, "rm")
         self.line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], INK, 1.3)
@@ -72,12 +82,12 @@ class Axes:
 
 
 class Point(NamedTuple):
-    """A LoRA's place on the plot, two (mean, standard error)s; LoRAs of one run are joined by a line."""
+    """A LoRA's place on the plot; LoRAs of one run are joined by a line."""
 
     label: str
     run: Any
-    drift: tuple[float, float]
-    likeness: tuple[float, float]
+    drift: Estimate
+    likeness: Estimate
 
 
 def plot(points, base, chosen, likeness):
@@ -93,19 +103,19 @@ def plot(points, base, chosen, likeness):
         "drift from the base, asked without the trigger",
         likeness,
     )
-    _, level = axes.place(0, base[0])
+    _, level = axes.place(0, base.mean)
     for x in range(LEFT, WIDTH - RIGHT, 12):
         axes.line([(x, level), (min(x + 6, WIDTH - RIGHT), level)], "#888888", 1.3)
     axes.text(WIDTH - RIGHT, level - 10, "base", 13, "rm", "#666666")
     for run in dict.fromkeys(each.run for each in points):
-        axes.line([axes.place(each.drift[0], each.likeness[0]) for each in points if each.run == run], "#b8cbdd", 1.5)
+        axes.line(
+            [axes.place(each.drift.mean, each.likeness.mean) for each in points if each.run == run], "#b8cbdd", 1.5
+        )
     for (x, dx), (y, dy), colour in ((each.drift, each.likeness, colour_of(each, chosen)) for each in points):
         axes.line([axes.place(x - dx, y), axes.place(x + dx, y)], colour, 1.5)
         axes.line([axes.place(x, y - dy), axes.place(x, y + dy)], colour, 1.5)
         axes.disc(*axes.place(x, y), 6, colour)
-    label_points(
-        axes, [(*axes.place(each.drift[0], each.likeness[0]), each.label, colour_of(each, chosen)) for each in points]
-    )
+    label_points(axes, points, chosen)
     return axes.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
@@ -113,23 +123,24 @@ def colour_of(point, chosen):
     return CHOSEN if point.label == chosen else LINE
 
 
-def label_points(axes, points):
-    """Writes each point's label beside it, where no other label is yet."""
-    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y, _, _ in points]
-    for x, y, label, colour in points:
-        wide = infer.font_for([label], 14).getlength(label)
+def label_points(axes, points, chosen):
+    """Writes each `Point`'s label beside it, where no other label is yet."""
+    middles = [axes.place(each.drift.mean, each.likeness.mean) for each in points]
+    boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in middles]
+    for point, (x, y) in zip(points, middles, strict=True):
+        wide = infer.font_for([point.label], 14).getlength(point.label)
         places = [(x + 10, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)] + [
             (x - 10 - wide, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)
         ]
-        places = [place for place in places if place[0] > LEFT and place[0] + wide < WIDTH] or places
+        places = [(left, up) for left, up in places if left > LEFT and left + wide < WIDTH] or places
 
         def clear(place, wide=wide):
-            left, top, right, bottom = place[0], place[1] - 8, place[0] + wide, place[1] + 8
-            return all(right < a or left > c or bottom < b or top > d for a, b, c, d in boxes)
+            left, up = place
+            return all(left + wide < a or left > c or up + 8 < b or up - 8 > d for a, b, c, d in boxes)
 
         left, up = next(filter(clear, places), places[0])
         boxes.append((left, up - 8, left + wide, up + 8))
-        axes.text(left, up, label, 14, "lm", colour)
+        axes.text(left, up, point.label, 14, "lm", colour_of(point, chosen))
 
 
 def opened(path):
@@ -173,9 +184,9 @@ def nearest_sheet(inputs, copied, folder_of, seed):
     rows, images = [], []
     for label, found in copied.items():
         pairs = found[:PAIRS]
-        rows.append((label, f"likeness {pairs[0][3]:.2f} to {pairs[-1][3]:.2f}"))
-        for prompt, k, training, _ in pairs:
-            images.append(opened(folder_of(label) / f"{prompt:03d}-seed{seed + k}.png"))
-            images += images_of(inputs.trained, [training])
+        rows.append((label, f"likeness {pairs[0].likeness:.2f} to {pairs[-1].likeness:.2f}"))
+        for pair in pairs:
+            images.append(opened(folder_of(label) / f"{pair.asked:03d}-seed{seed + pair.seed}.png"))
+            images += images_of(inputs.trained, [pair.trained])
     columns = [("drawn", ""), ("trained on", "")] * min(PAIRS, len(pairs))
     return infer.layout(rows, columns, images, "Nearest to a training picture")

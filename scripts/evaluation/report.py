@@ -20,14 +20,23 @@ from .plot import Point, nearest_sheet, picture_sheet, plot
 HELD_OUT = "held-out pictures"
 
 
+class Pair(NamedTuple):
+    """A drawn picture and the training picture that is nearest to it."""
+
+    asked: int  # the number of the drawn one's prompt in `asked`
+    seed: int  # and of its seed
+    trained: int
+    likeness: float
+
+
 class Found(NamedTuple):
     """All that an evaluation found."""
 
     tables: dict  # {label: {score: table (P, S)}}
-    losses: dict  # {label: (held-out loss relative to the base's, standard error)}
-    of_held_out: dict  # {score: (mean, standard error)} of the held-out pictures themselves
-    bleed: dict  # {label: {asked for: {concept: (mean, standard error)}}}
-    copied: dict  # {label: [(number in `asked`, of the seed, of the training picture, likeness)]}, nearest first
+    losses: dict  # {label: `Estimate` of the held-out loss relative to the base's}
+    of_held_out: dict  # {score: `Estimate`} of the held-out pictures themselves
+    bleed: dict  # {label: {asked for: {concept: `Estimate`}}}
+    copied: dict  # {label: `Pair`s}, nearest first
 
 
 def by_prompt(values, rows, num_images):
@@ -44,8 +53,14 @@ def tables_of(inputs, drawn, num_images):
     held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
     same = inputs.judge.compared_by
     training = None if inputs.trained is None else inputs.judge.embed(images_of(inputs.trained))[same]
-    near = None if training is None else scores.nearest(held_out.embedded[same], training)[0]
-    tables, losses, bleed, copied, base = {}, {}, {}, {}, drawn[BASE]
+    near = None
+    if training is not None:
+        near, _ = scores.nearest(held_out.embedded[same], training)
+    base = drawn[BASE]
+    tables = {}
+    losses = {}
+    bleed = {}
+    copied = {}
 
     def of(label, rows, name=same):
         return by_prompt(drawn[label].seen.embedded[name], rows, num_images)
@@ -68,11 +83,11 @@ def tables_of(inputs, drawn, num_images):
             own["memorised"] = scores.memorised(own["nearest"], near)
             order = np.dstack(np.unravel_index(np.argsort(-own["nearest"], axis=None), which.shape))[0]
             copied[label] = [
-                (with_trigger[p], int(s), int(which[p, s]), float(own["nearest"][p, s])) for p, s in order
+                Pair(with_trigger[p], int(s), int(which[p, s]), float(own["nearest"][p, s])) for p, s in order
             ]
         tables[label] = own
         more, error = stopping.difference(table, base.losses, base.losses)
-        losses[label] = (1 + more, error if label != BASE else 0.0)
+        losses[label] = scores.Estimate(1 + more, error if label != BASE else 0.0)
     of_held_out = {inputs.judge.adherence_name: scores.mean_and_error(held_out.adherence[:, None])}
     if near is not None:
         of_held_out["nearest"] = scores.mean_and_error(near[:, None])
@@ -80,7 +95,7 @@ def tables_of(inputs, drawn, num_images):
 
 
 def summary(found):
-    """{label: {score: (mean, standard error)}}, the base first, the held-out pictures themselves last."""
+    """{label: {score: `Estimate`}}, the base first, the held-out pictures themselves last."""
     rows = {
         label: {name: scores.mean_and_error(table) for name, table in own.items()}
         | {"held-out loss": found.losses[label]}
@@ -138,9 +153,11 @@ def write(args, inputs, drawn):
     Returns what to print.
     """
     found = tables_of(inputs, drawn, args.num_images)
-    folder, judge, likeness = args.output_dir, inputs.judge, inputs.judge.alike_by[-1]
-    rows, (chosen, words) = summary(found), words_of(found, likeness)
-    looked = ", ".join(judge.sources.values()) or "the embedded base's judges"
+    folder = args.output_dir
+    *_, likeness = inputs.judge.alike_by
+    rows = summary(found)
+    chosen, words = words_of(found, likeness)
+    looked = ", ".join(inputs.judge.sources.values()) or "the embedded base's judges"
     about = (
         f"{len(inputs.asked)} prompts x {args.num_images} seeds for each LoRA, {len(inputs.held_out)} held-out pictures; "
         f"looked at by {looked}. Means with their standard errors."
@@ -171,8 +188,8 @@ def write(args, inputs, drawn):
 
 
 def named(rows):
-    """{label: {score: {"mean", "standard_error"}}} of {label: {score: (mean, standard error)}}."""
+    """{label: {score: {"mean", "standard_error"}}} of {label: {score: `Estimate`}}."""
     return {
-        label: {name: {"mean": value[0], "standard_error": value[1]} for name, value in own.items()}
+        label: {name: {"mean": value.mean, "standard_error": value.error} for name, value in own.items()}
         for label, own in rows.items()
     }

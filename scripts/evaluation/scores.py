@@ -4,12 +4,21 @@ A table holds a number for each picture, a row a prompt and a column a seed: (P,
 two pictures have in common is the cosine between theirs.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from text_to_image_lora.reports.stopping import STUDENT_T
 
 
 MEMORISED = 0.1  # share of memorised pictures from which a LoRA counts as overfitted
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error."""
+
+    mean: float
+    error: float
 
 
 def normalised(embeddings):
@@ -74,7 +83,7 @@ def memorised(nearness, held_out):
 
 
 def mean_and_error(table):
-    """Mean of a table (P, S) and its standard error.
+    """The `Estimate` of a table (P, S).
 
     A prompt's pictures have the prompt in common, so that each prompt is one observation; of a single prompt each seed is.
     Of few the error is widened by Student's t, so that it is as sure as one standard error of many.
@@ -82,11 +91,12 @@ def mean_and_error(table):
     table = np.asarray(table, dtype=np.float64)
     observed = table.mean(axis=1) if len(table) > 1 else table[0]
     widened = STUDENT_T.get(len(observed) - 1, 1.0)
-    return float(table.mean()), float(widened * observed.std(ddof=1) / np.sqrt(len(observed)))
+    error = widened * observed.std(ddof=1) / np.sqrt(len(observed))
+    return Estimate(float(table.mean()), float(error))
 
 
 def bleed(presence, base_presence, groups):
-    """{group: {concept: (mean, standard error)}}: how much more of a concept comes than from the base, where not asked for.
+    """{group: {concept: `Estimate`}}: how much more of a concept comes than from the base, where not asked for.
 
     The two are {concept: table (P, S)} of the same prompts and seeds; `groups` names what each of the prompts asks for.
     """
@@ -100,8 +110,8 @@ def bleed(presence, base_presence, groups):
 
 
 def shown(value, sign=""):
-    """`0.512 ± 0.013` of a mean and its standard error."""
-    return "" if value is None else f"{value[0]:{sign}.3f} ± {value[1]:.3f}"
+    """`0.512 ± 0.013` of an `Estimate`."""
+    return "" if value is None else f"{value.mean:{sign}.3f} ± {value.error:.3f}"
 
 
 def overfitting(own):
@@ -118,9 +128,11 @@ def recommend(tables, base_likeness):
 
     Of those whose likeness to the held-out pictures is above the base's (P, S) and not below the best's, each by more than
     a standard error prompt by prompt, the one that drifts least from the base; those that overfit come after the others.
-    "memorised" is None without training pictures, "loss" is the (mean, standard error) of the held-out loss.
+    "memorised" is None without training pictures, "loss" is the `Estimate` of the held-out loss.
     """
-    words, above, sure = [], {}, {}
+    words = []
+    above = {}  # {label: gain} of those that are better than the base
+    sure = {}  # of these, those that do not overfit
     for label, own in tables.items():
         gain, error = mean_and_error(own["likeness"] - base_likeness)
         reason = overfitting(own)

@@ -16,18 +16,18 @@ from pathlib import Path
 import numpy as np
 
 from .drawings import COLOURS, MOTIFS, contact_sheet, decorate_with, draw_scene
-from .judges import shares, train_judge
-from .make import Stage, keep_norms_in_float32
-from .measure import JUDGE, load_pipeline
-from .model import RESOLUTION, captions_of, encoded, held_out_scenes, to_tensor
-from .pictures import draw_for_unet, drawn_set, scene_of
+from .judges import JUDGE, shares, train_judge
+from .model import RESOLUTION, Scene, encoded, held_out_scenes, sentence_of, to_tensor
+from .pictures import captions_of_set, draw_for_unet, drawn_set
+from .pipeline import load_pipeline
+from .stage import Stage, keep_norms_in_float32
 
 
 EMBEDDING_CHANNELS = (16, 32, 64, 64)  # of the edges on their way to the latents: three steps of 2, as the VAE's
 GO_ON = 75  # exit code: stopped with a state, the same command goes on
 TOLERANCE = 1  # pixels that an edge may be off
 # Two drawings of each are what the sheet's edges are taken from; none was drawn for training.
-SHEET_SCENES = [("blue", "axe", "orange"), ("red", "key", "gray"), ("yellow", "fish", "purple")]
+SHEET_SCENES = [Scene("blue", "axe", "orange"), Scene("red", "key", "gray"), Scene("yellow", "fish", "purple")]
 
 
 def parse_args(argv=None):
@@ -65,7 +65,8 @@ def canny_edges(pictures):
     for first in range(0, len(pictures), 4):  # few at once: hysteresis goes over all of them until the last is settled
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures[first : first + 4]]))
         pixels = pixels.permute(0, 3, 1, 2).float() / 255
-        edges.append(kornia.filters.canny(pixels, low_threshold=0.1, high_threshold=0.2)[1][:, 0] > 0.5)
+        _, found = kornia.filters.canny(pixels, low_threshold=0.1, high_threshold=0.2)
+        edges.append(found[:, 0] > 0.5)
     return torch.cat(edges).numpy()
 
 
@@ -131,7 +132,7 @@ def train_controlnet(args, pipeline, latents, edges, device):
         if device.type == "cpu":  # whose fused attention takes twice as long with heads so small
             model.set_attn_processor(AttnProcessor())
     stage = Stage("controlnet", args, args.steps, controlnet, controlnet.parameters(), (0.9, 0.999), 0.999)
-    captions = [captions_of(*scene_of(args.seed, i)[0]) for i in range(len(latents))]
+    captions = captions_of_set(args.seed, len(latents))
     tokens = pipeline.tokenizer([c for group in captions for c in group] + [""], padding="max_length",
                                 truncation=True, return_tensors="pt").input_ids  # fmt: skip
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -167,19 +168,20 @@ def train_controlnet(args, pipeline, latents, edges, device):
 def held_out_drawings(count, seed):
     """(scenes, pictures): drawings of combinations of colour, kind and background never drawn for training.
 
-    Every third carries a motif, as the base's drawings do; a scene is (colour, kind, background, decoration).
+    Every third carries a motif, as the base's drawings do.
     """
-    held_out, scenes, pictures = held_out_scenes(), [], []
+    held_out = held_out_scenes()
+    scenes = []
+    pictures = []
     for i, index in enumerate(np.random.default_rng([seed, 52]).permutation(len(held_out))[:count]):
         rng = np.random.default_rng([seed, 53, i])
-        colour, kind, background = held_out[index]
-        decoration, decorate = "", None
+        scene, decorate = held_out[index], None
         if i % 3 == 2:
-            other = str(rng.choice([name for name in COLOURS if name not in (colour, background)]))
+            other = str(rng.choice([name for name in COLOURS if name not in (scene.colour, scene.background)]))
             motif = str(rng.choice(list(MOTIFS)))
-            decoration, decorate = f"{other} {motif}", decorate_with(motif, COLOURS[other])
-        scenes.append((colour, kind, background, decoration))
-        pictures.append(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate))
+            scene, decorate = scene._replace(decoration=f"{other} {motif}"), decorate_with(motif, COLOURS[other])
+        scenes.append(scene)
+        pictures.append(draw_scene(scene.kind, scene.colour, scene.background, RESOLUTION, rng, decorate=decorate))
     return scenes, pictures
 
 
@@ -222,7 +224,7 @@ def measure(args, pipeline):
     import torch
 
     scenes, pictures = held_out_drawings(args.num_pictures, args.seed)
-    edges, prompts = canny_edges(pictures), [captions_of(*scene)[0] for scene in scenes]
+    edges, prompts = canny_edges(pictures), [sentence_of(scene) for scene in scenes]
     others, judge = np.roll(edges, 1, axis=0), train_judge(JUDGE, 0)
     options = dict(guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps)
     seeds = args.seed * 100_003 + np.arange(len(prompts))
@@ -247,15 +249,17 @@ def draw_sheet(args, pipeline):
     """A row for each of `SHEET_SCENES`, one prompt: edges and what two seeds make of them, twice."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, tile, gap, line = ImageFont.load_default(size=14), RESOLUTION, 4, 22
+    font = ImageFont.load_default(size=14)
+    gap = 4  # between two pictures
+    line = 22  # a line of text
     options = dict(guidance_scale=args.guidance_scale, num_inference_steps=args.num_inference_steps)
     bands = []
-    for number, (colour, kind, background) in enumerate(SHEET_SCENES):
-        prompt, row = captions_of(colour, kind, background)[0], []
+    for number, scene in enumerate(SHEET_SCENES):
+        prompt, row = sentence_of(scene), []
         for which in range(2):
             rng = np.random.default_rng([args.seed, 54, number, which])
-            edges = canny_edges([draw_scene(kind, colour, background, RESOLUTION, rng)])
-            row += [control_image(edges[0])]
+            edges = canny_edges([draw_scene(scene.kind, scene.colour, scene.background, RESOLUTION, rng)])
+            row += map(control_image, edges)
             row += draw_controlled(pipeline, [prompt] * 2, edges.repeat(2, axis=0), [0, 1], **options)
         pictures = contact_sheet(row, len(row), gap=gap)
         band = Image.new("RGB", (pictures.width, pictures.height + line), "white")
@@ -264,7 +268,7 @@ def draw_sheet(args, pipeline):
         bands.append(band)
     sheet = Image.new("RGB", (bands[0].width, sum(band.height for band in bands) + line), "white")
     for i, title in enumerate(("edges", "seed 0", "seed 1") * 2):
-        ImageDraw.Draw(sheet).text((gap + i * (tile + gap), 4), title, fill="black", font=font)
+        ImageDraw.Draw(sheet).text((gap + i * (RESOLUTION + gap), 4), title, fill="black", font=font)
     for i, band in enumerate(bands):
         sheet.paste(band, (0, line + i * band.height))
     sheet.save(args.sheet, optimize=True)

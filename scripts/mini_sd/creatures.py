@@ -16,6 +16,14 @@ from .drawings import COLOURS, SUPERSAMPLING, circle, curve, jittered, shaded
 EXTENT = 2.2
 OUTLINE = 0.045
 CREAM = (250, 236, 200)
+EYE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
+# What the 40 creatures have beside a body and eyes.
+FEATURES = (
+    [(), ("horns",), ("wings",), ("spots",), ("stripes",), ("spikes",), ("long tail",)] * 4
+    + [("long ears",), ("horns", "wings"), ("wings", "long tail"), ("spots", "long tail")] * 2
+    + [("spikes", "long tail"), ("stripes", "wings"), ("long ears", "spots"), ("horns", "long tail")]
+)
+MOODS = ["happy"] * 12 + ["sad"] * 7 + ["cross"] * 6 + [None] * 15
 # Pale backgrounds, each with the tone of the disc behind some creatures.
 BACKGROUNDS = (
     ((255, 255, 255), (232, 242, 250)), ((255, 255, 255), (250, 240, 226)), ((250, 246, 236), (240, 230, 212)),
@@ -213,9 +221,9 @@ def paint_limbs(layer, build, colour, rng):
         for toe in (-1, 0, 1) if claws else ():
             paint(layer, circle(x + toe * 0.15 * foot, y + 0.08, 0.06, 0.08), CREAM, outline=0.02)
     for side, (x, y) in zip((-1, 1), build["arms"]):
-        reach = [(0.3, 0.3), (0.42, 0.05), (0.34, -0.36)][rng.choice(3, p=[0.45, 0.3, 0.25])]
-        end = np.array([x + side * reach[0], y + reach[1]])
-        path = curve((x - side * 0.1, y), (x + side * 0.15, y), end - [side * 0.05, reach[1] * 0.4], end)
+        across, down = [(0.3, 0.3), (0.42, 0.05), (0.34, -0.36)][rng.choice(3, p=[0.45, 0.3, 0.25])]
+        end = np.array([x + side * across, y + down])
+        path = curve((x - side * 0.1, y), (x + side * 0.15, y), end - [side * 0.05, down * 0.4], end)
         paint(layer, limb(path, 2 * build["limb"], 1.6 * build["limb"]), colour)
 
 
@@ -242,7 +250,10 @@ def paint_eyes(layer, eyes, eye_colour, dark, look, mood, rng):
 
 
 def paint_mouth(layer, eyes, dark, look, mood, rng):
-    x, y, width = eyes[0] + look * 1.25, eyes[1] + 0.4 + 0.25 * (eyes[2] - 0.25), rng.uniform(0.16, 0.22)
+    between, eye_level, apart = eyes
+    x = between + look * 1.25
+    y = eye_level + 0.4 + 0.25 * (apart - 0.25)
+    width = rng.uniform(0.16, 0.22)
     style = {"sad": "frown", "happy": "open"}.get(mood, ("smile", "open", "teeth")[rng.integers(3)])
     sag = -0.13 if style == "frown" else 0.13
     left, right = (x - width, y - sag / 3), (x + width, y - sag / 3)
@@ -290,14 +301,17 @@ def proportioned(build, rng):
     x, y, radius_x, radius_y = build["head"]
     if not build.get("merged"):
         build["head"] = (x, y, radius_x * grow, radius_y * grow * rng.uniform(0.95, 1.06))
-    build["eyes"] = (build["eyes"][0], build["eyes"][1] + rng.uniform(-0.03, 0.05), build["eyes"][2] * grow)
+    between, level, apart = build["eyes"]
+    build["eyes"] = (between, level + rng.uniform(-0.03, 0.05), apart * grow)
     return build
 
 
 def paint_creature(layer, colour, eye_colour, build, features, mood, rng):
     build = proportioned(BUILDS[build], rng)
     body = (66, 66, 76) if colour == "black" else jittered(COLOURS[colour], rng, 10)
-    belly, accent, skin = CREAM, shaded(body, 0.5), shaded(body, 1.5)
+    belly = CREAM
+    accent = shaded(body, 0.5)
+    skin = shaded(body, 1.5)
     if colour == "white":
         accent, skin = (160, 166, 188), (204, 220, 242)
     elif colour == "black":
@@ -309,7 +323,9 @@ def paint_creature(layer, colour, eye_colour, build, features, mood, rng):
         belly = shaded(body, 1.55)
     dark = (14, 14, 20) if colour == "black" else (70, 66, 84) if colour == "white" else shaded(body, 0.3)
     look = rng.uniform(0.02, 0.14) * (1 if build["arms"] else 0.5)
-    head, torso, root = build["head"], build["torso"], np.array(build["wings"])
+    head = build["head"]
+    torso = build["torso"]
+    root = np.array(build["wings"])
     wings = wing(rng) if "wings" in features else ([], [])
     wing_colour = skin if "long tail" in features else (skin, accent)[rng.integers(2)]
     if build["arms"]:
@@ -324,12 +340,14 @@ def paint_creature(layer, colour, eye_colour, build, features, mood, rng):
         style = "long" if "long ears" in features else ("pointed", "round")[rng.integers(2)]
         paint_ears(layer, build, body, (250, 200, 205) if colour == "white" else skin, style, rng)
     paint_limbs(layer, build, body, rng)
-    eyes, face = build["eyes"], []
+    eyes = between, level, apart = build["eyes"]
+    face = []
     if mood == "happy":
         for side in (-1, 1):
-            cheek = circle(eyes[0] + look + side * (eyes[2] + 0.16), eyes[1] + 0.3, 0.12, 0.08)
+            cheek = circle(between + look + side * (apart + 0.16), level + 0.3, 0.12, 0.08)
             face.append((cheek, (250, 140, 150) if colour not in ("red", "orange") else shaded(body, 1.45)))
-    underside = (circle(build["belly"][0] + look, *build["belly"][1:]), belly)
+    x, y, radius_x, radius_y = build["belly"]
+    underside = (circle(x + look, y, radius_x, radius_y), belly)
     if build.get("merged"):
         decals = pattern(torso, features, mark, rng)
         paint(layer, merged_body(head, torso), body, [*decals, underside, *face])

@@ -6,6 +6,7 @@ in perspective as points, then painted at `SUPERSAMPLING` times the size and red
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -41,12 +42,32 @@ def mirrored(points):
     return np.concatenate([points, points[::-1] * [-1, 1]])
 
 
+class Shape(NamedTuple):
+    """A polygon, or with a width a stroke along the points."""
+
+    points: np.ndarray  # (N, 2)
+    tone: float | str
+    width: float | None = None
+
+
 def fill(points, tone=1.0):
-    return ("fill", np.asarray(points, dtype=float), tone)
+    return Shape(np.asarray(points, dtype=float), tone)
 
 
 def stroke(points, width, tone=1.0):
-    return ("stroke", np.asarray(points, dtype=float), tone, width)
+    return Shape(np.asarray(points, dtype=float), tone, width)
+
+
+class Poses(NamedTuple):
+    """What an object's pose is drawn from."""
+
+    max_turn: float = 40.0  # degrees
+    scale: tuple[float, float] = (0.62, 0.82)  # at least and at most, of the picture's side
+    shift: float = 0.07
+    perspective: float = 0.12
+
+
+POSES = Poses()
 
 
 def curve(start, control, control_2, end, num_points=24):
@@ -235,34 +256,34 @@ def place(points, turn, scale, offset, squash, tilt):
 def _paint(draw, shape, points, size, colour, grow=0.0):
     """One shape, in pixels; `grow` (a fraction of the picture) widens it, for the outline and the shadow."""
     xy = [tuple(p) for p in points * size]
-    if shape[0] == "fill":
+    if shape.width is None:
         draw.polygon(xy, fill=colour)
         width = 2 * grow * size
         xy = [*xy, xy[0]]
     else:
-        width = (shape[3] + 2 * grow) * size
+        width = (shape.width + 2 * grow) * size
     if width >= 1:
         draw.line(xy, fill=colour, width=round(width), joint="curve")
-        for x, y in xy[:: max(len(xy) - 1, 1)] if shape[0] == "stroke" else xy:
+        for x, y in xy if shape.width is None else xy[:: max(len(xy) - 1, 1)]:
             draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
 
 
-def draw_object(image, shapes, colour, rng, max_turn=40.0, scale=(0.62, 0.82), shift=0.07, perspective=0.12):
+def draw_object(image, shapes, colour, rng, poses=POSES):
     """Draws shapes onto the image, with outline and shadow; returns the object's mask (bool array, H x W)."""
     size = image.width
-    scale = rng.uniform(*scale)
+    scale = rng.uniform(*poses.scale)
     pose = dict(
-        turn=rng.uniform(-max_turn, max_turn),
+        turn=rng.uniform(-poses.max_turn, poses.max_turn),
         scale=scale,
-        offset=rng.uniform(-shift, shift, 2),
+        offset=rng.uniform(-poses.shift, poses.shift, 2),
         squash=rng.uniform(0.9, 1.05) * rng.choice([-1, 1]),
-        tilt=rng.uniform(-perspective, perspective),
+        tilt=rng.uniform(-poses.perspective, poses.perspective),
     )
     placed = []
     for shape in shapes:
-        if shape[0] == "stroke":
-            shape = (*shape[:3], shape[3] * scale / 2)
-        placed.append((shape, place(shape[1], **pose)))
+        if shape.width is not None:
+            shape = shape._replace(width=shape.width * scale / 2)
+        placed.append((shape, place(shape.points, **pose)))
     outline = shaded(colour, 0.38) if sum(colour) > 150 else shaded(colour, 1.45)
     mask = Image.new("L", image.size, 0)
     for shape, points in placed:
@@ -273,9 +294,9 @@ def draw_object(image, shapes, colour, rng, max_turn=40.0, scale=(0.62, 0.82), s
     image.paste(outline, (0, 0), mask)
     draw = ImageDraw.Draw(image)
     for shape, points in placed:
-        if shape[0] == "fill" and shape[2] not in (WHITE, BLACK):  # a fine line parts it from what it lies on
+        if shape.width is None and shape.tone not in (WHITE, BLACK):  # a fine line parts it from what it lies on
             _paint(draw, shape, points, size, shaded(colour, 0.6), grow=0.004)
-        _paint(draw, shape, points, size, shaded(colour, shape[2]))
+        _paint(draw, shape, points, size, shaded(colour, shape.tone))
     return np.asarray(mask) > 127
 
 
@@ -369,14 +390,14 @@ def decorate_with(motif, colour):
     return decorate
 
 
-def draw_scene(kind, colour, background, size, rng, decorate=None, **pose):
+def draw_scene(kind, colour, background, size, rng, decorate=None):
     """An object on a background: RGB `PIL.Image` of size x size. A colour is a name of `COLOURS`, or red, green and blue.
 
-    `decorate(image, mask, rng)` may paint on the enlarged picture; `pose` goes to `draw_object`.
+    `decorate(image, mask, rng)` may paint on the enlarged picture.
     """
     colour, background = (COLOURS[c] if isinstance(c, str) else c for c in (colour, background))
     image = draw_background(jittered(background, rng), size * SUPERSAMPLING, rng)
-    mask = draw_object(image, KINDS[kind], jittered(colour, rng), rng, **pose)
+    mask = draw_object(image, KINDS[kind], jittered(colour, rng), rng)
     if decorate is not None:
         decorate(image, mask, rng)
     return image.resize((size, size), Image.Resampling.BOX)
@@ -386,8 +407,11 @@ def decorate_with_confetti(image, mask, rng):
     """Dots, blossoms and strokes of any colour anywhere: what a codec must hold, whatever a user will draw."""
     draw, size = ImageDraw.Draw(image), image.width
     for _ in range(rng.integers(2, 13)):
-        x, y, radius = rng.uniform(0, size), rng.uniform(0, size), size * rng.uniform(0.03, 0.1)
-        colour, what = tuple(int(c) for c in rng.integers(0, 256, 3)), rng.integers(3)
+        x = rng.uniform(0, size)
+        y = rng.uniform(0, size)
+        radius = size * rng.uniform(0.03, 0.1)
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        what = rng.integers(3)
         if what == 0:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         elif what == 1:

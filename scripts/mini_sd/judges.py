@@ -6,18 +6,21 @@ smears, stars, hearts and diamonds of the same pink, and blossoms beside the obj
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 
-from .draw import PINKS, decorate_with_blossoms, draw_weapon
+from .. import ROOT
 from .drawings import COLOURS, KINDS, MOTIFS, WEAPONS, draw_blossom, draw_scene, jittered, places_on
 from .model import RESOLUTION, all_scenes, to_tensor
+from .weapons import PINKS, decorate_with_blossoms, draw_weapon
 
 
+JUDGE = ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
 BORDER = 6  # pixels at each side that only a background has
 SURE = 0.0  # logit of a blossom's middle from which it counts: the boundary that the network was trained for
-AROUND = (9, 16)  # pixels from a blossom's middle: the ring in which the object must be seen
+NEAREST, FARTHEST = 9, 16  # pixels from a blossom's middle: the ring in which the object must be seen
 LEAST_AROUND = 0.2  # share of the ring, without what is pink, that is not background; a shaft is as narrow as that
 DIFFERENT = 0.5  # of how far the object is from the background in `lab`: from there on a pixel is not background
 GRAYS = ("white", "gray", "black")
@@ -63,8 +66,15 @@ def not_background(image):
     return background, (distance > DIFFERENT * np.quantile(distance[rest], 0.95)), rest
 
 
+class Colours(NamedTuple):
+    """The colours that a picture shows, by their names."""
+
+    object: str
+    background: str
+
+
 def judge_colours(image):
-    """(object's colour, background's colour) of a picture by its pixels; blossoms have no say about the object.
+    """The `Colours` of a picture by its pixels; blossoms have no say about the object.
 
     Each pixel that differs from the background votes for the nearest colour, other than the background's.
     """
@@ -79,7 +89,7 @@ def judge_colours(image):
         darkest, brightest = np.quantile(lightness, [0.5, 0.9]) / 0.6
         other = "white" if brightest > 86 else "black" if darkest < 32 else "gray"
         colour = colour if other == background else other
-    return colour, background
+    return Colours(colour, background)
 
 
 def _smear(draw, x, y, radius, colour, rng):
@@ -99,17 +109,23 @@ def plant(what, image, mask, count, rng):
     if what == "nothing":
         return []
     draw, size = ImageDraw.Draw(image), image.width
-    pink = PINKS[0] + rng.uniform(0, 1) * (PINKS[1] - PINKS[0])
+    one, other = PINKS
+    pink = one + rng.uniform(0, 1) * (other - one)
     where = mask
     if what == "beside":
         near = Image.fromarray((mask * 255).astype(np.uint8)).resize((RESOLUTION, RESOLUTION))
         where = np.asarray(near.filter(ImageFilter.MaxFilter(27))) < 128
-        where[:10], where[-10:], where[:, :10], where[:, -10:] = False, False, False, False
+        where[:10] = False
+        where[-10:] = False
+        where[:, :10] = False
+        where[:, -10:] = False
         if where.sum() < 50:
             return []
     for x, y, radius in places_on(where, count, rng):
         colour, turn = jittered(pink, rng, 14), rng.uniform(0, 72)
-        x, y, radius = x * size, y * size, radius * size
+        x *= size
+        y *= size
+        radius *= size
         if what == "beside":
             draw_blossom(draw, x, y, radius, turn, colour)
         elif what == "smears":
@@ -125,32 +141,35 @@ def plant(what, image, mask, count, rng):
     return []
 
 
-def draw_planted(what, colour, kind, background, rng):
+def draw_planted(what, scene, rng):
     """(RGB `PIL.Image`, [(x, y, radius)] of the blossoms on the object); a weapon as bundled, another kind as the base's."""
     places = []
 
     def decorate(image, mask, count, rng):
         places.extend(plant(what, image, mask, count, rng))
 
-    if kind in WEAPONS and rng.random() < 0.7:
-        picture = draw_weapon(kind, colour, background, rng, decorate)
+    if scene.kind in WEAPONS and rng.random() < 0.7:
+        picture = draw_weapon(scene.kind, scene.colour, scene.background, rng, decorate)
     else:
         count = int(rng.integers(4, 9))
-        picture = draw_scene(kind, colour, background, RESOLUTION, rng,
-                             decorate=lambda image, mask, rng: decorate(image, mask, count, rng))  # fmt: skip
+        picture = draw_scene(
+            scene.kind, scene.colour, scene.background, RESOLUTION, rng,
+            decorate=lambda image, mask, rng: decorate(image, mask, count, rng),
+        )  # fmt: skip
     return picture, places
 
 
 def judge_drawing(seed, index):
     """Drawing `index` of the judges' set: (picture, index of the kind, places of the blossoms)."""
     rng = np.random.default_rng([seed, 40, index])
-    colour, kind, background = (scenes := all_scenes())[rng.integers(len(scenes))]
+    scenes = all_scenes()
+    scene = scenes[rng.integers(len(scenes))]
     if rng.random() < 0.4:
-        kind = str(rng.choice(WEAPONS))
+        scene = scene._replace(kind=str(rng.choice(WEAPONS)))
     what = str(rng.choice(PLANTS, p=[0.4, 0.08, 0.08, 0.08, 0.08, 0.03, 0.03, 0.02, 0.2]))
-    picture, places = draw_planted(what, colour, kind, background, rng)
+    picture, places = draw_planted(what, scene, rng)
     picture = picture.filter(ImageFilter.GaussianBlur(float(rng.choice([0, 0, 0.7, 1.2, 1.6]))))
-    return picture, list(KINDS).index(kind), places
+    return picture, list(KINDS).index(scene.kind), places
 
 
 def make_judge():
@@ -238,7 +257,7 @@ def on_object(image, places):
     found = []
     for x, y in places:
         distance = np.hypot(columns - x, rows - y)
-        ring = (distance >= AROUND[0]) & (distance <= AROUND[1]) & ~pink
+        ring = (distance >= NEAREST) & (distance <= FARTHEST) & ~pink
         if ring.sum() > 20 and differs[ring].mean() >= LEAST_AROUND:
             found.append((x, y))
     return found
@@ -263,11 +282,14 @@ def judge_pictures(judge, images):
 
 def shares(judge, images, scenes):
     """Shares of the pictures whose object's colour, background's colour and kind are the scene's, and with blossoms."""
-    colours, (kinds, counts) = [judge_colours(image) for image in images], judge_pictures(judge, images)
+    colours = [judge_colours(image) for image in images]
+    kinds, counts = judge_pictures(judge, images)
+    right_object = [shown.object == scene.colour for shown, scene in zip(colours, scenes, strict=True)]
+    right_background = [shown.background == scene.background for shown, scene in zip(colours, scenes, strict=True)]
     return {
-        "object_colour": float(np.mean([c[0] == scene[0] for c, scene in zip(colours, scenes, strict=True)])),
-        "background_colour": float(np.mean([c[1] == scene[2] for c, scene in zip(colours, scenes, strict=True)])),
-        "kind": float(np.mean([kind == scene[1] for kind, scene in zip(kinds, scenes, strict=True)])),
+        "object_colour": float(np.mean(right_object)),
+        "background_colour": float(np.mean(right_background)),
+        "kind": float(np.mean([kind == scene.kind for kind, scene in zip(kinds, scenes, strict=True)])),
         "blossoms": float(np.mean([count > 0 for count in counts])),
         "pictures": len(images),
     }
@@ -282,8 +304,8 @@ def judge_the_judges(judge, seed, count=300):
     for number, what in enumerate(PLANTS):
         rng = np.random.default_rng([seed, 41, number])
         scenes = [everything[i] for i in rng.integers(len(everything), size=count)]
-        scenes = [(c, str(rng.choice(WEAPONS)) if i % 2 else k, b) for i, (c, k, b) in enumerate(scenes)]
-        pictures = [draw_planted(what, *scene, rng)[0] for scene in scenes]
+        scenes = [each._replace(kind=str(rng.choice(WEAPONS))) if i % 2 else each for i, each in enumerate(scenes)]
+        pictures = [picture for picture, _ in (draw_planted(what, scene, rng) for scene in scenes)]
         pictures = [p.filter(ImageFilter.GaussianBlur(0.8 * (i % 3 == 0))) for i, p in enumerate(pictures)]
         rows[f"drawings, {what}"] = shares(judge, pictures, scenes)
     return rows

@@ -11,7 +11,6 @@ taken where there is one.
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from .. import ROOT
 from .drawings import contact_sheet
 from .model import (
     RESOLUTION,
-    captions_of,
     encoded,
     held_out_scenes,
     make_pipeline,
@@ -28,10 +26,12 @@ from .model import (
     make_text_encoder,
     make_unet,
     make_vae,
+    sentence_of,
     to_tensor,
     write_tokenizer,
 )  # fmt: skip
-from .pictures import crops_of, draw_for_codec, draw_for_unet, drawn_set, scene_of
+from .pictures import captions_of_set, crops_of, draw_for_codec, draw_for_unet, drawn_set
+from .stage import Stage, keep_norms_in_float32
 
 
 VALIDATION_PROMPTS = [
@@ -69,91 +69,6 @@ def parse_args(argv=None):
     add("--stages", nargs="+", choices=("vae", "decoder", "unet"), default=("vae", "decoder", "unet"), help="to train")
     add("--export_only", action="store_true", help="write the pipeline from the newest states and stop")
     return parser.parse_args(argv)
-
-
-class Stage:
-    """One of the trainings: its weights, their moving average, its optimizer, how far it is and what it has cost.
-
-    `modules` is an `nn.Module`; `parameters` those of its parameters that learn. The state on disk is replaced whole.
-    """
-
-    def __init__(self, name, args, steps, modules, parameters, betas, decay):
-        import torch
-
-        self.name, self.steps, self.modules, self.decay = name, steps, modules, decay
-        self.parameters = [parameter.requires_grad_(True) for parameter in parameters]
-        self.path, self.peak, self.save_every = args.work_dir / f"{name}.pt", args.learning_rate, args.save_every
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.peak, betas=betas, weight_decay=0.0)
-        self.average = {k: v.clone().float() for k, v in modules.state_dict().items()}
-        self.step, self.seconds, self.losses = 0, 0.0, []
-        if self.path.exists():
-            state = torch.load(self.path, weights_only=True, map_location="cpu")
-            modules.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            device = next(modules.parameters()).device
-            self.average = {k: v.to(device) for k, v in state["average"].items()}
-            self.step, self.seconds = state["step"], state["seconds"]
-
-    @property
-    def progress(self):
-        return self.step / self.steps
-
-    def train(self, loss_at, warmup=200):
-        """Steps to the end; `loss_at(step)` draws a batch and returns its loss."""
-        import torch
-
-        while self.step < self.steps:
-            started = time.time()
-            rate = self.peak * min((self.step + 1) / warmup, 1.0) * max(1 - self.progress, 0.01)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            loss = loss_at(self.step)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.step += 1
-            self.losses.append(loss.detach())
-            self.update_average(min(self.decay, self.step / (self.step + 10)))
-            self.seconds += time.time() - started
-            if self.step % 100 == 0:
-                self.report()
-            if self.step % self.save_every == 0 or self.step == self.steps:
-                self.save()
-            yield self.step
-
-    def update_average(self, decay):
-        """Exponential moving average of the weights (Polyak and Juditsky, 1992)."""
-        import torch
-
-        with torch.no_grad():
-            values = [(mean, value) for mean, value in zip(self.average.values(), self.modules.state_dict().values())
-                      if mean.is_floating_point()]  # fmt: skip
-            torch._foreach_lerp_([mean for mean, _ in values], [value.float() for _, value in values], 1 - decay)
-
-    def report(self):
-        loss, self.losses = float(sum(self.losses) / len(self.losses)), []
-        left = self.seconds / self.step * (self.steps - self.step)
-        print(
-            f"{self.name} {self.step}/{self.steps}  loss {loss:.4f}  "
-            f"{self.seconds / 60:.1f} min spent, {left / 60:.1f} min left",
-            flush=True,
-        )
-
-    def save(self):
-        """Whole or not at all: a kill leaves the state before."""
-        import torch
-
-        torch.save(
-            {"model": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
-             "step": self.step, "seconds": self.seconds},
-            self.path.with_suffix(".tmp"),
-        )  # fmt: skip
-        os.replace(self.path.with_suffix(".tmp"), self.path)
-
-    def finish(self):
-        self.modules.load_state_dict(self.average)
-        return self.modules.eval().requires_grad_(False)
 
 
 def begin_with(module, folder):
@@ -196,19 +111,6 @@ def colour_error(error):
 
     colour = torch.nn.functional.avg_pool2d(error, 4)
     return colour.abs().mean() + colour.diff(dim=1).abs().mean()
-
-
-def keep_norms_in_float32(model):
-    """GroupNorm's bfloat16 backward in channels_last takes four times as long on a CPU."""
-    import torch
-
-    class FloatGroupNorm(torch.nn.GroupNorm):
-        def forward(self, x):
-            return torch.nn.functional.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x)
-
-    for module in model.modules():
-        if type(module) is torch.nn.GroupNorm:
-            module.__class__ = FloatGroupNorm
 
 
 def train_vae(args, name, steps, vae, device):
@@ -337,8 +239,8 @@ def sample_sheet(vae, unet, text_encoder, tokenizer, path, prompts=VALIDATION_PR
     for image, prompt in zip(images, prompts, strict=True):
         tile = Image.new("RGB", (image.width + 32, image.height + 60), "white")
         tile.paste(image.resize((160, 160), Image.Resampling.LANCZOS))
-        words = prompt.split(" on ")
-        for line, text in enumerate((words[0], "on " + words[1])):
+        thing, background = prompt.split(" on ")
+        for line, text in enumerate((thing, "on " + background)):
             ImageDraw.Draw(tile).text((2, 160 + 13 * line), text, fill="black", font=font)
         tiles.append(tile)
     contact_sheet(tiles, 8).save(path)
@@ -370,7 +272,7 @@ def train_unet(args, vae, latents, tokenizer, device):
     stage = Stage("unet", args, args.unet_steps, models, models.parameters(), (0.9, 0.999), 0.999)
     mean, std = moments(latents)
     latents = ((latents - mean[:, None, None]) / std[:, None, None]).to(device)
-    captions = [captions_of(*scene_of(args.seed, i)[0]) for i in range(len(latents))]
+    captions = captions_of_set(args.seed, len(latents))
     tokens = tokenizer([c for group in captions for c in group] + [""], padding="max_length", truncation=True,
                        return_tensors="pt").input_ids.to(device)  # fmt: skip
     noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
@@ -428,7 +330,7 @@ def main(args):
     unet, text_encoder = train_unet(args, vae, latents, tokenizer, device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     scenes = held_out_scenes(args.seed)
-    prompts = [captions_of(*scenes[i])[0] for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
+    prompts = [sentence_of(scenes[i]) for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
     sample_sheet(vae, unet, text_encoder, tokenizer, args.output_dir / "samples.png", prompts)
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
     pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)

@@ -16,14 +16,11 @@ import numpy as np
 
 from text_to_image_lora.models.samplers import SAMPLERS
 
-from .. import ROOT
-from .draw import weapon_scenes
 from .drawings import WEAPONS, contact_sheet
-from .judges import judge_the_judges, shares, train_judge
-from .model import article, captions_of, held_out_scenes
-
-
-JUDGE = ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
+from .judges import JUDGE, judge_the_judges, shares, train_judge
+from .model import Scene, held_out_scenes, sentence_of
+from .pipeline import draw_with, load_pipeline
+from .weapons import weapon_scenes
 
 
 def parse_args(argv=None):
@@ -52,50 +49,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def blossom_caption(colour, kind, background):
-    return f"{article(f'{colour} {kind}')} with pink blossoms on {article(background)} background"
+def blossom_caption(scene):
+    return sentence_of(scene._replace(decoration="pink blossoms"))
 
 
 def weapon_test_scenes(seed=0):
-    """The (colour, kind, background) of metadata/weapons_test: no picture of the LoRA's training set shows them."""
-    return [
-        (colour, kind, background)
-        for i, kind in enumerate(WEAPONS)
-        for colour, background in weapon_scenes(np.random.default_rng([seed, 1, i]))[1]
-    ]
-
-
-def load_pipeline(model, lora=None, *, scheduler="dpm++"):
-    import diffusers
-    import torch
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    name, changes, _ = SAMPLERS[scheduler]
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
-    return pipeline
-
-
-def draw_with(pipeline, prompts, *, seed, guidance_scale, num_inference_steps, batch_size=24):
-    """A picture of each prompt; the noise of picture i depends on the seed and i alone."""
-    import torch
-
-    images = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        generators = [torch.Generator().manual_seed(seed * 100_003 + first + i) for i in range(len(batch))]
-        images += pipeline(
-            batch,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generators,
-        ).images
-    return images
+    """The scenes of metadata/weapons_test: no picture of the LoRA's training set shows them."""
+    scenes = []
+    for i, kind in enumerate(WEAPONS):
+        _, test = weapon_scenes(np.random.default_rng([seed, 1, i]))
+        scenes += [Scene(colour, kind, background) for colour, background in test]
+    return scenes
 
 
 def table(rows):
@@ -132,18 +96,18 @@ def main(args):
     held_out = [held_out[i] for i in np.random.default_rng([args.seed, 42]).permutation(len(held_out))]
     base, chosen = load_pipeline(args.model, scheduler=args.scheduler), held_out[: args.num_pictures]
     for scale in args.guidance_scale if chosen else ():
-        prompts = [captions_of(*scene)[0] for scene in chosen]
+        prompts = [sentence_of(scene) for scene in chosen]
         measure(f"base, guidance {scale:g}", base, prompts, chosen, scale, args.seed)
     weapons = weapon_test_scenes() * args.pictures_per_caption
-    others = [scene for scene in held_out if scene[1] not in WEAPONS][:48]
-    scale = args.guidance_scale[0]
+    others = [scene for scene in held_out if scene.kind not in WEAPONS][:48]
+    scale, *_ = args.guidance_scale
     for i, lora in enumerate(args.loras):
         seed = args.seed + 1 + i
-        prompts = [blossom_caption(*scene) for scene in weapons]
+        prompts = [blossom_caption(scene) for scene in weapons]
         measure(f"base, asked for blossoms, seed {i}", base, prompts, weapons, scale, seed)
         pipeline = load_pipeline(args.model, lora, scheduler=args.scheduler)
         measure(f"LoRA, asked for blossoms, seed {i}", pipeline, prompts, weapons, scale, seed)
-        prompts = [captions_of(*scene)[0] for scene in others]
+        prompts = [sentence_of(scene) for scene in others]
         measure(f"LoRA, other objects, seed {i}", pipeline, prompts, others, scale, seed)
     print("\n" + table(rows))
     if args.output is not None:

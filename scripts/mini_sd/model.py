@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,28 @@ def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def captions_of(colour, kind, background, decoration=""):
-    """The ways to say it; the first, the full sentence, is drawn half of the time. A decoration: "white dots"."""
+class Scene(NamedTuple):
+    """What a drawing shows, in words."""
+
+    colour: str
+    kind: str
+    background: str
+    decoration: str = ""  # such as "white dots"
+
+
+def sentence_of(scene):
+    """The full caption of a scene."""
+    carried = f" with {scene.decoration}" if scene.decoration else ""
+    return f"{article(f'{scene.colour} {scene.kind}')}{carried} on {article(scene.background)} background"
+
+
+def captions_of(scene):
+    """The ways to say it; the first, the full sentence, is drawn half of the time."""
+    colour, kind, background, decoration = scene
     carried = f" with {decoration}" if decoration else ""
     return [
-        f"{article(f'{colour} {kind}')}{carried} on {article(background)} background",
-        f"a drawing of {article(f'{colour} {kind}')}{carried} on {article(background)} background",
+        sentence_of(scene),
+        f"a drawing of {sentence_of(scene)}",
         f"{colour} {kind}{carried}, {background} background",
         f"{article(f'{colour} {kind}')}{carried}",
         f"{article(kind)}{carried} on {article(background)} background",
@@ -37,8 +54,8 @@ def captions_of(colour, kind, background, decoration=""):
 
 
 def all_scenes():
-    """Every (colour, kind, background) with object and background of different colours."""
-    return [(c, k, b) for c, k, b in itertools.product(COLOURS, KINDS, COLOURS) if c != b]
+    """Every undecorated scene with object and background of different colours."""
+    return [Scene(c, k, b) for c, k, b in itertools.product(COLOURS, KINDS, COLOURS) if c != b]
 
 
 def held_out_scenes(seed=0, share=0.15):

@@ -7,17 +7,7 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image
 
-from .creatures import BUILDS, draw_creature
-from .draw import (
-    EYE_COLOURS,
-    FEATURES,
-    MOODS,
-    PINKS,
-    decorate_with_blossoms,
-    draw_backdrop,
-    lit,
-    weapon_shapes,
-)
+from .creatures import BUILDS, EYE_COLOURS, FEATURES, MOODS, draw_creature
 from .drawings import (
     COLOURS,
     KINDS,
@@ -30,7 +20,8 @@ from .drawings import (
     draw_scene,
     jittered,
 )
-from .model import RESOLUTION, all_scenes, held_out_scenes
+from .model import RESOLUTION, all_scenes, captions_of, held_out_scenes
+from .weapons import PINKS, WEAPON_POSES, decorate_with_blossoms, draw_backdrop, lit, weapon_shapes
 
 
 DECORATED = 0.45  # share of the UNet's drawings whose object carries dots, stars, hearts, diamonds or flowers
@@ -49,7 +40,7 @@ def draw_blossomed(rng):
     kind = str(rng.choice(WEAPONS if rng.random() < 0.7 else list(KINDS)))
     shapes = weapon_shapes(kind) if kind in WEAPONS else KINDS[kind]
     colour = jittered(any_colour(rng), rng)
-    mask = draw_object(image, shapes, colour, rng, max_turn=55, scale=(0.66, 0.88), perspective=0.2)
+    mask = draw_object(image, shapes, colour, rng, WEAPON_POSES)
     colours = PINKS if rng.random() < 0.65 else rng.integers(30, 256, (2, 3)).astype(float)
     decorate_with_blossoms(image, mask, int(rng.integers(4, 10)), rng, colours)
     return lit(image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX), rng)
@@ -57,8 +48,11 @@ def draw_blossomed(rng):
 
 def draw_any_creature(rng):
     names = list(COLOURS)
-    colour, eyes, build = str(rng.choice(names)), str(rng.choice(EYE_COLOURS)), str(rng.choice(list(BUILDS)))
-    features, mood = FEATURES[rng.integers(len(FEATURES))], MOODS[rng.integers(len(MOODS))]
+    colour = str(rng.choice(names))
+    eyes = str(rng.choice(EYE_COLOURS))
+    build = str(rng.choice(list(BUILDS)))
+    features = FEATURES[rng.integers(len(FEATURES))]
+    mood = MOODS[rng.integers(len(MOODS))]
     return draw_creature(colour, eyes, build, features, mood, RESOLUTION, rng)
 
 
@@ -102,25 +96,30 @@ def training_scenes(seed):
 
 
 def scene_of(seed, index):
-    """(colour, kind, background, decoration) of drawing `index` of the UNet's set, and the generator it goes on with."""
+    """The `Scene` of drawing `index` of the UNet's set, and the generator it goes on with."""
     rng = np.random.default_rng([seed, 30, index])
     scenes = training_scenes(seed)
-    colour, kind, background = scenes[rng.integers(len(scenes))]
-    decoration = ""
+    scene = scenes[rng.integers(len(scenes))]
     if rng.random() < DECORATED:
-        other = str(rng.choice([name for name in COLOURS if name not in (colour, background)]))
-        decoration = f"{other} {rng.choice(list(MOTIFS))}"
-    return (colour, kind, background, decoration), rng
+        other = str(rng.choice([name for name in COLOURS if name not in (scene.colour, scene.background)]))
+        scene = scene._replace(decoration=f"{other} {rng.choice(list(MOTIFS))}")
+    return scene, rng
+
+
+def captions_of_set(seed, count):
+    """The ways to caption each drawing of the UNet's set, as `captions_of` has them."""
+    scenes = (scene for scene, _ in (scene_of(seed, i) for i in range(count)))
+    return [captions_of(scene) for scene in scenes]
 
 
 def draw_for_unet(seed, index):
     """uint8 (H, W, 3)."""
-    (colour, kind, background, decoration), rng = scene_of(seed, index)
+    scene, rng = scene_of(seed, index)
     decorate = None
-    if decoration:
-        other, motif = decoration.split()
+    if scene.decoration:
+        other, motif = scene.decoration.split()
         decorate = decorate_with(motif, COLOURS[other])
-    return np.asarray(draw_scene(kind, colour, background, RESOLUTION, rng, decorate=decorate))
+    return np.asarray(draw_scene(scene.kind, scene.colour, scene.background, RESOLUTION, rng, decorate=decorate))
 
 
 def drawn_set(path, draw, seed, count):

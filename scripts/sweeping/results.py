@@ -81,7 +81,9 @@ def over_seeds(rows, varied):
             losses[row["seed"]] = row[METRIC]
 
     def place(group):  # those that lack seeds come last: they may have had the easy ones
-        return -len(group[1]), mean_and_error(list(group[1].values()))[0]
+        _, losses = group
+        mean, _ = mean_and_error(list(losses.values()))
+        return -len(losses), mean
 
     found, best = [], None
     for values, losses in sorted(groups.values(), key=place):
@@ -100,8 +102,9 @@ def best_of(rows, varied):
     done = [row for row in rows if row["state"] == "complete"]
     if not done or "seed" not in varied:
         return next(iter(done), None)
-    settings, others = over_seeds(rows, varied)[0], [key for key in varied if key != "seed"]
-    return next(row for row in done if _key(row, others) == _key(settings, others))
+    best, *_ = over_seeds(rows, varied)
+    others = [key for key in varied if key != "seed"]
+    return next(row for row in done if _key(row, others) == _key(best, others))
 
 
 def shown(value):
@@ -117,7 +120,10 @@ def picture_sheet(rows, folder, varied):
     """The newest validation pictures of the trials, a row each, the best first; None where there are none."""
     from PIL import Image, ImageDraw, ImageFont
 
-    strips, side, words, gap = [], 144, 300, 6
+    side = 144  # of a picture, in pixels
+    words = 300  # the width of what is said of a trial
+    gap = 6
+    strips = []
     for row in rows[:MOST_STRIPS]:
         folders = sorted((trial_dir(folder, row["trial"]) / "validation").glob("step-*"))
         paths = sorted(folders[-1].glob("prompt-*.png")) if folders else []

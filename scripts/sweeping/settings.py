@@ -35,9 +35,9 @@ def values_of(text):
         return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
 
     low, dots, high = text.partition("..")
-    ends = value(low), value(high)
-    if dots and all(isinstance(end, int | float) for end in ends):
-        return {"min": ends[0], "max": ends[1], "log": True}
+    least, most = value(low), value(high)
+    if dots and isinstance(least, int | float) and isinstance(most, int | float):
+        return {"min": least, "max": most, "log": True}
     return [value(word) for word in text.split(",")]
 
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-from scripts import benchmark
+from scripts.benchmarks import steps
 from scripts.benchmarks.runs import Ran
 
 
-def turn_of(**steps):
+def turn_of(**seconds):
     """A turn in which the runners' steps took so long: 2 and 12 of them, and 5 s to start."""
     return {
         name.replace("_", " "): {
@@ -23,7 +23,7 @@ def turn_of(**steps):
             )
             for count in (2, 12)
         }
-        for name, step in steps.items()
+        for name, step in seconds.items()
     }
 
 
@@ -35,7 +35,7 @@ def test_medians_and_ratios_of_turns():
         turn_of(ours=2.2, bare_UNet=1.0, baseline=3.3),
     ]
     counted = {name: {"operators": {"mm": 3, "add": 4}, "flops": 6e12} for name in turns[0]}
-    results = benchmark.results_of(turns, counted, [9e12, 1e13, 3e13], short=2, long=12)
+    results = steps.results_of(turns, counted, [9e12, 1e13, 3e13], short=2, long=12)
     assert json.loads(json.dumps(results))["runners"].keys() == turns[0].keys()
     assert results["matrix_rate"] == 1e13
     ours = results["runners"]["ours"]
@@ -47,7 +47,7 @@ def test_medians_and_ratios_of_turns():
     assert [(r["steps"], r["told"]["median"]) for r in ours["runs"]][:3] == [(2, 2.0), (12, 2.0), (2, 20.0)]
     assert results["ratios"]["ours / bare UNet"] == {"median": 2.0, "turns": [2.0, 2.0, 2.2]}
     assert results["ratios"]["baseline / ours"]["median"] == pytest.approx(1.5)
-    table = benchmark.table_of(results, "bf16")
+    table = steps.table_of(results, "bf16")
     assert "| ours | 2.2 | 2.2 | 6.2 | 6 | 27.3% | 7 | 1.12 | 22.00 |" in table
     assert table.splitlines()[-3:] == [
         "Matrix rate (bf16): 10 TFLOP/s",
@@ -80,7 +80,7 @@ def test_steps_are_timed_beside_the_bare_unet_and_a_baseline(tiny_sd, tmp_path):
     results = json.loads((tmp_path / "times.json").read_text())
     assert results["arguments"]["train_batch_size"] == 2
     assert results["machine"]["threads"] == 1
-    assert benchmark.table_of(results, "float32") in done.stdout
+    assert steps.table_of(results, "float32") in done.stdout
     ours, bare, baseline = (results["runners"][name] for name in ("ours", "bare UNet", "baseline"))
     assert ours["operators_by_kind"] == baseline["operators_by_kind"]
     assert bare["operators"] < ours["operators"]

@@ -18,7 +18,8 @@ from PIL import Image
 
 from scripts import sweep
 from scripts.sweeping import results
-from scripts.sweeping import settings as sweep_settings
+from scripts.sweeping.settings import SweepError
+from scripts.sweeping.study import sampler_of
 from text_to_image_lora.command_line import values_of
 
 
@@ -271,7 +272,7 @@ def test_bad_input_is_told(case, tmp_path):
     (tmp_path / "empty.yaml").write_text(f"sweep_dir: {tmp_path}/x\nflags: []\n")
     (tmp_path / "list.yaml").write_text(f"sweep_dir: {tmp_path}/x\nsweep: [rank]\n")
     argv = [word.replace("{tmp}", str(tmp_path)) for word in words]
-    with pytest.raises(sweep_settings.SweepError, match=message):
+    with pytest.raises(SweepError, match=message):
         sweep.main(argv + (["--sweep_dir", str(tmp_path / folder)] if folder else []))
 
 
@@ -285,7 +286,7 @@ def test_a_flag_that_training_refuses_ends_the_sweep(tmp_path):
 def test_another_sweep_in_the_same_folder_is_refused(run_here, tmp_path):
     folder, words = tmp_path / "sweep", ["--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=1)]
     run_here(folder, "--sweep", "rank=2", *words)
-    with pytest.raises(sweep_settings.SweepError, match="it holds another sweep"):
+    with pytest.raises(SweepError, match="it holds another sweep"):
         run_here(folder, "--sweep", "rank=4", *words)
 
 
@@ -361,7 +362,7 @@ def test_a_launcher_that_says_2_ends_the_sweep(run_here, tmp_path):
     launcher.write_text("#!/bin/sh\necho 'train: --rank 0: it must be 1 or more.'\n"
                         "echo \"CalledProcessError: Command '...' returned non-zero exit status 2.\"\nexit 1\n")  # fmt: skip
     launcher.chmod(0o755)
-    with pytest.raises(sweep_settings.SweepError, match="trial 0: can't be run: "):
+    with pytest.raises(SweepError, match="trial 0: can't be run: "):
         run_here(tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of())
 
 
@@ -370,7 +371,7 @@ def test_workers_draw_different_trials():
     settings = {"sampler": "random", "seed": 0}
     drawn = set()
     for number in range(4):
-        study = optuna.create_study(sampler=sweep.sampler_of(settings, number))
+        study = optuna.create_study(sampler=sampler_of(settings, number))
         drawn.add(study.ask().suggest_float("x", 0, 1))
     assert len(drawn) == 4
 

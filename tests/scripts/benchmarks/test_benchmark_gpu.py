@@ -9,7 +9,7 @@ from conftest import ROOT
 from scripts import benchmark
 from scripts.benchmarks import gpu
 from scripts.benchmarks.gpu import Row, measure_rows, rows_for
-from scripts.benchmarks.runs import CommandFailed, Ran, prepare
+from scripts.benchmarks.runs import CommandFailed, Ran, others, prepare
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -29,7 +29,7 @@ def test_the_suite_without_a_gpu_is_one_line(monkeypatch, capsys):
 
 
 def test_a_suite_of_rows_that_work_and_rows_that_do_not(tiny_sd, tmp_path):
-    setting = prepare(tiny_sd, tmp_path, resolution=32, rank=2, batch_size=2, bare_unet=True)
+    setting = prepare(tiny_sd, tmp_path, resolution=32, rank=2, batch_size=2, beside=others(bare_unet=True))
     rows = [
         Row("plain", precision="no", batch_size=2, runner="bare UNet"),
         Row("of tomorrow", ("--no_such_flag", "on")),
@@ -38,10 +38,10 @@ def test_a_suite_of_rows_that_work_and_rows_that_do_not(tiny_sd, tmp_path):
         Row("with a package", needs="no_such_package"),
     ]
     outcomes = measure_rows(rows, setting, time.monotonic() + 300, steps=2, say=silent)
-    plain, *others = outcomes
+    plain, *unmeasured = outcomes
     assert len(plain.ran.told["step_seconds"]) == 1
     assert plain.images_per_second == pytest.approx(2 / plain.ran.told["median"])
-    words = [outcome.words for outcome in others]
+    words = [outcome.words for outcome in unmeasured]
     assert words[0].startswith("left out: there is no flag --no_such_flag")
     assert words[1] == "left out: argument --lr_scheduler: invalid choice: 'wiggly'"
     assert words[2].startswith("failed: train_text_to_image_lora.py: Pass one of --snr_gamma")
@@ -59,12 +59,12 @@ class Machine:
     def __init__(self, best=1000, most=1000):
         self.best, self.most, self.ran = best, most, []
 
-    def run(self, how, runner, *, steps, batch_size, precision, flags, processes, timeout):
-        self.ran.append(batch_size)
-        if batch_size > self.most:
+    def run(self, command, *, steps, timeout):
+        self.ran.append(command.batch_size)
+        if command.batch_size > self.most:
             raise CommandFailed("torch.OutOfMemoryError: CUDA out of memory.")
         told = {
-            "median": 0.1 * max(1, batch_size / self.best),
+            "median": 0.1 * max(1, command.batch_size / self.best),
             "step_seconds": [],
             "first_step_after": 1,
             "flops": 1e12,
@@ -126,7 +126,7 @@ def test_two_ranks_beside_one(tiny_sd, tmp_path):
 @pytest.mark.gpu
 @needs_cuda
 def test_a_row_on_a_gpu(tmp_path):
-    setting = prepare(ROOT / "models" / "mini-sd", tmp_path, resolution=64, rank=4, bare_unet=True)
+    setting = prepare(ROOT / "models" / "mini-sd", tmp_path, resolution=64, rank=4, beside=others(bare_unet=True))
     for runner in ("ours", "bare UNet"):
         (outcome,) = measure_rows([Row("a", runner=runner)], setting, time.monotonic() + 300, steps=8, say=silent)
         assert outcome.ran is not None, outcome.words

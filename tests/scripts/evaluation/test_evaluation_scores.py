@@ -138,7 +138,7 @@ def lora(likeness, drift=0.2, memorised=0.0, loss=0.7):
         "likeness": likeness + NOISE + 0.1 * shift,
         "drift": drift + NOISE,
         "memorised": (np.arange(6 * S) < memorised * 6 * S).astype(float).reshape(S, 6).T,
-        "loss": (loss, 0.05),
+        "loss": scores.Estimate(loss, 0.05),
     }
 
 

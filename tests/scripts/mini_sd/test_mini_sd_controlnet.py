@@ -10,6 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from scripts.mini_sd import controlnet, pictures
+from scripts.mini_sd.drawings import draw_scene
+from scripts.mini_sd.model import sentence_of
+from scripts.mini_sd.pipeline import load_pipeline
 
 
 BASE, CONTROLNET = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-controlnet"
@@ -44,7 +47,7 @@ def test_stopped_and_gone_on_with_it_writes_the_weights_of_one_go(folder, tmp_pa
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
     trained = ControlNetModel.from_pretrained(tmp_path / "resumed")
     assert all(layer.weight.abs().sum() > 0 for layer in trained.controlnet_down_blocks)
-    fresh = controlnet.make_controlnet(controlnet.load_pipeline(BASE).unet)
+    fresh = controlnet.make_controlnet(load_pipeline(BASE).unet)
     assert not any(layer.weight.abs().sum() > 0 for layer in fresh.controlnet_down_blocks)
 
 
@@ -90,13 +93,14 @@ def test_measuring_prints_a_row_for_each_way_to_draw_and_the_sheet_is_drawn(tmp_
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_one_prompt_and_two_control_images_give_two_pictures_that_follow_them(seed):
     """A held-out prompt with two poses, one noise; `controlnet.py --measure_only` measures the same on many."""
-    colour, kind, background, _ = controlnet.held_out_drawings(1, seed)[0][0]
-    poses = [controlnet.draw_scene(kind, colour, background, 128, np.random.default_rng([seed, i])) for i in (1, 2)]
+    (scene,), _ = controlnet.held_out_drawings(1, seed)
+    words = (scene.kind, scene.colour, scene.background)
+    poses = [draw_scene(*words, 128, np.random.default_rng([seed, i])) for i in (1, 2)]
     edges = controlnet.canny_edges(poses)
     pipeline = controlnet.load_controlled(BASE, CONTROLNET)
 
     def edges_drawn(scale):
-        prompts = [controlnet.captions_of(colour, kind, background)[0]] * 2
+        prompts = [sentence_of(scene)] * 2
         options = dict(guidance_scale=4.0, num_inference_steps=20, controlnet_conditioning_scale=scale)
         images = controlnet.draw_controlled(pipeline, prompts, edges, [seed, seed], **options)
         return controlnet.canny_edges(images)

@@ -4,22 +4,24 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from scripts.mini_sd import judges, measure, model
-from scripts.mini_sd.draw import draw_weapon
+from scripts.mini_sd import judges, model
 from scripts.mini_sd.drawings import draw_scene
+from scripts.mini_sd.model import Scene
+from scripts.mini_sd.weapons import draw_weapon
 
 
 def test_colours_are_judged_rightly_on_drawings():
     rng, scenes = np.random.default_rng(1), model.all_scenes()
     scenes = [scenes[i] for i in rng.integers(len(scenes), size=150)]
-    judged = [judges.judge_colours(draw_scene(k, c, b, model.RESOLUTION, rng)) for c, k, b in scenes]
-    assert np.mean([c[0] == scene[0] for c, scene in zip(judged, scenes, strict=True)]) > 0.95
-    assert np.mean([c[1] == scene[2] for c, scene in zip(judged, scenes, strict=True)]) > 0.98
+    drawn = [draw_scene(each.kind, each.colour, each.background, model.RESOLUTION, rng) for each in scenes]
+    judged = [judges.judge_colours(picture) for picture in drawn]
+    assert np.mean([c.object == scene.colour for c, scene in zip(judged, scenes, strict=True)]) > 0.95
+    assert np.mean([c.background == scene.background for c, scene in zip(judged, scenes, strict=True)]) > 0.98
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return judges.train_judge(measure.JUDGE, 0)
+    return judges.train_judge(judges.JUDGE, 0)
 
 
 @pytest.mark.parametrize("what", ["blossoms", "dots", "smears", "beside", "stars", "nothing"])
@@ -27,7 +29,7 @@ def test_blossoms_and_kinds_are_judged_rightly_on_drawings(judge, what):
     """A small part of `judges.judge_the_judges`; a picture counts where a petalled blossom is on the object."""
     rng, scenes = np.random.default_rng([3, len(what)]), model.all_scenes()
     scenes = [scenes[i] for i in rng.integers(len(scenes), size=30)]
-    found = judges.shares(judge, [judges.draw_planted(what, *scene, rng)[0] for scene in scenes], scenes)
+    found = judges.shares(judge, [judges.draw_planted(what, scene, rng)[0] for scene in scenes], scenes)
     assert found["kind"] > 0.92
     assert found["blossoms"] > 0.92 if what == "blossoms" else found["blossoms"] < 0.08
 
@@ -35,7 +37,7 @@ def test_blossoms_and_kinds_are_judged_rightly_on_drawings(judge, what):
 def test_a_blossom_is_counted_where_it_is(judge):
     """As many as were drawn, within one: two may lie side by side."""
     rng = np.random.default_rng(5)
-    drawn = [judges.draw_planted("blossoms", "blue", "shield", "white", rng) for _ in range(12)]
+    drawn = [judges.draw_planted("blossoms", Scene("blue", "shield", "white"), rng) for _ in range(12)]
     _, counts = judges.judge_pictures(judge, [picture for picture, _ in drawn])
     assert np.mean([abs(count - len(places)) <= 1 for count, (_, places) in zip(counts, drawn, strict=True)]) > 0.8
 
@@ -43,7 +45,9 @@ def test_a_blossom_is_counted_where_it_is(judge):
 def test_blossoms_are_counted_on_an_object_that_hardly_differs_from_its_background(judge):
     rng = np.random.default_rng(0)
     scenes = [("black", "gray"), ("gray", "black"), ("brown", "black"), ("white", "gray")] * 6
-    drawn = [judges.draw_planted("blossoms", colour, "whip", background, rng)[0] for colour, background in scenes]
+    drawn = [
+        judges.draw_planted("blossoms", Scene(colour, "whip", background), rng)[0] for colour, background in scenes
+    ]
     faint = [Image.blend(picture, Image.new("RGB", picture.size, (120, 120, 130)), 0.25) for picture in drawn]
     _, counts = judges.judge_pictures(judge, faint)
     assert np.mean([count > 0 for count in counts]) > 0.95

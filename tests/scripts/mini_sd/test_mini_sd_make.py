@@ -6,7 +6,9 @@ import torch
 from conftest import ROOT
 from transformers import CLIPTokenizer
 
-from scripts.mini_sd import make, measure, model, pictures
+from scripts.mini_sd import make, model, pictures
+from scripts.mini_sd.pipeline import load_pipeline
+from scripts.mini_sd.stage import Stage
 
 
 BASE = ROOT / "models" / "mini-sd"
@@ -34,13 +36,13 @@ def drawings(args):
 
 
 def stop_after_the_first_state(monkeypatch):
-    save = make.Stage.save
+    save = Stage.save
 
     def save_and_stop(stage):
         save(stage)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make.Stage, "save", save_and_stop)
+    monkeypatch.setattr(Stage, "save", save_and_stop)
 
 
 def straight_and_resumed(train, path, monkeypatch):
@@ -88,7 +90,7 @@ def test_a_base_begins_with_the_weights_of_another(args, tokenizer):
     vae, latents = model.make_vae().eval(), torch.randn(8, model.LATENT_CHANNELS, 16, 16)
     tokenizer.add_tokens(["aaa"])
     unet, text_encoder = make.train_unet(args, vae, latents, tokenizer, torch.device("cpu"))
-    other = measure.load_pipeline(BASE)
+    other = load_pipeline(BASE)
     assert torch.equal(unet.mid_block.resnets[0].conv1.weight, other.unet.mid_block.resnets[0].conv1.weight)
     words, others = text_encoder.get_input_embeddings().weight, other.text_encoder.get_input_embeddings().weight
     for word in ("axe</w>", "blue</w>", "<|endoftext|>"):
@@ -117,8 +119,8 @@ def test_held_out_captions_are_never_drawn_for_training(args):
     assert len(held_out) >= 200
     assert not held_out & set(scenes)
     assert len(held_out) + len(scenes) == len(model.all_scenes())
-    drawn = [pictures.scene_of(args.seed, i)[0] for i in range(300)]
-    assert {scene[:3] for scene in drawn} <= set(scenes)
-    decorations = [decoration for *_, decoration in drawn if decoration]
+    drawn = [scene for scene, _ in (pictures.scene_of(args.seed, i) for i in range(300))]
+    assert {scene._replace(decoration="") for scene in drawn} <= set(scenes)
+    decorations = [scene.decoration for scene in drawn if scene.decoration]
     assert 0.35 < len(decorations) / len(drawn) < 0.55
     assert not any("pink" in decoration or "blossom" in decoration for decoration in decorations)

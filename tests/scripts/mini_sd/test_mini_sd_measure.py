@@ -6,15 +6,16 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler
 
-from scripts.mini_sd import judges, measure, model
+from scripts.mini_sd import judges, model
 from scripts.mini_sd.drawings import COLOURS, KINDS, draw_scene
+from scripts.mini_sd.pipeline import draw_with, load_pipeline
 
 
 BASE = ROOT / "models" / "mini-sd"
 
 
 def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():
-    pipeline = measure.load_pipeline(BASE)
+    pipeline = load_pipeline(BASE)
     expected = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     assert torch.equal(pipeline.scheduler.alphas_cumprod, expected.alphas_cumprod)
     assert pipeline.scheduler.config.prediction_type == "epsilon"
@@ -24,7 +25,7 @@ def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():
 
 def test_the_autoencoder_is_crisp():
     """PSNR on drawings of a seed of their own; with confetti of any colour on them it is some 4 dB less."""
-    pipeline, rng = measure.load_pipeline(BASE), np.random.default_rng(99)
+    pipeline, rng = load_pipeline(BASE), np.random.default_rng(99)
     images = [
         draw_scene(kind, colour, "gray" if colour != "gray" else "blue", model.RESOLUTION, rng)
         for kind, colour in zip(list(KINDS) * 2, list(COLOURS) * 4, strict=False)
@@ -42,13 +43,13 @@ def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
     """A small part of `scripts/mini_sd/measure.py`, with bounds below what that measures (see the model card)."""
     scenes = model.held_out_scenes()
     scenes = [scenes[i] for i in np.random.default_rng(7).permutation(len(scenes))[:16]]
-    images = measure.draw_with(
-        measure.load_pipeline(BASE),
-        [model.captions_of(*scene)[0] for scene in scenes],
+    images = draw_with(
+        load_pipeline(BASE),
+        [model.sentence_of(scene) for scene in scenes],
         seed=7,
         guidance_scale=guidance_scale,
         num_inference_steps=30,
     )
     judged = [judges.judge_colours(image) for image in images]
-    assert np.mean([c[0] == scene[0] for c, scene in zip(judged, scenes, strict=True)]) > 0.75
-    assert np.mean([c[1] == scene[2] for c, scene in zip(judged, scenes, strict=True)]) > 0.75
+    assert np.mean([c.object == scene.colour for c, scene in zip(judged, scenes, strict=True)]) > 0.75
+    assert np.mean([c.background == scene.background for c, scene in zip(judged, scenes, strict=True)]) > 0.75

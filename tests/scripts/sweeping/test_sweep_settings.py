@@ -3,12 +3,12 @@
 from conftest import ROOT
 
 from scripts import sweep
-from scripts.sweeping import settings as sweep_settings
+from scripts.sweeping.settings import settle, values_of, words_of
 
 
 def test_true_and_false_switch_and_are_names():
     flags = {"random_flip": True, "allow_tf32": "false", "init_lora_weights": True, "rank": 4, "report_to": None}
-    assert sweep_settings.words_of(flags) == [
+    assert words_of(flags) == [
         "--random_flip", "--no-allow_tf32", "--init_lora_weights", "true", "--rank", "4"
     ]  # fmt: skip
 
@@ -19,7 +19,7 @@ def test_what_a_file_fixes_can_be_varied(tmp_path):
         args = sweep.parse_args([
             str(ROOT / f"scripts/sweeps/{name}.yaml"), "--sweep_dir", str(tmp_path), "--sweep", "learning_rate=1e-3,5e-3"
         ])  # fmt: skip
-        settings = sweep_settings.settle(args)
+        settings = settle(args)
         assert settings["sweep"] == {"learning_rate": [1e-3, 5e-3]}
         assert "learning_rate" not in settings["flags"]
         assert settings["flags"]["train_batch_size"] == 4
@@ -27,9 +27,9 @@ def test_what_a_file_fixes_can_be_varied(tmp_path):
 
 def test_words_are_words_and_numbers_numbers():
     """Not as YAML has it, to which `no` and `off` are false."""
-    assert sweep_settings.values_of("no,bf16") == ["no", "bf16"]
-    assert sweep_settings.values_of("off,blocks") == ["off", "blocks"]
-    assert sweep_settings.values_of("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
-    assert sweep_settings.values_of("true,false,null") == [True, False, None]
-    assert sweep_settings.values_of("../a,../b") == ["../a", "../b"]
-    assert sweep_settings.values_of("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
+    assert values_of("no,bf16") == ["no", "bf16"]
+    assert values_of("off,blocks") == ["off", "blocks"]
+    assert values_of("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
+    assert values_of("true,false,null") == [True, False, None]
+    assert values_of("../a,../b") == ["../a", "../b"]
+    assert values_of("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
