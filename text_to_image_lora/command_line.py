@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, settings_class: Any = None, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | options)
         self.settings_class = settings_class
         for group in [] if settings_class is None else dataclasses.fields(settings_class):
             add = self.add_argument_group(group.type.title).add_argument
