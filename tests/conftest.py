@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 
 pytest_plugins = ["family_fixtures", "infer_fixtures"]
@@ -72,6 +72,13 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
         rows.append(json.dumps({"file_name": f"{i}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def with_red_and_blue_swapped():
+    """An ICC profile that says that the first channel is blue and the third red: sRGB's with two tags renamed."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = data.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
+    return data.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB built", b"swap built")
 
 
 def read_records(
