@@ -76,8 +76,8 @@ def run(argv: list[str]) -> None:
     from text_to_image_lora.drawing.png import source_of
     from text_to_image_lora.drawing.save import save_pictures, save_sheets
 
-    model, machine, output = settings.model, settings.machine, settings.output
     inputs = find_inputs(settings)
+    machine, output = settings.machine, settings.output
 
     precision = machine.mixed_precision or ("no" if output.save_merged else None)
     device, dtype = choose_device(machine.device, precision)
@@ -94,14 +94,15 @@ def run(argv: list[str]) -> None:
             raise InputError(f"--output_dir {output.output_dir} {reason}") from error
         drawings, vae = sized(studio, inputs.drawings), inputs.job.as_trained.vae
         source = source_of(
-            model, settings.from_pictures, vae=vae, dtype=dtype, device=device, compiled=machine.compile
+            settings.model, settings.from_pictures, vae=vae, dtype=dtype, device=device, compiled=machine.compile
         )
         images = save_pictures(settings, studio, drawings, source)
         if inputs.grid.name:
             save_sheets(settings, studio, inputs.grid, drawings, images, shlex.join(["infer.py", *argv]))
     if output.save_merged:
-        save_merged(studio, inputs.job.loras[: len(model.lora)], output.save_merged)
-        loras = "LoRAs" if len(model.lora) > 1 else "LoRA"
+        count = len(settings.model.lora)  # behind these stand the checkpoints of a grid
+        save_merged(studio, inputs.job.loras[:count], output.save_merged)
+        loras = "LoRAs" if count > 1 else "LoRA"
         logger.info("%s: the base model with the %s merged into it", output.save_merged, loras)
 
 

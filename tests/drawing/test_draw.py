@@ -1,5 +1,6 @@
 """Pictures are drawn: their sizes, what is drawn together, and what it takes."""
 
+import copy
 import io
 
 import pytest
@@ -9,8 +10,12 @@ from infer_fixtures import PROMPT, difference, draw
 from PIL import Image
 
 from text_to_image_lora.drawing import draw as drawing
-from text_to_image_lora.drawing.draw import size_of
+from text_to_image_lora.drawing.as_trained import AsTrained
+from text_to_image_lora.drawing.draw import batches_of, draw_batch, size_of, sized
+from text_to_image_lora.drawing.find import find_base
+from text_to_image_lora.drawing.pipeline import Job, open_studio
 from text_to_image_lora.drawing.rows import Drawing
+from text_to_image_lora.drawing.settings import Machine, Model
 
 
 pytestmark = pytest.mark.usefixtures("library_settings")
@@ -109,3 +114,66 @@ def test_the_bar_counts_every_step(scheduler, model, tmp_path, monkeypatch):
     flags = ["--image", tmp_path / "black.png", "--strength", 0.5, 1, "--num_inference_steps", 5]
     draw(model, tmp_path / "out", *flags, "--scheduler", scheduler, "--guidance_scale", 1)
     assert bars[0].n == bars[0].total > 5
+
+
+class Encoded:
+    """Conditions of prompts that were encoded before, as a training run keeps them."""
+
+    def __init__(self, encoder, drawings):
+        self.conditions = {drawing.prompt: encoder(drawing) for drawing in drawings}
+
+    def num_chunks(self, drawing):
+        return 0
+
+    def __call__(self, drawing):
+        return self.conditions[drawing.prompt]
+
+
+@pytest.fixture
+def in_training(tiny_pipeline, model):
+    """(a `Studio` around models that are there, without text encoders, with an adapter in its UNet; its drawings)."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+
+    base = find_base(Model(model))
+    whole = open_studio(Job(base, (), AsTrained()), Machine(), "cpu", torch.float32)
+    drawings = sized(whole, [Drawing(prompt=prompt, seed=k, num_inference_steps=3) for k, prompt in enumerate("abc")])
+    unet = copy.deepcopy(tiny_pipeline.unet)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe = StableDiffusionPipeline(
+        vae=tiny_pipeline.vae, unet=unet, scheduler=tiny_pipeline.scheduler, text_encoder=None, tokenizer=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+
+    def decode(latents):
+        with torch.no_grad():
+            decoded = [pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample for latent in latents.split(1)]
+        return [pipe.image_processor.postprocess(each)[0] for each in decoded]
+
+    encoder = Encoded(whole.encoder, drawings)
+    return whole._replace(pipe=pipe, encoder=encoder, switches_loras=False, decode=decode), drawings
+
+
+def test_models_in_training_draw_their_share_of_the_batches(in_training):
+    """Already loaded, prompts as they were encoded, the adapter as it is; another process draws the other batches."""
+    studio, drawings = in_training
+    batches, steps = batches_of(studio, drawings, 2), []
+    assert [batch.indices for batch in batches] == [[0, 1], [2]]
+    drawn = [each for batch in batches for each in draw_batch(studio, drawings, batch, steps.append)]
+    assert ([each.index for each in drawn], len(steps)) == ([0, 1, 2], 6)
+    options = studio.encoder(drawings[2]) | {"num_inference_steps": 3, "guidance_scale": 7.5}
+    theirs = studio.pipe(generator=torch.Generator().manual_seed(2), height=64, width=64, **options).images[0]
+    assert difference(drawn[2].image, theirs) == 0
+    assert studio.pipe.get_active_adapters() == ["default"]
+
+
+def test_a_run_that_is_asked_to_stop_leaves_out_the_steps_that_remain(in_training, monkeypatch):
+    studio, drawings = in_training
+    calls = []
+    monkeypatch.setattr(
+        studio.pipe.unet, "forward", lambda *args, f=studio.pipe.unet.forward, **kw: calls.append(1) or f(*args, **kw)
+    )
+    (batch, _) = batches_of(studio, drawings, 2)
+    assert draw_batch(studio, drawings, batch, lambda pipe: setattr(pipe, "_interrupt", True)) == []
+    assert len(calls) == 1

@@ -15,7 +15,8 @@ class PromptEncoder:
     """
 
     def __init__(self, pipe: Any, family: Family, least_chunks: int):
-        self.pipe, self.family, self.least_chunks = pipe, family, least_chunks
+        self.pipe, self.family = pipe, family
+        self.least_chunks = least_chunks
         self.tokenizers = tuple(getattr(pipe, row.tokenizer) for row in family.text_encoders)
         self.text_encoders = tuple(getattr(pipe, row.name) for row in family.text_encoders)
         self.encoded = {}

@@ -140,11 +140,11 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     `scale` is its strength where none is given, `adapter` the name that it gets in the pipeline.
     """
     path, fixed = Path(given), False
-    head, _, tail = given.rpartition(":")
+    head, tail = given.rsplit(":", 1) if ":" in given else ("", "")
     if head and not path.exists():  # a path may hold a colon itself
         with contextlib.suppress(ValueError):
-            scale = float(tail)
-            given, path, fixed = head, Path(head), True
+            scale, fixed = float(tail), True
+            given, path = head, Path(head)
     if not math.isfinite(scale):
         raise InputError(f"--lora {given}:{scale}: the strength must be a finite number.")
     if path.is_dir() and (path / WEIGHTS_NAME).exists():

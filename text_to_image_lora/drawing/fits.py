@@ -49,7 +49,8 @@ def check_lora_fits(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> Non
     weights = {_layer(key.removesuffix(".weight")): shape for key, shape in model_shapes.items()}
     factors, unmatched = {}, []  # {layer: input and output features}
     for match in filter(None, map(FACTOR.fullmatch, lora.shapes)):
-        key, shape, place = match[0], lora.shapes[match[0]], place_of(match[0], dialect)
+        key, shape = match[0], lora.shapes[match[0]]
+        place = place_of(key, dialect)
         layer = None if place is None else _layer(f"{place[0]}.{place[1]}")
         axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
         weight = weights.get(layer)

@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
 def find_inputs(settings: Any) -> Inputs:
     """Finds all that the flags name; raises `InputError` for what can't be drawn, in seconds and without torch."""
-    model, pictures, start = settings.model, settings.pictures, settings.from_pictures
+    model, pictures = settings.model, settings.pictures
     check_folders(settings.output)
     prompts = read_prompts("--prompt", pictures.prompt or ())
     base = find_base(model)
@@ -35,13 +35,13 @@ def find_inputs(settings: Any) -> Inputs:
     controlnet = find_controlnet(model.controlnet) if model.controlnet else None
     if controlnet:
         check_controlnet_fits(controlnet, base.unet_config)
-    pictures_given = find_pictures(start)
+    given = find_pictures(settings.from_pictures)
     grid = grid_of(settings, prompts, loras)
 
     # What each picture has, unless its prompt or its place in the grid says otherwise.
-    given = values_of(settings)
-    like = Drawing(**{name: given[name] for name in SETTINGS.keys() & given.keys() - {"prompt", "strength"}})
-    like = like._replace(loras=loras, strength=start.strengths[0] if start.strengths else None)
+    values, strengths = values_of(settings), settings.from_pictures.strengths
+    like = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
+    like = like._replace(loras=loras, strength=strengths[0] if strengths else None)
     drawings = plan(like, grid)
 
     checkpoints = {drawing.checkpoint.adapter: drawing.checkpoint for drawing in drawings if drawing.checkpoint}
@@ -54,5 +54,5 @@ def find_inputs(settings: Any) -> Inputs:
         check_fits(base.shapes, loras, clip_skip, as_trained.vae and vae_channels(as_trained.vae))
     for note in notes:
         logger.warning(note)
-    job = Job(base, loras, as_trained, controlnet, pictures_given)
+    job = Job(base, loras, as_trained, controlnet, given)
     return Inputs(job, grid, [drawing._replace(clip_skip=clip_skip) for drawing in drawings])

@@ -98,7 +98,7 @@ def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
 
 def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
     """Loads what the job needs; raises `InputError` for what does not fit together."""
-    base, trained, mode = job.base, job.as_trained, PIPELINES[job.mode]
+    base, trained = job.base, job.as_trained
     translated = {lora.adapter: translate(lora, base.shapes) for lora in job.loras if not stock_reads(lora)}
     pipe = load_pipeline(job, dtype)
     if job.controlnet:
@@ -108,7 +108,7 @@ def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
     family = base.model.family
     scheduler_config = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
     encoder = PromptEncoder(pipe, family, (trained.num_chunks or 1) if trained.long_prompts else 0)
-    return Studio(pipe, family, mode.arguments, scheduler_config, trained, encoder, job.given)
+    return Studio(pipe, family, PIPELINES[job.mode].arguments, scheduler_config, trained, encoder, job.given)
 
 
 def load_weights(model_class: Any, source: str, **options: Any) -> Any:
@@ -136,8 +136,8 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
     for library in (diffusers, transformers):  # their loaders' advice is not about the user's pictures
         library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
-    model, vae, options = job.base.model, job.as_trained.vae, {"torch_dtype": dtype}
-    config = model.single_file_config
+    model, vae = job.base.model, job.as_trained.vae
+    config, options = model.single_file_config, {"torch_dtype": dtype}
     if vae is not None:
         vae_config = config if model.kind == "file" else model.source
         like = {"config": vae_config, "subfolder": "vae"} if vae_config and Path(vae).is_file() else {}

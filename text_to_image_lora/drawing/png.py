@@ -97,7 +97,8 @@ def describe(drawing: Drawing, drawn: Any, source: Source) -> dict[str, Any]:
 
     `drawn` is the drawing's `Drawn`.
     """
-    size, flags, loras = drawn.image.size, source.flags, drawing.scaled_loras()
+    size, flags = drawn.image.size, source.flags
+    loras = drawing.scaled_loras()
     names = ["negative_prompt", "num_inference_steps", "guidance_scale", "clip_skip"]
     chunks = {name: getattr(drawing, name) for name in names}
     chunks |= {name: value for name, value in flags.items() if value is not None}

@@ -46,18 +46,20 @@ class Measures(NamedTuple):
     large: ImageFont.FreeTypeFont  # of headings and rows
 
     @property
-    def margin(self):
+    def margin(self) -> int:
         return 2 * self.em
 
     @property
-    def gap(self):
+    def gap(self) -> int:
         """Between two pictures."""
         return self.em // 2
 
-    def column(self, label):
+    def column(self, label: Label) -> str:
+        """The label of a column in lines."""
         return _wrapped(label, self.font, self.width)
 
-    def row(self, label):
+    def row(self, label: Label) -> str:
+        """The label of a row in lines."""
         return _wrapped(label, self.large, self.width)
 
 
