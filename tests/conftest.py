@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from text_to_image_lora.pictures.settings import AugmentationSettings
+from PIL import Image, ImageCms
 
 
 pytest_plugins = ["evaluation_fixtures", "family_fixtures", "infer_fixtures"]
@@ -77,6 +75,13 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
+def with_red_and_blue_swapped():
+    """An ICC profile that says that the first channel is blue and the third red: sRGB's with two tags renamed."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = data.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
+    return data.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB built", b"swap built")
+
+
 def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives", cache_dir=None, **flags):
     """The records of a dataset, read with these flags of the training script."""
     from dataclasses import fields
@@ -124,6 +129,7 @@ def make_picture_set(records, *, resolution=32, sizes=None, captions=None, inter
     """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
+    from text_to_image_lora.pictures.settings import AugmentationSettings
 
     records = read_records(records) if isinstance(records, (str, Path)) else records
     good, bad = examine(records, range(len(records)))

@@ -10,12 +10,13 @@ from unittest import mock
 
 import pytest
 from conftest import ROOT
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
 
 import infer
 
 
 PROMPT = "a red axe on a blue background"
+NAME = f"00-{PROMPT.replace(' ', '-')}-seed0"  # of its picture's file
 
 
 @pytest.fixture
@@ -177,3 +178,81 @@ def draw(model, output_dir, *argv, prompt=(PROMPT,)):
 def difference(a, b):
     """The largest difference of two pictures in any channel, in steps of 1/255."""
     return max(high for _, high in ImageChops.difference(a, b).getextrema())
+
+
+def stock(name, folder, **more):
+    """A pipeline of diffusers with the sampler that infer.py takes instead of PNDM."""
+    import diffusers
+
+    pipe = getattr(diffusers, name).from_pretrained(folder, safety_checker=None, **more)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def disk(size=(96, 64), centre=(30, 30), colour="red", mode="RGB", ground="navy"):
+    """A disk on a ground, which edges can be found in."""
+    image = Image.new(mode, size, ground)
+    ImageDraw.Draw(image).ellipse([c - 20 for c in centre] + [c + 20 for c in centre], fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "disk.png"
+    disk().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def controlnet(tiny_pipeline, tmp_path_factory):
+    """A ControlNet of the tiny UNet that holds on to edges in no useful way, but strongly."""
+    import torch
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3)
+    model = ControlNetModel.from_unet(tiny_pipeline.unet, conditioning_embedding_out_channels=(8, 16, 16))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "controlnet_" in name and parameter.ndim > 1:  # they start as zeros
+                torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("controlnets") / "edges"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """A `StableDiffusionXLPipeline` folder with random weights, for 64 px pictures, and a ControlNet for it."""
+    import torch
+    from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
+    from scripts.mini_sd.model import make_scheduler, write_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    write_tokenizer(folder / "words")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, projection_dim=48)
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **sizes, **ids)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, sample_size=64,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(config), text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, scheduler=make_scheduler(),
+    ).save_pretrained(folder / "model")  # fmt: skip
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
+    for name, parameter in controlnet.named_parameters():
+        if "controlnet_" in name and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    controlnet.save_pretrained(folder / "controlnet")
+    return folder

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT, train_script
 
+import infer
 from scripts import make_docs
 
 
@@ -89,7 +90,9 @@ def test_the_commands_of_the_pages_are_taken(page, words, monkeypatch):
 
 
 def flags_of(script):
-    """The flags that infer.py or a file of scripts/ has, as its source says."""
+    """The flags that infer.py or a file of scripts/ has, as its parser or its source says."""
+    if script == "infer.py":
+        return {*infer.build_parser()._option_string_actions}
     return {*re.findall(r"\"(--\w+)\"", text_of(ROOT / script))} | {"--lora_scale", "--help"}
 
 

@@ -174,7 +174,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, settings_class: Any = None, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | options)
         self.settings_class = settings_class
         if settings_class is None:
             return

@@ -5,10 +5,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Keeps the libraries' import-time advice off the terminal: none of it is about the user's run."""
     # diffusers 0.39 passes it to huggingface_hub 1.x, which doesn't know it any more.
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
@@ -20,7 +20,7 @@ def quiet_libraries():
 
 
 @contextlib.contextmanager
-def hidden(*names):
+def hidden(*names: str) -> Iterator[None]:
     """Inside, these modules can't be found; afterwards they can, and who imports them gets them.
 
     diffusers and peft import bitsandbytes and xformers wherever they are installed, which takes a second and 44 MB.

@@ -15,10 +15,14 @@ from family_fixtures import true_xl
 from original_weights import renamed, vae_to_ldm
 from safetensors.torch import load_file, save_file
 
-import infer
+from text_to_image_lora.drawing.as_trained import AsTrained
+from text_to_image_lora.drawing.find import find_base, find_lora
+from text_to_image_lora.drawing.fits import check_lora_fits
+from text_to_image_lora.drawing.pipeline import Job, load_pipeline
+from text_to_image_lora.drawing.settings import Model
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import kohya, loading, lora, lora_file, original_names, receipt
-from text_to_image_lora.models.families import STABLE_DIFFUSION_XL
+from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.pictures.transforms import Variation, apply_variation, corner_shown
 from text_to_image_lora.training.batches import Division, Sample, make_sampler
@@ -249,16 +253,17 @@ def test_a_single_file_says_that_it_predicts_v(tiny_xl, xl_file, train, tmp_path
     header = lora_file.load_lora(out)[1]
     assert header["prediction_type"] == "v_prediction"
     assert header["rescale_betas_zero_snr"] == str("ztsnr" in keys)
-    model = infer.find_model(str(path), tiny_xl, None, None)
-    assert (model.family, model.prediction_type, model.zero_snr) == ("sdxl", "v_prediction", "ztsnr" in keys or None)
-    pipe = infer.load_pipeline(model, None, torch.float32, "text to image", None)
+    model = find_base(Model(str(path), single_file_config=tiny_xl))
+    assert model.model.family is STABLE_DIFFUSION_XL
+    assert (model.prediction_type, model.zero_snr) == ("v_prediction", "ztsnr" in keys or None)
+    pipe = load_pipeline(Job(model, (), AsTrained()), torch.float32)
     assert isinstance(pipe, StableDiffusionXLPipeline)
 
 
 # What does not go together.
 
 
-def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, tmp_path, capsys):
+def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, tmp_path):
     key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weight"
     for width, name in ((768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (2048, "Stable Diffusion XL")):
         path = tmp_path / f"{width}.safetensors"
@@ -269,17 +274,12 @@ def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, 
                 words[1] = str(base)
                 with pytest.raises(InputError, match=f"it is a LoRA of {name}, and {base} is of {own}"):
                     find_inputs(train_script.parse_settings(words))
-        with pytest.raises(SystemExit):
-            infer.check_lora_fits(
-                path, infer.read_safetensors("--lora", path)[0], {"unet.x.attn2.to_k.weight": (8, 7)}
-            )
-        capsys.readouterr()
-        other = 768 if width != 768 else 2048
-        with pytest.raises(SystemExit):
-            infer.check_lora_fits(
-                path, infer.read_safetensors("--lora", path)[0], {"unet.x.attn2.to_k.weight": (8, other)}
-            )
-        assert f"is of {name}, and the base model is of {infer.FAMILIES[other]}" in capsys.readouterr().err
+        drawn_lora = find_lora(str(path), 1.0, "lora0")
+        with pytest.raises(InputError, match="2 of its 2 keys match no layer there"):
+            check_lora_fits(drawn_lora, {"unet.x.attn2.to_k.weight": (8, 7)})
+        other = STABLE_DIFFUSION if width != 768 else STABLE_DIFFUSION_XL
+        with pytest.raises(InputError, match=f"is of {name}, and the base model is of {other.name}"):
+            check_lora_fits(drawn_lora, {"unet.x.attn2.to_k.weight": (8, other.cross_attention_dim)})
 
 
 def test_bases_of_other_families_are_refused_by_name(tiny_sd, xl_file, tmp_path):

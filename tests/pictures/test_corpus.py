@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import read_records
-from PIL import Image, ImageCms
+from conftest import read_records, with_red_and_blue_swapped
+from PIL import Image
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.examine import examine
@@ -45,13 +45,6 @@ def a_png(width, height, rows=b""):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def with_red_and_blue_swapped():
-    """An ICC profile that says that the first channel is blue and the third red: sRGB's with two tags renamed."""
-    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    data = data.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
-    return data.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB built", b"swap built")
 
 
 def animation(kind):

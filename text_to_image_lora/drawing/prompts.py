@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class Prompt:
         return self.line
 
 
-def parse_prompt(line, where):
+def parse_prompt(line: str, where: str) -> Prompt:
     """The `Prompt` of a line such as `a red axe --seed 3 --negative blurry`.
 
     Raises `InputError` for an option that is unknown or has a bad value; `where` says in the message where the line stood.
@@ -44,7 +45,7 @@ def parse_prompt(line, where):
     return Prompt(text.strip(), found, line)
 
 
-def read_prompts(flag, values):
+def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
     """The prompts of a flag; a value that ends in .txt stands for the lines of that file, except those that start with #.
 
     Raises `InputError` where a file can't be read or a line can't be parsed.

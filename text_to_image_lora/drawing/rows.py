@@ -1,16 +1,19 @@
-"""What a picture can have of its own: by a flag, by an option behind its prompt, or as a place in a grid."""
+"""What a picture can have of its own: by a flag, by an option behind its prompt, or as a place in a grid. Needs no torch."""
 
 import argparse
 import contextlib
 import difflib
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..models.samplers import SAMPLERS
 
 
-def number(kind, least=-math.inf, most=math.inf, multiple_of=None):
+def number(
+    kind: type, least: float = -math.inf, most: float = math.inf, multiple_of: int | None = None
+) -> Callable[[str], Any]:
     """An argparse type: a finite number within bounds."""
     wish = "a whole number" if kind is int else "a finite number"
     if multiple_of:
@@ -30,12 +33,12 @@ def number(kind, least=-math.inf, most=math.inf, multiple_of=None):
     return parse
 
 
-def nearest(name, names):
+def nearest(name: str, names: Iterable[str]) -> str:
     """The most similar of some names."""
     return difflib.get_close_matches(name, names, 1, cutoff=0)[0]
 
 
-def sampler_name(text):
+def sampler_name(text: str) -> str:
     """An argparse type: a name of `SAMPLERS`."""
     if text in SAMPLERS:
         return text
@@ -76,3 +79,50 @@ OPTIONS_OF_PROMPTS = {  # {option behind a prompt: field}
     for name in (field, row.short, row.letter)
     if name
 }
+
+
+class Lora(NamedTuple):
+    """A LoRA file, and the strength that it is drawn with."""
+
+    given: str  # on the command line, without the strength
+    path: Path  # a file, or the folder of a LoRA in peft's dialect
+    scale: float
+    adapter: str  # its name in the pipeline
+    shapes: dict[str, tuple[int, ...]]  # of its tensors
+    header: dict[str, str]
+    fixed: bool = False  # the strength was given with the path, so --lora_scale does not apply
+
+    @property
+    def file(self) -> Path:
+        from ..models.dialects import PEFT_WEIGHTS_NAME  # here, so that --help does without the dialects' patterns
+
+        return self.path / PEFT_WEIGHTS_NAME if self.path.is_dir() else self.path
+
+
+class Drawing(NamedTuple):
+    """A picture to draw: the name of its file, and all that may differ from one picture to the next."""
+
+    stem: str = ""
+    prompt: str = ""
+    seed: int = 0
+    loras: tuple[Lora, ...] = ()
+    checkpoint: Lora | None = None  # one more LoRA, of a grid over checkpoints
+    lora_scale: float = 1.0  # of the LoRAs that have no strength of their own
+    negative_prompt: str | None = None
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    clip_skip: int = 0
+    height: int | None = None  # in pixels; None: the model's own, or in the shape of the picture that is given
+    width: int | None = None
+    strength: float | None = None
+    controlnet_scale: float = 1.0
+
+    def scaled_loras(self) -> tuple[Lora, ...]:
+        """All LoRAs, each with the strength that it is drawn with."""
+        loras = (*self.loras, *([self.checkpoint] if self.checkpoint else ()))
+        return tuple(lora if lora.fixed else lora._replace(scale=self.lora_scale) for lora in loras)
+
+    def active_loras(self) -> tuple[Lora, ...]:
+        """The LoRAs that take part: without those of strength 0 the picture is the base's, bit for bit."""
+        return tuple(lora for lora in self.scaled_loras() if lora.scale)

@@ -139,11 +139,16 @@ def dialect_of(keys) -> str:
             )
     if not keys:
         raise InputError("it holds no weights.")
-    dialect = next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
+    dialect = likely_dialect(keys)
     for key in keys:
         if place_of(key, dialect) is None:
             raise InputError(f"it is not a LoRA of Stable Diffusion: it holds {key}.")
     return dialect
+
+
+def likely_dialect(keys) -> str:
+    """The dialect of a file's keys, as far as some of them tell, whether or not all of them are in it."""
+    return next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
 
 
 _KNOWS = {

@@ -27,7 +27,7 @@ OTHER_SINGLE_FILES = {
 }
 
 
-def look_into(path):
+def look_into(path: Path) -> SingleFile:
     """The `SingleFile` of a path; `InputError` for one of another family. Nothing of a .ckpt is told without torch."""
     from safetensors import SafetensorError, safe_open
 

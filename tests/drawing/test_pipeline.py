@@ -1,0 +1,106 @@
+"""The pipeline that draws: LoRAs of every dialect on it, on its device, each model once."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from infer_fixtures import NAME, difference, draw, flat
+from PIL import Image
+
+from text_to_image_lora.models.samplers import make_sampler
+
+
+pytestmark = pytest.mark.usefixtures("library_settings")
+
+
+@pytest.fixture(scope="module")
+def kohya(lora_weights, tmp_path_factory):
+    """The LoRA under kohya's names, its strength in alpha; the header has no say in how it is drawn."""
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {}
+    for key, value in flat(lora_weights).items():
+        path, leaf = re.fullmatch(r"(.+)\.(lora_[AB]\.weight)", key).groups()
+        path = path.replace("text_encoder.", "te.", 1).replace(".", "_")
+        leaf, strength = {"lora_A.weight": ("lora_down.weight", 1), "lora_B.weight": ("lora_up.weight", 2)}[leaf]
+        weights[f"lora_{path}.{leaf}"] = value * strength
+        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # of rank 4
+    path = tmp_path_factory.mktemp("kohya") / "kohya.safetensors"
+    save_file(weights, path, {"ss_clip_skip": "2", "ss_v2": "False"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def peft_folder(tiny_pipeline, tmp_path_factory):
+    """A LoRA of the UNet in peft's own dialect, alpha not the rank; and its update per module {name: B·A·scale}."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    wrapped = get_peft_model(copy.deepcopy(tiny_pipeline.unet), config)
+    folder = tmp_path_factory.mktemp("peft") / "hat"
+    wrapped.save_pretrained(folder)
+    return folder, wrapped.merge_and_unload()
+
+
+def test_other_dialects(tiny_pipeline, model, compared, kohya, peft_folder, tmp_path, capsys):
+    """Names with underscores and an alpha, and a folder of peft's, which stock diffusers would misread or leave out."""
+    from diffusers import StableDiffusionPipeline
+
+    (theirs,) = draw(model, tmp_path / "kohya", "--lora", kohya).values()
+    assert difference(compared[1], theirs) <= 1
+    folder, unet = peft_folder
+    (theirs,) = draw(model, tmp_path / "peft", "--lora", folder, "--scheduler", "ddim").values()
+    parts = {**tiny_pipeline.components, "unet": unet}
+    parts["scheduler"] = make_sampler(parts["scheduler"].config, "ddim")
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "merged")
+    (merged,) = draw(tmp_path / "merged", tmp_path / "1", "--scheduler", "ddim").values()
+    assert difference(merged, theirs) <= 1
+    assert difference(merged, compared[0]) > 3
+    assert capsys.readouterr().err == ""
+
+
+def test_no_model_is_held_twice(model, controlnet, photo, tmp_path, monkeypatch):
+    import diffusers
+
+    loaded = []
+    for kind in (diffusers.AutoencoderKL, diffusers.UNet2DConditionModel, diffusers.ControlNetModel):
+        original = kind.from_pretrained.__func__
+
+        def counting(cls, *args, original=original, **options):
+            loaded.append(cls.__name__)
+            return original(cls, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(counting))
+    draw(model, tmp_path, "--controlnet", controlnet, "--control", "canny", "--image", photo)
+    assert sorted(loaded) == ["AutoencoderKL", "ControlNetModel", "UNet2DConditionModel"]
+
+
+def test_offload_on_a_cpu_is_said_to_do_nothing(model, tmp_path, capsys):
+    draw(model, tmp_path, "--offload", "--device", "cpu")
+    assert capsys.readouterr().err == "note: --offload does nothing on cpu: it is for CUDA GPUs.\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offload_draws_the_same_picture(model, controlnet, lora, photo, tmp_path):
+    flags = ["--device", "cuda", "--controlnet", controlnet, "--control", "canny", "--image", photo, "--lora", lora]
+    (kept, _), (moved, _) = (
+        draw(model, tmp_path / name, *flags, *more).values() for name, more in (("1", []), ("2", ["--offload"]))
+    )
+    assert difference(kept, moved) <= 1
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_blocks_draw_the_same_picture(model, lora, compared, tmp_path):
+    flags = ["--lora", lora, "--compile", "--grid", "lora_scale=0,1", "--batch_size", 1]
+    pictures = draw(model, tmp_path, *flags)
+    for scale in (0, 1):
+        assert difference(pictures[f"{NAME}-lora_scale{scale}.png"], compared[scale]) <= 2
+    repeat = json.loads(Image.open(tmp_path / f"{NAME}-lora_scale1.png").text["repeat"])
+    assert repeat["machine"]["compiled"] == "yes"

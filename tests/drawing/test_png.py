@@ -1,0 +1,155 @@
+"""Pictures that say how they were drawn: to other programs, and to draw them again."""
+
+import json
+import re
+
+import pytest
+import sd_parsers
+from infer_fixtures import PROMPT, difference, draw
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import infer
+
+
+pytestmark = pytest.mark.usefixtures("library_settings")
+
+
+@pytest.fixture(scope="module")
+def repeated(model, lora, tmp_path_factory):
+    """Six pictures, drawn in batches of four and of two."""
+    folder = tmp_path_factory.mktemp("repeated")
+    flags = ["--lora", f"{lora}:0.7", "--grid", "prompt", "seed=3,4", "--scheduler", "euler_a", "--clip_skip", 1]
+    draw(model, folder, *flags, "--negative_prompt", "dark, ключ", prompt=("a dog, «red»", f"{PROMPT} --n x", "a cat"))
+    return folder
+
+
+def test_a_picture_draws_itself_again(repeated, tmp_path, capsys):
+    """Byte for byte, in a batch of as many as it was drawn with: its name and what it says are equal too."""
+    capsys.readouterr()
+    for name in ("00-a-dog-red-seed4.png", f"01-{PROMPT.replace(' ', '-')}-seed3.png", "02-a-cat-seed4.png"):
+        infer.main(["--from_png", str(repeated / name), "--output_dir", str(tmp_path / "out")])
+        assert (tmp_path / "out" / name).read_bytes() == (repeated / name).read_bytes()
+    assert capsys.readouterr().err == ""
+    sizes = [json.loads(Image.open(path).text["repeat"])["batch"] for path in sorted(repeated.glob("*seed*"))]
+    assert sizes == [[4, 0], [4, 1], [4, 2], [4, 3], [2, 0], [2, 1]]
+
+
+def test_flags_change_what_a_picture_says(model, lora, repeated, tmp_path):
+    name = "02-a-cat-seed4.png"
+    infer.main(["--from_png", str(repeated / name), "--seed", "9", "--output_dir", str(tmp_path / "1")])
+    ((path,),) = [[*(tmp_path / "1").iterdir()]]
+    assert path.name == "00-a-cat-seed9.png"
+    flags = ["--lora", f"{lora}:0.7", "--scheduler", "euler_a", "--clip_skip", 1, "--seed", 9]
+    (alone,) = draw(model, tmp_path / "2", *flags, "--negative_prompt", "dark, ключ", prompt=["a cat"]).values()
+    assert difference(Image.open(path), alone) == 0
+    infer.main(["--from_png", str(repeated / name), "--grid", "guidance=2,5", "--output_dir", str(tmp_path / "3")])
+    assert len([*(tmp_path / "3").iterdir()]) == 3
+    infer.main(["--from_png", str(repeated / name), "--grid", "guidance=7.5", "--output_dir", str(tmp_path / "4")])
+    assert [path.name for path in sorted((tmp_path / "4").iterdir())] == ["00-a-cat-seed4-guidance7.5.png", "grid.png"]
+
+
+def with_chunks(picture, path, **chunks):
+    info = PngInfo()
+    for key, value in {**picture.text, **chunks}.items():
+        info.add_text(key, value)
+    picture.save(path, pnginfo=info)
+    return path
+
+
+def test_what_keeps_a_picture_from_being_drawn_again(repeated, write_lora, tmp_path, capsys):
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    repeat = json.loads(picture.text["repeat"])
+    repeat["machine"] |= {"diffusers": "0.21.0", "device": "cuda NVIDIA T4"}
+    repeat["flags"]["lora"] = [str(write_lora("other", **{"author": "another"}))]
+    path = with_chunks(picture, tmp_path / "cat.png", repeat=json.dumps(repeat))
+    infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "1")])
+    lines = capsys.readouterr().err.splitlines()
+    now = json.loads(picture.text["repeat"])["machine"]
+    assert lines == [
+        f"note: {path} was drawn with device cuda NVIDIA T4 (here {now['device']}), diffusers 0.21.0 "
+        f"(here {now['diffusers']}): the picture may differ from it",
+        f"note: --lora is not what {path} was drawn with (its SHA-256 differs): the picture will differ from it",
+    ]
+
+
+def test_pictures_that_do_not_say_how(model, repeated, tmp_path, capsys):
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    repeat = json.loads(picture.text["repeat"])
+    repeat["flags"]["lora"] = [str(tmp_path / "gone.safetensors")]
+    plain = PngInfo()
+    plain.add_text("parameters", picture.text["parameters"])
+    picture.save(tmp_path / "a1111.png", pnginfo=plain)
+    (tmp_path / "text.png").write_text("no picture")
+    cases = {
+        repeated / "grid.png": "is a sheet of pictures, which was drawn by: infer.py --pretrained_model_name_or_path",
+        tmp_path / "a1111.png": "only pictures that infer.py drew do",
+        tmp_path / "text.png": "can't be read: it is no picture",
+        tmp_path / "none.png": "can't be read: No such file or directory",
+        with_chunks(picture, tmp_path / "gone.png", repeat=json.dumps(repeat)): "gone.safetensors does not exist",
+        with_chunks(picture, tmp_path / "odd.png", repeat='{"flags": 3}'): "only pictures that infer.py drew do",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(SystemExit) as stop:
+            infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+        err = capsys.readouterr().err
+        assert (stop.value.code, len(err.splitlines())) == (2, 1)
+        assert reason in err
+
+
+def test_the_number_of_threads_is_repeated(repeated, tmp_path, capsys):
+    """They change the last bits, too."""
+    import torch
+
+    torch.set_num_threads(2)
+    infer.main(["--from_png", str(repeated / "02-a-cat-seed3.png"), "--output_dir", str(tmp_path)])
+    assert torch.get_num_threads() == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_chooses_no_folder(repeated, tmp_path):
+    """What a stranger's picture says is read for what is drawn, not for where it goes."""
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    repeat = json.loads(picture.text["repeat"])
+    repeat["flags"] |= {"output_dir": [str(tmp_path / "theirs")], "device": ["cuda"], "save_merged": ["x"]}
+    path = with_chunks(picture, tmp_path / "cat.png", repeat=json.dumps(repeat))
+    infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "own")])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cat.png", "own"]
+
+
+def read_parameters(text):
+    """A1111's reading of `parameters`, by the patterns of its modules/infotext_utils.py."""
+    *lines, last = text.strip().split("\n")
+    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    if len(pair.findall(last)) < 3:
+        lines, last = [*lines, last], ""
+    prompt, negative, done = [], [], False
+    for line in map(str.strip, lines):
+        if line.startswith("Negative prompt:"):
+            done, line = True, line.removeprefix("Negative prompt:").strip()
+        (negative if done else prompt).append(line)
+    found = dict(pair.findall(last))
+    size = re.fullmatch(r"(\d+)x(\d+)", found["Size"])
+    unquoted = {k: json.loads(v) if v[:1] == '"' == v[-1:] else v for k, v in found.items()}
+    return unquoted | {
+        "Prompt": "\n".join(prompt), "Negative prompt": "\n".join(negative), "Size-1": size[1], "Size-2": size[2]
+    }  # fmt: skip
+
+
+def test_a1111_reads_the_parameters(repeated, lora):
+    found = read_parameters(Image.open(repeated / "00-a-dog-red-seed3.png").text["parameters"])
+    expected = {"Prompt": "a dog, «red»", "Negative prompt": "dark, ключ", "Steps": "2", "Sampler": "Euler a"}
+    expected |= {"CFG scale": "7.5", "Seed": "3", "Size-1": "64", "Size-2": "64", "Model": "tiny", "Clip skip": "2"}
+    assert found.items() >= {**expected, "Lora": "axe:0.7"}.items()
+
+
+def test_another_library_reads_the_parameters(repeated):
+    """sd-parsers, which knows A1111's text and that of other programs."""
+    path = repeated / "00-a-dog-red-seed3.png"
+    found = sd_parsers.ParserManager().parse(path)
+    assert found.generator == sd_parsers.data.Generators.AUTOMATIC1111
+    assert [prompt.value for prompt in found.prompts] == ["a dog, «red»"]
+    assert [prompt.value for prompt in found.negative_prompts] == ["dark, ключ"]
+    (sampler,) = found.samplers
+    assert (sampler.name, sampler.parameters["seed"], sampler.parameters["cfg_scale"]) == ("Euler a", "3", "7.5")
+    assert [model.name for model in found.models] == ["tiny"]

@@ -1,0 +1,96 @@
+"""Whether what is put together fits: LoRAs, a ControlNet and a VAE to a base model, by the shapes of their weights."""
+
+import json
+import re
+from typing import Any
+
+from ..errors import InputError
+from ..models.dialects import likely_dialect, place_of
+from ..models.families import family_by_width
+from .find import ControlNet
+from .rows import Lora
+
+
+# Of the entries of a ControlNet's config.json those that must equal the UNet's.
+CONTROLNET_FITS = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types")
+# The keys of the two factors of a LoRA, in all dialects.
+FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)\.weight")
+OTHER_FACTOR = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
+OTHER_FACTOR |= {up: down for down, up in OTHER_FACTOR.items()}
+CROSS_ATTENTION = re.compile(r"unet\..*attn2\.to_[kv]")
+
+
+def check_fits(
+    shapes: dict[str, tuple[int, ...]], loras: tuple[Lora, ...], clip_skip: int, latent_channels: int | None
+) -> None:
+    """Raises `InputError` for what the shapes of the base model's weights {"unet.conv_in.weight": shape} show to be wrong.
+
+    `latent_channels` are those of another VAE's latents; None for the base model's own VAE, or where it is not known.
+    """
+    for lora in loras:
+        check_lora_fits(lora, shapes)
+    pattern = re.compile(r"text_encoder\.(?:text_model\.)?encoder\.layers\.(\d+)\.")
+    layers = 1 + max((int(match[1]) for match in map(pattern.match, shapes) if match), default=-1)
+    if layers and clip_skip >= layers:
+        reason = f"the text encoder has {layers} layers. Pass --clip_skip {layers - 1} at most."
+        raise InputError(f"clip skip {clip_skip}: {reason}")
+    channels = shapes.get("unet.conv_in.weight", (None, latent_channels))[1]
+    if latent_channels not in (None, channels):
+        reason = f"and the UNet takes {channels}. Pass another VAE."
+        raise InputError(f"--vae makes latents of {latent_channels} channels, {reason}")
+
+
+def check_lora_fits(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises `InputError` for a LoRA of another family, or with a factor that fits no layer or lacks the other one.
+
+    transformers would fill a missing factor with random numbers, and diffusers only warns of keys that it leaves out.
+    """
+    dialect = likely_dialect(lora.shapes)
+    weights = {_layer(key.removesuffix(".weight")): shape for key, shape in model_shapes.items()}
+    factors, unmatched = {}, []  # {layer: input and output features}
+    for match in filter(None, map(FACTOR.fullmatch, lora.shapes)):
+        key, shape = match[0], lora.shapes[match[0]]
+        place = place_of(key, dialect)
+        layer = None if place is None else _layer(f"{place[0]}.{place[1]}")
+        axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
+        weight = weights.get(layer)
+        if axis == 1:
+            factors[layer] = shape
+        partner = f"{match[1]}.{OTHER_FACTOR[match[2]]}.weight"
+        if not weight or shape[axis] != weight[axis] or partner not in lora.shapes:
+            unmatched.append(key)
+    own, theirs = _family_of(factors), _family_of(weights)
+    if own and theirs and own is not theirs:
+        families = f"is of {own.name}, and the base model is of {theirs.name}. Pass one of the same family."
+        raise InputError(f"--lora {lora.path} {families}")
+    if unmatched:
+        count = f"{len(unmatched)} of its {len(lora.shapes)} keys match no layer there, such as {unmatched[0]}"
+        reason = f"does not fit this base model: {count}. Pass the base that it was trained on."
+        raise InputError(f"--lora {lora.path} {reason}")
+
+
+def _layer(name):
+    """A layer's name in one spelling: transformers took a level out of CLIPTextModel in 5.6."""
+    return name.replace(".text_model.", ".")
+
+
+def _family_of(shapes):
+    """The family of layers {name: shape}, by the width of what their cross attention takes in; None where none is known."""
+    widths = (shape[1] for layer, shape in shapes.items() if layer and CROSS_ATTENTION.fullmatch(layer))
+    return next(filter(None, map(family_by_width, widths)), None)
+
+
+def check_controlnet_fits(
+    controlnet: ControlNet, unet_config: dict[str, Any], vae_scale_factor: int | None = None
+) -> None:
+    """Raises `InputError` for a ControlNet whose config.json shows that it is of another UNet, or of another VAE."""
+    source, config = controlnet
+    for name in CONTROLNET_FITS:
+        own, unet = config.get(name), unet_config.get(name)
+        if own is not None and unet is not None and json.dumps(own) != json.dumps(unet):
+            values = f"its {name} is {own}, the UNet's is {unet}"
+            raise InputError(f"--controlnet {source} does not fit this base model: {values}.")
+    factor = 2 ** (len(config.get("conditioning_embedding_out_channels", (16, 32, 96, 256))) - 1)
+    if vae_scale_factor not in (None, factor):
+        factors = f"{factor} times smaller, and the VAE {vae_scale_factor} times"
+        raise InputError(f"--controlnet {source} makes pictures {factors}.")

@@ -1,0 +1,226 @@
+"""The pipeline of diffusers that draws: loaded, with LoRAs on it, on its device."""
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..models.dialects import COMPONENTS
+from ..models.families import Family
+from ..models.single_files import safe_to_read
+from .as_trained import AsTrained
+from .encode import PromptEncoder
+from .find import Base, ControlNet, Given
+from .fits import check_controlnet_fits, check_fits, check_lora_fits
+from .rows import Lora
+from .settings import Machine
+
+
+logger = logging.getLogger(__name__)
+
+
+class Mode(NamedTuple):
+    """A way to draw, by a pipeline of diffusers."""
+
+    kind: str  # of `families.PIPELINE_KINDS`
+    arguments: dict[str, str]  # {argument of its call: what it takes of a `Drawing`, or of the given pictures}
+
+
+PIPELINES = {
+    "text to image": Mode("", {"height": "height", "width": "width"}),
+    "image to image": Mode("Img2Img", {"image": "image", "strength": "strength"}),
+    "ControlNet": Mode("ControlNet", {"image": "control_image", "controlnet_conditioning_scale": "controlnet_scale"}),
+    "image to image, ControlNet": Mode(
+        "ControlNetImg2Img",
+        {
+            "image": "image",
+            "strength": "strength",
+            "control_image": "control_image",
+            "controlnet_conditioning_scale": "controlnet_scale",
+        },
+    ),
+}
+
+
+class Job(NamedTuple):
+    """What pictures are drawn with, as far as it is known before a model is loaded."""
+
+    base: Base
+    loras: tuple[Lora, ...]  # all that any picture needs
+    as_trained: AsTrained
+    controlnet: ControlNet | None = None
+    given: Given = Given()
+
+    @property
+    def mode(self) -> str:
+        """Of `PIPELINES`."""
+        parts = ["image to image" * (self.given.image is not None), "ControlNet" * (self.controlnet is not None)]
+        return ", ".join(filter(None, parts)) or "text to image"
+
+
+class Studio(NamedTuple):
+    """What draws: the pipeline, and what all pictures of a run have in common."""
+
+    pipe: Any
+    family: Family
+    arguments: dict[str, str]  # of the `Mode`
+    scheduler_config: dict[str, Any]  # of the base model's own scheduler
+    as_trained: AsTrained
+    # (drawing) -> {argument of the pipeline's call: tensor of one picture}; its method `num_chunks(drawing)` tells which
+    # pictures have prompts of one length
+    encoder: Any
+    given: Given = Given()
+    switches_loras: bool = True  # whether the LoRAs of a drawing are switched on in the pipeline
+    # (latents (N, C, h, w)) -> pictures; None: the pipeline's own way
+    decode: Callable[[Any], list[Any]] | None = None
+
+
+def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
+    """The torch device and the dtype that flags come to on this machine; `InputError` for what it does not have."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} can't be used here: {str(error).splitlines()[0]}") from error
+    # A T4 says that it has bf16 and emulates it, slowly.
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = precision or ("bf16" if bf16 else "fp16" if device.startswith("cuda") else "no")
+    if precision == "fp16" and device == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU. Leave it out, or take bf16.")
+    return device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
+    """Loads what the job needs; raises `InputError` for what does not fit together."""
+    base, trained = job.base, job.as_trained
+    translated = {lora.adapter: translate(lora, base.shapes) for lora in job.loras if not stock_reads(lora)}
+    pipe = load_pipeline(job, dtype)
+    if job.controlnet:
+        check_controlnet_fits(job.controlnet, pipe.unet.config, pipe.vae_scale_factor)
+    load_loras(pipe, job.loras, translated, trained.clip_skip or 0)
+    place(pipe, machine, device)
+    family = base.model.family
+    scheduler_config = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
+    encoder = PromptEncoder(pipe, family, (trained.num_chunks or 1) if trained.long_prompts else 0)
+    return Studio(pipe, family, PIPELINES[job.mode].arguments, scheduler_config, trained, encoder, job.given)
+
+
+def load_weights(model_class: Any, source: str, **options: Any) -> Any:
+    """A stock model or pipeline from a folder, a hub id or a single file, of which no code is run."""
+    try:
+        if not Path(source).is_file():
+            return model_class.from_pretrained(source, **options)
+        with safe_to_read(source):
+            return model_class.from_single_file(source, **options)
+    except InputError:
+        raise
+    except Exception as error:  # the loaders raise nearly anything for files that are not in order
+        remedy = " Where there is no hub, pass --single_file_config." if Path(source).is_file() else ""
+        reason = f"{type(error).__name__}: {str(error)[:300]}{remedy}"
+        raise InputError(f"{source} can't be loaded: {reason}") from error
+
+
+def load_pipeline(job: Job, dtype: Any) -> Any:
+    """The stock pipeline of a job, without the safety checker."""
+    import diffusers
+    import transformers
+
+    # The one name that diffusers 0.39 knows; 0.42 knows `dtype` too.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    for library in (diffusers, transformers):  # their loaders' advice is not about the user's pictures
+        library.utils.logging.set_verbosity(logging.CRITICAL)
+        library.utils.logging.disable_progress_bar()
+    model, vae = job.base.model, job.as_trained.vae
+    config, options = model.single_file_config, {"torch_dtype": dtype}
+    if vae is not None:
+        vae_config = config if model.kind == "file" else model.source
+        like = {"config": vae_config, "subfolder": "vae"} if vae_config and Path(vae).is_file() else {}
+        options["vae"] = load_weights(diffusers.AutoencoderKL, vae, torch_dtype=dtype, **like)
+    if job.controlnet is not None:
+        options["controlnet"] = load_weights(diffusers.ControlNetModel, job.controlnet.source, torch_dtype=dtype)
+    options |= model.family.pipeline_options
+    options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
+    pipeline_class = getattr(diffusers, model.family.pipeline_of(PIPELINES[job.mode].kind))
+    pipe = load_weights(pipeline_class, model.source, **options)
+    pipe.vae.enable_slicing()  # one picture of a batch at a time: the decoder takes more memory than the UNet
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_reads(lora: Lora) -> bool:
+    """Whether stock diffusers reads the file rightly by itself, as it does our own; `translate` is for the others."""
+    leaf = r"(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
+    return all(re.fullmatch(rf"({'|'.join(COMPONENTS)})\..+\.{leaf}", key) for key in lora.shapes)
+
+
+def translate(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}; refuses one that does not fit."""
+    from ..models.lora_file import as_diffusers
+
+    try:
+        weights, _ = as_diffusers(lora.path)
+    except InputError as error:
+        raise InputError(f"--lora {error}") from error
+    if model_shapes:
+        check_lora_fits(lora._replace(shapes={k: tuple(v.shape) for k, v in weights.items()}), model_shapes)
+    return weights
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str, Any]], clip_skip: int) -> None:
+    """Adds the LoRAs to the pipeline, and makes sure that every weight of their files found its place.
+
+    `translated` holds the weights of those in other dialects {adapter: {key: tensor}}.
+    """
+    models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
+    shapes = {f"{name}.{k}": v.shape for name, model in models.items() for k, v in model.state_dict().items()}
+    check_fits(shapes, loras, clip_skip, pipe.vae.config.latent_channels)
+    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of the LoRA before
+    for lora in loras:
+        weights = translated.get(lora.adapter)
+        misfit = f"--lora {lora.path} does not fit this base model"
+        source, options = (dict(weights), {}) if weights else (str(lora.path.parent), {"weight_name": lora.path.name})
+        try:
+            pipe.load_lora_weights(source, adapter_name=lora.adapter, **options)
+        except Exception as error:  # what peft, diffusers and transformers raise for sizes and names that don't match
+            raise InputError(f"{misfit}: {type(error).__name__}: {str(error)[:300]}") from error
+        # What the check leaves to diffusers: there, and in transformers, a weight without a place is only warned of.
+        in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in weights or lora.shapes)
+        pattern = re.compile(rf".+\.lora_[AB]\.{lora.adapter}\.weight")
+        placed = sum(bool(pattern.fullmatch(name)) for m in models.values() for name, _ in m.named_parameters())
+        if placed != in_file:
+            counts = f"{in_file} weights in the file, {placed} in the model"
+            raise InputError(f"{misfit}: {counts}. Pass the base that it was trained on.")
+
+
+def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Lets these LoRAs alone take part, each at its strength."""
+    if loras:
+        pipe.set_adapters([lora.adapter for lora in loras], adapter_weights=[lora.scale for lora in loras])
+        pipe.enable_lora()
+    elif pipe.get_list_adapters():
+        pipe.disable_lora()
+
+
+def place(pipe: Any, machine: Machine, device: str) -> None:
+    """Puts the pipeline on its device, or lets its models visit the GPU in turn; compiles the UNet's blocks on request."""
+    import torch
+    import torch._dynamo
+
+    on_cuda = torch.device(device).type == "cuda"
+    if machine.offload and not on_cuda:
+        logger.warning("--offload does nothing on %s: it is for CUDA GPUs.", device)
+    if machine.offload and on_cuda:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if machine.compile:
+        # Each strength of a LoRA is a graph of its own; beyond the limit torch would go on uncompiled, in silence.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+        warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+        pipe.unet.compile_repeated_blocks()

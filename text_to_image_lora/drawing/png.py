@@ -1,0 +1,196 @@
+"""What a picture's file says: its parameters, in the form that other programs know, and all that draws it again."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..files import write_whole
+from ..models.samplers import SAMPLERS
+from .rows import SETTINGS, Drawing
+from .settings import FromPictures, Model
+
+
+logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """What all pictures of a run come from, as their files repeat it."""
+
+    flags: dict[str, Any]  # {flag: its value, or None}
+    machine: dict[str, str]  # {what the last bits depend on: its name or version}
+
+
+class Repeat(NamedTuple):
+    """All that draws a picture again."""
+
+    flags: dict[str, list[str]]  # {flag: the words behind it}
+    sha256: dict[str, list[str]]  # {flag: hashes of the files that it names}
+    machine: dict[str, str]  # of `Source`
+    batch: tuple[int, int] | None  # of `Drawn`
+
+
+def source_of(
+    model: Model, pictures: FromPictures, *, vae: str | None, dtype: Any, device: str, compiled: bool
+) -> Source:
+    """The `Source` of a run's pictures.
+
+    Args:
+        model: Flags.
+        pictures: Flags.
+        vae: The VAE that is drawn with instead of the base model's.
+        dtype: The models' number format.
+        device: What they compute on.
+        compiled: Whether the UNet's blocks are compiled.
+    """
+    import torch
+
+    flags = {"pretrained_model_name_or_path": model.pretrained_model_name_or_path, "vae": vae}
+    flags |= {name: getattr(model, name) for name in ("revision", "variant", "single_file_config", "controlnet")}
+    flags |= {name: getattr(pictures, name) for name in ("image", "control_image", "control")}
+    precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
+    flags |= {"mixed_precision": precision, "num_cpu_threads": torch.get_num_threads() if device == "cpu" else None}
+    return Source(flags, machine_of(device, compiled))
+
+
+def machine_of(device: str, compiled: bool) -> dict[str, str]:
+    """What the last bits of a picture depend on, beside its flags."""
+    import diffusers
+    import torch
+
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+    return versions | {"device": f"{torch.device(device).type} {name}"} | ({"compiled": "yes"} if compiled else {})
+
+
+@functools.cache
+def sha256_of(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -> Repeat:
+    """All that draws the picture again, for --from_png."""
+    own = {field: getattr(drawing, field) for field in SETTINGS if field != "checkpoint"} | {"lora_scale": None}
+    own |= {field: None for field, row in SETTINGS.items() if row.needs and not source.flags.get(row.needs)}
+    own |= {"clip_skip": drawing.clip_skip}
+    flags = {name: [str(value)] for name, value in (source.flags | own).items() if value is not None}
+    loras = drawing.scaled_loras()
+    files = {"lora": [lora.file for lora in loras]} if loras else {}
+    files |= {name: flags[name] for name in ("image", "control_image") if name in flags}
+    flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
+    sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}
+    return Repeat(flags, sha256, source.machine, batch)
+
+
+def describe(drawing: Drawing, drawn: Any, source: Source) -> dict[str, Any]:
+    """The text chunks of a PNG: one for each parameter, all of them in A1111's form, and all for --from_png.
+
+    `drawn` is the drawing's `Drawn`.
+    """
+    size, flags = drawn.image.size, source.flags
+    loras = drawing.scaled_loras()
+    names = ["negative_prompt", "num_inference_steps", "guidance_scale", "clip_skip"]
+    chunks = {name: getattr(drawing, name) for name in names}
+    chunks |= {name: value for name, value in flags.items() if value is not None}
+    if loras:  # one a line
+        chunks["lora"] = "\n".join(lora.given for lora in loras)
+        chunks["lora_scale"] = "\n".join(str(lora.scale) for lora in loras)
+    chunks |= {"strength": drawing.strength} if flags["image"] else {}
+    chunks |= {"controlnet_scale": drawing.controlnet_scale} if flags["controlnet"] else {}
+    chunks |= {"prompt": drawing.prompt, "seed": drawing.seed, "width": size[0], "height": size[1]}
+    chunks |= {"scheduler": type(drawn.sampler).__name__, "diffusers_version": source.machine["diffusers"]}
+    negative = f"Negative prompt: {drawing.negative_prompt}\n" if drawing.negative_prompt else ""
+    settings = _settings_in_a1111(drawing, _sampler_in_a1111(drawn.sampler), size, flags)
+    repeat = json.dumps(repeat_of(drawing, source, drawn.batch)._asdict())
+    return {"parameters": f"{drawing.prompt}\n{negative}{settings}", **chunks, "repeat": repeat}
+
+
+def _sampler_in_a1111(sampler):
+    found = class_name = type(sampler).__name__
+    for row in SAMPLERS.values():
+        if row.scheduler == class_name and all(sampler.config.get(key) == v for key, v in row.changes.items()):
+            found = row.name_in_a1111
+    return found
+
+
+def _settings_in_a1111(drawing, sampler, size, flags):
+    """The last line of A1111's `parameters`."""
+
+    def short(path):
+        return re.sub(r"\.(safetensors|ckpt|pt)$", "", Path(path).absolute().name).replace(",", " ")
+
+    vae, loras = flags["vae"], drawing.scaled_loras()
+    listed = ", ".join(f"{short(lora.given)}:{lora.scale:g}" for lora in loras)
+    settings = (
+        f"Steps: {drawing.num_inference_steps}, Sampler: {sampler}, CFG scale: {drawing.guidance_scale:g}, "
+        f"Seed: {drawing.seed}, Size: {size[0]}x{size[1]}, Model: {short(flags['pretrained_model_name_or_path'])}"
+        + (f", VAE: {short(vae)}" if vae else "")
+        + (f", Denoising strength: {drawing.strength:g}" if flags["image"] else "")
+        + (f', Lora: "{listed}"' if len(loras) > 1 else f", Lora: {listed}" if loras else "")
+        + (f", Clip skip: {drawing.clip_skip + 1}" if drawing.clip_skip else "")
+    )
+    if flags["controlnet"]:
+        module = flags["control"] or "none"
+        held = f"Module: {module}, Model: {short(flags['controlnet'])}, Weight: {drawing.controlnet_scale:g}"
+        settings += f', ControlNet 0: "{held}"'
+    return settings
+
+
+def read_repeat(path: Path) -> Repeat:
+    """What `repeat_of` put into a PNG; `InputError` for a picture without it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = {**image.info}
+    except Exception as error:  # Pillow's plugins raise what they like on broken files
+        reason = getattr(error, "strerror", None) or "it is no picture"
+        raise InputError(f"--from_png {path} can't be read: {reason}.") from error
+    if "command" in text:
+        raise InputError(f"--from_png {path} is a sheet of pictures, which was drawn by: {text['command']}")
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        stored = json.loads(text["repeat"])
+        flags = {name: [str(word) for word in words] for name, words in stored["flags"].items()}
+        size, place = map(int, stored["batch"])
+        if 0 <= place < size:
+            return Repeat(flags, dict(stored["sha256"]), dict(stored["machine"]), (size, place))
+    raise InputError(f"--from_png {path} does not say how to draw it again: only pictures that infer.py drew do.")
+
+
+def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
+    """Warns of what keeps a picture from being drawn again exactly."""
+    other = [
+        f"{name} {stored.machine.get(name, 'no')} (here {now.machine.get(name, 'no')})"
+        for name in sorted(stored.machine.keys() | now.machine.keys())
+        if stored.machine.get(name) != now.machine.get(name)
+    ]
+    if other:
+        logger.warning("%s was drawn with %s: the picture may differ from it", path, ", ".join(other))
+    for name, hashes in now.sha256.items():
+        if stored.sha256.get(name, []) != hashes:
+            what = f"--{name} is not what {path} was drawn with (its SHA-256 differs)"
+            logger.warning("%s: the picture will differ from it", what)
+
+
+def save_png(image: Any, path: Path, chunks: dict[str, Any]) -> Path:
+    """Writes the picture and returns its path: `-1`, `-2`, ... is added where another picture has the name."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, data = PngInfo(), io.BytesIO()
+    for key, value in chunks.items():
+        info.add_text(key, "" if value is None else str(value))
+    image.save(data, "PNG", pnginfo=info)
+    candidates = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1)))
+    path = next(file for file in candidates if not file.exists() or file.read_bytes() == data.getvalue())
+    write_whole(path, data.getvalue())
+    return path
