@@ -5,8 +5,8 @@ RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: demo test test-long test-newest gpu docs style quality
 
-# A newcomer's first command: trains a LoRA on the bundled weapons with the embedded base, always into a new folder,
-# and makes the before/after picture.
+# The first command for newcomers. Trains a LoRA on the bundled weapons with the embedded base model, in a new folder each
+# time, and draws the before/after picture.
 demo: $(VENV)/installed
 	@$(BIN)/accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
 		--config recipes/demo.yaml --output_dir $(RUN)
@@ -27,30 +27,31 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
-# Many processes, the SD1.5 geometry, report.html in a browser (which is left out where there is none to be had), trackio.
+# Many processes, the SD1.5 geometry, trackio, and report.html in a browser (skipped if no browser can be installed).
 test-long: $(VENV)/installed-dev $(VENV)-trackio/installed
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium >/dev/null 2>&1 \
-		|| echo "no browser to be had: the tests of report.html in one are left out"
+		|| echo "no browser could be installed: the tests of report.html in a browser are skipped"
 	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)-trackio $(BIN)/python -m pytest tests/reports/test_tracking.py -k trackio
 
-# Files that this stack writes, read by the newest one; each in an environment of its own.
+# Files that are written with the pinned packages are read with the newest packages; each has an environment of its own.
 test-newest: $(VENV)-newest/installed $(VENV)/installed-dev
 	$(VENV)-newest/bin/python -m pytest -m lora_file tests/models/test_lora_file.py tests/models/test_dialects.py \
 		tests/models/test_receipt.py tests/scripts/test_convert_lora.py tests/reports/test_model_card.py
 	NEWEST_PYTHON=$(abspath $(VENV)-newest)/bin/python $(BIN)/python -m pytest tests/models/test_text_encoder.py \
 		tests/test_other_families.py -k newest
 
-# What only a GPU can tell: the tests marked gpu, then a section for docs/performance.md; 20 minutes. It makes no .venv, for
-# GPU machines bring a PyTorch of their own: it runs with what $(PYTHON) has. After `make test` there is an environment
-# too: make gpu PYTHON=.venv/bin/python. Only the files with such tests are read: others need packages that may be missing.
+# Measures what only a GPU can show: runs the tests marked gpu, then writes a section for docs/performance.md. Takes 20 minutes.
+# Creates no .venv, because GPU machines have a PyTorch of their own, but uses the packages of $(PYTHON). To use the
+# environment that `make test` creates: make gpu PYTHON=.venv/bin/python. Only test files with tests marked gpu are imported,
+# because other test files need packages that may be missing.
 gpu:
 	@failed=0; \
 	$(PYTHON) -m pytest -m gpu -rs $$(grep -rl --include="test_*.py" mark.gpu tests) || failed=$$?; \
 	$(PYTHON) scripts/benchmark.py --suite gpu --markdown gpu.md --json gpu.json || failed=$$?; \
 	exit $$failed
 
-# The pages that are made from the code.
+# The pages that are generated from the code.
 docs: $(VENV)/installed
 	$(BIN)/python scripts/make_docs.py
 
@@ -73,7 +74,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# Beside the others, not among them: trackio asks for an older Pillow than the one it runs with here.
+# trackio is installed into a folder of its own, because it requires an older Pillow than the pinned one, with which it works.
 $(VENV)-trackio/installed: requirements-trackio.txt $(VENV)/installed-dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)-trackio \
 		-r requirements-trackio.txt
