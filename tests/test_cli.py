@@ -24,7 +24,7 @@ from conftest import (
     write_pictures,
 )  # fmt: skip
 
-from text_to_image_lora.command_line import values_of
+from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
 
@@ -209,7 +209,7 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
         "validation_prompts",
     )  # run.yaml has all prompts in the last
     again, wanted = (
-        {k: v for k, v in values_of(settings).items() if k not in not_the_same} for settings in (again, wanted)
+        {k: v for k, v in flag_values(settings).items() if k not in not_the_same} for settings in (again, wanted)
     )
     assert again == wanted
 

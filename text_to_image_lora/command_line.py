@@ -73,12 +73,12 @@ UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 def duration(text):
     """An argparse type: a time such as 3h50m, which stays as it is written."""
-    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or seconds_of(text) == 0:
+    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or to_seconds(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: it must be a time such as 3h50m, 90m or 45s")
     return text
 
 
-def seconds_of(text):
+def to_seconds(text):
     """How many seconds a time such as 3h50m is; None for none."""
     return (
         None if text is None else sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
@@ -119,7 +119,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+def iterate_flags(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
     """Every flag of a command in the order of `--help`: its field, and its value.
 
     `settings` is a dataclass of groups of flags, as `Parser.settings` returns it.
@@ -130,9 +130,9 @@ def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
             yield field, getattr(values, field.name)
 
 
-def values_of(settings: Any) -> dict[str, Any]:
+def flag_values(settings: Any) -> dict[str, Any]:
     """The value of every flag of a command by the flag's name, as plain data: what JSON and YAML can hold."""
-    return {field.name: plain(value) for field, value in fields_of(settings)}
+    return {field.name: plain(value) for field, value in iterate_flags(settings)}
 
 
 def plain(value: Any) -> Any:
@@ -144,14 +144,14 @@ def plain(value: Any) -> Any:
 
 def recorded_values(settings: Any) -> dict[str, Any]:
     """What files and trackers record of the flags: those that say something, without secrets."""
-    values = values_of(settings)
-    recorded = [field.name for field, _ in fields_of(settings) if field.metadata["recorded"]]
+    values = flag_values(settings)
+    recorded = [field.name for field, _ in iterate_flags(settings) if field.metadata["recorded"]]
     return {name: values[name] for name in recorded if values[name] not in (None, [])}
 
 
 def hide_secrets(settings: Any) -> None:
     """Takes the values of secret flags out of `sys.argv`, which trackers record."""
-    for field, value in fields_of(settings):
+    for field, value in iterate_flags(settings):
         if field.metadata["secret"] and value:
             sys.argv[:] = [word.replace(value, "***") for word in sys.argv]
 
@@ -218,9 +218,9 @@ class Parser(argparse.ArgumentParser):
         if "--help" in argv or "-h" in argv:
             return self.parse_args(argv)
         config = self.parse_known_args(argv)[0].config
-        return self.parse_args(argv if config is None else [*self._words_of(config), *argv])
+        return self.parse_args(argv if config is None else [*self._read_config(config), *argv])
 
-    def words(self, values):
+    def to_words(self, values):
         """The command line that means these values of flags; those that are as by default are left out."""
         words = []
         for action in self._actions:
@@ -237,7 +237,7 @@ class Parser(argparse.ArgumentParser):
                 )
         return words
 
-    def _words_of(self, config):
+    def _read_config(self, config):
         """The flags in a YAML file as words of a command line."""
         import yaml
 

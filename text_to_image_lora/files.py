@@ -18,7 +18,7 @@ HUB_SECONDS = 3  # that the hub has to answer: a download without a network woul
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
 
-def in_bytes(count):
+def format_bytes(count):
     """A number of bytes as people say it: "12 MiB", "2.6 GiB"."""
     if count >= 2**30:
         return f"{count / 2**30:.1f} GiB"
@@ -42,7 +42,7 @@ def written_whole(path, *, folder=False, shared=False):
     path = Path(path)
     mark = f".{secrets.token_hex(4)}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")  # no ending: readers take any .safetensors for weights
-    with telling_of_the_disk(path):
+    with explaining_disk_errors(path):
         _remove(temporary)
         (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
         try:
@@ -91,7 +91,7 @@ def _sync(path):
 
 
 @contextlib.contextmanager
-def telling_of_the_disk(path):
+def explaining_disk_errors(path):
     """Turns what a disk says that can't be written into a `TrainingError` of one line, with the space that is left."""
     try:
         yield
@@ -102,7 +102,7 @@ def telling_of_the_disk(path):
         nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
         raise TrainingError(
             f"{path}: it can't be written ({error.strerror or os.strerror(errno.ENOSPC)}; "
-            f"{in_bytes(shutil.disk_usage(nearest).free)} are free there). What was there before is whole. Make room, and "
+            f"{format_bytes(shutil.disk_usage(nearest).free)} are free there). What was there before is whole. Make room, and "
             "run the same command again to go on."
         ) from error
 
@@ -143,7 +143,7 @@ def check_writable(folder, flag):
         raise InputError(f"{folder}: it can't be written ({error.strerror}). Pass another {flag}.") from error
 
 
-def without_folders(values):
+def hide_folders(values):
     """The values as strings; of a path on this machine the last name only, the rest would tell of the author's disk."""
 
     def shown(value):
@@ -166,7 +166,7 @@ def is_hub_id(name):
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII)) and not os.path.exists(name)
 
 
-def asked_again(ask):
+def retry_timeouts(ask):
     """What `ask()` gives; the hub is asked three times where it doesn't answer in time."""
     from httpx import TimeoutException
 
@@ -182,7 +182,7 @@ def ask_hub(name, kind, revision=None):
     """Asks the hub whether it has this "model" or "dataset"; raises what the hub's client raises."""
     from huggingface_hub import HfApi
 
-    asked_again(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS))
+    retry_timeouts(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS))
 
 
 def hub_file(name, file, *, revision=None, cache_dir=None):

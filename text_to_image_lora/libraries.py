@@ -20,7 +20,7 @@ def quiet_libraries():
 
 
 @contextlib.contextmanager
-def hidden(*names):
+def hide_modules(*names):
     """Inside, these modules can't be found; afterwards they can, and who imports them gets them.
 
     diffusers and peft import bitsandbytes and xformers wherever they are installed, which takes a second and 44 MB.

@@ -66,7 +66,7 @@ class _Keeper(logging.Handler):
 
 
 @contextlib.contextmanager
-def kept(room: str) -> Iterator[list[str]]:
+def collect_messages(room: str) -> Iterator[list[str]]:
     """Collects the messages that the modules of a room, such as "pictures", log inside; every process collects its own."""
     keeper, logger = _Keeper(), PACKAGE.getChild(room)
     level = logger.level

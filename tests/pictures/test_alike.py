@@ -9,7 +9,7 @@ from conftest import make_picture_set, read_records, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.alike import alike_pictures, divide, equal_pictures, groups_of, hold_out, probe_of
+from text_to_image_lora.pictures.alike import alike_pictures, divide, equal_pictures, group_alike, hold_out, pick_probe
 from text_to_image_lora.pictures.examine import Picture, difference_hash, examine
 from text_to_image_lora.pictures.records import with_class_pictures
 
@@ -38,7 +38,7 @@ def test_equal_is_the_same_file():
     others = [a, b._replace(hash=a.hash), c, a, c, a]
     assert equal_pictures(others) == [[0, 3, 5], [2, 4]]
     assert alike_pictures(others) == [[0, 1]]  # a file that is there again is no other one
-    assert groups_of(others) == [0, 0, 2, 0, 2, 0]
+    assert group_alike(others) == [0, 0, 2, 0, 2, 0]
 
 
 # A division.
@@ -53,7 +53,7 @@ def divided(tmp_path):
         shutil.copy(folder / f"{i}.png", folder / f"copy{i}.png")
         Image.open(folder / f"{i + 4}.png").resize((48, 48)).save(folder / f"small{i}.jpg", quality=80)
     pictures = make_picture_set(read_records(folder))
-    assert len(set(groups_of(pictures.facts))) == 12
+    assert len(set(group_alike(pictures.facts))) == 12
     return divide(pictures, None, 0.3)
 
 
@@ -62,7 +62,7 @@ def test_what_looks_alike_is_never_on_both_sides(divided):
     kept, held_out = divided
     assert 4 <= len(held_out) <= 6
     assert len(kept) + len(held_out) == 20
-    groups = groups_of([*kept.facts, *held_out.facts])
+    groups = group_alike([*kept.facts, *held_out.facts])
     assert not set(groups[: len(kept)]) & set(groups[len(kept) :])
     assert set(kept.records["num_repeats"]) == {3}
     for part in divided:
@@ -147,9 +147,9 @@ def test_a_dry_run_divides_too(train, tmp_path, capsys):
 
 def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
     both = with_class(pictures, write_pictures(tmp_path / "class", count=30, seed=5))
-    probe = probe_of(both, 6, seed=0)
+    probe = pick_probe(both, 6, seed=0)
     assert probe.is_class == [False] * 6
     assert probe.facts == both.facts[:6]
-    some = [probe_of(both, 3, seed=seed) for seed in (0, 0, 1)]
+    some = [pick_probe(both, 3, seed=seed) for seed in (0, 0, 1)]
     assert some[0].facts == some[1].facts != some[2].facts
     assert len(set(some[0].facts)) == 3

@@ -9,7 +9,7 @@ from PIL import Image
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures import examine as examine_module
-from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, usable_part, usable_pictures
+from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, select_usable, usable_pictures
 from text_to_image_lora.pictures.records import image_id
 
 
@@ -143,4 +143,4 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
 
 def test_not_one_picture_that_can_be_used(pictures):
     with pytest.raises(InputError, match="Not one picture can be used"):
-        usable_part(read_records(pictures), {})
+        select_usable(read_records(pictures), {})

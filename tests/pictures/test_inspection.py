@@ -9,7 +9,7 @@ from conftest import make_picture_set, run_command, write_pictures
 from PIL import Image, ImageFont
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.inspection import LISTED, describe, lines_of, wrapped
+from text_to_image_lora.pictures.inspection import LISTED, describe, format_report, wrapped
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_the_report_on_a_set(pictures, tmp_path):
     }
     assert report["concepts"] == {"pictures": {"pictures": 6, "samples_an_epoch": 7}}
     assert [line.rpartition(": ")[2] for line in report["enlarged"]] == ["40x32"]
-    lines = lines_of(report)
+    lines = format_report(report)
     assert lines[0] == "6 pictures, 8 captions (3 different); 3 more to validate on"
     assert lines[1] == "7 samples and 4 steps an epoch; the cache takes about 3.0 MiB"
     assert f"{LISTED + 2} left out, as they can't be used:" in lines

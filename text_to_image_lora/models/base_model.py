@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
-from .families import Family, all_supported, families_of, family_by_marks
+from .families import Family, all_supported, families_with_pipeline, family_by_marks
 
 
 class ConfigFiles(NamedTuple):
@@ -69,7 +69,7 @@ class BaseModel(NamedTuple):
         return self.family.condition_shapes(self, num_chunks)
 
 
-def where(name, single_file_config):
+def locate(name, single_file_config):
     """("file", "folder" or "hub", the folder with its configuration or None) of what a base model is called."""
     path = Path(name)
     if path.suffix.lower() in (".safetensors", ".ckpt") and not path.is_dir():
@@ -87,15 +87,15 @@ def where(name, single_file_config):
     return "hub", None
 
 
-def rows_of(name, pipeline):
+def find_families(name, pipeline):
     """The families whose pipeline a folder names."""
-    rows = families_of(pipeline)
+    rows = families_with_pipeline(pipeline)
     if not rows:
         raise InputError(f"{name}: a {pipeline} is not supported; supported: {all_supported()}.")
     return rows
 
 
-def family_of(name, rows, unet):
+def find_family(name, rows, unet):
     """That of the rows whose marks the UNet's configuration has."""
     family = family_by_marks(unet)
     if family not in rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .families import family_by_width
-from .original_names import module_of
+from .original_names import diffusers_name
 
 
 # diffusers' LORA_WEIGHT_NAME_SAFE, without the seconds that importing it takes, and peft's name of such a file.
@@ -77,7 +77,7 @@ FILE_KEY = re.compile(
 UNET_PART = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 
 
-def files_of(path):
+def find_weight_files(path):
     """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
     path = Path(path)
     if not path.is_dir() or (path / WEIGHTS_NAME).exists():
@@ -89,7 +89,7 @@ def files_of(path):
 
 
 @contextlib.contextmanager
-def opened(path, framework="pt"):
+def open_safetensors(path, framework="pt"):
     """The safetensors file, open; `InputError` where it is none."""
     from safetensors import SafetensorError, safe_open
 
@@ -102,11 +102,11 @@ def opened(path, framework="pt"):
 
 def check_lora(path) -> str:
     """The dialect of a LoRA file or folder; `InputError` for what is none. By its names alone, without torch."""
-    for file, _ in files_of(path):
+    for file, _ in find_weight_files(path):
         try:
-            with opened(file, "np") as tensors:
+            with open_safetensors(file, "np") as tensors:
                 keys = list(tensors.keys())
-            dialect = dialect_of(keys)
+            dialect = find_dialect(keys)
         except InputError as error:
             raise InputError(f"{file}: {error} {REMEDY}") from error
     return dialect
@@ -115,8 +115,8 @@ def check_lora(path) -> str:
 def check_family(path, base):
     """Raises `InputError` where a LoRA is of another family than the `BaseModel`, as far as its shapes tell."""
     pattern = re.compile(r".*attn2[._](processor\.)?to_[kv].*\b(lora_A|lora_down|down)\.weight")
-    for file, _ in files_of(path):
-        with opened(file, "np") as tensors:
+    for file, _ in find_weight_files(path):
+        with open_safetensors(file, "np") as tensors:
             widths = {tensors.get_slice(key).get_shape()[1] for key in tensors.keys() if pattern.fullmatch(key)}  # noqa: SIM118
         found = filter(None, map(family_by_width, widths - {base.cross_attention_dim}))
         if (family := next(found, None)) is not None:
@@ -126,7 +126,7 @@ def check_family(path, base):
             )
 
 
-def dialect_of(keys) -> str:
+def find_dialect(keys) -> str:
     """ "diffusers", "old diffusers", "kohya" or "peft"; `InputError` for what is no LoRA of Stable Diffusion."""
     keys = sorted(keys)
     for name, pattern in OTHER_ADAPTERS.items():
@@ -141,7 +141,7 @@ def dialect_of(keys) -> str:
         raise InputError("it holds no weights.")
     dialect = next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
     for key in keys:
-        if place_of(key, dialect) is None:
+        if parse_key(key, dialect) is None:
             raise InputError(f"it is not a LoRA of Stable Diffusion: it holds {key}.")
     return dialect
 
@@ -154,7 +154,7 @@ _KNOWS = {
 }
 
 
-def place_of(key, dialect, component=None):
+def parse_key(key, dialect, component=None):
     """(component, module, leaf) that a key means in its dialect; None where it means nothing.
 
     `component` is that of a file which is known to hold one alone, as peft's do.
@@ -170,7 +170,7 @@ def _kohya_place(key):
         return None
     name = name.removeprefix(prefix)
     if prefix == "lora_unet_":
-        name = module_of(name) or name  # Stable Diffusion XL's has the original code's
+        name = diffusers_name(name) or name  # Stable Diffusion XL's has the original code's
     module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.replace("_", "."))
     return (KOHYA_PREFIXES[prefix], module, leaf) if LAYER.fullmatch(module) else None
 

@@ -197,7 +197,7 @@ FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL)
 PIPELINE_KINDS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 
 
-def families_of(pipeline):
+def families_with_pipeline(pipeline):
     """The families that have a pipeline of that class in diffusers."""
     return [family for family in FAMILIES if pipeline in map(family.pipeline_of, PIPELINE_KINDS)]
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from PIL import Image
 
-from .kohya import DORA_NETWORK, NETWORK, header_of
+from .kohya import DORA_NETWORK, NETWORK, family_header
 
 
 # kohya's names: those of the training script's flags and of what they were settled to.
@@ -57,7 +57,7 @@ def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pic
     side = told["resolution"]
     header = {key: told[flag] for key, flag in SETTINGS.items() if flag in told}
     header |= {
-        **header_of(names, v_prediction),
+        **family_header(names, v_prediction),
         "ss_output_name": name,
         "ss_steps": str(step),
         "ss_epoch": str(step // steps_per_epoch),

@@ -30,7 +30,7 @@ DORA_NETWORK = {
 }
 
 
-def family_of(components):
+def guess_family(components):
     """The family that state dicts of a LoRA are of, as far as they tell: Stable Diffusion 1, where they don't."""
     keys = {key: value.shape for key, value in components.get("unet", {}).items()}
     if "text_encoder_2" in components or any(OF_XL.search(key) for key in keys):
@@ -39,7 +39,7 @@ def family_of(components):
     return next(filter(None, map(family_by_width, widths)), STABLE_DIFFUSION)
 
 
-def header_of(names, v_prediction=False):
+def family_header(names, v_prediction=False):
     """The strings by which A1111 tells the family of the base."""
     version = names.version + ("_v" if v_prediction and names.says_v else "")
     return {"ss_v2": str(names.version == "sd_v2"), "ss_base_model_version": version}
@@ -51,7 +51,7 @@ def minimal_header(components):
     rank = max(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
     is_dora = any(key.endswith(".lora_magnitude_vector") for key in shapes)
     return {
-        **header_of(family_of(components).kohya),
+        **family_header(guess_family(components).kohya),
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         **(DORA_NETWORK if is_dora else NETWORK),

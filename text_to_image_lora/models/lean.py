@@ -134,7 +134,7 @@ class Masters:
             # A module of its own, after the others: who asks for the model's dtype looks at the first parameter. No
             # "lora_" in its name, or peft would save it.
             model.add_module("adapter_masters", torch.nn.ParameterList(master for (master,) in self.trained))
-        model.register_forward_pre_hook(self.hand_out)
+        model.register_forward_pre_hook(self.cast_weights)
 
     @staticmethod
     def flattened(group):
@@ -146,7 +146,7 @@ class Masters:
             parameter.data = part.view(parameter.shape)
         return master
 
-    def hand_out(self, *_):
+    def cast_weights(self, *_):
         """Before a forward pass: the layers get their weights, in the precision that they compute in."""
         parts = []
         for group, sizes in zip(self.trained, self.sizes, strict=True):
@@ -170,7 +170,7 @@ def is_plain(layer):
     )
 
 
-def hold_lean(model, groups, flat=True):
+def use_lean_forward(model, groups, flat=True):
     """Gives the model's adapters the lean forward, and returns what to train of each group of their parameters.
 
     The groups themselves, and nothing is changed, where an adapter is not plain. To be called when the model is on its

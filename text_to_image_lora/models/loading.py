@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of
-from .base_model import BaseModel, ConfigFiles, family_of, from_hub, rows_of, where
+from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .families import STABLE_DIFFUSION, family_by_marks
 from .modules import place
 from .single_files import SingleFile, look_into, safe_to_read
@@ -32,7 +32,7 @@ class Components(NamedTuple):
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
     """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
-    kind, folder = where(name, single_file_config)
+    kind, folder = locate(name, single_file_config)
     said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
@@ -40,9 +40,9 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
     else:
         index = read("model_index.json")
-        rows = rows_of(name, index.get("_class_name"))
+        rows = find_families(name, index.get("_class_name"))
         unet = read(f"{rows[0].denoiser}/config.json")
-        family = family_of(name, rows, unet)
+        family = find_family(name, rows, unet)
         if said.family not in (None, family):
             raise InputError(
                 f"{name}: it is of {said.family.name}, and {folder} (--single_file_config) of {family.name}."

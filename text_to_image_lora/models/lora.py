@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
-from ..libraries import hidden
+from ..libraries import hide_modules
 from .settings import LoraSettings
 
 
@@ -45,7 +45,7 @@ def add_lora(model, settings: LoraSettings) -> int:
         use_dora=settings.use_dora,
     )
     try:
-        with hidden("bitsandbytes"):  # for whose layers peft would look
+        with hide_modules("bitsandbytes"):  # for whose layers peft would look
             model.add_adapter(config)
     except ValueError as error:  # such as orthogonal, which peft has for linear layers alone
         raise InputError(
@@ -118,7 +118,7 @@ def without_adapters(*models):
             layer._disable_adapters = False
 
 
-def joined(parts):
+def merge_states(parts):
     """One state dict of those of several models: the UNet's names as they are, the others' after the model's."""
     return {
         key if name == "unet" else f"{name}:{key}": value
@@ -127,8 +127,8 @@ def joined(parts):
     }
 
 
-def part_of(state_dict, name):
-    """What `joined` took from that model."""
+def extract_state(state_dict, name):
+    """What `merge_states` took from that model."""
     parts = [key.rpartition(":") for key in state_dict]
     return {key: state_dict[owner + colon + key] for owner, colon, key in parts if (owner or "unet") == name}
 

@@ -12,7 +12,16 @@ import torch
 
 from ..errors import InputError
 from ..files import written_whole
-from .dialects import COMPONENTS, PEFT_WEIGHTS_NAME, REMEDY, WEIGHTS_NAME, dialect_of, files_of, opened, place_of
+from .dialects import (
+    COMPONENTS,
+    PEFT_WEIGHTS_NAME,
+    REMEDY,
+    WEIGHTS_NAME,
+    find_dialect,
+    find_weight_files,
+    open_safetensors,
+    parse_key,
+)
 
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, without the seconds that importing it takes
@@ -161,9 +170,9 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     A module's rank is its own. Text-encoder keys start `text_model.`. Raises `InputError` for what is no such file.
     """
     components, header = {}, {}
-    for path, component in files_of(Path(path_or_dir)):
+    for path, component in find_weight_files(Path(path_or_dir)):
         try:
-            with opened(path) as file:
+            with open_safetensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
                 header = file.metadata() or {}
             found, configs = _by_module(tensors, component), _configs_of(path, header)
@@ -203,9 +212,9 @@ def _scale(stored):
 
 def _by_module(tensors, component):
     """{component: {module: {leaf: tensor}}} of what the file's keys mean in its dialect."""
-    dialect, found = dialect_of(tensors), {}
+    dialect, found = find_dialect(tensors), {}
     for key, value in tensors.items():
-        name, module, leaf = place_of(key, dialect, component)
+        name, module, leaf = parse_key(key, dialect, component)
         found.setdefault(name, {}).setdefault(module, {})[leaf] = value.float()
     return found
 

@@ -52,7 +52,7 @@ def original_name(module):
     )
 
 
-def module_of(name):
+def diffusers_name(name):
     """The module that a name means, its own underscores and dots not told apart within a block; None for no such name."""
     if name in MODULES_OUTSIDE:
         return MODULES_OUTSIDE[name]

@@ -90,13 +90,13 @@ def _pair(tensors, down, up, scale):
     return tensors[down].double().flatten(1), tensors[up].double().flatten(1) * scale
 
 
-def _kohya_pairs(tensors, place_of):
-    """What `place_of(name)` knows of a file by kohya's names; where there is no alpha, both programs scale by nothing."""
+def _kohya_pairs(tensors, find_place):
+    """What `find_place(name)` knows of a file by kohya's names; where there is no alpha, both programs scale by nothing."""
     arrived = {}
     for key in tensors:
         name, _, leaf = key.partition(".")
         up = f"{name}.lora_up.weight"
-        if leaf == "lora_down.weight" and up in tensors and (place := place_of(name)) is not None:
+        if leaf == "lora_down.weight" and up in tensors and (place := find_place(name)) is not None:
             alpha = tensors.get(f"{name}.alpha")
             scale = 1.0 if alpha is None else alpha.item() / len(tensors[key])
             arrived[place] = *_pair(tensors, key, up, scale), tensors.get(f"{name}.dora_scale")

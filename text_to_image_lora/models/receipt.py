@@ -12,7 +12,7 @@ from .updates import factors, modules_of, relative_difference
 TOLERANCE = 1e-6  # of an update's norm: some roundings of float32
 
 
-def layers_of(model):
+def layer_shapes(model):
     """{name: shape of its weight} of the linear and convolution layers of a model, with or without adapters."""
     return {
         name.removesuffix(".base_layer"): tuple(module.weight.shape)
@@ -24,7 +24,7 @@ def layers_of(model):
 def check_arrival(path, trained, layers, *, by_kohyas_names=False, tolerance=TOLERANCE):
     """Reads the file as its readers do and returns how many modules arrive: all, or else it raises `TrainingError`.
 
-    `trained` is {component: (peft's state dict, its `LoraConfig`)}, `layers` {component: what `layers_of` says of the base}.
+    `trained` is {component: (peft's state dict, its `LoraConfig`)}, `layers` {component: what `layer_shapes` says of the base}.
     """
     with safe_open(path, "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -51,7 +51,7 @@ def alike_pictures(pictures):
     return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
 
 
-def groups_of(pictures):
+def group_alike(pictures):
     """A number for each picture; pictures that are the same or look alike have the same one."""
     group = list(range(len(pictures)))
     for alike in alike_pictures(pictures):
@@ -71,7 +71,7 @@ def hold_out(pictures, share):
     group.
     """
     groups = defaultdict(list)
-    for index, group in enumerate(groups_of(pictures)):
+    for index, group in enumerate(group_alike(pictures)):
         groups[group].append(index)
 
     def place(members):  # identities are hashes, so their order is a random one
@@ -97,7 +97,7 @@ def divide(pictures, others, share):
     if others is None:
         own = [index for index, other in enumerate(is_class) if not other]
         held_out = pictures.select([own[index] for index in hold_out([pictures.facts[index] for index in own], share)])
-    groups = groups_of([*pictures.facts, *held_out.facts])
+    groups = group_alike([*pictures.facts, *held_out.facts])
     taken = set(groups[len(pictures) :])
     kept = [index for index, group in enumerate(groups[: len(pictures)]) if group not in taken]
     more = len(pictures) - len(kept) - (len(held_out) if others is None else 0)
@@ -120,7 +120,7 @@ def divide(pictures, others, share):
     return pictures.select(kept), held_out
 
 
-def probe_of(pictures, count, seed):
+def pick_probe(pictures, count, seed):
     """As many pictures that are trained on; their loss beside that of the others shows the overfitting."""
     own = np.flatnonzero(~np.asarray(pictures.is_class, dtype=bool))
     return pictures.select(sorted(np.random.default_rng([seed, 2]).permutation(own)[:count].tolist()))

@@ -35,7 +35,7 @@ class Buckets(NamedTuple):
                 sizes += [(width, height), (height, width)]
         return list(dict.fromkeys(sizes))
 
-    def sizes_of(self, pictures):
+    def choose_sizes(self, pictures):
         """The size that each of the pictures (with `width` and `height`) is trained at."""
         sides = [(picture.width, picture.height) for picture in pictures]
         if self.no_upscale:
@@ -70,7 +70,7 @@ def choose_bucket(width, height, buckets):
     return min(buckets, key=distance)
 
 
-def settle(resolution, image_factor, *, smallest=None, largest=None, step=None, no_upscale=False):
+def make_buckets(resolution, image_factor, *, smallest=None, largest=None, step=None, no_upscale=False):
     """The `Buckets` where some limits are not given: half and twice the resolution, in steps of 64 pixels.
 
     Steps are smaller for small resolutions, and a multiple of `image_factor` always. Sides that are no multiple of the
@@ -88,7 +88,7 @@ def settle(resolution, image_factor, *, smallest=None, largest=None, step=None, 
     return buckets
 
 
-def enlarged(pictures, sizes):
+def find_enlarged(pictures, sizes):
     """The indices of the pictures (with `width` and `height`) that are smaller than the size they are trained at."""
     return [
         index

@@ -101,10 +101,10 @@ def usable_pictures(records, folder, *, skip_bad_images, accelerator):
         )
     for index in sorted(bad):
         logger.info(f"left out: {records[index]['source']}: {bad[index]}")
-    return usable_part(records, good)
+    return select_usable(records, good)
 
 
-def usable_part(records, good):
+def select_usable(records, good):
     """The rows that `examine` found good, and their `Picture`s; `InputError` where there are none."""
     if not good:
         raise InputError("Not one picture can be used: nothing to train on.")

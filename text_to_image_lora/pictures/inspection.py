@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import counted, in_bytes, write_whole
+from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
-from .buckets import enlarged, table
+from .buckets import find_enlarged, table
 
 
 PREVIEWED = 10  # pictures on the sheet of --preview_data
@@ -30,7 +30,8 @@ def describe(pictures, left_out, samples, *, num_validated, token_counts, token_
             group[key][0] += 1
             group[key][1] += per_picture[index]
     small = [
-        f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}" for i in enlarged(pictures.facts, sizes)
+        f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}"
+        for i in find_enlarged(pictures.facts, sizes)
     ]
     lengths = [(count, i) for i, group in enumerate(token_counts or []) for count in group]
     return {
@@ -61,7 +62,7 @@ def describe(pictures, left_out, samples, *, num_validated, token_counts, token_
     }
 
 
-def lines_of(report):
+def format_report(report):
     """The report for a terminal: what there is, and the first few of what may be wrong."""
     tokens = report["tokens"]
     lines = [
@@ -70,7 +71,7 @@ def lines_of(report):
         + (f"; {report['validated']} more to validate on" if report["validated"] else ""),
         f"{counted(report['samples_an_epoch'], 'sample')} and {counted(report['steps_an_epoch'], 'step')} an epoch; the cache "
         f"takes about "
-        f"{in_bytes(report['cache_bytes'])}",
+        f"{format_bytes(report['cache_bytes'])}",
     ]
     if tokens:
         lines.append(
@@ -95,9 +96,9 @@ def lines_of(report):
     return lines
 
 
-def lines_of_samples(pictures, samples, bucketed, balanced):
+def format_samples(pictures, samples, bucketed, balanced):
     """What is told before training: what is enlarged, and what the buckets and the concepts hold."""
-    lines, small = [], len(enlarged(pictures.facts, pictures.sizes))
+    lines, small = [], len(find_enlarged(pictures.facts, pictures.sizes))
     if small:
         lines.append(
             f"{small} of {len(pictures)} pictures are smaller than what they are trained at, and are enlarged"

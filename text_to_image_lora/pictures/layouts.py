@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import counted
 from .settings import LAYOUTS, CaptionSettings, DataSettings
-from .tables import captions_of, choose_caption_column, is_caption, read_table, read_text
+from .tables import choose_caption_column, is_caption, nonempty_captions, read_table, read_text
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ REPEATS = re.compile(r"(\d+)_(.+)")
 TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
 
 
-class Reading(NamedTuple):
+class ReadOptions(NamedTuple):
     """How folders and datasets are read: what was asked for by name; what was not, is found.
 
     With `leave_out`, rows without a picture or a caption are passed to it as (source, reason) and left out; else the first
@@ -68,7 +68,7 @@ def find_files(folder):
     return found
 
 
-def recognise(folder, files, instance_prompt):
+def find_layout(folder, files, instance_prompt):
     """The layout of a folder with these files; None where there are pictures and nothing says their captions."""
     pictures = [path for path in files if is_picture(path)]
     parents = list(dict.fromkeys(path.parent for path in pictures))
@@ -123,7 +123,7 @@ def read_folder(folder, layout, files, reading):
         if layout in ("kohya", "caption_files"):
             beside = _caption_file(path.relative_to(folder).as_posix(), names)
             if beside is not None:
-                captions = captions_of([line.strip() for line in read_text(names[beside]).splitlines()])
+                captions = nonempty_captions([line.strip() for line in read_text(names[beside]).splitlines()])
                 reason = None if captions else f"its caption file {Path(beside).name} is empty"
             elif instance_prompt is not None:
                 captions = [instance_prompt]
@@ -267,7 +267,7 @@ def _rows_of_table(file, dataset_folder, reading):
     root, inside, missing = file.parent.resolve(), dataset_folder.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
-        captions, reason, path = captions_of(row.get(chosen)), None, None
+        captions, reason, path = nonempty_captions(row.get(chosen)), None, None
         if not isinstance(name, str) or not name:
             reason = f"column '{file_column}' is empty"
         elif "://" in name:

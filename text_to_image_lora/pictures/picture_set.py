@@ -44,7 +44,7 @@ class PictureSet:
         parts = {name: [getattr(self, name)[i] for i in indices] for name in ("facts", "sizes", "captions")}
         return replace(self, records=self.records.select(indices), **parts)
 
-    def to_validate_on(self):
+    def for_validation(self):
         """The same pictures cropped in the middle, nothing augmented, with their first caption."""
         view = self.view._replace(augmentation=AugmentationSettings(center_crop=True))
         return replace(self, captions=[group[:1] for group in self.captions], view=view)

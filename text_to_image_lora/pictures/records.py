@@ -17,7 +17,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 
-def features_of_records():
+def record_features():
     import datasets
 
     return datasets.Features(
@@ -43,7 +43,7 @@ def with_columns(pictures, others):
     """The pictures' Arrow data beside other columns: nothing is written, as `map` would, into the user's folder."""
     import datasets
 
-    features = features_of_records()
+    features = record_features()
     for name in pictures.column_names:
         pictures = pictures.cast_column(name, features[name])
     return datasets.concatenate_datasets(

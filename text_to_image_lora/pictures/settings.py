@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..command_line import at_least, between, flag, from_up_to
 from ..errors import InputError
-from .buckets import Buckets, settle, square
+from .buckets import Buckets, make_buckets, square
 
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
@@ -118,7 +118,7 @@ class SizeSettings:
         resolution = self.side(base)
         if not self.aspect_ratio_buckets:
             return square(resolution)
-        return settle(
+        return make_buckets(
             resolution, base.image_factor, smallest=self.bucket_min_size, largest=self.bucket_max_size,
             step=self.bucket_step, no_upscale=self.bucket_no_upscale,
         )  # fmt: skip

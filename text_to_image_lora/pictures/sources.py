@@ -13,9 +13,9 @@ from ..errors import InputError
 from ..files import ask_hub, is_hub_id, reason_of
 from .archives import ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
-from .layouts import METADATA_NAMES, PICTURE_ENDINGS, find_files, read_folder, recognise
-from .records import features_of_records, with_captions, with_columns
-from .tables import captions_of, choose_caption_column
+from .layouts import METADATA_NAMES, PICTURE_ENDINGS, find_files, find_layout, read_folder
+from .records import record_features, with_captions, with_columns
+from .tables import choose_caption_column, nonempty_captions
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def log_left_out(source, reason):
-    """Logs a row that is left out: for `Reading.leave_out`."""
+    """Logs a row that is left out: for `ReadOptions.leave_out`."""
     logger.info(f"left out: {source}: {reason}")
 
 
@@ -66,7 +66,7 @@ def _from_folder(folder, reading):
         logger.info(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
         folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
     endings, stored_files = {path.suffix.lower() for path in files}, None
-    chosen = reading.data.dataset_layout or recognise(folder, files, reading.captions.instance_prompt)
+    chosen = reading.data.dataset_layout or find_layout(folder, files, reading.captions.instance_prompt)
     if (
         reading.data.dataset_layout is None
         and chosen in (None, "trigger_class", "instance")
@@ -86,7 +86,7 @@ def _from_folder(folder, reading):
         import datasets  # now, because it takes longer than to find a wrong column
 
         while part:
-            tables.append(datasets.Dataset.from_list(part, features=features_of_records()))
+            tables.append(datasets.Dataset.from_list(part, features=record_features()))
             part = list(itertools.islice(rows, ROWS_TOGETHER))
         if not tables:
             raise InputError(f"{folder}: it holds not one picture to train on.")
@@ -254,7 +254,7 @@ def _from_dataset(dataset, source, reading):
     where, asked, leave_out = str(source), reading.data, reading.leave_out
     mask_column, concept_column = asked.mask_column, asked.concept_column
     image_column, caption_column = _columns_of(dataset.features, where, asked)
-    captions = [captions_of(value) for value in dataset[caption_column]]
+    captions = [nonempty_captions(value) for value in dataset[caption_column]]
     bad = {index: f"column '{caption_column}' is empty" for index, group in enumerate(captions) if not group}
     for column in filter(None, (image_column, mask_column)):
         bad |= _files_elsewhere(dataset, column, source, reading.cache_dir)

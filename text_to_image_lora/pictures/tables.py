@@ -78,7 +78,7 @@ def is_caption(value):
     )
 
 
-def captions_of(value):
+def nonempty_captions(value):
     """The captions in a cell, without the empty ones."""
     return [c for c in (value if isinstance(value, list) else [value]) if c is not None and c.strip()]
 

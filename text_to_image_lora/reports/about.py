@@ -56,7 +56,7 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     flags = {name: value for name, value in recorded_values(settings).items() if name not in names}
     lines = [prompt.line for prompt in settings.samples.prompts]
     flags |= ({"validation_prompts": lines} if lines else {}) | {"seed": run.seed}
-    words = Parser(type(settings)).words(flags | {"mixed_precision": accelerator.mixed_precision})
+    words = Parser(type(settings)).to_words(flags | {"mixed_precision": accelerator.mixed_precision})
     return write_about(
         settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
         machine=machine(accelerator), settings=described,
