@@ -291,7 +291,7 @@ BAD_INPUT = {
     "template": (dict(caption_template="{{name}}"), "--caption_template '{{name}}': it may hold {{trigger}} and {{class}}"),
     "no instance prompt": (dict(instance_prompt=" "), "--instance_prompt is empty: write what the pictures show"),
     "instance layout": (dict(dataset_layout="instance"), "--dataset_layout instance needs --instance_prompt"),
-    "config": (dict(config="{tmp}/file"), "{tmp}/file: it must hold one flag a line"),
+    "config": (dict(config="{tmp}/file"), "{tmp}/file: it must hold one flag per line"),
 }  # fmt: skip
 
 

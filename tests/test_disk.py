@@ -167,7 +167,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
         last = said.strip().splitlines()[-1]
         assert last.startswith(f"train_text_to_image_lora.py: {folder / 'run'}/"), (site, last)
         assert "it can't be written (No space left on device; " in last
-        assert " are free there). What was there before is whole. Make room, and run the same command again" in last
+        assert " are free there). The old content is intact. Free some space and run the same command again" in last
         assert_all_is_whole(folder / "run")
         assert list_checkpoints(folder / "run" / "out") or not resumed
         code, said = start(words(folder), folder).wait()
