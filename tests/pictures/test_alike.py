@@ -107,14 +107,16 @@ def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others, sa
     assert kept.facts == [whole.facts[index] for index in (0, 1, 3, 5)]
     assert held_out is validated
     assert said == [
-        "2 pictures are not trained on, because they look like one that is validated on",
-        "only 5 pictures to validate on: the validation loss is a rough guide (10 or more are better)",
+        "2 pictures are not trained on, because they look like a validation picture",
+        "only 5 validation pictures: the validation loss is a rough estimate (use 10 or more)",
     ]
 
 
 def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
     pictures = make_picture_set(pictures)
-    with pytest.raises(InputError, match="All pictures to train on look like one in --validation_data_dir"):
+    with pytest.raises(
+        InputError, match="All training pictures look like validation pictures. Put different pictures"
+    ):
         divide(pictures, pictures, 0.0)
 
 
@@ -124,24 +126,24 @@ def test_class_pictures_are_not_validated_on(pictures, tmp_path, said):
     assert len(held_out) == 2
     assert held_out.is_class == [False] * 2
     assert sorted(kept.is_class) == [False] * 4 + [True] * 6
-    assert [line.partition(":")[0] for line in said] == ["only 2 pictures to validate on"]
+    assert [line.partition(":")[0] for line in said] == ["only 2 validation pictures"]
 
 
 def test_class_pictures_alone_are_nothing_to_train_on(pictures, tmp_path):
     both = with_class(pictures, write_pictures(tmp_path / "class", count=3, seed=5))
-    with pytest.raises(InputError, match="All pictures to train on look like one"):
+    with pytest.raises(InputError, match="All training pictures look like validation pictures"):
         divide(both, make_picture_set(pictures), 0.0)
 
 
 def test_copies_alone_cannot_be_divided(tmp_path):
     pictures = make_picture_set(write_pictures(tmp_path / "one", count=1)).select([0] * 4)
-    with pytest.raises(InputError, match="4 pictures can't be divided"):
+    with pytest.raises(InputError, match="4 pictures can't be split"):
         divide(pictures, None, 0.25)
 
 
 def test_a_dry_run_divides_too(train, tmp_path, capsys):
     train(dry_run=True, validation_split=0.34)
-    assert "4 pictures, 4 captions (4 different); 2 more to validate on" in capsys.readouterr().out
+    assert "4 pictures, 4 captions (4 different); 2 more for validation" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["validated"] == 2
 
 

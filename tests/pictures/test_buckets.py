@@ -136,7 +136,7 @@ def test_buckets_train(train, shapes, capsys, cache_variations):
     lines = [line.split() for line in out.splitlines()]
     for row in (["48x16", "4", "4"], ["16x48", "3", "3"], ["32x32", "2", "2"]):
         assert row in lines
-    assert "2 of 9 pictures are smaller than what they are trained at, and are enlarged" in out
+    assert "2 of 9 pictures are smaller than their training size and are enlarged" in out
     assert "9 pictures, 5 steps an epoch, 6 steps" in out
     rows = read_metrics(folder)
     assert len(rows) == 6

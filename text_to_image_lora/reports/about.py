@@ -160,9 +160,8 @@ def commit_of(folder):
 def data_sheet(pictures, held_out, sampler, notes):
     """What is trained on, as plain data: counts, findings, and some of the pictures with their captions."""
     report = describe(
-        pictures, [], sampler.samples, num_validated=len(held_out or ()), token_counts=None, token_limit=None,
-        steps_per_epoch=sampler.steps_per_epoch, cache_bytes=None,
-    )  # fmt: skip
+        pictures, [], sampler, num_validated=len(held_out or ()), token_counts=None, token_limit=None, cache_bytes=None
+    )
     kept = ("pictures", "validated", "captions", "different_captions", "concepts", "sizes", "repeats",
             "samples_an_epoch", "steps_an_epoch")  # fmt: skip
     sheet = {name: report[name] for name in kept} | {"notes": notes}

@@ -38,8 +38,8 @@ def report(settings: Any, found: inputs.Inputs) -> None:
             too_long = error
     whole = tokenizer is None or settings.captions.long_prompts
     described = inspection.describe(
-        pictures, left_out, sampler.samples, num_validated=len(validated or ()), token_counts=token_counts,
-        token_limit=None if whole else tokenizer.model_max_length, steps_per_epoch=sampler.steps_per_epoch,
+        pictures, left_out, sampler, num_validated=len(validated or ()), token_counts=token_counts,
+        token_limit=None if whole else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
     needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)
