@@ -44,7 +44,7 @@ from pathlib import Path
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, hide_secrets
 from text_to_image_lora.errors import Stopped
-from text_to_image_lora.libraries import hidden, quiet_libraries
+from text_to_image_lora.libraries import hide_modules, quiet_libraries
 from text_to_image_lora.models.settings import BaseModelSettings, LoraSettings
 from text_to_image_lora.pictures.settings import (
     AugmentationSettings,
@@ -124,7 +124,7 @@ def main(settings: Settings) -> None:
 
     import torch
 
-    with hidden(*settings.speed.unused_libraries):
+    with hide_modules(*settings.speed.unused_libraries):
         import diffusers
         import transformers
 

@@ -145,7 +145,7 @@ def write(components, header, out, dialect, dtype):
     folded, dtype_of = {name: (state_dict, None) for name, state_dict in components.items()}, getattr(torch, dtype)
     try:
         if dialect == "kohya":
-            kohya.save_kohya(out, folded, header, dtype_of, names=kohya.family_of(components).kohya)
+            kohya.save_kohya(out, folded, header, dtype_of, names=kohya.guess_family(components).kohya)
         elif dialect == "diffusers":
             lora_file.save_lora(out, folded, header, dtype_of)
         else:

@@ -86,7 +86,7 @@ def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives",
     """The records of a dataset, read with these flags of the training script."""
     from dataclasses import fields
 
-    from text_to_image_lora.pictures.layouts import Reading
+    from text_to_image_lora.pictures.layouts import ReadOptions
     from text_to_image_lora.pictures.settings import CaptionSettings, DataSettings
     from text_to_image_lora.pictures.sources import load_records
 
@@ -95,7 +95,7 @@ def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives",
         flags["train_data_dir"] = tuple(map(str, folders))
     names = {field.name for field in fields(CaptionSettings)}
     captions = CaptionSettings(**{name: flags.pop(name) for name in names & flags.keys()})
-    return load_records(Reading(DataSettings(**flags), captions, cache_dir, archive_dir, leave_out))
+    return load_records(ReadOptions(DataSettings(**flags), captions, cache_dir, archive_dir, leave_out))
 
 
 @pytest.fixture

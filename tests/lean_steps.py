@@ -29,7 +29,7 @@ def unet_of(folder, settings=PLAIN, dtype=torch.float32):
 def lean_unet(unet, flat=True, groups=None):
     """The tensors to train of a UNet that is made lean."""
     groups = [lora.trainable_parameters(unet)] if groups is None else groups
-    return [tensor for group in lean.hold_lean(unet, groups, flat) for tensor in group]
+    return [tensor for group in lean.use_lean_forward(unet, groups, flat) for tensor in group]
 
 
 def batch_of(step, dtype=torch.float32):

@@ -24,7 +24,7 @@ from conftest import (
     write_pictures,
 )  # fmt: skip
 
-from text_to_image_lora.command_line import values_of
+from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
 
@@ -209,7 +209,7 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
         "validation_prompts",
     )  # run.yaml has all prompts in the last
     again, wanted = (
-        {k: v for k, v in values_of(settings).items() if k not in not_the_same} for settings in (again, wanted)
+        {k: v for k, v in flag_values(settings).items() if k not in not_the_same} for settings in (again, wanted)
     )
     assert again == wanted
 
@@ -257,7 +257,7 @@ def cpu_seconds():
 
 BAD_INPUT = {
     "no data folder": (dict(train_data_dir="{tmp}/void"), "{tmp}/void: there is no such folder"),
-    "empty folder": (dict(train_data_dir="{tmp}/empty"), "it holds no pictures and no metadata file"),
+    "empty folder": (dict(train_data_dir="{tmp}/empty"), "it contains no pictures and no metadata file"),
     "no captions": (dict(train_data_dir="{tmp}/bare"), "the pictures have no captions. Add a metadata.csv"),
     "caption column": (dict(caption_column="txet"), "there is no column 'txet' (--caption_column). The columns are:"),
     "image column": (dict(image_column="imgae"), "there is no column 'imgae'"),
@@ -290,8 +290,8 @@ BAD_INPUT = {
     "no dataset": (dict(train_data_dir=None), "Pass one of --dataset_name"),
     "template": (dict(caption_template="{{name}}"), "--caption_template '{{name}}': it may hold {{trigger}} and {{class}}"),
     "no instance prompt": (dict(instance_prompt=" "), "--instance_prompt is empty: write what the pictures show"),
-    "instance layout": (dict(dataset_layout="instance"), "--dataset_layout instance needs --instance_prompt"),
-    "config": (dict(config="{tmp}/file"), "{tmp}/file: it must hold one flag a line"),
+    "instance layout": (dict(dataset_layout="instance"), "--dataset_layout instance requires --instance_prompt"),
+    "config": (dict(config="{tmp}/file"), "{tmp}/file: it must hold one flag per line"),
 }  # fmt: skip
 
 
@@ -437,7 +437,7 @@ def test_skip_bad_images_leaves_them_out_by_name(train, pictures, tmp_path, caps
 def test_not_one_usable_picture(train, pictures):
     for path in pictures.glob("*.png"):
         path.write_bytes(b"not a picture")
-    with pytest.raises(InputError, match=r"Not one picture can be used"):
+    with pytest.raises(InputError, match=r"None of the pictures can be used"):
         train(skip_bad_images=True)
 
 

@@ -178,7 +178,7 @@ def test_an_empty_config_says_nothing(config):
         ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
         ("mixed_precision: no", "'mixed_precision' takes a value, not false; quote it if it is a word"),
         ("center_crop: 1", "center_crop"),
-        ("- rank\n- 4", "it must hold one flag a line"),
+        ("- rank\n- 4", "it must hold one flag per line"),
         ("rank: 4: 5", "it can't be read as YAML"),
         (b"rank: \xff\xfe", "it can't be read as YAML"),
     ],

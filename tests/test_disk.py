@@ -13,7 +13,7 @@ from quick_start import QuickStart, assert_same_end, signal_before
 from safetensors import safe_open
 
 from text_to_image_lora.errors import TrainingError
-from text_to_image_lora.files import telling_of_the_disk, write_whole, written_whole
+from text_to_image_lora.files import explaining_disk_errors, write_whole, written_whole
 from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints
 
 
@@ -39,7 +39,7 @@ def test_a_disk_that_can_not_be_written_is_told_in_one_line(tmp_path, name):
 
 
 def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError), telling_of_the_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), explaining_disk_errors(tmp_path):
         (tmp_path / "nothing").read_text()
 
 
@@ -51,7 +51,7 @@ def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(TrainingError, match="No space left on device"), telling_of_the_disk(tmp_path / "to"):
+    with pytest.raises(TrainingError, match="No space left on device"), explaining_disk_errors(tmp_path / "to"):
         shutil.copytree(tmp_path / "from", tmp_path / "to")
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
         last = said.strip().splitlines()[-1]
         assert last.startswith(f"train_text_to_image_lora.py: {folder / 'run'}/"), (site, last)
         assert "it can't be written (No space left on device; " in last
-        assert " are free there). What was there before is whole. Make room, and run the same command again" in last
+        assert " are free there). The old content is intact. Free some space and run the same command again" in last
         assert_all_is_whole(folder / "run")
         assert list_checkpoints(folder / "run" / "out") or not resumed
         code, said = start(words(folder), folder).wait()

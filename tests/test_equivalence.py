@@ -87,12 +87,12 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
     assert sheets[1].read_bytes() == sheets[0].read_bytes()
     assert list(sheets[1].parent.iterdir()) == [sheets[1]]
     for line in (
-        "bucket        pictures  samples an epoch",
-        "48x16                6                10",
-        "16x48                2                 5",
-        "concept axe: 5 pictures, 5 samples an epoch",
-        "concept spear: 2 pictures, 5 samples an epoch",
-        "concept whip: 1 picture, 5 samples an epoch",
+        "bucket        pictures  samples per epoch",
+        "48x16                6                 10",
+        "16x48                2                  5",
+        "concept axe: 5 pictures, 5 samples per epoch",
+        "concept spear: 2 pictures, 5 samples per epoch",
+        "concept whip: 1 picture, 5 samples per epoch",
         "what the model will see: ",
         "8 pictures, 5 steps an epoch, 6 steps; effective batch 4 on ",
     ):

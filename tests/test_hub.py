@@ -177,7 +177,7 @@ def test_a_dataset_that_is_not_there_is_told_without_a_network(arguments, tmp_pa
     done = run_command(words, env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=20)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "nobody/nothing: neither a folder here nor a hub dataset" in done.stderr
+    assert "nobody/nothing: neither a local folder nor a hub dataset" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -6,19 +6,19 @@ import sys
 import pytest
 from conftest import CORES, ROOT, THREADS
 
-from text_to_image_lora.libraries import hidden, num_cpu_threads
+from text_to_image_lora.libraries import hide_modules, num_cpu_threads
 
 
 def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
     (tmp_path / "rarely_needed.py").write_text("value = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with hidden("rarely_needed", "sys"), pytest.raises(ImportError):
+    with hide_modules("rarely_needed", "sys"), pytest.raises(ImportError):
         import rarely_needed
     import rarely_needed
 
     assert rarely_needed.value == 3
     assert sys.modules["sys"] is sys
-    with hidden("rarely_needed"):  # what is imported already stays in sight
+    with hide_modules("rarely_needed"):  # what is imported already stays in sight
         import rarely_needed  # noqa: F401
     del sys.modules["rarely_needed"]
 

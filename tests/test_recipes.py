@@ -88,9 +88,9 @@ def test_a_painters_style_from_kohyas_folders(shortened, tmp_path):
     lay_out(tmp_path / "paintings" / "3_vgstyle painting", creatures(10)[:8], "files")
     lay_out(tmp_path / "paintings" / "1_vgstyle sketch", creatures(10)[8:])
     out, said = shortened("van_gogh", train_data_dir=tmp_path / "paintings")
-    assert "3_vgstyle painting: 8 pictures, each 3 times an epoch" in said
-    assert "pictures without a caption file, whose folder's name is their caption: 2" in said
-    assert "1 picture to validate on" in said
+    assert "3_vgstyle painting: 8 pictures, each 3 times per epoch" in said
+    assert "pictures without a caption file, captioned with their folder's name: 2" in said
+    assert "only 1 validation picture" in said
     assert "30 of 30 modules arrive, for diffusers and by kohya's names" in said
     # Each checkpoint holds a LoRA to compare, as the page says.
     assert read_lora(out / "checkpoint-2").keys() == read_lora(out).keys()
@@ -101,9 +101,9 @@ def test_things_in_class_folders(shortened, tmp_path):
         lay_out(tmp_path / "weapons" / kind, weapons(kind, count), "table")
     held_out = lay_out(tmp_path / "held out", weapons("axe", 8)[6:], "table")
     _, said = shortened("weapons", train_data_dir=tmp_path / "weapons", validation_data_dir=held_out)
-    assert "concept axe: 4 pictures, 4 samples an epoch" in said
-    assert "concept trident: 1 picture, 4 samples an epoch" in said
-    assert "only 2 pictures to validate on" in said
+    assert "concept axe: 4 pictures, 4 samples per epoch" in said
+    assert "concept trident: 1 picture, 4 samples per epoch" in said
+    assert "only 2 validation pictures" in said
 
 
 def test_the_bundled_weapons_as_the_recipe_stands(shortened):
@@ -130,8 +130,8 @@ def test_several_styles(shortened, tmp_path):
     for style, pictures in {"inkwash": creatures(8), "woodcut": weapons("axe", 4)}.items():
         lay_out(tmp_path / "styles" / style, [(path, f"{style} style, {text}") for path, text in pictures], "files")
     _, said = shortened("several_styles", train_data_dir=tmp_path / "styles", validation_prompt="inkwash style, a cat")
-    assert "concept inkwash: 7 pictures, 7 samples an epoch" in said
-    assert "concept woodcut: 4 pictures, 7 samples an epoch" in said
+    assert "concept inkwash: 7 pictures, 7 samples per epoch" in said
+    assert "concept woodcut: 4 pictures, 7 samples per epoch" in said
     assert "Validation: " in said
 
 

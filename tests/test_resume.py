@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
 from safetensors.torch import load_file, save_file
 
-from text_to_image_lora.command_line import fields_of
+from text_to_image_lora.command_line import iterate_flags
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.training.checkpoint import damage_of, find_checkpoint, read_state
 
@@ -261,7 +261,7 @@ def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, 
 def test_every_flag_may_change_or_is_of_the_run(two):
     """A new flag is of the run until its field says otherwise."""
     words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
-    fields = [field for field, _ in fields_of(train_script.parse_settings(words))]
+    fields = [field for field, _ in iterate_flags(train_script.parse_settings(words))]
     flags, may_change = (
         {field.name for field in fields},
         {field.name for field in fields if field.metadata["may_change"]},

@@ -221,7 +221,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
             "best LoRA": ["pictures"],
         }.get(place, [])
     assert said.strip().splitlines()[-1] == (
-        f"train_text_to_image_lora.py: {reason}: stopped {where}. Run the same command again to go on. (exit code {code})"
+        f"train_text_to_image_lora.py: {reason}: stopped {where}. Run the same command again to resume. (exit code {code})"
     )
     assert not (out / "pytorch_lora_weights.safetensors").exists()
     if place == "caching pictures":  # those of the first size

@@ -1,4 +1,4 @@
-"""The command line of the scripts: flags as fields of dataclasses, numbers within bounds, and flags from a YAML file."""
+"""The command line of the scripts: flags as dataclass fields, numbers with bounds, and flags from a YAML file."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import difflib
 import re
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,25 @@ from .errors import InputError
 from .files import reason_of
 
 
-def installed_command():
-    """What `train-text-to-image-lora` of an installed package runs: the script, as `python` runs it."""
+def installed_command() -> None:
+    """The entry point `train-text-to-image-lora` of the installed package: runs the training script as `python` would."""
     runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
 
 
 class Number:
-    """An argparse type: a number, and what it may be in words; another one is refused with them.
+    """An argparse type for a number with bounds.
 
-    With `word`, that word is taken too.
+    Args:
+        kind: `int` or `float`.
+        allowed: A description of the bounds, for error messages.
+        accepts: Whether a number lies within the bounds.
+        word: A word, such as "auto", that is accepted instead of a number.
     """
 
-    def __init__(self, kind, allowed, accepts, word=None):
-        self.kind, self.accepts, self.word = kind, accepts, word
+    def __init__(self, kind: type, allowed: str, accepts: Callable[[Any], bool], word: str | None = None):
+        self.kind = kind
+        self.accepts = accepts
+        self.word = word
         self.allowed = allowed if word is None else f"{allowed}, or {word}"
 
     def __call__(self, text):
@@ -36,33 +42,35 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = None
-        if value is None or not self.accepts(value):  # nan is within no bounds
+        if value is None or not self.accepts(value):  # NaN lies within no bounds
             whole = "a whole number, " if value is None and self.kind is int else ""
             raise argparse.ArgumentTypeError(f"{text}: it must be {whole}{self.allowed}")
         return value
 
 
-def at_least(least, kind=int, word=None):
+def at_least(least: float, kind: type = int, word: str | None = None) -> Number:
+    """A number that is not smaller than `least`."""
     finite = " and finite" if kind is float else ""
     return Number(kind, f"{least} or more{finite}", lambda value: least <= value < float("inf"), word)
 
 
-def between(least, most, kind=float):
-    """Both ends included."""
+def between(least: float, most: float, kind: type = float) -> Number:
+    """A number in the closed interval [least, most]."""
     return Number(kind, f"from {least} to {most}", lambda value: least <= value <= most)
 
 
-def above(least, kind=float):
+def above(least: float, kind: type = float) -> Number:
+    """A number that is larger than `least`."""
     return Number(kind, f"more than {least} and finite", lambda value: least < value < float("inf"))
 
 
-def from_up_to(least, end, kind=float):
-    """The end is not included."""
+def from_up_to(least: float, end: float, kind: type = float) -> Number:
+    """A number in the half-open interval [least, end)."""
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
 
 
-def hub_id(text):
-    """An argparse type: a name on the hub, with its owner or without."""
+def hub_id(text: str) -> str:
+    """An argparse type for the id of a hub repository, with or without its owner."""
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text}: it must be a name on the hub such as me/dashboard")
     return text
@@ -71,21 +79,23 @@ def hub_id(text):
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def duration(text):
-    """An argparse type: a time such as 3h50m, which stays as it is written."""
-    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or seconds_of(text) == 0:
+def duration(text: str) -> str:
+    """An argparse type for a duration such as 3h50m; returns the text unchanged."""
+    if not re.fullmatch(r"(?=\d)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or to_seconds(text) == 0:
         raise argparse.ArgumentTypeError(f"{text}: it must be a time such as 3h50m, 90m or 45s")
     return text
 
 
-def seconds_of(text):
-    """How many seconds a time such as 3h50m is; None for none."""
-    return (
-        None if text is None else sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
-    )
+def to_seconds(text: str | None) -> int | None:
+    """Converts a duration such as 3h50m to seconds; returns None for None."""
+    if text is None:
+        return None
+    return sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+)([dhms])", text))
 
 
-COMPATIBILITY = "compatibility"  # the title of flags that exist for commands written for diffusers' scripts
+COMPATIBILITY = (
+    "compatibility"  # the --help section of flags that exist only so that commands for diffusers' scripts work
+)
 
 
 def flag(
@@ -99,17 +109,17 @@ def flag(
     title=None,
     **options: Any,
 ) -> Any:
-    """A field of a frozen dataclass that is a flag of the command line, with the field's name.
+    """A dataclass field that becomes a flag of the command line with the name of the field.
 
     Args:
-        default: The field's value where the flag is not given. A flag whose default is a bool is a switch.
+        default: The value if the flag is not given. A flag whose default is a bool is a switch.
         help: One line for `--help`.
-        type: Makes the value of a word, such as `at_least(1)`; raises `argparse.ArgumentTypeError`.
-        may_change: Whether a run that is resumed may have another value than before.
-        recorded: Whether trackers and files of the run record the value.
-        secret: Whether the value is a secret: it is not recorded, and is removed from `sys.argv`.
-        title: Another title for the flag in `--help` than its group's; such flags come last.
-        options: Further options of `argparse.ArgumentParser.add_argument`, such as `choices` or `nargs`.
+        type: The argparse type, such as `at_least(1)`; raises `argparse.ArgumentTypeError`.
+        may_change: Whether the value may change when a run is resumed.
+        recorded: Whether the trackers and the files of the run record the value.
+        secret: Whether the value is a secret, which is not recorded and is removed from `sys.argv`.
+        title: The section of the flag in `--help` (default: the title of its group).
+        options: Further arguments of `argparse.ArgumentParser.add_argument`, such as `choices` or `nargs`.
     """
     kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type}
     options = kind | options | {"help": help}
@@ -119,10 +129,10 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Every flag of a command in the order of `--help`: its field, and its value.
+def iterate_flags(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Yields the field and the value of every flag of a command.
 
-    `settings` is a dataclass of groups of flags, as `Parser.settings` returns it.
+    `settings` is a dataclass of groups of flags, as returned by `Parser.settings`.
     """
     for group in dataclasses.fields(settings):
         values = getattr(settings, group.name)
@@ -130,34 +140,34 @@ def fields_of(settings: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
             yield field, getattr(values, field.name)
 
 
-def values_of(settings: Any) -> dict[str, Any]:
-    """The value of every flag of a command by the flag's name, as plain data: what JSON and YAML can hold."""
-    return {field.name: plain(value) for field, value in fields_of(settings)}
+def flag_values(settings: Any) -> dict[str, Any]:
+    """Maps the name of every flag to its value as plain data that JSON and YAML can represent."""
+    return {field.name: plain(value) for field, value in iterate_flags(settings)}
 
 
 def plain(value: Any) -> Any:
-    """The value of a flag as plain data: tuples as lists, and what has no plain form as it is written."""
+    """Converts the value of a flag to plain data: tuples to lists, and other objects to strings."""
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def recorded_values(settings: Any) -> dict[str, Any]:
-    """What files and trackers record of the flags: those that say something, without secrets."""
-    values = values_of(settings)
-    recorded = [field.name for field, _ in fields_of(settings) if field.metadata["recorded"]]
+    """Maps flags to the values that files and trackers record: no secrets, and no None or empty lists."""
+    values = flag_values(settings)
+    recorded = [field.name for field, _ in iterate_flags(settings) if field.metadata["recorded"]]
     return {name: values[name] for name in recorded if values[name] not in (None, [])}
 
 
 def hide_secrets(settings: Any) -> None:
-    """Takes the values of secret flags out of `sys.argv`, which trackers record."""
-    for field, value in fields_of(settings):
+    """Replaces the values of secret flags in `sys.argv`, which trackers record, by `***`."""
+    for field, value in iterate_flags(settings):
         if field.metadata["secret"] and value:
             sys.argv[:] = [word.replace(value, "***") for word in sys.argv]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something, and one letter for what a flag takes."""
+    """Shows defaults unless they are empty or False, and short placeholders for values."""
 
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X"}.get(getattr(action.type, "kind", action.type), "NAME")
@@ -167,10 +177,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses flags; a mistake is an `InputError` of one line that names the nearest flag.
+    """Parses flags; an unknown flag is an `InputError` that suggests the most similar flag.
 
-    `settings_class` is a frozen dataclass whose fields are groups of flags: frozen dataclasses of fields made by `flag`,
-    each with a `title` for `--help` and, if its flags have to be checked together, a method `check(settings)`.
+    `settings_class` is a frozen dataclass of groups of flags. A group is a frozen dataclass of fields made by `flag`, with
+    a `title` for `--help` and, if its flags have to be checked together, a method `check(settings)`.
     """
 
     def __init__(self, settings_class: Any = None, **options: Any):
@@ -188,7 +198,7 @@ class Parser(argparse.ArgumentParser):
                 add(f"--{field.name}", default=field.default, **field.metadata["options"])
 
     def settings(self, argv: list[str] | None = None) -> Any:
-        """The groups of flags of a command line, checked; raises `InputError`."""
+        """Parses and checks a command line and returns the groups of flags; raises `InputError`."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(self.parse(argv)).items()}
         groups = {
             group.name: group.type(**{field.name: values[field.name] for field in dataclasses.fields(group.type)})
@@ -206,22 +216,23 @@ class Parser(argparse.ArgumentParser):
             unknown = [word for word in words if word.startswith("-")]
             known = [option for action in self._actions for option in action.option_strings]
             if unknown:
-                near = difflib.get_close_matches(unknown[0], known, n=1)
-                message = f"there is no flag {unknown[0]}." + (f" Did you mean {near[0]}?" if near else " See --help.")
+                similar = difflib.get_close_matches(unknown[0], known, n=1)
+                message = f"there is no flag {unknown[0]}."
+                message += f" Did you mean {similar[0]}?" if similar else " See --help."
         elif refused := re.fullmatch(r"argument (--\w+): (.*: it must be .*)", message):
             message = f"{refused[1]} {refused[2]}."
         raise InputError(message)
 
-    def parse(self, argv=None):
-        """The flags as a namespace: those of the file that `--config` names, and over them those of the command line."""
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parses the flags in the file of `--config`, if there is one, and the flags on the command line, which override it."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if "--help" in argv or "-h" in argv:
             return self.parse_args(argv)
         config = self.parse_known_args(argv)[0].config
-        return self.parse_args(argv if config is None else [*self._words_of(config), *argv])
+        return self.parse_args(argv if config is None else [*self._read_config(config), *argv])
 
-    def words(self, values):
-        """The command line that means these values of flags; those that are as by default are left out."""
+    def to_words(self, values: dict[str, Any]) -> list[str]:
+        """Returns the arguments that give flags these values; flags with their default value are omitted."""
         words = []
         for action in self._actions:
             value = values.get(action.dest, action.default)
@@ -232,13 +243,12 @@ class Parser(argparse.ArgumentParser):
             elif isinstance(value, list | tuple):
                 words += [f"--{action.dest}", *map(str, value)]
             else:
-                words += (
-                    [f"--{action.dest}={value}"] if str(value).startswith("-") else [f"--{action.dest}", str(value)]
-                )
+                negative = str(value).startswith("-")
+                words += [f"--{action.dest}={value}"] if negative else [f"--{action.dest}", str(value)]
         return words
 
-    def _words_of(self, config):
-        """The flags in a YAML file as words of a command line."""
+    def _read_config(self, config):
+        """Converts the flags in a YAML file to command-line arguments."""
         import yaml
 
         try:
@@ -246,15 +256,14 @@ class Parser(argparse.ArgumentParser):
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{config}: it can't be read as YAML ({reason_of(error)}).") from error
         if not isinstance(values, dict | None):
-            raise InputError(f"{config}: it must hold one flag a line, such as 'rank: 16'.")
+            raise InputError(f"{config}: it must hold one flag per line, such as 'rank: 16'.")
         actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
         words = []
         for key, value in (values or {}).items():
             if key not in actions:
-                near = difflib.get_close_matches(str(key), actions, n=1)
-                raise InputError(
-                    f"{config}: there is no flag '{key}'." + (f" Did you mean {near[0]}?" if near else "")
-                )
+                similar = difflib.get_close_matches(str(key), actions, n=1)
+                hint = f" Did you mean {similar[0]}?" if similar else ""
+                raise InputError(f"{config}: there is no flag '{key}'.{hint}")
             if isinstance(value, bool):
                 if actions[key].nargs != 0:
                     raise InputError(

@@ -1,45 +1,49 @@
-"""What goes wrong in a way that the user can act on, told in one line, and the exit code that goes with it."""
+"""Errors that the user can act on: each is reported in one line and has its own exit code."""
 
 
 class InputError(Exception):
-    """Bad input: one sentence with the remedy, which the scripts print on stderr before they exit with its code."""
+    """Invalid input. The message is one sentence with the remedy; commands print it on stderr and exit with `exit_code`."""
 
     exit_code = 2
 
 
 class TrainingError(Exception):
-    """A run that can't go on: one sentence with the remedy."""
+    """A run that cannot continue. The message is one sentence with the remedy."""
 
     exit_code = 1
 
 
 class NotANumberError(TrainingError):
-    """Loss, gradient or weights are not numbers any more."""
+    """The loss, the gradient or the weights contain NaN or infinity."""
 
     exit_code = 3
 
 
 class Stopped(BaseException):
-    """A run that was asked to stop before its end, for a reason, and where it did: run again, it goes on.
+    """A run was asked to stop before its end; the same command resumes it.
 
-    No `Exception`: what a library does about its own errors doesn't keep it from stopping.
+    This is a `BaseException`, so that libraries that catch `Exception` cannot prevent the stop.
     """
 
-    def __init__(self, reason, exit_code, where):
+    def __init__(self, reason: str, exit_code: int, where: str):
         super().__init__(reason, exit_code, where)
-        self.reason, self.exit_code, self.where = reason, exit_code, where
+        self.reason = reason
+        self.exit_code = exit_code
+        self.where = where
 
     def __str__(self):
-        return f"{self.reason}: stopped {self.where}. Run the same command again to go on."
+        return f"{self.reason}: stopped {self.where}. Run the same command again to resume."
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that memory is used up: the device's or the machine's, whichever library raised it."""
-    # CUDA and MPS, cuBLAS and cuDNN, PyTorch's allocator for the CPU on Linux and on Windows.
-    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in said))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library means that the memory of the device or of the machine is exhausted."""
+    # In this order: CUDA and MPS; cuBLAS and cuDNN; PyTorch's CPU allocator on Linux; its CPU allocator on Windows.
+    phrases = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(p in str(error) for p in phrases)
+    )
 
 
-def is_dead_worker(error):
-    """Whether an exception says that a process which loads data is no more."""
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether an exception means that a worker process of a `DataLoader` has died."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

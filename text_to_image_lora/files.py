@@ -1,4 +1,4 @@
-"""What every room does with files, errors and the hub, in one way: written whole or not at all, told in one line."""
+"""Files that are written completely or not at all, reasons of errors in one line, and requests to the hub."""
 
 import contextlib
 import errno
@@ -8,41 +8,51 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, TrainingError
 
 
-HUB_SECONDS = 3  # that the hub has to answer: a download without a network would retry for half a minute
-# A disk, or a quota, that is full; one that can't be written, or is broken; a file that the disk's format can't hold.
+HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
+# The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
 
-def in_bytes(count):
-    """A number of bytes as people say it: "12 MiB", "2.6 GiB"."""
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes: "12 MiB", "2.6 GiB"."""
     if count >= 2**30:
         return f"{count / 2**30:.1f} GiB"
     return f"{count / 2**20:.1f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
 
 
-def counted(number, word):
-    """A number of things as people say it: "1 picture", "12,000 pictures"."""
+def counted(number: int, word: str) -> str:
+    """Formats a number with its noun: "1 picture", "12,000 pictures"."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 @contextlib.contextmanager
-def written_whole(path, *, folder=False, shared=False):
-    """A temporary path that becomes `path` in one rename, when all has been written to it; with `folder` it is one.
+def written_whole(path: str | Path, *, folder: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Yields a temporary path, which is renamed to `path` once everything has been written to it.
 
-    After an exception `path` is as before; where the disk is why, it is a `TrainingError` that says so. After a kill it is
-    as before or new, or, where a folder replaces another and the kill fell between two renames, not there; a part of it is
-    never there. With `shared` several processes may write the same at once: what another one has put there first stays,
-    and nothing waits for the disk, since what is shared can be made again.
+    After an exception, `path` is unchanged. After a kill, it is either the old or the new one, never a part; only when one
+    folder replaces another, a kill between the two renames leaves no folder.
+
+    Args:
+        folder: Whether `path` is a folder; the temporary path is then an existing, empty folder.
+        shared: Whether several processes may write `path` at once. The one that is in place first stays, and nothing is
+            flushed to the disk, because shared files can be made again.
+
+    Raises:
+        TrainingError: The disk is full or cannot be written.
     """
     path = Path(path)
     mark = f".{secrets.token_hex(4)}" if shared else ""
-    temporary = path.with_name(f".{path.name}{mark}.tmp")  # no ending: readers take any .safetensors for weights
-    with telling_of_the_disk(path):
+    temporary = path.with_name(
+        f".{path.name}{mark}.tmp"
+    )  # no .safetensors suffix, or readers would load it as weights
+    with explaining_disk_errors(path):
         _remove(temporary)
         (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
         try:
@@ -60,19 +70,19 @@ def _put_in_place(temporary, path, folder, shared):
         try:
             os.rename(temporary, path)
         except OSError:
-            if not path.exists():  # else another process was quicker
+            if not path.exists():  # otherwise another process was faster
                 raise
     elif shared:
         try:
-            os.link(temporary, path)  # unlike a rename, it leaves alone what another machine may be reading
+            os.link(temporary, path)  # unlike a rename, a link does not replace a file that is being read
         except FileExistsError:
             pass
         except OSError:  # a file system without links
             os.replace(temporary, path)
     elif folder and path.exists():
-        before = _set_aside(path)
+        old = _set_aside(path)
         os.replace(temporary, path)
-        shutil.rmtree(before)
+        shutil.rmtree(old)
     else:
         os.replace(temporary, path)
     if not shared:
@@ -80,8 +90,8 @@ def _put_in_place(temporary, path, folder, shared):
 
 
 def _sync(path):
-    """Waits until a file, or what a folder holds, is on the disk, so that it outlasts a power cut."""
-    if path.is_dir() and os.name == "nt":  # which opens no folder
+    """Flushes a file, or the entries of a folder, to the disk, so that they survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -91,30 +101,30 @@ def _sync(path):
 
 
 @contextlib.contextmanager
-def telling_of_the_disk(path):
-    """Turns what a disk says that can't be written into a `TrainingError` of one line, with the space that is left."""
+def explaining_disk_errors(path: str | Path) -> Iterator[None]:
+    """Turns an `OSError` of a disk that cannot be written into a `TrainingError` that tells the free space."""
     try:
         yield
     except OSError as error:
-        # shutil.copytree puts the errors of its files into one of its own, as words.
+        # shutil.copytree raises one error with the texts of the errors of all files.
         if error.errno not in UNWRITABLE and "[Errno 28]" not in str(error):
             raise
         nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
         raise TrainingError(
             f"{path}: it can't be written ({error.strerror or os.strerror(errno.ENOSPC)}; "
-            f"{in_bytes(shutil.disk_usage(nearest).free)} are free there). What was there before is whole. Make room, and "
-            "run the same command again to go on."
+            f"{format_bytes(shutil.disk_usage(nearest).free)} are free there). The old content is intact. Free some space and "
+            "run the same command again to resume."
         ) from error
 
 
-def write_whole(path, data):
-    """Writes text (as UTF-8) or bytes, whole or not at all."""
+def write_whole(path: str | Path, data: str | bytes) -> None:
+    """Writes text (as UTF-8) or bytes completely or not at all, see `written_whole`."""
     with written_whole(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def remove_folder(path):
-    """Deletes a folder so that no half of it is ever taken for a whole."""
+def remove_folder(path: str | Path) -> None:
+    """Renames a folder to a hidden name before it deletes it, so that a half-deleted folder is never used."""
     shutil.rmtree(_set_aside(Path(path)))
 
 
@@ -133,8 +143,8 @@ def _remove(path):
             path.unlink()
 
 
-def check_writable(folder, flag):
-    """Raises `InputError` where the folder that the flag names can't be written; makes nothing."""
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raises `InputError` if the folder that was passed to `flag` is not writable; does not create the folder."""
     path = Path(folder)
     try:
         nearest = next(p for p in (path, *path.parents) if p.exists())
@@ -143,31 +153,31 @@ def check_writable(folder, flag):
         raise InputError(f"{folder}: it can't be written ({error.strerror}). Pass another {flag}.") from error
 
 
-def without_folders(values):
-    """The values as strings; of a path on this machine the last name only, the rest would tell of the author's disk."""
+def hide_folders(values: dict[str, Any]) -> dict[str, str]:
+    """Converts values to strings and shortens local paths to their last part, which does not reveal the user's folders."""
 
-    def shown(value):
+    def shorten(value):
         is_path = value.startswith("~") or os.path.isabs(value) or ("/" in value and os.path.exists(value))
         return Path(value).name if is_path else value
 
     return {
-        name: " ".join(shown(str(v)) for v in value) if isinstance(value, list) else shown(str(value))
+        name: " ".join(shorten(str(v)) for v in value) if isinstance(value, list) else shorten(str(value))
         for name, value in values.items()
     }
 
 
-def reason_of(error):
-    """The first line of what an error says, or its type's name where it says nothing."""
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
 
 
-def is_hub_id(name):
-    """Whether this can name a repository of the hub, `owner/name` or `name`; what is a path here does not."""
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a repository on the hub (`owner/name` or `name`) and is not an existing local path."""
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII)) and not os.path.exists(name)
 
 
-def asked_again(ask):
-    """What `ask()` gives; the hub is asked three times where it doesn't answer in time."""
+def retry_timeouts(ask: Callable[[], Any]) -> Any:
+    """Returns `ask()`, a request to the hub, which is tried up to three times if it times out."""
     from httpx import TimeoutException
 
     for seconds in (1, 2):
@@ -178,17 +188,17 @@ def asked_again(ask):
     return ask()
 
 
-def ask_hub(name, kind, revision=None):
-    """Asks the hub whether it has this "model" or "dataset"; raises what the hub's client raises."""
+def ask_hub(name: str, kind: str, revision: str | None = None) -> None:
+    """Checks that the hub has this repository (`kind` is "model" or "dataset"); raises the errors of the hub's client."""
     from huggingface_hub import HfApi
 
-    asked_again(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS))
+    retry_timeouts(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS))
 
 
 def hub_file(name, file, *, revision=None, cache_dir=None):
-    """The local path of a small file of a hub model: from the local cache, else from the hub.
+    """Returns the local path of a small file of a hub model, which is downloaded if it is not in the cache.
 
-    Raises what the hub's client raises where neither has it.
+    Raises the errors of the hub's client if neither the cache nor the hub has the file.
     """
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import disable_progress_bars

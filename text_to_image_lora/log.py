@@ -1,4 +1,4 @@
-"""Logging for the commands: plain lines, which do not tear a progress bar apart.
+"""Logging for the commands: plain lines that do not break progress bars.
 
 A module logs with `logging.getLogger(__name__)`; a command calls `start` once.
 """
@@ -13,9 +13,9 @@ PACKAGE = logging.getLogger(__package__)
 
 
 class LineHandler(logging.Handler):
-    """Writes each record as whole lines: INFO to stdout, WARNING and above to stderr, in a format of their own.
+    """Writes INFO records to stdout, and records from WARNING up, in their own format, to stderr.
 
-    Where tqdm is imported, the lines go through `tqdm.write`, which moves the progress bars below them.
+    If tqdm is imported, the lines go through `tqdm.write`, which redraws the progress bars below them.
     """
 
     def __init__(self, warning_format: str):
@@ -35,16 +35,16 @@ class LineHandler(logging.Handler):
             else:
                 bars.write(line, file=stream, end="")
             stream.flush()
-        except Exception:  # as in the handlers of the standard library: a line that can not be written stops nothing
+        except Exception:  # like the standard handlers: a line that cannot be written must not stop the run
             self.handleError(record)
 
 
 def start(main_process: bool = True, warning_format: str = "%(message)s") -> None:
-    """Configures the package's logger, instead of what an earlier call configured.
+    """Configures the package's logger and replaces the configuration of an earlier call.
 
     Args:
-        main_process: Whether this process writes; of several processes only the main one does.
-        warning_format: A format of `logging.Formatter` for warnings and errors.
+        main_process: Whether this is the main process; the other processes write nothing.
+        warning_format: The `logging.Formatter` format of warnings and errors.
     """
     for handler in [*PACKAGE.handlers]:
         if isinstance(handler, LineHandler):
@@ -53,10 +53,10 @@ def start(main_process: bool = True, warning_format: str = "%(message)s") -> Non
     handler.setLevel(logging.NOTSET if main_process else logging.CRITICAL + 1)
     PACKAGE.addHandler(handler)
     PACKAGE.setLevel(logging.INFO)
-    PACKAGE.propagate = False  # else libraries that configure the root logger would write each line again
+    PACKAGE.propagate = False  # or libraries that configure the root logger would write each line again
 
 
-class _Keeper(logging.Handler):
+class _Collector(logging.Handler):
     def __init__(self):
         super().__init__(logging.INFO)
         self.lines: list[str] = []
@@ -66,14 +66,15 @@ class _Keeper(logging.Handler):
 
 
 @contextlib.contextmanager
-def kept(room: str) -> Iterator[list[str]]:
-    """Collects the messages that the modules of a room, such as "pictures", log inside; every process collects its own."""
-    keeper, logger = _Keeper(), PACKAGE.getChild(room)
+def collect_messages(room: str) -> Iterator[list[str]]:
+    """Yields a list that collects the messages logged by the modules of a subpackage, such as "pictures", in this process."""
+    collector = _Collector()
+    logger = PACKAGE.getChild(room)
     level = logger.level
-    logger.setLevel(logging.INFO)  # also where no command has configured the package's logger
-    logger.addHandler(keeper)
+    logger.setLevel(logging.INFO)  # the package's logger may not be configured
+    logger.addHandler(collector)
     try:
-        yield keeper.lines
+        yield collector.lines
     finally:
-        logger.removeHandler(keeper)
+        logger.removeHandler(collector)
         logger.setLevel(level)

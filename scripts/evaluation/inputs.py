@@ -58,20 +58,20 @@ def read_pictures(args, folders, resolution):
     """The `PictureSet` of folders, cropped in the middle to squares of the resolution."""
     from text_to_image_lora.pictures import buckets
     from text_to_image_lora.pictures.captions import CaptionRules
-    from text_to_image_lora.pictures.examine import examine, usable_part
-    from text_to_image_lora.pictures.layouts import Reading
+    from text_to_image_lora.pictures.examine import examine, select_usable
+    from text_to_image_lora.pictures.layouts import ReadOptions
     from text_to_image_lora.pictures.picture_set import PictureSet
     from text_to_image_lora.pictures.sources import load_records
     from text_to_image_lora.pictures.tables import Columns
 
     columns = Columns(caption=args.caption_column, concept=args.concept_column)
-    reading = Reading(columns, instance_prompt=args.instance_prompt, archive_dir=args.output_dir / "archives")
+    reading = ReadOptions(columns, instance_prompt=args.instance_prompt, archive_dir=args.output_dir / "archives")
     records = load_records(reading, CaptionRules(trigger_word=args.trigger_word), train_data_dir=folders)
     good, bad = examine(records, range(len(records)))
     for i, reason in bad.items():
         raise InputError(f"{records[i]['source']}: {reason}. Fix it, or take the picture out.")
-    records, facts = usable_part(records, good)
-    sizes = buckets.square(resolution).sizes_of(facts)
+    records, facts = select_usable(records, good)
+    sizes = buckets.square(resolution).choose_sizes(facts)
     return PictureSet(records, facts, sizes, records["captions"][:])
 
 
@@ -85,10 +85,10 @@ def divide_pictures(args, resolution):
         held_out = read_pictures(args, args.validation_data_dir, resolution)
     if trained is not None:
         trained, held_out = divide(trained, held_out, args.validation_split, print)
-        trained = trained.to_validate_on()
+        trained = trained.for_validation()
     if len(held_out) < 2:
         raise InputError("There is 1 held-out picture. Take 2 or more, better 10, to tell likeness from chance.")
-    return held_out.to_validate_on(), trained
+    return held_out.for_validation(), trained
 
 
 def find_loras(words):

@@ -105,13 +105,13 @@ def test_kohya_has_the_same_updates(models, tmp_path):
             module = f"text_model.{module.removeprefix('text_model.')}" if name == "text_encoder" else module
             stored = tensors[f"lora_{'te' if name == 'text_encoder' else name}_{module.replace('.', '_')}.{end}"]
             assert torch.equal(stored.flatten(), value.flatten())
-    assert lora_file.dialect_of(tensors) == "kohya"
+    assert lora_file.find_dialect(tensors) == "kohya"
     assert_same_updates(lora_file.load_lora(path)[0], models)
 
 
 def test_ours_has_the_same_updates(models, tmp_path):
     path = lora_file.save_lora(tmp_path, adapters_of(models), {})
-    assert lora_file.dialect_of(load_file(path)) == "diffusers"
+    assert lora_file.find_dialect(load_file(path)) == "diffusers"
     assert_same_updates(lora_file.load_lora(tmp_path)[0], models)
 
 
@@ -186,7 +186,7 @@ def test_old_names_of_attention_in_the_text_encoder(base, tmp_path):
         key = key.replace("q_proj", "to_q").replace("out_proj", "to_out")
         old[key.replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up.")] = value
     save_file(old, tmp_path / "old.safetensors")
-    assert lora_file.dialect_of(old) == "old diffusers"
+    assert lora_file.find_dialect(old) == "old diffusers"
     loaded = lora_file.load_lora(tmp_path / "old.safetensors")[0]["text_encoder"]
     assert {key.removeprefix("text_model."): value.sum() for key, value in loaded.items()} == {
         key.removeprefix("text_model."): value.sum() for key, value in folded.items()
@@ -254,7 +254,7 @@ def test_sd15s_whole_geometry_by_kohyas_names(sd15):
     }
     assert {value.item() for key, value in tensors.items() if key.endswith(".alpha")} == {8.0}
     # And each name leads back to its layer.
-    back = {dialects.place_of(f"{name}.alpha", "kohya")[:2] for name in table}
+    back = {dialects.parse_key(f"{name}.alpha", "kohya")[:2] for name in table}
     layers = {(name, module) for name, (state, _) in states.items() for module in modules_of(state)}
     assert {(c, m.removeprefix("text_model.")) for c, m in back} == {
         (c, m.removeprefix("text_model.")) for c, m in layers
@@ -274,7 +274,7 @@ def test_every_layer_of_a_unet_and_a_text_encoder_has_a_name_that_leads_back(sd1
         for name in names:
             name = name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
             key = f"{STABLE_DIFFUSION.kohya.prefixes[component]}{name.replace('.', '_')}.lora_down.weight"
-            assert dialects.place_of(key, "kohya") == (component, name, "lora_A.weight")
+            assert dialects.parse_key(key, "kohya") == (component, name, "lora_A.weight")
 
 
 REFUSED = {

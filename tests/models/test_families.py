@@ -18,7 +18,7 @@ from text_to_image_lora.models.families import (
     PIPELINE_KINDS,
     STABLE_DIFFUSION,
     STABLE_DIFFUSION_XL,
-    families_of,
+    families_with_pipeline,
 )
 from text_to_image_lora.models.latents import LatentEncoder
 from text_to_image_lora.models.prompts import PromptEncoder
@@ -161,5 +161,5 @@ def test_the_pipelines_of_a_family_are_diffusers_own():
     for family in FAMILIES:
         for kind in PIPELINE_KINDS:
             assert hasattr(diffusers, family.pipeline_of(kind))
-    assert families_of("StableDiffusionXLControlNetImg2ImgPipeline") == [STABLE_DIFFUSION_XL]
-    assert families_of("FluxPipeline") == []
+    assert families_with_pipeline("StableDiffusionXLControlNetImg2ImgPipeline") == [STABLE_DIFFUSION_XL]
+    assert families_with_pipeline("FluxPipeline") == []

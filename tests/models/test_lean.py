@@ -130,7 +130,7 @@ def test_what_is_not_plain_stays_as_peft_has_it(make_unet, changes):
     unet = make_unet(replace(PLAIN, **changes))
     groups = [lora.trainable_parameters(unet)]
     classes = [type(module) for module in unet.modules()]
-    assert lean.hold_lean(unet, groups) is groups
+    assert lean.use_lean_forward(unet, groups) is groups
     assert [type(module) for module in unet.modules()] == classes
 
 

@@ -268,10 +268,10 @@ def two_adapted(tiny_sd):
 
 def test_joined_adapters_come_apart_again(two_adapted):
     states = {name: lora.adapter_state(model)[0] for name, model in two_adapted.items()}
-    joined = lora.joined(states)
+    joined = lora.merge_states(states)
     assert len(joined) == sum(map(len, states.values()))
     for name, state in states.items():
-        part = lora.part_of(joined, name)
+        part = lora.extract_state(joined, name)
         assert part.keys() == state.keys()
         assert all(part[key] is state[key] for key in part)
 

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import kohya, lora, lora_file, readers
-from text_to_image_lora.models.receipt import check_arrival, layers_of
+from text_to_image_lora.models.receipt import check_arrival, layer_shapes
 from text_to_image_lora.models.settings import LoraSettings
 
 
@@ -31,7 +31,7 @@ def written(base, folder, options, rank=None):
         "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
     }
     components = {name: adapter(model) for name, model in models.items()}
-    layers = {name: layers_of(model) for name, model in models.items()}
+    layers = {name: layer_shapes(model) for name, model in models.items()}
     ours = lora_file.save_lora(folder, components, {})
     return components, layers, ours, kohya.save_kohya(folder / "kohya.safetensors", components, {})
 
@@ -39,7 +39,7 @@ def written(base, folder, options, rank=None):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_what_is_written_arrives(base, tmp_path, options):
     components, layers, ours, kohyas = written(base, tmp_path, options)
-    assert layers == {"unet": layers_of(base.unet), "text_encoder": layers_of(base.text_encoder)}
+    assert layers == {"unet": layer_shapes(base.unet), "text_encoder": layer_shapes(base.text_encoder)}
     assert check_arrival(ours, components, layers) == 64
     assert check_arrival(kohyas, components, layers, by_kohyas_names=True) == 64
 
@@ -164,7 +164,7 @@ def sd_models(cross_attention_dim):
             num_attention_heads=cross_attention_dim // 64, intermediate_size=4 * cross_attention_dim,
         )  # fmt: skip
         text_encoder = CLIPTextModel(clip)
-        layers = {"unet": layers_of(unet), "text_encoder": layers_of(text_encoder)}
+        layers = {"unet": layer_shapes(unet), "text_encoder": layer_shapes(text_encoder)}
         lora.add_lora(unet, LoraSettings(rank=16, lora_alpha=8, target_modules=list(layers["unet"])))
         lora.add_lora(text_encoder, LoraSettings(rank=16, lora_alpha=8, target_modules=lora.text_layers(text_encoder)))
     return {"unet": unet, "text_encoder": text_encoder}, layers

@@ -55,7 +55,7 @@ def test_its_layers_are_all_adapted(xl):
 
 def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
     """722 + 72 + 192 modules: attention, feed-forward and projections of the UNet, and every layer of the encoders."""
-    shapes, layers = {}, {name: receipt.layers_of(model) for name, model in xl.items()}
+    shapes, layers = {}, {name: receipt.layer_shapes(model) for name, model in xl.items()}
     targets = {"unet": [*STABLE_DIFFUSION_XL.target_modules, "proj_in", "proj_out"]}
     targets |= {name: lora.text_layers(xl[name]) for name in ("text_encoder", "text_encoder_2")}
     with torch.device("meta"):
@@ -89,15 +89,15 @@ def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
     assert receipt.check_arrival(path, components, layers, by_kohyas_names=True) == 722 + 72 + 192
     assert receipt.check_arrival(lora_file.save_lora(tmp_path, components, {}), components, layers) == 986
     again, _ = lora_file.load_lora(path)
-    assert kohya.family_of(again) is STABLE_DIFFUSION_XL
+    assert kohya.guess_family(again) is STABLE_DIFFUSION_XL
 
 
 def test_every_layer_of_its_unet_has_a_name_that_means_it(xl):
-    names = receipt.layers_of(xl["unet"])
+    names = receipt.layer_shapes(xl["unet"])
     found = {module: original_names.original_name(module) for module in names}
     assert len(set(found.values())) == len(names) == 794
     assert {name.replace(".", "_") for name in names} == {
-        original_names.module_of(name).replace(".", "_") for name in found.values()
+        original_names.diffusers_name(name).replace(".", "_") for name in found.values()
     }
     assert found["up_blocks.0.upsamplers.0.conv"] == "output_blocks_2_2_conv"
     assert found["down_blocks.0.downsamplers.0.conv"] == "input_blocks_3_0_op"

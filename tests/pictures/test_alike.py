@@ -9,7 +9,7 @@ from conftest import make_picture_set, read_records, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.alike import alike_pictures, divide, equal_pictures, groups_of, hold_out, probe_of
+from text_to_image_lora.pictures.alike import alike_pictures, divide, equal_pictures, group_alike, hold_out, pick_probe
 from text_to_image_lora.pictures.examine import Picture, difference_hash, examine
 from text_to_image_lora.pictures.records import with_class_pictures
 
@@ -38,7 +38,7 @@ def test_equal_is_the_same_file():
     others = [a, b._replace(hash=a.hash), c, a, c, a]
     assert equal_pictures(others) == [[0, 3, 5], [2, 4]]
     assert alike_pictures(others) == [[0, 1]]  # a file that is there again is no other one
-    assert groups_of(others) == [0, 0, 2, 0, 2, 0]
+    assert group_alike(others) == [0, 0, 2, 0, 2, 0]
 
 
 # A division.
@@ -53,7 +53,7 @@ def divided(tmp_path):
         shutil.copy(folder / f"{i}.png", folder / f"copy{i}.png")
         Image.open(folder / f"{i + 4}.png").resize((48, 48)).save(folder / f"small{i}.jpg", quality=80)
     pictures = make_picture_set(read_records(folder))
-    assert len(set(groups_of(pictures.facts))) == 12
+    assert len(set(group_alike(pictures.facts))) == 12
     return divide(pictures, None, 0.3)
 
 
@@ -62,7 +62,7 @@ def test_what_looks_alike_is_never_on_both_sides(divided):
     kept, held_out = divided
     assert 4 <= len(held_out) <= 6
     assert len(kept) + len(held_out) == 20
-    groups = groups_of([*kept.facts, *held_out.facts])
+    groups = group_alike([*kept.facts, *held_out.facts])
     assert not set(groups[: len(kept)]) & set(groups[len(kept) :])
     assert set(kept.records["num_repeats"]) == {3}
     for part in divided:
@@ -107,14 +107,16 @@ def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others, sa
     assert kept.facts == [whole.facts[index] for index in (0, 1, 3, 5)]
     assert held_out is validated
     assert said == [
-        "2 pictures are not trained on, because they look like one that is validated on",
-        "only 5 pictures to validate on: the validation loss is a rough guide (10 or more are better)",
+        "2 pictures are not trained on, because they look like a validation picture",
+        "only 5 validation pictures: the validation loss is a rough estimate (use 10 or more)",
     ]
 
 
 def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
     pictures = make_picture_set(pictures)
-    with pytest.raises(InputError, match="All pictures to train on look like one in --validation_data_dir"):
+    with pytest.raises(
+        InputError, match="All training pictures look like validation pictures. Put different pictures"
+    ):
         divide(pictures, pictures, 0.0)
 
 
@@ -124,32 +126,32 @@ def test_class_pictures_are_not_validated_on(pictures, tmp_path, said):
     assert len(held_out) == 2
     assert held_out.is_class == [False] * 2
     assert sorted(kept.is_class) == [False] * 4 + [True] * 6
-    assert [line.partition(":")[0] for line in said] == ["only 2 pictures to validate on"]
+    assert [line.partition(":")[0] for line in said] == ["only 2 validation pictures"]
 
 
 def test_class_pictures_alone_are_nothing_to_train_on(pictures, tmp_path):
     both = with_class(pictures, write_pictures(tmp_path / "class", count=3, seed=5))
-    with pytest.raises(InputError, match="All pictures to train on look like one"):
+    with pytest.raises(InputError, match="All training pictures look like validation pictures"):
         divide(both, make_picture_set(pictures), 0.0)
 
 
 def test_copies_alone_cannot_be_divided(tmp_path):
     pictures = make_picture_set(write_pictures(tmp_path / "one", count=1)).select([0] * 4)
-    with pytest.raises(InputError, match="4 pictures can't be divided"):
+    with pytest.raises(InputError, match="4 pictures can't be split"):
         divide(pictures, None, 0.25)
 
 
 def test_a_dry_run_divides_too(train, tmp_path, capsys):
     train(dry_run=True, validation_split=0.34)
-    assert "4 pictures, 4 captions (4 different); 2 more to validate on" in capsys.readouterr().out
+    assert "4 pictures, 4 captions (4 different); 2 more for validation" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["validated"] == 2
 
 
 def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
     both = with_class(pictures, write_pictures(tmp_path / "class", count=30, seed=5))
-    probe = probe_of(both, 6, seed=0)
+    probe = pick_probe(both, 6, seed=0)
     assert probe.is_class == [False] * 6
     assert probe.facts == both.facts[:6]
-    some = [probe_of(both, 3, seed=seed) for seed in (0, 0, 1)]
+    some = [pick_probe(both, 3, seed=seed) for seed in (0, 0, 1)]
     assert some[0].facts == some[1].facts != some[2].facts
     assert len(set(some[0].facts)) == 3

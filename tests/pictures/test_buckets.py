@@ -64,24 +64,24 @@ def sized(*sides):
 def test_small_pictures_keep_their_size_when_asked():
     pictures = sized((300, 200), (2000, 1000), (512, 512), (100, 700), (64, 64))
     limits = Buckets(512, smallest=64, largest=1024, step=64, no_upscale=True)
-    assert limits.sizes_of(pictures) == [(256, 192), (704, 320), (512, 512), (64, 640), (64, 64)]
-    scaled = limits._replace(no_upscale=False).sizes_of(pictures)
+    assert limits.choose_sizes(pictures) == [(256, 192), (704, 320), (512, 512), (64, 640), (64, 64)]
+    scaled = limits._replace(no_upscale=False).choose_sizes(pictures)
     assert scaled[2] == scaled[4] == (512, 512)
     assert scaled[0][0] > scaled[0][1] > 256
-    assert buckets.enlarged(pictures, limits.sizes_of(pictures)) == []
-    assert buckets.enlarged(pictures, scaled) == [0, 3, 4]
+    assert buckets.find_enlarged(pictures, limits.choose_sizes(pictures)) == []
+    assert buckets.find_enlarged(pictures, scaled) == [0, 3, 4]
 
 
 @pytest.mark.parametrize("side", [(100, 3000), (3000, 100), (3000, 1), (100, 1100)])
 def test_without_upscaling_too_no_side_is_over_the_limit(side):
     limits = Buckets(512, smallest=64, largest=1024, step=64, no_upscale=True)
-    assert limits.sizes_of(sized(side)) == [(64, 1024) if side[1] > side[0] else (1024, 64)]
+    assert limits.choose_sizes(sized(side)) == [(64, 1024) if side[1] > side[0] else (1024, 64)]
 
 
 def test_without_buckets_every_picture_is_trained_at_the_square():
     pictures = sized((300, 200), (2000, 1000), (32, 32), (7, 900))
-    assert buckets.square(32).sizes_of(pictures) == [(32, 32)] * 4
-    assert buckets.enlarged(pictures, [(32, 32)] * 4) == [3]
+    assert buckets.square(32).choose_sizes(pictures) == [(32, 32)] * 4
+    assert buckets.find_enlarged(pictures, [(32, 32)] * 4) == [3]
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_limits_that_leave_no_bucket(limits):
 )
 def test_limits_that_are_not_given(given, settled):
     """Half and twice the resolution, in steps of 64 or what a small resolution allows; sides move inwards."""
-    assert buckets.settle(**given) == Buckets(*settled)
+    assert buckets.make_buckets(**given) == Buckets(*settled)
 
 
 def test_limits_that_cannot_be_settled():
     with pytest.raises(InputError, match="--bucket_min_size .* --bucket_max_size"):
-        buckets.settle(512, 8, largest=448)
+        buckets.make_buckets(512, 8, largest=448)
     with pytest.raises(InputError, match="--bucket_step 20: this model needs a multiple of 8, e.g. 16"):
-        buckets.settle(512, 8, step=20)
+        buckets.make_buckets(512, 8, step=20)
 
 
 # The command.
@@ -136,7 +136,7 @@ def test_buckets_train(train, shapes, capsys, cache_variations):
     lines = [line.split() for line in out.splitlines()]
     for row in (["48x16", "4", "4"], ["16x48", "3", "3"], ["32x32", "2", "2"]):
         assert row in lines
-    assert "2 of 9 pictures are smaller than what they are trained at, and are enlarged" in out
+    assert "2 of 9 pictures are smaller than their training size and are enlarged" in out
     assert "9 pictures, 5 steps an epoch, 6 steps" in out
     rows = read_metrics(folder)
     assert len(rows) == 6

@@ -104,7 +104,7 @@ PICTURES = {
     "truncated PNG": Odd(picture(noise())[:700], refused="it can't be decoded"),
     "truncated WebP": Odd(picture(noise(), kind="WEBP")[:300], refused="it can't be decoded", name="odd.webp"),
     "zero bytes": Odd(b"", refused="the file is empty"),
-    "text called jpg": Odd(b"Dear Sir or Madam,\n", refused="not a picture in a format that Pillow reads", name="odd.jpg"),
+    "text called jpg": Odd(b"Dear Sir or Madam,\n", refused="not a picture in a format that Pillow can read", name="odd.jpg"),
     "wrong extension": Odd(picture(), (200, 30, 60), name="odd.jpg"),
     "upper-case extension": Odd(picture(), (200, 30, 60), name="ODD.PNG"),
     "name with spaces": Odd(picture(), (200, 30, 60), name="an odd one, really.png"),
@@ -202,7 +202,7 @@ def linked(folder):
 
 
 FOLDERS = {
-    "an empty folder": Case(lambda f: (f / "good.png").unlink(), "it holds no pictures and no metadata file"),
+    "an empty folder": Case(lambda f: (f / "good.png").unlink(), "it contains no pictures and no metadata file"),
     "no captions": Case(lambda f: None, "the pictures have no captions"),
     "a link out of the folder": Case(
         lambda f: (write(f, metadata_jsonl=rows("a cat")), linked(f)), "leaves the dataset folder"
@@ -235,7 +235,7 @@ FOLDERS = {
     "duplicate rows": Case(
         lambda f: write(f, metadata_jsonl=rows("a cat", "a cat")),
         captions=[["a cat"], ["a cat"]],
-        said="1 rows name a picture that another row names too; each row counts",
+        said="1 rows name a picture that another row names too; each row is used",
     ),
     "a CSV with a BOM": Case(lambda f: write(f, metadata_csv=b"\xef\xbb\xbffile_name,text\ngood.png,a cat\n")),
     "a CSV with semicolons": Case(lambda f: write(f, metadata_csv="file_name;text\ngood.png;a cat\n")),
@@ -251,7 +251,7 @@ FOLDERS = {
         lambda f: write(f, metadata_csv="file_name,text\ngood.png,un café\n".encode("latin-1")),
         "Save it again as UTF-8",
     ),
-    "a CSV without rows": Case(lambda f: write(f, metadata_csv="file_name,text\n"), "it has no row to train on"),
+    "a CSV without rows": Case(lambda f: write(f, metadata_csv="file_name,text\n"), "it has no usable row"),
     "a JSONL with a broken line": Case(
         lambda f: write(f, metadata_jsonl=rows("a cat") + '{"file_name": "good.png", \n'),
         "metadata.jsonl:2: this line is not JSON",
@@ -267,14 +267,14 @@ FOLDERS = {
     ),
     "two metadata files": Case(
         lambda f: write(f, metadata_jsonl=rows("a cat"), metadata_csv="file_name,text\ngood.png,a cat\n"),
-        "its pictures would count twice. Keep one of them",
+        "its pictures would be used twice. Keep only one of the two files",
     ),
     "hidden files": Case(
         lambda f: write(
             f, metadata_jsonl=rows("a cat"), **{".DS_Store": b"x", "Thumbs.db": b"x", "__MACOSX__._good_png": b"x"}
         )
     ),
-    "an empty metadata file": Case(lambda f: write(f, metadata_jsonl=""), "it has no row to train on"),
+    "an empty metadata file": Case(lambda f: write(f, metadata_jsonl=""), "it has no usable row"),
 }
 
 

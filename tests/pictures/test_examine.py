@@ -9,7 +9,7 @@ from PIL import Image
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures import examine as examine_module
-from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, usable_part, usable_pictures
+from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, select_usable, usable_pictures
 from text_to_image_lora.pictures.records import image_id
 
 
@@ -130,7 +130,7 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
     with pytest.raises(InputError) as caught:
         usable(records, skip_bad_images=False)
     assert str(caught.value) == (
-        f"{pictures}/metadata.jsonl:2: '1.png': the file is empty (2 such pictures in all). Fix it, or pass "
+        f"{pictures}/metadata.jsonl:2: '1.png': the file is empty (2 unusable pictures in total). Fix it, or pass "
         "--skip_bad_images to leave it out."
     )
     kept, facts = usable(records, skip_bad_images=True)
@@ -142,5 +142,5 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
 
 
 def test_not_one_picture_that_can_be_used(pictures):
-    with pytest.raises(InputError, match="Not one picture can be used"):
-        usable_part(read_records(pictures), {})
+    with pytest.raises(InputError, match="None of the pictures can be used"):
+        select_usable(read_records(pictures), {})

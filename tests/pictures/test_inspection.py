@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import make_picture_set, run_command, write_pictures
 from PIL import Image, ImageFont
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.inspection import LISTED, describe, lines_of, wrapped
+from text_to_image_lora.pictures.inspection import LISTED, describe, format_report, wrapped
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["samples_an_epoch"] == 9
     assert report["steps_an_epoch"] == 5
     out = capsys.readouterr().out
-    assert "2 left out, as they can't be used:" in out
-    assert "1 times pictures look alike:" in out
-    assert "1 captions are cut at the limit:" in out
+    assert "2 left out because they can't be used:" in out
+    assert "1 groups of pictures that look alike:" in out
+    assert "1 captions are truncated at the limit:" in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
     assert not (tmp_path / "cache").exists()
 
@@ -121,10 +122,10 @@ def test_the_report_on_a_set(pictures, tmp_path):
     sizes = [(64, 64)] + [(32, 32)] * 5
     both = make_picture_set(pictures, sizes=sizes, captions=[["a cat", "my cat"]] * 2 + [["a dog"]] * 4)
     left_out = [(f"{i}.png", "the file is empty") for i in range(LISTED + 2)]
+    sampler = SimpleNamespace(samples=np.array([0, 0, 1, 2, 3, 4, 5]), steps_per_epoch=4)
     report = describe(
-        both, left_out, np.array([0, 0, 1, 2, 3, 4, 5]), num_validated=3, token_counts=None, token_limit=None,
-        steps_per_epoch=4, cache_bytes=3 * 2**20,
-    )  # fmt: skip
+        both, left_out, sampler, num_validated=3, token_counts=None, token_limit=None, cache_bytes=3 * 2**20
+    )
     assert report["tokens"] is None
     assert (report["pictures"], report["validated"], report["captions"], report["different_captions"]) == (6, 3, 8, 3)
     assert report["sizes"] == {
@@ -133,11 +134,11 @@ def test_the_report_on_a_set(pictures, tmp_path):
     }
     assert report["concepts"] == {"pictures": {"pictures": 6, "samples_an_epoch": 7}}
     assert [line.rpartition(": ")[2] for line in report["enlarged"]] == ["40x32"]
-    lines = lines_of(report)
-    assert lines[0] == "6 pictures, 8 captions (3 different); 3 more to validate on"
-    assert lines[1] == "7 samples and 4 steps an epoch; the cache takes about 3.0 MiB"
-    assert f"{LISTED + 2} left out, as they can't be used:" in lines
-    assert "  ... and 2 more, all in the JSON file" in lines
+    lines = format_report(report)
+    assert lines[0] == "6 pictures, 8 captions (3 different); 3 more for validation"
+    assert lines[1] == "7 samples and 4 steps per epoch; the cache takes about 3.0 MiB"
+    assert f"{LISTED + 2} left out because they can't be used:" in lines
+    assert "  ... and 2 more; the JSON file lists all" in lines
     assert not any("tokens" in line for line in lines)
 
 

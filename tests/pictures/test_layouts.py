@@ -122,8 +122,8 @@ def test_repeats_of_the_parent_and_of_the_inner_folder(tmp_path, load, said):
     assert dataset["num_repeats"][:] == [10, 10, 3]
     assert dataset["concept"][:] == ["red axe", "red axe", "spear"]
     assert said == [
-        f"{tmp_path}/set/10_red axe: 2 pictures, each 10 times an epoch",
-        f"{tmp_path}/set/3_spear: 1 picture, each 3 times an epoch",
+        f"{tmp_path}/set/10_red axe: 2 pictures, each 10 times per epoch",
+        f"{tmp_path}/set/3_spear: 1 picture, each 3 times per epoch",
     ]
     inner = load(tmp_path / "set" / "10_red axe")
     assert inner["num_repeats"][:] == [10, 10]
@@ -135,7 +135,7 @@ def test_kohya_pictures_without_a_caption_file_take_their_folders_name(tmp_path,
         save_picture(tmp_path / "2_sks_dog" / f"{name}.png", 0)
     write("a dog on a sofa", tmp_path / "2_sks_dog" / "a.txt")
     assert load(tmp_path)["captions"][:] == [["a dog on a sofa"], ["sks dog"]]
-    assert f"{tmp_path}: pictures without a caption file, whose folder's name is their caption: 1" in said
+    assert f"{tmp_path}: pictures without a caption file, captioned with their folder's name: 1" in said
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_trigger_and_class_from_the_folders_name(tmp_path, load, said, name, cap
     dataset = load(tmp_path / "set")
     assert dataset["captions"][:] == [[caption], ["wvy cat"]]
     assert dataset["concept"][:] == ["sks", "wvy"]
-    assert said[0] == f"{tmp_path}/set: the caption '{caption}' is for 1 picture (--caption_template)"
+    assert said[0] == f"{tmp_path}/set: the caption '{caption}' is used for 1 picture (--caption_template)"
     template = "a painting of {trigger}, a {class}"
     assert load(tmp_path / "set", caption_template=template)["captions"][:] == [
         ["a painting of sks, a golden retriever"],
@@ -162,7 +162,7 @@ def test_a_single_folder_below_is_a_trigger_and_a_class(tmp_path, load, said):
     dataset = load(tmp_path / "set")
     assert dataset["captions"][:] == [["myAnimeStyleToken anime face"]] * 2
     assert dataset["concept"][:] == ["myAnimeStyleToken"] * 2
-    caption = "the caption 'myAnimeStyleToken anime face' is for 2 pictures (--caption_template)"
+    caption = "the caption 'myAnimeStyleToken anime face' is used for 2 pictures (--caption_template)"
     assert said == [f"{tmp_path}/set: {caption}"]
 
 
@@ -201,7 +201,7 @@ def test_a_layout_that_is_asked_for(tmp_path, load, said):
                 load(folder, dataset_layout=layout, **options)
         else:
             assert load(folder, dataset_layout=layout, **options)["captions"][:] == [["sks"]] * 4
-    with pytest.raises(InputError, match="needs --instance_prompt"):
+    with pytest.raises(InputError, match="requires --instance_prompt"):
         load(folder, dataset_layout="instance")
 
 
@@ -257,7 +257,7 @@ def test_pictures_and_rows_that_do_not_meet(tmp_path, load, said):
     assert load(tmp_path)["captions"][:] == [["a cat"], ["my cat"]]
     assert said == [
         f"{tmp_path}: 2 pictures have no row in a metadata file and will not be trained on; the first: {tmp_path}/1.png",
-        f"{tmp_path}: 1 rows name a picture that another row names too; each row counts",
+        f"{tmp_path}: 1 rows name a picture that another row names too; each row is used",
     ]
 
 
@@ -313,7 +313,7 @@ def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said):
     build(tmp_path / "set" / "train", "csv")
     build(tmp_path / "set" / "test", "csv")
     assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its folder train, not on test"]
+    assert said == [f"{tmp_path}/set: training on its subfolder train, not on test"]
 
 
 def test_column_flags_without_a_table(tmp_path, load):
@@ -356,7 +356,7 @@ def test_splits_in_capitals(tmp_path, load, said):
     build(tmp_path / "set" / "Train", "csv")
     build(tmp_path / "set" / "Test", "csv")
     assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its folder Train, not on Test"]
+    assert said == [f"{tmp_path}/set: training on its subfolder Train, not on Test"]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV"])
@@ -375,4 +375,4 @@ def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, s
     said.clear()
     (folder / name).unlink()
     assert load(folder)["captions"][:] == [["beside, in train"]]
-    assert said == [f"{folder}: training on its folder train, not on test, validation"]
+    assert said == [f"{folder}: training on its subfolder train, not on test, validation"]

@@ -95,7 +95,7 @@ def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
         (masked / "metadata.jsonl").unlink()
     dataset = read_records(masked)
     assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
-    assert said == [f"{masked}: 2 masks belong to no picture, as their names say; the first: 11.mask.png"]
+    assert said == [f"{masked}: 2 masks match no picture by their names; the first: 11.mask.png"]
 
 
 def erased(mode):

@@ -47,7 +47,9 @@ def test_prior_preservation_trains(train, tmp_path, capsys):
     assert len(read_metrics(folder)) == 2
     with pytest.raises(InputError, match="the pictures have no captions"):
         train(class_data_dir=dogs)
-    with pytest.raises(InputError, match="--class_prompt is the caption of --class_data_dir's pictures"):
+    with pytest.raises(
+        InputError, match="--class_prompt is the caption of the pictures in --class_data_dir: add --class_data_dir"
+    ):
         train(class_prompt="a dog")
 
 

@@ -190,7 +190,7 @@ def test_thumbnails_beside_parquet_files_are_not_trained_on(stored, tmp_path, in
 
 def test_a_stored_dataset_without_train_split(stored, load):
     assert len(load(stored("parquet", splits=("validation",)))) == 2
-    with pytest.raises(InputError, match="no split 'train', only: a, b"):
+    with pytest.raises(InputError, match="no split 'train'. Its splits are: a, b"):
         load(stored("dictionary", splits=("a", "b")))
 
 
@@ -360,7 +360,7 @@ def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, mon
     dataset = load(folder, leave_out=lambda *row: left_out.append(row))
     first = 1 + len(good)
     expected = [f"column 'image' names a file outside of the dataset ({str(path)!r})" for path in outside]
-    expected += [f"column 'image' names something that is no file ({str(path)!r})" for path in no_file]
+    expected += [f"column 'image' names something that is not a file ({str(path)!r})" for path in no_file]
     assert left_out == [(f"{folder}: row {i}", reason) for i, reason in enumerate(expected, start=first)]
     assert dataset["captions"][:] == [[f"number {i}"] for i in range(first)]
     assert pictures_of(dataset) == [picture_bytes("blue")] + [picture_bytes("green")] * len(good)

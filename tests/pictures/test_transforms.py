@@ -175,8 +175,8 @@ def png_header(width, height):
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"a caption, not a picture\n", "not a picture in a format that Pillow reads"),
-        (b"\0" * 1000, "not a picture in a format that Pillow reads"),
+        (b"a caption, not a picture\n", "not a picture in a format that Pillow can read"),
+        (b"\0" * 1000, "not a picture in a format that Pillow can read"),
         (encoded(noise(64, 64))[:2000], "can't be decoded"),
         (encoded(noise(64, 64), "JPEG")[:1000], "can't be decoded"),
         (encoded(noise(64, 64), "WEBP")[:1000], "can't be decoded"),

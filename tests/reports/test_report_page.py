@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT, read_metrics, train_script, write_pictures
 from PIL import Image
 
-from text_to_image_lora.command_line import values_of
+from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError, Stopped
 from text_to_image_lora.reports import about, curves, metrics, panels, report_page, runs, sample_pictures
 from text_to_image_lora.reports.numbers import Curve, read_numbers
@@ -162,7 +162,7 @@ def test_the_command_makes_the_same_run(finished):
     words = shlex.split(command)
     assert words[:2] == ["accelerate", "launch"]
     words = words[words.index("train_text_to_image_lora.py") + 1 :]
-    again = values_of(train_script.parse_settings(words))
+    again = flag_values(train_script.parse_settings(words))
     for name, value in {"rank": 2, "seed": 5, "max_train_steps": 6, "validation_prompts": PROMPTS, "hub_token": None,
                         "validation_split": 0.3, "skip_bad_images": True, "learning_rate": 0.03}.items():  # fmt: skip
         assert again[name] == value

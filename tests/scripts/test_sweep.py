@@ -20,7 +20,7 @@ from scripts import sweep
 from scripts.sweeping import results
 from scripts.sweeping.settings import SweepError
 from scripts.sweeping.study import sampler_of
-from text_to_image_lora.command_line import values_of
+from text_to_image_lora.command_line import flag_values
 
 
 # Where it is the queue that is tested, and no training.
@@ -308,7 +308,7 @@ def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
     argv = done.stdout.splitlines()
     assert argv[:4] == ["launch", "--config_file", "accelerate_config.yaml", "train_text_to_image_lora.py"]
-    values = values_of(train_script.parse_settings(argv[4:]))
+    values = flag_values(train_script.parse_settings(argv[4:]))
     expected = {"output_dir": "sweeps/abc123", "train_batch_size": 4, "rank": 16, "learning_rate": 0.0002}
     assert expected.items() <= values.items()
 

@@ -395,7 +395,7 @@ def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wan
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub_checkpoints, "_names_on_hub", lambda *_: ["checkpoint-20"])
-    monkeypatch.setattr(hub_checkpoints, "asked_again", lambda ask: ask())
+    monkeypatch.setattr(hub_checkpoints, "retry_timeouts", lambda ask: ask())
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
         InputError, match=r"^me/axes: checkpoint-20 can't be fetched \(no route to host\)\. Run it again"

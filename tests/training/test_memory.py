@@ -64,7 +64,7 @@ def test_a_step_holds_what_was_estimated(tiny_sd, checkpointed):
     lora.add_lora(unet, plan.lora)
     if checkpointed:
         unet.enable_gradient_checkpointing()
-    ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    ((master,),) = lean.use_lean_forward(unet, [lora.trainable_parameters(unet)])
     trial = Trial(base.family, unet, [master], shapes, torch.float32, torch.device("cpu"))
     for batch_size in (1, 3):
         gc.collect()

@@ -24,7 +24,7 @@ def make_trial(tiny_sd):
     base = loading.find_base_model(str(tiny_sd))
     unet = loading.load_components(base).denoiser
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=base.family.target_modules))
-    ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    ((master,),) = lean.use_lean_forward(unet, [lora.trainable_parameters(unet)])
     shapes = Shapes(base.latent_shape((32, 32)), base.condition_shapes(1))
 
     def make(room=1000):
@@ -195,7 +195,7 @@ def test_what_makes_room_is_the_base_alone(tiny_sd):
     unet = loading.load_components(loading.find_base_model(str(tiny_sd))).denoiser
     plain = {id(parameter) for parameter in unet.parameters()}
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
-    lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    lean.use_lean_forward(unet, [lora.trainable_parameters(unet)])
     joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
     assert {id(parameter) for parameter in trials.base_of(unet)} == plain | {id(parameter) for parameter in joined}
     before = {name: value.clone() for name, value in unet.state_dict().items()}
@@ -222,7 +222,7 @@ def test_a_model_that_made_room_predicts_as_before(tiny_sd):
     base, device = loading.find_base_model(str(tiny_sd)), torch.device("cuda")
     unet = loading.load_components(base).denoiser.to(device)
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
-    ((master,),) = lean.hold_lean(unet, [lora.trainable_parameters(unet)])
+    ((master,),) = lean.use_lean_forward(unet, [lora.trainable_parameters(unet)])
     more = [torch.zeros(1, *shape, device=device) for shape in (base.latent_shape((32, 32)), (), (77, 96))]
     with torch.no_grad():
         master.add_(1e-2)

@@ -1,1 +1,1 @@
-"""What is trained: model families, loading, prompts, LoRA and its file."""
+"""Models: families, loading, prompts, the LoRA and its file formats."""

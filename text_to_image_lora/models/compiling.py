@@ -1,35 +1,37 @@
-"""`torch.compile` for training steps; validation and sample pictures run as they are.
+"""`torch.compile` for training steps; validation and sample pictures run uncompiled.
 
-Shapes are static: each size of pictures has a graph of its own, and a batch that is not full, as the last of an epoch may
-be, is computed without. What was compiled is kept on disk for later runs.
+Shapes are static: each picture size has its own graph, and a smaller batch, such as the last batch of an epoch, runs
+uncompiled. Compiled code is cached on disk for later runs.
 """
 
 import os
 import warnings
+from pathlib import Path
+from typing import Any
 
 
-# How --compile says it: the options of torch.compile. "blocks" compiles each kind of transformer block once, the others the
-# whole denoiser; "graphs" replays each of its graphs by a single launch (CUDA graphs).
+# The options of torch.compile for each choice of --compile. "blocks" compiles each class of transformer block once, "full"
+# and "graphs" compile the whole denoiser; "graphs" also records it as CUDA graphs.
 OPTIONS = {"blocks": {}, "full": {}, "graphs": {"mode": "reduce-overhead"}}
 
 
-def compile_steps(denoiser, how, batch_size, folder):
-    """From now on, forward passes with gradients of `batch_size` samples are compiled; `folder` is the compiler's cache.
+def compile_steps(denoiser: Any, how: str, batch_size: int, folder: str | Path) -> None:
+    """Compiles the forward passes of a denoiser that have gradients and `batch_size` samples.
 
-    Call it before DDP or Accelerate wrap the denoiser.
+    Must be called before DDP or Accelerate wrap the denoiser. `folder` is the cache of the compiler.
     """
     import torch._dynamo
 
-    # What the compiler makes PyTorch warn of: it looks at every attribute of the layers' weights, and traces into
-    # diffusers' look at the version of PyTorch.
+    # Harmless warnings while tracing: the compiler reads every attribute of the weights, and traces into diffusers'
+    # cached check of PyTorch's version.
     warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
     warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools.lru_cache`", UserWarning)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    # A graph for each size and each width of a block; beyond the limit torch would run the rest uncompiled, in silence.
+    # There is a graph for each picture size and block width; beyond this limit, torch would silently run uncompiled.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
-    repeated = getattr(denoiser, "_repeated_blocks", None) or () if how == "blocks" else ()
-    parts = [module for module in denoiser.modules() if type(module).__name__ in repeated] or [denoiser]
-    for part in parts:
+    names = getattr(denoiser, "_repeated_blocks", None) or ()
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    for part in blocks if how == "blocks" and blocks else [denoiser]:
         part.forward = _for_full_batches(part.forward, batch_size, OPTIONS[how])
 
 

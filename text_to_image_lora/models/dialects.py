@@ -1,19 +1,21 @@
-"""How others name what is in a LoRA file: which component, layer and tensor each of their keys means.
+"""The dialects of LoRA files: which component, layer and tensor each key of a file means.
 
-A place is (component, module, leaf) as our own file has them: `unet`, `mid_block.attentions.0.proj_in`, `lora_A.weight`.
-The leaf may also be `alpha` (a scalar, scale = alpha / rank) and `lora_mid.weight` (between the two of a convolution).
+A key means (component, module, leaf) in the names of our own file: `unet`, `mid_block.attentions.0.proj_in`,
+`lora_A.weight`. The leaf may also be `alpha` (a scalar; scale = alpha / rank) or `lora_mid.weight` (a Tucker core).
 """
 
 import contextlib
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .families import family_by_width
-from .original_names import module_of
+from .original_names import diffusers_name
 
 
-# diffusers' LORA_WEIGHT_NAME_SAFE, without the seconds that importing it takes, and peft's name of such a file.
+# diffusers' LORA_WEIGHT_NAME_SAFE, which would take seconds to import, and peft's name of its weights file.
 WEIGHTS_NAME, PEFT_WEIGHTS_NAME = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 REMEDY = (
@@ -21,7 +23,7 @@ REMEDY = (
     f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
 )
 
-# What else people call a LoRA, by what only its keys hold.
+# Other kinds of adapters, by parts of keys that only they have.
 OTHER_ADAPTERS = {
     "LoHa": re.compile(r"\.hada_"),
     "LoKr": re.compile(r"\.lokr_"),
@@ -63,7 +65,7 @@ LAYER = re.compile(
     |text_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])""",
     re.VERBOSE,
 )
-# The names among them that have an underscore of their own, which kohya's leave no different from a dot.
+# Parts of these names that contain an underscore, which kohya's names do not distinguish from a dot.
 COMPOUND = re.compile(
     r"(?<![^.])("
     r"down\.blocks|mid\.block|up\.blocks|transformer\.blocks|to\.[qkv]|to\.out|proj\.in|proj\.out|time\.emb\.proj|"
@@ -77,8 +79,8 @@ FILE_KEY = re.compile(
 UNET_PART = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 
 
-def files_of(path):
-    """[(file, the component that it alone holds, or None)] of a file, or of a folder of ours or of peft's."""
+def find_weight_files(path: str | Path) -> list[tuple[Path, str | None]]:
+    """Returns the weights files of a LoRA file or folder, each with its component if it holds only that one."""
     path = Path(path)
     if not path.is_dir() or (path / WEIGHTS_NAME).exists():
         return [(path / WEIGHTS_NAME if path.is_dir() else path, None)]
@@ -89,8 +91,8 @@ def files_of(path):
 
 
 @contextlib.contextmanager
-def opened(path, framework="pt"):
-    """The safetensors file, open; `InputError` where it is none."""
+def open_safetensors(path: str | Path, framework: str = "pt") -> Iterator[Any]:
+    """Opens a safetensors file; raises `InputError` if it is not one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -100,49 +102,49 @@ def opened(path, framework="pt"):
         raise InputError(f"it can't be read as a safetensors file ({error}).") from error
 
 
-def check_lora(path) -> str:
-    """The dialect of a LoRA file or folder; `InputError` for what is none. By its names alone, without torch."""
-    for file, _ in files_of(path):
+def check_lora(path: str | Path) -> str:
+    """Returns the dialect of a LoRA by its keys, without torch; raises `InputError` if it is not a LoRA."""
+    for file, _ in find_weight_files(path):
         try:
-            with opened(file, "np") as tensors:
+            with open_safetensors(file, "np") as tensors:
                 keys = list(tensors.keys())
-            dialect = dialect_of(keys)
+            dialect = find_dialect(keys)
         except InputError as error:
             raise InputError(f"{file}: {error} {REMEDY}") from error
     return dialect
 
 
-def check_family(path, base):
-    """Raises `InputError` where a LoRA is of another family than the `BaseModel`, as far as its shapes tell."""
+def check_family(path: str | Path, base: Any) -> None:
+    """Raises `InputError` if the shapes of a LoRA show that its family is not that of the `BaseModel`."""
     pattern = re.compile(r".*attn2[._](processor\.)?to_[kv].*\b(lora_A|lora_down|down)\.weight")
-    for file, _ in files_of(path):
-        with opened(file, "np") as tensors:
+    for file, _ in find_weight_files(path):
+        with open_safetensors(file, "np") as tensors:
             widths = {tensors.get_slice(key).get_shape()[1] for key in tensors.keys() if pattern.fullmatch(key)}  # noqa: SIM118
         found = filter(None, map(family_by_width, widths - {base.cross_attention_dim}))
         if (family := next(found, None)) is not None:
             raise InputError(
-                f"{path}: it is a LoRA of {family.name}, and {base.source} is of {base.family.name}. Take a base "
+                f"{path}: it is a LoRA of {family.name}, but {base.source} is of {base.family.name}. Use a base "
                 "model of the LoRA's family, or another LoRA."
             )
 
 
-def dialect_of(keys) -> str:
-    """ "diffusers", "old diffusers", "kohya" or "peft"; `InputError` for what is no LoRA of Stable Diffusion."""
+def find_dialect(keys: Iterable[str]) -> str:
+    """Returns "diffusers", "old diffusers", "kohya" or "peft"; raises `InputError` for other files."""
     keys = sorted(keys)
     for name, pattern in OTHER_ADAPTERS.items():
         if any(pattern.search(key) for key in keys):
-            raise InputError(f"it is {name}, which is not read: only LoRA and DoRA are.")
+            raise InputError(f"it is {name}, which is not supported; only LoRA and DoRA are.")
     for name, pattern in OTHER_ARCHITECTURES.items():
         if any(pattern.search(key) for key in keys):
             raise InputError(
-                f"it is a LoRA of {name}, which is not read: only those of Stable Diffusion 1, 2 and XL are."
+                f"it is a LoRA of {name}, which is not supported; only those of Stable Diffusion 1, 2 and XL are."
             )
     if not keys:
-        raise InputError("it holds no weights.")
+        raise InputError("it contains no weights.")
     dialect = likely_dialect(keys)
     for key in keys:
-        if place_of(key, dialect) is None:
-            raise InputError(f"it is not a LoRA of Stable Diffusion: it holds {key}.")
+        if parse_key(key, dialect) is None:
+            raise InputError(f"it is not a LoRA of Stable Diffusion: it contains {key}.")
     return dialect
 
 
@@ -159,10 +161,10 @@ _KNOWS = {
 }
 
 
-def place_of(key, dialect, component=None):
-    """(component, module, leaf) that a key means in its dialect; None where it means nothing.
+def parse_key(key: str, dialect: str, component: str | None = None) -> tuple[str, str, str] | None:
+    """Returns the (component, module, leaf) that a key means in a dialect, or None if it means nothing.
 
-    `component` is that of a file which is known to hold one alone, as peft's do.
+    `component` is given if the file is known to hold only that component, as the files of peft do.
     """
     return _kohya_place(key) if dialect == "kohya" else _dotted_place(key, component)
 
@@ -175,14 +177,14 @@ def _kohya_place(key):
         return None
     name = name.removeprefix(prefix)
     if prefix == "lora_unet_":
-        name = module_of(name) or name  # Stable Diffusion XL's has the original code's
+        name = diffusers_name(name) or name  # Stable Diffusion XL uses the names of the original code
     module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.replace("_", "."))
     return (KOHYA_PREFIXES[prefix], module, leaf) if LAYER.fullmatch(module) else None
 
 
 def _dotted_place(key, component):
     key = key.removeprefix("base_model.model.").replace(".default.", ".")
-    # The oldest files of diffusers hold the UNet alone, without saying so; nor do peft's say what they are of.
+    # The oldest files of diffusers hold only the UNet, and neither they nor peft's name the component.
     if component is not None:
         key = f"{component}.{key}"
     elif UNET_PART.match(key):
@@ -197,7 +199,7 @@ def _dotted_place(key, component):
         return None
     component, module, leaf = match.groups()
     if component != "unet":
-        # transformers took the level out of CLIPTextModel in 5.6; diffusers' oldest have the UNet's names for attention.
+        # transformers 5.6 removed `text_model` from CLIPTextModel; diffusers' oldest files use the UNet's attention names.
         module = module if module.startswith("text_model.") else f"text_model.{module}"
         module = re.sub(r"(?<=self_attn\.)to_([qkv]|out)(\.0)?$", r"\1_proj", module)
     return component, module, leaf

@@ -1,74 +1,73 @@
-"""Model families: a row of a table each, with the two functions that differ. No other file knows them apart.
+"""Model families: each is a row of a table, with the functions that differ; no other file distinguishes families.
 
-A condition is what the denoiser is told beside latents and timesteps: named tensors, one row a sample, which go from
-`encode` through the cache's shard and the batch to `predict`. Nothing between the two knows their names.
+A condition is the denoiser's input besides latents and timesteps: named tensors with a row per sample, which go from
+`encode` through the cache and the batch to `predict`. Nothing in between depends on their names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .prompts import encode_penultimate, encode_prompts
 
 
 class TextEncoder(NamedTuple):
-    """A text encoder of a family: its component's name in the pipeline, its tokenizer's, its class in transformers."""
+    """A text encoder: the names of its component and of its tokenizer in the pipeline, and its class in transformers."""
 
     name: str
     tokenizer: str
     model_class: str
-    # (clip_skip) -> how many of its last layers the condition does not depend on: a LoRA there would never learn
+    # (clip_skip) -> the number of last layers that the condition does not depend on, where a LoRA would not learn
     unreached: Callable = lambda clip_skip: clip_skip
 
 
 class KohyaNames(NamedTuple):
-    """How kohya's trainer (kohya-ss/sd-scripts) names a family: its modules in a LoRA file, itself in the header."""
+    """How kohya's trainer (kohya-ss/sd-scripts) names a family and its modules in a LoRA file."""
 
-    prefixes: dict[str, str]  # {component: what its modules' names start with}
-    original_blocks: bool  # the UNet's modules have the names of the original code, not diffusers'
+    prefixes: dict[str, str]  # {component: prefix of the names of its modules}
+    original_blocks: bool  # whether the UNet's modules have the names of the original code instead of diffusers'
     version: str  # ss_base_model_version
-    says_v: bool  # that version says where a base predicts v
-    architectures: dict[str, str]  # {what the base predicts: modelspec.architecture}
+    says_v: bool  # whether the version ends in "_v" for v-prediction
+    architectures: dict[str, str]  # {prediction type: modelspec.architecture}
 
 
 class Family(NamedTuple):
-    """What differs between families of models."""
+    """Everything that differs between model families."""
 
     name: str
-    pipeline: str  # its class in diffusers, which model_index.json names
-    denoiser: str  # its component's name in the pipeline, and in the LoRA file
+    pipeline: str  # the pipeline class in diffusers, as in model_index.json
+    denoiser: str  # the name of the denoiser in the pipeline and in the LoRA file
     denoiser_class: str
-    marks: dict[str, Any]  # of the denoiser's configuration, by which the family is known; None: not there, or false
+    marks: dict[str, Any]  # options of the denoiser's configuration that identify the family; None: missing or false
     text_encoders: tuple[TextEncoder, ...]
-    target_modules: tuple[str, ...]  # the layers that are adapted when nothing else is asked for
-    # How many of them a transformer block has: else a rename upstream would train less in silence
+    target_modules: tuple[str, ...]  # the layers that are adapted by default
+    # The number of adapted layers per transformer block; without this check, a rename upstream would silently train less.
     modules_per_block: int
-    single_file_key: str  # how a key starts that a single file of this family alone has
-    # Where no configuration says it:
-    resolution: int  # side of the pictures in pixels
+    single_file_key: str  # the prefix of keys that only single files of this family have
+    # Defaults for models without a configuration:
+    resolution: int  # side of the training pictures in pixels
     cross_attention_dim: int
     text_layers: int  # of the first text encoder
-    pooled_dim: int | None  # of the embedding that stands for a whole caption
-    # (tokenizers, text_encoders, captions, *, clip_skip, num_chunks) -> condition; gradients are as the caller has them
+    pooled_dim: int | None  # of the pooled prompt embedding
+    # (tokenizers, text_encoders, captions, *, clip_skip, num_chunks) -> condition; the caller decides on gradients
     encode: Callable
     # (denoiser, noisy_latents, timesteps, **condition) -> prediction (N, C, h, w)
     predict: Callable
-    # (base model, number of chunks) -> {name: shape of a caption's row}: what `encode` will give, before it is loaded
+    # (base model, number of chunks) -> {name: shape of a caption's row} of what `encode` will return
     condition_shapes: Callable
-    # (picture's (width, height), (left, top) of what is shown of it, the size it is trained at) -> {name: numbers}: what
-    # the denoiser is told of a variation of a picture; the corner is that in the resized and mirrored picture
+    # (picture's (width, height), (left, top) of the crop in the resized and flipped picture, training size) ->
+    # {name: numbers} of the condition that depend on the variation of a picture
     picture_condition: Callable
-    # name in the condition: name in the pipeline's call, where the negative prompt's has "negative_" before it
+    # {name in the condition: argument of the pipeline}, with the prefix "negative_" for the negative prompt
     pipeline_names: dict[str, str]
-    pipeline_options: dict[str, Any]  # what its pipeline needs beside the models
-    zeros_option: (
-        str | None
-    )  # the pipeline's, and model_index.json's: an empty negative prompt is a condition of zeros
+    pipeline_options: dict[str, Any]  # arguments of the pipeline besides the models
+    # The option of the pipeline and of model_index.json that encodes an empty negative prompt as zeros.
+    zeros_option: str | None
     kohya: KohyaNames
     license: str  # of the base models, for the model card
     tags: tuple[str, ...]  # the hub's
 
     def pipeline_of(self, kind: str = "") -> str:
-        """The class in diffusers of its pipeline of one of the `PIPELINE_KINDS`."""
+        """Returns the name of the pipeline class in diffusers for one of the `PIPELINE_KINDS`."""
         return f"{self.pipeline.removesuffix('Pipeline')}{kind}Pipeline"
 
 
@@ -82,7 +81,7 @@ def _predict_from_hidden_states(unet, noisy_latents, timesteps, encoder_hidden_s
 
 
 def _encode_two_clips(tokenizers, text_encoders, captions, *, clip_skip, num_chunks):
-    """The last layer but one of both, side by side, and what the second makes of the whole caption."""
+    """The concatenated penultimate hidden states of both text encoders, and the pooled embedding of the second."""
     import torch
 
     pairs = zip(tokenizers, text_encoders, strict=True)
@@ -97,11 +96,11 @@ def _predict_with_numbers(unet, noisy_latents, timesteps, encoder_hidden_states,
 
 
 def _time_ids(picture_size, corner, size):
-    """Original size, the crop's corner, target size, each as (height, width): Podell et al., 2023 (arXiv:2307.01952)."""
+    """Original size, crop corner and target size, each as (height, width); Podell et al., 2023 (arXiv:2307.01952)."""
     return {"time_ids": [*picture_size[::-1], *corner[::-1], *size[::-1]]}
 
 
-# Attention and feed-forward of every transformer block (docs/findings.md has the sources).
+# Attention and feed-forward layers of every transformer block; docs/findings.md gives the sources.
 UNET_TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 STABLE_DIFFUSION = Family(
@@ -123,7 +122,7 @@ STABLE_DIFFUSION = Family(
     condition_shapes=lambda base, chunks: {"encoder_hidden_states": (77 * chunks, base.cross_attention_dim)},
     picture_condition=lambda picture_size, corner, size: {},
     pipeline_names={"encoder_hidden_states": "prompt_embeds"},
-    # No safety checker: it blackens pictures that are only unusual.
+    # No safety checker: it also blackens harmless pictures.
     pipeline_options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     zeros_option=None,
     kohya=KohyaNames(
@@ -137,8 +136,8 @@ STABLE_DIFFUSION = Family(
     tags=("stable-diffusion",),
 )
 
-# Its text encoder is OpenCLIP's of 24 layers, of which diffusers has 23: the last that is there is the last but one that
-# the UNet was trained with, so nothing is left out of it.
+# The text encoder is OpenCLIP's with 24 layers, of which diffusers keeps 23: the last layer in diffusers is the penultimate
+# one of OpenCLIP, which the UNet was trained with.
 STABLE_DIFFUSION_2 = STABLE_DIFFUSION._replace(
     name="Stable Diffusion 2",
     marks={"addition_embed_type": None, "use_linear_projection": True},
@@ -160,7 +159,7 @@ STABLE_DIFFUSION_XL = Family(
     denoiser_class="UNet2DConditionModel",
     marks={"addition_embed_type": "text_time"},
     text_encoders=(
-        # Of the first only the last layer but one is read; of the second the embedding of the whole caption too.
+        # Of the first, only the penultimate layer is used; of the second, also the pooled embedding.
         TextEncoder("text_encoder", "tokenizer", "CLIPTextModel", unreached=lambda clip_skip: clip_skip + 1),
         TextEncoder("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection", unreached=lambda clip_skip: 0),
     ),
@@ -193,29 +192,29 @@ STABLE_DIFFUSION_XL = Family(
 )
 
 FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL)
-# What diffusers' names of pipelines have before "Pipeline": all these can be made of the same models.
+# Parts of the names of diffusers' pipelines before "Pipeline"; all of them use the same models.
 PIPELINE_KINDS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 
 
-def families_of(pipeline):
-    """The families that have a pipeline of that class in diffusers."""
+def families_with_pipeline(pipeline: str) -> list[Family]:
+    """Returns the families that have a pipeline of that class."""
     return [family for family in FAMILIES if pipeline in map(family.pipeline_of, PIPELINE_KINDS)]
 
 
-def all_supported():
-    """In words, the pipelines and their families."""
+def all_supported() -> str:
+    """Lists the supported pipelines and their families, for messages."""
     return ", ".join(f"{family.pipeline} ({family.name})" for family in FAMILIES)
 
 
-def family_by_marks(denoiser_config):
-    """The family whose marks a denoiser's configuration has; None where there is none."""
+def family_by_marks(denoiser_config: Mapping[str, Any]) -> Family | None:
+    """Returns the family whose `marks` a denoiser's configuration has, or None."""
 
-    def has_them(family):
+    def matches(family):
         return all((denoiser_config.get(name) or None) == value for name, value in family.marks.items())
 
-    return next(filter(has_them, FAMILIES), None)
+    return next(filter(matches, FAMILIES), None)
 
 
-def family_by_width(cross_attention_dim):
-    """The family whose UNet attends to prompts of that width; None where there is none."""
+def family_by_width(cross_attention_dim: int) -> Family | None:
+    """Returns the family whose UNet has this `cross_attention_dim`, or None."""
     return next((family for family in FAMILIES if family.cross_attention_dim == cross_attention_dim), None)

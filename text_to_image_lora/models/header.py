@@ -1,21 +1,24 @@
-"""What a LoRA file says of itself to the programs that list it: kohya's `ss_*` and Stability's `modelspec.*`.
+"""The metadata of a LoRA file for programs that list LoRAs: kohya's `ss_*` and Stability's `modelspec.*` keys.
 
-The keys are those of kohya-ss/sd-scripts (`train_network.py`, `library/sai_model_spec.py`) that readers use: A1111 tells
-the base by ss_v2 and ss_base_model_version, names the file by ss_output_name, and shows the rest.
+These are the keys of kohya-ss/sd-scripts (`train_network.py`, `library/sai_model_spec.py`) that readers use: A1111 finds
+the base model by ss_v2 and ss_base_model_version, names the file by ss_output_name, and shows the rest.
 """
 
 import base64
 import collections
 import io
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from PIL import Image
 
-from .kohya import DORA_NETWORK, NETWORK, header_of
+from .families import KohyaNames
+from .kohya import DORA_NETWORK, NETWORK, family_header
 
 
-# kohya's names: those of the training script's flags and of what they were settled to.
+# {kohya's key: name of the flag or of the value computed from flags}
 SETTINGS = {
     "ss_sd_model_name": "pretrained_model_name_or_path",
     "ss_network_dim": "rank",
@@ -47,17 +50,23 @@ SETTINGS = {
 THUMBNAIL_SIDE = 256  # pixels
 
 
-def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pictures, names):
-    """The strings, of `told`: {flag, or what it was settled to: its value as a string}.
+def header_for_readers(
+    values: dict[str, str], *, name: str, started_at: float | None, step: int, steps_per_epoch: int, num_pictures: int,
+    names: KohyaNames,
+) -> dict[str, str]:  # fmt: skip
+    """Returns the keys of the header and their values.
 
-    `name` is what the file is called, `started_at` when the run began (seconds since 1970): the same for all its files,
-    whenever it was interrupted, and `names` are the family's `KohyaNames`.
+    Args:
+        values: The values of flags, and the values computed from them, as strings.
+        name: The name of the file.
+        started_at: When the run first started, in seconds since 1970; an interruption does not change it.
+        names: The names of the family.
     """
-    v_prediction = told.get("prediction_type") == "v_prediction"
-    side = told["resolution"]
-    header = {key: told[flag] for key, flag in SETTINGS.items() if flag in told}
+    v_prediction = values.get("prediction_type") == "v_prediction"
+    side = values["resolution"]
+    header = {key: values[flag] for key, flag in SETTINGS.items() if flag in values}
     header |= {
-        **header_of(names, v_prediction),
+        **family_header(names, v_prediction),
         "ss_output_name": name,
         "ss_steps": str(step),
         "ss_epoch": str(step // steps_per_epoch),
@@ -70,31 +79,31 @@ def header_for_readers(told, *, name, started_at, step, steps_per_epoch, num_pic
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
-        "modelspec.usage_hint": _usage_hint(told, v_prediction),
+        "modelspec.usage_hint": _usage_hint(values, v_prediction),
     }
-    if started_at is not None:  # older checkpoints don't say
+    if started_at is not None:  # older checkpoints do not record it
         header["ss_training_started_at"] = str(started_at)
         header["modelspec.date"] = datetime.fromtimestamp(started_at, UTC).isoformat()
-    if told.get("train_text_encoder") == "True":
-        header["ss_text_encoder_lr"] = told.get("text_encoder_lr", told["learning_rate"])
-    if "clip_skip" in told:
-        header["ss_clip_skip"] = header["modelspec.encoder_layer"] = str(int(told["clip_skip"]) + 1)
-    return header | (DORA_NETWORK if told.get("use_dora") == "True" else NETWORK)
+    if values.get("train_text_encoder") == "True":
+        header["ss_text_encoder_lr"] = values.get("text_encoder_lr", values["learning_rate"])
+    if "clip_skip" in values:
+        header["ss_clip_skip"] = header["modelspec.encoder_layer"] = str(int(values["clip_skip"]) + 1)
+    return header | (DORA_NETWORK if values.get("use_dora") == "True" else NETWORK)
 
 
-def _usage_hint(told, v_prediction):
-    hints = [f"Made on {told['pretrained_model_name_or_path']}."]
-    if "trigger_word" in told:
-        hints.append(f"Write {told['trigger_word']} in the prompt.")
-    if "clip_skip" in told:  # the others count from 1
-        hints.append(f"Clip skip {int(told['clip_skip']) + 1} as A1111 counts it.")
+def _usage_hint(values, v_prediction):
+    hints = [f"Trained on {values['pretrained_model_name_or_path']}."]
+    if "trigger_word" in values:
+        hints.append(f"Use {values['trigger_word']} in the prompt.")
+    if "clip_skip" in values:  # kohya and A1111 count from 1
+        hints.append(f"Clip skip {int(values['clip_skip']) + 1} in A1111.")
     if v_prediction:
-        hints.append("The base predicts v.")
+        hints.append("The base model uses v-prediction.")
     return " ".join(hints)
 
 
-def tag_frequency(captions, folder):
-    """`ss_tag_frequency`: how often each tag (between commas) comes in the captions, the most frequent first."""
+def tag_frequency(captions: Iterable[str], folder: str) -> str:
+    """Returns `ss_tag_frequency`: the counts of the comma-separated tags of captions, the most frequent tag first."""
     tags = collections.Counter(
         tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip()
     )
@@ -102,8 +111,8 @@ def tag_frequency(captions, folder):
     return json.dumps({folder: ordered}, ensure_ascii=False)
 
 
-def thumbnail(path):
-    """`modelspec.thumbnail`: a picture file as a data URL, a small JPEG that says nothing but its pixels."""
+def thumbnail(path: str | Path) -> str:
+    """Returns `modelspec.thumbnail`: a picture as the data URL of a small JPEG without metadata."""
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

@@ -1,8 +1,8 @@
-"""A lean forward for plain adapters: few operators, in the base's own precision, from float32 masters.
+"""A lean forward for plain adapters: few operators, in the precision of the base model, from float32 master weights.
 
-peft holds, saves and describes the adapters; what it computes in a training step is replaced. Its layers take each input
-to float32 and back, multiply by the scale, and leave the backward to autograd: on Stable Diffusion v1.5 that is more
-operators than the UNet itself has, and at batch 1 a GPU waits for each of them to be launched.
+peft still holds, saves and describes the adapters, but its forward is replaced in training steps. peft's layers cast each
+input to float32 and back, multiply by the scale, and leave the backward to autograd: for Stable Diffusion 1.5 these are
+more operators than those of the UNet itself, and at batch size 1 a GPU waits for their launches (docs/performance.md).
 """
 
 import torch
@@ -13,9 +13,10 @@ from .joined import join, projections
 
 
 class LoraLinear(torch.autograd.Function):
-    """`x W' + bias + (x A') B'` for a frozen W, with the backward by hand.
+    """Computes `x W' + bias + (x A') B'` for a frozen W, with a handwritten backward.
 
-    x (..., in), weight (out, in), bias (out) or None, a: the elements of A (rank, in), b: those of B (out, rank).
+    Shapes: x (..., in), weight (out, in), bias (out) or None; a holds the elements of A (rank, in), and b those of B (out,
+    rank).
     """
 
     @staticmethod
@@ -63,10 +64,10 @@ LEAN = {Linear: LeanLinear, Conv2d: LeanConv2d}
 
 
 class Gated(torch.autograd.Function):
-    """`value * gelu(gate)` of the two halves of x (..., 2 n), in the backward of which the GELU is computed again.
+    """Computes `value * gelu(gate)` of the two halves of x (..., 2 n) and recomputes the GELU in the backward.
 
-    The adapted layer behind it keeps its input, which autograd alone doesn't make the frozen model do; what autograd would
-    keep here, the GELU, is as large.
+    The adapted layer that follows keeps its input for the backward, unlike a frozen layer; keeping the equally large GELU
+    too would cost more memory.
     """
 
     @staticmethod
@@ -80,7 +81,9 @@ class Gated(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         value, gate = x.chunk(2, dim=-1)
         gelu = torch.nn.functional.gelu(gate)
-        if torch.compiler.is_compiling():  # it joins these itself, and can't write into a part of a tensor
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler fuses these operations, and cannot write into a part of a tensor
             return torch.cat([grad_output * gelu, torch.ops.aten.gelu_backward(grad_output * value, gate)], dim=-1)
         grad_x = torch.empty_like(x)
         grad_value, grad_gate = grad_x.chunk(2, dim=-1)
@@ -96,31 +99,34 @@ class LeanGEGLU(GEGLU):
 
 
 class Masters:
-    """The float32 weights of a model's adapters, and what its layers compute with: a copy in the base's precision.
+    """The float32 master weights of a model's adapters, from which its layers get copies in the precision of the base.
 
-    `trained` is, for each of `groups` (lists of the layers' parameters), one flat tensor of which the layers' own weights
-    become views; or, not `flat`, the group's parameters. The copy is made at each forward pass of the model, in one operator
-    for a group, and the gradients come back to the masters in one.
+    The copies are made in each forward pass, with one operator per group of parameters, and the gradients flow back to the
+    masters in one operator, too.
+
+    Args:
+        groups: Lists of the parameters of the adapters.
+        flat: Whether `trained` holds one flat tensor per group, of which the parameters become views, or the parameters.
     """
 
     def __init__(self, model, groups, flat=True):
         layers = [module for module in model.modules() if type(module) in (LeanLinear, LeanConv2d)]
-        # The scale in equal shares for A and B, so that one number does for all.
+        # A and B share the scale equally, so that one factor serves all weights.
         scaling = {layer.scaling["default"] for layer in layers}
         (self.share,) = {value**0.5 for value in scaling}
         self.dtype = layers[0].base_layer.weight.dtype
         found = projections(model, LeanLinear)
-        together = {layer for _, _, own in found for layer in own}
-        holders = {layer: (layer,) for layer in layers if layer not in together}
-        for attention, name, own in found:
-            holder = join(attention, name, own)
-            holders |= {layer: (layer,) for layer in own} if holder is None else {holder: own}
-        # The weights of a holder's layers lie beside each other, so that they are handed out as one tensor; in the same
-        # order where projections are not joined, for a checkpoint may be gone on from so.
+        joinable = {layer for _, _, projected in found for layer in projected}
+        holders = {layer: (layer,) for layer in layers if layer not in joinable}
+        for attention, name, projected in found:
+            holder = join(attention, name, projected)
+            holders |= {layer: (layer,) for layer in projected} if holder is None else {holder: projected}
+        # The weights of a holder's layers are adjacent, so that it gets them as one tensor. Without joining, the order is
+        # the same, because a checkpoint may be resumed with another attention.
         pieces = {
-            (holder, leaf): [getattr(layer, leaf)["default"].weight for layer in of_holder]
+            (holder, leaf): [getattr(layer, leaf)["default"].weight for layer in held]
             for leaf in ("lora_A", "lora_B")
-            for holder, of_holder in holders.items()
+            for holder, held in holders.items()
         }
         owners = [{id(parameter) for parameter in group} for group in groups]
         keys = [[key for key, piece in pieces.items() if id(piece[0]) in owner] for owner in owners]
@@ -131,14 +137,14 @@ class Masters:
         self.trained = groups
         if flat:
             self.trained = [[self.flattened(group)] for group in groups]
-            # A module of its own, after the others: who asks for the model's dtype looks at the first parameter. No
-            # "lora_" in its name, or peft would save it.
+            # A separate module at the end, because the dtype of a model is that of its first parameter. Its name must
+            # not contain "lora_", or peft would save it.
             model.add_module("adapter_masters", torch.nn.ParameterList(master for (master,) in self.trained))
-        model.register_forward_pre_hook(self.hand_out)
+        model.register_forward_pre_hook(self.cast_weights)
 
     @staticmethod
-    def flattened(group):
-        """One parameter for a group, of which the group's become views that are not trained themselves."""
+    def flattened(group: list[torch.nn.Parameter]) -> torch.nn.Parameter:
+        """Returns one parameter with the values of a group, whose parameters become views that are not trained."""
         master = torch.nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in group]))
         sizes = [parameter.numel() for parameter in group]
         for parameter, part in zip(group, master.detach().split(sizes), strict=True):
@@ -146,8 +152,8 @@ class Masters:
             parameter.data = part.view(parameter.shape)
         return master
 
-    def hand_out(self, *_):
-        """Before a forward pass: the layers get their weights, in the precision that they compute in."""
+    def cast_weights(self, *_):
+        """Gives the layers their weights in the precision of the base; called before each forward pass."""
         parts = []
         for group, sizes in zip(self.trained, self.sizes, strict=True):
             whole = group[0] if len(group) == 1 else torch.cat([parameter.reshape(-1) for parameter in group])
@@ -158,8 +164,8 @@ class Masters:
             holder.__dict__["lean"] = parts[a], parts[b]
 
 
-def is_plain(layer):
-    """Whether the lean forward is that of this layer of peft's: one adapter, no dropout, no DoRA, no bias of its own."""
+def is_plain(layer: LoraLayer) -> bool:
+    """Whether the lean forward can replace that of a layer: one adapter without dropout, DoRA and bias."""
     return (
         type(layer) in LEAN
         and list(layer.lora_A) == ["default"]
@@ -170,11 +176,11 @@ def is_plain(layer):
     )
 
 
-def hold_lean(model, groups, flat=True):
-    """Gives the model's adapters the lean forward, and returns what to train of each group of their parameters.
+def use_lean_forward(model: torch.nn.Module, groups: list[list], flat: bool = True) -> list[list]:
+    """Gives all adapters of a model the lean forward and returns the parameters to train for each group.
 
-    The groups themselves, and nothing is changed, where an adapter is not plain. To be called when the model is on its
-    device and in its precision: moving it afterwards would part the layers' weights from their masters.
+    If an adapter is not plain, the model stays unchanged and `groups` is returned. The model must already be on its device
+    and in its precision, because moving it afterwards would separate the layers' weights from their masters.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not all(is_plain(layer) for layer in layers):

@@ -1,7 +1,7 @@
-"""How a base model is found and loaded, from a folder, the hub or a single file.
+"""Finds and loads a base model from a folder, the hub or a single file.
 
-torch, diffusers and transformers are imported inside the functions, so that `find_base_model` can tell within a second
-that a base model is not there or does not fit.
+torch, diffusers and transformers are imported inside the functions, so that `find_base_model` needs less than a second to
+report that a base model is missing or unsuitable.
 """
 
 import pickle
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of
-from .base_model import BaseModel, ConfigFiles, family_of, from_hub, rows_of, where
+from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .families import STABLE_DIFFUSION, family_by_marks
 from .modules import place
 from .single_files import SingleFile, look_into, safe_to_read
 
 
 class Components(NamedTuple):
-    """The models of a base, frozen, in eval mode; tokenizers and text encoders in their family's order.
+    """The models of a base model, frozen and in eval mode; tokenizers and text encoders are in the order of the family.
 
-    The weights of a VAE from a folder may still be those of its file, mapped into memory, in the file's dtype: for
-    `modules.place`, where they are needed.
+    The weights of a VAE from a folder may still be mapped from its file, in the dtype of the file; `modules.place` reads
+    them when they are needed.
     """
 
     tokenizers: tuple
@@ -31,21 +31,22 @@ class Components(NamedTuple):
 
 
 def find_base_model(name, *, revision=None, variant=None, single_file_config=None, cache_dir=None):
-    """Finds a base model and reads its configuration, or raises `InputError`; imports no torch."""
-    kind, folder = where(name, single_file_config)
-    said = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
+    """Finds a base model and reads its configuration without importing torch; raises `InputError`."""
+    kind, folder = locate(name, single_file_config)
+    single = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.
-        family, index, vae, unet, texts = said.family or STABLE_DIFFUSION, {}, {}, {}, [{}]
+        family = single.family or STABLE_DIFFUSION
+        index, vae, unet, texts = {}, {}, {}, [{}]
     else:
         index = read("model_index.json")
-        rows = rows_of(name, index.get("_class_name"))
-        unet = read(f"{rows[0].denoiser}/config.json")
-        family = family_of(name, rows, unet)
-        if said.family not in (None, family):
+        families = find_families(name, index.get("_class_name"))
+        unet = read(f"{families[0].denoiser}/config.json")
+        family = find_family(name, families, unet)
+        if single.family not in (None, family):
             raise InputError(
-                f"{name}: it is of {said.family.name}, and {folder} (--single_file_config) of {family.name}."
+                f"{name}: it is of {single.family.name}, but {folder} (--single_file_config) is of {family.name}."
             )
         vae, texts = read("vae/config.json"), [read(f"{row.name}/config.json") for row in family.text_encoders]
     vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
@@ -62,7 +63,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         text_layers=texts[0].get("num_hidden_layers", family.text_layers),
         pooled_dim=family.pooled_dim and texts[-1].get("projection_dim", family.pooled_dim),
         zeros_for_empty_prompt=family.zeros_option is not None and index.get(family.zeros_option, True),
-        scheduler_changes=said.scheduler_changes,
+        scheduler_changes=single.scheduler_changes,
         single_file_config=single_file_config,
         revision=revision,
         variant=variant,
@@ -70,8 +71,8 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     )
 
 
-def load_tokenizer(base):
-    """The tokenizer of a base model; None where that is a single file and its configuration is not here."""
+def load_tokenizer(base: BaseModel) -> Any:
+    """Loads the first tokenizer of a base model; returns None for a single file without --single_file_config."""
     import transformers
 
     options = dict(revision=base.revision, cache_dir=base.cache_dir) if base.kind != "file" else {}
@@ -85,11 +86,17 @@ def load_tokenizer(base):
         raise InputError(f"{source}: its tokenizer can't be loaded ({reason_of(error)}).") from error
 
 
-def load_components(base, dtype=None, *, device="cpu", channels_last=False, pretrained_vae=None):
-    """The `Components` of a base model: the denoiser on a device, the others on the CPU, it and text encoders in `dtype`.
+def load_components(
+    base: BaseModel, dtype: Any = None, *, device: Any = "cpu", channels_last: bool = False,
+    pretrained_vae: str | None = None,
+) -> Components:  # fmt: skip
+    """Loads the `Components` of a base model; raises `InputError` if a file is missing or does not fit.
 
-    That is float32 if not given. A folder's weights are read straight to where they are to be, with `channels_last` in
-    that order. `InputError` with the reason where a file is missing or does not fit.
+    Args:
+        dtype: The dtype of the denoiser and the text encoders (default: float32); the VAE is float32.
+        device: The device of the denoiser; the other models stay on the CPU.
+        channels_last: Whether the convolution weights of the denoiser are in the `channels_last` memory format.
+        pretrained_vae: A hub id, folder or file of another VAE.
     """
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -99,10 +106,10 @@ def load_components(base, dtype=None, *, device="cpu", channels_last=False, pret
     try:
         loaded = _from_single_file(base, dtype) if base.kind == "file" else _from_folder(base, dtype)
         for tokenizer, text_encoder in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
-            # Without its files a tokenizer is empty in silence; one of bytes has 256 words at least.
+            # A tokenizer without its files is silently empty; even a byte-level one has at least 256 tokens.
             if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
                 raise ValueError(
-                    f"the tokenizer has {len(tokenizer)} words and the text encoder {text_encoder.config.vocab_size}"
+                    f"the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}"
                 )
             limit = text_encoder.config.max_position_embeddings
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
@@ -114,7 +121,7 @@ def load_components(base, dtype=None, *, device="cpu", channels_last=False, pret
         named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
         for name, model in [*named, ("UNet", loaded.denoiser)]:
             missing = [key for key, value in model.named_parameters() if value.is_meta]
-            if missing:  # diffusers leaves them without data and only logs it
+            if missing:  # diffusers only logs this and leaves the weights without data
                 raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
     except (
         OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError, SingleFileComponentError,
@@ -147,7 +154,7 @@ def _from_single_file(base, dtype):
 
 
 def _from_folder(base, dtype):
-    """From a diffusers folder, here or on the hub."""
+    """Loads a diffusers folder, local or from the hub."""
     import diffusers
     import torch
     import transformers
@@ -163,7 +170,7 @@ def _from_folder(base, dtype):
         text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
             base.source, subfolder=row.name, dtype=dtype, output_loading_info=True, **weights
         )
-        if loading["missing_keys"]:  # transformers fills them with noise and only logs it
+        if loading["missing_keys"]:  # transformers only logs this and initializes the weights randomly
             raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
         tokenizers.append(tokenizer)
         text_encoders.append(text_encoder)
@@ -175,12 +182,12 @@ def _from_folder(base, dtype):
 
 
 def _dtype_in_file(base, component):
-    """The dtype of a diffusers model's safetensors, which are then mapped and not copied; None where there is not one."""
+    """Returns the dtype of a model's safetensors files, in which they are mapped instead of copied; None if it is mixed."""
     import torch
     from safetensors import safe_open
 
     folder = Path(base.source, component)
-    if base.kind == "hub":  # as far as it was fetched before
+    if base.kind == "hub":  # the part of it that was downloaded before
         folder = from_hub(base.source, f"{component}/config.json", base.revision, base.cache_dir).parent
     variant = f".{base.variant}" if base.variant else ""
     whole, stem = folder / f"diffusion_pytorch_model{variant}.safetensors", "diffusion_pytorch_model"
@@ -193,17 +200,17 @@ def _dtype_in_file(base, component):
             with safe_open(path, "pt") as file:
                 names = file.keys()
                 kinds |= {file.get_slice(name).get_dtype() for name in names}
-    except Exception:  # noqa: BLE001 - the loading says what is wrong with the file
+    except Exception:  # noqa: BLE001 - loading the file reports what is wrong with it
         return None
     return (
         {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(*kinds) if len(kinds) == 1 else None
     )
 
 
-def empty_components(base, dtype):
-    """The `Components` of a base model without weights or tokenizers: only shapes, for which its configuration is enough.
+def empty_components(base: BaseModel, dtype: Any) -> Components:
+    """Makes the `Components` of a base model from its configuration alone, with uninitialized weights and no tokenizers.
 
-    Denoiser and text encoders in `dtype`; no memory is touched. `InputError` where the configuration can't be read.
+    Denoiser and text encoders have `dtype`. Raises `InputError` if the configuration cannot be read.
     """
     import diffusers
     import torch
@@ -212,7 +219,7 @@ def empty_components(base, dtype):
     family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
     source = base.source if base.kind != "file" else base.single_file_config
 
-    def made(model_class, name, dtype):
+    def make(model_class, name, dtype):
         config = model_class.load_config(source, subfolder=name, **options)
         with torch.device("meta"):
             model = model_class.from_config(config)
@@ -225,8 +232,8 @@ def empty_components(base, dtype):
             config = transformers.CLIPTextConfig.from_pretrained(source, subfolder=row.name, **options)
             with torch.device("meta"):
                 text_encoders.append(getattr(transformers, row.model_class)(config).to(dtype))
-        vae = made(diffusers.AutoencoderKL, "vae", torch.float32).eval()
-        denoiser = made(getattr(diffusers, family.denoiser_class), family.denoiser, dtype)
+        vae = make(diffusers.AutoencoderKL, "vae", torch.float32).eval()
+        denoiser = make(getattr(diffusers, family.denoiser_class), family.denoiser, dtype)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{source}: its configuration can't be read ({reason_of(error)}).") from error
     return Components((), tuple(text_encoders), vae, denoiser, {})
@@ -237,16 +244,16 @@ def _why_not_loaded(base, error):
     while causes[-1].__context__ is not None:
         causes.append(causes[-1].__context__)
     if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
-        return "it holds more than weights, and unpickling that could run code. Take the .safetensors version"
-    if isinstance(error, NotImplementedError):  # copying a weight that has no data
+        return "it contains more than weights, and unpickling it could run code. Use the .safetensors version"
+    if isinstance(error, NotImplementedError):  # a weight without data was copied
         return "some of its weights are missing"
     if base.kind == "file" and base.single_file_config is None and isinstance(error, OSError):
-        return f"{reason_of(error)} Where the hub is out of reach, pass --single_file_config FOLDER."
+        return f"{reason_of(error)} If the hub cannot be reached, pass --single_file_config FOLDER."
     return reason_of(error)
 
 
 def _load_vae(base, name):
-    """A VAE from a hub id, a folder or a single file, whose configuration is then that of the base model's VAE."""
+    """Loads a VAE from a hub id, a folder or a single file, which uses the configuration of the base model's VAE."""
     import diffusers
     import torch
 
@@ -262,7 +269,7 @@ def _load_vae(base, name):
 
 
 def _check_denoiser(base, vae, unet):
-    """Raises `ValueError` where the UNet does not take this VAE's latents, and nothing but them and a prompt."""
+    """Raises `ValueError` unless the UNet is of the family and accepts the latents of this VAE and nothing else."""
     channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     if (channels, factor) != (base.latent_channels, base.vae_factor) or channels != unet.config.in_channels:
         raise ValueError(
@@ -273,16 +280,18 @@ def _check_denoiser(base, vae, unet):
         raise ValueError(f"it is not of the family of {base.family.name}")
 
 
-def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_betas_zero_snr=False):
-    """The training schedule (DDPM) of a base model; zero terminal SNR as in Lin et al., 2023 (arXiv:2305.08891).
+def make_noise_scheduler(
+    scheduler_config: dict[str, Any], *, prediction_type: str | None = None, rescale_betas_zero_snr: bool = False
+) -> Any:
+    """Makes the noise scheduler (DDPM) for training; zero terminal SNR is that of Lin et al., 2023 (arXiv:2305.08891).
 
-    The rescaling is part of the scheduler's configuration, so everything computed from `alphas_cumprod` sees it.
+    The rescaling is part of the scheduler's configuration, so it affects everything computed from `alphas_cumprod`.
     """
     import diffusers
 
     kind = scheduler_config.get("_class_name", "")
     if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
-        raise InputError(f"The base model's scheduler is a {kind}: a diffusion of another kind than is trained here.")
+        raise InputError(f"The base model's scheduler is a {kind}, a kind of diffusion that can't be trained here.")
     changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
@@ -292,7 +301,7 @@ def make_noise_scheduler(scheduler_config, *, prediction_type=None, rescale_beta
         raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         raise InputError(
-            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR the noise says nothing of the "
-            "picture."
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR, the noise contains no information "
+            "about the picture."
         )
     return noise_scheduler

@@ -1,38 +1,36 @@
-"""Adapters on a frozen model, through peft."""
+"""LoRA adapters on a frozen model, with peft."""
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
-from ..libraries import hidden
+from ..libraries import hide_modules
 from .settings import LoraSettings
 
 
 TEXT_TARGET_MODULES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
-)
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2",
+)  # fmt: skip
 INITIALISATIONS = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
-def add_lora(model, settings: LoraSettings) -> int:
-    """Freezes the model, adds float32 adapters to the `target_modules`, and returns how many modules were adapted.
+def add_lora(model: Any, settings: LoraSettings) -> int:
+    """Freezes a model, adds float32 adapters to the `target_modules`, and returns the number of adapted modules.
 
-    Raises `InputError` where a name in `target_modules` matches nothing.
+    Raises `InputError` if a name in `target_modules` matches no layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in settings.target_modules:
         if not any(name == target or name.endswith("." + target) for name in linear):
             kinds = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit()) for name in linear})
             raise InputError(
-                f"--target_modules {target}: the model has no such layer. Try some of: {', '.join(kinds)}."
+                f"--target_modules {target}: the model has no such layer. Its layers are: {', '.join(kinds)}."
             )
     model.requires_grad_(False)
     config = LoraConfig(
@@ -45,9 +43,9 @@ def add_lora(model, settings: LoraSettings) -> int:
         use_dora=settings.use_dora,
     )
     try:
-        with hidden("bitsandbytes"):  # for whose layers peft would look
+        with hide_modules("bitsandbytes"):  # peft would import it to look for its layers
             model.add_adapter(config)
-    except ValueError as error:  # such as orthogonal, which peft has for linear layers alone
+    except ValueError as error:  # such as orthogonal, which peft supports for linear layers only
         raise InputError(
             f"The LoRA can't be added ({error}). Check --init_lora_weights and --target_modules."
         ) from error
@@ -57,11 +55,8 @@ def add_lora(model, settings: LoraSettings) -> int:
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def check_count(denoiser, num_adapted, modules_per_block):
-    """Raises `RuntimeError` where a family's own layers no longer reach all of every transformer block.
-
-    An upstream rename would otherwise train less in silence.
-    """
+def check_count(denoiser: torch.nn.Module, num_adapted: int, modules_per_block: int) -> None:
+    """Raises `RuntimeError` if the layers of a family are not found in every block; a rename would silently train less."""
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in denoiser.modules())
     if blocks and num_adapted != modules_per_block * blocks:
         raise RuntimeError(
@@ -69,8 +64,8 @@ def check_count(denoiser, num_adapted, modules_per_block):
         )
 
 
-def text_layers(text_encoder, leave_out=0):
-    """The names of the layers of a CLIP text model to adapt, less those of its last `leave_out` blocks."""
+def text_layers(text_encoder: Any, leave_out: int = 0) -> list[str]:
+    """Returns the names of the layers of a CLIP text model to adapt, without those of its last `leave_out` blocks."""
     names = [name for name, _ in text_encoder.named_modules() if name.endswith(TEXT_TARGET_MODULES)]
     blocks = text_encoder.config.num_hidden_layers
     if len(names) != len(TEXT_TARGET_MODULES) * blocks:
@@ -80,20 +75,20 @@ def text_layers(text_encoder, leave_out=0):
     return [name for name in names if int(name.partition("layers.")[2].partition(".")[0]) < blocks - leave_out]
 
 
-def trainable_parameters(model):
-    """A list, not a generator: the optimizer and the clipping both walk through it."""
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Returns a list, not a generator, because the optimizer and the gradient clipping both iterate over it."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adapter_state(model):
-    """The adapter's tensors as peft names them, and its `LoraConfig`."""
-    # Without a look at the embeddings, for which peft would ask the hub: no adapter is on them.
+def adapter_state(model: Any) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """Returns the adapter's state dict with peft's names, and its `LoraConfig`."""
+    # Without save_embedding_layers=False, peft would ask the hub about embeddings, which are not adapted.
     state_dict = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     return state_dict, model.peft_config["default"]
 
 
-def load_adapter(model, state_dict):
-    """Puts back what `adapter_state` gave; a tensor missing, left over or of another shape is a `ValueError`."""
+def load_adapter(model: Any, state_dict: dict[str, torch.Tensor]) -> None:
+    """Loads a state dict of `adapter_state`; raises `ValueError` for missing or unexpected tensors and wrong shapes."""
     expected = {name: value.shape for name, value in adapter_state(model)[0].items()}
     given = {name: value.shape for name, value in state_dict.items()}
     if expected != given:
@@ -103,10 +98,10 @@ def load_adapter(model, state_dict):
 
 
 @contextlib.contextmanager
-def without_adapters(*models):
-    """Inside, the models are as they were before their LoRA; gradients still pass through them.
+def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
+    """Disables the adapters of models inside the context; gradients still flow through the models.
 
-    peft's own switch would also make the layers' weights trainable again, which are views of what is trained.
+    peft's own switch would also make the weights of the layers trainable, which are views of the master weights.
     """
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -118,8 +113,8 @@ def without_adapters(*models):
             layer._disable_adapters = False
 
 
-def joined(parts):
-    """One state dict of those of several models: the UNet's names as they are, the others' after the model's."""
+def merge_states(parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Merges the state dicts of several models into one; the keys of models other than the UNet get a prefix."""
     return {
         key if name == "unet" else f"{name}:{key}": value
         for name, part in parts.items()
@@ -127,17 +122,17 @@ def joined(parts):
     }
 
 
-def part_of(state_dict, name):
-    """What `joined` took from that model."""
+def extract_state(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Returns the state dict of one model from the result of `merge_states`."""
     parts = [key.rpartition(":") for key in state_dict]
     return {key: state_dict[owner + colon + key] for owner, colon, key in parts if (owner or "unet") == name}
 
 
-def start_from(model, state_dict, *, partial=False):
-    """Starts from a LoRA whose scale is folded in (B·A is the whole update), at any alpha of the adapter's own.
+def start_from(model: Any, state_dict: dict[str, torch.Tensor], *, partial: bool = False) -> None:
+    """Initializes a model's adapter from a LoRA with folded scale (B·A is the whole update), at any alpha.
 
-    Where its rank is smaller, the further directions begin as a fresh adapter's do; with `partial`, so do layers that it
-    lacks.
+    If the rank of the LoRA is smaller, the additional directions are initialized like those of a new adapter; with
+    `partial`, so are layers that the LoRA lacks.
     """
     scaling = {
         name: module.scaling["default"] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -159,21 +154,21 @@ def start_from(model, state_dict, *, partial=False):
     load_adapter(model, unfolded)
 
 
-def start_from_file(models, loaded, path):
-    """`start_from` for the adapted models ({component: model}), of what `lora_file.load_lora` read from `path`.
+def start_from_file(models: dict[str, Any], loaded: dict[str, dict], path: str | Path) -> None:
+    """Initializes the adapters of models ({component: model}) from what `lora_file.load_lora` read from `path`.
 
-    A text encoder may lack layers there: with a clip skip, its last ones are not trained.
+    The LoRA may lack layers of a text encoder, because clip skip leaves out the last ones.
     """
     if set(loaded) != set(models):
         raise InputError(
-            f"{path}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, and this trains the {' and the '.join(models)}"
-            f"{'' if len(models) > 1 else ' alone'}. Start from a LoRA of the same."
+            f"{path}: it adapts {' and '.join(sorted(loaded)) or 'nothing'}, but this run trains the "
+            f"{' and the '.join(models)}{'' if len(models) > 1 else ' only'}. Start from a LoRA of the same models."
         )
     try:
         for name, model in models.items():
             start_from(model, loaded[name], partial=name.startswith("text_encoder"))
     except ValueError as error:
         raise InputError(
-            f"{path}: {error}. Check --rank, --target_modules and --use_dora. (scripts/convert_lora.py --rank makes a "
-            "LoRA smaller; a smaller one fits as it is.)"
+            f"{path}: {error}. Check --rank, --target_modules and --use_dora. (scripts/convert_lora.py --rank reduces "
+            "the rank of a LoRA; a smaller rank is accepted.)"
         ) from error

@@ -1,4 +1,4 @@
-"""The LoRA file, in diffusers' format, and what is read of the other dialects."""
+"""Writes LoRA files in diffusers' format and reads those of every dialect."""
 
 import hashlib
 import json
@@ -12,40 +12,49 @@ import torch
 
 from ..errors import InputError
 from ..files import written_whole
-from .dialects import COMPONENTS, PEFT_WEIGHTS_NAME, REMEDY, WEIGHTS_NAME, dialect_of, files_of, opened, place_of
+from .dialects import (
+    COMPONENTS,
+    PEFT_WEIGHTS_NAME,
+    REMEDY,
+    WEIGHTS_NAME,
+    find_dialect,
+    find_weight_files,
+    open_safetensors,
+    parse_key,
+)
 
 
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' own, without the seconds that importing it takes
+ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which would take seconds to import
 PEFT_CONFIG_NAME = "adapter_config.json"
-# In the file a text encoder's names have this level, also where transformers (from 5.6) took it out of CLIPTextModel.
+# In the file, names of text encoders have the level `text_model`, which transformers 5.6 removed from CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
 
 
 class Scale(NamedTuple):
-    """What of peft's `LoraConfig` a module's scale depends on, without the seconds that importing peft takes."""
+    """The fields of peft's `LoraConfig` that determine a module's scale; importing peft would take seconds."""
 
     lora_alpha: float
     alpha_pattern: dict[str, float]
     use_rslora: bool
 
 
-def scale_of(config, module, rank):
-    """peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA, with its own alpha where `alpha_pattern` has one.
+def scale_of(config: Any, module: str, rank: int) -> float:
+    """Returns peft's scale of a module's B·A: alpha/r, or alpha/√r with rsLoRA; `alpha_pattern` may override alpha.
 
-    1 without a configuration: the scale is in lora_B already.
+    Without a configuration the scale is 1, because lora_B contains it already.
     """
     if config is None:
         return 1.0
-    # As peft's get_pattern_key does: the first pattern that the end of the name matches.
-    own = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
-    alpha = next(own, config.lora_alpha)
+    # Like peft's get_pattern_key: the first pattern that matches the end of the name.
+    overrides = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(overrides, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """Copies peft's adapter state dict to float32 on the CPU with the scale in lora_B, so that the update is B·A.
+    """Copies a state dict of peft to float32 on the CPU and multiplies lora_B by the scale, so that the update is B·A.
 
-    `config` is its `LoraConfig`, or None where the scale is there already.
+    `config` is its `LoraConfig`, or None if lora_B contains the scale already.
     """
     folded = {}
     for key, value in state_dict.items():
@@ -58,9 +67,9 @@ def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, to
 
 
 def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training: dict[str, str]) -> dict[str, str]:
-    """The file's header: the caller's strings, and for each component the peft configuration that diffusers reads.
+    """Returns the file's metadata: `training`, and the peft configuration of each component, which diffusers reads.
 
-    `components` holds folded state dicts of one rank each. A key of `training` that ends in "token" is left out.
+    `components` holds folded state dicts of one rank each. Keys of `training` that end in "token" are left out.
     """
     adapters = {}
     for name, state_dict in components.items():
@@ -73,7 +82,7 @@ def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training:
             "use_rslora": False,
             "use_dora": any(key.endswith(".lora_magnitude_vector") for key in state_dict),
             "lora_bias": any(key.endswith(".lora_B.bias") for key in state_dict),
-            # Whole names: exactly these modules get an adapter. Less `text_model.`, as peft matches the end of a name.
+            # Full names, so that exactly these modules are adapted; without `text_model.`, as peft matches the end of names.
             "target_modules": sorted({key.partition(".lora_")[0].removeprefix("text_model.") for key in state_dict}),
         }
         adapters |= {f"{name}.{key}": value for key, value in config.items()}
@@ -82,11 +91,13 @@ def lora_file_metadata(components: dict[str, dict[str, torch.Tensor]], training:
 
 
 def save_lora(
-    path_or_dir, components: dict[str, tuple[dict, Any]], training: dict[str, str], dtype=torch.float32
-) -> Path:
-    """Writes the LoRA whole or not at all and returns its path; the same weights and strings give the same bytes.
+    path_or_dir: str | Path, components: dict[str, tuple[dict, Any]], training: dict[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """Writes a LoRA atomically and returns its path; equal weights and metadata give equal bytes.
 
-    `components` maps `unet`, `text_encoder`, `text_encoder_2` to peft's state dict and its `LoraConfig`, None for a folded one.
+    `components` maps `unet`, `text_encoder` and `text_encoder_2` to peft's state dict and its `LoraConfig`, which is None for
+    a folded state dict.
     """
     path = Path(path_or_dir)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
@@ -96,19 +107,19 @@ def save_lora(
     return path
 
 
-def file_tensors(components):
-    """{key in the file: tensor} of folded state dicts, as diffusers' readers want to find them."""
+def file_tensors(components: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns {key in the file: tensor} of folded state dicts, with the names that diffusers reads."""
     tensors = {f"{name}.{key}": value for name, state_dict in components.items() for key, value in state_dict.items()}
     tensors = {TEXT_MODEL.sub(r"\1.text_model.encoder.", key): value for key, value in tensors.items()}
-    # peft's name for DoRA's magnitudes lacks this end, and transformers then leaves a text encoder's out in silence.
+    # peft's name for DoRA's magnitudes lacks `.weight`; transformers would silently ignore those of text encoders.
     return {re.sub(r"(?<=\.lora_magnitude_vector)$", ".weight", key): value for key, value in tensors.items()}
 
 
-def write_tensors(path, tensors, header):
-    """Writes a safetensors file whole or not at all; the same tensors and strings give the same bytes.
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    """Writes a safetensors file atomically; equal tensors and headers give equal bytes.
 
-    Readers find files again by the hashes that are added to the header: kohya's of the bytes after the header, the older
-    one of 64 KiB of a file with its `ss_*` alone, and ModelSpec's.
+    Adds the hashes by which programs identify files: kohya's hash of the bytes after the header, its legacy hash of 64 KiB
+    of a file that has only the `ss_*` keys, and ModelSpec's hash.
     """
     data = safetensors.torch.save(tensors)
     size = int.from_bytes(data[:8], "little")
@@ -116,7 +127,7 @@ def write_tensors(path, tensors, header):
     places.pop("__metadata__", None)
 
     def head(strings):
-        # safetensors would write these in a new order every time.
+        # safetensors would write the metadata in a random order.
         text = json.dumps(places | {"__metadata__": strings}, sort_keys=True, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -133,7 +144,7 @@ def write_tensors(path, tensors, header):
 
 
 def _one_rank(state_dict):
-    """Zeros fill up the smaller ranks: load_attn_procs scales by one alpha, so it misreads a file of mixed ranks."""
+    """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks."""
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
@@ -144,29 +155,29 @@ def _one_rank(state_dict):
     return state_dict
 
 
-def as_diffusers(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads a LoRA of any dialect as ({key: float32 tensor}, header), the keys those of our own file.
+def as_diffusers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads a LoRA of any dialect as ({key: float32 tensor}, header), with the keys of our own file.
 
-    The scale is in lora_B and each component has one rank, so that `load_lora_weights` of stock diffusers takes the
-    tensors as they are.
+    The scale is folded into lora_B and each component has one rank, so that the tensors can be passed to
+    `load_lora_weights` of diffusers.
     """
     components, header = load_lora(path)
     tensors = file_tensors({name: _one_rank(state_dict) for name, state_dict in components.items()})
     return dict(sorted(tensors.items())), header
 
 
-def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    """Reads a LoRA of any dialect: for each component a state dict as peft names it, the scale folded, and the header.
+def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Reads a LoRA of any dialect as ({component: state dict with peft's names and folded scale}, header).
 
-    A module's rank is its own. Text-encoder keys start `text_model.`. Raises `InputError` for what is no such file.
+    Ranks may differ between modules. Keys of text encoders start with `text_model.`. Raises `InputError` for other files.
     """
     components, header = {}, {}
-    for path, component in files_of(Path(path_or_dir)):
+    for path, component in find_weight_files(Path(path_or_dir)):
         try:
-            with opened(path) as file:
+            with open_safetensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
                 header = file.metadata() or {}
-            found, configs = _by_module(tensors, component), _configs_of(path, header)
+            found, configs = _by_module(tensors, component), _read_scales(path, header)
             for name, modules in found.items():
                 config = configs.get(name, configs.get(None))
                 components[name] = _folded(name, modules, config)
@@ -175,15 +186,15 @@ def load_lora(path_or_dir) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str
     return components, header
 
 
-def _configs_of(path, header):
-    """{component, or None for all: `Scale`} of what a header of diffusers', or peft's file beside this one, says."""
+def _read_scales(path, header):
+    """Reads {component, or None for all: `Scale`} from diffusers' metadata or from the configuration file of peft."""
     stored = path.parent / PEFT_CONFIG_NAME
     try:
         if path.name == PEFT_WEIGHTS_NAME and stored.exists():
             config = json.loads(stored.read_text(encoding="utf-8"))
             if config.get("peft_type", "LORA") != "LORA":
                 raise InputError(
-                    f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not read: only LoRA and DoRA are."
+                    f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not supported; only LoRA and DoRA are."
                 )
             return {None: _scale(config)}
         adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
@@ -197,21 +208,21 @@ def _configs_of(path, header):
 
 
 def _scale(stored):
-    """The `Scale` of a stored `LoraConfig`."""
+    """Makes the `Scale` of a stored `LoraConfig`."""
     return Scale(stored["lora_alpha"], stored.get("alpha_pattern") or {}, bool(stored.get("use_rslora")))
 
 
 def _by_module(tensors, component):
-    """{component: {module: {leaf: tensor}}} of what the file's keys mean in its dialect."""
-    dialect, found = dialect_of(tensors), {}
+    """Returns {component: {module: {leaf: tensor}}} by what the keys mean in the dialect of the file."""
+    dialect, found = find_dialect(tensors), {}
     for key, value in tensors.items():
-        name, module, leaf = place_of(key, dialect, component)
+        name, module, leaf = parse_key(key, dialect, component)
         found.setdefault(name, {}).setdefault(module, {})[leaf] = value.float()
     return found
 
 
 def _folded(name, modules, config):
-    """The state dict of a component's modules, with the scale in lora_B: of their own alpha, else of the configuration's."""
+    """Returns a component's state dict with the scale, from the modules' alphas or the configuration, folded into lora_B."""
     state_dict = {}
     for module, leaves in modules.items():
         if not {"lora_A.weight", "lora_B.weight"} <= leaves.keys():
@@ -219,7 +230,7 @@ def _folded(name, modules, config):
         a, b, mid = (leaves.get(f"lora_{leaf}.weight") for leaf in ("A", "B", "mid"))
         if a.dim() not in (2, 4) or b.dim() != a.dim() or not 0 < len(a) == b.shape[1]:
             raise InputError(f"the two tensors of {name}.{module} do not fit: {list(a.shape)} and {list(b.shape)}.")
-        if mid is not None:  # LyCORIS' Tucker decomposition: a convolution between two of 1x1
+        if mid is not None:  # Tucker decomposition of LyCORIS: a convolution between two 1x1 convolutions
             if mid.dim() != 4 or mid.shape[:2] != (len(a), len(a)) or a.shape[2:] != (1, 1):
                 raise InputError(f"the tensors of {name}.{module} do not fit: {list(a.shape)} and {list(mid.shape)}.")
             a = torch.einsum("rskl,si->rikl", mid, a.flatten(1))
@@ -235,11 +246,11 @@ def _folded(name, modules, config):
 
 
 def _magnitudes(name, module, leaves, b):
-    """DoRA's magnitudes in peft's shape: (out,) of a linear layer, (1, out, 1, 1) of a convolution."""
+    """Returns DoRA's magnitudes in peft's shape: (out,) for a linear layer, (1, out, 1, 1) for a convolution."""
     value, out = leaves["lora_magnitude_vector"], len(b)
     if value.numel() != out or (value.dim() > 1 and value.shape[0] != out and value.shape[:2] != (1, out)):
         raise InputError(
-            f"the DoRA magnitudes of {name}.{module} have the shape {list(value.shape)}: only those of each output "
-            f"({out} here) are read, not LyCORIS' older ones of each input."
+            f"the DoRA magnitudes of {name}.{module} have the shape {list(value.shape)}: only magnitudes per output "
+            f"(here {out}) are supported, not the older ones of LyCORIS per input."
         )
     return value.reshape(1, out, 1, 1) if b.dim() == 4 else value.flatten()

@@ -1,20 +1,22 @@
-"""What can be done with any model in memory: eval mode for a while, and an identity of its weights."""
+"""Utilities for any model in memory: eval mode, precision, device, and hashes of its weights."""
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
+from typing import Any
 
 
-def dtype_of(precision):
-    """What the frozen base is in, in each of Accelerate's mixed precisions."""
+def dtype_of(precision: str) -> Any:
+    """Returns the dtype of the frozen base model for a mixed precision of Accelerate."""
     import torch
 
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 @contextlib.contextmanager
-def evaluating(model):
-    """Eval mode inside, and the mode it had afterwards."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Switches a model to eval mode inside the context, and restores its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -24,10 +26,10 @@ def evaluating(model):
 
 
 @contextlib.contextmanager
-def in_its_precision(model):
-    """Inside, the model takes its first input in the precision of its own weights, whatever it is handed in.
+def in_its_precision(model: Any) -> Iterator[None]:
+    """Casts the first input of a model to the dtype of its weights inside the context.
 
-    For pipelines, whose latents are float32 after a step where the model's output is.
+    This is for pipelines, whose latents become float32 after a step if the model's output is float32.
     """
     dtype = next(model.parameters()).dtype
 
@@ -41,28 +43,28 @@ def in_its_precision(model):
         handle.remove()
 
 
-def place(model, device, dtype, *, channels_last=False):
-    """Brings a model to a device, its frozen weights in `dtype`, each by one copy from where it is: from a file's map too.
+def place(model: Any, device: Any, dtype: Any, *, channels_last: bool = False) -> None:
+    """Moves a model to a device and casts its frozen weights to `dtype`, with a single copy of each weight.
 
-    No weight is mapped afterwards, so that the file may change. What is trained keeps its dtype. With `channels_last`
-    the weights of convolutions come in that order.
+    No weight is mapped from a file afterwards, so the file may change. Trainable parameters keep their dtype. With
+    `channels_last`, the weights of convolutions get that memory format.
     """
     import torch
 
-    def placed(tensor):
+    def move(tensor):
         if tensor.requires_grad or not tensor.is_floating_point():
             return tensor.to(device)
         order = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
         return tensor.to(device, dtype, memory_format=order, copy=True)
 
-    model._apply(placed)
+    model._apply(move)
 
 
-def sample_identity(model):
-    """A quick hash of a model's weights: of the signs of some thousand values of each tensor.
+def sample_identity(model: Any) -> str:
+    """Returns a quick hash of the signs of about a thousand values of each weight.
 
-    The same in every precision that the model is loaded in, since rounding changes no sign, not even that of what becomes
-    zero; a model that was tuned further has others, and only one that is scaled as a whole has not.
+    The hash does not depend on the precision, because rounding keeps signs, even those of values that become zero. A
+    fine-tuned model has a different hash; a model whose weights are only scaled does not.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -72,8 +74,8 @@ def sample_identity(model):
     return digest.hexdigest()[:16]
 
 
-def weights_identity(model, dtype=None):
-    """A hash of a model's configuration and weights, in their own dtype or in `dtype`, wherever it was loaded from."""
+def weights_identity(model: Any, dtype: Any = None) -> str:
+    """Returns a hash of a model's configuration and weights, which are cast to `dtype` if it is given."""
     import torch
 
     config = model.config if isinstance(model.config, dict) else model.config.to_dict()

@@ -1,7 +1,8 @@
-"""What the modules of a UNet of three levels are called in the original code of Stable Diffusion XL, with underscores.
+"""The names of a UNet's modules in the original code of Stable Diffusion XL, with underscores instead of dots.
 
-Stability's generative-models number all blocks through, down and up: kohya's LoRA files of Stable Diffusion XL have these
-names (`make_unet_conversion_map` in kohya-ss/sd-scripts, `library/sdxl_model_util.py`), other families' have diffusers'.
+Stability's generative-models number all blocks of the way down, and of the way up, consecutively. kohya's LoRA files of
+Stable Diffusion XL have these names (`make_unet_conversion_map` in kohya-ss/sd-scripts, `library/sdxl_model_util.py`);
+those of other families have diffusers' names.
 """
 
 import re
@@ -23,20 +24,21 @@ IN_RESNETS = {
 }
 MODULES_OUTSIDE = {name: module for module, name in OUTSIDE.items()}
 MODULES_IN_RESNETS = {name: module for module, name in IN_RESNETS.items()}
-# Behind two resnets with attention (three on the way up) comes what changes the size.
+# A level has two resnets (three on the way up), each with an attention, and then a layer that changes the size.
 BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.+)")
 NAME = re.compile(r"(input_blocks|output_blocks|middle_block)_(\d+)(?:_(\d))?_(.+)")
 
 
-def original_name(module):
-    """The name of a module of diffusers' UNet; None where it has none."""
+def original_name(module: str) -> str | None:
+    """Returns the original name of a module of diffusers' UNet, or None."""
     if module in OUTSIDE:
         return OUTSIDE[module]
     if not (match := BLOCK.fullmatch(module)):
         return None
-    way, level, kind, k, rest = match.groups()
+    way, _, kind, _, rest = match.groups()
+    level, k = int(match[2] or 0), int(match[4])
+    inner = int(kind == "attentions")
     rest = IN_RESNETS.get(rest, rest) if kind == "resnets" else rest.replace(".", "_")
-    inner, level, k = int(kind == "attentions"), int(level or 0), int(k)
     if kind == "downsamplers":
         return f"input_blocks_{3 * level + 3}_0_op"
     if kind == "upsamplers":
@@ -45,15 +47,12 @@ def original_name(module):
         return f"middle_block_{1 if inner else 2 * k}_{rest}"
     if k > (1 if way == "down" else 2):
         return None
-    return (
-        f"input_blocks_{3 * level + k + 1}_{inner}_{rest}"
-        if way == "down"
-        else f"output_blocks_{3 * level + k}_{inner}_{rest}"
-    )
+    block = f"input_blocks_{3 * level + k + 1}" if way == "down" else f"output_blocks_{3 * level + k}"
+    return f"{block}_{inner}_{rest}"
 
 
-def module_of(name):
-    """The module that a name means, its own underscores and dots not told apart within a block; None for no such name."""
+def diffusers_name(name: str) -> str | None:
+    """Returns the module with this original name, or None; inside a block, its dots remain underscores."""
     if name in MODULES_OUTSIDE:
         return MODULES_OUTSIDE[name]
     if not (match := NAME.fullmatch(name)):

@@ -1,4 +1,4 @@
-"""A LoRA as peft keeps it: adapter_model.safetensors and adapter_config.json, for each component in a folder of its own."""
+"""Writes a LoRA in peft's format: adapter_model.safetensors and adapter_config.json, with a folder per component."""
 
 import collections
 import json
@@ -11,11 +11,14 @@ from .lora_file import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, write_tensors
 from .updates import modules_of
 
 
-def save_peft(folder, components, base_model=None, dtype=torch.float32):
-    """Writes state dicts whose scale is in lora_B so that peft's scale is 1, whatever each module's rank.
+def save_peft(
+    folder: str | Path, components: dict[str, dict[str, torch.Tensor]], base_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """Writes folded state dicts with configurations that give each module the scale 1, and returns the folder.
 
-    One component is the folder itself, as `PeftModel.from_pretrained` wants it; several have the names of theirs. The text
-    encoder's layers are named as transformers before 5.6 names them.
+    A single component is written into the folder itself, as expected by `PeftModel.from_pretrained`; several get
+    subfolders. The layers of text encoders have the names of transformers before 5.6.
     """
     folder = Path(folder)
     for name, state_dict in components.items():

@@ -1,9 +1,9 @@
-"""How the programs that people draw with read a LoRA file of Stable Diffusion, by their own rules.
+"""Reads LoRA files of Stable Diffusion by the rules of diffusers, ComfyUI and A1111.
 
-Written anew, apart from what writes the files, so that the two can be held against each other. Each rule takes the file's
-tensors, its header, and `layers`: {(component, module): shape of the weight} of the base's linear and convolution layers,
-without the text encoder's `text_model.`. It gives {(component, module): (A, B·scale, DoRA's magnitudes or None)}, A and B as
-float64 matrices, of what finds its layer.
+This code shares nothing with the code that writes the files, so that each can be checked against the other. Each reader
+takes the tensors of a file, its header, and `layers`: {(component, module): shape of the weight} of the linear and
+convolution layers of the base model, without the `text_model.` of text encoders. It returns {(component, module): (A,
+B·scale, DoRA's magnitudes or None)} for the modules that match a layer, with A and B as float64 matrices.
 """
 
 import json
@@ -13,10 +13,10 @@ from .lora_file import ADAPTER_METADATA_KEY
 
 
 def diffusers(tensors, header, layers):
-    """As `load_lora_weights` of diffusers 0.39 reads it, and `load_attn_procs`, which knows no alpha.
+    """Reads a file like `load_lora_weights` of diffusers 0.39, and like `load_attn_procs`, which ignores alphas.
 
-    `loaders/peft.py` and `loaders/lora_base.py` there: what follows the component's name is the layer's in the model, and
-    the header's configuration scales. That scale must be 1 here, or the two would differ.
+    In `loaders/peft.py` and `loaders/lora_base.py`, the part of a key after the component is the name of the layer, and the
+    configuration in the header gives the scale. The scale must be 1, or the two functions would differ.
     """
     adapters, arrived = json.loads(header.get(ADAPTER_METADATA_KEY, "{}")), {}
     for key in tensors:
@@ -27,21 +27,21 @@ def diffusers(tensors, header, layers):
         if not found or found.groups() not in layers or up not in tensors:
             continue
         component, module = found.groups()
-        told = {
+        config = {
             name: adapters.get(f"{component}.{name}") for name in ("r", "lora_alpha", "use_rslora", "target_modules")
         }
-        one_scale = {len(tensors[key]), told["r"], told["lora_alpha"]} == {told["r"]} and not told["use_rslora"]
-        if module in (told["target_modules"] or ()):
-            scale = 1.0 if one_scale else float("nan")
+        unscaled = len(tensors[key]) == config["r"] == config["lora_alpha"] and not config["use_rslora"]
+        if module in (config["target_modules"] or ()):
+            scale = 1.0 if unscaled else float("nan")
             arrived[component, module] = *_pair(tensors, key, up, scale), tensors.get(magnitude)
     return arrived
 
 
 def comfyui(tensors, header, layers):
-    """As ComfyUI reads it: `model_lora_keys_unet` and `model_lora_keys_clip` in its `comfy/lora.py`.
+    """Reads a file like ComfyUI: `model_lora_keys_unet` and `model_lora_keys_clip` in its `comfy/lora.py`.
 
-    The UNet's layers by diffusers' names with underscores, and by the original code's; of the text encoders only the six
-    kinds of its LORA_CLIP_MAP.
+    ComfyUI knows the UNet's layers by diffusers' names with underscores and by those of the original code; of the text
+    encoders, it knows only the six layers of its LORA_CLIP_MAP.
     """
     names = {
         name.replace("diffusion_model", "lora_unet"): place
@@ -59,11 +59,11 @@ def comfyui(tensors, header, layers):
 
 
 def a1111(tensors, header, layers):
-    """As A1111 reads it: `load_network` in its `extensions-builtin/Lora/networks.py`.
+    """Reads a file like A1111: `load_network` in its `extensions-builtin/Lora/networks.py`.
 
-    It makes of kohya's names those of the original code's modules, by patterns that fit Stable Diffusion's blocks alone;
-    those of Stable Diffusion XL have them already. OpenCLIP, the text encoder of Stable Diffusion 2 and the second of XL,
-    has query, key, value and output in one module, which is changed only where all four are there.
+    A1111 converts kohya's names to those of the original code, by patterns that fit only the blocks of Stable Diffusion;
+    files of Stable Diffusion XL have the original names already. OpenCLIP, the text encoder of Stable Diffusion 2 and the
+    second one of XL, has query, key, value and output in one module, which is patched only if the file has all four.
     """
     is_sd2 = layers.get(("text_encoder", "encoder.layers.0.self_attn.q_proj"), ())[:1] == (1024,)
     names = _original_names(layers, is_sd2)
@@ -80,7 +80,7 @@ def a1111(tensors, header, layers):
 
 
 def has_the_geometry_of_a1111(layers):
-    """Whether the UNet has the blocks of Stable Diffusion 1 and 2, or of XL, which A1111's patterns count on."""
+    """Whether the UNet has the blocks of Stable Diffusion 1 and 2, or of XL, which A1111's patterns assume."""
     found = {re.match(r"down_blocks\.(\d+\.resnets\.\d+)\.", module) for _, module in layers}
     blocks = {match[1] for match in found if match}
     return any(blocks == {f"{i}.resnets.{j}" for i in range(levels) for j in range(2)} for levels in (3, 4))
@@ -90,13 +90,13 @@ def _pair(tensors, down, up, scale):
     return tensors[down].double().flatten(1), tensors[up].double().flatten(1) * scale
 
 
-def _kohya_pairs(tensors, place_of):
-    """What `place_of(name)` knows of a file by kohya's names; where there is no alpha, both programs scale by nothing."""
+def _kohya_pairs(tensors, find_place):
+    """Reads the modules whose kohya name `find_place` knows; without an alpha, both programs use the scale 1."""
     arrived = {}
     for key in tensors:
         name, _, leaf = key.partition(".")
         up = f"{name}.lora_up.weight"
-        if leaf == "lora_down.weight" and up in tensors and (place := place_of(name)) is not None:
+        if leaf == "lora_down.weight" and up in tensors and (place := find_place(name)) is not None:
             alpha = tensors.get(f"{name}.alpha")
             scale = 1.0 if alpha is None else alpha.item() / len(tensors[key])
             arrived[place] = *_pair(tensors, key, up, scale), tensors.get(f"{name}.dora_scale")
@@ -112,7 +112,7 @@ _IN_RESNETS = {
 
 
 def _original_names(layers, is_sd2):
-    """{name in the original code, with underscores: place}, by the order in which its UNet counts the blocks."""
+    """Returns {name in the original code, with underscores: (component, module)} by counting the blocks of the UNet."""
     blocks = {"conv_in": "input_blocks_0_0", "conv_out": "out_2"}
     blocks |= {"time_embedding.linear_1": "time_embed_0", "time_embedding.linear_2": "time_embed_2"}
     blocks |= {"add_embedding.linear_1": "label_emb_0_0", "add_embedding.linear_2": "label_emb_0_2"}
@@ -144,7 +144,7 @@ def _original_names(layers, is_sd2):
             name = name.replace("fc1", "c_fc").replace("fc2", "c_proj").replace(".", "_")
             names[f"{'' if is_sd2 else '1_'}model_transformer_resblocks_{name}"] = component, module
         else:
-            for number in ("", "0_"):  # of two text encoders
+            for number in ("", "0_"):  # of one or of two text encoders
                 names[f"{number}transformer_text_model_{module.replace('.', '_')}"] = component, module
     return names
 

@@ -1,4 +1,6 @@
-"""The receipt: a LoRA file read back as its readers read it, and every module's update compared with the trained one."""
+"""The receipt: reads a LoRA file like other programs do, and compares the update of every module with the trained one."""
+
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -9,11 +11,11 @@ from .lora_file import fold_scale
 from .updates import factors, modules_of, relative_difference
 
 
-TOLERANCE = 1e-6  # of an update's norm: some roundings of float32
+TOLERANCE = 1e-6  # relative to an update's norm; float32 rounding is smaller
 
 
-def layers_of(model):
-    """{name: shape of its weight} of the linear and convolution layers of a model, with or without adapters."""
+def layer_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns {name: shape of the weight} of the linear and convolution layers of a model, with or without adapters."""
     return {
         name.removesuffix(".base_layer"): tuple(module.weight.shape)
         for name, module in model.named_modules()
@@ -21,10 +23,12 @@ def layers_of(model):
     }
 
 
-def check_arrival(path, trained, layers, *, by_kohyas_names=False, tolerance=TOLERANCE):
-    """Reads the file as its readers do and returns how many modules arrive: all, or else it raises `TrainingError`.
+def check_arrival(
+    path: Path, trained: dict, layers: dict[str, dict], *, by_kohyas_names: bool = False, tolerance: float = TOLERANCE
+) -> int:
+    """Reads a file like other programs and returns the number of modules; raises `TrainingError` if one is not as trained.
 
-    `trained` is {component: (peft's state dict, its `LoraConfig`)}, `layers` {component: what `layers_of` says of the base}.
+    `trained` is {component: (state dict of peft, `LoraConfig`)}, and `layers` is {component: `layer_shapes` of the base}.
     """
     with safe_open(path, "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -48,14 +52,14 @@ def check_arrival(path, trained, layers, *, by_kohyas_names=False, tolerance=TOL
         faults = _faults(wanted, rule(tensors, header, layers), layers, tolerance)
         if faults:
             raise TrainingError(
-                f"{path.name}: {len(faults)} of {len(wanted)} modules do not arrive where {reader} reads it, the first: "
+                f"{path.name}: {len(faults)} of {len(wanted)} modules are not read correctly by {reader}, the first: "
                 f"{faults[0]}."
             )
     return len(wanted)
 
 
 def _faults(wanted, arrived, layers, tolerance):
-    """In words, the modules that don't arrive as they were trained, and those that arrive untrained."""
+    """Describes the modules that are not read as they were trained, and those that were not trained."""
     faults = []
     for place, (a, b, magnitude) in wanted.items():
         name = ".".join(place)

@@ -16,18 +16,18 @@ class BaseModelSettings:
 
     title: ClassVar = "base model"
     # fmt: off
-    pretrained_model_name_or_path: str | None = flag(None, "the base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or a single .safetensors/.ckpt file", may_change=True)
+    pretrained_model_name_or_path: str | None = flag(None, "base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or single .safetensors/.ckpt file", may_change=True)
     revision: str | None = flag(None, "branch, tag or commit of the base model on the hub", may_change=True)
-    variant: str | None = flag(None, "which of the base model's weight files to take, such as fp16", may_change=True)
-    single_file_config: str | None = flag(None, "diffusers folder with the configuration for a base model that is a single file, where the hub is out of reach", metavar="FOLDER", may_change=True)
-    pretrained_vae_model_name_or_path: str | None = flag(None, "another VAE than the base model's: hub id, folder or single file", may_change=True)
-    clip_skip: int | None = flag(None, "leave out so many of the text encoder's last layers, in training and validation", at_least(0))
-    cache_dir: str | None = flag(None, "where downloaded models and datasets are stored", may_change=True)
+    variant: str | None = flag(None, "variant of the base model's weight files, such as fp16", may_change=True)
+    single_file_config: str | None = flag(None, "diffusers folder with the configuration of a base model that is a single file (default: downloaded from the hub)", metavar="FOLDER", may_change=True)
+    pretrained_vae_model_name_or_path: str | None = flag(None, "VAE to use instead of that of the base model: hub id, folder or single file", may_change=True)
+    clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, in training and validation", at_least(0))
+    cache_dir: str | None = flag(None, "folder for downloaded models and datasets", may_change=True)
     # fmt: on
 
     def check(self, settings):
         if self.pretrained_model_name_or_path is None:
-            raise InputError("--pretrained_model_name_or_path is needed: a hub id, a local folder or a single file.")
+            raise InputError("--pretrained_model_name_or_path is required: a hub id, a local folder or a single file.")
         vae = self.pretrained_vae_model_name_or_path
         if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
             raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
@@ -40,35 +40,35 @@ class LoraSettings:
     title: ClassVar = "LoRA"
     # fmt: off
     rank: int = flag(4, "dimension of the update matrices", at_least(1))
-    lora_alpha: float | None = flag(None, "the LoRA's update is scaled by alpha / rank; the rank when not given", above(0))
-    lora_dropout: float = flag(0.0, "dropout before the update matrices", from_up_to(0, 1))
-    target_modules: tuple[str, ...] | None = flag(None, "layers to adapt, by the ends of their names; all of attention and feed-forward when not given", nargs="+", metavar="NAME")
-    init_lora_weights: str = flag("gaussian", "how the update matrices begin: true (Kaiming), gaussian or orthogonal")
-    use_rslora: bool = flag(False, "scale the LoRA's update by alpha / sqrt(rank)")
+    lora_alpha: float | None = flag(None, "the update of the LoRA is scaled by alpha / rank (default: the rank)", above(0))
+    lora_dropout: float = flag(0.0, "dropout probability before the update matrices", from_up_to(0, 1))
+    target_modules: tuple[str, ...] | None = flag(None, "layers to adapt, by the ends of their names (default: all attention and feed-forward layers)", nargs="+", metavar="NAME")
+    init_lora_weights: str = flag("gaussian", "initialization of the update matrices: true (Kaiming), gaussian or orthogonal")
+    use_rslora: bool = flag(False, "rank-stabilized LoRA: scale the update by alpha / sqrt(rank)")
     use_dora: bool = flag(False, "weight-decomposed LoRA (DoRA)")
-    lora_weights: str | None = flag(None, "start from this LoRA file or folder", metavar="PATH")
-    train_text_encoder: bool = flag(False, "adapt the text encoder too (of Stable Diffusion XL both); captions are then encoded in each step")
-    text_encoder_rank: int | None = flag(None, "rank of the text encoder's LoRA; --rank when not given", at_least(1))
-    output_kohya_format: bool = flag(False, "write the LoRA in kohya's format too, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir", may_change=True)
-    kohya_extras: tuple[str, ...] = flag((), "what the kohya file may tell of your pictures: thumbnail: the last sample picture; tags: how often each tag comes in the captions", nargs="+", choices=["thumbnail", "tags"], may_change=True)
+    lora_weights: str | None = flag(None, "LoRA file or folder to start from", metavar="PATH")
+    train_text_encoder: bool = flag(False, "also train a LoRA of the text encoder (of both for Stable Diffusion XL); captions are then encoded in each step")
+    text_encoder_rank: int | None = flag(None, "rank of the LoRA of the text encoder (default: --rank)", at_least(1))
+    output_kohya_format: bool = flag(False, "also write the LoRA in kohya's format, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir", may_change=True)
+    kohya_extras: tuple[str, ...] = flag((), "information about your pictures in the kohya file; thumbnail: the last sample picture; tags: the counts of the tags in the captions", nargs="+", choices=["thumbnail", "tags"], may_change=True)
     # fmt: on
 
     @property
     def alpha(self) -> float:
-        """The update is scaled by alpha / rank."""
+        """The LoRA alpha; the update is scaled by alpha / rank."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def needs_autocast(self) -> bool:
-        """Whether peft computes the adapters, in float32, instead of the lean forward in the base's precision."""
+        """Whether peft computes the adapters, in float32, instead of the lean forward in the precision of the base."""
         return bool(self.lora_dropout or self.use_dora)
 
     def of_denoiser(self, family: Any) -> "LoraSettings":
-        """With the layers of a `Family` where none are asked for."""
+        """Returns the settings for the denoiser, with the layers of the `Family` if no layers are set."""
         return dataclasses.replace(self, target_modules=tuple(self.target_modules or family.target_modules))
 
     def of_text_encoder(self, layers: Sequence[str]) -> "LoraSettings":
-        """With the rank of the text encoders, for these layers; alpha / rank stays."""
+        """Returns the settings for the text encoder and these layers, with its rank and the same alpha / rank."""
         rank = self.text_encoder_rank or self.rank
         alpha = self.alpha * rank / self.rank
         return dataclasses.replace(self, rank=rank, lora_alpha=alpha, target_modules=tuple(layers))
@@ -77,7 +77,9 @@ class LoraSettings:
         if self.init_lora_weights not in ("true", "gaussian", "orthogonal"):
             rewrites = self.init_lora_weights.startswith(("pissa", "olora", "corda", "loftq"))
             reason = (
-                " It rewrites the base model, so the saved file would be wrong on the plain one." if rewrites else ""
+                " It changes the base model, so the saved file would be wrong for the original base model."
+                if rewrites
+                else ""
             )
             raise InputError(
                 f"--init_lora_weights {self.init_lora_weights}: choose true, gaussian or orthogonal.{reason}"
@@ -90,12 +92,11 @@ class LoraSettings:
         if self.lora_weights is not None and not Path(self.lora_weights).exists():
             raise InputError(f"{self.lora_weights}: there is no such file or folder (--lora_weights).")
         if self.kohya_extras and not self.output_kohya_format:
-            raise InputError("--kohya_extras is for the file in kohya's format: add --output_kohya_format.")
+            raise InputError("--kohya_extras applies to the file in kohya's format: add --output_kohya_format.")
         if "thumbnail" in self.kohya_extras and not settings.samples.prompts:
-            raise InputError("--kohya_extras thumbnail takes a sample picture: add --validation_prompt.")
+            raise InputError("--kohya_extras thumbnail requires sample pictures: add --validation_prompt.")
         for_text = (self.text_encoder_rank, settings.optimizer.text_encoder_lr)
         if not self.train_text_encoder and any(value is not None for value in for_text):
             raise InputError(
-                "--text_encoder_rank and --text_encoder_lr are for a text encoder that is trained: add "
-                "--train_text_encoder."
+                "--text_encoder_rank and --text_encoder_lr require a text encoder that is trained: add --train_text_encoder."
             )

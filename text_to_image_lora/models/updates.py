@@ -1,6 +1,7 @@
-"""What can be done with LoRA updates ΔW = B·A without forming them: compared, added up, brought to a smaller rank.
+"""Compares, adds and resizes LoRA updates ΔW = B·A without computing the products.
 
-State dicts are peft's with the scale in lora_B. A convolution's tensors count as matrices, (rank, in·k·k) and (out, rank).
+State dicts are peft's with the scale folded into lora_B. Tensors of convolutions are used as matrices, (rank, in·k·k) and
+(out, rank).
 """
 
 import torch
@@ -8,33 +9,34 @@ import torch
 from ..errors import InputError
 
 
-def modules_of(state_dict):
-    """The names of the adapted modules, in order."""
+def modules_of(state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """Returns the names of the adapted modules, in order."""
     return list(dict.fromkeys(key.partition(".lora_")[0] for key in state_dict))
 
 
-def factors(state_dict, module):
-    """(A, B) of a module in float64, flattened to matrices."""
-    return tuple(state_dict[f"{module}.lora_{leaf}.weight"].double().flatten(1) for leaf in "AB")
+def factors(state_dict: dict[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A and B of a module in float64, flattened to matrices."""
+    a, b = (state_dict[f"{module}.lora_{leaf}.weight"].double().flatten(1) for leaf in "AB")
+    return a, b
 
 
-def shapes_of(state_dict):
-    """{module: shape of its base weight}, as far as an adapter tells: (out, in), or (out, in, k, k)."""
+def shapes_of(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns {module: shape of the base weight}: (out, in), or (out, in, k, k) for a convolution."""
     return {
         module: (len(state_dict[f"{module}.lora_B.weight"]), *state_dict[f"{module}.lora_A.weight"].shape[1:])
         for module in modules_of(state_dict)
     }
 
 
-def norm(a, b):
-    """The Frobenius norm of B·A."""
+def norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the Frobenius norm of B·A."""
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()
 
 
-def relative_difference(trained, other):
-    """The Frobenius norm of the difference of two updates (A, B) as a share of the first one's; inf for one of nothing.
+def relative_difference(trained: tuple, other: tuple) -> float:
+    """Returns the Frobenius norm of the difference of two updates (A, B), relative to the norm of the first one.
 
-    As (B - B')·A + B'·(A - A'), so that what is equal cancels before it is multiplied.
+    It is computed as (B - B')·A + B'·(A - A'), so that equal values cancel before the products; inf if the first is zero.
     """
     rank = max(len(trained[0]), len(other[0]))
     (a, b), (a2, b2) = (
@@ -47,10 +49,10 @@ def relative_difference(trained, other):
     return difference / norm(a, b) if norm(a, b) > 0 else float("inf")
 
 
-def resize(state_dict, rank):
-    """The best approximation of each update of at most this rank, and {module: (its error, its norm)}.
+def resize(state_dict: dict[str, torch.Tensor], rank: int) -> tuple[dict, dict[str, tuple[float, float]]]:
+    """Returns the best approximation of each update with at most this rank, and {module: (error, norm)}.
 
-    By the singular values of B·A, found in the space of its rank (QR of both factors). DoRA's magnitudes stay.
+    It keeps the largest singular values of B·A, computed from QR decompositions of A and B. DoRA's magnitudes stay.
     """
     resized, errors = dict(state_dict), {}
     for module in modules_of(state_dict):
@@ -69,15 +71,15 @@ def resize(state_dict, rank):
     return resized, errors
 
 
-def merge(parts):
-    """The sum of strength x update over [(components, strength)], exactly: the ranks add up."""
+def merge(parts: list[tuple[dict[str, dict], float]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the exact sum of strength x update over [(components, strength)]; the ranks add up."""
     merged = {}
     for components, strength in parts:
         for name, state_dict in components.items():
             if any(key.endswith((".lora_magnitude_vector", ".bias")) for key in state_dict):
                 raise InputError(
-                    "DoRA's update depends on the base model's weights, so it can't be added to others without them: "
-                    "infer.py --lora A:0.5 B:0.3 --save_merged FOLDER adds them in the base."
+                    "DoRA's update depends on the weights of the base model, so it can't be merged without them. Use "
+                    "infer.py --lora A:0.5 B:0.3 --save_merged FOLDER, which merges LoRAs into the base model."
                 )
             whole = merged.setdefault(name, {})
             for module in modules_of(state_dict):
@@ -86,7 +88,7 @@ def merge(parts):
                 if keys[0] in whole:
                     if whole[keys[0]].shape[1:] != a.shape[1:] or len(whole[keys[1]]) != len(b):
                         raise InputError(
-                            f"{name}.{module} differs in shape between them: they are of different models."
+                            f"{name}.{module} differs in shape between the LoRAs: they belong to different models."
                         )
                     a, b = torch.cat([whole[keys[0]], a]), torch.cat([whole[keys[1]], b], dim=1)
                 whole |= dict(zip(keys, (a, b)))

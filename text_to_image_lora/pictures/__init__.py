@@ -1,1 +1,1 @@
-"""What the user brought: folders, tables, captions and pictures, until they are a `PictureSet`."""
+"""The user's pictures: from folders, tables and captions to a `PictureSet`."""

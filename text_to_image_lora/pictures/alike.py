@@ -1,29 +1,32 @@
-"""Which pictures are the same or look alike, and a division of them that keeps those together."""
+"""Finds pictures that are equal or look alike, and splits a set without separating them."""
 
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..errors import InputError
+from .examine import Picture
+from .picture_set import PictureSet
 
 
 logger = logging.getLogger(__name__)
-ALIKE_BITS = 7  # of the 128 bits of a difference hash; other pictures differ by some 30 at least
+ALIKE_BITS = 7  # of the 128 bits of a difference hash; different pictures differ in about 30 bits or more
 
 
-def equal_pictures(pictures):
-    """Groups of indices into a list of `Picture`s whose files are the same byte for byte."""
+def equal_pictures(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Returns groups of indices of the pictures whose files are equal byte for byte."""
     groups = defaultdict(list)
     for index, picture in enumerate(pictures):
         groups[picture.image_id].append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def alike_pictures(pictures):
-    """Groups of indices of different files whose pictures look alike: hashes that differ by `ALIKE_BITS` at most.
+def alike_pictures(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Returns groups of indices of different files that look alike: their hashes differ in at most `ALIKE_BITS` bits.
 
-    Hashes that near share one of eight bands of 16 bits, so only those within a band are compared.
+    Such hashes agree in at least one of eight bands of 16 bits, so only hashes that share a band are compared.
     """
     first = {}
     for index, picture in enumerate(pictures):
@@ -34,25 +37,28 @@ def alike_pictures(pictures):
             bands[band, pictures[index].hash >> 16 * band & 0xFFFF].append(index)
     leader = {index: index for index in first.values()}
 
-    def group_of(index):
+    def find_leader(index):
         while leader[index] != index:
             index = leader[index] = leader[leader[index]]
         return index
 
     for members in bands.values():
-        # Of a crowd each is compared with the first ones only: a band that so many share is a flat part of a picture.
+        # A band that very many pictures share is a flat area; there, each picture is compared with the first ones only.
         for place, a in enumerate(members):
             for b in members[max(0, place - 1000) : place] if len(members) < 5000 else members[: min(place, 20)]:
-                if group_of(a) != group_of(b) and (pictures[a].hash ^ pictures[b].hash).bit_count() <= ALIKE_BITS:
-                    leader[max(group_of(a), group_of(b))] = min(group_of(a), group_of(b))
+                if (
+                    find_leader(a) != find_leader(b)
+                    and (pictures[a].hash ^ pictures[b].hash).bit_count() <= ALIKE_BITS
+                ):
+                    leader[max(find_leader(a), find_leader(b))] = min(find_leader(a), find_leader(b))
     groups = defaultdict(list)
     for index in leader:
-        groups[group_of(index)].append(index)
+        groups[find_leader(index)].append(index)
     return [sorted(group) for _, group in sorted(groups.items()) if len(group) > 1]
 
 
-def groups_of(pictures):
-    """A number for each picture; pictures that are the same or look alike have the same one."""
+def group_alike(pictures: Sequence[Picture]) -> list[int]:
+    """Returns a group number for each picture; pictures that are equal or look alike share it."""
     group = list(range(len(pictures)))
     for alike in alike_pictures(pictures):
         for index in alike:
@@ -63,21 +69,21 @@ def groups_of(pictures):
     return group
 
 
-def hold_out(pictures, share):
-    """Indices of the pictures to validate on: about `share` of them, those that look alike always together.
+def hold_out(pictures: Sequence[Picture], share: float) -> list[int]:
+    """Returns the indices of about `share` of the pictures, to validate on; pictures that look alike stay together.
 
-    Which they are depends on the pictures' content, not on their order or a seed, so that runs can be compared; a group of
-    alike ones that would be too many stays in training. At least one picture is held out, or none where there is but one
-    group.
+    The choice depends on the content of the pictures, not on their order or a seed, so that runs can be compared. Groups
+    that are too large stay in the training set. At least one picture is held out if there are two groups or more.
     """
     groups = defaultdict(list)
-    for index, group in enumerate(groups_of(pictures)):
+    for index, group in enumerate(group_alike(pictures)):
         groups[group].append(index)
 
-    def place(members):  # identities are hashes, so their order is a random one
+    def smallest_id(members):  # ids are hashes, so this order is random
         return min(pictures[index].image_id for index in members)
 
-    ordered, wanted, chosen = sorted(groups.values(), key=place), max(1, round(share * len(pictures))), []
+    ordered = sorted(groups.values(), key=smallest_id)
+    wanted, chosen = max(1, round(share * len(pictures))), []
     for members in ordered:
         if len(chosen) + len(members) <= wanted:
             chosen += members
@@ -86,41 +92,41 @@ def hold_out(pictures, share):
     return sorted(chosen)
 
 
-def divide(pictures, others, share):
-    """(the `PictureSet` to train on, the one to validate on), with nothing in both.
+def divide(pictures: PictureSet, others: PictureSet | None, share: float | None) -> tuple[PictureSet, PictureSet]:
+    """Returns the training set and the validation set, which have no picture in common.
 
-    `others` are the pictures to validate on; where it is None, `share` of the set's own are. Pictures to train on that look
-    like one to validate on are left out, and so are class pictures. Raises `InputError` where nothing is left on either
-    side.
+    `others` is the validation set; if it is None, `share` of the pictures (class pictures excepted) are held out. Training
+    pictures that look like a validation picture are left out. Raises `InputError` if one of the sets is empty.
     """
     held_out, is_class = others, pictures.is_class
     if others is None:
         own = [index for index, other in enumerate(is_class) if not other]
         held_out = pictures.select([own[index] for index in hold_out([pictures.facts[index] for index in own], share)])
-    groups = groups_of([*pictures.facts, *held_out.facts])
+    groups = group_alike([*pictures.facts, *held_out.facts])
     taken = set(groups[len(pictures) :])
     kept = [index for index, group in enumerate(groups[: len(pictures)]) if group not in taken]
     more = len(pictures) - len(kept) - (len(held_out) if others is None else 0)
     if others is not None and all(is_class[index] for index in kept):
-        raise InputError("All pictures to train on look like one in --validation_data_dir. Put others into it.")
+        raise InputError(
+            "All training pictures look like validation pictures. Put different pictures into --validation_data_dir."
+        )
     if all(is_class[index] for index in kept) or not len(held_out):
         raise InputError(
-            f"{len(pictures)} pictures can't be divided into some to train on and others to validate on (those that look "
-            "alike stay together). Leave --validation_split out, or bring more."
+            f"{len(pictures)} pictures can't be split into training and validation pictures (pictures that look alike stay "
+            "together). Remove --validation_split or add more pictures."
         )
     if more:
-        logger.info(f"{more} pictures are not trained on, because they look like one that is validated on")
-    few = len(held_out)
-    if few == 1:
-        logger.info("only 1 picture to validate on: best/ and early stopping follow it alone (10 or more are better)")
-    elif few < 10:
+        logger.info(f"{more} pictures are not trained on, because they look like a validation picture")
+    if len(held_out) == 1:
+        logger.info("only 1 validation picture: best/ and early stopping depend on it alone (use 10 or more)")
+    elif len(held_out) < 10:
         logger.info(
-            f"only {few} pictures to validate on: the validation loss is a rough guide (10 or more are better)"
+            f"only {len(held_out)} validation pictures: the validation loss is a rough estimate (use 10 or more)"
         )
     return pictures.select(kept), held_out
 
 
-def probe_of(pictures, count, seed):
-    """As many pictures that are trained on; their loss beside that of the others shows the overfitting."""
+def pick_probe(pictures: PictureSet, count: int, seed: int) -> PictureSet:
+    """Draws `count` training pictures, whose loss beside the validation loss shows overfitting."""
     own = np.flatnonzero(~np.asarray(pictures.is_class, dtype=bool))
     return pictures.select(sorted(np.random.default_rng([seed, 2]).permutation(own)[:count].tolist()))

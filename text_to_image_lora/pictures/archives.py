@@ -1,4 +1,4 @@
-"""A .zip or .tar archive becomes a folder, once; nothing in it can be written anywhere else, or without end."""
+"""Unpacks .zip and .tar archives, and refuses those that write outside of their folder or unpack to far too much."""
 
 import hashlib
 import shutil
@@ -12,33 +12,33 @@ from ..files import reason_of, written_whole
 
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BLOCK = 2**20
-# What an archive may unpack to: pictures are compressed already, so a ratio like this is a bomb, not a dataset.
+# Limits on what an archive unpacks to: pictures are compressed already, so a larger ratio means a zip bomb.
 MOST_BYTES_PER_BYTE = 100
 ALWAYS_ALLOWED_BYTES = 2**26
 MOST_FILES = 2_000_000
 
 
-def is_archive(path):
+def is_archive(path: str | Path) -> bool:
     return Path(path).name.lower().endswith(ARCHIVE_ENDINGS) and Path(path).is_file()
 
 
-def unpack(archive, folder):
-    """The folder with the archive's files, below `folder` and named by the archive's content: unpacked only once.
+def unpack(archive: str | Path, folder: str | Path) -> Path:
+    """Unpacks an archive into a subfolder of `folder` named by a hash of its content, unless it is there already.
 
-    Hidden files are left out. A link, a member that would leave the folder, an archive that unpacks to more than
-    `MOST_BYTES_PER_BYTE` times its size, and one that is broken or encrypted are an `InputError`; what was unpacked until
-    then is removed.
+    Hidden files are left out. Raises `InputError`, and leaves nothing behind, for an archive that is broken or encrypted,
+    contains links or paths outside of its folder, or unpacks to more than `MOST_BYTES_PER_BYTE` times its size.
     """
-    archive, digest = Path(archive), hashlib.sha256()
+    archive = Path(archive)
+    digest = hashlib.sha256()
     try:
-        digest.update(archive.name.encode())  # a name can be a caption: another name is another folder
+        digest.update(archive.name.encode())  # the name can be a caption, so a renamed archive is unpacked again
         with open(archive, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
     except OSError as error:
         raise InputError(f"{archive}: it can't be read ({error.strerror}).") from error
     name = archive.name[: -len(next(e for e in ARCHIVE_ENDINGS if archive.name.lower().endswith(e)))]
-    # The last folder has the archive's name, because folders' names can be captions, repeats and concepts.
+    # The subfolder keeps the archive's name, because folder names can hold captions, repeats and concepts.
     target = Path(folder) / digest.hexdigest()[:32] / name
     if target.exists():
         return target
@@ -48,7 +48,7 @@ def unpack(archive, folder):
             _unpack_members(archive, temporary / name)
     except InputError:
         raise
-    except Exception as error:  # each kind of archive has errors of its own
+    except Exception as error:  # each archive format has its own exceptions
         raise InputError(
             f"{archive}: it can't be unpacked ({reason_of(error)}). Pack or download it again."
         ) from error
@@ -84,7 +84,7 @@ def _unpack_members(archive, target):
 
 
 def _members(archive):
-    """(name, function that opens it) of each file; None in place of the function for what is no regular file."""
+    """Yields the name of each file and a function that opens it, or None instead of the function for a link."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as pack:
             for member in pack.infolist():
@@ -99,4 +99,4 @@ def _members(archive):
                     yield name, (lambda member=member: pack.extractfile(member)) if member.isfile() else None
             pack.fileobj.seek(pack.offset)
             if pack.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it is cut off")  # `tarfile` takes a member that it can't read for the end
+                raise tarfile.ReadError("it is cut off")  # `tarfile` treats an unreadable member as the end

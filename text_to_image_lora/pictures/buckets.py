@@ -1,18 +1,19 @@
-"""Aspect-ratio buckets: which size each picture is trained at, so that little of it is cut off.
+"""Aspect-ratio buckets: the size that each picture is trained at, so that little of it is cropped.
 
-The sizes are those of kohya's sd-scripts (and of NovelAI's description of aspect-ratio bucketing, 2022): every multiple
-of a step as the width, and the largest height with which the area stays that of the square.
+The sizes are those of kohya's sd-scripts (and of NovelAI's description of aspect-ratio bucketing, 2022): the width is a
+multiple of a step, and the height is the largest one whose area does not exceed that of the square.
 """
 
 import math
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 
 
 class Buckets(NamedTuple):
-    """Which sizes pictures are trained at: sides in pixels; with all four alike, the square alone."""
+    """The limits of the bucket sizes, in pixels; if all four are equal, the square is the only size."""
 
     resolution: int
     smallest: int
@@ -20,13 +21,13 @@ class Buckets(NamedTuple):
     step: int
     no_upscale: bool = False  # small pictures keep their own size
 
-    def all(self):
-        """The sizes (width, height), the square first; for every size the one turned on its side is there too."""
+    def all(self) -> list[tuple[int, int]]:
+        """Returns all sizes (width, height), the square first, each in both orientations."""
         square = self.resolution // self.step * self.step
         if not self.step <= self.smallest <= square <= self.largest:
             raise InputError(
                 f"--bucket_min_size {self.smallest} and --bucket_max_size {self.largest}: they must enclose --resolution "
-                f"{self.resolution}, and be no smaller than --bucket_step {self.step}."
+                f"{self.resolution} and must not be smaller than --bucket_step {self.step}."
             )
         sizes = [(square, square)]
         for width in range(-(-self.smallest // self.step) * self.step, self.largest + 1, self.step):
@@ -35,8 +36,8 @@ class Buckets(NamedTuple):
                 sizes += [(width, height), (height, width)]
         return list(dict.fromkeys(sizes))
 
-    def sizes_of(self, pictures):
-        """The size that each of the pictures (with `width` and `height`) is trained at."""
+    def choose_sizes(self, pictures: Sequence[Any]) -> list[tuple[int, int]]:
+        """Returns the size (width, height) for each picture, which has `width` and `height`."""
         sides = [(picture.width, picture.height) for picture in pictures]
         if self.no_upscale:
             return [self._own_size(*side) for side in sides]
@@ -45,9 +46,9 @@ class Buckets(NamedTuple):
         return [chosen[side] for side in sides]
 
     def _own_size(self, width, height):
-        """The size of a picture that is not to be enlarged: its own, less what is over a multiple of the step.
+        """Returns the size of a picture that is not enlarged: its own size, rounded down to multiples of the step.
 
-        Pictures with more pixels than the square are reduced to its area first (kohya's `bucket_no_upscale`).
+        Pictures with a larger area than the square are first scaled down to that area (kohya's `bucket_no_upscale`).
         """
         scale = min(1.0, self.resolution / (width * height) ** 0.5)
         return tuple(
@@ -56,13 +57,13 @@ class Buckets(NamedTuple):
         )
 
 
-def square(resolution):
-    """No buckets: every picture at resolution x resolution pixels."""
+def square(resolution: int) -> Buckets:
+    """Returns the `Buckets` whose only size is resolution x resolution."""
     return Buckets(resolution, smallest=resolution, largest=resolution, step=resolution)
 
 
-def choose_bucket(width, height, buckets):
-    """The bucket whose aspect ratio is nearest to the picture's; of equals the larger one."""
+def choose_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the bucket with the nearest aspect ratio; the larger one of equally near buckets."""
 
     def distance(size):
         return round(abs(math.log(size[0] / size[1]) - math.log(width / height)), 9), -size[0] * size[1]
@@ -70,17 +71,20 @@ def choose_bucket(width, height, buckets):
     return min(buckets, key=distance)
 
 
-def settle(resolution, image_factor, *, smallest=None, largest=None, step=None, no_upscale=False):
-    """The `Buckets` where some limits are not given: half and twice the resolution, in steps of 64 pixels.
+def make_buckets(
+    resolution: int, image_factor: int, *, smallest: int | None = None, largest: int | None = None,
+    step: int | None = None, no_upscale: bool = False,
+) -> Buckets:  # fmt: skip
+    """Returns the `Buckets` with defaults for missing limits: half and twice the resolution, in steps of 64 pixels.
 
-    Steps are smaller for small resolutions, and a multiple of `image_factor` always. Sides that are no multiple of the
-    step are moved inwards. Raises `InputError` where no sizes can be made of them.
+    The default step is smaller for small resolutions; a step is always a multiple of `image_factor`. Sides that are not
+    multiples of the step are moved inwards. Raises `InputError` if the limits allow no size.
     """
     if step is None:
         step = image_factor * max(1, min(64, resolution // 8) // image_factor)
     if step % image_factor:
-        near = max(round(step / image_factor), 1) * image_factor
-        raise InputError(f"--bucket_step {step}: this model needs a multiple of {image_factor}, e.g. {near}.")
+        nearest = max(round(step / image_factor), 1) * image_factor
+        raise InputError(f"--bucket_step {step}: this model needs a multiple of {image_factor}, e.g. {nearest}.")
     smallest = max(resolution // 2 // step, 1) * step if smallest is None else smallest
     largest = 2 * resolution if largest is None else largest
     buckets = Buckets(resolution, -(-smallest // step) * step, largest // step * step, step, no_upscale)
@@ -88,8 +92,8 @@ def settle(resolution, image_factor, *, smallest=None, largest=None, step=None, 
     return buckets
 
 
-def enlarged(pictures, sizes):
-    """The indices of the pictures (with `width` and `height`) that are smaller than the size they are trained at."""
+def find_enlarged(pictures: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns the indices of the pictures (with `width` and `height`) that are smaller than their training size."""
     return [
         index
         for index, (picture, (width, height)) in enumerate(zip(pictures, sizes, strict=True))
@@ -97,10 +101,10 @@ def enlarged(pictures, sizes):
     ]
 
 
-def table(sizes, samples):
-    """Lines that tell each bucket's size, pictures and samples an epoch (indices of pictures), the largest first."""
-    pictures, samples = Counter(sizes), Counter(sizes[index] for index in samples)
-    lines = ["bucket        pictures  samples an epoch"]
+def format_table(sizes: Sequence[tuple[int, int]], samples: Iterable[int]) -> list[str]:
+    """Formats a table of the buckets, the one with most pictures first; `samples` are the picture indices of an epoch."""
+    pictures, num_samples = Counter(sizes), Counter(sizes[index] for index in samples)
+    lines = ["bucket        pictures  samples per epoch"]
     for (width, height), count in sorted(pictures.items(), key=lambda item: (-item[1], item[0])):
-        lines.append(f"{f'{width}x{height}':<12}{count:>10}{samples[width, height]:>18}")
+        lines.append(f"{f'{width}x{height}':<12}{count:>10}{num_samples[width, height]:>19}")
     return lines

@@ -1,10 +1,11 @@
-"""The pictures themselves: which can be decoded, how large they are, and what they look like in 128 bits."""
+"""Decodes all pictures once, to find the broken ones and to record sizes and perceptual hashes."""
 
 import contextlib
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,13 +16,13 @@ from .transforms import ImageError, open_image, open_mask
 
 
 logger = logging.getLogger(__name__)
-# A line of the list of known pictures; the end of the line too, because a killed run leaves half a line.
-KNOWN_PICTURES = "pictures-1.txt"  # another number for what is found out of a picture in another way
+KNOWN_PICTURES = "pictures-1.txt"  # increase the number if sizes or hashes are computed differently
+# A line of that file, with its line break, because a killed run leaves half a line.
 KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
 
 
 class Picture(NamedTuple):
-    """A picture that can be used: its content's identity, sides in pixels, and difference hash."""
+    """A usable picture: the id of its content, its size in pixels, and its difference hash."""
 
     image_id: str
     width: int
@@ -29,23 +30,25 @@ class Picture(NamedTuple):
     hash: int = 0
 
 
-def difference_hash(image):
-    """128 bits: whether each of 8x8 places is brighter than its neighbour to the right, and than the one below.
+def difference_hash(image: Image.Image) -> int:
+    """Returns 128 bits: whether each cell of an 8x8 grid is brighter than its right neighbour, and than its lower neighbour.
 
-    The dHash of N. Krawetz (2013), in both directions; it stays nearly the same when a picture is resized or compressed.
+    This is the dHash of N. Krawetz (2013) in both directions; resizing and compression hardly change it.
     """
     grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BILINEAR), dtype=int)
     bits = np.concatenate([(grey[:8, :8] > grey[:8, 1:]).ravel(), (grey[:8, :8] > grey[1:, :8]).ravel()])
     return int.from_bytes(np.packbits(bits).tobytes())
 
 
-def examine(records, indices, folder=None):
-    """{index: `Picture`} of those that can be used, and {index: reason} of the others.
+def examine(
+    records: Any, indices: Iterable[int], folder: str | Path | None = None
+) -> tuple[dict[int, Picture], dict[int, str]]:
+    """Decodes pictures; returns {index: `Picture`} of the usable ones and {index: reason} of the others.
 
-    Pictures are decoded to see that they can be; with a `folder`, which keeps the list, those known by content are not
-    decoded again.
+    A list in `folder` records the usable pictures by their content, so that later runs do not decode them again.
     """
-    known, memo = {}, None if folder is None else Path(folder) / KNOWN_PICTURES
+    known = {}
+    memo = None if folder is None else Path(folder) / KNOWN_PICTURES
     if memo is not None and memo.exists():
         for line in memo.read_bytes().splitlines(keepends=True):
             if match := KNOWN.fullmatch(line):
@@ -76,36 +79,39 @@ def examine(records, indices, folder=None):
         if is_new:
             new.append(f"{found.image_id} {found.width} {found.height} {found.hash:032x}\n")
     if new and memo is not None:
-        with contextlib.suppress(OSError):  # where the list can't be kept, the next run decodes again
+        with contextlib.suppress(OSError):  # if the list cannot be written, the next run decodes again
             memo.parent.mkdir(parents=True, exist_ok=True)
-            with open(memo, "ab", buffering=0) as file:  # one write, so that the lines of two runs don't mix
+            with open(memo, "ab", buffering=0) as file:  # a single write, so that the lines of two runs do not mix
                 file.write("".join(new).encode())
     return good, bad
 
 
-def usable_pictures(records, folder, *, skip_bad_images, accelerator):
-    """The rows whose pictures can be decoded, and the `Picture` of each; ranks share the work.
+def usable_pictures(
+    records: Any, folder: str | Path, *, skip_bad_images: bool, accelerator: Any
+) -> tuple[Any, list[Picture]]:
+    """Returns the rows whose pictures can be decoded, and their `Picture`s; the processes share the work.
 
-    Raises `InputError` for the first that can't be, unless `skip_bad_images`: then they are told and left out.
+    Raises `InputError` for the first unusable picture; with `skip_bad_images` they are logged and left out instead.
     """
     from accelerate.utils import gather_object
 
     share = range(accelerator.process_index, len(records), accelerator.num_processes)
     found = gather_object([examine(records, share, folder)])
-    good, bad = ({k: v for part in found for k, v in part[which].items()} for which in (0, 1))
+    good = {index: picture for part, _ in found for index, picture in part.items()}
+    bad = {index: reason for _, part in found for index, reason in part.items()}
     if bad and not skip_bad_images:
         first = min(bad)
-        more = f" ({len(bad)} such pictures in all)" if len(bad) > 1 else ""
+        more = f" ({len(bad)} unusable pictures in total)" if len(bad) > 1 else ""
         raise InputError(
             f"{records[first]['source']}: {bad[first]}{more}. Fix it, or pass --skip_bad_images to leave it out."
         )
     for index in sorted(bad):
         logger.info(f"left out: {records[index]['source']}: {bad[index]}")
-    return usable_part(records, good)
+    return select_usable(records, good)
 
 
-def usable_part(records, good):
-    """The rows that `examine` found good, and their `Picture`s; `InputError` where there are none."""
+def select_usable(records: Any, good: dict[int, Picture]) -> tuple[Any, list[Picture]]:
+    """Returns the rows that `examine` found usable, and their `Picture`s; raises `InputError` if there are none."""
     if not good:
-        raise InputError("Not one picture can be used: nothing to train on.")
+        raise InputError("None of the pictures can be used: there is nothing to train on.")
     return records.select(sorted(good)), [good[index] for index in sorted(good)]

@@ -1,36 +1,50 @@
-"""What a dataset holds, told before anything is trained on it: the report of --dry_run and the sheet of --preview_data."""
+"""Describes a dataset before training: the report of --dry_run and the sheet of --preview_data."""
 
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import counted, in_bytes, write_whole
+from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
-from .buckets import enlarged, table
+from .buckets import find_enlarged, format_table
+from .picture_set import PictureSet
 
 
 PREVIEWED = 10  # pictures on the sheet of --preview_data
-LISTED = 5  # examples of each finding on the terminal; the JSON file has all
+LISTED = 5  # examples of each finding on the terminal; the JSON file lists all of them
 
 
-def describe(pictures, left_out, samples, *, num_validated, token_counts, token_limit, steps_per_epoch, cache_bytes):
-    """The report on a `PictureSet` as plain data.
+def describe(
+    pictures: PictureSet, left_out: list, sampler: Any, *, num_validated: int, token_counts: list[list[int]] | None,
+    token_limit: int | None, cache_bytes: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Describes a `PictureSet` as plain data for JSON.
 
-    `left_out` is what can't be used ([source, reason]), `samples` the indices of the pictures of an epoch; `token_counts`
-    holds one number for each caption of each picture, or is None; `token_limit` is None where captions are read whole.
+    Args:
+        left_out: The unusable pictures and rows as (source, reason).
+        sampler: Has `samples`, the picture indices of an epoch, and `steps_per_epoch`.
+        token_counts: The number of tokens of each caption of each picture; None without a tokenizer.
+        token_limit: The number of tokens that are read of a caption; None for all.
     """
     records, sizes, captions = pictures.records, pictures.sizes, pictures.captions
     sources, concepts = records["source"][:], records["concept"][:]
-    per_picture = Counter(samples.tolist())
-    by_concept, by_size = defaultdict(lambda: [0, 0]), defaultdict(lambda: [0, 0])
-    for index, (concept, size) in enumerate(zip(concepts, sizes, strict=True)):
-        for group, key in ((by_concept, concept), (by_size, "x".join(map(str, size)))):
-            group[key][0] += 1
-            group[key][1] += per_picture[index]
+    samples = Counter(sampler.samples.tolist())
+
+    def count(keys):
+        """{key: number of pictures and of samples per epoch}"""
+        groups = defaultdict(lambda: {"pictures": 0, "samples_an_epoch": 0})
+        for index, key in enumerate(keys):
+            groups[key]["pictures"] += 1
+            groups[key]["samples_an_epoch"] += samples[index]
+        return groups
+
+    by_size = count(f"{width}x{height}" for width, height in sizes)
     small = [
-        f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}" for i in enlarged(pictures.facts, sizes)
+        f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}"
+        for i in find_enlarged(pictures.facts, sizes)
     ]
     lengths = [(count, i) for i, group in enumerate(token_counts or []) for count in group]
     return {
@@ -47,79 +61,75 @@ def describe(pictures, left_out, samples, *, num_validated, token_counts, token_
         }
         if lengths
         else None,
-        "concepts": {k: {"pictures": p, "samples_an_epoch": s} for k, (p, s) in sorted(by_concept.items())},
-        "sizes": {
-            k: {"pictures": p, "samples_an_epoch": s} for k, (p, s) in sorted(by_size.items(), key=lambda x: -x[1][0])
-        },
+        "concepts": dict(sorted(count(concepts).items())),
+        "sizes": dict(sorted(by_size.items(), key=lambda item: -item[1]["pictures"])),
         "repeats": {str(k): v for k, v in sorted(Counter(records["num_repeats"]).items())},
         "enlarged": small,
         "equal": [[sources[i] for i in group] for group in equal_pictures(pictures.facts)],
         "alike": [[sources[i] for i in group] for group in alike_pictures(pictures.facts)],
-        "samples_an_epoch": len(samples),
-        "steps_an_epoch": steps_per_epoch,
+        "samples_an_epoch": len(sampler.samples),
+        "steps_an_epoch": sampler.steps_per_epoch,
         "cache_bytes": cache_bytes,
     }
 
 
-def lines_of(report):
-    """The report for a terminal: what there is, and the first few of what may be wrong."""
+def format_report(report: dict[str, Any]) -> list[str]:
+    """Formats the result of `describe` for a terminal, with the first few examples of each possible problem."""
     tokens = report["tokens"]
     lines = [
         f"{counted(report['pictures'], 'picture')}, {counted(report['captions'], 'caption')} "
         f"({report['different_captions']} different)"
-        + (f"; {report['validated']} more to validate on" if report["validated"] else ""),
-        f"{counted(report['samples_an_epoch'], 'sample')} and {counted(report['steps_an_epoch'], 'step')} an epoch; the cache "
-        f"takes about "
-        f"{in_bytes(report['cache_bytes'])}",
+        + (f"; {report['validated']} more for validation" if report["validated"] else ""),
+        f"{counted(report['samples_an_epoch'], 'sample')} and {counted(report['steps_an_epoch'], 'step')} per epoch; the "
+        f"cache takes about {format_bytes(report['cache_bytes'])}",
     ]
     if tokens:
         lines.append(
-            f"tokens of a caption: {tokens['mean']} on average, {tokens['most']} at most; {tokens['limit'] or 'all'} are read"
+            f"tokens per caption: {tokens['mean']} on average, {tokens['most']} at most; {tokens['limit'] or 'all'} are read"
         )
     for title, key in (("concept", "concepts"), ("size", "sizes")):
-        lines += ["", f"{title:<24}{'pictures':>10}{'samples an epoch':>18}"]
+        lines += ["", f"{title:<24}{'pictures':>10}{'samples per epoch':>19}"]
         for name, row in report[key].items():
-            lines.append(f"{name:<24}{row['pictures']:>10}{row['samples_an_epoch']:>18}")
+            lines.append(f"{name:<24}{row['pictures']:>10}{row['samples_an_epoch']:>19}")
     findings = [
-        ("left out, as they can't be used", [f"{row['source']}: {row['reason']}" for row in report["left_out"]]),
-        ("captions are cut at the limit", tokens["cut"] if tokens else []),
-        ("pictures are smaller than what they are trained at", report["enlarged"]),
-        ("times the same file", [" = ".join(group) for group in report["equal"]]),
-        ("times pictures look alike", [" ~ ".join(group) for group in report["alike"]]),
+        ("left out because they can't be used", [f"{row['source']}: {row['reason']}" for row in report["left_out"]]),
+        ("captions are truncated at the limit", tokens["cut"] if tokens else []),
+        ("pictures are smaller than their training size", report["enlarged"]),
+        ("groups of equal files", [" = ".join(group) for group in report["equal"]]),
+        ("groups of pictures that look alike", [" ~ ".join(group) for group in report["alike"]]),
     ]
     for title, found in findings:
         if found:
             lines += ["", f"{len(found)} {title}:", *(f"  {line}" for line in found[:LISTED])]
             if len(found) > LISTED:
-                lines.append(f"  ... and {len(found) - LISTED} more, all in the JSON file")
+                lines.append(f"  ... and {len(found) - LISTED} more; the JSON file lists all")
     return lines
 
 
-def lines_of_samples(pictures, samples, bucketed, balanced):
-    """What is told before training: what is enlarged, and what the buckets and the concepts hold."""
-    lines, small = [], len(enlarged(pictures.facts, pictures.sizes))
+def format_samples(pictures: PictureSet, samples: Any, bucketed: bool, balanced: bool) -> list[str]:
+    """Formats what is logged before training: the number of enlarged pictures, the buckets and the concepts."""
+    lines, small = [], len(find_enlarged(pictures.facts, pictures.sizes))
     if small:
-        lines.append(
-            f"{small} of {len(pictures)} pictures are smaller than what they are trained at, and are enlarged"
-        )
+        lines.append(f"{small} of {len(pictures)} pictures are smaller than their training size and are enlarged")
     if bucketed:
-        lines += table(pictures.sizes, samples)
+        lines += format_table(pictures.sizes, samples)
     if balanced:
         concepts = pictures.records["concept"][:]
         for concept, count in sorted(Counter(concepts[i] for i in samples).items()):
             lines.append(
-                f"concept {concept}: {counted(concepts.count(concept), 'picture')}, {counted(count, 'sample')} an epoch"
+                f"concept {concept}: {counted(concepts.count(concept), 'picture')}, {counted(count, 'sample')} per epoch"
             )
     return lines
 
 
-def write_report(report, path):
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes the result of `describe` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_preview(path, pictures, sampler, num_variations):
-    """Draws what the model will see of the first pictures; returns the line that says where."""
+def write_preview(path: str, pictures: PictureSet, sampler: Any, num_variations: int | None) -> str:
+    """Writes a sheet of what the model will see of the first pictures, and returns a line for the log."""
     chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(pictures))]))[:PREVIEWED]
     sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +137,8 @@ def write_preview(path, pictures, sampler, num_variations):
     return f"what the model will see: {path}"
 
 
-def preview_sheet(pictures, indices, num_variations, tile=192):
-    """A row for each of the pictures: the variations that are trained on, and its first caption: an RGB `PIL.Image`."""
+def preview_sheet(pictures: PictureSet, indices: list[int], num_variations: int, tile: int = 192) -> Image.Image:
+    """Draws a row for each picture: some of its variations as they are trained on, and its first caption."""
     font, gap, words = ImageFont.load_default(size=13), 8, 460
     sheet = Image.new("RGB", (num_variations * (tile + gap) + words, len(indices) * (tile + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -149,8 +159,8 @@ def preview_sheet(pictures, indices, num_variations, tile=192):
     return sheet
 
 
-def wrapped(text, font, width):
-    """The text in lines no wider than `width` pixels; a longer word has its line for itself."""
+def wrapped(text: str, font: Any, width: float) -> list[str]:
+    """Breaks text into lines of at most `width` pixels; a wider word gets a line of its own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,10 +1,10 @@
-"""A folder of pictures becomes rows, whichever tool it was made for: recognised by what lies in it.
+"""Reads folders of pictures in the layouts of several tools; the layout is recognised by the files.
 
 | layout | what is in the folder |
 |---|---|
 | metadata | `metadata.csv`, `.jsonl` or `.parquet`, also one in each subfolder |
-| caption_files | a `.txt` or `.caption` beside each picture, a caption a line |
-| kohya | folders `N_name`, N the repeats, with caption files, else `name` is the caption |
+| caption_files | a `.txt` or `.caption` beside each picture, one caption per line |
+| kohya | folders `N_name` for N repeats; `name` is the caption of pictures without a caption file |
 | trigger_class | folders `[trigger]_[class]` without captions |
 | instance | pictures without captions, and --instance_prompt for all |
 """
@@ -15,14 +15,14 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import counted
 from .settings import LAYOUTS, CaptionSettings, DataSettings
-from .tables import captions_of, choose_caption_column, is_caption, read_table, read_text
+from .tables import choose_caption_column, is_caption, nonempty_captions, read_table, read_text
 
 
 logger = logging.getLogger(__name__)
@@ -30,31 +30,31 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
 CAPTION_ENDINGS = (".txt", ".caption")
 MASK_ENDING = ".mask.png"
-MOST_REPEATS = 1000  # more is a year or a date, not repeats
+MOST_REPEATS = 1000  # a larger number is a year or a date
 REPEATS = re.compile(r"(\d+)_(.+)")
 TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
 
 
-class Reading(NamedTuple):
-    """How folders and datasets are read: what was asked for by name; what was not, is found.
+class ReadOptions(NamedTuple):
+    """How folders and datasets are read; what the settings do not name is recognised.
 
-    With `leave_out`, rows without a picture or a caption are passed to it as (source, reason) and left out; else the first
-    of them is an `InputError`.
+    Rows without a picture or a caption are skipped and passed to `leave_out` as (source, reason); if `leave_out` is None,
+    the first such row is an `InputError`.
     """
 
     data: DataSettings
     captions: CaptionSettings
     cache_dir: str | None = None  # of downloads
-    archive_dir: str | Path = "archives"  # archives are unpacked below it
+    archive_dir: str | Path = "archives"  # where archives are unpacked
     leave_out: Callable[[str, str], Any] | None = None
 
 
-def is_picture(path):
+def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_ENDINGS and not path.name.lower().endswith(MASK_ENDING)
 
 
-def find_files(folder):
-    """Every file below the folder, sorted; hidden ones and those that systems leave behind are no part of it."""
+def find_files(folder: Path) -> list[Path]:
+    """Returns all files below a folder, sorted, without hidden files and folders such as __MACOSX."""
 
     def refuse(error):
         raise InputError(f"{error.filename}: it can't be read ({error.strerror}).") from error
@@ -68,8 +68,8 @@ def find_files(folder):
     return found
 
 
-def recognise(folder, files, instance_prompt):
-    """The layout of a folder with these files; None where there are pictures and nothing says their captions."""
+def find_layout(folder: Path, files: list[Path], instance_prompt: str | None) -> str | None:
+    """Returns the layout of a folder with these files; None if nothing tells the captions of its pictures."""
     pictures = [path for path in files if is_picture(path)]
     parents = list(dict.fromkeys(path.parent for path in pictures))
     if any(path.name.lower() in METADATA_NAMES for path in files):
@@ -81,7 +81,7 @@ def recognise(folder, files, instance_prompt):
         return "caption_files"
     if instance_prompt is not None:
         return "instance"
-    # The folder that was passed, such as `my_pictures`, is not meant so, unless its name has the brackets.
+    # The name of the passed folder itself, such as `my_pictures`, counts only if it has the brackets.
     if parents and all(
         TRIGGER_CLASS.fullmatch(parent.resolve().name) and (parent != Path(folder) or "[" in parent.resolve().name)
         for parent in parents
@@ -90,16 +90,13 @@ def recognise(folder, files, instance_prompt):
     return None
 
 
-def read_folder(folder, layout, files, reading):
-    """Yields the rows of a folder: dicts of image and mask (paths), captions, concept, num_repeats and source.
-
-    Raises `InputError` for what can't be used.
-    """
+def read_folder(folder: Path, layout: str, files: list[Path], reading: ReadOptions) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a folder: dicts with image and mask (paths), captions, concept, num_repeats and source."""
     asked, leave_out, instance_prompt = reading.data, reading.leave_out, reading.captions.instance_prompt
     pictures = [path for path in files if is_picture(path)]
     if layout == "metadata":
         if instance_prompt is not None:
-            logger.info(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
+            logger.info(f"{folder}: it has its own captions, so --instance_prompt is not used for it")
         yield from _metadata_rows(folder, files, pictures, reading)
         return
     upstreams_defaults = {"image_column": "image", "caption_column": "text"}
@@ -114,16 +111,11 @@ def read_folder(folder, layout, files, reading):
             raise InputError(f"{path}: it is a link out of the dataset folder. Copy the picture into it.")
         concept, num_repeats, reason, captions = path.parent.resolve().name, 1, None, []
         if layout == "kohya" and (match := REPEATS.fullmatch(concept)):
-            num_repeats, concept = int(match[1]), match[2]
-            if not 1 <= num_repeats <= MOST_REPEATS:
-                raise InputError(
-                    f"{path.parent}: its name says {match[1]} repeats. Write a number from 1 to {MOST_REPEATS} before the "
-                    "'_', or pass --dataset_layout caption_files if it is none."
-                )
+            num_repeats, concept = _parse_repeats(path.parent, match[1]), match[2]
         if layout in ("kohya", "caption_files"):
             beside = _caption_file(path.relative_to(folder).as_posix(), names)
             if beside is not None:
-                captions = captions_of([line.strip() for line in read_text(names[beside]).splitlines()])
+                captions = nonempty_captions([line.strip() for line in read_text(names[beside]).splitlines()])
                 reason = None if captions else f"its caption file {Path(beside).name} is empty"
             elif instance_prompt is not None:
                 captions = [instance_prompt]
@@ -135,7 +127,7 @@ def read_folder(folder, layout, files, reading):
             concept, caption = _trigger_and_caption(path.parent, concept, reading.captions.caption_template)
             captions, worded[caption] = [caption], worded[caption] + 1
         elif instance_prompt is None:
-            raise InputError("--dataset_layout instance needs --instance_prompt, the caption of all pictures.")
+            raise InputError("--dataset_layout instance requires --instance_prompt, the caption of all pictures.")
         else:
             captions = [instance_prompt]
         if reason is not None and leave_out is None:
@@ -145,16 +137,25 @@ def read_folder(folder, layout, files, reading):
             continue
         row = _row(path, captions, concept, num_repeats, str(path), _mask_file(path, folder))
         held[path.parent, num_repeats] += 1
-        masks |= _mask_of(row)
+        masks |= _mask_paths(row)
         yield row
     if unnamed:
-        logger.info(f"{folder}: pictures without a caption file, whose folder's name is their caption: {unnamed}")
+        logger.info(f"{folder}: pictures without a caption file, captioned with their folder's name: {unnamed}")
     if layout == "kohya":
         for (parent, num_repeats), count in held.items():
-            logger.info(f"{parent}: {counted(count, 'picture')}, each {counted(num_repeats, 'time')} an epoch")
-    _tell_unused_masks(folder, files, masks)
+            logger.info(f"{parent}: {counted(count, 'picture')}, each {counted(num_repeats, 'time')} per epoch")
+    _log_unused_masks(folder, files, masks)
     for caption, count in worded.items():
-        logger.info(f"{folder}: the caption '{caption}' is for {counted(count, 'picture')} (--caption_template)")
+        logger.info(f"{folder}: the caption '{caption}' is used for {counted(count, 'picture')} (--caption_template)")
+
+
+def _parse_repeats(folder, number):
+    if not 1 <= int(number) <= MOST_REPEATS:
+        raise InputError(
+            f"{folder}: its name says {number} repeats. Write a number from 1 to {MOST_REPEATS} before the '_', or pass "
+            "--dataset_layout caption_files if the number does not mean repeats."
+        )
+    return int(number)
 
 
 def _trigger_and_caption(folder, name, caption_template):
@@ -170,25 +171,25 @@ def _trigger_and_caption(folder, name, caption_template):
     )
 
 
-def _mask_of(row):
-    """The real path of a row's mask, as a set of one or none."""
+def _mask_paths(row):
+    """The real path of a row's mask as a set, which is empty without a mask."""
     return set() if row["mask"] is None else {os.path.realpath(row["mask"]["path"])}
 
 
-def _tell_unused_masks(folder, files, used):
+def _log_unused_masks(folder, files, used):
     masks = [path for path in files if path.name.lower().endswith(MASK_ENDING)]
-    others = [path.name for path in masks if os.path.realpath(path) not in used]
-    if others:
-        logger.info(f"{folder}: {len(others)} masks belong to no picture, as their names say; the first: {others[0]}")
+    unused = [path.name for path in masks if os.path.realpath(path) not in used]
+    if unused:
+        logger.info(f"{folder}: {len(unused)} masks match no picture by their names; the first: {unused[0]}")
 
 
 def _mask_file(picture, folder):
-    """The mask beside a picture, if there is one: `name.mask.png`; a link out of the dataset's folder is refused."""
+    """Returns the mask `name.mask.png` beside a picture, or None; a link out of the dataset folder is an `InputError`."""
     try:
         mask = picture.with_name(picture.stem + MASK_ENDING)
         if not mask.is_file():
             return None
-    except OSError:  # a name too long for the ending
+    except OSError:  # the name is too long with the ending
         return None
     if not mask.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{mask}: it is a link out of the dataset folder. Copy the mask into it.")
@@ -208,7 +209,7 @@ def _row(path, captions, concept, num_repeats, source, mask=None):
 
 
 def _caption_file(picture, names):
-    """The name of the caption file beside a picture, if there is one."""
+    """Returns the name of the caption file beside a picture, or None."""
     stem = picture[: -len(Path(picture).suffix)]
     return next((stem + ending for ending in CAPTION_ENDINGS if stem + ending in names), None)
 
@@ -221,28 +222,28 @@ def _metadata_rows(folder, files, pictures, reading):
     for file, after in zip(tables, [*tables[1:], None]):
         if after is not None and after.parent == file.parent:
             raise InputError(
-                f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would count twice. "
-                "Keep one of them."
+                f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would be used twice. "
+                "Keep only one of the two files."
             )
-        for row in _rows_of_table(file, folder, reading):
+        for row in _read_metadata_file(file, folder, reading):
             named.add(os.path.realpath(row["image"]["path"]))
-            masks |= _mask_of(row)
+            masks |= _mask_paths(row)
             count += 1
             yield row
     if not count:
-        raise InputError(f"{tables[0]}: it has no row to train on. Add one row a picture: file_name and text.")
+        raise InputError(f"{tables[0]}: it has no usable row. Add one row per picture, with file_name and text.")
     used = named | masks
     without = [path for path in pictures if os.path.realpath(path) not in used]
     if without:
         what = "1 picture has" if len(without) == 1 else f"{len(without)} pictures have"
         logger.info(f"{folder}: {what} no row in a metadata file and will not be trained on; the first: {without[0]}")
-    _tell_unused_masks(folder, files, masks)
+    _log_unused_masks(folder, files, masks)
     if len(named) < count:
-        logger.info(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row counts")
+        logger.info(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row is used")
 
 
-def _rows_of_table(file, dataset_folder, reading):
-    """Yields the rows of one metadata file, with the pictures' paths checked; its folder's name is the concept."""
+def _read_metadata_file(file, dataset_folder, reading):
+    """Yields the rows of a metadata file after checking the paths of the pictures; the concept is the folder's name."""
     asked, leave_out, table = reading.data, reading.leave_out, read_table(file)
     if not table:
         return
@@ -267,7 +268,7 @@ def _rows_of_table(file, dataset_folder, reading):
     root, inside, missing = file.parent.resolve(), dataset_folder.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(file_column)
-        captions, reason, path = captions_of(row.get(chosen)), None, None
+        captions, reason, path = nonempty_captions(row.get(chosen)), None, None
         if not isinstance(name, str) or not name:
             reason = f"column '{file_column}' is empty"
         elif "://" in name:
@@ -277,8 +278,8 @@ def _rows_of_table(file, dataset_folder, reading):
             if path is None:
                 missing += 1
                 there = {entry.name.casefold(): entry.name for entry in root.iterdir()} if missing <= 3 else {}
-                near = difflib.get_close_matches(name.casefold(), there, n=1, cutoff=0.8)
-                reason = f"{name!r} does not exist" + (f" (there is {there[near[0]]!r})" if near else "")
+                similar = difflib.get_close_matches(name.casefold(), there, n=1, cutoff=0.8)
+                reason = f"{name!r} does not exist" + (f" (there is {there[similar[0]]!r})" if similar else "")
             elif not path.resolve().is_relative_to(inside):
                 raise InputError(
                     f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
@@ -301,12 +302,12 @@ def _rows_of_table(file, dataset_folder, reading):
 
 
 def _find_picture(root, name):
-    """The file of that name, also where one spells its accents composed and the other decomposed (as macOS does)."""
+    """Finds a file by its name, with accents in composed form or in decomposed form (as on macOS)."""
     for form in (None, "NFC", "NFD"):
         path = root / (name if form is None else unicodedata.normalize(form, name))
         try:
             if path.is_file():
                 return path
-        except (OSError, ValueError):  # too long, or a NUL in it
+        except (OSError, ValueError):  # the name is too long or contains NUL
             return None
     return None

@@ -1,7 +1,8 @@
-"""A set of pictures for one purpose, and all that is known of each under one index."""
+"""A set of pictures for training or validation, with everything that is known about each picture."""
 
 import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -9,11 +10,11 @@ import numpy as np
 
 from .records import fingerprint, read_image_bytes
 from .settings import AugmentationSettings
-from .transforms import apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
+from .transforms import Variation, apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
 
 
 class View(NamedTuple):
-    """How a picture becomes pixels: what is random about it, and how it is resized."""
+    """How pictures are augmented and resized."""
 
     augmentation: AugmentationSettings = AugmentationSettings()
     interpolation: str = "lanczos"
@@ -23,14 +24,14 @@ class View(NamedTuple):
 class PictureSet:
     """Pictures with their records, facts, sizes and captions.
 
-    Variation k of a picture depends on the picture alone, so that runs of other seeds share the cache; which of them a
-    sample draws is the seed's.
+    Variation k of a picture depends only on the picture, so that runs with different seeds share the cache; the seed decides
+    which variation a sample uses.
     """
 
     records: Any  # a `datasets.Dataset`, see `records.py`
-    facts: list  # a `Picture` each
-    sizes: list  # (width, height) in pixels that each is trained at
-    captions: list  # a list of captions each
+    facts: list  # a `Picture` for each picture
+    sizes: list  # the training size (width, height) of each picture in pixels
+    captions: list  # a list of captions for each picture
     view: View = View()
 
     def __len__(self):
@@ -39,28 +40,28 @@ class PictureSet:
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_opened"}
 
-    def select(self, indices):
-        """The set of these pictures, in this order."""
+    def select(self, indices: Sequence[int]) -> "PictureSet":
+        """Returns the set of the pictures at these indices, in this order."""
         parts = {name: [getattr(self, name)[i] for i in indices] for name in ("facts", "sizes", "captions")}
         return replace(self, records=self.records.select(indices), **parts)
 
-    def to_validate_on(self):
-        """The same pictures cropped in the middle, nothing augmented, with their first caption."""
+    def for_validation(self) -> "PictureSet":
+        """Returns the set with center crops, no augmentation, and only the first caption of each picture."""
         view = self.view._replace(augmentation=AugmentationSettings(center_crop=True))
         return replace(self, captions=[group[:1] for group in self.captions], view=view)
 
     @functools.cached_property
-    def is_class(self):
-        """For each picture, whether it shows the class in general (prior preservation)."""
+    def is_class(self) -> list[bool]:
+        """Whether each picture is a class picture (prior preservation)."""
         return self.records["is_class"][:]
 
     @functools.cached_property
-    def masked(self):
+    def masked(self) -> bool:
         """Whether any picture has a mask."""
         return any(mask is not None for mask in self.records["mask"])
 
-    def variation(self, i, k):
-        """The `Variation` k of picture i."""
+    def variation(self, i: int, k: int) -> Variation:
+        """Returns variation k of picture i."""
         fact, view = self.facts[i], self.view
         return draw_variation(
             fact.width, fact.height, self.sizes[i], view.augmentation, image_id=fact.image_id, index=k
@@ -68,20 +69,20 @@ class PictureSet:
 
     @functools.cached_property
     def _opened(self):
-        """The picture that each thread opened last: its variations are usually asked for one after the other."""
+        """The last opened picture of each thread, whose variations are usually requested one after the other."""
         return threading.local()
 
-    def pixels(self, i, k):
-        """Variation k of picture i as uint8 (height, width, 3)."""
+    def pixels(self, i: int, k: int) -> np.ndarray:
+        """Returns variation k of picture i as uint8 pixels (height, width, 3)."""
         opened = self._opened
         if getattr(opened, "index", None) != i:
             opened.index, opened.image = i, open_image(read_image_bytes(self.records[i]["image"]))
         return apply_variation(opened.image, self.variation(i, k), self.sizes[i], self.view.interpolation)
 
-    def mask(self, i, k, factor):
-        """What counts of variation k of picture i, from 0 to 1: float16 (height / factor, width / factor).
+    def mask(self, i: int, k: int, factor: int) -> np.ndarray:
+        """Returns the loss weights of variation k of picture i, from 0 to 1, as float16 (height / factor, width / factor).
 
-        Ones where the picture has no mask.
+        All weights are 1 if the picture has no mask.
         """
         (width, height), cell = self.sizes[i], self.records[i]["mask"]
         if cell is None:
@@ -89,6 +90,6 @@ class PictureSet:
         mask = open_mask(read_image_bytes(cell), (self.facts[i].width, self.facts[i].height))
         return apply_variation_to_mask(mask, self.variation(i, k), (width, height), factor).astype(np.float16)
 
-    def fingerprint(self, samples=()):
-        """One string for which pictures, which captions, in which order, and whatever else is given."""
+    def fingerprint(self, samples: Sequence = ()) -> str:
+        """Returns a hash of the pictures, their captions, their order and `samples`."""
         return fingerprint([fact.image_id for fact in self.facts], self.captions, samples)

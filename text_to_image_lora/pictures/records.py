@@ -1,12 +1,12 @@
-"""What is known of each picture before it is opened: a `datasets.Dataset`, one row a picture.
+"""The records: a `datasets.Dataset` with one row per picture, made before any picture is opened.
 
-| column | what it holds |
+| column | content |
 |---|---|
-| image, mask | {"bytes", "path"}, not decoded; None where a picture has no mask |
-| captions | at least one |
-| concept | its class folder, or what a column says |
-| num_repeats | how often it comes in an epoch |
-| is_class | whether it shows the class in general, for prior preservation |
+| image, mask | {"bytes", "path"}, not decoded; the mask is None if there is none |
+| captions | at least one caption |
+| concept | the name of the folder, or the value of a column |
+| num_repeats | how often the picture is used per epoch |
+| is_class | whether it is a class picture (prior preservation) |
 | source | file and row, for messages |
 """
 
@@ -14,10 +14,13 @@ import collections
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 
-def features_of_records():
+def record_features() -> Any:
+    """Returns the `datasets.Features` of the records."""
     import datasets
 
     return datasets.Features(
@@ -33,30 +36,25 @@ def features_of_records():
     )
 
 
-def with_captions(records, captions):
-    """The records with other captions, a list of them for each picture."""
+def with_captions(records: Any, captions: list[list[str]]) -> Any:
+    """Returns the records with other captions, a list for each picture."""
     others = {name: records[name][:] for name in ("concept", "num_repeats", "is_class", "source")}
     return with_columns(records.select_columns(["image", "mask"]), {**others, "captions": captions})
 
 
-def with_columns(pictures, others):
-    """The pictures' Arrow data beside other columns: nothing is written, as `map` would, into the user's folder."""
+def with_columns(pictures: Any, others: dict[str, list]) -> Any:
+    """Adds columns to the image columns of a dataset; unlike `Dataset.map`, this writes nothing into the user's folder."""
     import datasets
 
-    features = features_of_records()
+    features = record_features()
     for name in pictures.column_names:
         pictures = pictures.cast_column(name, features[name])
-    return datasets.concatenate_datasets(
-        [
-            pictures,
-            datasets.Dataset.from_dict(others, features=datasets.Features({k: features[k] for k in others})),
-        ],
-        axis=1,
-    )
+    other_features = datasets.Features({name: features[name] for name in others})
+    return datasets.concatenate_datasets([pictures, datasets.Dataset.from_dict(others, other_features)], axis=1)
 
 
-def with_class_pictures(records, class_pictures):
-    """The records, and after them those of pictures that keep the class as it is (`is_class` is True there)."""
+def with_class_pictures(records: Any, class_pictures: Any) -> Any:
+    """Appends the records of class pictures, with `is_class` set, for prior preservation."""
     import datasets
 
     others = {name: class_pictures[name][:] for name in ("captions", "concept", "num_repeats", "source")}
@@ -66,8 +64,8 @@ def with_class_pictures(records, class_pictures):
     return datasets.concatenate_datasets([records, marked.select_columns(order)])
 
 
-def read_image_bytes(image):
-    """The file's bytes of an `image` cell; an `OSError` where there is none."""
+def read_image_bytes(image: dict[str, Any] | None) -> bytes:
+    """Returns the bytes of the file of an `image` cell; raises `OSError` if it cannot be read."""
     if image is not None and image["bytes"] is not None:
         return image["bytes"]
     if image is None or image["path"] is None:
@@ -76,21 +74,21 @@ def read_image_bytes(image):
         return file.read()
 
 
-def read_mask_bytes(mask):
-    """The mask's bytes; None where there is no mask."""
+def read_mask_bytes(mask: dict[str, Any] | None) -> bytes | None:
+    """Returns the bytes of the file of a `mask` cell, or None without a mask."""
     return None if mask is None else read_image_bytes(mask)
 
 
-def image_id(data, mask=None):
-    """A picture's identity: a hash of its file's bytes and its mask's, so that an edited picture is another one."""
+def image_id(data: bytes, mask: bytes | None = None) -> str:
+    """Returns a hash of the files of a picture and of its mask, so that an edited picture has a different id."""
     digest = hashlib.sha256(data)
     if mask is not None:
         digest.update(hashlib.sha256(mask).digest())
     return digest.hexdigest()[:32]
 
 
-def in_threads(function, values, ahead=1000):
-    """The function of each of the values, in their order, some of them ahead of what is asked for."""
+def in_threads(function: Callable[[Any], Any], values: Iterable[Any], ahead: int = 1000) -> Iterator[Any]:
+    """Maps a function over values in threads and yields the results in order, computing at most `ahead` in advance."""
     waiting = collections.deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
@@ -104,8 +102,8 @@ def in_threads(function, values, ahead=1000):
         pool.shutdown(cancel_futures=True)
 
 
-def fingerprint(image_ids, captions, samples=()):
-    """One string for a training set: which pictures, which captions, in which order, and the samples of an epoch."""
+def fingerprint(image_ids: Iterable[str], captions: Iterable[list[str]], samples: Sequence = ()) -> str:
+    """Returns a hash of a training set: its pictures, their captions, their order and the samples of an epoch."""
     digest = hashlib.sha256(json.dumps(samples).encode())
     for identity, group in zip(image_ids, captions):
         digest.update(json.dumps([identity, group]).encode())

@@ -1,6 +1,6 @@
-"""Every source of pictures (folders in any layout, archives, stored and hub datasets) becomes records.
+"""Loads records from every source of pictures: folders in any layout, archives, stored datasets and hub datasets.
 
-Nothing here needs torch: a wrong folder, column or row is told before anything heavy is imported.
+This module needs no torch, so that a wrong folder, column or row is reported before anything heavy is imported.
 """
 
 import itertools
@@ -8,32 +8,33 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from ..files import ask_hub, is_hub_id, reason_of
 from .archives import ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
-from .layouts import METADATA_NAMES, PICTURE_ENDINGS, find_files, read_folder, recognise
-from .records import features_of_records, with_captions, with_columns
-from .tables import captions_of, choose_caption_column
+from .layouts import METADATA_NAMES, PICTURE_ENDINGS, ReadOptions, find_files, find_layout, read_folder
+from .records import record_features, with_captions, with_columns
+from .tables import choose_caption_column, nonempty_captions
 
 
 logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
-ROWS_TOGETHER = 5000  # that are Python objects at the same time
+ROWS_TOGETHER = 5000  # rows as Python objects take several times the memory of their Arrow table
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
-def log_left_out(source, reason):
-    """Logs a row that is left out: for `Reading.leave_out`."""
+def log_left_out(source: str, reason: str) -> None:
+    """Logs a row that is left out; for `ReadOptions.leave_out`."""
     logger.info(f"left out: {source}: {reason}")
 
 
-def load_records(reading):
-    """The records (see `records.py`) of a hub dataset or of folders and archives, in the order that the source gives.
+def load_records(reading: ReadOptions) -> Any:
+    """Loads the records (see `records.py`) of a hub dataset or of folders and archives, in their own order.
 
-    Each of `train_data_dir` is a folder or an archive; so may `dataset_name` be, which else is a hub id. A folder, column,
-    row or caption that can't be used is an `InputError`.
+    `train_data_dir` holds folders and archives; `dataset_name` is a folder, an archive or a hub id. Raises `InputError` for
+    a folder, column, row or caption that cannot be used.
     """
     data, captions = reading.data, reading.captions
     if data.dataset_name is not None and not os.path.isdir(data.dataset_name) and not is_archive(data.dataset_name):
@@ -57,16 +58,17 @@ def load_records(reading):
 def _from_folder(folder, reading):
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder. Pass an existing one, or a hub id to --dataset_name.")
-    files, on_disk = find_files(folder), any((folder / n).exists() for n in ("state.json", "dataset_dict.json"))
+    files = find_files(folder)
+    on_disk = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
     parts = {path.relative_to(folder).parts[0] for path in files if path.suffix.lower() in PICTURE_ENDINGS}
     split = next((name for name in sorted(parts) if name.lower() == "train"), None)
     others = sorted(name for name in parts if name.lower() in OTHER_SPLITS)
     at_the_top = {path.name.lower() for path in files if path.parent == folder} & set(METADATA_NAMES)
     if split is not None and others and not at_the_top and not on_disk:
-        logger.info(f"{folder}: training on its folder {split}, not on {', '.join(others)}")
+        logger.info(f"{folder}: training on its subfolder {split}, not on {', '.join(others)}")
         folder, files = folder / split, [path for path in files if path.is_relative_to(folder / split)]
     endings, stored_files = {path.suffix.lower() for path in files}, None
-    chosen = reading.data.dataset_layout or recognise(folder, files, reading.captions.instance_prompt)
+    chosen = reading.data.dataset_layout or find_layout(folder, files, reading.captions.instance_prompt)
     if (
         reading.data.dataset_layout is None
         and chosen in (None, "trigger_class", "instance")
@@ -75,55 +77,57 @@ def _from_folder(folder, reading):
         if endings & PICTURE_ENDINGS:  # such as the thumbnail of a hub repository
             logger.info(f"{folder}: training on its parquet or arrow files, not on the pictures beside them")
             endings -= PICTURE_ENDINGS
-            stored_files = _files_to_train_on(folder, files)
+            stored_files = _training_files(folder, files)
             if reading.captions.instance_prompt is not None:
-                logger.info(f"{folder}: it has captions of its own, so --instance_prompt is not used for it")
+                logger.info(f"{folder}: it has its own captions, so --instance_prompt is not used for it")
         chosen = None
     if chosen is not None:
         rows = read_folder(folder, chosen, files, reading)
-        # In parts, because rows as Python objects take several times the memory of their Arrow table.
         part, tables = list(itertools.islice(rows, ROWS_TOGETHER)), []
-        import datasets  # now, because it takes longer than to find a wrong column
+        import datasets  # after the first rows: importing it takes longer than to find a wrong column
 
         while part:
-            tables.append(datasets.Dataset.from_list(part, features=features_of_records()))
+            tables.append(datasets.Dataset.from_list(part, features=record_features()))
             part = list(itertools.islice(rows, ROWS_TOGETHER))
         if not tables:
-            raise InputError(f"{folder}: it holds not one picture to train on.")
+            raise InputError(f"{folder}: it contains no picture to train on.")
         return datasets.concatenate_datasets(tables)
     if on_disk or (endings & {".parquet", ".arrow", ".tar"} and not endings & PICTURE_ENDINGS):
-        import datasets
-
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        try:
-            if on_disk:
-                stored = datasets.load_from_disk(str(folder))
-            elif stored_files:  # else the library may take the pictures for the dataset
-                kind = stored_files[0].suffix[1:].lower()
-                stored = datasets.load_dataset(kind, data_files=[*map(str, stored_files)], cache_dir=reading.cache_dir)
-            else:
-                stored = datasets.load_dataset(
-                    str(folder), reading.data.dataset_config_name, cache_dir=reading.cache_dir
-                )
-        except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
-            raise InputError(
-                f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
-            ) from error
-        return _from_dataset(_train_split(stored, folder), folder, reading)
+        return _from_dataset(_load_stored(folder, stored_files, on_disk, reading), folder, reading)
     if endings & PICTURE_ENDINGS:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
-            "beside each picture, pass --instance_prompt for all, or name their folder [trigger]_[class], such as sks_dog, "
+            "beside each picture, pass --instance_prompt for all pictures, or name their folder [trigger]_[class], such as sks_dog, "
             "and pass --dataset_layout trigger_class (metadata/README.md shows each layout)."
         )
     packed = next((path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)), None)
     if packed is not None:
-        raise InputError(f"{folder}: it holds no pictures, but an archive. Pass the archive: {packed}")
-    raise InputError(f"{folder}: it holds no pictures and no metadata file. metadata/README.md shows each layout.")
+        raise InputError(f"{folder}: it contains no pictures, but an archive. Pass the archive: {packed}")
+    raise InputError(f"{folder}: it contains no pictures and no metadata file. metadata/README.md shows each layout.")
 
 
-def _files_to_train_on(folder, files):
-    """The parquet files, or else the arrow files, less those whose names say that they are of another split."""
+def _load_stored(folder, stored_files, on_disk, reading):
+    """Loads the training split of a dataset in parquet, arrow or tar files, or saved by `Dataset.save_to_disk`."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        if on_disk:
+            stored = datasets.load_from_disk(str(folder))
+        elif stored_files:  # otherwise the library may load the pictures beside these files
+            kind = stored_files[0].suffix[1:].lower()
+            stored = datasets.load_dataset(kind, data_files=[*map(str, stored_files)], cache_dir=reading.cache_dir)
+        else:
+            stored = datasets.load_dataset(str(folder), reading.data.dataset_config_name, cache_dir=reading.cache_dir)
+    except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
+        raise InputError(
+            f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
+        ) from error
+    return _train_split(stored, folder)
+
+
+def _training_files(folder, files):
+    """Returns the parquet files, or else the arrow files, except those that are named after another split."""
     for ending in (".parquet", ".arrow"):
         found = [path for path in files if path.suffix.lower() == ending]
         own = [p for p in found if not OTHER_SPLITS & set(re.split(r"\W|_", p.relative_to(folder).as_posix().lower()))]
@@ -133,7 +137,7 @@ def _files_to_train_on(folder, files):
 
 
 def _from_hub(name, reading):
-    """A hub dataset; its columns are checked by its declared features, before pictures are downloaded."""
+    """Loads a hub dataset; its declared columns are checked before pictures are downloaded."""
     if not is_hub_id(name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
     import datasets
@@ -148,18 +152,18 @@ def _from_hub(name, reading):
             except (OSError, httpx.TransportError) as error:
                 if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
                     raise
-                # No network: what is in the cache serves, and the client needn't retry for half a minute to find out.
+                # Without a network, use the cache at once; the client would first retry for half a minute.
                 huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        where = dict(path=name, name=reading.data.dataset_config_name, cache_dir=reading.cache_dir)
-        features = datasets.load_dataset_builder(**where).info.features
+        dataset_options = dict(path=name, name=reading.data.dataset_config_name, cache_dir=reading.cache_dir)
+        features = datasets.load_dataset_builder(**dataset_options).info.features
         if features is not None:
-            _columns_of(features, name, reading.data)
-        dataset = _train_split(datasets.load_dataset(**where), name)
+            _find_columns(features, name, reading.data)
+        dataset = _train_split(datasets.load_dataset(**dataset_options), name)
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds: no network, no such repository, gated, no such config
         raise InputError(
-            f"{name}: neither a folder here nor a hub dataset that can be loaded ({reason_of(error)}). Check the spelling, "
+            f"{name}: neither a local folder nor a hub dataset that can be loaded ({reason_of(error)}). Check the spelling, "
             "your network and `hf auth login`, or pass a local folder."
         ) from error
     return _from_dataset(dataset, name, reading)
@@ -172,11 +176,11 @@ def _train_split(stored, where):
         return stored["train"]
     if len(stored) == 1:
         return next(iter(stored.values()))
-    raise InputError(f"{where}: it has no split 'train', only: {', '.join(stored)}.")
+    raise InputError(f"{where}: it has no split 'train'. Its splits are: {', '.join(stored)}.")
 
 
-def _columns_of(features, where, asked):
-    """Image and caption column by type and common name; checks that the mask's and the concept's are there."""
+def _find_columns(features, where, asked):
+    """Returns the image column and the caption column, by type and common name; checks the mask and concept columns."""
     import datasets
 
     columns = list(features)
@@ -215,11 +219,11 @@ def _columns_of(features, where, asked):
     return image_column, choose_caption_column(str(where), columns, textual, asked.caption_column)
 
 
-def _files_elsewhere(dataset, column, source, cache_dir):
-    """{row: reason} of the cells of an image column that name a file elsewhere than in the dataset, or no regular one.
+def _find_foreign_files(dataset, column, source, cache_dir):
+    """Returns {row: reason} of the cells of an image column that name a file outside of the dataset, or no regular file.
 
-    A dataset is somebody's data: such a cell would have any file of this machine read. Allowed are the dataset's own
-    folder and the library's caches of downloads.
+    A dataset by somebody else could otherwise make us read any file of this machine. Allowed are the folder of the dataset
+    and the download caches of the library.
     """
     import datasets
     from huggingface_hub import constants
@@ -232,16 +236,16 @@ def _files_elsewhere(dataset, column, source, cache_dir):
             real = Path(path).resolve()
             if not any(real.is_relative_to(folder) for folder in allowed):
                 return f"column '{column}' names a file outside of the dataset ({path!r})"
-            if real.is_file() or not real.exists():  # what is not there is told with the pictures that can't be read
+            if real.is_file() or not real.exists():  # missing files are reported with the unreadable pictures
                 return None
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, links in a circle
+        except (OSError, ValueError, RuntimeError):  # the path is too long, contains NUL, or its links form a circle
             pass
-        return f"column '{column}' names something that is no file ({path!r})"
+        return f"column '{column}' names something that is not a file ({path!r})"
 
     found, row = {}, 0
     cells = dataset.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     for table in cells.with_format("arrow").iter(batch_size=1000):
-        for part in table.column(0).chunks:  # the bytes are not read
+        for part in table.column(0).chunks:  # without reading the bytes
             for path, has_bytes in zip(part.field("path").to_pylist(), part.field("bytes").is_valid().to_pylist()):
                 if path is not None and not has_bytes and (reason := reason_against(path)) is not None:
                     found[row] = reason
@@ -250,14 +254,14 @@ def _files_elsewhere(dataset, column, source, cache_dir):
 
 
 def _from_dataset(dataset, source, reading):
-    """Our columns from a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
+    """Makes records of a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
     where, asked, leave_out = str(source), reading.data, reading.leave_out
     mask_column, concept_column = asked.mask_column, asked.concept_column
-    image_column, caption_column = _columns_of(dataset.features, where, asked)
-    captions = [captions_of(value) for value in dataset[caption_column]]
+    image_column, caption_column = _find_columns(dataset.features, where, asked)
+    captions = [nonempty_captions(value) for value in dataset[caption_column]]
     bad = {index: f"column '{caption_column}' is empty" for index, group in enumerate(captions) if not group}
     for column in filter(None, (image_column, mask_column)):
-        bad |= _files_elsewhere(dataset, column, source, reading.cache_dir)
+        bad |= _find_foreign_files(dataset, column, source, reading.cache_dir)
     if bad and leave_out is None:
         first = min(bad)
         raise InputError(
@@ -268,8 +272,8 @@ def _from_dataset(dataset, source, reading):
     count = len(captions)
     concepts = [Path(where).name] * count
     if concept_column is not None:
-        name_of = getattr(dataset.features[concept_column], "int2str", str)  # a label's number has a name
-        concepts = [str(v) if v in (None, -1) else name_of(v) for v in dataset[concept_column]]
+        to_name = getattr(dataset.features[concept_column], "int2str", str)  # the name of a class label
+        concepts = [str(v) if v in (None, -1) else to_name(v) for v in dataset[concept_column]]
     others = {
         "captions": captions,
         "concept": concepts,

@@ -1,8 +1,10 @@
-"""Metadata files (.csv, .jsonl, .parquet) become rows; which of their columns holds the captions."""
+"""Reads metadata files (.csv, .jsonl, .parquet) and finds the column with the captions."""
 
 import csv
 import io
 import json
+from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 
@@ -14,8 +16,8 @@ CAPTION_COLUMNS = (
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-def read_text(file):
-    """A text file in UTF-8, or in UTF-16 where it says so; a file that is neither is an `InputError`."""
+def read_text(file: Path) -> str:
+    """Reads a text file in UTF-8, or in UTF-16 if it has a byte order mark; raises `InputError` if that fails."""
     try:
         data = file.read_bytes()
         encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
@@ -24,8 +26,8 @@ def read_text(file):
         raise InputError(f"{file}: it can't be read ({error}). Save it again as UTF-8.") from error
 
 
-def read_table(file):
-    """(line, dict) of each row of a .csv, .jsonl or .parquet file; a broken one is an `InputError` that names the line."""
+def read_table(file: Path) -> list[tuple[int, dict]]:
+    """Reads the rows of a .csv, .jsonl or .parquet file as (line, dict); the `InputError` of a broken row names its line."""
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
@@ -38,10 +40,10 @@ def read_table(file):
 
 
 def _read_csv(file, text):
-    """Fields between commas; between semicolons or tabs where the first line has more of those, as Excel may save it."""
+    """Reads CSV; the delimiter is a comma, or a semicolon or tab (as saved by Excel) if the header has more of those."""
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=header.count))
-    quote = "Put a caption with commas, quotes or line breaks into double quotes, and double those inside it."
+    quote = "Enclose captions with commas, quotes or line breaks in double quotes, and double the quotes inside."
     rows, number = [], 1
     try:
         for row in reader:
@@ -61,30 +63,30 @@ def _read_jsonl(file, text):
             continue
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but not valid text
         except ValueError as error:
             reason = getattr(error, "msg", None) or getattr(error, "reason", error)
             raise InputError(f"{file}:{number}: this line is not JSON ({reason}). Fix or remove it.") from error
         if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object a line.")
+            raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object per line.")
         rows.append((number, row))
     return rows
 
 
-def is_caption(value):
-    """Whether a cell can be a caption: text, a list of texts, or nothing."""
+def is_caption(value: Any) -> bool:
+    """Whether a cell can hold captions: it is text, a list of texts, or None."""
     return (
         value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
     )
 
 
-def captions_of(value):
-    """The captions in a cell, without the empty ones."""
+def nonempty_captions(value: str | list | None) -> list[str]:
+    """Returns the captions in a cell that are not empty."""
     return [c for c in (value if isinstance(value, list) else [value]) if c is not None and c.strip()]
 
 
-def choose_caption_column(where, columns, textual, asked):
-    """The column asked for, else the first of the common names, else the only text column there is."""
+def choose_caption_column(where: str, columns: list[str], textual: list[str], asked: str | None) -> str:
+    """Returns the column `asked` for, else the first column with a common name, else the only text column."""
     listed = ", ".join(columns)
     if asked is not None:
         if asked not in columns:

@@ -1,4 +1,4 @@
-"""A picture file becomes pixels: EXIF, transparency over white, 16 bit, resize, crop, flip. Needs no torch."""
+"""From a picture file to pixels: EXIF orientation, transparency, 16 bit, resize, crop, flip. Imports no torch."""
 
 import io
 import math
@@ -11,10 +11,10 @@ from PIL import Image, ImageCms, ImageOps
 from .settings import INTERPOLATIONS, AugmentationSettings
 
 
-# Sizes are checked below, from the header and before anything is decoded; Pillow's own limit only warns at first.
+# `open_image` checks the size in the header before it decodes; Pillow's own limit would only warn at first.
 Image.MAX_IMAGE_PIXELS = None
 PIXEL_LIMIT = 2**28
-WHOLE_LIMIT = 2**26  # pixels to which a picture is resized whole, before it is cropped
+WHOLE_LIMIT = 2**26  # pixels; a picture that would be resized to more is cropped first
 
 RESAMPLING = {
     name: Image.Resampling["NEAREST" if name == "nearest_exact" else name.upper()] for name in INTERPOLATIONS
@@ -22,38 +22,34 @@ RESAMPLING = {
 
 
 class ImageError(Exception):
-    """A picture that can't be used, with the reason."""
+    """A picture cannot be used; the message is the reason."""
 
 
 class Variation(NamedTuple):
-    """What was drawn for a picture.
+    """The random choices for one variation of a picture."""
 
-    The corner (pixels) of the window in the resized picture, the flip, the window's share of the picture, the turn in
-    degrees, the factors of brightness, contrast and saturation, and the shift of the hue.
-    """
-
-    left: int
+    left: int  # of the crop in the resized picture, in pixels
     top: int
     flip: bool
-    share: float = 1.0
-    turn: float = 0.0
+    share: float = 1.0  # of the sides of the picture that the crop shows
+    turn: float = 0.0  # degrees
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
-    hue: float = 0.0
+    hue: float = 0.0  # shift, as a share of the colour circle
 
     @property
-    def is_augmented(self):
-        """Whether the picture is turned or its colours are changed."""
+    def is_augmented(self) -> bool:
+        """Whether the picture is rotated or its colours are changed."""
         colours = (self.brightness, self.contrast, self.saturation, self.hue)
         return self.turn != 0 or colours != (1.0, 1.0, 1.0, 0.0)
 
 
 def open_image(data, background="white"):
-    """Bytes of a picture file to an RGB `PIL.Image`, upright, transparency composed on white or another background.
+    """Decodes a picture file to an RGB `PIL.Image`, upright, in sRGB, with transparency composed over the background.
 
-    16-bit greyscale keeps its range (Pillow would clip it); of an animation the first frame is used. Raises
-    `ImageError` for what can't be decoded or has more than `PIXEL_LIMIT` pixels.
+    16-bit greyscale keeps its range (Pillow would clip it), and of an animation the first frame is used. Raises
+    `ImageError` for a file that cannot be decoded or has more than `PIXEL_LIMIT` pixels.
     """
     if not data:
         raise ImageError("the file is empty")
@@ -65,15 +61,19 @@ def open_image(data, background="white"):
         image = _in_srgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
-    except Exception as error:  # Pillow's plugins raise what they like on broken files
+    except Exception as error:  # Pillow's plugins raise all kinds of exceptions on broken files
         reason = str(error) or type(error).__name__
         if "cannot identify image file" in reason:
-            reason = "not a picture in a format that Pillow reads"
+            reason = "not a picture in a format that Pillow can read"
         raise ImageError(f"it can't be decoded ({reason})") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
         top, deep = values.max(initial=0), image.mode not in ("I", "F")
-        scale = 255 if top <= 1 and image.mode == "F" else 1 if top <= 255 and not deep else 255 / max(top, 65535)
+        scale = 255 / max(top, 65535)
+        if top <= 1 and image.mode == "F":
+            scale = 255
+        elif top <= 255 and not deep:
+            scale = 1
         grey = np.round(values * scale).clip(0, 255).astype(np.uint8)
         alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
         image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
@@ -83,8 +83,8 @@ def open_image(data, background="white"):
     return image.convert("RGB")
 
 
-def open_mask(data, size):
-    """Bytes of a mask to a grey `PIL.Image` of the picture's `size`: white counts, black and transparent don't."""
+def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Decodes a mask to a greyscale `PIL.Image` of the picture's `size`; transparent areas become black."""
     try:
         mask = open_image(data, background="black").convert("L")
     except ImageError as error:
@@ -93,7 +93,7 @@ def open_mask(data, size):
 
 
 def _in_srgb(image):
-    """The picture with its colours as its ICC profile means them; one without profile, or a broken one, is sRGB."""
+    """Converts a picture to sRGB by its ICC profile; without a profile, or with a broken one, it is sRGB already."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
@@ -113,35 +113,37 @@ def _in_srgb(image):
     return seen
 
 
-def resized_size(width, height, size):
-    """Width and height after the picture covers `size` (width, height); rounded as torchvision's `Resize` does."""
+def resized_size(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the smallest size of the picture that covers `size` (width, height), rounded as torchvision's `Resize` does."""
     if width * size[1] <= height * size[0]:
         return size[0], max(size[1], int(size[0] * height / width))
     return max(size[0], int(size[1] * width / height)), size[1]
 
 
-def window_size(size, turn):
-    """Sides (pixels) of what must be cut out, so that a picture of `size` can be cut from it turned, without corners."""
+def window_size(size: tuple[int, int], turn: float) -> tuple[int, int]:
+    """Returns the size of the crop that, after a rotation by `turn` degrees, still covers `size`."""
     if not turn:
         return size
     c, s = abs(math.cos(math.radians(turn))), abs(math.sin(math.radians(turn)))
     return math.ceil(size[0] * c + size[1] * s), math.ceil(size[0] * s + size[1] * c)
 
 
-def covering_size(width, height, size, share, turn):
-    """The size to which a picture is resized before a window is cut out of it that shows that share of its sides."""
+def covering_size(width: int, height: int, size: tuple[int, int], share: float, turn: float) -> tuple[int, int]:
+    """Returns the size to which a picture is resized before the crop, which shows `share` of its sides."""
     return resized_size(width, height, tuple(math.ceil(side / share) for side in window_size(size, turn)))
 
 
-def draw_variation(width, height, size, augmentation: AugmentationSettings, *, image_id, index):
-    """Variation `index` of a picture of width x height, for pixels of `size`: a function of its arguments alone.
+def draw_variation(
+    width: int, height: int, size: tuple[int, int], augmentation: AugmentationSettings, *, image_id: str, index: int
+) -> Variation:
+    """Draws variation `index` of a picture of width x height, for the training size `size`; depends on its arguments only.
 
-    With `random_flip`, even and odd indices are each other's orientation, so two variations hold both.
+    With `random_flip`, odd indices are flipped and even ones are not, so that two variations contain both orientations.
     """
     rng = np.random.default_rng([zlib.crc32(image_id.encode()), index])
     place = rng.random(2)
 
-    def between(least, most):  # in few digits: they are a part of the cache's keys
+    def between(least, most):  # rounded, because the values are part of the cache's keys
         return round(float(rng.uniform(least, most)), 4)
 
     share = between(augmentation.random_crop_scale, 1)
@@ -159,36 +161,38 @@ def draw_variation(width, height, size, augmentation: AugmentationSettings, *, i
     return Variation(left, top, flip, share, turn, *factors, hue)
 
 
-def corner_shown(width, height, variation, size):
-    """(left, top) in pixels of what is shown of a picture, in the picture as it was resized and mirrored."""
+def corner_shown(width: int, height: int, variation: Variation, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the corner (left, top) of the crop in the resized and flipped picture, in pixels."""
     covering = covering_size(width, height, size, variation.share, variation.turn)
     window = window_size(size, variation.turn)
     left = covering[0] - window[0] - variation.left if variation.flip else variation.left
     return left, variation.top
 
 
-def apply_variation(image, variation, size, interpolation="lanczos"):
-    """An RGB picture to uint8 pixels (height, width, 3) of `size` (width, height): resized, cropped, flipped, ..."""
+def apply_variation(
+    image: Image.Image, variation: Variation, size: tuple[int, int], interpolation: str = "lanczos"
+) -> np.ndarray:
+    """Resizes, crops and augments an RGB picture to `size` (width, height); returns uint8 pixels (height, width, 3)."""
     pixels = _cut(image, variation, size, interpolation)
     return _augment(pixels, variation, size) if variation.is_augmented else pixels
 
 
-def apply_variation_to_mask(mask, variation, size, factor):
-    """A grey mask to float32 (height / factor, width / factor) from 0 to 1: cut and turned as its picture is."""
-    still = Variation(0, 0, False, turn=variation.turn)
+def apply_variation_to_mask(mask: Image.Image, variation: Variation, size: tuple[int, int], factor: int) -> np.ndarray:
+    """Crops and rotates a mask like its picture; returns float32 (height / factor, width / factor) from 0 to 1."""
+    rotation = Variation(0, 0, False, turn=variation.turn)
     pixels = _cut(mask, variation, size, "bilinear")
     if variation.turn:
-        pixels = _augment(np.repeat(pixels[..., None], 3, axis=2), still, size)[..., 0]
+        pixels = _augment(np.repeat(pixels[..., None], 3, axis=2), rotation, size)[..., 0]
     blocks = pixels.reshape(size[1] // factor, factor, size[0] // factor, factor)
     return (blocks.mean(axis=(1, 3)) / 255).astype(np.float32)
 
 
 def _cut(image, variation, size, interpolation):
-    """Resized, cropped to the window, mirrored."""
+    """Resizes, crops and flips a picture."""
     covering = covering_size(image.width, image.height, size, variation.share, variation.turn)
     window = window_size(size, variation.turn)
     box = (variation.left, variation.top, variation.left + window[0], variation.top + window[1])
-    if covering[0] * covering[1] > WHOLE_LIMIT:  # a thin strip: only what is seen of it is enlarged
+    if covering[0] * covering[1] > WHOLE_LIMIT:  # a thin strip: enlarge only the part that is cropped
         scale = image.width / covering[0], image.height / covering[1]
         seen = tuple(side * scale[i % 2] for i, side in enumerate(box))
         image = image.resize(window, RESAMPLING[interpolation], box=seen)
@@ -200,7 +204,7 @@ def _cut(image, variation, size, interpolation):
 
 
 def _augment(pixels, variation, size):
-    """Turns the window and cuts the middle out of it, then changes its colours (kornia's functions)."""
+    """Rotates the crop, takes its center, and changes its colours, with kornia."""
     import torch
     from kornia import enhance
     from kornia.geometry.transform import get_rotation_matrix2d, warp_affine

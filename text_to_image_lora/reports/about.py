@@ -56,7 +56,7 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     flags = {name: value for name, value in recorded_values(settings).items() if name not in names}
     lines = [prompt.line for prompt in settings.samples.prompts]
     flags |= ({"validation_prompts": lines} if lines else {}) | {"seed": run.seed}
-    words = Parser(type(settings)).words(flags | {"mixed_precision": accelerator.mixed_precision})
+    words = Parser(type(settings)).to_words(flags | {"mixed_precision": accelerator.mixed_precision})
     return write_about(
         settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
         machine=machine(accelerator), settings=described,
@@ -160,9 +160,8 @@ def commit_of(folder):
 def data_sheet(pictures, held_out, sampler, notes):
     """What is trained on, as plain data: counts, findings, and some of the pictures with their captions."""
     report = describe(
-        pictures, [], sampler.samples, num_validated=len(held_out or ()), token_counts=None, token_limit=None,
-        steps_per_epoch=sampler.steps_per_epoch, cache_bytes=None,
-    )  # fmt: skip
+        pictures, [], sampler, num_validated=len(held_out or ()), token_counts=None, token_limit=None, cache_bytes=None
+    )
     kept = ("pictures", "validated", "captions", "different_captions", "concepts", "sizes", "repeats",
             "samples_an_epoch", "steps_an_epoch")  # fmt: skip
     sheet = {name: report[name] for name in kept} | {"notes": notes}

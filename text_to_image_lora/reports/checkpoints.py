@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..files import without_folders
+from ..files import hide_folders
 from ..models import lora
 from ..training import checkpoint, hub_checkpoints
 from .lora_writer import LoraWriter
@@ -17,7 +17,7 @@ class Checkpoints:
         self.output_dir = Path(settings.run.output_dir)
         self.models, self.learning = models, learning
         self.writer = LoraWriter(
-            models.adapted, self.output_dir, without_folders(described), run.base.family.kohya, run.state.started_at,
+            models.adapted, self.output_dir, hide_folders(described), run.base.family.kohya, run.state.started_at,
             run.sampler.steps_per_epoch, run.pictures.captions, settings.lora.output_kohya_format,
             settings.lora.kohya_extras, settings.samples.texts,
         )  # fmt: skip
@@ -47,6 +47,6 @@ class Checkpoints:
         states = {name: lora.adapter_state(model)[0] for name, model in self.models.adapted.items()}
         path = checkpoint.write_checkpoint(
             self.output_dir, add, limit=self.settings.checkpoints_total_limit, state=state,
-            settings=self.run.identity, adapter=lora.joined(states), learning=self.learning,
+            settings=self.run.identity, adapter=lora.merge_states(states), learning=self.learning,
         )  # fmt: skip
         self.uploads.send(path)

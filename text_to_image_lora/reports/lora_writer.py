@@ -37,7 +37,7 @@ class LoraWriter(NamedTuple):
                 f"After step {step} the weights are not numbers any more. Lower --learning_rate; what was saved before is "
                 f"in {self.output_dir}."
             )
-        layers = {name: receipt.layers_of(model) for name, model in self.adapted.items()}
+        layers = {name: receipt.layer_shapes(model) for name, model in self.adapted.items()}
         finished, kohya_path = Path(folder) == self.output_dir, None
         kohya_name = kohya.file_name(self.output_dir, None if finished else step)
         told = self.told | header.header_for_readers(

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from ..errors import NotANumberError, Stopped
-from ..files import in_bytes, telling_of_the_disk, write_whole
+from ..files import explaining_disk_errors, format_bytes, write_whole
 from .dashboard import log_numbers, log_results
 from .report_page import FILE as PAGE
 from .report_page import update_page
@@ -75,7 +75,7 @@ class MetricsFile:
 
     def write(self, step, values):
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
-        with telling_of_the_disk(self.path), open(self.path, "a") as file:
+        with explaining_disk_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
@@ -124,7 +124,7 @@ class Pace:
         self.seconds.append(seconds)
         if len(self.seconds) == self.FIRST:
             each, left = statistics.median(self.seconds), self.num_steps - step
-            memory = in_bytes(peak_memory_gib(self.device) * 2**30)
+            memory = format_bytes(peak_memory_gib(self.device) * 2**30)
             rest = f", {in_words(each * left)} for the {left} left" if left else ""
             logger.info(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
             self.check_spill()
@@ -154,7 +154,7 @@ class Pace:
             if taken > own:
                 self.said = True
                 logger.info(
-                    f"{in_bytes(taken)} are in use and the GPU has {in_bytes(own)}: the driver lends it the "
+                    f"{format_bytes(taken)} are in use and the GPU has {format_bytes(own)}: the driver lends it the "
                     f"machine's memory, which is many times slower. Stop with Ctrl-C and go on with {self.remedy}."
                 )
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import yaml
 
 from ..errors import TrainingError
-from ..files import is_hub_id, reason_of, without_folders, write_whole
+from ..files import hide_folders, is_hub_id, reason_of, write_whole
 from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
 
@@ -51,7 +51,7 @@ def write_model_card(
     }
     front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     weights = f"{repo_id or '.'!r}, weight_name={WEIGHTS_NAME!r}"
-    rows = without_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
+    rows = hide_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
     pipeline = f"DiffusionPipeline.from_pretrained({base!r})"
     if base.endswith((".safetensors", ".ckpt")):

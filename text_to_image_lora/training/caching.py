@@ -23,7 +23,7 @@ import torch
 from ..models.base_model import BaseModel
 from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.prompts import PromptEncoder
-from ..pictures.alike import probe_of
+from ..pictures.alike import pick_probe
 from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
@@ -277,8 +277,8 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
             cached = cache.build(pictures, run.variations, captions_to_cache(pictures, captions), accelerator)
             training = CachedSet(pictures, *cached)
         if run.validated is not None:
-            probe = probe_of(run.pictures, len(run.validated), run.seed)
-            for part in (run.validated.to_validate_on(), probe.to_validate_on()):
+            probe = pick_probe(run.pictures, len(run.validated), run.seed)
+            for part in (run.validated.for_validation(), probe.for_validation()):
                 first_captions = [group[0] for group in part.captions]
                 validated.append(CachedSet(part, *cache.build(part, 1, first_captions, accelerator)))
     sets = CachedSets(training, *(validated or (None, None)))

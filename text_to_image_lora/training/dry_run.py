@@ -24,7 +24,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     def usable(records):
         good, bad = examine.examine(records, range(len(records)))
         left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
-        return examine.usable_part(records, good)
+        return examine.select_usable(records, good)
 
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,14 +38,14 @@ def report(settings: Any, found: inputs.Inputs) -> None:
             too_long = error
     whole = tokenizer is None or settings.captions.long_prompts
     described = inspection.describe(
-        pictures, left_out, sampler.samples, num_validated=len(validated or ()), token_counts=token_counts,
-        token_limit=None if whole else tokenizer.model_max_length, steps_per_epoch=sampler.steps_per_epoch,
+        pictures, left_out, sampler, num_validated=len(validated or ()), token_counts=token_counts,
+        token_limit=None if whole else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
     needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
-    print("\n".join([*inspection.lines_of(described), *memory_lines, "", f"all of it: {report_file}"]))
+    print("\n".join([*inspection.format_report(described), *memory_lines, "", f"all of it: {report_file}"]))
     if settings.data.preview_data is not None:
         variations = settings.cache.num_variations(settings.augmentation)
         print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations))

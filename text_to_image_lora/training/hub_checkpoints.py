@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import asked_again, reason_of, written_whole
+from ..files import reason_of, retry_timeouts, written_whole
 from . import checkpoint
 
 
@@ -66,7 +66,7 @@ def find_checkpoint(output_dir, wanted, token):
     repository, name = address.groups()
     here = checkpoint.newest_whole(checkpoint.list_checkpoints(output_dir))
     try:
-        there = asked_again(lambda: _names_on_hub(repository, token))
+        there = retry_timeouts(lambda: _names_on_hub(repository, token))
     except Exception as error:  # the client's errors have no common base
         if here is None or name is not None:
             raise InputError(
@@ -112,7 +112,7 @@ def _download(repository, name, output_dir, token):
 
     disable_progress_bars()
     try:
-        fetched = asked_again(lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token))
+        fetched = retry_timeouts(lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token))
     except Exception as error:  # the client's errors have no common base
         raise InputError(
             f"{repository}: {name} can't be fetched ({reason_of(error)}). Run it again when the network is there, or with "

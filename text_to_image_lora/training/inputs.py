@@ -11,7 +11,7 @@ from ..files import check_writable
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
 from ..pictures.captions import shuffled_variations
-from ..pictures.layouts import Reading
+from ..pictures.layouts import ReadOptions
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
@@ -37,7 +37,7 @@ def find_inputs(settings: Any) -> Inputs:
             left_out.append((source, reason))
 
     base = find_base(settings)
-    with log.kept("pictures") as notes:
+    with log.collect_messages("pictures") as notes:
         records, validation_records = find_records(settings, leave_out)
     check_rest(settings, base)
     return Inputs(base, records, validation_records, left_out, notes)
@@ -65,7 +65,7 @@ def find_base(settings: Any) -> Any:
 def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> tuple[Any, Any]:
     """The records to train on, those of class pictures after them, and the ones to validate on or None."""
     archives = settings.cache.folder / "archives"
-    reading = Reading(settings.data, settings.captions, settings.base.cache_dir, archives, leave_out)
+    reading = ReadOptions(settings.data, settings.captions, settings.base.cache_dir, archives, leave_out)
     records, validation_records = load_records(reading), None
     if settings.validation.validation_data_dir is not None:
         others = dataclasses.replace(
@@ -76,7 +76,7 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
     if settings.class_pictures.class_data_dir is not None:
         class_data = DataSettings(train_data_dir=(settings.class_pictures.class_data_dir,))
         captions = CaptionSettings(instance_prompt=settings.class_pictures.class_prompt)
-        class_pictures = load_records(Reading(class_data, captions, None, archives, leave_out))
+        class_pictures = load_records(ReadOptions(class_data, captions, None, archives, leave_out))
         records = with_class_pictures(records, class_pictures)
     return records, validation_records
 
@@ -116,7 +116,7 @@ def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tup
 
     def make(records):
         records, facts = usable(records)
-        return PictureSet(records, facts, buckets.sizes_of(facts), records["captions"][:], view)
+        return PictureSet(records, facts, buckets.choose_sizes(facts), records["captions"][:], view)
 
     pictures, share = make(inputs.records), settings.validation.validation_split
     if inputs.validation_records is None and not share:

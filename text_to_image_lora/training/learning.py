@@ -87,7 +87,7 @@ class Learning:
             own = optimizer.text_encoder_lr if name.startswith("text_encoder") else None
             parts = parameter_groups(model, optimizer.rate if own is None else own, optimizer.loraplus_lr_ratio)
             flat = OPTIMIZERS[optimizer.name].elementwise
-            held = lean.hold_lean(model, [part["params"] for part in parts], flat=flat)
+            held = lean.use_lean_forward(model, [part["params"] for part in parts], flat=flat)
             groups += [part | {"params": params} for part, params in zip(parts, held, strict=True)]
         self.optimizer: Any = make_optimizer(optimizer, groups, device)
         self.lr_scheduler = get_scheduler(

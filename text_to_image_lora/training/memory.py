@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..files import in_bytes
+from ..files import format_bytes
 from ..models import lean, loading, lora
 from ..models.latents import encoded_at_once
 from ..models.settings import LoraSettings
@@ -90,15 +90,15 @@ class Needs(NamedTuple):
 def lines_of(needs, batch_size, ways, device_bytes=None):
     """What is told of the `Needs` at a batch size: lines; with `device_bytes`, whether that is enough, and the ways if not."""
     peak = needs.peak(batch_size)
-    lines = [f"memory: {in_bytes(needs.steps(batch_size))} in a training step of batch {batch_size}, and "
-             f"{in_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
+    lines = [f"memory: {format_bytes(needs.steps(batch_size))} in a training step of batch {batch_size}, and "
+             f"{format_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
     others = {"while encoding": needs.encoding, "while sample pictures are drawn": needs.sample_pictures}
-    lines += [f"        {in_bytes(size)} {when}" for when, size in others.items() if size]
+    lines += [f"        {format_bytes(size)} {when}" for when, size in others.items() if size]
     lines.append(
-        f"        beside it: {in_bytes(CUDA_BYTES)} for CUDA on a GPU, {in_bytes(PYTHON_BYTES)} for Python on a CPU"
+        f"        beside it: {format_bytes(CUDA_BYTES)} for CUDA on a GPU, {format_bytes(PYTHON_BYTES)} for Python on a CPU"
     )
     if device_bytes is not None and peak + CUDA_BYTES > device_bytes:
-        lines.append(f"        this GPU has {in_bytes(device_bytes)}, which is too little: try {ways}")
+        lines.append(f"        this GPU has {format_bytes(device_bytes)}, which is too little: try {ways}")
     return lines
 
 
@@ -139,7 +139,7 @@ def estimate(base, shapes, plan):
     lora.add_lora(denoiser, plan.lora)
     if plan.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    held = lean.hold_lean(denoiser, [lora.trainable_parameters(denoiser)])
+    held = lean.use_lean_forward(denoiser, [lora.trainable_parameters(denoiser)])
     parameters = [parameter for group in held for parameter in group]
     weights = frozen + sum(parameter.numel() for parameter in parameters) * (4 + plan.bytes_for_each_weight)
     autocast = plan.lora.needs_autocast

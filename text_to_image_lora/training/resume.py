@@ -18,7 +18,7 @@ def load(settings: Any, run: Any, models: Any, learning: Any, accelerator: Any) 
     stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
     adapter = checkpoint.load_checkpoint(stored, learning)
     for name, model in models.adapted.items():
-        lora.load_adapter(model, lora.part_of(adapter, name))
+        lora.load_adapter(model, lora.extract_state(adapter, name))
     logger.info(
         checkpoint.where_it_goes_on(stored, learning.lr_scheduler, settings.schedule.lr_scheduler, run.num_steps)
     )

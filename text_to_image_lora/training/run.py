@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..command_line import fields_of, plain
+from ..command_line import iterate_flags, plain
 from ..errors import InputError
 from ..files import counted, reason_of
 from ..models import kohya, loading, lora, lora_file, modules, prompts
@@ -19,7 +19,7 @@ from ..models.latents import LatentEncoder
 from ..models.prompts import PromptEncoder
 from ..models.settings import LoraSettings
 from ..pictures.examine import usable_pictures
-from ..pictures.inspection import lines_of_samples, write_preview
+from ..pictures.inspection import format_samples, write_preview
 from . import checkpoint, freed_memory, hub_checkpoints, inputs, processes
 from .batches import Division, make_sampler
 from .objective import Diffusion
@@ -64,7 +64,7 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
         skip_bad_images=settings.data.skip_bad_images,
         accelerator=accelerator,
     )
-    with log.kept("pictures") as notes:
+    with log.collect_messages("pictures") as notes:
         pictures, validated = inputs.make_picture_sets(settings, found, usable)
     if pictures.masked and settings.loss.perceptual_loss is not None:
         raise InputError(
@@ -80,9 +80,7 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     num_warmup_steps = settings.schedule.num_warmup_steps(num_steps)
     optimizer = settings.optimizer.scaled(sampler.effective_batch_size)
     settings.schedule.check_rate(optimizer.rate)
-    for line in lines_of_samples(
-        pictures, sampler.samples, settings.sizes.aspect_ratio_buckets, settings.data.balanced
-    ):
+    for line in format_samples(pictures, sampler.samples, settings.sizes.aspect_ratio_buckets, settings.data.balanced):
         logger.info(line)
     return Run(
         found.base, state, resume_path, seed, pictures, validated, sampler, lora_settings, optimizer, num_steps,
@@ -134,7 +132,7 @@ def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed:
         "effective_batch_size": sampler.effective_batch_size,
         "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
     }
-    flags = {field.name: plain(value) for field, value in fields_of(settings) if not field.metadata["may_change"]}
+    flags = {field.name: plain(value) for field, value in iterate_flags(settings) if not field.metadata["may_change"]}
     identity = flags | settled
     if settings.timesteps.prediction_type is None:
         del identity["prediction_type"]  # the base model's own, which is known when it is loaded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import COMPATIBILITY, above, at_least, between, duration, flag, from_up_to, seconds_of
+from ..command_line import COMPATIBILITY, above, at_least, between, duration, flag, from_up_to, to_seconds
 from ..errors import InputError
 from ..models.compiling import OPTIONS as COMPILED
 from .optimizers import OPTIMIZERS, check_optimizer
@@ -33,7 +33,7 @@ class RunSettings:
 
     @property
     def max_seconds(self) -> int | None:
-        return seconds_of(self.max_train_time)
+        return to_seconds(self.max_train_time)
 
 
 @dataclass(frozen=True)

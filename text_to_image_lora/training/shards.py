@@ -12,7 +12,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ..errors import InputError, Stopped
-from ..files import in_bytes, written_whole
+from ..files import format_bytes, written_whole
 
 
 class Shard(NamedTuple):
@@ -83,7 +83,7 @@ def check_free_disk(folder, needed):
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{folder}: the cache needs {in_bytes(needed)} more and {in_bytes(free)} are free. Pass another "
+            f"{folder}: the cache needs {format_bytes(needed)} more and {format_bytes(free)} are free. Pass another "
             "--latent_cache_dir, fewer --cache_variations, or --cache_variations 0 to encode live."
         )
 
@@ -107,7 +107,7 @@ def trim(folder, limit_gib, needed):
         with contextlib.suppress(OSError):
             path.unlink()
             total, deleted = total - size, deleted + 1
-    line = f"cache: {in_bytes(total)} in {folder}"
+    line = f"cache: {format_bytes(total)} in {folder}"
     if deleted:
         line += f" ({deleted} files that were not used for longest are deleted)"
     elif limit_gib is not None and total > limit_gib * 2**30:
