@@ -167,7 +167,7 @@ def main(settings: Settings) -> None:
         device=device, scaler=accelerator.scaler,
     )  # fmt: skip
     trial = batch_size.settle(settings, run, models, accelerator)  # before anything is encoded
-    interruption.hold()
+    interruption.defer_requests()
     cached = caching.fill(settings, run, models, accelerator)
     if run.variations:
         models.release_encoders(settings)
@@ -205,7 +205,7 @@ def main(settings: Settings) -> None:
             target = diffusion.target(latents, noise, timesteps)
             weights = batch["weights"] * diffusion.weights(timesteps, loss_settings)
             if settings.lora.lora_dropout:
-                torch.manual_seed(data.seed_of(run.seed, step, micro_step, rank))
+                torch.manual_seed(data.derive_seed(run.seed, step, micro_step, rank))
             with processes.no_sync(accelerator, trained, unless=micro_step == num_micro_batches - 1):
                 if models.trains_text_encoder:
                     batch["condition"] |= models.prompt_encoder.in_training(trained[1:], batch["captions"])
@@ -220,7 +220,7 @@ def main(settings: Settings) -> None:
                     loss = loss + loss_settings.perceptual_weight * perceptual_loss(model_pred, latents, noise, batch)
                 accelerator.backward(loss)
             train_loss += loss.detach()
-        train_loss, asked_to_stop = interruption.mean_and_asked(accelerator, train_loss)
+        train_loss, asked_to_stop = interruption.reduce_loss_and_stop(accelerator, train_loss)
         grad_norm = accelerator.clip_grad_norm_(learning.parameters, settings.optimizer.max_grad_norm or math.inf)
         lr = learning.step(train_loss + grad_norm)  # skipped unless that is finite
         state.global_step += 1
@@ -237,7 +237,7 @@ def main(settings: Settings) -> None:
     if ending is not None:
         raise ending
     if settings.sharing.push_to_hub and accelerator.is_main_process:
-        interruption.let_go("in the upload; the LoRA is written")
+        interruption.obey_requests("in the upload; the LoRA is written")
         model_card.upload_run(settings, files)
 
 

@@ -27,7 +27,7 @@ from wandb_record import read_wandb
 
 from text_to_image_lora import files
 from text_to_image_lora.errors import InputError, TrainingError
-from text_to_image_lora.training.checkpoint import damage_of
+from text_to_image_lora.training.checkpoint import find_damage
 
 
 SECRET = "hf_TopSecretTokenOfTheTest"
@@ -209,7 +209,7 @@ def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hu
     assert f"{ADDRESS}: there is no checkpoint yet, so the run begins" in capsys.readouterr().out
     stored = hub.root / "owner" / "axes"
     assert names_of(stored) == ["checkpoint-2", "checkpoint-4"]
-    assert damage_of(stored / "checkpoint-2") is None
+    assert find_damage(stored / "checkpoint-2") is None
     created = [json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create"]
     assert {row["visibility"] for row in created} == {"private"}
     train(output_dir=tmp_path / "second", **words)

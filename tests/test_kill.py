@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
 from quick_start import QuickStart, assert_same_end
 
-from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints
+from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
 
 # Kills its own process at the nth moment: a change of the files below a folder, or the end of a step.
 KILLING = """
 import os, signal, sys
 from text_to_image_lora.training import interruption
-moments, look = [], interruption.mean_and_asked
+moments, look = [], interruption.reduce_loss_and_stop
 
 def pass_by(what):
     moments.append(what)
@@ -37,7 +37,7 @@ def end_of_step(*values):
     return look(*values)
 
 sys.addaudithook(watch)
-interruption.mean_and_asked = end_of_step
+interruption.reduce_loss_and_stop = end_of_step
 import atexit, json
 atexit.register(lambda: json.dump(moments, open({record!r}, "w")))
 """
@@ -105,7 +105,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         what = f"seed {seed}, moment {nth} of {len(moments)}: {moments[nth - 1]}"
         code, said = run(folder, killing(folder, nth))
         assert code == -signal.SIGKILL, (what, said)
-        whole = [damage_of(path) is None for path in list_checkpoints(folder / "run" / "out")]
+        whole = [find_damage(path) is None for path in list_checkpoints(folder / "run" / "out")]
         assert all(whole), what  # none is ever there in part
         code, said = run(folder)
         assert code == 0, (what, said)
@@ -161,7 +161,7 @@ def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, l
     assert process.wait(60) == 1
     text = (tmp_path / "said").read_text()
     assert f"This is process {1 - lost}, and it has lost process {lost} (" in text
-    assert [damage_of(path) for path in list_checkpoints(tmp_path / "out")][-1] is None
+    assert [find_damage(path) for path in list_checkpoints(tmp_path / "out")][-1] is None
 
 
 def pid_of_rank(launcher, rank):

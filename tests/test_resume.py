@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.command_line import fields_of
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.training.checkpoint import damage_of, find_checkpoint, read_state
+from text_to_image_lora.training.checkpoint import find_damage, find_checkpoint, read_state
 
 
 MEASURED = ("images_per_second", "peak_memory_gib")
@@ -412,10 +412,10 @@ def judged(train_in, tmp_path_factory):
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
-    assert damage_of(path) is None
+    assert find_damage(path) is None
     DAMAGES[what](path / file)
     named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
-    assert damage_of(path).startswith(named)
+    assert find_damage(path).startswith(named)
     assert find_checkpoint(tmp_path, "latest") is None
     assert len(said) == 1
     assert said[0].startswith(f"{path}: this checkpoint is damaged ({named}")
@@ -447,7 +447,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
     assert said.count(f"{out}/checkpoint-4: this checkpoint is damaged (") == 1
     assert f"going on from {out}/checkpoint-2 (step 2)" in said
     assert_same_end(judged, out, 6)
-    assert damage_of(out / "checkpoint-4") is None  # written anew
+    assert find_damage(out / "checkpoint-4") is None  # written anew
     best = [load_file(folder / "best" / "pytorch_lora_weights.safetensors") for folder in (judged, out)]
     assert_equal(*best)
 

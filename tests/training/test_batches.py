@@ -8,7 +8,7 @@ from conftest import batch_sampler, make_picture_set, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, samples_of_epoch
+from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, repeat_pictures
 
 
 WORLD_SIZES = (1, 2, 3, 8)
@@ -19,7 +19,7 @@ batch_sizes, accumulations, seeds = st.integers(1, 5), st.integers(1, 4), st.int
 def micro_batches_of(step, num_repeats, world_size, **options):
     """[micro-batch][rank] -> samples."""
     samplers = [
-        batch_sampler(samples_of_epoch(num_repeats), rank=rank, world_size=world_size, **options)
+        batch_sampler(repeat_pictures(num_repeats), rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
     ]
     by_rank = [list(sampler.micro_batches(step)) for sampler in samplers]
@@ -33,7 +33,7 @@ def micro_batches_of(step, num_repeats, world_size, **options):
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_epoch_holds_every_sample_num_repeats_times(world_size, num_repeats, batch_size, accumulation, seed):
     options = dict(batch_size=batch_size, accumulation=accumulation, seed=seed)
-    sampler = batch_sampler(samples_of_epoch(num_repeats), rank=0, world_size=world_size, **options)
+    sampler = batch_sampler(repeat_pictures(num_repeats), rank=0, world_size=world_size, **options)
     for epoch in (0, 3):
         seen = Counter()
         for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
@@ -64,7 +64,7 @@ CUTS = [(b, w, 24 // b // w) for b in (1, 2, 3, 4, 6, 8, 12, 24) for w in WORLD_
 @settings(max_examples=200, deadline=None)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other, seed):
     steps = batch_sampler(
-        samples_of_epoch(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
+        repeat_pictures(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
     )
     for step in range(2 * steps.steps_per_epoch):
         first, second = (
@@ -90,8 +90,8 @@ def test_a_resumed_run_goes_on_with_the_next_sample(num_repeats, cut, num_steps,
     options = dict(
         batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, seed=1, num_steps=num_steps
     )
-    whole = list(batch_sampler(samples_of_epoch(num_repeats), **options))
-    rest = list(batch_sampler(samples_of_epoch(num_repeats), first_step=first_step, **options))
+    whole = list(batch_sampler(repeat_pictures(num_repeats), **options))
+    rest = list(batch_sampler(repeat_pictures(num_repeats), first_step=first_step, **options))
     assert rest == [batch for batch in whole if batch[0].step >= first_step]
     assert {batch[0].step for batch in whole} == set(range(num_steps))
 
@@ -129,7 +129,7 @@ grouped = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, 
 def test_every_sample_once_and_each_step_of_one_size(world_size, held, batch_size, accumulation, seed):
     num_repeats, groups = zip(*held)
     options = dict(batch_size=batch_size, accumulation=accumulation, world_size=world_size, seed=seed, groups=groups)
-    samplers = [batch_sampler(samples_of_epoch(num_repeats), rank=rank, **options) for rank in range(world_size)]
+    samplers = [batch_sampler(repeat_pictures(num_repeats), rank=rank, **options) for rank in range(world_size)]
     for epoch in (0, 2):
         seen = Counter()
         for step in range(epoch * samplers[0].steps_per_epoch, (epoch + 1) * samplers[0].steps_per_epoch):
@@ -161,7 +161,7 @@ def test_steps_of_the_groups_are_mixed():
 @settings(max_examples=100, deadline=None)
 def test_every_concept_is_drawn_equally_often(held, seed):
     concepts, num_repeats = zip(*held)
-    samples = samples_of_epoch(num_repeats, concepts, seed=seed)
+    samples = repeat_pictures(num_repeats, concepts, seed=seed)
     by_concept = Counter(concepts[i] for i in samples)
     assert by_concept.keys() == set(concepts)
     most = max(sum(r for c, r in held if c == name) for name in by_concept)
@@ -172,11 +172,11 @@ def test_every_concept_is_drawn_equally_often(held, seed):
         rates = [(drawn[i] / r, r) for i, (c, r) in enumerate(held) if c == name]
         whole = most // sum(r for c, r in held if c == name)
         assert all(whole <= rate <= whole + 1 for rate, _ in rates)
-    assert (samples == samples_of_epoch(num_repeats, concepts, seed=seed)).all()
+    assert (samples == repeat_pictures(num_repeats, concepts, seed=seed)).all()
 
 
 def test_without_balance_each_picture_counts_its_repeats():
-    assert samples_of_epoch([1, 3, 2]).tolist() == [0, 1, 1, 1, 2, 2]
+    assert repeat_pictures([1, 3, 2]).tolist() == [0, 1, 1, 1, 2, 2]
 
 
 # Class pictures.
@@ -211,7 +211,7 @@ def test_loss_weights_count_whatever_the_batch_holds(batch_size):
 def test_loss_weights_are_means_over_samples_not_pictures():
     """Where pictures are repeated unequally: the weights of an epoch's samples are 1 on average."""
     sampler = batch_sampler(
-        samples_of_epoch([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
+        repeat_pictures([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
         loss_weights=[1.0, 0.25, 0.5],
     )  # fmt: skip
     ((batch,),) = [list(sampler.micro_batches(step)) for step in range(sampler.steps_per_epoch)]

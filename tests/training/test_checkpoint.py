@@ -17,7 +17,7 @@ from text_to_image_lora.training import hub_checkpoints
 from text_to_image_lora.training.checkpoint import (
     TrainState,
     check_same_run,
-    damage_of,
+    find_damage,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -218,7 +218,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from text_to_image_lora.files import written_whole
-from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints, prune_checkpoints, write_manifest
+from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints, prune_checkpoints, write_manifest
 
 FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -255,7 +255,7 @@ while not survived:
     found = {{
         path.name: [(path / name).read_text() if (path / name).exists() else None for name in FILES]
         for path in list_checkpoints(".")
-        if damage_of(path) is None
+        if find_damage(path) is None
     }}
     prune_checkpoints(".", 1, newest=2)
     write(3, "new")
@@ -288,7 +288,7 @@ def test_only_whole_checkpoints_are_listed_in_order(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-600").write_text("a file")
     (tmp_path / ".checkpoint-700.tmp").mkdir()
-    assert damage_of(tmp_path / "checkpoint-100") is None
+    assert find_damage(tmp_path / "checkpoint-100") is None
     for name in ("checkpoint-best", "checkpoint-8-old", "my-checkpoint-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{}")
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wan
     def fail(*_, **__):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(hub_checkpoints, "_names_on_hub", lambda *_: ["checkpoint-20"])
+    monkeypatch.setattr(hub_checkpoints, "_list_names_on_hub", lambda *_: ["checkpoint-20"])
     monkeypatch.setattr(hub_checkpoints, "asked_again", lambda ask: ask())
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(

@@ -12,15 +12,15 @@ from PIL import Image
 
 from text_to_image_lora.models.loading import find_base_model
 from text_to_image_lora.training.batches import Sample
-from text_to_image_lora.training.data import Draws, TrainingSet, seed_of
+from text_to_image_lora.training.data import Draws, TrainingSet, derive_seed
 
 
 def test_seeds_of_neighbours_and_of_prefixes_differ():
     """(seed, step, position) seeds a sample's draws and (seed, step, micro-step, rank) the dropout beside them."""
     numbers = [(a, b, c) for a in range(6) for b in range(6) for c in range(6)]
     numbers += [(a, b, c, d) for a, b, c in numbers for d in range(3)] + [(a, b) for a in range(6) for b in range(6)]
-    assert len({seed_of(*group) for group in numbers}) == len(numbers)
-    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
+    assert len({derive_seed(*group) for group in numbers}) == len(numbers)
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import resource, sys, threading, torch
 from text_to_image_lora.training import freed_memory
 torch.set_num_threads(1)
 if "keep" in sys.argv:
-    freed_memory.keep()
+    freed_memory.keep_for_reuse()
 def faults():
     blocks = [torch.ones(2**21) for _ in range(4)] + [torch.ones(10 * 2**20) for _ in range(2)]
     thread = threading.Thread(target=lambda: blocks.append(torch.ones(2**21)))
@@ -50,13 +50,13 @@ def test_what_is_no_longer_needed_goes_back():
     code = """
 import psutil, torch
 from text_to_image_lora.training import freed_memory
-freed_memory.keep()
+freed_memory.keep_for_reuse()
 dropped, stays = [torch.ones(2**20) for _ in range(50)], torch.ones(2**20)
 def rss():
     return psutil.Process().memory_info().rss / 2**20
 del dropped
 before = rss()
-freed_memory.give_back(torch.device("cpu"))
+freed_memory.release(torch.device("cpu"))
 print(before - rss())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
-from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes, plan_of
+from text_to_image_lora.training.memory import CUDA_BYTES, LiveBytes, Needs, Plan, estimate, format_needs, peak_bytes, make_plan
 from text_to_image_lora.training.trials import Shapes, Trial
 
 
@@ -22,7 +22,7 @@ MIB = 2**20
 
 def test_what_is_alive_at_once_is_counted():
     """Views take nothing, what is let go is given back, and the most at once is kept."""
-    with Alive() as alive:
+    with LiveBytes() as alive:
         first = torch.zeros(MIB, dtype=torch.uint8)
         half = first[: MIB // 2].view(2, -1)
         second = first + 1
@@ -39,7 +39,7 @@ def test_shapes_alone_are_counted_like_numbers():
         a = torch.ones(512, 1024)
         return (a @ a.T).relu().sum()
 
-    with Alive() as alive:
+    with LiveBytes() as alive:
         products()
     assert peak_bytes(products) == alive.peak >= 2 * MIB + 512 * 512 * 4
 
@@ -68,7 +68,7 @@ def test_a_step_holds_what_was_estimated(tiny_sd, checkpointed):
     trial = Trial(base.family, unet, [master], shapes, torch.float32, torch.device("cpu"))
     for batch_size in (1, 3):
         gc.collect()
-        with Alive() as alive:
+        with LiveBytes() as alive:
             trial(batch_size)
         assert needs.steps(batch_size) == pytest.approx(weights + master.numel() * 12 + alive.peak, rel=0.02)
 
@@ -91,7 +91,7 @@ def test_it_follows_what_changes_a_step(tiny_sd):
 def test_a_gpu_that_is_too_small_is_told_with_the_ways(device_bytes, fits):
     needs = Needs(encoding=2 * 2**30, step=2 * 2**30, further_sample=2**29, sample_pictures=0)
     assert needs.peak(1) == needs.steps(1) == 2 * 2**30
-    text = "\n".join(lines_of(needs, 3, "--gradient_checkpointing", device_bytes))
+    text = "\n".join(format_needs(needs, 3, "--gradient_checkpointing", device_bytes))
     assert "3.0 GiB in a training step of batch 3" in text
     assert ("try --gradient_checkpointing" in text) == (not fits)
     assert needs.peak(3) + CUDA_BYTES > 3 * 2**30
@@ -164,7 +164,7 @@ def test_the_recipe_of_a_card_says_what_it_takes_and_fits(recipe, request):
     words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(folder)]
     settings = train_script.parse_settings([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
     base = loading.find_base_model(str(folder))
-    plan = plan_of(settings, base, torch.float16)
+    plan = make_plan(settings, base, torch.float16)
     shapes = shapes_of(base, settings.sizes.resolution)
     own = base.family.picture_condition((1, 1), (0, 0), (1, 1))
     shapes = shapes._replace(condition=shapes.condition | {name: (len(row),) for name, row in own.items()})

@@ -157,7 +157,7 @@ def test_the_lora_is_off_only_inside(loaded, numbers):
     clean, _, _, batch = numbers
     timesteps, states = batch["timesteps"], batch["condition"]["encoder_hidden_states"]
     before = unet(clean, timesteps, states).sample
-    with perceptual.plain(unet):
+    with perceptual.frozen_base(unet):
         without = unet(clean, timesteps, states).sample
     assert (before - without).abs().max() > 1e-3
     assert torch.equal(unet(clean, timesteps, states).sample, before)

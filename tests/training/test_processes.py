@@ -42,13 +42,13 @@ def test_bf16_that_is_emulated_is_told(train, monkeypatch, capsys):
 def kernels():
     """What --deterministic sets is the process's: it is put back."""
     yield
-    processes.be_deterministic(False)
+    processes.use_deterministic_kernels(False)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
     """In the run, before its first step."""
-    seen, monitored = [], interruption.mean_and_asked
+    seen, monitored = [], interruption.reduce_loss_and_stop
 
     def look(*values):
         flags = [
@@ -60,7 +60,7 @@ def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    monkeypatch.setattr(interruption, "mean_and_asked", look)
+    monkeypatch.setattr(interruption, "reduce_loss_and_stop", look)
     train(max_train_steps=1)
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     assert seen == [(False, False, True, True, True, True)]

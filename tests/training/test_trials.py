@@ -15,7 +15,7 @@ from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.training import batch_size, processes, trials
-from text_to_image_lora.training.trials import Shapes, Trial, even_parts, heaviest_batch, what_compiling_gives
+from text_to_image_lora.training.trials import Shapes, Trial, candidate_batch_sizes, heaviest_batch, measure_compiling
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_another_error_is_none_of_memory(make_trial):
 
 
 def test_batches_as_few_and_as_even_as_can_be():
-    assert even_parts(1) == [1]
-    assert even_parts(8) == [8, 4, 3, 2, 1]
-    assert even_parts(10) == [10, 5, 4, 3, 2, 1]
+    assert candidate_batch_sizes(1) == [1]
+    assert candidate_batch_sizes(8) == [8, 4, 3, 2, 1]
+    assert candidate_batch_sizes(10) == [10, 5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_whether_compiling_pays_is_measured(make_trial):
     times = iter([(1.0, 0.5), (40.0, 0.3)])
     trial.seconds = lambda batch_size: next(times)
     called = []
-    line = what_compiling_gives(lambda: called.append(1), trial, 2, 5000)
+    line = measure_compiling(lambda: called.append(1), trial, 2, 5000)
     assert called == [1]
     assert line == (
         "compiled in 40 s: forward and backward take 0.300 s instead of 0.500, which pays back after 200 of 5,000 forward "
         "passes"
     )
     times = iter([(1.0, 0.5), (40.0, 0.6)])
-    assert what_compiling_gives(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
+    assert measure_compiling(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
 
 
 def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, monkeypatch, capsys):
@@ -165,7 +165,7 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
     )  # fmt: skip
     moved = []
     encoder = SimpleNamespace(to=lambda device: moved.append(str(device)), device=Gpu.device)
-    monkeypatch.setattr(trials, "shapes_of", lambda *_: trial.shapes)
+    monkeypatch.setattr(trials, "find_shapes", lambda *_: trial.shapes)
     monkeypatch.setattr(trials, "Trial", lambda *_, **__: trial)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(processes, "broadcast_object_list", lambda answer: answer)
@@ -197,9 +197,9 @@ def test_what_makes_room_is_the_base_alone(tiny_sd):
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     lean.hold_lean(unet, [lora.trainable_parameters(unet)])
     joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
-    assert {id(parameter) for parameter in trials.base_of(unet)} == plain | {id(parameter) for parameter in joined}
+    assert {id(parameter) for parameter in trials.base_parameters(unet)} == plain | {id(parameter) for parameter in joined}
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    with trials.base_set_aside(unet, torch.device("cpu")):
+    with trials.base_moved_to_cpu(unet, torch.device("cpu")):
         pass
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
@@ -208,12 +208,12 @@ def test_parts_of_one_memory_are_moved_as_one():
     """Whole and parts, in their order and shape, also where a part is not contiguous."""
     whole = torch.arange(12.0).reshape(4, 3)
     parts = [whole, whole[2:], whole[:2].t(), whole + 1]
-    found = list(trials.moved(parts, torch.device("meta")))
+    found = list(trials.move_tensors(parts, torch.device("meta")))
     assert all(part.is_meta for part in found)
     assert [(part.shape, part.stride()) for part in found] == [(part.shape, part.stride()) for part in parts]
     memory = [part.untyped_storage()._cdata for part in found]
     assert memory[0] == memory[1] == memory[2] != memory[3]
-    assert all(torch.equal(part, own) for part, own in zip(trials.moved(parts, torch.device("cpu")), parts))
+    assert all(torch.equal(part, own) for part, own in zip(trials.move_tensors(parts, torch.device("cpu")), parts))
 
 
 @pytest.mark.gpu
@@ -227,8 +227,8 @@ def test_a_model_that_made_room_predicts_as_before(tiny_sd):
     with torch.no_grad():
         master.add_(1e-2)
         wanted = unet(more[0] + 1, more[1].expand(1), more[2]).sample
-        with trials.base_set_aside(unet, device):
-            assert {parameter.device.type for parameter in trials.base_of(unet)} == {"cpu"}
+        with trials.base_moved_to_cpu(unet, device):
+            assert {parameter.device.type for parameter in trials.base_parameters(unet)} == {"cpu"}
         assert torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)
         master.add_(1e-2)
         assert not torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)

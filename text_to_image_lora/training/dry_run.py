@@ -63,11 +63,11 @@ def _cache_bytes(settings, pictures, base, num_chunks):
     variations = settings.cache.num_variations(settings.augmentation)
     if not variations:
         return 0
-    seen = inputs.as_trained_on(settings, pictures)
+    seen = inputs.with_cached_tag_orders(settings, pictures)
     trains_text_encoder = settings.lora.train_text_encoder
     captions = [] if trains_text_encoder else caching.captions_to_cache(seen, settings.captions)
     dtype = torch.float32 if settings.speed.precision == "no" else torch.float16  # or another of two bytes
-    return caching.bytes_of_cache(
+    return caching.count_cache_bytes(
         seen, base, variations=variations, captions=captions, num_chunks=num_chunks, dtype=dtype
     )
 
@@ -77,8 +77,8 @@ def _memory(settings, base, pictures, sampler, num_chunks, is_known):
     if not is_known:
         return None, ["", "memory: not told without the base's configuration (--single_file_config FOLDER)"]
     index, batch_size = trials.heaviest_batch(pictures, sampler, sampler.batch_size)
-    shapes = trials.shapes_of(pictures, index, base, num_chunks)
-    plan = memory.plan_of(settings, base, modules.dtype_of(settings.speed.precision))
+    shapes = trials.find_shapes(pictures, index, base, num_chunks)
+    plan = memory.make_plan(settings, base, modules.dtype_of(settings.speed.precision))
     needs = memory.estimate(base, shapes, plan)
     own = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return needs, ["", *memory.lines_of(needs, batch_size, ways_to_save_memory(settings), own)]
+    return needs, ["", *memory.format_needs(needs, batch_size, ways_to_save_memory(settings), own)]

@@ -125,7 +125,7 @@ def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tup
     return divide(pictures, others, share)
 
 
-def as_trained_on(settings: Any, pictures: Any) -> Any:
+def with_cached_tag_orders(settings: Any, pictures: Any) -> Any:
     """The `PictureSet` as it is trained on: where shuffled tags are cached, each order is a caption of its own."""
     caches = settings.cache.num_variations(settings.augmentation)
     if not settings.captions.shuffle_tags or not caches or settings.lora.train_text_encoder:

@@ -55,8 +55,8 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     from .. import log
 
     # The main process decides: on several machines the others may not see its output folder.
-    where_it_stopped = functools.partial(_where_it_stopped, settings)
-    resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
+    where_it_stopped = functools.partial(_find_resume_point, settings)
+    resume_path, state, identity_before = processes.broadcast_from_main(where_it_stopped, accelerator)
     seed = state.seed if settings.run.seed is None else settings.run.seed
     usable = functools.partial(
         usable_pictures,
@@ -73,7 +73,7 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     sampler = make_run_sampler(settings, pictures, seed, accelerator.process_index, accelerator.num_processes)
     lora_settings = settings.lora.of_denoiser(found.base.family)
     identity = identity_of_run(settings, found.base, pictures, sampler, seed)
-    processes.check_alike(identity)
+    processes.check_equal_everywhere(identity)
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, identity_before, identity)
     num_steps = settings.batches.num_steps(sampler.steps_per_epoch)
@@ -91,7 +91,7 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     )  # fmt: skip
 
 
-def _where_it_stopped(settings):
+def _find_resume_point(settings):
     """(checkpoint to resume from or None, `TrainState`, the identity of the checkpoint's run or None)."""
     wanted, token = settings.checkpoints.resume_from_checkpoint, settings.sharing.hub_token
     path = hub_checkpoints.find_checkpoint(settings.run.output_dir, wanted, token)
@@ -184,7 +184,7 @@ class Models:
             logger.info("the VAE stays in memory for --perceptual_loss decoder")
         else:
             self.vae = self.vae.to("cpu") if settings.samples.prompts else None
-        freed_memory.give_back(next(self.denoiser.parameters()).device)
+        freed_memory.release(next(self.denoiser.parameters()).device)
 
 
 def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
@@ -220,7 +220,7 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
         else:
             model.to(device)
     if device.type == "cpu":  # now that the weights are where they stay
-        freed_memory.keep()
+        freed_memory.keep_for_reuse()
     if weight_dtype == torch.float16 and loaded.vae.config.force_upcast:
         logger.info("the VAE stays in float32, as its configuration asks for: it overflows in fp16")
     if not lora_settings.train_text_encoder:
@@ -315,7 +315,7 @@ def log_beginning(settings: Any, run: Run, models: Models, num_parameters: int, 
     logger.info(
         f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
         f"{counted(num_steps, 'step')}; effective batch "
-        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
+        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.describe_device(accelerator.device)} in "
         f"{dtype}; rank-{settings.lora.rank} LoRA on {models.num_adapted} modules ({num_parameters:,} parameters)"
     )
     if run.state.global_step >= num_steps:
