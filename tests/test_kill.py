@@ -160,7 +160,7 @@ def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, l
     os.kill(pid_of_rank(process.pid, lost), signal.SIGKILL)
     assert process.wait(60) == 1
     text = (tmp_path / "said").read_text()
-    assert f"This is process {1 - lost}, and it has lost process {lost} (" in text
+    assert f"Process {1 - lost} has lost process {lost} (" in text
     assert [find_damage(path) for path in list_checkpoints(tmp_path / "out")][-1] is None
 
 
@@ -187,5 +187,5 @@ def test_a_worker_that_loads_data_and_dies_is_told(start, tiny_sd, pictures, tmp
     assert code == 1
     last = said.strip().splitlines()[-1]
     assert "DataLoader worker" in last
-    assert "go on with fewer --dataloader_num_workers" in last
+    assert "resume with fewer --dataloader_num_workers" in last
     assert "Traceback" not in said

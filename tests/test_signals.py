@@ -186,8 +186,8 @@ def newest_checkpoint(out):
 
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}
 WHERE = {
-    "caching pictures": "while pictures and captions were encoded; those that are done are kept",
-    "caching captions": "while pictures and captions were encoded; those that are done are kept",
+    "caching pictures": "while encoding pictures and captions; those that are encoded are kept",
+    "caching captions": "while encoding pictures and captions; those that are encoded are kept",
     "first validation": "in a validation",
     "first pictures": "while it drew sample pictures",
 }
@@ -228,7 +228,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
         assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 1
     code, said = start(flags, tmp_path).wait()
     assert code == 0, said
-    assert checkpoint is None or f"going on from {checkpoint} (step " in said
+    assert checkpoint is None or f"resuming from {checkpoint} (step " in said
     assert_same_end(undisturbed, out)
 
 
@@ -245,7 +245,7 @@ def test_a_second_ctrl_c_damages_nothing(start, words, undisturbed, tmp_path):
     os.kill(run.pid, signal.SIGINT)
     code, said = run.wait(10)
     assert code == 130
-    assert "stopped at once. What was saved is whole" in said
+    assert "stopped at once. Saved files are intact" in said
     assert "Traceback" not in said
     assert newest_checkpoint(tmp_path / "out") is None
     assert start(words(tmp_path), tmp_path).wait()[0] == 0
@@ -264,8 +264,12 @@ def test_without_checkpoints_being_asked_to_stop_writes_one(start, words, undist
 @pytest.mark.long
 def test_max_train_time_stops_in_time(start, words, undisturbed, tmp_path):
     """All steps would take twice the time."""
-    slow = "import time\nfrom text_to_image_lora.training import interruption\nlook = interruption.reduce_loss_and_stop\n"
-    slow += "def wait(*values):\n    time.sleep(0.6)\n    return look(*values)\ninterruption.reduce_loss_and_stop = wait"
+    slow = (
+        "import time\nfrom text_to_image_lora.training import interruption\nlook = interruption.reduce_loss_and_stop\n"
+    )
+    slow += (
+        "def wait(*values):\n    time.sleep(0.6)\n    return look(*values)\ninterruption.reduce_loss_and_stop = wait"
+    )
     code, said = start(words(tmp_path, max_train_time="12s"), tmp_path, before=slow).wait()
     assert code == 75, said
     assert "--max_train_time is over: stopped after step" in said

@@ -63,9 +63,7 @@ CUTS = [(b, w, 24 // b // w) for b in (1, 2, 3, 4, 6, 8, 12, 24) for w in WORLD_
 @given(num_repeats=repeats, cut=st.sampled_from(CUTS), other=st.sampled_from(CUTS), seed=seeds)
 @settings(max_examples=200, deadline=None)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other, seed):
-    steps = batch_sampler(
-        repeat_pictures(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
-    )
+    steps = batch_sampler(repeat_pictures(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed)
     for step in range(2 * steps.steps_per_epoch):
         first, second = (
             {

@@ -17,8 +17,8 @@ from text_to_image_lora.training import hub_checkpoints
 from text_to_image_lora.training.checkpoint import (
     TrainState,
     check_same_run,
-    find_damage,
     find_checkpoint,
+    find_damage,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -362,8 +362,8 @@ def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path, sa
     prune_checkpoints(tmp_path, 1, newest=2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert said == [
-        "checkpoint-2 can't be read back (optimizer.pt is not as it was written), so that no older one is deleted: look "
-        "after the disk"
+        "checkpoint-2 can't be read back (optimizer.pt has changed since it was written), so older checkpoints are kept: "
+        "check the disk"
     ]
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data)
     prune_checkpoints(tmp_path, 1, newest=2)
@@ -398,6 +398,6 @@ def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wan
     monkeypatch.setattr(hub_checkpoints, "asked_again", lambda ask: ask())
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
-        InputError, match=r"^me/axes: checkpoint-20 can't be fetched \(no route to host\)\. Run it again"
+        InputError, match=r"^me/axes: checkpoint-20 can't be downloaded \(no route to host\)\. Run the command again"
     ):
         hub_checkpoints.find_checkpoint(tmp_path, wanted, None)

@@ -13,7 +13,16 @@ from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
-from text_to_image_lora.training.memory import CUDA_BYTES, LiveBytes, Needs, Plan, estimate, format_needs, peak_bytes, make_plan
+from text_to_image_lora.training.memory import (
+    CUDA_BYTES,
+    LiveBytes,
+    Needs,
+    Plan,
+    estimate,
+    format_needs,
+    make_plan,
+    peak_bytes,
+)
 from text_to_image_lora.training.trials import Shapes, Trial
 
 

@@ -234,7 +234,7 @@ def test_masks_are_refused(train, pictures):
     from PIL import Image
 
     Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
-    with pytest.raises(InputError, match="--perceptual_loss looks at whole pictures, and some of these have masks"):
+    with pytest.raises(InputError, match="--perceptual_loss compares whole pictures, but some of these have masks"):
         train(perceptual_loss="self")
 
 

@@ -32,7 +32,7 @@ def test_bf16_that_is_emulated_is_told(train, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     assert not processes.emulates_bf16(torch.device("cuda"))
     monkeypatch.setattr(processes, "emulates_bf16", lambda device: True)
-    line = "this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here"
+    line = "this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster"
     for precision in ("no", "bf16"):
         train(mixed_precision=precision, max_train_steps=1, resume_from_checkpoint="none")
         assert (line in capsys.readouterr().out) == (precision == "bf16")

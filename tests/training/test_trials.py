@@ -97,11 +97,13 @@ def test_whether_compiling_pays_is_measured(make_trial):
     line = measure_compiling(lambda: called.append(1), trial, 2, 5000)
     assert called == [1]
     assert line == (
-        "compiled in 40 s: forward and backward take 0.300 s instead of 0.500, which pays back after 200 of 5,000 forward "
-        "passes"
+        "compiled in 40 s: forward and backward pass take 0.300 s instead of 0.500 s, which pays off after 200 of 5,000 "
+        "forward passes"
     )
     times = iter([(1.0, 0.5), (40.0, 0.6)])
-    assert measure_compiling(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
+    assert measure_compiling(lambda: None, trial, 2, 5000).endswith(
+        "compiling does not pay off here: leave --compile out"
+    )
 
 
 def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, monkeypatch, capsys):
@@ -174,7 +176,7 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
         trains_text_encoder=False,
     )  # fmt: skip
     if found is None:
-        with pytest.raises(TrainingError, match="Out of memory: a training step does not fit this device. Try "):
+        with pytest.raises(TrainingError, match="Out of memory: a training step does not fit on this device. Try "):
             batch_size.settle(settings, run, models, Gpu())
     else:
         assert batch_size.settle(settings, run, models, Gpu()) is trial
@@ -197,7 +199,9 @@ def test_what_makes_room_is_the_base_alone(tiny_sd):
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     lean.hold_lean(unet, [lora.trainable_parameters(unet)])
     joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
-    assert {id(parameter) for parameter in trials.base_parameters(unet)} == plain | {id(parameter) for parameter in joined}
+    assert {id(parameter) for parameter in trials.base_parameters(unet)} == plain | {
+        id(parameter) for parameter in joined
+    }
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     with trials.base_moved_to_cpu(unet, torch.device("cpu")):
         pass

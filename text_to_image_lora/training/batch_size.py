@@ -19,7 +19,8 @@ def settle(settings: Any, run: Any, models: Any, accelerator: Any) -> trials.Tri
     On a GPU a training step is tried, so that a run which does not fit raises `TrainingError` before anything is encoded.
     On a CPU `auto` uses the estimate of memory.
     """
-    batches, device, denoiser = settings.batches, accelerator.device, models.denoiser
+    batches, denoiser = settings.batches, models.denoiser
+    device = accelerator.device
     limit = batches.gradient_accumulation_steps if batches.is_auto else batches.batch_size
     index, heaviest = trials.heaviest_batch(run.pictures, run.sampler, limit)
     # The width of a single file's prompt embeddings is only known once it is loaded.

@@ -45,12 +45,9 @@ CONDITION = "condition."  # prefix of the picture's conditions in a shard
 def plan_latents(
     pictures: Any, variations: int, *, identity: str, dtype: torch.dtype, folder: Path | str
 ) -> tuple[list[Shard], np.ndarray]:
-    """Divides the variations of a `PictureSet` into shards of pictures of one size.
+    """Divides the variations of a `PictureSet` into shards of one size each; equal variations are stored once.
 
-    Equal variations are stored once: a square picture, for example, has only one crop.
-
-    Returns:
-        The shards, whose entries are (picture i, variation k), and the int32 array locations[i, k] = (shard, row).
+    Returns the shards, whose entries are (picture i, variation k), and the int32 array locations[i, k] = (shard, row).
     """
     shards, locations = [], np.zeros((len(pictures), variations, 2), dtype=np.int32)
     members = {}
@@ -99,11 +96,9 @@ def _shard_path(folder, kind, key):
 def encode_latent_entries(
     entries: np.ndarray, progress: Any, *, pictures: Any, encoder: LatentEncoder, family: Any
 ) -> dict[str, torch.Tensor]:
-    """Computes the tensors of a latent shard.
+    """Computes the tensors of a latent shard: "mean" and "std" of the posterior (entries, C, h, w), and conditions.
 
-    Returns:
-        The posterior's "mean" and "std" (entries, C, h, w), the pictures' conditions, and "mask" (entries, 1, h, w) if any
-        picture of the set has a mask.
+    If any picture of the set has a mask, there is also "mask" (entries, 1, h, w).
     """
     batch_size = encoded_at_once(*pictures.sizes[entries[0][0]])
 
@@ -216,7 +211,8 @@ class Cache(NamedTuple):
             )  # fmt: skip
             interruption.stop_together(WHERE)
             for shard_folder in {shard.path.parent for shard in shards}:
-                os.listdir(shard_folder) if shard_folder.exists() else None  # makes files of other machines visible on NFS
+                if shard_folder.exists():
+                    os.listdir(shard_folder)  # makes files of other machines visible on NFS
             # Ranks that share no disk encode the shards of other ranks too; otherwise nothing is missing any more.
             fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
             interruption.stop_together(WHERE)

@@ -81,12 +81,12 @@ def find_newest_intact(checkpoints: list[Path]) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        logger.info(f"{path}: skipping this checkpoint, which is damaged ({damage})")
+        logger.info(f"{path}: this checkpoint is damaged ({damage}) and is skipped")
     return None
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the size and the SHA-256 of each file in a checkpoint folder. Must be called after all other files are written."""
+    """Writes the sizes and SHA-256 digests of the files in a checkpoint. Must be called after all files are written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     rows = {path.relative_to(folder).as_posix(): _size_and_digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(rows, indent=2) + "\n")
@@ -178,7 +178,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(stored: dict[str, Any], learning: Any) -> dict[str, torch.Tensor]:
-    """Restores optimizer, schedule, loss scale and moving average from `read_checkpoint`, and returns the adapter's tensors."""
+    """Restores the state that `read_checkpoint` returned, and returns the adapter's tensors."""
     optimizer = learning.optimizer
     lr_scheduler = learning.lr_scheduler
     average = learning.average

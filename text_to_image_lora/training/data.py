@@ -54,18 +54,16 @@ class TrainingSet(torch.utils.data.Dataset):
     def __init__(
         self, pictures: Any, base: Any, draws: Draws, *, latents: Any = None, prompts: Any = None, named: bool = False
     ):
-        self.pictures = pictures
-        self.base = base
-        self.draws = draws
-        self.latents = latents
-        self.prompts = prompts
-        self.named = named
+        self.pictures, self.base = pictures, base
+        self.draws, self.named = draws, named
+        self.latents, self.prompts = latents, prompts
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, sample: Any) -> dict[str, Any]:
-        draws, pictures, index = self.draws, self.pictures, sample.index
+        draws, pictures = self.draws, self.pictures
+        index = sample.index
         generator = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position))
         # Draws are always made in this order, whatever the cache and the options, so that they are reproducible.
         which_variation, which_caption, timestep = (
@@ -77,7 +75,7 @@ class TrainingSet(torch.utils.data.Dataset):
         channel_noise = torch.randn((latent_shape[0], 1, 1), generator=generator)
         posterior_noise = torch.randn(latent_shape, generator=generator)
         is_dropped = float(torch.rand((), generator=generator)) < draws.captions.caption_dropout
-        if not draws.timesteps.all_alike:
+        if not draws.timesteps.is_uniform:
             own = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position, 1))
             timestep = draws.timesteps.draw(own, draws.num_train_timesteps)
         out = {

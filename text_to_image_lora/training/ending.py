@@ -55,15 +55,15 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
         leave(1, at_once=True)
     if isinstance(error, RuntimeError) and "deterministic" in str(error):
         say(
-            f"--deterministic is not possible on this GPU ({reason_of(error)}). Leave the flag out, or the option that needs "
-            "this operator."
+            f"--deterministic is not possible on this GPU ({reason_of(error)}). Leave out the flag, or the option that needs the "
+            "operator."
         )
         leave(1)
     if is_lost_connection(error):
         lost = " and ".join(map(str, lost_processes())) or "another one"
         say(
-            f"Process {os.environ['RANK']} has lost process {lost} ({reason_of(error)}). Saved files are intact: run the same "
-            "command again to resume from the last checkpoint."
+            f"Process {os.environ['RANK']} has lost process {lost} ({reason_of(error)}). Saved files are intact: run the "
+            "same command again to resume from the last checkpoint."
         )
         leave(1, at_once=True)
     raise error
@@ -93,7 +93,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def lost_processes() -> list[int]:
-    """Returns the ranks that don't answer. Each running process writes its rank to the launcher's store and reads the others."""
+    """Returns the ranks that don't answer. Each process writes its rank to the launcher's store and reads the others."""
     from datetime import timedelta
 
     import torch

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+M_ARENA_MAX = -8
 LARGEST_IN_HEAP = 32 * 2**20  # bytes; glibc accepts no larger M_MMAP_THRESHOLD
 HEAP = 2 * 2**30  # bytes of address space
 
@@ -33,7 +34,9 @@ def keep_for_reuse() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**30)
     libc.mallopt(M_ARENA_MAX, 1)  # otherwise the thread of the backward pass would have its own heap
     blocks = [libc.malloc(LARGEST_IN_HEAP - 2**20) for _ in range(HEAP // LARGEST_IN_HEAP)]
-    for block in blocks[:-1]:  # the last block stays allocated, as free memory at the end of the heap would be returned
+    for block in blocks[
+        :-1
+    ]:  # the last block stays allocated, as free memory at the end of the heap would be returned
         libc.free(block)
 
 

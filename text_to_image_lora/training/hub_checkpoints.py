@@ -43,7 +43,9 @@ class Uploads:
                 repo_id=repo_id, folder_path=folder, path_in_repo=folder.name, commit_message=folder.name
             )
         except Exception as error:  # the client's errors have no common base class
-            logger.info(f"{folder.name} was not uploaded ({reason_of(error)}); it is in {folder}, and training continues")
+            logger.info(
+                f"{folder.name} was not uploaded ({reason_of(error)}); it is in {folder}, and training continues"
+            )
 
     def wait(self) -> None:
         """Waits until the pending upload has finished or failed."""
@@ -62,7 +64,7 @@ def find_checkpoint(output_dir: Path | str, wanted: str, token: str | None) -> P
     address = ADDRESS.fullmatch(wanted)
     if address is None:
         raise InputError(
-            f"--resume_from_checkpoint {wanted}: write hf://owner/name, or hf://owner/name/checkpoint-500 for a particular one."
+            f"--resume_from_checkpoint {wanted}: write hf://owner/name or hf://owner/name/checkpoint-500."
         )
     repository, name = address.groups()
     local = checkpoint.find_newest_intact(checkpoint.list_checkpoints(output_dir))
@@ -71,7 +73,7 @@ def find_checkpoint(output_dir: Path | str, wanted: str, token: str | None) -> P
     except Exception as error:  # the client's errors have no common base class
         if local is None or name is not None:
             raise InputError(
-                f"{wanted}: the checkpoints can't be listed ({reason_of(error)}). Check the name, your network and the token."
+                f"{wanted}: the checkpoints can't be listed ({reason_of(error)}). Check the name, the network and the token."
             ) from error
         logger.info(f"{wanted} can't be reached ({reason_of(error)}): using the newest local checkpoint")
         return local
@@ -114,8 +116,8 @@ def _download(repository, name, output_dir, token):
         snapshot = asked_again(lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token))
     except Exception as error:  # the client's errors have no common base class
         raise InputError(
-            f"{repository}: {name} can't be downloaded ({reason_of(error)}). Run the command again when the network is back, "
-            "or with --resume_from_checkpoint latest to resume from a local checkpoint."
+            f"{repository}: {name} can't be downloaded ({reason_of(error)}). Run the command again when the network is "
+            "back, or with --resume_from_checkpoint latest to resume from a local checkpoint."
         ) from error
     path = Path(output_dir) / name
     with written_whole(path, folder=True) as folder:

@@ -33,23 +33,17 @@ class Request(NamedTuple):
 
 
 class Listener:
-    """The signals and limits that can stop this process.
-
-    Args:
-        ends: The `time.monotonic()` at which the run's time is over, or None.
-    """
+    """The signals and limits that can stop this process."""
 
     def __init__(self, ends: float | None = None):
-        self.ends = ends
+        self.ends = ends  # the time.monotonic() at which the run's time is over
         self.request: Request | None = None
         self.requested_at = 0.0
         self.names: dict[int, str] = {}  # signal names by number
         self.previous_handlers: dict[int, Any] = {}
-        self.defers = False
-        self.where = "before the first step"
+        self.defers, self.where = False, "before the first step"
         self.launcher = launchers_pid()
-        self.checked_at = time.monotonic()
-        self.longest_work = 0.0  # seconds between two checks
+        self.checked_at, self.longest_work = time.monotonic(), 0.0  # seconds between two checks
         self.terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
 
     def on_signal(self, number: int, frame: Any) -> None:

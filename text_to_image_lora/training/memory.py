@@ -24,7 +24,9 @@ from .trials import Shapes, Trial
 
 
 DRAWN_AT_ONCE = 4  # sample pictures
-CUDA_BYTES = int(0.5 * 2**30)  # context with the workspaces of cuDNN and cuBLAS, by their documentation; varies by driver
+CUDA_BYTES = int(
+    0.5 * 2**30
+)  # context with the workspaces of cuDNN and cuBLAS, by their documentation; varies by driver
 PYTHON_BYTES = int(0.7 * 2**30)  # interpreter with this project's libraries, measured
 
 

@@ -81,7 +81,7 @@ class Diffusion:
 
 
 def scheduled_huber_c(loss: LossSettings, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor | None:
-    """Returns the width of the Huber loss at each timestep (N,), which falls from 1 to `huber_c`, or None for other losses.
+    """Returns the width (N,) of the Huber loss, which falls from 1 to `huber_c` with the timestep; None for other losses.
 
     The schedule is the exponential one of Khrapov et al., 2024, https://arxiv.org/abs/2403.16728.
     """
@@ -91,15 +91,15 @@ def scheduled_huber_c(loss: LossSettings, timesteps: torch.Tensor, num_train_tim
 
 
 def loss_of_samples(
-    model_pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, huber_c: torch.Tensor | None = None
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    huber_c: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the mean loss of each sample, float32 (N,).
+    """Returns the mean loss, float32 (N,), of predictions and targets (N, C, H, W).
 
-    Args:
-        model_pred: (N, C, H, W).
-        target: (N, C, H, W).
-        mask: Weights (N, 1, H, W) from 0 to 1 of the mean, which is normalized, so that the size of a subject does not matter.
-        huber_c: The widths (N,) of the pseudo-Huber loss 2c (sqrt(error^2 + c^2) - c); if None, the squared error is used.
+    A `mask` (N, 1, H, W) from 0 to 1 contains the weights of the mean, so that the size of a subject does not matter. With
+    `huber_c` (N,), the squared error is replaced by the pseudo-Huber loss 2c (sqrt(error^2 + c^2) - c).
     """
     error = (model_pred.float() - target.float()).square()
     if huber_c is not None:
@@ -119,7 +119,10 @@ def losses_by_name(
 
 
 def diffusion_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor | None = None,
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor | None = None,
     huber_c: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the sum of the losses from `loss_of_samples` times the `weights` (N,).

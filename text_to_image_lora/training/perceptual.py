@@ -5,6 +5,7 @@ Both compare the clean latents according to the prediction with the true ones, a
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +27,7 @@ def decoder_features(vae: Any, latents: torch.Tensor) -> list[torch.Tensor]:
     return features
 
 
-def decoder_loss(
-    vae: Any, predicted: torch.Tensor, clean: torch.Tensor, scaling_factor: float
-) -> torch.Tensor:
+def decoder_loss(vae: Any, predicted: torch.Tensor, clean: torch.Tensor, scaling_factor: float) -> torch.Tensor:
     """Returns the mean squared difference (N,) of decoder features, with channels normalized by those of the clean latents.
 
     This is Latent Perceptual Loss (Berrada et al., 2024, https://arxiv.org/abs/2411.04873) without its outlier mask and its
@@ -88,35 +87,28 @@ def middle_features(
     return found[0]
 
 
+@dataclass
 class PerceptualLoss:
     """The perceptual loss of a run.
 
     The decoder's features are only compared below `perceptual_max_timestep`, as later predictions are no pictures yet.
-    `dtype` is that of the denoiser.
     """
 
-    def __init__(
-        self, loss: LossSettings, *, family: Any, denoiser: Any, vae: Any, diffusion: Diffusion, scaling_factor: float,
-        dtype: torch.dtype,
-    ):  # fmt: skip
-        self.loss = loss
-        self.family = family
-        self.denoiser = denoiser
-        self.vae = vae
-        self.diffusion = diffusion
-        self.scaling_factor = scaling_factor
-        self.dtype = dtype
+    loss: LossSettings
+    family: Any
+    denoiser: Any
+    vae: Any
+    diffusion: Diffusion
+    scaling_factor: float  # of the VAE's latents
+    dtype: torch.dtype  # of the denoiser
 
     def __call__(
         self, model_pred: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, batch: dict[str, Any]
     ) -> torch.Tensor:
-        """Returns the weighted sum of the samples' losses.
+        """Returns the weighted sum of the samples' losses; prediction, clean latents and noise are (N, C, h, w).
 
-        Args:
-            model_pred: (N, C, h, w).
-            latents: The clean latents (N, C, h, w).
-            noise: The noise of the target (N, C, h, w), without input perturbation.
-            batch: "weights" and "timesteps"; for "self" also "perceptual_noise", "perceptual_timesteps" and "condition".
+        `noise` is that of the target, without input perturbation. `batch` has "weights" and "timesteps"; for "self" also
+        "perceptual_noise", "perceptual_timesteps" and "condition".
         """
         timesteps, weights = batch["timesteps"], batch["weights"]
         noisy_latents = self.diffusion.add_noise(latents, noise, timesteps)

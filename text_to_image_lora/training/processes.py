@@ -42,8 +42,8 @@ def check_equal_everywhere(values: dict[str, Any]) -> None:
         differ = sorted(name for name in names if gathered[0].get(name) != found.get(name))
         if differ:
             raise InputError(
-                f"Process {rank} and process 0 have different settings or pictures: {', '.join(differ)}. Run the same command "
-                "with the same pictures on all of them."
+                f"Process {rank} and process 0 have different settings or pictures: {', '.join(differ)}. Run the same "
+                "command with the same pictures on all machines."
             )
 
 

@@ -103,7 +103,8 @@ def trim(folder: Path | str, limit_gib: float | None, needed: list[str]) -> str:
     for path in (path for kind in ("latents", "prompts") for path in (Path(folder) / kind).glob("*.safetensors")):
         with contextlib.suppress(OSError):  # another process may have deleted the file
             found.append((path.stat().st_mtime, path.stat().st_size, path))
-    total, kept, deleted = sum(size for _, size, _ in found), set(map(str, needed)), 0
+    total, deleted = sum(size for _, size, _ in found), 0
+    kept = set(map(str, needed))
     for _, size, path in sorted(found, key=lambda row: row[:2]):
         if limit_gib is None or total <= limit_gib * 2**30 or str(path) in kept:
             continue

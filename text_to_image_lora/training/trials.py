@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,27 +105,17 @@ def candidate_batch_sizes(count: int) -> list[int]:
     return sorted({-(-count // parts) for parts in range(1, count + 1)}, reverse=True)
 
 
+@dataclass
 class Trial:
-    """The forward and backward pass of the denoiser on noise. Changes no weights and no gradients.
+    """The forward and backward pass of the denoiser on noise. Changes no weights and no gradients."""
 
-    Args:
-        parameters: The parameters that are trained.
-        shapes: The `Shapes` of a sample.
-        dtype: The dtype of the batch.
-        autocast: Whether to use autocast, unless `dtype` is float32.
-    """
-
-    def __init__(
-        self, family: Any, denoiser: Any, parameters: list[torch.nn.Parameter], shapes: Shapes, dtype: torch.dtype,
-        device: torch.device, autocast: bool = False,
-    ):  # fmt: skip
-        self.family = family
-        self.denoiser = denoiser
-        self.parameters = parameters
-        self.shapes = shapes
-        self.dtype = dtype
-        self.device = device
-        self.autocast = autocast
+    family: Any
+    denoiser: Any
+    parameters: list[torch.nn.Parameter]  # those that are trained
+    shapes: Shapes  # of a sample
+    dtype: torch.dtype  # of the batch
+    device: torch.device
+    autocast: bool = False  # not used with float32
 
     def predict(self, batch_size: int) -> torch.Tensor:
         """Returns the denoiser's output (batch_size, *latent) for noise."""
@@ -204,7 +195,7 @@ def compile_denoiser(settings: Any, run: Any, models: Any, trial: Trial) -> None
 
 
 def measure_compiling(start: Callable[[], Any], trial: Trial, batch_size: int, num_passes: int) -> str:
-    """Calls `start()`, which compiles, and returns a line about the time that this took and after how many passes it pays off."""
+    """Calls `start()`, which compiles, and returns a line about its cost and after how many passes it pays off."""
     _, before = trial.seconds(batch_size)
     start()
     first, after = trial.seconds(batch_size)
