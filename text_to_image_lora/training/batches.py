@@ -68,7 +68,7 @@ def add_class_samples(samples: np.ndarray, class_indices: np.ndarray, *, seed: i
 
 
 def make_epoch_samples(
-    is_class: Sequence[bool], concepts: Sequence[str], num_repeats: Sequence[int], *, balanced: bool, seed: int = 0
+    is_class: Sequence[bool], concepts: Any, num_repeats: Sequence[int], *, balanced: bool, seed: int = 0
 ) -> np.ndarray:
     """Returns the picture index of each sample of an epoch, from the columns of the records.
 
@@ -108,7 +108,7 @@ class EffectiveBatchSampler:
         self.num_steps = 0
         counts = np.bincount(self.groups[self.samples])
         self.steps_per_epoch = int(np.ceil(counts / self.effective_batch_size).sum())
-        self.epoch = (None, None)
+        self.epoch: tuple[Any, Any] = (None, None)
 
     def samples_of(self, step: int) -> np.ndarray:
         """Returns the picture indices of an optimizer step, over all ranks and micro-batches."""

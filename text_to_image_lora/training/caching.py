@@ -126,7 +126,7 @@ def encode_latent_entries(
     return {name: torch.stack(values).contiguous() for name, values in rows.items()}
 
 
-def encode_prompt_entries(entries: list[str], progress: Any, *, encoder: PromptEncoder) -> dict[str, torch.Tensor]:
+def encode_prompt_entries(entries: list[str], progress: Any, *, encoder: Any) -> dict[str, torch.Tensor]:
     """Computes the tensors of a prompt shard: conditions by name, with one row per caption."""
     parts = []
     for start in range(0, len(entries), ENCODE_CAPTIONS):

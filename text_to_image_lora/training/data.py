@@ -78,7 +78,7 @@ class TrainingSet(torch.utils.data.Dataset):
         if not draws.timesteps.is_uniform:
             own = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position, 1))
             timestep = draws.timesteps.draw(own, draws.num_train_timesteps)
-        out = {
+        out: dict[str, Any] = {
             "weights": torch.tensor(sample.weight),
             "timesteps": torch.tensor(timestep),
             "noise": noise,
@@ -120,7 +120,7 @@ class Packed:
 
     def __init__(self, batch: dict[str, Any]):
         tensors: list[torch.Tensor] = []
-        self.layout = self._make_layout(batch, tensors)
+        self.layout: Any = self._make_layout(batch, tensors)
         starts, end = [], 0
         for tensor in tensors:
             starts.append(end)

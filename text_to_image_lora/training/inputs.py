@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 def find_inputs(settings: Any) -> Inputs:
     """Finds the base model and the pictures; raises `InputError` if they can't be used. Does not import torch."""
     left_out: list[tuple[str, str]] = []
-    leave_out = log_left_out if settings.data.skip_bad_images else None
+    leave_out: Any = log_left_out if settings.data.skip_bad_images else None
     if settings.data.dry_run:
 
         def leave_out(source, reason):

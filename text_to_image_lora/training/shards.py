@@ -3,9 +3,9 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ class Shard(NamedTuple):
     """A file of the cache, and the entry of each row: a caption, or (index of a picture, number of its variation)."""
 
     path: Path
-    entries: Sequence
+    entries: Any  # a sequence
 
 
 def is_whole(shard: Shard) -> bool:
