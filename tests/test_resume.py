@@ -223,7 +223,9 @@ def assert_refused(train, output_dir, **changes):
     message = str(caught.value)
     assert f"{output_dir}/checkpoint-2: this checkpoint belongs to another run (" in message
     assert message.count(" was ") == 1
-    assert message.endswith("Pass another --output_dir, or --resume_from_checkpoint none to start over in this one.")
+    assert message.endswith(
+        "Pass another --output_dir, or --resume_from_checkpoint none to start over in this folder."
+    )
     assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     return message
 

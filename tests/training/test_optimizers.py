@@ -146,7 +146,10 @@ def test_a_value_may_be_any_literal():
         (dict(lr_warmup_ratio=1.5), "--lr_warmup_ratio 1.5: it must be from 0 to 1."),
         (dict(timestep_range=[500, 100]), "--timestep_range 500 100: write two numbers from 0 to 1000"),
         (dict(optimizer="prodigy", loraplus_lr_ratio=4), "--optimizer prodigy has a single learning rate"),
-        (dict(optimizer="schedulefree", adam_beta1=0), "--optimizer schedulefree needs --adam_beta1 above 0"),
+        (
+            dict(optimizer="schedulefree", adam_beta1=0),
+            "--optimizer schedulefree needs a first beta (--adam_beta1) above 0",
+        ),
         (dict(mode_scale=-1.5), "--mode_scale -1.5: it must be from -1 to 1.75"),
         (dict(logit_mean="nan"), "--logit_mean nan: it must be from -100 to 100"),
         (dict(huber_c=0), "--huber_c 0: it must be more than 0"),

@@ -53,7 +53,7 @@ def repeat_pictures(
 
 
 def _repeated(samples, count, seed):
-    """Repeats the samples to a number of `count`; the seed selects those that occur once more than the others."""
+    """Repeats the samples until there are `count`; the seed selects which samples occur once more than the rest."""
     times, rest = divmod(count, len(samples))
     return np.concatenate([np.tile(samples, times), np.random.default_rng(seed).permutation(samples)[:rest]])
 
@@ -77,8 +77,8 @@ def make_epoch_samples(
     own = np.flatnonzero(~np.asarray(is_class, dtype=bool))
     named = [concepts[index] for index in own] if balanced else None
     samples = own[repeat_pictures(np.asarray(num_repeats)[own], named, seed=seed)]
-    others = np.flatnonzero(is_class)
-    return add_class_samples(samples, others, seed=seed) if len(others) else samples
+    class_indices = np.flatnonzero(is_class)
+    return add_class_samples(samples, class_indices, seed=seed) if len(class_indices) else samples
 
 
 class EffectiveBatchSampler:

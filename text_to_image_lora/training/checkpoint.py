@@ -239,7 +239,7 @@ def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
     if different:
         raise InputError(
             f"{path}: this checkpoint belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "
-            "--resume_from_checkpoint none to start over in this one."
+            "--resume_from_checkpoint none to start over in this folder."
         )
 
 

@@ -1,4 +1,4 @@
-"""The conditions that a denoiser takes from a picture itself, beside its caption."""
+"""The conditions that a denoiser takes from a picture, beside its caption."""
 
 from typing import Any
 

@@ -55,8 +55,8 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
         leave(1, at_once=True)
     if isinstance(error, RuntimeError) and "deterministic" in str(error):
         say(
-            f"--deterministic is not possible on this GPU ({reason_of(error)}). Leave out the flag, or the option that needs the "
-            "operator."
+            f"--deterministic is not possible on this GPU ({reason_of(error)}). Leave out the flag, or the option that needs "
+            "this operator."
         )
         leave(1)
     if is_lost_connection(error):

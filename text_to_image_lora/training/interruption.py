@@ -2,7 +2,7 @@
 
 Until the run has something worth keeping, a signal stops the process at once. After `defer_requests`, the run checks for
 requests between two pieces of work (`stop_requested`), and its processes stop together (`stop_together`). A second Ctrl-C
-always stops at once. Signals belong to the process, so the listener is a global of this module.
+stops at once. Signals belong to the process, so the listener is a global of this module.
 """
 
 import contextlib

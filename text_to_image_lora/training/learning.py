@@ -30,7 +30,9 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torc
     given = given | changes | options
     try:
         if name == "schedulefree" and not given["betas"][0]:
-            raise InputError("--optimizer schedulefree needs --adam_beta1 above 0, as it weights its average by it.")
+            raise InputError(
+                "--optimizer schedulefree needs a first beta (--adam_beta1) above 0, which weights its average."
+            )
         return optimizer_class(groups, lr=settings.rate, **given)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(
@@ -48,9 +50,9 @@ def parameter_groups(
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if lr_ratio is None:
         return [{"params": [parameter for _, parameter in trained], "lr": learning_rate}]
-    of_b = [parameter for name, parameter in trained if "lora_B" in name]
+    matrices_b = [parameter for name, parameter in trained if "lora_B" in name]
     others = [parameter for name, parameter in trained if "lora_B" not in name]
-    return [{"params": others, "lr": learning_rate}, {"params": of_b, "lr": learning_rate * lr_ratio}]
+    return [{"params": others, "lr": learning_rate}, {"params": matrices_b, "lr": learning_rate * lr_ratio}]
 
 
 def step_if_finite(optimizer: Any, number: torch.Tensor) -> None:

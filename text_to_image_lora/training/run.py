@@ -304,8 +304,8 @@ def check_kohyas_names(settings: Any, models: Models) -> None:
     kohya.kohya_tensors(states, models.family.kohya)
     if settings.lora.use_dora:
         logger.info(
-            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, instead "
-            "of the norms used in training; the kohya file draws different pictures there, and equal ones in LyCORIS"
+            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, "
+            "instead of the norms used in training; the kohya file draws different pictures there, and equal ones in LyCORIS"
         )
 
 
