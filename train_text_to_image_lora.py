@@ -32,7 +32,7 @@
     accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
         --pretrained_model_name_or_path models/mini-sd --train_data_dir metadata/weapons --resolution 128
 
-Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same command again to go on after an interruption.
+Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same command again to resume after an interruption.
 """
 
 import math
@@ -74,7 +74,7 @@ from text_to_image_lora.training.settings import (
 
 @dataclass(frozen=True)
 class Settings:
-    """All flags, by groups in the order of --help. A flag is a field of its group, in the `settings.py` of its room."""
+    """All flags, in groups in the order of --help. A flag is a field of its group, in the `settings.py` of its room."""
 
     run: RunSettings
     base: BaseModelSettings
@@ -107,7 +107,7 @@ def build_parser() -> Parser:
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """The flags of the command line over those of `--config`; raises `InputError`."""
+    """Parses the flags, with the command line overriding `--config`; raises `InputError`."""
     return build_parser().settings(argv)
 
 
@@ -120,7 +120,7 @@ def main(settings: Settings) -> None:
     quiet_libraries()
     is_main_process = os.environ.get("RANK", "0") == "0"
     log.start(is_main_process)
-    inputs = find_inputs(settings)  # what is wrong with the command is said here: within a second, without torch
+    inputs = find_inputs(settings)  # reports a wrong command within a second, before torch is imported
 
     import torch
 
@@ -153,7 +153,7 @@ def main(settings: Settings) -> None:
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
 
-    # What is trained, on what, and from where.
+    # Set up the run, its models, and the optimizer.
     accelerator = make_accelerator(settings, trackers)
     device, rank = accelerator.device, accelerator.process_index
     run = prepare(settings, inputs, accelerator)
@@ -167,7 +167,7 @@ def main(settings: Settings) -> None:
         device=device, scaler=accelerator.scaler,
     )  # fmt: skip
     trial = batch_size.settle(settings, run, models, accelerator)  # before anything is encoded
-    interruption.hold()
+    interruption.defer_requests()
     cached = caching.fill(settings, run, models, accelerator)
     if run.variations:
         models.release_encoders(settings)
@@ -175,26 +175,26 @@ def main(settings: Settings) -> None:
     loader = data.make_run_loader(settings, run, cached.training, diffusion.num_train_timesteps, device)
     if settings.speed.compile != "off":
         trials.compile_denoiser(settings, run, models, trial)
-    # They are where they belong: to be moved would part the weights from the masters that are trained.
+    # Models are on the device already; moving them would separate the weights from the masters that are trained.
     trained = [accelerator.prepare(model, device_placement=[False]) for model in adapted.values()]
     learning.prepare(accelerator)
     perceptual_loss = make_perceptual_loss(loss_settings, models)
 
-    # What is reported of it.
+    # Set up the reports.
     reports = start_reports(settings, run, models, learning, cached, painter, accelerator)
     reports.show_base(adapted)
     for model in trained:
         model.train()
-    learning.optimizer.train()  # schedule-free has two sets of weights; the others do nothing
+    learning.optimizer.train()  # switches schedule-free optimizers to their training weights
     ending = reports.begin()
 
-    # The loop.
+    # Train.
     batches = iter(loader)
     while ending is None and reports.goes_on():
         step, train_loss, picture_losses = state.global_step, torch.zeros((), device=device), {}
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
-            batch = models.encode(next(batches).on(device))  # what the cache does not hold
+            batch = models.encode(next(batches).on(device))  # latents and conditions that are not cached
             timesteps = batch["timesteps"]
             latents = (batch["mean"] + batch["std"] * batch["posterior_noise"]) * models.scaling_factor
             noise = batch["noise"] + loss_settings.noise_offset * batch["channel_noise"]
@@ -205,7 +205,7 @@ def main(settings: Settings) -> None:
             target = diffusion.target(latents, noise, timesteps)
             weights = batch["weights"] * diffusion.weights(timesteps, loss_settings)
             if settings.lora.lora_dropout:
-                torch.manual_seed(data.seed_of(run.seed, step, micro_step, rank))
+                torch.manual_seed(data.derive_seed(run.seed, step, micro_step, rank))
             with processes.no_sync(accelerator, trained, unless=micro_step == num_micro_batches - 1):
                 if models.trains_text_encoder:
                     batch["condition"] |= models.prompt_encoder.in_training(trained[1:], batch["captions"])
@@ -220,24 +220,23 @@ def main(settings: Settings) -> None:
                     loss = loss + loss_settings.perceptual_weight * perceptual_loss(model_pred, latents, noise, batch)
                 accelerator.backward(loss)
             train_loss += loss.detach()
-        train_loss, asked_to_stop = interruption.mean_and_asked(accelerator, train_loss)
+        train_loss, asked_to_stop = interruption.reduce_loss_and_stop(accelerator, train_loss)
         grad_norm = accelerator.clip_grad_norm_(learning.parameters, settings.optimizer.max_grad_norm or math.inf)
-        lr = learning.step(train_loss + grad_norm)  # skipped unless that is finite
+        lr = learning.step(train_loss + grad_norm)  # skipped if loss or gradient is not finite
         state.global_step += 1
         numbers = {"train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, **picture_losses}
         ending = reports.step(numbers, asked_to_stop, sampler.num_samples(step))
 
-    # What the run leaves.
+    # Save the results.
     files = reports.leave(ending, started)
-    # Without the DDP wrapper, which would keep Gloo's threads alive until the interpreter ends, and then now and then
-    # abort the process.
+    # Drops the DDP wrappers, which would keep Gloo's threads alive until the interpreter ends and sometimes abort it.
     trained, model = None, None
     accelerator.free_memory()
     reports.close()
     if ending is not None:
         raise ending
     if settings.sharing.push_to_hub and accelerator.is_main_process:
-        interruption.let_go("in the upload; the LoRA is written")
+        interruption.obey_requests("in the upload; the LoRA is written")
         model_card.upload_run(settings, files)
 
 

@@ -36,7 +36,7 @@ def main():
     steps = [int(path.name.partition("-")[2]) for path in args.output_dir.glob("checkpoint-*")]
     print("effective batch 2", flush=True)
     if steps:
-        print(f"going on from checkpoint-{max(steps)}", flush=True)
+        print(f"resuming from checkpoint-{max(steps)}", flush=True)
     for step in range(max(steps, default=0) + 1, args.max_train_steps + 1):
         time.sleep(float(os.environ.get("SWEEP_STEP_SECONDS", "0")))
         row = {"step": step, "train_loss": 0.5}

@@ -169,7 +169,7 @@ def test_an_unknown_flag_names_the_nearest():
         (["--seed", "-1"], f"--seed -1: it must be from 0 to {2**63 - 1}."),
         (
             ["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"],
-            "--learning_rate 1e-08: polynomial ends at 1e-07",
+            "--learning_rate 1e-08: --lr_scheduler polynomial ends at 1e-07",
         ),
         (["--lora_dropout", "1"], "--lora_dropout 1: it must be at least 0 and less than 1."),
         (["--lr_scheduler", "piecewise_constant"], "needs --lr_step_rules"),
@@ -517,7 +517,7 @@ def test_the_documented_command_trains(real_run):
 def test_a_run_says_only_what_is_its_own(real_run):
     done, output_dir = real_run
     starts = [
-        "--hub_token: a launcher that fails prints its command, and the token with it. `hf auth login`, or HF_TOKEN in",
+        "--hub_token: a launcher that fails prints its command, including the token. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
         "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
         "30 of 30 modules arrive, for diffusers",

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.files import explaining_disk_errors, write_whole, written_whole
-from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints
+from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
@@ -120,7 +120,7 @@ def assert_all_is_whole(folder):
         with Image.open(path) as image:
             image.load()
     for checkpoint in list_checkpoints(folder / "out"):
-        assert damage_of(checkpoint) is None
+        assert find_damage(checkpoint) is None
 
 
 def places(opened, resumed):
@@ -147,7 +147,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
     assert start(words(undisturbed), undisturbed).wait()[0] == 0
     (template / "run").mkdir(parents=True)
     if resumed:
-        stop = signal_before("training.interruption.mean_and_asked", 3, "SIGUSR1")
+        stop = signal_before("training.interruption.reduce_loss_and_stop", 3, "SIGUSR1")
         assert start(words(template), template, before=stop).wait()[0] == 75
     looking = shutil.copytree(template, tmp_path / "looking")
     code, said, opened = written(start, words(looking), looking, 0)
@@ -199,7 +199,7 @@ def test_a_small_disk(start, tiny_sd, tmp_path, kib):
         assert last.startswith(f"train_text_to_image_lora.py: {disk}/out/"), last
         assert "No space left on device" in last
         checkpoints = list_checkpoints(disk / "out")
-        assert [damage_of(path) for path in checkpoints] == [None] * len(checkpoints)
+        assert [find_damage(path) for path in checkpoints] == [None] * len(checkpoints)
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
         code, said = start(words, tmp_path).wait()
         assert code == 0, said

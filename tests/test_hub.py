@@ -27,7 +27,7 @@ from wandb_record import read_wandb
 
 from text_to_image_lora import files
 from text_to_image_lora.errors import InputError, TrainingError
-from text_to_image_lora.training.checkpoint import damage_of
+from text_to_image_lora.training.checkpoint import find_damage
 
 
 SECRET = "hf_TopSecretTokenOfTheTest"
@@ -206,15 +206,15 @@ def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hu
     """With the same command on each: the first finds none, and begins."""
     words = CHECKPOINTS | dict(checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint=ADDRESS)
     train(output_dir=tmp_path / "first", **words | dict(max_train_steps=4))
-    assert f"{ADDRESS}: there is no checkpoint yet, so the run begins" in capsys.readouterr().out
+    assert f"{ADDRESS}: there is no checkpoint yet, so a new run begins" in capsys.readouterr().out
     stored = hub.root / "owner" / "axes"
     assert names_of(stored) == ["checkpoint-2", "checkpoint-4"]
-    assert damage_of(stored / "checkpoint-2") is None
+    assert find_damage(stored / "checkpoint-2") is None
     created = [json.loads(body) for _, path, _, body in hub.seen if path == "/api/repos/create"]
     assert {row["visibility"] for row in created} == {"private"}
     train(output_dir=tmp_path / "second", **words)
     said = capsys.readouterr()
-    assert f"going on from {tmp_path}/second/checkpoint-4 (step 4)" in said.out
+    assert f"resuming from {tmp_path}/second/checkpoint-4 (step 4)" in said.out
     straight = read_lora(train(max_train_steps=6, output_dir=tmp_path / "straight"))
     second = read_lora(tmp_path / "second")
     assert all(torch.equal(straight[key], second[key]) for key in straight)
@@ -233,8 +233,11 @@ def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, tmp_path, ca
     options = dict(output_dir=tmp_path / "second", max_train_steps=4, resume_from_checkpoint=ADDRESS)
     train(**options)
     said = capsys.readouterr().out
-    assert "checkpoint-4: this checkpoint is damaged (optimizer.pt is not as it was written) and passed over" in said
-    assert f"going on from {tmp_path}/second/checkpoint-2 (step 2)" in said
+    assert (
+        "checkpoint-4: this checkpoint is damaged (optimizer.pt has changed since it was written) and is skipped"
+        in said
+    )
+    assert f"resuming from {tmp_path}/second/checkpoint-2 (step 2)" in said
 
 
 def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, capsys):
@@ -242,9 +245,9 @@ def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, caps
     train(max_train_steps=3)
     capsys.readouterr()
     train(max_train_steps=4, resume_from_checkpoint=f"{ADDRESS}/")
-    assert f"going on from {tmp_path}/out/checkpoint-3 (step 3)" in capsys.readouterr().out
+    assert f"resuming from {tmp_path}/out/checkpoint-3 (step 3)" in capsys.readouterr().out
     train(max_train_steps=4, resume_from_checkpoint=f"{ADDRESS}/checkpoint-2", output_dir=tmp_path / "named")
-    assert f"going on from {tmp_path}/named/checkpoint-2 (step 2)" in capsys.readouterr().out
+    assert f"resuming from {tmp_path}/named/checkpoint-2 (step 2)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -263,13 +266,13 @@ def test_an_address_that_leads_nowhere_is_told(train, hub, tmp_path, address, me
 def test_without_a_network_the_newest_here_is_taken(train, tmp_path, capsys):
     """And where there is none, starting over would be a surprise."""
     with serving(FailingHub, failing=("", 500)) as server, taken_for_the_hub(server):
-        with pytest.raises(InputError, match="the hub does not give its checkpoints .*500"):
+        with pytest.raises(InputError, match="the checkpoints can't be listed .*500"):
             train(resume_from_checkpoint=ADDRESS)
         train(max_train_steps=2)
         train(max_train_steps=3, resume_from_checkpoint=ADDRESS)
     said = capsys.readouterr().out
     assert f"{ADDRESS} can't be reached (" in said
-    assert "the newest checkpoint here is taken" in said
+    assert "using the newest local checkpoint" in said
     assert "checkpoint-2 (step 2)" in said
 
 
@@ -278,7 +281,7 @@ def test_an_upload_that_fails_stops_no_training(train, tmp_path, capsys):
         out = train(**CHECKPOINTS | dict(max_train_steps=4, checkpointing_steps=2, hub_model_id="me/axes"))
     said = capsys.readouterr().out
     for step in (2, 4):
-        assert f"checkpoint-{step} is not uploaded (" in said
+        assert f"checkpoint-{step} was not uploaded (" in said
     assert len(read_lora(out)) == 60
 
 

@@ -11,14 +11,14 @@ import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
 from quick_start import QuickStart, assert_same_end
 
-from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints
+from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
 
 # Kills its own process at the nth moment: a change of the files below a folder, or the end of a step.
 KILLING = """
 import os, signal, sys
 from text_to_image_lora.training import interruption
-moments, look = [], interruption.mean_and_asked
+moments, look = [], interruption.reduce_loss_and_stop
 
 def pass_by(what):
     moments.append(what)
@@ -37,7 +37,7 @@ def end_of_step(*values):
     return look(*values)
 
 sys.addaudithook(watch)
-interruption.mean_and_asked = end_of_step
+interruption.reduce_loss_and_stop = end_of_step
 import atexit, json
 atexit.register(lambda: json.dump(moments, open({record!r}, "w")))
 """
@@ -105,7 +105,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         what = f"seed {seed}, moment {nth} of {len(moments)}: {moments[nth - 1]}"
         code, said = run(folder, killing(folder, nth))
         assert code == -signal.SIGKILL, (what, said)
-        whole = [damage_of(path) is None for path in list_checkpoints(folder / "run" / "out")]
+        whole = [find_damage(path) is None for path in list_checkpoints(folder / "run" / "out")]
         assert all(whole), what  # none is ever there in part
         code, said = run(folder)
         assert code == 0, (what, said)
@@ -160,8 +160,8 @@ def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, l
     os.kill(pid_of_rank(process.pid, lost), signal.SIGKILL)
     assert process.wait(60) == 1
     text = (tmp_path / "said").read_text()
-    assert f"This is process {1 - lost}, and it has lost process {lost} (" in text
-    assert [damage_of(path) for path in list_checkpoints(tmp_path / "out")][-1] is None
+    assert f"Process {1 - lost} has lost process {lost} (" in text
+    assert [find_damage(path) for path in list_checkpoints(tmp_path / "out")][-1] is None
 
 
 def pid_of_rank(launcher, rank):
@@ -187,5 +187,5 @@ def test_a_worker_that_loads_data_and_dies_is_told(start, tiny_sd, pictures, tmp
     assert code == 1
     last = said.strip().splitlines()[-1]
     assert "DataLoader worker" in last
-    assert "go on with fewer --dataloader_num_workers" in last
+    assert "resume with fewer --dataloader_num_workers" in last
     assert "Traceback" not in said

@@ -52,7 +52,7 @@ def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path
     for steps in (2, 4):
         ends = on_two_machines(folders, words_of(arguments, tmp_path, seed=None, max_train_steps=steps))
         assert [code for code, _ in ends] == [0, 0], ends
-    assert "going on from out/checkpoint-2 (step 2)" in ends[0][1]
+    assert "resuming from out/checkpoint-2 (step 2)" in ends[0][1]
     assert (folders[0] / "out" / "checkpoint-4").is_dir()
     assert not list(folders[1].glob("out/checkpoint-*"))
     # As two processes of one machine that are not stopped.
@@ -78,7 +78,7 @@ def test_a_machine_with_other_pictures_is_an_error_on_all(arguments, pictures, t
     words[1][words[1].index("--train_data_dir") + 1] = str(tmp_path / "other")
     for code, said in on_two_machines([tmp_path / "first", tmp_path / "second"], words):
         assert code != 0
-        assert "process 1 is to train something else than process 0: dataset. Give all the same command" in said
+        assert "Process 1 and process 0 have different settings or pictures: dataset. Run the same command" in said
 
 
 @pytest.mark.long
@@ -89,6 +89,6 @@ def test_a_damaged_checkpoint_on_the_first_machine_is_passed_over_on_all(argumen
     ends = on_two_machines(folders, words_of(arguments, tmp_path, max_train_steps=4))
     for code, said in ends:
         assert code == 0, said
-        assert "going on from" not in said
-    assert "out/checkpoint-2: this checkpoint is damaged (optimizer.pt is not as it was written)" in ends[0][1]
+        assert "resuming from" not in said
+    assert "out/checkpoint-2: this checkpoint is damaged (optimizer.pt has changed since it was written)" in ends[0][1]
     assert [row["step"] for row in read_metrics(folders[0] / "out")] == [1, 2, 3, 4]

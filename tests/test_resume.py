@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.command_line import iterate_flags
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.training.checkpoint import damage_of, find_checkpoint, read_state
+from text_to_image_lora.training.checkpoint import find_checkpoint, find_damage, read_state
 
 
 MEASURED = ("images_per_second", "peak_memory_gib")
@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on(arguments, train, tmp_path, capsys):
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     capsys.readouterr()
     train(output_dir=killed, **options)
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert_same_end(train(output_dir=tmp_path / "alone", **options), killed, 40)
     assert sorted(path.name for path in killed.glob("*checkpoint*")) == ["checkpoint-38", "checkpoint-40"]
 
@@ -157,7 +157,7 @@ def test_two_processes_go_on_from_where_one_stopped(arguments, train, tmp_path):
     words = arguments(max_train_steps=4, train_batch_size=2, output_dir=parts, **options)
     done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on from") == 1
+    assert done.stdout.count("resuming from") == 1
     a, b = read_lora(straight), read_lora(parts)
     difference, size = (torch.cat([v.flatten() for v in vs]).norm() for vs in ([a[k] - b[k] for k in a], a.values()))
     assert difference < 1e-3 * size
@@ -221,9 +221,11 @@ def assert_refused(train, output_dir, **changes):
     with pytest.raises(InputError) as caught:
         train(max_train_steps=4, **changes)
     message = str(caught.value)
-    assert f"{output_dir}/checkpoint-2: it belongs to another run (" in message
+    assert f"{output_dir}/checkpoint-2: this checkpoint belongs to another run (" in message
     assert message.count(" was ") == 1
-    assert message.endswith("Pass another --output_dir, or --resume_from_checkpoint none to start over in this one.")
+    assert message.endswith(
+        "Pass another --output_dir, or --resume_from_checkpoint none to start over in this folder."
+    )
     assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     return message
 
@@ -412,10 +414,10 @@ def judged(train_in, tmp_path_factory):
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
-    assert damage_of(path) is None
+    assert find_damage(path) is None
     DAMAGES[what](path / file)
     named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
-    assert damage_of(path).startswith(named)
+    assert find_damage(path).startswith(named)
     assert find_checkpoint(tmp_path, "latest") is None
     assert len(said) == 1
     assert said[0].startswith(f"{path}: this checkpoint is damaged ({named}")
@@ -445,9 +447,9 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
     train(**JUDGED)
     said = capsys.readouterr().out
     assert said.count(f"{out}/checkpoint-4: this checkpoint is damaged (") == 1
-    assert f"going on from {out}/checkpoint-2 (step 2)" in said
+    assert f"resuming from {out}/checkpoint-2 (step 2)" in said
     assert_same_end(judged, out, 6)
-    assert damage_of(out / "checkpoint-4") is None  # written anew
+    assert find_damage(out / "checkpoint-4") is None  # written anew
     best = [load_file(folder / "best" / "pytorch_lora_weights.safetensors") for folder in (judged, out)]
     assert_equal(*best)
 
@@ -455,7 +457,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
 def test_a_finished_run_says_how_to_go_on(train, two, capsys):
     before = read_lora(two)
     train()
-    assert "finished at step 2; raise --max_train_steps to go on" in capsys.readouterr().out
+    assert "finished at step 2; raise --max_train_steps to continue" in capsys.readouterr().out
     train(max_train_steps=1)  # it has gone further
     assert "finished at step 2; raise" in capsys.readouterr().out
     assert_equal(read_lora(two), before)
@@ -469,9 +471,11 @@ def test_a_longer_run_follows_its_own_curve_and_says_so(train, capsys, scheduler
     train(lr_scheduler=scheduler, max_train_steps=4, lr_warmup_steps=1)
     assert "learning rate was" not in capsys.readouterr().out
     train(lr_scheduler=scheduler, max_train_steps=10, lr_warmup_steps=1)
-    line = f"going on from {out}/checkpoint-4 (step 4)"
+    line = f"resuming from {out}/checkpoint-4 (step 4)"
     if before is not None:
-        line += f"; the learning rate was {before} there and is 0.00667 from here on, as linear over 10 steps has it"
+        line += (
+            f"; the learning rate changes from {before} to 0.00667, according to --lr_scheduler linear over 10 steps"
+        )
     assert f"{line}\n" in capsys.readouterr().out
     rates = [row["lr"] for row in read_metrics(out)][4:]
     if before is not None:

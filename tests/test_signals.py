@@ -16,7 +16,7 @@ from quick_start import QuickStart, assert_same_end, signal_before
 
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.training import interruption, launcher
-from text_to_image_lora.training.checkpoint import damage_of, read_state
+from text_to_image_lora.training.checkpoint import find_damage, read_state
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,14 @@ def listening():
 def test_each_signal_has_its_exit_code(listening, name, code):
     before = signal.getsignal(signal.SIGTERM)
     listening()
-    interruption.hold()
-    assert interruption.asked() is None
+    interruption.defer_requests()
+    assert interruption.stop_requested() is None
     signal.raise_signal(signal.Signals[name])
-    assert interruption.asked().exit_code == code
+    assert interruption.stop_requested().exit_code == code
     signal.raise_signal(signal.SIGTERM)
-    assert interruption.asked().exit_code == code  # the first request stands
+    assert interruption.stop_requested().exit_code == code  # the first request stands
     interruption.stop_listening()
-    assert interruption.asked() is None
+    assert interruption.stop_requested() is None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -54,9 +54,9 @@ def test_windows_has_a_key_of_its_own(listening, monkeypatch):
     """Ctrl-Break is SIGBREAK there; another signal stands for it here."""
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
     listening()
-    interruption.hold()
+    interruption.defer_requests()
     signal.raise_signal(signal.SIGUSR2)
-    assert interruption.asked() == ("Ctrl-Break", 130)
+    assert interruption.stop_requested() == ("Ctrl-Break", 130)
 
 
 def test_before_there_is_anything_to_keep_a_signal_stops_at_once(listening):
@@ -69,17 +69,17 @@ def test_before_there_is_anything_to_keep_a_signal_stops_at_once(listening):
 
 def test_after_the_work_a_signal_stops_at_once_again(listening):
     listening()
-    interruption.hold()
-    interruption.let_go("in the upload; the LoRA is written")
+    interruption.defer_requests()
+    interruption.obey_requests("in the upload; the LoRA is written")
     with pytest.raises(Stopped, match="in the upload"):
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_second_ctrl_c_does_not_wait(listening, monkeypatch):
     """But the same one may come twice: from the terminal, and from a launcher that hands it on."""
-    monkeypatch.setattr(interruption, "AT_ONCE", 0.05)
+    monkeypatch.setattr(interruption, "SAME_CTRL_C_SECONDS", 0.05)
     listening()
-    interruption.hold()
+    interruption.defer_requests()
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     time.sleep(0.1)
@@ -92,9 +92,9 @@ def test_what_is_ignored_stays_so(listening):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         listening()
-        interruption.hold()
+        interruption.defer_requests()
         signal.raise_signal(signal.SIGHUP)
-        assert interruption.asked() is None
+        assert interruption.stop_requested() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -103,10 +103,10 @@ def test_time_is_over_when_the_longest_piece_of_work_no_longer_fits_twice(listen
     now = [1000.0]
     monkeypatch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: now[0]))
     listening(max_seconds=100)
-    interruption.hold()
+    interruption.defer_requests()
     for elapsed in (2, 12, 14, 50, 79):  # the longest took 36 s
         now[0] = 1000 + elapsed
-        found = interruption.asked()
+        found = interruption.stop_requested()
         assert (found is None) == (elapsed < 50), elapsed
     assert found == ("--max_train_time is over", 75)
 
@@ -114,19 +114,19 @@ def test_time_is_over_when_the_longest_piece_of_work_no_longer_fits_twice(listen
 def test_an_orphan_of_a_launcher_notices(listening, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     listening()
-    interruption.hold()
-    assert interruption.asked() is None
+    interruption.defer_requests()
+    assert interruption.stop_requested() is None
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert interruption.asked() == ("the launcher is gone", 143)
+    assert interruption.stop_requested() == ("the launcher is gone", 143)
 
 
 def test_a_run_in_the_background_outlives_its_shell(listening, monkeypatch):
     for name in launcher.MARKS:
         monkeypatch.delenv(name, raising=False)
     listening()
-    interruption.hold()
+    interruption.defer_requests()
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert interruption.asked() is None
+    assert interruption.stop_requested() is None
 
 
 # The command.
@@ -167,7 +167,7 @@ PLACES = {
     "caching captions": ("training.caching.encode_prompt_entries", 1),
     "first validation": ("reports.validation_loss._noise_of", 3),
     "first pictures": ("reports.sample_pictures._leave_out_the_rest_if_asked", 2),
-    "step": ("training.interruption.mean_and_asked", 15),
+    "step": ("training.interruption.reduce_loss_and_stop", 15),
     "validation": ("reports.validation_loss._noise_of", 180),
     "pictures": ("reports.sample_pictures._leave_out_the_rest_if_asked", 6),
     "best LoRA": ("reports.stopping.take_in", 1),
@@ -186,8 +186,8 @@ def newest_checkpoint(out):
 
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}
 WHERE = {
-    "caching pictures": "while pictures and captions were encoded; those that are done are kept",
-    "caching captions": "while pictures and captions were encoded; those that are done are kept",
+    "caching pictures": "while encoding pictures and captions; those that are encoded are kept",
+    "caching captions": "while encoding pictures and captions; those that are encoded are kept",
     "first validation": "in a validation",
     "first pictures": "while it drew sample pictures",
 }
@@ -214,7 +214,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
         state = read_state(checkpoint)[0]
         where = f"after step {state.global_step}, with a checkpoint"
         assert state.global_step == (15 if place == "step" else 11 if place == "checkpoint" else 10)
-        assert damage_of(checkpoint) is None
+        assert find_damage(checkpoint) is None
         assert state.due == {
             "validation": ["loss", "pictures"],
             "pictures": ["pictures"],
@@ -228,7 +228,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
         assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 1
     code, said = start(flags, tmp_path).wait()
     assert code == 0, said
-    assert checkpoint is None or f"going on from {checkpoint} (step " in said
+    assert checkpoint is None or f"resuming from {checkpoint} (step " in said
     assert_same_end(undisturbed, out)
 
 
@@ -241,11 +241,11 @@ def test_a_second_ctrl_c_damages_nothing(start, words, undisturbed, tmp_path):
     )
     run = start(words(tmp_path, checkpointing_steps=0), tmp_path, before=sending("step", "SIGINT") + slow)
     run.until_said("writing")
-    time.sleep(interruption.AT_ONCE)
+    time.sleep(interruption.SAME_CTRL_C_SECONDS)
     os.kill(run.pid, signal.SIGINT)
     code, said = run.wait(10)
     assert code == 130
-    assert "stopped at once. What was saved is whole" in said
+    assert "stopped at once. Saved files are intact" in said
     assert "Traceback" not in said
     assert newest_checkpoint(tmp_path / "out") is None
     assert start(words(tmp_path), tmp_path).wait()[0] == 0
@@ -264,8 +264,12 @@ def test_without_checkpoints_being_asked_to_stop_writes_one(start, words, undist
 @pytest.mark.long
 def test_max_train_time_stops_in_time(start, words, undisturbed, tmp_path):
     """All steps would take twice the time."""
-    slow = "import time\nfrom text_to_image_lora.training import interruption\nlook = interruption.mean_and_asked\n"
-    slow += "def wait(*values):\n    time.sleep(0.6)\n    return look(*values)\ninterruption.mean_and_asked = wait"
+    slow = (
+        "import time\nfrom text_to_image_lora.training import interruption\nlook = interruption.reduce_loss_and_stop\n"
+    )
+    slow += (
+        "def wait(*values):\n    time.sleep(0.6)\n    return look(*values)\ninterruption.reduce_loss_and_stop = wait"
+    )
     code, said = start(words(tmp_path, max_train_time="12s"), tmp_path, before=slow).wait()
     assert code == 75, said
     assert "--max_train_time is over: stopped after step" in said
@@ -335,7 +339,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
     runs = start.together(flags, tmp_path, 2, before={1: sending("step", "SIGUSR1")})
     ended = [run.wait() for run in runs]
     assert [code for code, _ in ended] == [75, 75], ended
-    assert "SIGUSR1: stopped after step 16, with a checkpoint" in ended[0][1]  # a step later: see mean_and_asked
+    assert "SIGUSR1: stopped after step 16, with a checkpoint" in ended[0][1]  # a step later: see reduce_loss_and_stop
 
 
 @pytest.mark.long
@@ -352,7 +356,7 @@ def test_the_orphan_of_accelerate_launch_stops_with_a_checkpoint(words, tmp_path
         assert time.monotonic() < deadline, (tmp_path / "said").read_text()
         time.sleep(0.05)
     assert "the launcher is gone: stopped after step " in (tmp_path / "said").read_text()
-    assert damage_of(newest_checkpoint(tmp_path / "out")) is None
+    assert find_damage(newest_checkpoint(tmp_path / "out")) is None
 
 
 @pytest.mark.long
@@ -374,4 +378,4 @@ def test_a_closed_terminal_is_a_request_too(words, tmp_path):
         os.read(master, 1 << 16)
     os.close(master)
     assert process.wait(60) == 143
-    assert damage_of(newest_checkpoint(tmp_path / "out")) is None
+    assert find_damage(newest_checkpoint(tmp_path / "out")) is None

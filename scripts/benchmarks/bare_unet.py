@@ -79,7 +79,7 @@ def main(args):
     base = find_base_model(args.pretrained_model_name_or_path)
     unet = load_unet(base, args, device, dtype)
     if device.type == "cpu":
-        freed_memory.keep()
+        freed_memory.keep_for_reuse()
 
     def random(*shape):
         return torch.randn(args.train_batch_size, *shape, device=device).to(dtype)

@@ -39,8 +39,8 @@ def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compile
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
-        (dict(compile="graphs"), "--compile graphs needs a CUDA GPU: take blocks or full here."),
-        (dict(compile="full", perceptual_loss="self"), "--perceptual_loss self looks into the UNet where --compile"),
+        (dict(compile="graphs"), "--compile graphs needs a CUDA GPU. Use --compile blocks or full."),
+        (dict(compile="full", perceptual_loss="self"), "--perceptual_loss self can't be combined with --compile"),
     ],
 )
 def test_what_does_not_go_together_is_refused(train, flags, answer):

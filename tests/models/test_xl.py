@@ -313,7 +313,7 @@ def test_a_unet_that_is_not_what_the_folder_says(tiny_xl, tmp_path):
 
 def test_clip_skip_counts_the_layer_that_is_not_used(tiny_xl, pictures):
     words = ["--pretrained_model_name_or_path", str(tiny_xl), "--train_data_dir", str(pictures), "--clip_skip"]
-    message = "has only 3 layers, 1 of them not used by Stable Diffusion XL"
+    message = "has only 3 layers, 1 of which Stable Diffusion XL does not use"
     with pytest.raises(InputError, match=message):
         find_inputs(train_script.parse_settings([*words, "2"]))
 

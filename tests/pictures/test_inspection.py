@@ -28,7 +28,7 @@ def motley(tmp_path):
 
 
 def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys, tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png' does not exist \(2 such pictures or rows in all\)"):
+    with pytest.raises(InputError, match=r"gone\.png' does not exist \(2 bad pictures or rows in total\)"):
         train(train_data_dir=motley, dry_run=True)
     report = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert report["pictures"] == 9

@@ -1,4 +1,4 @@
-"""The order of samples: the same run, however it is cut into batches, ranks and sessions."""
+"""The order of samples does not depend on how a run is divided into batches, ranks and sessions."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from conftest import batch_sampler, make_picture_set, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, samples_of_epoch
+from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, repeat_pictures
 
 
 WORLD_SIZES = (1, 2, 3, 8)
@@ -16,14 +16,14 @@ repeats = st.lists(st.integers(1, 4), min_size=1, max_size=40)
 batch_sizes, accumulations, seeds = st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1)
 
 
-def micro_batches_of(step, num_repeats, world_size, **options):
-    """[micro-batch][rank] -> samples."""
+def make_micro_batches(step, num_repeats, world_size, **options):
+    """Returns samples by [micro-batch][rank]."""
     samplers = [
-        batch_sampler(samples_of_epoch(num_repeats), rank=rank, world_size=world_size, **options)
+        batch_sampler(repeat_pictures(num_repeats), rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
     ]
     by_rank = [list(sampler.micro_batches(step)) for sampler in samplers]
-    assert len({len(batches) for batches in by_rank}) == 1  # ranks that do unequal work wait for each other for ever
+    assert len({len(batches) for batches in by_rank}) == 1  # otherwise ranks would wait for each other for ever
     assert len(by_rank[0]) == samplers[0].num_micro_batches(step)
     return list(zip(*by_rank))
 
@@ -33,12 +33,12 @@ def micro_batches_of(step, num_repeats, world_size, **options):
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_an_epoch_holds_every_sample_num_repeats_times(world_size, num_repeats, batch_size, accumulation, seed):
     options = dict(batch_size=batch_size, accumulation=accumulation, seed=seed)
-    sampler = batch_sampler(samples_of_epoch(num_repeats), rank=0, world_size=world_size, **options)
+    sampler = batch_sampler(repeat_pictures(num_repeats), rank=0, world_size=world_size, **options)
     for epoch in (0, 3):
         seen = Counter()
         for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
             positions, weights = [], []
-            micro_batches = micro_batches_of(step, num_repeats, world_size, **options)
+            micro_batches = make_micro_batches(step, num_repeats, world_size, **options)
             assert 1 <= len(micro_batches) <= accumulation
             for ranks in micro_batches:
                 assert len({len(batch) for batch in ranks}) == 1
@@ -49,7 +49,7 @@ def test_an_epoch_holds_every_sample_num_repeats_times(world_size, num_repeats, 
                 weights += [sample.weight for sample in samples]
                 assert {sample.step for sample in samples} == {step}
                 assert all(0 <= sample.index < len(num_repeats) for sample in samples)
-                # A filler is only where samples don't go round: less than one for each rank.
+                # Fillers only complete the last micro-batch: there are fewer than ranks.
                 assert sum(not sample.weight for sample in samples) < world_size
             assert sorted(positions) == list(range(sampler.num_samples(step)))
             assert sum(weights) == pytest.approx(world_size)
@@ -63,14 +63,12 @@ CUTS = [(b, w, 24 // b // w) for b in (1, 2, 3, 4, 6, 8, 12, 24) for w in WORLD_
 @given(num_repeats=repeats, cut=st.sampled_from(CUTS), other=st.sampled_from(CUTS), seed=seeds)
 @settings(max_examples=200, deadline=None)
 def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other, seed):
-    steps = batch_sampler(
-        samples_of_epoch(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed
-    )
+    steps = batch_sampler(repeat_pictures(num_repeats), batch_size=24, accumulation=1, rank=0, world_size=1, seed=seed)
     for step in range(2 * steps.steps_per_epoch):
         first, second = (
             {
                 (sample.step, sample.position): sample.index
-                for ranks in micro_batches_of(
+                for ranks in make_micro_batches(
                     step, num_repeats, world_size, batch_size=batch_size, accumulation=accumulation, seed=seed
                 )
                 for batch in ranks
@@ -84,14 +82,14 @@ def test_the_samples_of_a_step_do_not_depend_on_the_cut(num_repeats, cut, other,
 
 @given(num_repeats=repeats, cut=st.sampled_from(CUTS), num_steps=st.integers(1, 12), data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_a_resumed_run_goes_on_with_the_next_sample(num_repeats, cut, num_steps, data):
+def test_a_resumed_run_continues_with_the_next_sample(num_repeats, cut, num_steps, data):
     batch_size, world_size, accumulation = cut
     rank, first_step = data.draw(st.integers(0, world_size - 1)), data.draw(st.integers(0, num_steps))
     options = dict(
         batch_size=batch_size, accumulation=accumulation, rank=rank, world_size=world_size, seed=1, num_steps=num_steps
     )
-    whole = list(batch_sampler(samples_of_epoch(num_repeats), **options))
-    rest = list(batch_sampler(samples_of_epoch(num_repeats), first_step=first_step, **options))
+    whole = list(batch_sampler(repeat_pictures(num_repeats), **options))
+    rest = list(batch_sampler(repeat_pictures(num_repeats), first_step=first_step, **options))
     assert rest == [batch for batch in whole if batch[0].step >= first_step]
     assert {batch[0].step for batch in whole} == set(range(num_steps))
 
@@ -107,7 +105,7 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 
 def test_the_sampler_of_a_picture_set(tmp_path):
-    """A step's pictures are of one size; what the `Division` says reaches the sampler."""
+    """All pictures of a step have one size, and the sampler uses the `Division`."""
     pictures = make_picture_set(write_pictures(tmp_path / "set"), sizes=[(32, 32)] * 4 + [(16, 48)] * 2)
     sampler = make_sampler(pictures, 3, Division(2, accumulation=2, rank=1, world_size=2))
     assert (sampler.effective_batch_size, sampler.rank, sampler.seed) == (8, 1, 3)
@@ -129,7 +127,7 @@ grouped = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, 
 def test_every_sample_once_and_each_step_of_one_size(world_size, held, batch_size, accumulation, seed):
     num_repeats, groups = zip(*held)
     options = dict(batch_size=batch_size, accumulation=accumulation, world_size=world_size, seed=seed, groups=groups)
-    samplers = [batch_sampler(samples_of_epoch(num_repeats), rank=rank, **options) for rank in range(world_size)]
+    samplers = [batch_sampler(repeat_pictures(num_repeats), rank=rank, **options) for rank in range(world_size)]
     for epoch in (0, 2):
         seen = Counter()
         for step in range(epoch * samplers[0].steps_per_epoch, (epoch + 1) * samplers[0].steps_per_epoch):
@@ -161,22 +159,22 @@ def test_steps_of_the_groups_are_mixed():
 @settings(max_examples=100, deadline=None)
 def test_every_concept_is_drawn_equally_often(held, seed):
     concepts, num_repeats = zip(*held)
-    samples = samples_of_epoch(num_repeats, concepts, seed=seed)
+    samples = repeat_pictures(num_repeats, concepts, seed=seed)
     by_concept = Counter(concepts[i] for i in samples)
     assert by_concept.keys() == set(concepts)
     most = max(sum(r for c, r in held if c == name) for name in by_concept)
     assert set(by_concept.values()) == {most}
     drawn = Counter(samples.tolist())
     for name in by_concept:
-        # To within one draw for each of a picture's repeats.
+        # Equal up to one sample for each repeat of a picture.
         rates = [(drawn[i] / r, r) for i, (c, r) in enumerate(held) if c == name]
         whole = most // sum(r for c, r in held if c == name)
         assert all(whole <= rate <= whole + 1 for rate, _ in rates)
-    assert (samples == samples_of_epoch(num_repeats, concepts, seed=seed)).all()
+    assert (samples == repeat_pictures(num_repeats, concepts, seed=seed)).all()
 
 
 def test_without_balance_each_picture_counts_its_repeats():
-    assert samples_of_epoch([1, 3, 2]).tolist() == [0, 1, 1, 1, 2, 2]
+    assert repeat_pictures([1, 3, 2]).tolist() == [0, 1, 1, 1, 2, 2]
 
 
 # Class pictures.
@@ -187,15 +185,15 @@ def test_as_many_class_pictures_as_learned_ones(learned, others):
     own = np.repeat(np.arange(learned), 2)
     samples = add_class_samples(own, np.arange(learned, learned + others))
     counts = np.bincount(samples, minlength=learned + others)
-    # Every picture of both is drawn, and each side equally often.
+    # Every picture is drawn, and both parts have equal numbers of samples.
     assert counts.min() >= 1
     assert counts[:learned].sum() == counts[learned:].sum() == max(2 * learned, others)
     assert np.ptp(counts[learned:]) <= 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_loss_weights_count_whatever_the_batch_holds(batch_size):
-    """Also where a step has pictures of one side only: the flag mustn't cancel out, nor give 0 / 0."""
+def test_loss_weights_do_not_depend_on_the_batch(batch_size):
+    """Weights must neither cancel out nor give 0 / 0 in a step with pictures of only one part."""
     for other in (0.25, 0.0):
         weights = [1.0] * 5 + [other] * 5
         sampler = batch_sampler(
@@ -209,9 +207,9 @@ def test_loss_weights_count_whatever_the_batch_holds(batch_size):
 
 
 def test_loss_weights_are_means_over_samples_not_pictures():
-    """Where pictures are repeated unequally: the weights of an epoch's samples are 1 on average."""
+    """The weights of an epoch's samples are 1 on average, even if pictures have different numbers of repeats."""
     sampler = batch_sampler(
-        samples_of_epoch([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
+        repeat_pictures([5, 1, 2]), batch_size=8, accumulation=1, rank=0, world_size=1, seed=0,
         loss_weights=[1.0, 0.25, 0.5],
     )  # fmt: skip
     ((batch,),) = [list(sampler.micro_batches(step)) for step in range(sampler.steps_per_epoch)]

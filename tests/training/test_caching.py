@@ -1,4 +1,4 @@
-"""The cache, with real encoders: what it holds is what encoding now would give, and it is written whole or not at all."""
+"""The cache, with real encoders: cached tensors equal freshly encoded ones, and files are written whole or not at all."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def base(tiny_sd):
 
 @pytest.fixture(scope="module")
 def encoders(base):
-    """Tokenizer, text encoder and VAE."""
+    """Returns tokenizer, text encoder and VAE."""
     loaded = load_components(base)
     return loaded.tokenizers[0], loaded.text_encoders[0], loaded.vae
 
@@ -53,26 +53,26 @@ def prompt_encoder(tokenizer, text_encoder, clip_skip=None, dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Three shards of each kind for six pictures."""
+    """Makes six pictures fill three shards of each kind."""
     monkeypatch.setattr(caching, "IMAGES_PER_SHARD", 2)
     monkeypatch.setattr(caching, "CAPTIONS_PER_SHARD", 2)
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Six pictures that are 40x32 after the resize."""
+    """Writes six pictures that are 40x32 after resizing."""
     return write_pictures(tmp_path / "pictures", size=(60, 48))
 
 
 class Built(NamedTuple):
-    """A cache and the pictures that it is of."""
+    """A cache and its pictures."""
 
     pictures: PictureSet
     latents: caching.CachedLatents
     prompts: caching.CachedPrompts
 
     def content(self):
-        """Everything in it, by picture and caption."""
+        """Returns all tensors, by picture and caption."""
         latents = [
             [torch.stack([self.latents.row(i, k)[0][name] for name in ("mean", "std")]) for k in range(len(row))]
             for i, row in enumerate(self.latents.locations)
@@ -83,7 +83,7 @@ class Built(NamedTuple):
         return self.prompts.row(caption)["encoder_hidden_states"]
 
 
-def same(first, second):
+def equal_content(first, second):
     latents, prompts = zip(first.content(), second.content())
     return (
         [len(rows) for rows in latents[0]] == [len(rows) for rows in latents[1]]
@@ -95,7 +95,7 @@ def same(first, second):
 
 @pytest.fixture
 def build(base, encoders, tmp_path):
-    """Builds the cache of a dataset's folder as the script does; pictures are flipped unless something else is said."""
+    """Builds the cache of a dataset folder as the training script does, by default with --random_flip."""
     from accelerate import PartialState
 
     tokenizer, *models_of_base = encoders
@@ -115,7 +115,7 @@ def build(base, encoders, tmp_path):
 
 
 def shards_in(folder):
-    """{path: (when it was written, bytes)} of the cache's tensor files; there is nothing else."""
+    """Returns {path: (modification time, bytes)} of the cache's files, and checks that there are only tensor files."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     assert all(path.suffix == ".safetensors" for path in files)
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -133,7 +133,7 @@ def training_set(built, base, cached=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_cached_equals_live(build, base, encoders, pictures, dtype, clip_skip):
     tokenizer, text_encoder, vae = encoders
-    # With the crop in the middle there are two variations, and the cache holds them both.
+    # With --center_crop there are two variations, and both are cached.
     built = build(
         pictures, center_crop=True, random_flip=True, variations=2, latent_dtype=dtype, prompt_dtype=dtype,
         clip_skip=clip_skip,
@@ -183,8 +183,8 @@ def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictur
 
 
 def test_cached_pictures_keep_their_captions(build, base, tmp_path):
-    """Fault 12: latents and prompts go by picture and caption, whatever the order that they are trained in."""
-    # Pictures 0 and 4 share a caption, which is stored once.
+    """Fault 12: latents and prompt embeddings belong to their picture in any order of training."""
+    # Pictures 0 and 4 have equal captions, which are stored once.
     built = build(write_pictures(tmp_path / "set", captions=["a cat", "a dog", "an axe", "a whip"]))
     latents, prompts = built.content()
     assert len(prompts) == 4
@@ -300,9 +300,9 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(
     assert {name: now[name] for name in shards} == shards
     new = Counter(Path(name).parent.name for name in now.keys() - shards.keys())
     assert (new["latents"], new["prompts"]) == (latents, prompts)
-    assert same(after, build(pictures, tmp_path / "fresh", **options))
+    assert equal_content(after, build(pictures, tmp_path / "fresh", **options))
     if latents or prompts:
-        assert not same(after, before)
+        assert not equal_content(after, before)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])
@@ -323,7 +323,7 @@ def test_a_cut_shard_is_made_again(build, pictures, tmp_path, kind, keep):
 
 @pytest.fixture
 def fill(encoders, pictures, tmp_path):
-    """Fills the latent shards of a dataset in a folder as some rank; `before` sees the pixels that are encoded."""
+    """Fills the latent shards of a dataset as some rank; calls `before(pixels)` before encoding."""
     pictures = make_picture_set(pictures, random_flip=True)
 
     def run(name, before=lambda pixels: None, rank=0, world_size=1):
@@ -341,7 +341,7 @@ def fill(encoders, pictures, tmp_path):
     return run
 
 
-def test_an_interrupted_filling_goes_on(fill, tmp_path):
+def test_filling_is_resumed_after_an_interruption(fill, tmp_path):
     whole = fill("whole")
     assert len(whole) == 3
     calls = []
@@ -375,7 +375,7 @@ def test_a_failing_write_leaves_nothing(tmp_path):
 
 
 def test_reading_rows_leaves_nothing_behind(tmp_path):
-    """Slices of safetensors 0.8 keep an object for each read: four a step."""
+    """Slices of safetensors 0.8 leak an object at each read."""
     save_file({"mean": torch.randn(5, 4, 8, 8)}, tmp_path / "a.safetensors")
     reader = ShardReader([Shard(tmp_path / "a.safetensors", [1])])
     whole = [reader.row(0, row)["mean"] for row in range(5)]
@@ -387,7 +387,7 @@ def test_reading_rows_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_ranks_share_the_work(fill, order):
-    """Each makes its part, however far the others are: between them all is made, once, with the same bytes."""
+    """Each rank encodes its own share, whatever the others have done; every shard is encoded once, with equal bytes."""
     made = []
     whole = fill("whole", made.append)
     count, made[:] = len(made), []
@@ -398,7 +398,7 @@ def test_ranks_share_the_work(fill, order):
 
 
 def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
-    """The batch depends on the resolution alone."""
+    """The encoder's batch size depends only on the resolution."""
     whole = fill("whole")
     monkeypatch.setattr(latents, "ENCODE_PIXELS", 3 * 32 * 32)
     parts = fill("parts")
@@ -410,7 +410,7 @@ def test_a_picture_is_decoded_once_for_all_its_variations(fill, monkeypatch):
     opened = []
     inner, vary = picture_set.open_image, picture_set.apply_variation
 
-    def slowly(*args):  # so that the threads that decode ahead come in between
+    def slowly(*args):  # lets the decoding threads interleave
         time.sleep(0.002)
         return vary(*args)
 
@@ -421,7 +421,7 @@ def test_a_picture_is_decoded_once_for_all_its_variations(fill, monkeypatch):
 
 
 def test_others_may_read_the_cache(fill, tmp_path):
-    """A cache folder may be shared: its files have the rights that any new file has."""
+    """The files of a cache, which may be shared, have the permissions of other new files."""
     (tmp_path / "ordinary").touch()
     fill("whole")
     modes = {path.stat().st_mode for path in (tmp_path / "whole").rglob("*.safetensors")}
@@ -438,7 +438,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_it_is_made(tmp_path):
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Says how many bytes are free."""
+    """Sets the number of free bytes."""
 
     def has(free):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
@@ -457,7 +457,7 @@ def test_each_different_caption_takes_room_once(train, tmp_path, disk):
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
     disk(free=LATENTS + 2 * CAPTION)
     train(**options)
-    # Six different ones need more than two.
+    # Six different captions need more space than two.
     options = dict(center_crop=True, latent_cache_dir=tmp_path / "other", output_dir=tmp_path / "other-out")
     with pytest.raises(InputError, match="the cache needs"):
         train(**options)
@@ -500,7 +500,7 @@ def test_the_estimate_with_long_prompts(train, tmp_path):
 
 
 def test_latents_with_masks_and_without_are_not_the_same(tmp_path):
-    """Where any picture has a mask, the shards of those without hold one too."""
+    """If any picture has a mask, the shards of pictures without masks contain masks too."""
     folder, options = write_pictures(tmp_path / "set"), dict(identity="vae", dtype=torch.float32, folder=tmp_path)
     plain, _ = caching.plan_latents(make_picture_set(folder, center_crop=True), 1, **options)
     Image.new("L", (40, 32), 255).save(folder / "5.mask.png")
@@ -508,4 +508,4 @@ def test_latents_with_masks_and_without_are_not_the_same(tmp_path):
     again, _ = caching.plan_latents(make_picture_set(folder, center_crop=True).select(range(5)), 1, **options)
     assert len(plain) == len(masked) == len(again) == 3
     assert {shard.path for shard in plain}.isdisjoint(shard.path for shard in masked)
-    assert [shard.path for shard in again[:2]] == [shard.path for shard in plain[:2]]  # what is the same has one name
+    assert [shard.path for shard in again[:2]] == [shard.path for shard in plain[:2]]  # equal content has equal names

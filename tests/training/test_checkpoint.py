@@ -1,4 +1,4 @@
-"""Training state on disk: after a kill at any moment there is a whole checkpoint, and no code in it is ever run."""
+"""Checkpoints: a kill at any moment leaves an intact checkpoint, and loading never runs code."""
 
 import json
 import pickle
@@ -17,8 +17,8 @@ from text_to_image_lora.training import hub_checkpoints
 from text_to_image_lora.training.checkpoint import (
     TrainState,
     check_same_run,
-    damage_of,
     find_checkpoint,
+    find_damage,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -33,7 +33,7 @@ SETTINGS = {"rank": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]}
 
 
 def make_run(steps=3):
-    """A model's parameters with an optimizer and a schedule that have gone some steps."""
+    """Returns a model, an optimizer and a schedule after some steps."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -50,8 +50,8 @@ def advance(model, optimizer, lr_scheduler, steps):
         optimizer.zero_grad()
 
 
-def learning_of(optimizer, lr_scheduler, scaler=None):
-    """What of a `Learning` a checkpoint holds."""
+def make_learning(optimizer, lr_scheduler, scaler=None):
+    """Returns the parts of a `Learning` that a checkpoint contains."""
     return SimpleNamespace(optimizer=optimizer, lr_scheduler=lr_scheduler, scaler=scaler, average=None)
 
 
@@ -59,7 +59,7 @@ def save(output_dir, step, run=None):
     model, optimizer, lr_scheduler = run or make_run()
     with written_whole(output_dir / f"checkpoint-{step}", folder=True) as folder:
         save_checkpoint(
-            folder, adapter=model.state_dict(), learning=learning_of(optimizer, lr_scheduler),
+            folder, adapter=model.state_dict(), learning=make_learning(optimizer, lr_scheduler),
             state=TrainState(seed=7, global_step=step), settings=SETTINGS,
         )  # fmt: skip
         write_manifest(folder)
@@ -67,7 +67,7 @@ def save(output_dir, step, run=None):
 
 
 def load(path, optimizer, lr_scheduler, scaler=None):
-    return load_checkpoint(read_checkpoint(path), learning_of(optimizer, lr_scheduler, scaler))
+    return load_checkpoint(read_checkpoint(path), make_learning(optimizer, lr_scheduler, scaler))
 
 
 def names(output_dir):
@@ -77,7 +77,7 @@ def names(output_dir):
 # Saving and loading.
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     run = make_run()
     path = save(tmp_path, 3, run)
     advance(*run, steps=4)
@@ -95,7 +95,7 @@ def test_the_loss_scale_comes_back(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     with written_whole(tmp_path / "checkpoint-1", folder=True) as folder:
         save_checkpoint(
-            folder, adapter=model.state_dict(), learning=learning_of(optimizer, lr_scheduler, scaler),
+            folder, adapter=model.state_dict(), learning=make_learning(optimizer, lr_scheduler, scaler),
             state=TrainState(seed=0), settings={},
         )  # fmt: skip
     fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -103,8 +103,8 @@ def test_the_loss_scale_comes_back(tmp_path):
     assert fresh.get_scale() == 512.0
 
 
-def test_the_rate_of_now_holds_from_the_first_step_on(tmp_path):
-    path = save(tmp_path, 3)  # at 1e-2, with a linear schedule over 10 steps, 2 of them warm-up
+def test_the_current_learning_rate_holds_from_the_first_step(tmp_path):
+    path = save(tmp_path, 3)  # at 1e-2, with a linear schedule over 10 steps, 2 of them warmup
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -118,10 +118,10 @@ def test_the_rate_of_now_holds_from_the_first_step_on(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "now", "device"), [("fused", "foreach", "cpu"), ("foreach", "fused", "meta")])
-def test_the_step_counts_lie_where_the_flags_of_now_want_them(tmp_path, before, now, device):
-    """AdamW's fused kernel has them beside the parameters, the others on the CPU, or each would be waited for.
+def test_the_current_flags_decide_where_step_counts_are_placed(tmp_path, before, now, device):
+    """AdamW's fused kernel needs step counts on the device; other kernels need them on the CPU, to avoid synchronization.
 
-    The meta device stands for a GPU.
+    The meta device stands in for a GPU.
     """
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -130,7 +130,7 @@ def test_the_step_counts_lie_where_the_flags_of_now_want_them(tmp_path, before, 
     advance(model, optimizer, lr_scheduler, steps=2)
     path = save(tmp_path, 2, (model, optimizer, lr_scheduler))
     optimizer = torch.optim.AdamW(torch.nn.Linear(3, 2, device="meta").parameters(), foreach=True)
-    optimizer.param_groups[0].update({"foreach": None, "fused": None} | {now: True})  # no kernel is asked for
+    optimizer.param_groups[0].update({"foreach": None, "fused": None} | {now: True})  # without running a kernel
     load(path, optimizer, get_scheduler("constant", optimizer))
     assert optimizer.param_groups[0][now]
     states = optimizer.state.values()
@@ -139,7 +139,7 @@ def test_the_step_counts_lie_where_the_flags_of_now_want_them(tmp_path, before, 
 
 
 class Code:
-    """What runs when it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -193,7 +193,7 @@ def save_another_optimizer(path, victim):
         save_another_thing, save_another_optimizer,
     ],
 )  # fmt: skip
-def test_what_cannot_be_loaded_is_told_and_not_run(tmp_path, damage):
+def test_what_cannot_be_loaded_is_refused_and_not_run(tmp_path, damage):
     path, victim = save(tmp_path, 3), tmp_path / "victim"
     damage(path, victim)
     _, optimizer, lr_scheduler = make_run()
@@ -205,7 +205,7 @@ def test_what_cannot_be_loaded_is_told_and_not_run(tmp_path, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": {}}', '{"state": {"step": 1}, "settings": {}}'])
-def test_a_state_that_cannot_be_read_is_told(tmp_path, text):
+def test_a_state_that_cannot_be_read_is_refused(tmp_path, text):
     path = save(tmp_path, 3)
     (path / "state.json").write_text(text)
     with pytest.raises(InputError, match="can't be read") as caught:
@@ -218,7 +218,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from text_to_image_lora.files import written_whole
-from text_to_image_lora.training.checkpoint import damage_of, list_checkpoints, prune_checkpoints, write_manifest
+from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints, prune_checkpoints, write_manifest
 
 FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -255,7 +255,7 @@ while not survived:
     found = {{
         path.name: [(path / name).read_text() if (path / name).exists() else None for name in FILES]
         for path in list_checkpoints(".")
-        if damage_of(path) is None
+        if find_damage(path) is None
     }}
     prune_checkpoints(".", 1, newest=2)
     write(3, "new")
@@ -288,7 +288,7 @@ def test_only_whole_checkpoints_are_listed_in_order(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     (tmp_path / "checkpoint-600").write_text("a file")
     (tmp_path / ".checkpoint-700.tmp").mkdir()
-    assert damage_of(tmp_path / "checkpoint-100") is None
+    assert find_damage(tmp_path / "checkpoint-100") is None
     for name in ("checkpoint-best", "checkpoint-8-old", "my-checkpoint-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text("{}")
@@ -296,8 +296,8 @@ def test_only_whole_checkpoints_are_listed_in_order(tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
 
 
-def test_a_checkpoint_is_found_as_people_write_it(tmp_path, monkeypatch):
-    """Fault 4: upstream takes the basename, which is empty after a slash."""
+def test_a_checkpoint_is_found_in_every_notation(tmp_path, monkeypatch):
+    """Fault 4: upstream uses the basename, which is empty after a trailing slash."""
     output_dir = tmp_path / "out"
     path = save(output_dir, 20)
     save(output_dir, 30)
@@ -311,14 +311,14 @@ def test_a_checkpoint_is_found_as_people_write_it(tmp_path, monkeypatch):
         f"{path}/",
     ):
         assert find_checkpoint(output_dir, wanted).resolve() == path
-    # Moved from another machine, it is found by its last name.
+    # A path from another machine is found by its last component.
     assert find_checkpoint(output_dir, "/content/drive/run/checkpoint-20/") == path
-    # Of another run, it is found where it is.
+    # A checkpoint of another run is found at its path.
     other = save(tmp_path / "other", 20)
     assert find_checkpoint(output_dir, str(other)) == other
 
 
-def test_nothing_to_go_on_from(tmp_path):
+def test_nothing_to_resume_from(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None
     assert find_checkpoint(tmp_path / "nowhere", "latest") is None
     save(tmp_path, 3)
@@ -328,7 +328,7 @@ def test_nothing_to_go_on_from(tmp_path):
 @pytest.mark.parametrize(
     "wanted", ["checkpoint-7", "checkpoint-40", "/nowhere/checkpoint-7/", "", ".", "checkpoint_old"]
 )
-def test_an_unknown_checkpoint_is_told_with_those_there_are(tmp_path, wanted):
+def test_an_unknown_checkpoint_is_refused_with_a_list_of_existing_ones(tmp_path, wanted):
     save(tmp_path, 20)
     (tmp_path / "checkpoint-40").mkdir()
     with pytest.raises(InputError, match="there are: checkpoint-20.") as caught:
@@ -338,7 +338,7 @@ def test_an_unknown_checkpoint_is_told_with_those_there_are(tmp_path, wanted):
         find_checkpoint(tmp_path / "nowhere", wanted)
 
 
-# Pruning, and whose checkpoint it is.
+# Pruning, and checkpoints of other runs.
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, 4), (9, 4), (4, 4), (2, 2), (1, 1)])
@@ -346,7 +346,7 @@ def test_the_newest_are_kept(tmp_path, limit, kept):
     steps = (5, 10, 90, 100)
     for step in steps:
         save(tmp_path, step)
-    (tmp_path / "checkpoint-7").mkdir()  # not ours to delete: it is no checkpoint
+    (tmp_path / "checkpoint-7").mkdir()  # no checkpoint, so it must not be deleted
     (tmp_path / "notes").mkdir()
     prune_checkpoints(tmp_path, limit, newest=100)
     assert names(tmp_path) == [f"checkpoint-{step}" for step in steps[4 - kept :]]
@@ -362,13 +362,13 @@ def test_the_older_ones_stay_where_the_new_one_can_not_be_read_back(tmp_path, sa
     prune_checkpoints(tmp_path, 1, newest=2)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert said == [
-        "checkpoint-2 can't be read back (optimizer.pt is not as it was written), so that no older one is deleted: look "
-        "after the disk"
+        "checkpoint-2 can't be read back (optimizer.pt has changed since it was written), so older checkpoints are kept: "
+        "check the disk"
     ]
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(data)
     prune_checkpoints(tmp_path, 1, newest=2)
     assert len(said) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # nor what a kill left
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]  # including what a kill left
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -388,16 +388,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("wanted", ["hf://me/axes", "hf://me/axes/checkpoint-20"])
-def test_a_checkpoint_that_can_not_be_fetched_is_told(tmp_path, monkeypatch, wanted):
-    """The hub listed it, and then the network went."""
+def test_a_checkpoint_that_can_not_be_downloaded_is_refused(tmp_path, monkeypatch, wanted):
+    """The network fails after the hub has listed the checkpoint."""
 
     def fail(*_, **__):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(hub_checkpoints, "_names_on_hub", lambda *_: ["checkpoint-20"])
+    monkeypatch.setattr(hub_checkpoints, "_list_names_on_hub", lambda *_: ["checkpoint-20"])
     monkeypatch.setattr(hub_checkpoints, "retry_timeouts", lambda ask: ask())
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
-        InputError, match=r"^me/axes: checkpoint-20 can't be fetched \(no route to host\)\. Run it again"
+        InputError, match=r"^me/axes: checkpoint-20 can't be downloaded \(no route to host\)\. Run the command again"
     ):
         hub_checkpoints.find_checkpoint(tmp_path, wanted, None)

@@ -1,4 +1,4 @@
-"""What each sample draws: it depends on the seed and the sample's place in the run, and on nothing else."""
+"""The random draws of a sample depend only on the seed and the sample's position in the run."""
 
 import subprocess
 import sys
@@ -12,20 +12,20 @@ from PIL import Image
 
 from text_to_image_lora.models.loading import find_base_model
 from text_to_image_lora.training.batches import Sample
-from text_to_image_lora.training.data import Draws, TrainingSet, seed_of
+from text_to_image_lora.training.data import Draws, TrainingSet, derive_seed
 
 
 def test_seeds_of_neighbours_and_of_prefixes_differ():
-    """(seed, step, position) seeds a sample's draws and (seed, step, micro-step, rank) the dropout beside them."""
+    """(seed, step, position) seeds the draws of a sample, and (seed, step, micro-step, rank) seeds dropout."""
     numbers = [(a, b, c) for a in range(6) for b in range(6) for c in range(6)]
     numbers += [(a, b, c, d) for a, b, c in numbers for d in range(3)] + [(a, b) for a in range(6) for b in range(6)]
-    assert len({seed_of(*group) for group in numbers}) == len(numbers)
-    assert seed_of(1, 2, 3) == seed_of(1, 2, 3)
+    assert len({derive_seed(*group) for group in numbers}) == len(numbers)
+    assert derive_seed(1, 2, 3) == derive_seed(1, 2, 3)
 
 
 @pytest.fixture
 def make_set(tiny_sd, tmp_path):
-    """A `TrainingSet` that encodes live, of 6 pictures with captions."""
+    """Creates a `TrainingSet` without a cache, of 6 pictures with captions."""
 
     def make(folder=None, draws=None, seed=0, num_train_timesteps=1000, **augmentation):
         pictures = make_picture_set(
@@ -51,7 +51,7 @@ def test_a_sample_depends_on_seed_step_and_position_alone(make_set):
     assert first["noise"].shape == first["posterior_noise"].shape == (4, 8, 8)
     assert first["channel_noise"].shape == (4, 1, 1)
     assert first["pixels"].shape == (32, 32, 3)
-    # The draws go with the place in the run, not with the picture; and every place has its own.
+    # Draws depend on the position in the run, not on the picture, and are different at each position.
     other = training_set[Sample(4, 5, 3, 1.0)]
     assert all(torch.equal(first[name], other[name]) for name in DRAWS)
     places = [
@@ -64,7 +64,7 @@ def test_a_sample_depends_on_seed_step_and_position_alone(make_set):
 
 
 def test_no_two_samples_of_a_step_share_their_noise(make_set):
-    """Fault 2: upstream seeds all ranks alike, so they draw the same noise and timesteps."""
+    """Fault 2: upstream uses one seed on all ranks, which therefore draw equal noise and timesteps."""
     training_set = make_set()
     samplers = [
         batch_sampler([*range(6)] * 2, batch_size=2, accumulation=2, rank=rank, world_size=3, seed=0)
@@ -92,8 +92,8 @@ def test_draws_have_the_right_distribution(make_set):
 
 
 @pytest.fixture
-def timesteps_of(make_set):
-    """Three hundred timesteps as these flags of the script have them drawn."""
+def draw_timesteps(make_set):
+    """Draws 300 timesteps with flags of the training script."""
 
     def draw(*words):
         settings = train_script.parse_settings(
@@ -105,22 +105,22 @@ def timesteps_of(make_set):
     return draw
 
 
-def test_timestep_range(timesteps_of):
-    assert set(timesteps_of("--timestep_range", "200", "210")) == set(range(200, 210))
+def test_timestep_range(draw_timesteps):
+    assert set(draw_timesteps("--timestep_range", "200", "210")) == set(range(200, 210))
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-1.0, 1), (1.0, 0.5)])
-def test_logit_normal_timesteps(timesteps_of, mean, std):
-    """Their log odds are normal, with diffusers' sign: below 0 is noisier."""
+def test_logit_normal_timesteps(draw_timesteps, mean, std):
+    """Their log odds are normal, with the sign of diffusers: a negative mean prefers noisier timesteps."""
     words = ("--timestep_sampling", "logit_normal", "--logit_mean", str(mean), "--logit_std", str(std))
-    share = (timesteps_of(*words) + 0.5) / 1000
+    share = (draw_timesteps(*words) + 0.5) / 1000
     logits = np.log(share / (1 - share))
     assert np.mean(logits) == pytest.approx(-mean, abs=0.2)
     assert np.std(logits) == pytest.approx(std, rel=0.2)
 
 
-def test_mode_timesteps(timesteps_of):
-    timesteps = timesteps_of("--timestep_sampling", "mode")
+def test_mode_timesteps(draw_timesteps):
+    timesteps = draw_timesteps("--timestep_sampling", "mode")
     assert 0 <= timesteps.min() < timesteps.max() < 1000
     assert np.mean(np.abs(timesteps - 500) < 250) > 0.6  # uniform: half of them
 
@@ -132,13 +132,13 @@ def test_one_of_several_captions_is_drawn_each_step(make_set, tmp_path):
     assert drawn.keys() == {"a cat", "my cat", "the cat"}
     assert min(drawn.values()) > 15
     assert {training_set[Sample(1, step, 0, 1.0)]["captions"] for step in range(20)} == {"a dog"}
-    # Another caption is no other draw: the rest of the sample stays.
+    # The number of captions does not change the other draws.
     plain = make_set(write_pictures(tmp_path / "plain"))[Sample(0, 7, 0, 1.0)]
     assert all(torch.equal(training_set[Sample(0, 7, 0, 1.0)][name], plain[name]) for name in DRAWS)
 
 
-def test_the_caption_has_nothing_to_do_with_the_variation(make_set, tmp_path):
-    """Of two captions and two orientations all four combinations occur, each as often."""
+def test_caption_and_variation_are_independent(make_set, tmp_path):
+    """All four combinations of two captions and two orientations occur, about equally often."""
     folder = write_pictures(tmp_path / "two", count=1, captions=[["a cat", "my cat"]])
     training_set = make_set(folder, center_crop=True, random_flip=True)
     samples = [training_set[Sample(0, step, 0, 1.0)] for step in range(80)]
@@ -148,7 +148,7 @@ def test_the_caption_has_nothing_to_do_with_the_variation(make_set, tmp_path):
 
 
 def test_which_variation_is_drawn_depends_on_the_seed(make_set):
-    """Which there are does not."""
+    """The set of variations does not."""
     sets = [make_set(draws=Draws(seed, 1000), center_crop=True, random_flip=True) for seed in (0, 1)]
     first, second = (
         [training_set[Sample(0, step, 0, 1.0)]["pixels"].numpy().tobytes() for step in range(20)]
@@ -167,7 +167,7 @@ def test_crops_and_flips_are_drawn_anew_each_step(make_set):
 
 
 def test_pictures_keep_their_captions(make_set, tmp_path):
-    """Fault 12: through shuffling, batches and accumulation, each picture comes with its own caption."""
+    """Fault 12: each picture keeps its caption through shuffling, batches and accumulation."""
     folder = write_pictures(tmp_path / "set", count=20, captions=[f"number {i}" for i in range(20)])
     for i in range(20):
         Image.new("RGB", (40, 32), (10 * i, 0, 0)).save(folder / f"{i}.png")
@@ -195,13 +195,13 @@ class Numbers(torch.utils.data.Dataset):
         return {"number": torch.tensor(float(index))}
 
 loader = data.make_loader(Numbers(), [[0], [1], [2], [3]], 2, torch.device("cpu"))
-sys.batches = iter(loader)  # as an exception's traceback holds it
+sys.batches = iter(loader)  # kept alive, as by the traceback of an exception
 next(sys.batches)
 sys.exit(130)
 """
 
 
 def test_workers_end_with_a_process_that_still_has_their_loader():
-    """They don't heed SIGTERM, which is for the process that trains; so nobody may wait for them after it."""
+    """Workers ignore SIGTERM, which is for the main process; so multiprocessing must not wait for them after sending it."""
     done = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -1,4 +1,4 @@
-"""Whether memory that was freed stays with the process, or goes back."""
+"""Whether freed memory stays with the process or is returned to the system."""
 
 import platform
 import subprocess
@@ -8,20 +8,20 @@ import pytest
 from conftest import ROOT
 
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
 
 
-def test_what_a_step_frees_is_there_for_the_next():
-    """Counted by the pages that a process touches for the first time in 20 steps, with and without it.
+def test_memory_that_a_step_frees_is_reused_by_the_next():
+    """Counts the page faults of 20 steps, with and without `keep_for_reuse`.
 
-    Also for blocks of more than 32 MiB, which glibc never keeps, and in a thread of its own, as a backward pass has.
+    This includes blocks of more than 32 MiB, which glibc does not keep by itself, and a thread like that of backward passes.
     """
     code = """
 import resource, sys, threading, torch
 from text_to_image_lora.training import freed_memory
 torch.set_num_threads(1)
 if "keep" in sys.argv:
-    freed_memory.keep()
+    freed_memory.keep_for_reuse()
 def faults():
     blocks = [torch.ones(2**21) for _ in range(4)] + [torch.ones(10 * 2**20) for _ in range(2)]
     thread = threading.Thread(target=lambda: blocks.append(torch.ones(2**21)))
@@ -40,23 +40,22 @@ print(after - before)
         command = [sys.executable, "-c", code, *words]
         return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
-    assert (
-        touched("keep") < touched() / 4
-    )  # where a block goes is the heap's choice: now and then to a place not used before
+    # Not zero, as the heap sometimes places a block where there was none before.
+    assert touched("keep") < touched() / 4
 
 
-def test_what_is_no_longer_needed_goes_back():
-    """Blocks that lie below one that stays, as a dropped text encoder's do, are kept until then."""
+def test_release_returns_memory_that_is_no_longer_needed():
+    """Blocks below one that stays, such as those of a released text encoder, are not returned by themselves."""
     code = """
 import psutil, torch
 from text_to_image_lora.training import freed_memory
-freed_memory.keep()
+freed_memory.keep_for_reuse()
 dropped, stays = [torch.ones(2**20) for _ in range(50)], torch.ones(2**20)
 def rss():
     return psutil.Process().memory_info().rss / 2**20
 del dropped
 before = rss()
-freed_memory.give_back(torch.device("cpu"))
+freed_memory.release(torch.device("cpu"))
 print(before - rss())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

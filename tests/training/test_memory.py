@@ -1,4 +1,4 @@
-"""The estimate of memory: what it counts is what a real step holds, and it follows what changes a step."""
+"""The estimate of memory equals that of a real training step, and depends on what changes a step."""
 
 import gc
 import json
@@ -13,7 +13,16 @@ from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
-from text_to_image_lora.training.memory import CUDA_BYTES, Alive, Needs, Plan, estimate, lines_of, peak_bytes, plan_of
+from text_to_image_lora.training.memory import (
+    CUDA_BYTES,
+    LiveBytes,
+    Needs,
+    Plan,
+    estimate,
+    format_needs,
+    make_plan,
+    peak_bytes,
+)
 from text_to_image_lora.training.trials import Shapes, Trial
 
 
@@ -21,17 +30,17 @@ MIB = 2**20
 
 
 def test_what_is_alive_at_once_is_counted():
-    """Views take nothing, what is let go is given back, and the most at once is kept."""
-    with Alive() as alive:
+    """Views take no memory, freed memory is subtracted, and the peak is kept."""
+    with LiveBytes() as live:
         first = torch.zeros(MIB, dtype=torch.uint8)
         half = first[: MIB // 2].view(2, -1)
         second = first + 1
         del first
-        assert alive.now == 2 * MIB  # a view keeps it
+        assert live.now == 2 * MIB  # the view keeps the storage alive
         del half
-        assert alive.now == MIB
+        assert live.now == MIB
         second.add_(1)
-        assert (alive.now, alive.peak) == (MIB, 2 * MIB)
+        assert (live.now, live.peak) == (MIB, 2 * MIB)
 
 
 def test_shapes_alone_are_counted_like_numbers():
@@ -39,9 +48,9 @@ def test_shapes_alone_are_counted_like_numbers():
         a = torch.ones(512, 1024)
         return (a @ a.T).relu().sum()
 
-    with Alive() as alive:
+    with LiveBytes() as live:
         products()
-    assert peak_bytes(products) == alive.peak >= 2 * MIB + 512 * 512 * 4
+    assert peak_bytes(products) == live.peak >= 2 * MIB + 512 * 512 * 4
 
 
 def plan_for(base, **changes):
@@ -49,15 +58,15 @@ def plan_for(base, **changes):
     return Plan(torch.float32, settings, 8, False, caches=True, encoders_stay=False, draws=4)._replace(**changes)
 
 
-def shapes_of(base, side):
+def make_shapes(base, side):
     return Shapes(base.latent_shape((side, side)), base.condition_shapes(1))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_step_holds_what_was_estimated(tiny_sd, checkpointed):
-    """The real model, its real weights and a real step, counted in the same way."""
+    """Compares the estimate with a step of the real model."""
     base = loading.find_base_model(str(tiny_sd))
-    shapes, plan = shapes_of(base, 64), plan_for(base, gradient_checkpointing=checkpointed)
+    shapes, plan = make_shapes(base, 64), plan_for(base, gradient_checkpointing=checkpointed)
     needs = estimate(base, shapes, plan)
     unet = loading.load_components(base).denoiser.to(memory_format=torch.channels_last)
     weights = sum(p.numel() * 4 for p in unet.parameters())
@@ -68,36 +77,36 @@ def test_a_step_holds_what_was_estimated(tiny_sd, checkpointed):
     trial = Trial(base.family, unet, [master], shapes, torch.float32, torch.device("cpu"))
     for batch_size in (1, 3):
         gc.collect()
-        with Alive() as alive:
+        with LiveBytes() as live:
             trial(batch_size)
-        assert needs.steps(batch_size) == pytest.approx(weights + master.numel() * 12 + alive.peak, rel=0.02)
+        assert needs.steps(batch_size) == pytest.approx(weights + master.numel() * 12 + live.peak, rel=0.02)
 
 
-def test_it_follows_what_changes_a_step(tiny_sd):
+def test_the_estimate_depends_on_what_changes_a_step(tiny_sd):
     base = loading.find_base_model(str(tiny_sd))
-    shapes, plan = shapes_of(base, 64), plan_for(base)
+    shapes, plan = make_shapes(base, 64), plan_for(base)
     plain = estimate(base, shapes, plan)
     lighter = estimate(base, shapes, plan._replace(gradient_checkpointing=True, dtype=torch.bfloat16))
     assert lighter.step < 0.6 * plain.step
     heavier = plan._replace(lora=replace(plan.lora, rank=64), caches=False, encoders_stay=True, draws=0)
-    live = estimate(base, shapes_of(base, 128), heavier)
-    assert live.further_sample > 3 * plain.further_sample
-    assert live.step > plain.step + 3 * (live.further_sample - plain.further_sample) / 4
-    assert (live.encoding, live.sample_pictures) == (0, 0)
-    assert live.steps(1) >= live.encoding_in_steps > 0
+    uncached = estimate(base, make_shapes(base, 128), heavier)
+    assert uncached.further_sample > 3 * plain.further_sample
+    assert uncached.step > plain.step + 3 * (uncached.further_sample - plain.further_sample) / 4
+    assert (uncached.encoding, uncached.sample_pictures) == (0, 0)
+    assert uncached.steps(1) >= uncached.encoding_in_steps > 0
 
 
 @pytest.mark.parametrize(("device_bytes", "fits"), [(None, True), (4 * 2**30, True), (3 * 2**30, False)])
-def test_a_gpu_that_is_too_small_is_told_with_the_ways(device_bytes, fits):
+def test_a_gpu_that_is_too_small_is_reported_with_the_remedies(device_bytes, fits):
     needs = Needs(encoding=2 * 2**30, step=2 * 2**30, further_sample=2**29, sample_pictures=0)
     assert needs.peak(1) == needs.steps(1) == 2 * 2**30
-    text = "\n".join(lines_of(needs, 3, "--gradient_checkpointing", device_bytes))
+    text = "\n".join(format_needs(needs, 3, "--gradient_checkpointing", device_bytes))
     assert "3.0 GiB in a training step of batch 3" in text
     assert ("try --gradient_checkpointing" in text) == (not fits)
     assert needs.peak(3) + CUDA_BYTES > 3 * 2**30
 
 
-def test_a_dry_run_tells_it(arguments, tmp_path):
+def test_a_dry_run_reports_it(arguments, tmp_path):
     done = run_command(arguments(dry_run=True, num_validation_images=0))
     assert done.returncode == 0, done.stderr
     assert "in a training step of batch 2, and" in done.stdout
@@ -108,7 +117,7 @@ def test_a_dry_run_tells_it(arguments, tmp_path):
 
 @pytest.mark.long
 def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
-    """A real shortage: the process may not have the memory that 4096 pixels take."""
+    """The limit on the process is too low for a resolution of 4096."""
     limited = ("bash", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable)
     words = arguments(
         resolution=4096, train_batch_size=6, max_train_steps=1, num_validation_images=0, cache_variations=0
@@ -124,7 +133,7 @@ def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
 
 @pytest.fixture(scope="module")
 def sd15_configuration(tmp_path_factory):
-    """A diffusers folder of SD1.5's configuration, without weights."""
+    """Writes a diffusers folder with the configuration of SD1.5, without weights."""
     from scripts.benchmarks.runs import sd15_models
     from scripts.mini_sd.model import write_tokenizer
 
@@ -140,7 +149,7 @@ def sd15_configuration(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def xl_configuration(tmp_path_factory):
-    """A diffusers folder of Stable Diffusion XL's configuration, without weights."""
+    """Writes a diffusers folder with the configuration of Stable Diffusion XL, without weights."""
     from family_fixtures import true_xl
 
     from scripts.mini_sd.model import write_tokenizer
@@ -164,8 +173,8 @@ def test_the_recipe_of_a_card_says_what_it_takes_and_fits(recipe, request):
     words = ["--config", str(recipe), "--pretrained_model_name_or_path", str(folder)]
     settings = train_script.parse_settings([*words, "--train_data_dir", "pictures", "--validation_prompt", "an axe"])
     base = loading.find_base_model(str(folder))
-    plan = plan_of(settings, base, torch.float16)
-    shapes = shapes_of(base, settings.sizes.resolution)
+    plan = make_plan(settings, base, torch.float16)
+    shapes = make_shapes(base, settings.sizes.resolution)
     own = base.family.picture_condition((1, 1), (0, 0), (1, 1))
     shapes = shapes._replace(condition=shapes.condition | {name: (len(row),) for name, row in own.items()})
     needs = estimate(base, shapes, plan)
@@ -173,7 +182,7 @@ def test_the_recipe_of_a_card_says_what_it_takes_and_fits(recipe, request):
     first = recipe.read_text().splitlines()[0]
     card, *said = map(float, re.findall(r"(\d+(?:\.\d)?) Gi?B", first))
     assert said == pytest.approx(found, abs=0.06)
-    assert found[1] + CUDA_BYTES / 2**30 < 0.9 * card  # the screen's own, and what an allocator leaves unused
+    assert found[1] + CUDA_BYTES / 2**30 < 0.9 * card  # leaves room for the screen and unused memory of the allocator
 
 
 def test_there_are_recipes_for_cards():

@@ -1,4 +1,4 @@
-"""The objective's formulas, against the same in plain float64 and against the scheduler."""
+"""The formulas of the objective, compared with plain float64 code and with the scheduler."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def noise_scheduler(request):
 
 
 def reference_weight(alpha_bar, snr_gamma, prediction_type):
-    """Section 3.4 of Min-SNR (arXiv:2303.09556), one timestep at a time."""
+    """Computes the weight of Section 3.4 of Min-SNR (arXiv:2303.09556) for one timestep."""
     snr = alpha_bar / (1 - alpha_bar)
     if prediction_type == "v_prediction":
         return min(snr, snr_gamma) / (snr + 1)
@@ -47,8 +47,8 @@ def test_the_weights_hold_at_no_signal_and_at_no_noise():
         torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-19)
 
 
-def test_zero_terminal_snr_is_seen():
-    """Fault 7: the rescaled schedule's last timestep has no signal at all, and the loss there is finite."""
+def test_zero_terminal_snr_is_used():
+    """Fault 7: the last timestep of the rescaled schedule has no signal, and its loss is finite."""
     diffusion = Diffusion(DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True))
     timesteps = torch.tensor([998, 999])
     snr = objective.snr_of(diffusion.noise_scheduler.alphas_cumprod, timesteps)
@@ -71,7 +71,7 @@ def test_the_target_is_the_schedulers(noise_scheduler):
         assert torch.equal(target, noise)
         return
     assert torch.equal(target, noise_scheduler.get_velocity(latents, noise, timesteps))
-    # From a prediction that is the target, the noisy latents give the clean ones back: x0 = sqrt(a) x - sqrt(1-a) v.
+    # The target as prediction gives the clean latents: x0 = sqrt(a) x - sqrt(1-a) v.
     alpha_bar = noise_scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     clean = alpha_bar.sqrt() * noisy_latents - (1 - alpha_bar).sqrt() * target
@@ -124,7 +124,7 @@ def test_half_precision_predictions_are_compared_in_float32():
 
 @pytest.mark.parametrize("huber_c", [0.01, 0.1, 1.0])
 def test_huber(huber_c):
-    """Against the formula, one number at a time in float64; near the target it is the squared error, far off it is linear."""
+    """Compares it with the formula in float64; it is the squared error near the target and linear far off."""
     timesteps = torch.tensor([0, 500, 1000])
     c = objective.scheduled_huber_c(LossSettings(loss_type="huber", huber_c=huber_c), timesteps, 1000)
     assert c.tolist() == pytest.approx([1, huber_c**0.5, huber_c])
@@ -164,7 +164,7 @@ def test_a_masked_loss_is_a_weighted_mean():
     assert torch.equal(
         objective.diffusion_loss(pred, target, weights, ones), objective.diffusion_loss(pred, target, weights)
     )
-    # What is hidden has no gradient; a picture that is hidden wholly gives no NaN.
+    # Masked areas have no gradient, and a fully masked picture gives no NaN.
     pred.requires_grad_(True)
     mask[0], mask[1, :, :, 4:] = 0, 0
     objective.diffusion_loss(pred, target, weights, mask).backward()

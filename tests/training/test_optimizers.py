@@ -1,4 +1,4 @@
-"""Each optimizer trains, goes on where it stopped, and says what is wrong with its options."""
+"""Each optimizer trains, is resumed, and reports wrong options."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from text_to_image_lora.training import optimizers
 
 
 LEARNING_RATES = {"adamw": 2e-3, "adamw8bit": 2e-3, "prodigy": 1.0, "schedulefree": 5e-3, "adafactor": 2e-3}
-STEPS = {"prodigy": 50}  # it has to find the size of its steps first
+STEPS = {"prodigy": 50}  # it first has to find its step size
 
 
 @pytest.mark.parametrize(
@@ -24,13 +24,13 @@ STEPS = {"prodigy": 50}  # it has to find the size of its steps first
     ],
 )
 def test_it_lowers_the_loss_on_the_weapons(name, train_on_weapons, tmp_path):
-    """On the embedded base, in 20 steps or 50; judged by pictures that it never saw, with the LoRA's file."""
+    """Trains the embedded base model for 20 or 50 steps, and validates the LoRA file on held-out pictures."""
     options = dict(optimizer=name, learning_rate=LEARNING_RATES[name], rank=8, max_train_steps=STEPS.get(name, 20))
     assert relative_loss(train_on_weapons(tmp_path / "out", **options)) < 0.88
 
 
 @pytest.mark.parametrize("name", LEARNING_RATES)
-def test_it_goes_on_where_it_stopped(name, train, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, train, tmp_path):
     options = dict(
         optimizer=name, learning_rate=LEARNING_RATES[name], use_ema=True, max_train_steps=6, checkpointing_steps=3
     )
@@ -46,7 +46,7 @@ def test_it_goes_on_where_it_stopped(name, train, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_flags_of_now_hold_after_a_stop_and_what_was_learnt_stays(train):
+def test_resuming_uses_the_current_flags_and_the_learned_state(train):
     options = dict(optimizer="prodigy", learning_rate=1.0, checkpointing_steps=20)
     out = train(optimizer_args=["d_coef=4.0"], max_train_steps=20, **options)
     before = torch.load(out / "checkpoint-20" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]
@@ -58,10 +58,10 @@ def test_the_flags_of_now_hold_after_a_stop_and_what_was_learnt_stays(train):
     assert after["k"] == 22
 
 
-# What is saved and validated.
+# Weights that are saved and validated.
 
 
-def test_schedulefree_saves_its_average_and_trains_on_with_its_own(train, tmp_path):
+def test_schedulefree_saves_its_average_and_continues_with_its_training_weights(train, tmp_path):
     options = dict(optimizer="schedulefree", learning_rate=1e-2, max_train_steps=4)
     out = train(output_dir=tmp_path / "one", **options)
     trained = load_file(out / "checkpoint-4" / "adapter.safetensors")
@@ -77,13 +77,15 @@ def test_schedulefree_saves_its_average_and_trains_on_with_its_own(train, tmp_pa
 
 
 def test_ema_saves_the_average_of_the_weights(train, tmp_path):
-    """Against the average taken by hand from the checkpoints of every step."""
+    """Compares it with an average computed from the checkpoints of every step."""
     options = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9, lora_alpha=4)
     plain = train(output_dir=tmp_path / "plain", **options)
     out = train(output_dir=tmp_path / "ema", use_ema=True, ema_decay=0.6, **options)
     steps = [load_file(out / f"checkpoint-{step}" / "adapter.safetensors") for step in range(1, 5)]
     trained = load_file(plain / "checkpoint-4" / "adapter.safetensors")
-    assert all(torch.equal(trained[name], steps[-1][name]) for name in trained)  # the training itself is the same
+    assert all(
+        torch.equal(trained[name], steps[-1][name]) for name in trained
+    )  # the average does not change the training
     average = {name: torch.zeros_like(value) if "lora_B" in name else None for name, value in trained.items()}
     for step, weights in enumerate(steps, start=1):
         decay = min(0.6, step / (9 + step)) if step > 1 else 0.0  # EMAModel's: (1 + n) / (10 + n) after n steps
@@ -135,19 +137,25 @@ def test_a_value_may_be_any_literal():
         (dict(optimizer_args=["lr=3"]), "--optimizer_args lr: adamw has no such option"),
         (dict(optimizer_args=["weight_decay=-1"]), "--optimizer adamw: Invalid weight_decay value: -1"),
         (dict(optimizer="prodigy", use_8bit_adam=True), "Pass one of --use_8bit_adam and --optimizer prodigy"),
-        (dict(optimizer="schedulefree", lr_scheduler="cosine"), "schedulefree needs no --lr_scheduler cosine"),
+        (
+            dict(optimizer="schedulefree", lr_scheduler="cosine"),
+            "schedulefree can't be combined with --lr_scheduler cosine",
+        ),
         (dict(snr_gamma=5, debiased_estimation=True), "Pass one of --snr_gamma and --debiased_estimation"),
         (dict(lr_warmup_ratio=0.1, lr_warmup_steps=3), "Pass one of --lr_warmup_steps and --lr_warmup_ratio"),
         (dict(lr_warmup_ratio=1.5), "--lr_warmup_ratio 1.5: it must be from 0 to 1."),
         (dict(timestep_range=[500, 100]), "--timestep_range 500 100: write two numbers from 0 to 1000"),
-        (dict(optimizer="prodigy", loraplus_lr_ratio=4), "--optimizer prodigy has one learning rate for all"),
-        (dict(optimizer="schedulefree", adam_beta1=0), "--optimizer schedulefree needs a first beta above 0"),
+        (dict(optimizer="prodigy", loraplus_lr_ratio=4), "--optimizer prodigy has a single learning rate"),
+        (
+            dict(optimizer="schedulefree", adam_beta1=0),
+            "--optimizer schedulefree needs a first beta (--adam_beta1) above 0",
+        ),
         (dict(mode_scale=-1.5), "--mode_scale -1.5: it must be from -1 to 1.75"),
         (dict(logit_mean="nan"), "--logit_mean nan: it must be from -100 to 100"),
         (dict(huber_c=0), "--huber_c 0: it must be more than 0"),
         (dict(optimizer="schedulefree", optimizer_args=["betas=0.9"]), "--optimizer schedulefree: "),
         (dict(optimizer_args=["fused=True", "foreach=True"]), "--optimizer adamw: `fused` and `foreach` cannot be"),
-        (dict(optimizer_args=["capturable=True"]), "--optimizer_args capturable: it can't be used"),
+        (dict(optimizer_args=["capturable=True"]), "--optimizer_args capturable: the training loop does not support"),
         (
             dict(optimizer="prodigy", optimizer_args=["d_coef=abc"]),
             "--optimizer_args d_coef=abc: write a value such as 1",
@@ -158,7 +166,7 @@ def test_a_value_may_be_any_literal():
             dict(init_lora_weights="orthogonal", target_modules=["to_q", "conv1"]),
             "The LoRA can't be added (Unknown init",
         ),
-        (dict(lr_scheduler="polynomial", lr_warmup_ratio=1), "polynomial: 2 of 2 steps are warm-up"),
+        (dict(lr_scheduler="polynomial", lr_warmup_ratio=1), "polynomial: 2 of 2 steps are warmup"),
         (dict(lr_scheduler="polynomial", learning_rate=1e-9, scale_lr=True), "polynomial ends at 1e-07"),
         (dict(lr_scheduler="polynomial", lr_power="nan"), "--lr_power nan: it must be 0 or more and finite."),
         (dict(noise_offset="inf"), "--noise_offset inf: it must be 0 or more and finite."),
@@ -167,7 +175,7 @@ def test_a_value_may_be_any_literal():
     ],
     ids=str,
 )
-def test_bad_flags_are_told(train, flags, message):
+def test_bad_flags_are_reported(train, flags, message):
     with pytest.raises(InputError) as caught:
         train(**flags)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""The perceptual losses: zero at the truth, as the formula says, felt by the LoRA alone, and no harm to learning."""
+"""The perceptual losses: values, gradients, and their effect on training."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ SCALING_FACTOR = 0.5
 
 @pytest.fixture
 def loaded(tiny_sd):
-    """VAE and adapted UNet, with a LoRA that does something."""
+    """Returns the VAE and the UNet, with a LoRA whose B matrices are not zero."""
     loaded = load_components(find_base_model(str(tiny_sd)))
     torch.manual_seed(0)
     lora.add_lora(loaded.denoiser, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
@@ -43,8 +43,8 @@ def diffusion():
 
 
 @pytest.fixture
-def loss_of(loaded, diffusion):
-    """`loss_of(kind, ...)`: the perceptual loss of a prediction, of weight 1 for each sample, as the loop has it."""
+def compute_loss(loaded, diffusion):
+    """Returns a function that computes the perceptual loss of a prediction as the training loop does."""
     vae, unet = loaded
 
     def build(kind, model_pred, clean, noise, batch, max_timestep=1000):
@@ -60,7 +60,7 @@ def loss_of(loaded, diffusion):
 
 @pytest.fixture
 def numbers():
-    """Clean latents, the noise on them, another prediction of it, and the batch of three samples that they are of."""
+    """Returns clean latents, noise, a wrong prediction of the noise, and the batch, for three samples."""
     generator = torch.Generator().manual_seed(1)
     clean, predicted, noise, other_noise = torch.randn(4, 3, 4, 8, 8, generator=generator)
     states = torch.randn(3, 77, 96, generator=generator)
@@ -71,30 +71,30 @@ def numbers():
     return clean, noise, predicted, batch
 
 
-def of_sample(batch, i):
-    """The batch with the weight of one sample alone."""
+def only_sample(batch, i):
+    """Returns the batch with a weight for only one sample."""
     return batch | {"weights": torch.eye(3)[i]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_at_the_truth_and_only_there(diffusion, loss_of, numbers, kind, monkeypatch):
+def test_zero_at_the_truth_and_only_there(diffusion, compute_loss, numbers, kind, monkeypatch):
     clean, noise, predicted, batch = numbers
     with torch.no_grad():
         for i in range(3):
-            assert loss_of(kind, predicted, clean, noise, of_sample(batch, i)) > 0
-            # To rounding where the latents come back from noise, exactly where they are the true ones.
-            assert loss_of(kind, noise, clean, noise, of_sample(batch, i)) < 1e-6
+            assert compute_loss(kind, predicted, clean, noise, only_sample(batch, i)) > 0
+            # Zero up to rounding for an estimate from noise, and exactly zero for the clean latents.
+            assert compute_loss(kind, noise, clean, noise, only_sample(batch, i)) < 1e-6
         monkeypatch.setattr(diffusion, "clean_estimate", lambda noisy_latents, model_pred, timesteps: clean)
-        assert loss_of(kind, predicted, clean, noise, batch) == 0
+        assert compute_loss(kind, predicted, clean, noise, batch) == 0
 
 
-def test_the_decoders_against_a_plain_loop_in_float64(loaded, diffusion, loss_of, numbers):
+def test_the_decoders_against_a_plain_loop_in_float64(loaded, diffusion, compute_loss, numbers):
     vae, _ = loaded
     clean, noise, model_pred, batch = numbers
     timesteps = batch["timesteps"]
     predicted = diffusion.clean_estimate(diffusion.add_noise(clean, noise, timesteps), model_pred, timesteps)
     with torch.no_grad():
-        losses = [loss_of("decoder", model_pred, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+        losses = [compute_loss("decoder", model_pred, clean, noise, only_sample(batch, i)).item() for i in range(3)]
         vae = vae.double()
         for i in range(3):
             features = []
@@ -112,17 +112,19 @@ def test_the_decoders_against_a_plain_loop_in_float64(loaded, diffusion, loss_of
             assert losses[i] == pytest.approx(torch.stack(layers).mean().item(), rel=1e-3)
 
 
-def test_the_decoder_looks_at_timesteps_below_its_limit_alone(loss_of, numbers):
+def test_the_decoder_is_only_used_below_the_maximum_timestep(compute_loss, numbers):
     clean, noise, predicted, batch = numbers
-    each = [loss_of("decoder", predicted, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+    each = [compute_loss("decoder", predicted, clean, noise, only_sample(batch, i)).item() for i in range(3)]
     for limit, seen in ((1000, 3), (700, 2), (500, 1), (10, 0)):
-        found = loss_of("decoder", predicted, clean, noise, batch, max_timestep=limit).item()
+        found = compute_loss("decoder", predicted, clean, noise, batch, max_timestep=limit).item()
         assert found == pytest.approx(sum(each[:seen]), rel=1e-4)
 
 
-def test_the_decoder_chooses_its_samples_without_asking_the_device(loaded, numbers, monkeypatch):
-    """The meta device has no numbers that could be waited for: asked for one, it raises."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # which knows no meta
+def test_the_decoder_selects_samples_without_synchronization(loaded, numbers, monkeypatch):
+    """The meta device raises an error when a value is read from it."""
+    monkeypatch.setattr(
+        torch, "autocast", lambda *args, **options: contextlib.nullcontext()
+    )  # it does not support meta
     clean, noise, predicted, batch = numbers
     loss = PerceptualLoss(
         LossSettings(perceptual_loss="decoder", perceptual_max_timestep=600), family=STABLE_DIFFUSION, denoiser=loaded[1],
@@ -135,13 +137,13 @@ def test_the_decoder_chooses_its_samples_without_asking_the_device(loaded, numbe
         assert loss(predicted.to("meta"), clean.to("meta"), noise.to("meta"), moved).device.type == "meta"
 
 
-def test_the_bases_own_against_a_base_without_a_lora(diffusion, loss_of, numbers, tiny_sd):
+def test_the_bases_own_against_a_base_without_a_lora(diffusion, compute_loss, numbers, tiny_sd):
     clean, noise, model_pred, batch = numbers
     timesteps = batch["timesteps"]
     predicted = diffusion.clean_estimate(diffusion.add_noise(clean, noise, timesteps), model_pred, timesteps)
     base, seen = load_components(find_base_model(str(tiny_sd))).denoiser.double(), []
     with torch.no_grad():
-        losses = [loss_of("self", model_pred, clean, noise, of_sample(batch, i)).item() for i in range(3)]
+        losses = [compute_loss("self", model_pred, clean, noise, only_sample(batch, i)).item() for i in range(3)]
         # The tiny UNet has no middle block.
         base.down_blocks[-1].register_forward_hook(lambda module, given, output: seen.append(output[0]))
         noise, timesteps = batch["perceptual_noise"].double(), batch["perceptual_timesteps"]
@@ -157,7 +159,7 @@ def test_the_lora_is_off_only_inside(loaded, numbers):
     clean, _, _, batch = numbers
     timesteps, states = batch["timesteps"], batch["condition"]["encoder_hidden_states"]
     before = unet(clean, timesteps, states).sample
-    with perceptual.plain(unet):
+    with perceptual.frozen_base(unet):
         without = unet(clean, timesteps, states).sample
     assert (before - without).abs().max() > 1e-3
     assert torch.equal(unet(clean, timesteps, states).sample, before)
@@ -166,7 +168,7 @@ def test_the_lora_is_off_only_inside(loaded, numbers):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, loss_of, numbers, kind, checkpointing):
+def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, compute_loss, numbers, kind, checkpointing):
     vae, unet = loaded
     vae.requires_grad_(False)
     unet.train()
@@ -177,7 +179,7 @@ def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, loss_of, n
 
     def loss():
         prediction = unet(noisy_latents, batch["timesteps"], **batch["condition"]).sample
-        return loss_of(kind, prediction, clean, noise, batch)
+        return compute_loss(kind, prediction, clean, noise, batch)
 
     loss().backward()
     gradients = {name: p.grad for name, p in [*unet.named_parameters(), *vae.named_parameters()] if p.grad is not None}
@@ -185,7 +187,7 @@ def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, loss_of, n
     assert all("lora_" in name and value.abs().max() > 0 for name, value in gradients.items())
     assert len(gradients) == sum(p.requires_grad for p in unet.parameters())
     assert not any("lora_" in name and value.isnan().any() for name, value in gradients.items())
-    # The slope is the true one, through the frozen features too.
+    # The gradient, which also passes through the frozen features, equals the slope.
     name, parameter = next((n, p) for n, p in unet.named_parameters() if "up_blocks" in n and "lora_B" in n)
     direction, step = torch.sign(gradients[name]), 1e-3
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_gradients_reach_the_lora_and_nothing_else(loaded, diffusion, loss_of, n
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_it(train, tmp_path, kind):
-    """It changes the run, not the draws; batch and accumulation are one; and it goes on where it stopped."""
+    """The loss changes the run but not its draws, does not depend on accumulation, and can be resumed."""
     options = dict(max_train_steps=4, checkpointing_steps=2, learning_rate=1e-3, perceptual_max_timestep=900)
     plain = read_metrics(train(output_dir=tmp_path / "plain", train_batch_size=4, **options))
     options |= dict(perceptual_loss=kind, perceptual_loss_weight=1)
@@ -234,12 +236,12 @@ def test_masks_are_refused(train, pictures):
     from PIL import Image
 
     Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
-    with pytest.raises(InputError, match="--perceptual_loss looks at whole pictures, and some of these have masks"):
+    with pytest.raises(InputError, match="--perceptual_loss compares whole pictures, but some of these have masks"):
         train(perceptual_loss="self")
 
 
 def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monkeypatch):
-    """What the base is asked with has no gradients, and the estimate is of the noise without its perturbation."""
+    """The base model's conditions have no gradients, and the estimate uses the noise without perturbation."""
     seen, original = [], perceptual.middle_features
 
     def look(family, unet, noisy_latents, timesteps, condition):
@@ -252,7 +254,7 @@ def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monke
 
 
 def test_the_clean_estimate_is_of_the_targets_noise(train, monkeypatch):
-    """With input perturbation, which the target has nothing of."""
+    """The target has no input perturbation."""
     targets, estimates, target, clean_estimate = [], [], Diffusion.target, Diffusion.clean_estimate
 
     def look_at_target(self, latents, noise, timesteps):
@@ -270,14 +272,14 @@ def test_the_clean_estimate_is_of_the_targets_noise(train, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(estimates, targets, strict=True))
 
 
-def test_the_vae_stays_and_that_is_told(train, capsys):
+def test_the_vae_stays_and_this_is_logged(train, capsys):
     train(perceptual_loss="decoder")
     assert "the VAE stays in memory for --perceptual_loss decoder" in capsys.readouterr().out
 
 
 @pytest.mark.long
 def test_with_them_the_weapons_are_learned_as_well(train_on_weapons, tmp_path):
-    """Held-out loss relative to the base's: no more than 0.02 above that of a run without."""
+    """The relative loss on held-out pictures is at most 0.02 above that of a run without perceptual loss."""
     options = dict(rank=16, max_train_steps=20, learning_rate=2.5e-3, lr_scheduler="cosine")
     found = {}
     for kind in (None, *KINDS):

@@ -1,4 +1,4 @@
-"""What a process computes with: the threads of a launched run, and a number format that its device has."""
+"""The threads of a launched run, emulated bf16, and deterministic kernels."""
 
 import os
 
@@ -11,8 +11,8 @@ from text_to_image_lora.errors import InputError
 from text_to_image_lora.training import interruption, processes
 
 
-def test_a_launched_run_computes_with_the_physical_cores_and_says_so(train, monkeypatch, capsys):
-    """In the environment that `accelerate launch` makes."""
+def test_a_launched_run_uses_the_physical_cores_and_logs_it(train, monkeypatch, capsys):
+    """Uses the environment of `accelerate launch`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(libraries, "physical_cores", lambda: 2)
@@ -24,15 +24,15 @@ def test_a_launched_run_computes_with_the_physical_cores_and_says_so(train, monk
     assert " on 1 x cpu (2 threads) in float32; " in capsys.readouterr().out
 
 
-def test_bf16_that_is_emulated_is_told(train, monkeypatch, capsys):
-    """A T4 says that it has bf16, and counts what it emulates."""
+def test_emulated_bf16_is_logged(train, monkeypatch, capsys):
+    """PyTorch reports bf16 support for a T4, which emulates it."""
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert processes.emulates_bf16(torch.device("cuda"))
     assert not processes.emulates_bf16(torch.device("cpu"))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
     assert not processes.emulates_bf16(torch.device("cuda"))
     monkeypatch.setattr(processes, "emulates_bf16", lambda device: True)
-    line = "this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster here"
+    line = "this GPU has no bf16 and emulates it slowly: --mixed_precision fp16 is faster"
     for precision in ("no", "bf16"):
         train(mixed_precision=precision, max_train_steps=1, resume_from_checkpoint="none")
         assert (line in capsys.readouterr().out) == (precision == "bf16")
@@ -40,15 +40,15 @@ def test_bf16_that_is_emulated_is_told(train, monkeypatch, capsys):
 
 @pytest.fixture
 def kernels():
-    """What --deterministic sets is the process's: it is put back."""
+    """Restores what --deterministic sets in the process."""
     yield
-    processes.be_deterministic(False)
+    processes.use_deterministic_kernels(False)
 
 
 @pytest.mark.usefixtures("kernels")
 def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
-    """In the run, before its first step."""
-    seen, monitored = [], interruption.mean_and_asked
+    """Checks the settings in each step of a run."""
+    seen, monitored = [], interruption.reduce_loss_and_stop
 
     def look(*values):
         flags = [
@@ -58,9 +58,9 @@ def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
         seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, *flags))
         return monitored(*values)
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that monkeypatch restores it
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    monkeypatch.setattr(interruption, "mean_and_asked", look)
+    monkeypatch.setattr(interruption, "reduce_loss_and_stop", look)
     train(max_train_steps=1)
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     assert seen == [(False, False, True, True, True, True)]
@@ -69,6 +69,6 @@ def test_deterministic_sets_what_pytorch_asks_for(train, monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_deterministic_and_xformers_do_not_go_together(arguments):
+def test_deterministic_and_xformers_are_refused_together(arguments):
     with pytest.raises(InputError, match="--deterministic needs plain attention"):
         train_script.parse_settings(arguments(deterministic=True, enable_xformers_memory_efficient_attention=True))

@@ -1,4 +1,4 @@
-"""Trials before a run: they change nothing, and find out what fits."""
+"""Trials before a run: they change nothing, and find out what fits in memory."""
 
 import copy
 import json
@@ -15,12 +15,12 @@ from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.training import batch_size, processes, trials
-from text_to_image_lora.training.trials import Shapes, Trial, even_parts, heaviest_batch, what_compiling_gives
+from text_to_image_lora.training.trials import Shapes, Trial, candidate_batch_sizes, heaviest_batch, measure_compiling
 
 
 @pytest.fixture
 def make_trial(tiny_sd):
-    """A `Trial` of the tiny UNet, whose device has memory for `room` samples."""
+    """Creates a `Trial` of the tiny UNet, as on a device with memory for `room` samples."""
     base = loading.find_base_model(str(tiny_sd))
     unet = loading.load_components(base).denoiser
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=base.family.target_modules))
@@ -47,31 +47,31 @@ def test_a_trial_changes_nothing(make_trial):
     assert all(torch.equal(value, before[name]) for name, value in trial.denoiser.state_dict().items())
 
 
-def test_what_fits_is_found_out(make_trial):
+def test_fits_finds_out_what_fits(make_trial):
     trial = make_trial(3)
     assert [trial.fits(size) for size in (1, 3, 4)] == [True, True, False]
 
 
-def test_another_error_is_none_of_memory(make_trial):
+def test_other_errors_are_not_taken_for_lack_of_memory(make_trial):
     trial = make_trial()
     trial.shapes = trial.shapes._replace(latent=(3, 8, 8))
     with pytest.raises(RuntimeError, match="channels"):
         trial.fits(1)
 
 
-def test_batches_as_few_and_as_even_as_can_be():
-    assert even_parts(1) == [1]
-    assert even_parts(8) == [8, 4, 3, 2, 1]
-    assert even_parts(10) == [10, 5, 4, 3, 2, 1]
+def test_candidate_batch_sizes():
+    assert candidate_batch_sizes(1) == [1]
+    assert candidate_batch_sizes(8) == [8, 4, 3, 2, 1]
+    assert candidate_batch_sizes(10) == [10, 5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("sizes", "limit", "world_size", "accumulation", "expected"),
     [
         ([(64, 64)] * 6, 4, 1, 1, ((64, 64), 4)),
-        ([(64, 64)] * 6, 16, 1, 1, ((64, 64), 6)),  # few pictures never fill a batch
+        ([(64, 64)] * 6, 16, 1, 1, ((64, 64), 6)),  # the pictures do not fill a batch
         ([(64, 64)] * 6, 16, 2, 1, ((64, 64), 3)),
-        ([(64, 64)] * 6 + [(96, 96)], 4, 1, 1, ((64, 64), 4)),  # the largest is alone
+        ([(64, 64)] * 6 + [(96, 96)], 4, 1, 1, ((64, 64), 4)),  # the largest size has a single picture
         ([(64, 64)] * 6 + [(96, 96)] * 2, 4, 1, 1, ((96, 96), 2)),
     ],
 )
@@ -89,23 +89,25 @@ def test_the_heaviest_batch_is_one_that_occurs(sizes, limit, world_size, accumul
     assert max(areas) == sizes[index][0] * sizes[index][1] * count
 
 
-def test_whether_compiling_pays_is_measured(make_trial):
+def test_whether_compiling_pays_off_is_measured(make_trial):
     trial = make_trial()
     times = iter([(1.0, 0.5), (40.0, 0.3)])
     trial.seconds = lambda batch_size: next(times)
     called = []
-    line = what_compiling_gives(lambda: called.append(1), trial, 2, 5000)
+    line = measure_compiling(lambda: called.append(1), trial, 2, 5000)
     assert called == [1]
     assert line == (
-        "compiled in 40 s: forward and backward take 0.300 s instead of 0.500, which pays back after 200 of 5,000 forward "
-        "passes"
+        "compiled in 40 s: forward and backward pass take 0.300 s instead of 0.500 s, which pays off after 200 of 5,000 "
+        "forward passes"
     )
     times = iter([(1.0, 0.5), (40.0, 0.6)])
-    assert what_compiling_gives(lambda: None, trial, 2, 5000).endswith("it does not pay here: leave --compile out")
+    assert measure_compiling(lambda: None, trial, 2, 5000).endswith(
+        "compiling does not pay off here: leave --compile out"
+    )
 
 
-def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, monkeypatch, capsys):
-    """On a machine with room for two samples beside what is there; and later, when there is more, as it began."""
+def test_auto_uses_what_fits_and_trains_equally(train, tmp_path, monkeypatch, capsys):
+    """Memory for two samples gives a batch size of 2, which a resumed run keeps when there is more memory."""
     how = dict(train_batch_size="auto", gradient_accumulation_steps=4, max_train_steps=4, num_validation_images=0)
     train(**how, dry_run=True)
     each = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]["further_sample"]
@@ -130,7 +132,7 @@ def test_auto_takes_what_fits_and_trains_alike(train, tmp_path, monkeypatch, cap
 
 
 class Gpu:
-    """What of an `Accelerator` on a GPU is asked for: nothing here runs on it."""
+    """The attributes of an `Accelerator` on a GPU that are used here; nothing runs on a GPU."""
 
     device, is_main_process = SimpleNamespace(type="cuda"), True
 
@@ -147,7 +149,7 @@ class Gpu:
     ],
 )
 def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, found):
-    """With a trial that has memory for so many samples, in the place of the GPU's."""
+    """Uses a trial with memory for `room` samples instead of that of a GPU."""
     trial = make_trial(room)
     words = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *flags]
     settings = train_script.parse_settings(words)
@@ -165,7 +167,7 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
     )  # fmt: skip
     moved = []
     encoder = SimpleNamespace(to=lambda device: moved.append(str(device)), device=Gpu.device)
-    monkeypatch.setattr(trials, "shapes_of", lambda *_: trial.shapes)
+    monkeypatch.setattr(trials, "find_shapes", lambda *_: trial.shapes)
     monkeypatch.setattr(trials, "Trial", lambda *_, **__: trial)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(processes, "broadcast_object_list", lambda answer: answer)
@@ -174,7 +176,7 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
         trains_text_encoder=False,
     )  # fmt: skip
     if found is None:
-        with pytest.raises(TrainingError, match="Out of memory: a training step does not fit this device. Try "):
+        with pytest.raises(TrainingError, match="Out of memory: a training step does not fit on this device. Try "):
             batch_size.settle(settings, run, models, Gpu())
     else:
         assert batch_size.settle(settings, run, models, Gpu()) is trial
@@ -183,42 +185,44 @@ def test_on_a_gpu_a_step_is_tried(make_trial, monkeypatch, flags, room, kept, fo
     assert len(moved) == 4
 
 
-def test_auto_needs_to_know_what_a_step_has(arguments):
+def test_auto_needs_the_number_of_pictures_per_step(arguments):
     done = run_command(arguments(train_batch_size="auto"))
     assert done.returncode == 2
     assert "--gradient_accumulation_steps, such as 8" in done.stderr.strip()
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_what_makes_room_is_the_base_alone(tiny_sd):
-    """An adapter's weights are views of their masters, which moving would part."""
+def test_only_the_base_weights_are_moved(tiny_sd):
+    """Adapter weights are views of their masters, from which moving would separate them."""
     unet = loading.load_components(loading.find_base_model(str(tiny_sd))).denoiser
     plain = {id(parameter) for parameter in unet.parameters()}
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
     lean.use_lean_forward(unet, [lora.trainable_parameters(unet)])
     joined = [parameter for name, parameter in unet.named_parameters() if ".to_qkv." in name or ".to_kv." in name]
-    assert {id(parameter) for parameter in trials.base_of(unet)} == plain | {id(parameter) for parameter in joined}
+    assert {id(parameter) for parameter in trials.base_parameters(unet)} == plain | {
+        id(parameter) for parameter in joined
+    }
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    with trials.base_set_aside(unet, torch.device("cpu")):
+    with trials.base_moved_to_cpu(unet, torch.device("cpu")):
         pass
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
-def test_parts_of_one_memory_are_moved_as_one():
-    """Whole and parts, in their order and shape, also where a part is not contiguous."""
+def test_tensors_that_share_memory_share_it_after_moving():
+    """Order, shapes and strides are kept, also those of tensors that are not contiguous."""
     whole = torch.arange(12.0).reshape(4, 3)
     parts = [whole, whole[2:], whole[:2].t(), whole + 1]
-    found = list(trials.moved(parts, torch.device("meta")))
+    found = list(trials.move_tensors(parts, torch.device("meta")))
     assert all(part.is_meta for part in found)
     assert [(part.shape, part.stride()) for part in found] == [(part.shape, part.stride()) for part in parts]
     memory = [part.untyped_storage()._cdata for part in found]
     assert memory[0] == memory[1] == memory[2] != memory[3]
-    assert all(torch.equal(part, own) for part, own in zip(trials.moved(parts, torch.device("cpu")), parts))
+    assert all(torch.equal(part, own) for part, own in zip(trials.move_tensors(parts, torch.device("cpu")), parts))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_model_that_made_room_predicts_as_before(tiny_sd):
+def test_a_model_predicts_equally_after_moving(tiny_sd):
     base, device = loading.find_base_model(str(tiny_sd)), torch.device("cuda")
     unet = loading.load_components(base).denoiser.to(device)
     lora.add_lora(unet, LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.target_modules))
@@ -227,8 +231,8 @@ def test_a_model_that_made_room_predicts_as_before(tiny_sd):
     with torch.no_grad():
         master.add_(1e-2)
         wanted = unet(more[0] + 1, more[1].expand(1), more[2]).sample
-        with trials.base_set_aside(unet, device):
-            assert {parameter.device.type for parameter in trials.base_of(unet)} == {"cpu"}
+        with trials.base_moved_to_cpu(unet, device):
+            assert {parameter.device.type for parameter in trials.base_parameters(unet)} == {"cpu"}
         assert torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)
         master.add_(1e-2)
         assert not torch.equal(unet(more[0] + 1, more[1].expand(1), more[2]).sample, wanted)

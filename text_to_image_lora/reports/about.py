@@ -126,9 +126,9 @@ def device_name(device):
     """What a `torch.device` is called, and how many threads compute where it is the CPU."""
     import torch
 
-    from ..training.processes import in_words
+    from ..training.processes import describe_device
 
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else in_words(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else describe_device(device)
 
 
 def versions():

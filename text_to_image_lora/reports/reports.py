@@ -94,7 +94,7 @@ class Reports:
 
     def begin(self) -> BaseException | None:
         """Does what was still due when a resumed run was stopped; returns the ending if it is stopped again."""
-        ending = interruption.stopped_in(self._do_what_is_due, f"after step {self.run.state.global_step}")
+        ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
         self.numbers.write_page()
         self.clock = time.time()
         return ending
@@ -121,10 +121,10 @@ class Reports:
         if pauses or finished:
             self.numbers.flush()
         where = f"after step {state.global_step}, with a checkpoint"
-        ending = self.numbers.trouble(finished) or interruption.stopped_in(self._do_what_is_due, where)
+        ending = self.numbers.trouble(finished) or interruption.run_until_stopped(self._do_what_is_due, where)
         finished = finished or self.judge.out_of_patience()
         if ending is None and not finished and self.numbers.asked:
-            ending = interruption.agreed(where)
+            ending = interruption.stop_requested_anywhere(where)
         saves = checkpoint_due or (finished and self.settings.checkpoints.checkpointing_steps > 0)
         saves = saves and ending is None and self.numbers.in_a_row < 2
         # The checkpoint comes last, so that what a run resumes after is all there.

@@ -168,7 +168,7 @@ class Painter:
                     output_type="latent",
                     callback_on_step_end=_leave_out_the_rest_if_asked,
                 ).images
-                if interruption.asked():
+                if interruption.stop_requested():
                     break
                 # One at a time, which takes less memory; in float32, as some VAEs overflow in float16.
                 with torch.autocast(device.type, enabled=False):
@@ -182,7 +182,7 @@ class Painter:
 
 def _leave_out_the_rest_if_asked(pipeline, step, timestep, tensors):
     """After a denoising step: where the run is asked to stop, the pipeline passes over the others."""
-    pipeline._interrupt = interruption.asked() is not None  # what its property `interrupt` says
+    pipeline._interrupt = interruption.stop_requested() is not None  # what its property `interrupt` says
     return tensors
 
 

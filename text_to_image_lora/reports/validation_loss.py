@@ -89,7 +89,7 @@ class LossMeter:
         with evaluating(self.denoiser), self.accelerator.autocast():
             share = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
             for index in share:
-                if interruption.asked():
+                if interruption.stop_requested():
                     break
                 row = validation_set[index]
                 condition = row.pop("condition")

@@ -1,4 +1,4 @@
-"""How many samples a forward pass takes, before anything is encoded."""
+"""The batch size of the run, settled before anything is encoded."""
 
 import functools
 import logging
@@ -14,47 +14,52 @@ logger = logging.getLogger(__name__)
 
 
 def settle(settings: Any, run: Any, models: Any, accelerator: Any) -> trials.Trial:
-    """Sets the sampler's batch size, and returns a `Trial` of the run's heaviest batch.
+    """Sets the sampler's batch size to the flag's, or for `auto` to what fits, and returns a `Trial` of the heaviest batch.
 
-    The size is what the flag says, or for `auto` what the main process finds to fit. On a GPU a step is tried, so that a
-    run which doesn't fit ends before anything is encoded, with a `TrainingError`; on a CPU `auto` goes by the estimate.
+    On a GPU a training step is tried, so that a run which does not fit raises `TrainingError` before anything is encoded.
+    On a CPU `auto` uses the estimate of memory.
     """
-    batches, device, denoiser = settings.batches, accelerator.device, models.denoiser
+    batches, denoiser = settings.batches, models.denoiser
+    device = accelerator.device
     limit = batches.gradient_accumulation_steps if batches.is_auto else batches.batch_size
     index, heaviest = trials.heaviest_batch(run.pictures, run.sampler, limit)
-    # A single file says how wide its prompts are only when it is loaded.
+    # The width of a single file's prompt embeddings is only known once it is loaded.
     base = run.base._replace(cross_attention_dim=denoiser.config.cross_attention_dim)
-    shapes = trials.shapes_of(run.pictures, index, base, run.identity["num_chunks"])
+    shapes = trials.find_shapes(run.pictures, index, base, run.identity["num_chunks"])
     dtype, autocast = next(denoiser.parameters()).dtype, run.lora.needs_autocast
     trial = trials.Trial(
         base.family, denoiser, trainable_parameters(denoiser), shapes, dtype, device, autocast=autocast
     )
     if batches.is_auto and device.type != "cuda" and base.kind == "file" and base.single_file_config is None:
         raise InputError(
-            "--train_batch_size auto needs the base's configuration here: add --single_file_config FOLDER."
+            "--train_batch_size auto needs the configuration of the base model here. Add --single_file_config FOLDER."
         )
 
-    def first_that_fits():
-        kept = run.state.batch_size
-        sizes = [limit] if not batches.is_auto else trials.even_parts(limit) if kept is None else [kept]
-        needs = functools.partial(memory.estimate, base, shapes, memory.plan_of(settings, base, dtype))
+    def find_size():
+        if not batches.is_auto:
+            sizes = [limit]
+        elif run.state.batch_size is not None:
+            sizes = [run.state.batch_size]
+        else:
+            sizes = trials.candidate_batch_sizes(limit)
+        needs = functools.partial(memory.estimate, base, shapes, memory.make_plan(settings, base, dtype))
         return trials.first_that_fits(trial, device, sizes, heaviest, lambda: needs().further_sample)
 
-    with trials.set_aside(_idle_in_steps(settings, run, models), device):
-        found = processes.as_main_says(first_that_fits, accelerator)
-    if not found:
+    with trials.moved_to_cpu(_idle_in_steps(settings, run, models), device):
+        size = processes.broadcast_from_main(find_size, accelerator)
+    if not size:
         raise TrainingError(
-            f"Out of memory: a training step does not fit this device. Try {ways_to_save_memory(settings)}."
+            f"Out of memory: a training step does not fit on this device. Try {ways_to_save_memory(settings)}."
         )
     if batches.is_auto:
-        run.state.batch_size = found
-        logger.info(f"--train_batch_size auto: {found} of a step's {limit} pictures at once")
-    run.sampler.batch_size = found
+        run.state.batch_size = size
+        logger.info(f"--train_batch_size auto: {size} of a step's {limit} pictures at once")
+    run.sampler.batch_size = size
     return trial
 
 
 def _idle_in_steps(settings, run, models):
-    """The models that the steps do without."""
+    """The models that training steps do not use."""
     if not run.variations:
         return []
     encoders = [] if models.trains_text_encoder else [*models.prompt_encoder.text_encoders]

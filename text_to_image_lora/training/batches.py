@@ -1,17 +1,18 @@
-"""The order of the samples: which pictures an optimizer step is about, and how ranks and micro-batches share them."""
+"""The order of samples: the pictures of each optimizer step, divided among ranks and micro-batches."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Epoch(NamedTuple):
-    """The samples of an epoch, before they are put into a random order."""
+    """The samples of an epoch, before shuffling."""
 
-    samples: np.ndarray | list[int]  # the picture's index of each
+    samples: np.ndarray | list[int]  # the index of each sample's picture
     seed: int = 0
-    groups: list[int] | None = None  # a number for each picture: the samples of a step are of one group
+    groups: list[int] | None = None  # for each picture; all samples of a step are of one group
     loss_weights: list[float] | None = None  # for each picture
 
 
@@ -25,67 +26,71 @@ class Division(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One row of a micro-batch: which picture, where in the run, and its share of the loss (0 for a filler)."""
+    """One row of a micro-batch."""
 
-    index: int
+    index: int  # of the picture
     step: int
-    position: int
-    weight: float
+    position: int  # in the effective batch
+    weight: float  # of its loss; 0 for a filler
 
 
-def samples_of_epoch(num_repeats, concepts=None, *, seed=0):
-    """The picture's index of every sample of an epoch: each picture `num_repeats` times.
+def repeat_pictures(
+    num_repeats: Sequence[int] | np.ndarray, concepts: Sequence[str] | None = None, *, seed: int = 0
+) -> np.ndarray:
+    """Returns the picture index of each sample of an epoch: every picture `num_repeats` times.
 
-    With `concepts` (a name for each picture), smaller concepts are repeated until all have as many samples as the
-    largest; what doesn't go round falls to pictures that the seed chooses, so that no two of a concept with equal
-    repeats differ by more than one.
+    With `concepts` (a name for each picture), smaller concepts are repeated until all have as many samples as the largest.
+    Where this does not divide evenly, the seed selects pictures for one sample more.
     """
     samples = np.repeat(np.arange(len(num_repeats)), num_repeats)
     if concepts is None:
         return samples
-    _, concept_of = np.unique(np.asarray(concepts, dtype=str), return_inverse=True)
-    samples = samples[np.argsort(concept_of[samples], kind="stable")]
-    groups = np.split(samples, np.cumsum(np.bincount(concept_of[samples]))[:-1])
+    _, concept_numbers = np.unique(np.asarray(concepts, dtype=str), return_inverse=True)
+    samples = samples[np.argsort(concept_numbers[samples], kind="stable")]
+    groups = np.split(samples, np.cumsum(np.bincount(concept_numbers[samples]))[:-1])
     most = max(map(len, groups))
     return np.sort(np.concatenate([_repeated(group, most, [seed, i]) for i, group in enumerate(groups)]))
 
 
 def _repeated(samples, count, seed):
-    """`count` samples: each as often as it goes round, and what is left falls to those that the seed chooses."""
+    """Repeats the samples until there are `count`; the seed selects which samples occur once more than the rest."""
     times, rest = divmod(count, len(samples))
     return np.concatenate([np.tile(samples, times), np.random.default_rng(seed).permutation(samples)[:rest]])
 
 
-def add_class_samples(samples, class_indices, *, seed=0):
-    """As many samples of one's own pictures as of the class pictures: the fewer are repeated.
+def add_class_samples(samples: np.ndarray, class_indices: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Appends samples of class pictures; the smaller of both parts is repeated until they have equal numbers.
 
-    Prior preservation as in DreamBooth (Ruiz et al., 2022, https://arxiv.org/abs/2208.12242).
+    This is the prior preservation of DreamBooth (Ruiz et al., 2022, https://arxiv.org/abs/2208.12242).
     """
     count = max(len(samples), len(class_indices))
     return np.concatenate([_repeated(np.asarray(part), count, [seed, 1]) for part in (samples, class_indices)])
 
 
-def samples_of_dataset(is_class, concepts, num_repeats, *, balanced, seed=0):
-    """The picture's index of every sample of an epoch, from the columns of the records; see the functions above.
+def make_epoch_samples(
+    is_class: Sequence[bool], concepts: Any, num_repeats: Sequence[int], *, balanced: bool, seed: int = 0
+) -> np.ndarray:
+    """Returns the picture index of each sample of an epoch, from the columns of the records.
 
-    With `balanced` every concept has as many samples; the class pictures are no concept.
+    With `balanced`, all concepts have equal numbers of samples. Class pictures belong to no concept.
     """
     own = np.flatnonzero(~np.asarray(is_class, dtype=bool))
     named = [concepts[index] for index in own] if balanced else None
-    samples = own[samples_of_epoch(np.asarray(num_repeats)[own], named, seed=seed)]
-    others = np.flatnonzero(is_class)
-    return add_class_samples(samples, others, seed=seed) if len(others) else samples
+    samples = own[repeat_pictures(np.asarray(num_repeats)[own], named, seed=seed)]
+    class_indices = np.flatnonzero(is_class)
+    return add_class_samples(samples, class_indices, seed=seed) if len(class_indices) else samples
 
 
 class EffectiveBatchSampler:
-    """Micro-batches of `Sample`s for this rank, from `first_step` to `num_steps`, which are set before it is iterated.
+    """Yields this rank's micro-batches of `Sample`s, from `first_step` to `num_steps`, which must be set before iteration.
 
     Each epoch is a permutation of its samples. An optimizer step takes the next `batch_size * world_size * accumulation`
-    of it; the last of an epoch takes what is left. With groups, each group's last step takes what is left of the group,
-    and the steps come in random order. All ranks have equally many micro-batches of the same size: where samples don't go
-    round, a rank gets a filler of weight 0. The weights of a step's samples, over all ranks and micro-batches, add up to
-    `world_size`, because DDP averages over the ranks; with `loss_weights` each is in proportion to its picture's, and a
-    step's add up to that on average.
+    samples, and the last step of an epoch takes the rest. With groups, the last step of each group takes the group's rest,
+    and the steps are shuffled. All ranks have equal numbers of micro-batches of equal size; a rank without a sample gets a
+    filler of weight 0.
+
+    The weights of a step's samples, over all ranks and micro-batches, sum to `world_size`, because DDP averages over the
+    ranks. With `loss_weights` they are proportional to the pictures' weights, and sum to `world_size` on average.
     """
 
     def __init__(self, epoch: Epoch, division: Division):
@@ -103,10 +108,10 @@ class EffectiveBatchSampler:
         self.num_steps = 0
         counts = np.bincount(self.groups[self.samples])
         self.steps_per_epoch = int(np.ceil(counts / self.effective_batch_size).sum())
-        self.epoch = (None, None)
+        self.epoch: tuple[Any, Any] = (None, None)
 
-    def samples_of(self, step):
-        """The indices of the pictures that the optimizer step is about, over all ranks and micro-batches."""
+    def samples_of(self, step: int) -> np.ndarray:
+        """Returns the picture indices of an optimizer step, over all ranks and micro-batches."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self.epoch[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -120,15 +125,15 @@ class EffectiveBatchSampler:
             self.epoch = (epoch, steps)
         return self.epoch[1][place]
 
-    def num_samples(self, step):
-        """How many samples the optimizer step really has."""
+    def num_samples(self, step: int) -> int:
+        """Returns the number of samples of an optimizer step, without fillers."""
         return len(self.samples_of(step))
 
-    def num_micro_batches(self, step):
+    def num_micro_batches(self, step: int) -> int:
         return math.ceil(self.num_samples(step) / (self.batch_size * self.world_size))
 
-    def micro_batches(self, step):
-        """The lists of samples that this rank trains on in one optimizer step."""
+    def micro_batches(self, step: int) -> Iterator[list[Sample]]:
+        """Yields the micro-batches of this rank in one optimizer step."""
         indices = self.samples_of(step)
         count, together = len(indices), self.batch_size * self.world_size
         weights = self.world_size / count * self.loss_weights[indices]
@@ -142,18 +147,20 @@ class EffectiveBatchSampler:
                 batch.append(Sample(int(index), step, position, float(weights[position]) if real else 0.0))
             yield batch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[Sample]]:
         for step in range(self.first_step, self.num_steps):
             yield from self.micro_batches(step)
 
 
-def make_sampler(pictures, seed: int, division: Division, *, balanced=False, prior_loss_weight=1.0):
-    """The `EffectiveBatchSampler` of a `PictureSet`; a step's pictures are of one size.
+def make_sampler(
+    pictures: Any, seed: int, division: Division, *, balanced: bool = False, prior_loss_weight: float = 1.0
+) -> EffectiveBatchSampler:
+    """Creates the sampler of a `PictureSet`, with pictures of one size in each step.
 
-    With `balanced` every concept has as many samples; each class picture counts `prior_loss_weight`.
+    With `balanced`, all concepts have equal numbers of samples. `prior_loss_weight` is the weight of each class picture.
     """
     records = pictures.records
-    samples = samples_of_dataset(
+    samples = make_epoch_samples(
         pictures.is_class, records["concept"][:], records["num_repeats"][:], balanced=balanced, seed=seed
     )
     numbers = {size: number for number, size in enumerate(sorted(set(pictures.sizes)))}

@@ -1,9 +1,8 @@
-"""The cache on disk: VAE latents and prompts' conditions, computed once and shared by later runs.
+"""The cache on disk: VAE latents and prompt embeddings, computed once and shared by later runs.
 
-A shard's name is a hash of everything that its content depends on (the pictures' bytes, crops and flips, the VAE's
-weights, the dtype; the captions and the text encoders' weights). So nothing in the cache can be stale: what has changed
-has another name. Shards are consecutive parts of the dataset and are encoded in batches that depend on its order alone;
-each is written whole or not at all.
+The name of a shard is a hash of everything that its content depends on (the pictures' bytes, crops and flips, the VAE's
+weights, the dtype; the captions and the text encoders' weights), so the cache is never stale. Shards are consecutive parts
+of the dataset, encoded in batches that depend only on its order, and each is written whole or not at all.
 """
 
 import hashlib
@@ -12,6 +11,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -27,8 +27,8 @@ from ..pictures.alike import pick_probe
 from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
-from .conditions import picture_condition_of
-from .inputs import as_trained_on
+from .conditions import make_picture_condition
+from .inputs import with_cached_tag_orders
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
 
 
@@ -37,16 +37,17 @@ CACHE_VERSION = 4
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_CAPTIONS = 32
-PICTURES_AHEAD = 8  # decoded while others are encoded
-WHERE = "while pictures and captions were encoded; those that are done are kept"
-CONDITION = "condition."  # before the name of a variation's own condition in its shard
+PICTURES_AHEAD = 8  # decoded in threads while earlier ones are encoded
+WHERE = "while encoding pictures and captions; those that are encoded are kept"
+CONDITION = "condition."  # prefix of the picture's conditions in a shard
 
 
-def plan_latents(pictures, variations, *, identity, dtype, folder):
-    """The shards for a `PictureSet`, and where each variation of each picture lies.
+def plan_latents(
+    pictures: Any, variations: int, *, identity: str, dtype: torch.dtype, folder: Path | str
+) -> tuple[list[Shard], np.ndarray]:
+    """Divides the variations of a `PictureSet` into shards of one size each; equal variations are stored once.
 
-    A shard's pictures have one size. Returns shards whose entries are (i, k), and locations[i, k] = (shard, row), both
-    int32. Variations that are alike (a square picture has one crop) are stored once.
+    Returns the shards, whose entries are (picture i, variation k), and the int32 array locations[i, k] = (shard, row).
     """
     shards, locations = [], np.zeros((len(pictures), variations, 2), dtype=np.int32)
     members = {}
@@ -74,8 +75,10 @@ def plan_latents(pictures, variations, *, identity, dtype, folder):
     return shards, locations
 
 
-def plan_prompts(captions, *, identity, dtype, folder):
-    """The shards for a list of captions, and the place {caption: (shard, row)} of each."""
+def plan_prompts(
+    captions: list[str], *, identity: str, dtype: torch.dtype, folder: Path | str
+) -> tuple[list[Shard], dict[str, tuple[int, int]]]:
+    """Divides captions into shards, and returns these and {caption: (shard, row)}."""
     shards, places = [], {}
     unique = list(dict.fromkeys(captions))
     for start in range(0, len(unique), CAPTIONS_PER_SHARD):
@@ -90,10 +93,12 @@ def _shard_path(folder, kind, key):
     return Path(folder) / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]}.safetensors"
 
 
-def encode_latent_entries(entries, progress, *, pictures, encoder, family):
-    """The tensors of a latent shard: posterior "mean" and "std", (entries, C, h, w), and the variations' conditions.
+def encode_latent_entries(
+    entries: np.ndarray, progress: Any, *, pictures: Any, encoder: LatentEncoder, family: Any
+) -> dict[str, torch.Tensor]:
+    """Computes the tensors of a latent shard: "mean" and "std" of the posterior (entries, C, h, w), and conditions.
 
-    Where the pictures are masked, "mask" too, (entries, 1, h, w); pictures without one count everywhere.
+    If any picture of the set has a mask, there is also "mask" (entries, 1, h, w).
     """
     batch_size = encoded_at_once(*pictures.sizes[entries[0][0]])
 
@@ -106,7 +111,7 @@ def encode_latent_entries(entries, progress, *, pictures, encoder, family):
     decoded = itertools.chain.from_iterable(in_threads(variations_of, by_picture, ahead=PICTURES_AHEAD))
     rows = {"mean": [], "std": []}
     for start in range(0, len(entries), batch_size):
-        interruption.raise_if_asked(WHERE)
+        interruption.raise_if_requested(WHERE)
         part = entries[start : start + batch_size].tolist()
         pixels, masks = zip(*itertools.islice(decoded, len(part)), strict=True)
         mean, std = encoder(torch.from_numpy(np.stack(pixels)))
@@ -115,68 +120,70 @@ def encode_latent_entries(entries, progress, *, pictures, encoder, family):
         for (i, k), mask in zip(part, masks, strict=True):
             if mask is not None:
                 rows.setdefault("mask", []).append(torch.from_numpy(mask)[None])
-            for name, value in picture_condition_of(pictures, i, k, family).items():
+            for name, value in make_picture_condition(pictures, i, k, family).items():
                 rows.setdefault(CONDITION + name, []).append(value)
         progress.update(len(part))
     return {name: torch.stack(values).contiguous() for name, values in rows.items()}
 
 
-def encode_prompt_entries(entries, progress, *, encoder):
-    """The tensors of a prompt shard: the captions' condition by name, a row a caption."""
+def encode_prompt_entries(entries: list[str], progress: Any, *, encoder: Any) -> dict[str, torch.Tensor]:
+    """Computes the tensors of a prompt shard: conditions by name, with one row per caption."""
     parts = []
     for start in range(0, len(entries), ENCODE_CAPTIONS):
-        interruption.raise_if_asked(WHERE)
+        interruption.raise_if_requested(WHERE)
         part = entries[start : start + ENCODE_CAPTIONS]
         parts.append({name: value.cpu() for name, value in encoder(part).items()})
         progress.update(len(part))
     return {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
 
 
-def bytes_of_latents(pictures, shards, latent_shape, dtype):
-    """How many bytes the tensors of these shards take."""
+def count_latent_bytes(pictures: Any, shards: list[Shard], latent_shape: Callable, dtype: torch.dtype) -> int:
+    """Returns the size of the tensors of latent shards in bytes."""
     shapes = [latent_shape(pictures.sizes[i]) for shard in shards for i, _ in shard.entries.tolist()]
     masks = sum(2 * math.prod(shape[1:]) for shape in shapes) if pictures.masked else 0
     return 2 * dtype.itemsize * sum(map(math.prod, shapes)) + masks
 
 
-def bytes_of_prompts(shards, condition_shapes, dtype):
-    """How many bytes the tensors of these shards take."""
+def count_prompt_bytes(shards: list[Shard], condition_shapes: dict[str, tuple], dtype: torch.dtype) -> int:
+    """Returns the size of the tensors of prompt shards in bytes."""
     row = sum(map(math.prod, condition_shapes.values()))
     return sum(len(shard.entries) for shard in shards) * row * dtype.itemsize
 
 
-def captions_to_cache(pictures, settings: CaptionSettings):
-    """Every caption that a sample may draw; with caption dropout the empty one is there too."""
-    return [caption for group in pictures.captions for caption in group] + [""] * (settings.caption_dropout > 0)
+def captions_to_cache(pictures: Any, settings: CaptionSettings) -> list[str]:
+    """Returns every caption that a sample can draw, including the empty caption of caption dropout."""
+    captions = [caption for group in pictures.captions for caption in group]
+    return [*captions, ""] if settings.caption_dropout > 0 else captions
 
 
-def bytes_of_cache(pictures, base, *, variations, captions, num_chunks, dtype):
-    """How many bytes the whole cache of these pictures and captions takes; no model is needed for it."""
+def count_cache_bytes(
+    pictures: Any, base: BaseModel, *, variations: int, captions: list[str], num_chunks: int, dtype: torch.dtype
+) -> int:
+    """Returns the size in bytes of the cache of these pictures and captions. Needs no model."""
     latents, _ = plan_latents(pictures, variations, identity="", dtype=dtype, folder="")
     prompts, _ = plan_prompts(captions, identity="", dtype=dtype, folder="")
     shapes = base.condition_shapes(num_chunks)
-    return bytes_of_latents(pictures, latents, base.latent_shape, dtype) + bytes_of_prompts(prompts, shapes, dtype)
+    return count_latent_bytes(pictures, latents, base.latent_shape, dtype) + count_prompt_bytes(prompts, shapes, dtype)
 
 
 class Cache(NamedTuple):
-    """Where a cache lies, and what fills it."""
+    """The folder of a cache and the encoders that fill it."""
 
     folder: Path
     base: BaseModel
     latent_encoder: LatentEncoder
     prompt_encoder: PromptEncoder | None  # None: captions are not cached
 
-    def build(self, pictures, variations, captions, accelerator):
-        """Fills what is missing for a `PictureSet` and these captions, each rank its share, and opens it.
+    def build(
+        self, pictures: Any, variations: int, captions: list[str], accelerator: Any
+    ) -> tuple["CachedLatents", "CachedPrompts | None"]:
+        """Encodes what is missing for a `PictureSet` and captions, divided among the ranks, and opens the shards.
 
-        Returns `CachedLatents` and `CachedPrompts`, which are None where captions are not cached. Raises `InputError`
-        where the disk is too full.
+        Raises `InputError` if the disk is too full. The second value is None if captions are not cached.
         """
         encoder, prompter = self.latent_encoder, self.prompt_encoder
-        own = picture_condition_of(
-            pictures, 0, 0, self.base.family
-        )  # families differ in what a variation's condition is
-        identity = " ".join((encoder.identity, *sorted(own)))
+        condition = make_picture_condition(pictures, 0, 0, self.base.family)  # its names depend on the family
+        identity = " ".join((encoder.identity, *sorted(condition)))
         latent_shards, locations = plan_latents(
             pictures, variations, identity=identity, dtype=encoder.dtype, folder=self.folder
         )
@@ -186,10 +193,10 @@ class Cache(NamedTuple):
                 captions, identity=prompter.identity, dtype=prompter.dtype, folder=self.folder
             )
         missing = [shard for shard in latent_shards if not is_whole(shard)]
-        needed = bytes_of_latents(pictures, missing, encoder.shape, encoder.dtype)
+        needed = count_latent_bytes(pictures, missing, encoder.shape, encoder.dtype)
         if prompter is not None:
             missing = [shard for shard in prompt_shards if not is_whole(shard)]
-            needed += bytes_of_prompts(missing, self.base.condition_shapes(prompter.num_chunks), prompter.dtype)
+            needed += count_prompt_bytes(missing, self.base.condition_shapes(prompter.num_chunks), prompter.dtype)
         check_free_disk(self.folder, needed)
         family = self.base.family
         encode_latents = partial(encode_latent_entries, pictures=pictures, encoder=encoder, family=family)
@@ -204,8 +211,9 @@ class Cache(NamedTuple):
             )  # fmt: skip
             interruption.stop_together(WHERE)
             for shard_folder in {shard.path.parent for shard in shards}:
-                os.listdir(shard_folder) if shard_folder.exists() else None  # what others wrote on NFS is seen now
-            # Where the ranks share no disk, each makes what others have made; elsewhere nothing is missing any more.
+                if shard_folder.exists():
+                    os.listdir(shard_folder)  # makes files of other machines visible on NFS
+            # Ranks that share no disk encode the shards of other ranks too; otherwise nothing is missing any more.
             fill_shards(shards, encode, rank=0, world_size=1, title=title, show_progress=False)
             interruption.stop_together(WHERE)
         prompts = None if prompter is None else CachedPrompts(ShardReader(prompt_shards), places)
@@ -218,18 +226,18 @@ class CachedLatents(NamedTuple):
     reader: ShardReader
     locations: np.ndarray  # [i, k] = (shard, row)
 
-    def row(self, i, which):
-        """(tensors, condition) of picture i in the variation that the number `which` falls on, float32.
+    def row(self, i: int, which: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Returns the float32 tensors and conditions of picture i, in the variation `which` modulo their number.
 
-        The tensors are "mean", "std", (C, h, w), and, where the pictures are masked, "mask", (1, h, w).
+        The tensors are "mean", "std" (C, h, w) and, for pictures with masks, "mask" (1, h, w).
         """
         rows = self.locations[i]
-        tensors = self.reader.row(*rows[which % len(rows)].tolist())
-        own = {name.removeprefix(CONDITION): v.float() for name, v in tensors.items() if name.startswith(CONDITION)}
-        return {name: v.float() for name, v in tensors.items() if not name.startswith(CONDITION)}, own
+        stored = self.reader.row(*rows[which % len(rows)].tolist())
+        condition = {n.removeprefix(CONDITION): v.float() for n, v in stored.items() if n.startswith(CONDITION)}
+        return {name: v.float() for name, v in stored.items() if not name.startswith(CONDITION)}, condition
 
-    def shape(self, i):
-        """(channels, height, width) of picture i's latent."""
+    def shape(self, i: int) -> tuple[int, ...]:
+        """Returns (channels, height, width) of the latent of picture i."""
         return self.reader.shape(int(self.locations[i, 0, 0]), "mean")
 
 
@@ -237,15 +245,15 @@ class CachedPrompts(NamedTuple):
     """The conditions of captions."""
 
     reader: ShardReader
-    places: dict  # caption: (shard, row)
+    places: dict[str, tuple[int, int]]  # {caption: (shard, row)}
 
-    def row(self, caption):
-        """The caption's condition by name."""
+    def row(self, caption: str) -> dict[str, torch.Tensor]:
+        """Returns the conditions of a caption by name."""
         return self.reader.row(*self.places[caption])
 
 
 class CachedSet(NamedTuple):
-    """A `PictureSet` and what is cached of it; None where pictures, or captions, are encoded in each step."""
+    """A `PictureSet` and its cache; None where pictures or captions are encoded in each step."""
 
     pictures: Any
     latents: CachedLatents | None
@@ -257,22 +265,22 @@ class CachedSets(NamedTuple):
 
     training: CachedSet
     held_out: CachedSet | None  # pictures that are not trained on
-    probe: CachedSet | None  # as many that are
+    probe: CachedSet | None  # an equal number of pictures that are trained on
 
-    def paths(self):
-        """Those of all shards."""
-        parts = [part for each in self if each is not None for part in (each.latents, each.prompts)]
+    def paths(self) -> list[str]:
+        """Returns the paths of all shards."""
+        parts = [part for cached in self if cached is not None for part in (cached.latents, cached.prompts)]
         return [path for part in parts if part is not None for path in part.reader.paths]
 
 
 def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
-    """Encodes what is not in the cache yet; on a GPU the denoiser makes room for it."""
+    """Encodes what is not in the cache yet; on a GPU, the denoiser is moved to the CPU meanwhile."""
     folder, captions = settings.cache.folder, settings.captions
     prompts = None if settings.lora.train_text_encoder else models.prompt_encoder
     cache = Cache(folder, run.base, models.latent_encoder, prompts)
-    pictures = as_trained_on(settings, run.pictures)
+    pictures = with_cached_tag_orders(settings, run.pictures)
     training, validated = CachedSet(pictures, None, None), []
-    with trials.base_set_aside(models.denoiser, accelerator.device):
+    with trials.base_moved_to_cpu(models.denoiser, accelerator.device):
         if run.variations:
             cached = cache.build(pictures, run.variations, captions_to_cache(pictures, captions), accelerator)
             training = CachedSet(pictures, *cached)

@@ -1,4 +1,4 @@
-"""Training state on disk: written whole or not at all, read back without unpickling code."""
+"""Checkpoints: the state of training on disk, written whole or not at all, and read without unpickling code."""
 
 import contextlib
 import hashlib
@@ -8,8 +8,10 @@ import logging
 import pickle
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,48 +24,49 @@ from ..files import reason_of, remove_folder, written_whole
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-ALWAYS = ("state.json", MANIFEST)  # whatever a checkpoint holds
+MARKER_FILES = ("state.json", MANIFEST)  # a folder with one of these is a checkpoint
 
 
 @dataclass
 class TrainState:
-    """Where a run is. Epoch, sample order and every draw follow from `global_step` and `seed`."""
+    """The progress of a run. `global_step` and `seed` determine the epoch, the order of samples and all random draws."""
 
     seed: int
     global_step: int = 0
-    started_at: int | None = None  # when the run began, in seconds since 1970: its files tell it
+    started_at: int | None = None  # seconds since 1970
     tracker_run_id: str | None = None
-    validation: dict | None = None  # what the judge of the run keeps, as it gave it
+    validation: dict | None = None  # the state of the validation
     batch_size: int | None = None  # what --train_batch_size auto found
-    due: list[str] = field(default_factory=list)  # what was still to be done after this step, when the run was stopped
+    due: list[str] = field(default_factory=list)  # what the stopped run had not yet done after this step
 
 
-def list_checkpoints(output_dir):
-    """The `checkpoint-N` folders that are there, oldest first; whether they are whole, `damage_of` tells."""
+def list_checkpoints(output_dir: Path | str) -> list[Path]:
+    """Returns the `checkpoint-N` folders, oldest first, whether or not they are damaged."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    # An empty folder is none of ours.
-    return sorted((path for path in found if any((path / name).is_file() for name in ALWAYS)), key=step_of)
+    return sorted((path for path in found if _is_checkpoint(path)), key=parse_step)
 
 
-def step_of(path):
-    """The step of a `checkpoint-N`."""
-    return int(NAME.fullmatch(path.name)[1])
+def _is_checkpoint(path):
+    return any((path / name).is_file() for name in MARKER_FILES)
 
 
-def find_checkpoint(output_dir, wanted):
-    """The folder that `--resume_from_checkpoint` means; None for "none", and where `latest` finds nothing to go on from.
+def parse_step(path: Path) -> int:
+    """Returns the step in the name of a `checkpoint-N` folder."""
+    return int(path.name.removeprefix("checkpoint-"))
 
-    `latest` passes over damaged ones, with a line for each; one that was asked for by its name is an `InputError` then.
+
+def find_checkpoint(output_dir: Path | str, wanted: str) -> Path | None:
+    """Returns the folder that `--resume_from_checkpoint` selects, or None to begin a new run.
+
+    `latest` logs and skips damaged checkpoints. A damaged checkpoint that was selected by name raises `InputError`.
     """
     if wanted == "none":
         return None
     if wanted == "latest":
-        return newest_whole(list_checkpoints(output_dir))
+        return find_newest_intact(list_checkpoints(output_dir))
     for path in (Path(wanted), Path(output_dir) / Path(wanted).name):
-        if any((path / name).is_file() for name in ALWAYS):
-            if (damage := damage_of(path)) is not None:
+        if _is_checkpoint(path):
+            if (damage := find_damage(path)) is not None:
                 raise InputError(f"{path}: this checkpoint is damaged ({damage}). Resume from another one.")
             return path
     names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
@@ -72,18 +75,18 @@ def find_checkpoint(output_dir, wanted):
     )
 
 
-def newest_whole(checkpoints):
-    """The last of these folders that is whole, or None; the damaged ones after it are told."""
+def find_newest_intact(checkpoints: list[Path]) -> Path | None:
+    """Returns the last checkpoint that is not damaged, or None; logs the damaged ones after it."""
     for path in reversed(checkpoints):
-        damage = damage_of(path)
+        damage = find_damage(path)
         if damage is None:
             return path
-        logger.info(f"{path}: this checkpoint is damaged ({damage}) and passed over")
+        logger.info(f"{path}: this checkpoint is damaged ({damage}) and is skipped")
     return None
 
 
-def write_manifest(folder):
-    """Writes the size and the SHA-256 of each file of a checkpoint beside them; to be called when all others are there."""
+def write_manifest(folder: Path) -> None:
+    """Writes the sizes and SHA-256 digests of the files in a checkpoint. Must be called after all files are written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     rows = {path.relative_to(folder).as_posix(): _size_and_digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(rows, indent=2) + "\n")
@@ -94,32 +97,31 @@ def _size_and_digest(path):
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def damage_of(path):
-    """What is wrong with the files of a checkpoint, as its manifest tells, in a few words; None where they are whole."""
+def find_damage(path: Path) -> str | None:
+    """Returns what is wrong with a checkpoint according to its manifest, in a few words, or None if it is intact."""
     try:
         rows = json.loads((path / MANIFEST).read_text())
         for name, row in rows.items():
             if not (path / name).is_file():
-                return f"{name} is not there"
+                return f"{name} is missing"
             if _size_and_digest(path / name) != row:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError:
-        return f"{MANIFEST} is not there"
+        return f"{MANIFEST} is missing"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST}: {reason_of(error)}"
-    return None if "state.json" in rows else f"{MANIFEST} names no state.json"
+    return None if "state.json" in rows else f"{MANIFEST} does not list state.json"
 
 
-# What optimizers keep of a run in their parameter groups, beside what the flags say.
-LEARNT = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
+# State that optimizers keep in their parameter groups, beside the options from flags.
+LEARNED_STATE = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
 
 
-def save_checkpoint(folder, *, adapter, learning, state, settings: dict):
-    """Writes all that is needed to go on into `folder` (already there, as `written_whole` gives it).
-
-    `write_manifest` makes it whole, when all else that belongs to it is there too.
-    """
-    # As bytes first: what these libraries say of a full disk names neither the file nor the reason.
+def save_checkpoint(
+    folder: Path, *, adapter: dict[str, torch.Tensor], learning: Any, state: TrainState, settings: dict
+) -> None:
+    """Writes the state of training into an existing folder. `write_manifest` must follow, after any other files."""
+    # Serialized to bytes first, as these libraries' errors about a full disk name neither the file nor the reason.
     tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.items()}
     (folder / "adapter.safetensors").write_bytes(save(tensors))
     scaler = learning.scaler
@@ -130,10 +132,15 @@ def save_checkpoint(folder, *, adapter, learning, state, settings: dict):
     (folder / "state.json").write_text(json.dumps({"state": asdict(state), "settings": settings}, indent=2) + "\n")
 
 
-def write_checkpoint(output_dir, add, *, limit, state, **stored):
-    """Writes the checkpoint of this step, reads it back, and deletes what `prune_checkpoints` says; returns its folder.
+def write_checkpoint(
+    output_dir: Path | str, add: Callable[[Path], Any], *, limit: int | None, state: TrainState, **stored: Any
+) -> Path:
+    """Writes the checkpoint of this step, reads it back, calls `prune_checkpoints`, and returns the folder.
 
-    `add(folder)` writes what else belongs to it; `stored` is what `save_checkpoint` wants.
+    Args:
+        add: `add(folder)` writes further files of the checkpoint.
+        limit: The maximum number of checkpoints to keep, or None.
+        stored: Further arguments of `save_checkpoint`.
     """
     path = Path(output_dir) / f"checkpoint-{state.global_step}"
     with written_whole(path, folder=True) as folder:
@@ -150,8 +157,8 @@ def _save(value, path):
     path.write_bytes(data.getbuffer())
 
 
-def read_state(path):
-    """The `TrainState` and the settings of a checkpoint."""
+def read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the `TrainState` and the settings of a checkpoint."""
     try:
         stored = json.loads((path / "state.json").read_text())
         return TrainState(**stored["state"]), stored["settings"]
@@ -159,33 +166,28 @@ def read_state(path):
         raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
 
 
-def read_checkpoint(path):
-    """What `save_checkpoint` wrote, as a dict for `load_checkpoint`; nothing is unpickled but tensors."""
-    with refusing(path):
-        return {
-            "path": path,
-            "adapter": load_file(path / "adapter.safetensors"),
-            "average": torch.load(path / "ema.pt", map_location="cpu", weights_only=True)
-            if (path / "ema.pt").exists()
-            else None,
-            **torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        }
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote, for `load_checkpoint`; unpickles only tensors."""
+    with raising_input_errors(path):
+        average = None
+        if (path / "ema.pt").exists():
+            average = torch.load(path / "ema.pt", map_location="cpu", weights_only=True)
+        adapter = load_file(path / "adapter.safetensors")
+        states = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        return {"path": path, "adapter": adapter, "average": average, **states}
 
 
-def load_checkpoint(stored, learning):
-    """Puts optimizer, schedule, loss scale and moving average back, and returns the adapter's tensors.
-
-    `stored` is what `read_checkpoint` gave.
-    """
+def load_checkpoint(stored: dict[str, Any], learning: Any) -> dict[str, torch.Tensor]:
+    """Restores the state that `read_checkpoint` returned, and returns the adapter's tensors."""
     optimizer = learning.optimizer
     lr_scheduler = learning.lr_scheduler
     average = learning.average
-    with refusing(stored["path"]):
-        # What the flags say now holds: only what was learnt comes from the checkpoint.
-        kept = {"params", "lr"} | LEARNT
+    with raising_input_errors(stored["path"]):
+        # The current flags override those of the checkpoint; only the learned state is restored.
+        kept = {"params", "lr"} | LEARNED_STATE
         flags = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         base_lrs = lr_scheduler.base_lrs
-        # Before it is loaded too: whether a step count lies on the GPU follows from what the groups say.
+        # Merged before loading too: the groups' options decide whether step counts are placed on the GPU.
         groups = [group | flag for group, flag in zip(stored["optimizer"]["param_groups"], flags, strict=True)]
         optimizer.load_state_dict(stored["optimizer"] | {"param_groups": groups})
         lr_scheduler.load_state_dict(stored["lr_scheduler"] | {"base_lrs": base_lrs})
@@ -203,62 +205,59 @@ def load_checkpoint(stored, learning):
     return stored["adapter"]
 
 
-def where_it_goes_on(stored, lr_scheduler, schedule_name, num_steps):
-    """In words, the checkpoint that a run goes on from, and how the learning rate changes there, where it does.
-
-    To be asked after `load_checkpoint`, with what that was given.
-    """
-    line = f"going on from {stored['path']} (step {lr_scheduler.last_epoch})"
+def describe_resume(stored: dict[str, Any], lr_scheduler: Any, schedule_name: str, num_steps: int) -> str:
+    """Returns the line to log after `load_checkpoint`: the checkpoint, and how the learning rate changes if it does."""
+    line = f"resuming from {stored['path']} (step {lr_scheduler.last_epoch})"
     before, now = stored["lr_scheduler"]["_last_lr"], lr_scheduler.get_last_lr()
     if before == now:
         return line
     return (
-        f"{line}; the learning rate was {before[0]:.3g} there and is {now[0]:.3g} from here on, as {schedule_name} over "
-        f"{num_steps} steps has it"
+        f"{line}; the learning rate changes from {before[0]:.3g} to {now[0]:.3g}, according to --lr_scheduler "
+        f"{schedule_name} over {num_steps} steps"
     )
 
 
 @contextlib.contextmanager
-def refusing(path):
-    """Turns what damaged files raise into an `InputError`."""
+def raising_input_errors(path: Path) -> Iterator[None]:
+    """Converts the exceptions that damaged files raise to `InputError`."""
     try:
         yield
     except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{path}: this checkpoint can't be loaded ({reason_of(error)}). Resume from another one."
         ) from error
-    except pickle.UnpicklingError as error:  # its own message says how to run the code in the file
+    except pickle.UnpicklingError as error:  # the exception's message tells how to run code in the file
         raise InputError(
-            f"{path}: this checkpoint can't be loaded (optimizer.pt is damaged, or holds code). Resume from another one."
+            f"{path}: this checkpoint can't be loaded (optimizer.pt is damaged or contains code). Resume from another one."
         ) from error
 
 
-def check_same_run(path, before, now):
-    """Raises `InputError` where a checkpoint belongs to another run: names what differs."""
-    now = json.loads(json.dumps(now))  # as what was stored has come back
+def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises `InputError`, which names what differs, if a checkpoint belongs to another run."""
+    now = json.loads(json.dumps(now))  # `before` was read from JSON
     different = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
     if different:
         raise InputError(
-            f"{path}: it belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "
-            "--resume_from_checkpoint none to start over in this one."
+            f"{path}: this checkpoint belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "
+            "--resume_from_checkpoint none to start over in this folder."
         )
 
 
-def prune_checkpoints(output_dir, limit, newest):
-    """Deletes the oldest checkpoints beyond `limit`, and those after step `newest`, of a run that was given up.
+def prune_checkpoints(output_dir: Path | str, limit: int | None, newest: int) -> None:
+    """Deletes the oldest checkpoints beyond `limit`, and those of an abandoned run, which come after step `newest`.
 
-    Called after the new one is in place, which is read back first: where the disk doesn't give back what was written, the
-    others stay. Of checkpoints that a killed run was writing or deleting nothing is left either.
+    Also deletes what a killed run left while it wrote or deleted a checkpoint. Must be called after the newest checkpoint
+    is written. That is read back first, and nothing is deleted if the disk does not return what was written.
     """
     checkpoints = list_checkpoints(output_dir)
-    if (damage := damage_of(Path(output_dir) / f"checkpoint-{newest}")) is not None:
+    if (damage := find_damage(Path(output_dir) / f"checkpoint-{newest}")) is not None:
         logger.info(
-            f"checkpoint-{newest} can't be read back ({damage}), so that no older one is deleted: look after the disk"
+            f"checkpoint-{newest} can't be read back ({damage}), so older checkpoints are kept: check the disk"
         )
         return
     for path in Path(output_dir).glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
-    given_up = [path for path in checkpoints if step_of(path) > newest]
-    kept = checkpoints[: len(checkpoints) - len(given_up)]
-    for path in given_up + (kept[: max(len(kept) - limit, 0)] if limit is not None else []):
+    kept = [path for path in checkpoints if parse_step(path) <= newest]
+    excess = 0 if limit is None else max(len(kept) - limit, 0)
+    for path in checkpoints[len(kept) :] + kept[:excess]:
         remove_folder(path)

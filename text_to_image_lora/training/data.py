@@ -1,8 +1,8 @@
-"""The training dataset, and each sample's draws.
+"""The training dataset, and the random draws of each sample.
 
-What a sample draws (variation, caption, latent, noise, timestep) depends only on the seed, the optimizer step and its
-position in the effective batch. So batch size, accumulation, number of processes, workers and resuming don't matter,
-and no draw is ever made on the device.
+A sample's draws (variation, caption, latent, noise, timestep) depend only on the seed, the optimizer step and the sample's
+position in the effective batch. They do not depend on batch size, accumulation, number of processes, workers or resuming,
+and all are made on the CPU.
 """
 
 import atexit
@@ -16,23 +16,23 @@ import torch
 from ..pictures.captions import shuffle_tags
 from ..pictures.settings import CaptionSettings
 from . import interruption
-from .conditions import picture_condition_of
+from .conditions import make_picture_condition
 from .settings import LossSettings, TimestepSettings
 
 
 LIVE_VARIATIONS = 2**31 - 2
 
 
-def seed_of(*numbers):
-    """One 32-bit seed from several non-negative integers; neighbours give unrelated seeds.
+def derive_seed(*numbers: int) -> int:
+    """Returns a 32-bit seed for a sequence of non-negative integers; similar sequences have unrelated seeds.
 
-    How many they are counts too: to numpy (1, 2) and (1, 2, 0) are the same entropy.
+    The length is hashed too, as numpy takes (1, 2) and (1, 2, 0) for equal entropy.
     """
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 class Draws(NamedTuple):
-    """What is drawn for each sample, beside its picture."""
+    """The settings of the random draws."""
 
     seed: int
     num_train_timesteps: int
@@ -42,23 +42,30 @@ class Draws(NamedTuple):
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Everything that a training step needs of a `Sample` of a `PictureSet`, drawn on the CPU.
+    """A `PictureSet` whose items, for a `Sample`, hold everything that a training step needs.
 
-    `latents` and `prompts` are what `Cache.build` gave. Where one is None, a sample has its pixels or its caption
-    instead, for the loop to encode. `base` is the `BaseModel`. With `named`, a sample has its file's "names" too.
+    Args:
+        base: The `BaseModel`.
+        latents: The `CachedLatents`, or None: then items have "pixels", which the training loop encodes.
+        prompts: The `CachedPrompts`, or None: then items have "captions", which the training loop encodes.
+        named: Whether items have the "names" of their files.
     """
 
-    def __init__(self, pictures, base, draws, *, latents=None, prompts=None, named=False):
-        self.named = named
-        self.pictures, self.base, self.draws, self.latents, self.prompts = pictures, base, draws, latents, prompts
+    def __init__(
+        self, pictures: Any, base: Any, draws: Draws, *, latents: Any = None, prompts: Any = None, named: bool = False
+    ):
+        self.pictures, self.base = pictures, base
+        self.draws, self.named = draws, named
+        self.latents, self.prompts = latents, prompts
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, sample):
-        draws, pictures, index = self.draws, self.pictures, sample.index
-        generator = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position))
-        # Always the same draws in the same order, so that cached and live, and every option, see the same numbers.
+    def __getitem__(self, sample: Any) -> dict[str, Any]:
+        draws, pictures = self.draws, self.pictures
+        index = sample.index
+        generator = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position))
+        # Draws are always made in this order, whatever the cache and the options, so that they are reproducible.
         which_variation, which_caption, timestep = (
             int(torch.randint(high, (1,), generator=generator))
             for high in (LIVE_VARIATIONS, LIVE_VARIATIONS, draws.num_train_timesteps)
@@ -68,10 +75,10 @@ class TrainingSet(torch.utils.data.Dataset):
         channel_noise = torch.randn((latent_shape[0], 1, 1), generator=generator)
         posterior_noise = torch.randn(latent_shape, generator=generator)
         is_dropped = float(torch.rand((), generator=generator)) < draws.captions.caption_dropout
-        if not draws.timesteps.all_alike:
-            own = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position, 1))
+        if not draws.timesteps.is_uniform:
+            own = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position, 1))
             timestep = draws.timesteps.draw(own, draws.num_train_timesteps)
-        out = {
+        out: dict[str, Any] = {
             "weights": torch.tensor(sample.weight),
             "timesteps": torch.tensor(timestep),
             "noise": noise,
@@ -81,7 +88,7 @@ class TrainingSet(torch.utils.data.Dataset):
         if draws.loss.input_perturbation:
             out["perturbation"] = torch.randn(latent_shape, generator=generator)
         if draws.loss.perceptual_loss == "self":
-            own = torch.Generator().manual_seed(seed_of(draws.seed, sample.step, sample.position, 2))
+            own = torch.Generator().manual_seed(derive_seed(draws.seed, sample.step, sample.position, 2))
             out["perceptual_timesteps"] = torch.randint(draws.num_train_timesteps, (), generator=own)
             out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
         if self.named:
@@ -94,8 +101,8 @@ class TrainingSet(torch.utils.data.Dataset):
             out |= row
         else:
             out["pixels"] = torch.from_numpy(pictures.pixels(index, which_variation))
-            condition = picture_condition_of(pictures, index, which_variation, self.base.family)
-            if pictures.masked:  # rounded as in the cache, so that live is the same
+            condition = make_picture_condition(pictures, index, which_variation, self.base.family)
+            if pictures.masked:  # rounded as in the cache
                 mask = pictures.mask(index, which_variation, self.base.vae_factor)
                 out["mask"] = torch.from_numpy(mask)[None].float()
         if self.prompts is not None:
@@ -107,13 +114,13 @@ class TrainingSet(torch.utils.data.Dataset):
 
 
 class Packed:
-    """A batch whose tensors lie in one stretch of memory, so that they go to a device in one copy."""
+    """A batch whose tensors lie in one block of memory, so that a single copy moves them to a device."""
 
-    ALIGNMENT = 16  # bytes: any dtype may start there
+    ALIGNMENT = 16  # bytes, a multiple of every dtype's size
 
-    def __init__(self, batch):
-        tensors = []
-        self.layout = self._laid_out(batch, tensors)
+    def __init__(self, batch: dict[str, Any]):
+        tensors: list[torch.Tensor] = []
+        self.layout: Any = self._make_layout(batch, tensors)
         starts, end = [], 0
         for tensor in tensors:
             starts.append(end)
@@ -123,10 +130,10 @@ class Packed:
         for tensor, place in zip(tensors, self.places, strict=True):
             self._view(self.memory, place).copy_(tensor)
 
-    def _laid_out(self, batch, tensors):
-        """The batch with each tensor's number in its place; the tensors are put into the list."""
+    def _make_layout(self, batch, tensors):
+        """Appends the batch's tensors to the list, and returns the batch with each tensor replaced by its index."""
         if isinstance(batch, dict):
-            return {name: self._laid_out(value, tensors) for name, value in batch.items()}
+            return {name: self._make_layout(value, tensors) for name, value in batch.items()}
         if not torch.is_tensor(batch):
             return (batch,)
         tensors.append(batch)
@@ -137,39 +144,41 @@ class Packed:
         start, dtype, shape = place
         return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-    def _unpacked(self, layout, memory):
+    def _unpack(self, layout, memory):
         if isinstance(layout, dict):
-            return {name: self._unpacked(part, memory) for name, part in layout.items()}
+            return {name: self._unpack(part, memory) for name, part in layout.items()}
         return layout[0] if isinstance(layout, tuple) else self._view(memory, self.places[layout])
 
-    def pin_memory(self):
-        """For the loader: so that the copy to a GPU waits for nothing."""
+    def pin_memory(self) -> "Packed":
+        """Called by the DataLoader. Copies from pinned memory to a GPU are asynchronous."""
         self.memory = self.memory.pin_memory()
         return self
 
-    def on(self, device):
-        """The batch with its tensors on the device; "timesteps_on_cpu" are those that never left."""
+    def on(self, device: torch.device) -> dict[str, Any]:
+        """Returns the batch with its tensors on the device, and also "timesteps_on_cpu"."""
         memory = self.memory.to(device, non_blocking=device.type == "cuda")
-        batch = self._unpacked(self.layout, memory)
-        return batch | {"timesteps_on_cpu": self._unpacked(self.layout["timesteps"], self.memory)}
+        batch = self._unpack(self.layout, memory)
+        return batch | {"timesteps_on_cpu": self._unpack(self.layout["timesteps"], self.memory)}
 
 
-def collate_packed(samples):
+def collate_packed(samples: list[dict[str, Any]]) -> Packed:
     return Packed(torch.utils.data.default_collate(samples))
 
 
-def make_loader(training_set, sampler, num_workers, device):
-    """The loader of the micro-batches that the sampler orders, `Packed`."""
+def make_loader(
+    training_set: torch.utils.data.Dataset, sampler: Any, num_workers: int, device: torch.device
+) -> torch.utils.data.DataLoader:
+    """Creates the DataLoader of the sampler's micro-batches, which are `Packed`."""
     if num_workers:
-        atexit.register(interruption.end_workers)  # before what multiprocessing has registered
+        atexit.register(interruption.end_workers)  # runs before multiprocessing's own exit handler
     return torch.utils.data.DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
-        pin_memory=device.type == "cuda", worker_init_fn=interruption.leave_signals_to_the_main_process,
+        pin_memory=device.type == "cuda", worker_init_fn=interruption.ignore_signals,
     )  # fmt: skip
 
 
 def make_run_loader(settings: Any, run: Any, cached: Any, num_train_timesteps: int, device: torch.device) -> Any:
-    """The loader of a run, from the step where it stopped; `cached` is the `CachedSet` to train on."""
+    """Creates the DataLoader of a run, from its next step; `cached` is the `CachedSet` to train on."""
     run.sampler.first_step = run.state.global_step
     run.sampler.num_steps = run.num_steps
     draws = Draws(run.seed, num_train_timesteps, settings.captions, settings.timesteps, settings.loss)

@@ -1,4 +1,4 @@
-"""--dry_run: what the dataset holds and what is wrong with it, and how much memory a run would take."""
+"""--dry_run: a report about the dataset, its faults, and the memory that a run would take."""
 
 import os
 from pathlib import Path
@@ -15,9 +15,9 @@ from .settings import ways_to_save_memory
 
 
 def report(settings: Any, found: inputs.Inputs) -> None:
-    """Prints the report and writes --output_dir/dataset.json and the sheet of --preview_data.
+    """Prints the report, and writes --output_dir/dataset.json and the file of --preview_data.
 
-    No model is loaded but the tokenizer. Raises `InputError` for what training would refuse.
+    Loads no model except the tokenizer. Raises `InputError` where training would.
     """
     base, left_out = found.base, found.left_out
 
@@ -29,7 +29,9 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, world_size)
-    tokenizer, token_counts, num_chunks, too_long = loading.load_tokenizer(base), None, 1, None
+    tokenizer = loading.load_tokenizer(base)
+    token_counts, too_long = None, None
+    num_chunks = 1
     if tokenizer is not None:
         token_counts = prompts.count_tokens(tokenizer, pictures.captions)
         try:
@@ -45,7 +47,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
-    print("\n".join([*inspection.format_report(described), *memory_lines, "", f"all of it: {report_file}"]))
+    print("\n".join([*inspection.format_report(described), *memory_lines, "", f"full report: {report_file}"]))
     if settings.data.preview_data is not None:
         variations = settings.cache.num_variations(settings.augmentation)
         print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations))
@@ -54,7 +56,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     if left_out and not settings.data.skip_bad_images:
         source, reason = left_out[0]
         raise InputError(
-            f"{source}: {reason} ({len(left_out)} such pictures or rows in all). Fix them, or pass --skip_bad_images to "
+            f"{source}: {reason} ({len(left_out)} bad pictures or rows in total). Fix them, or pass --skip_bad_images to "
             "leave them out."
         )
 
@@ -63,22 +65,22 @@ def _cache_bytes(settings, pictures, base, num_chunks):
     variations = settings.cache.num_variations(settings.augmentation)
     if not variations:
         return 0
-    seen = inputs.as_trained_on(settings, pictures)
+    pictures = inputs.with_cached_tag_orders(settings, pictures)
     trains_text_encoder = settings.lora.train_text_encoder
-    captions = [] if trains_text_encoder else caching.captions_to_cache(seen, settings.captions)
-    dtype = torch.float32 if settings.speed.precision == "no" else torch.float16  # or another of two bytes
-    return caching.bytes_of_cache(
-        seen, base, variations=variations, captions=captions, num_chunks=num_chunks, dtype=dtype
+    captions = [] if trains_text_encoder else caching.captions_to_cache(pictures, settings.captions)
+    dtype = torch.float32 if settings.speed.precision == "no" else torch.float16  # bfloat16 has the same size
+    return caching.count_cache_bytes(
+        pictures, base, variations=variations, captions=captions, num_chunks=num_chunks, dtype=dtype
     )
 
 
 def _memory(settings, base, pictures, sampler, num_chunks, is_known):
-    """The `Needs` of the run, and the lines that tell of them; None where the base's configuration is not there."""
+    """The `Needs` of the run, or None if the configuration of the base model is not known, and the lines of the report."""
     if not is_known:
-        return None, ["", "memory: not told without the base's configuration (--single_file_config FOLDER)"]
+        return None, ["", "memory: unknown without the base model's configuration (--single_file_config FOLDER)"]
     index, batch_size = trials.heaviest_batch(pictures, sampler, sampler.batch_size)
-    shapes = trials.shapes_of(pictures, index, base, num_chunks)
-    plan = memory.plan_of(settings, base, modules.dtype_of(settings.speed.precision))
+    shapes = trials.find_shapes(pictures, index, base, num_chunks)
+    plan = memory.make_plan(settings, base, modules.dtype_of(settings.speed.precision))
     needs = memory.estimate(base, shapes, plan)
-    own = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return needs, ["", *memory.lines_of(needs, batch_size, ways_to_save_memory(settings), own)]
+    device_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return needs, ["", *memory.format_needs(needs, batch_size, ways_to_save_memory(settings), device_bytes)]

@@ -1,36 +1,40 @@
-"""How a process ends: one line that says why and what to do, and the exit code that goes with it."""
+"""How a process ends: with one line that tells the reason and the remedy, and an exit code."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory
 from ..files import reason_of
 from .interruption import end_workers
 
 
-SECONDS_TO_ANSWER = 5  # that the other processes have to show that they are still there
+SECONDS_TO_ANSWER = 5  # for the other processes to show that they are still running
 
 
-def end(error, script, ways_to_save_memory):
-    """Says what ended the run, in the script's name, and exits; what nobody foresaw is raised again.
+def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str]) -> NoReturn:
+    """Prints why the run ended and exits. Raises unexpected errors again. Does not import torch.
 
-    `ways_to_save_memory()` names flags for a run that ran out of it. Needs no torch unless that is loaded.
+    Args:
+        script: The name of the script, with which the line begins.
+        ways_to_save_memory: Returns the flags to suggest to a run that is out of memory.
     """
     rank = int(os.environ.get("LOCAL_RANK", "0"))
 
     def say(line):
         if "tqdm" in sys.modules:
             for bar in [*sys.modules["tqdm"].tqdm._instances]:
-                bar.close()  # or it would be drawn again, below the last line
+                bar.close()  # otherwise the bar would be drawn again below the last line
         print(f"{script}: {line}", file=sys.stderr, flush=True)
 
     if isinstance(error, KeyboardInterrupt):
-        say("stopped at once. What was saved is whole: run the same command again to go on from the last checkpoint.")
+        say("stopped at once. Saved files are intact: run the same command again to resume from the last checkpoint.")
         leave(130, at_once=True)
     if isinstance(error, (InputError, TrainingError)):
         if rank:
-            time.sleep(10)  # rank 0 says the same, and the launcher then ends this one; else it is this rank's alone
+            time.sleep(10)  # if rank 0 has this error too, it prints the line and the launcher ends this process
         say(error)
         leave(error.exit_code)
     if isinstance(error, Stopped):
@@ -39,33 +43,34 @@ def end(error, script, ways_to_save_memory):
         leave(error.exit_code)
     if is_out_of_memory(error):
         say(
-            "Out of memory. What was saved is whole; to go on from it, run the command again with "
+            "Out of memory. Saved files are intact; to resume from them, run the command again with "
             f"{ways_to_save_memory()}."
         )
         leave(1)
     if is_dead_worker(error):
         say(
-            f"{reason_of(error)} What was saved is whole; if it was for want of memory, go on with fewer "
+            f"{reason_of(error)} Saved files are intact; if the worker ran out of memory, resume with fewer "
             "--dataloader_num_workers."
         )
         leave(1, at_once=True)
     if isinstance(error, RuntimeError) and "deterministic" in str(error):
         say(
-            f"--deterministic: this GPU can't do it ({reason_of(error)}). Leave the flag out, or what needs that operator."
+            f"--deterministic is not possible on this GPU ({reason_of(error)}). Leave out the flag, or the option that needs "
+            "this operator."
         )
         leave(1)
     if is_lost_connection(error):
         lost = " and ".join(map(str, lost_processes())) or "another one"
         say(
-            f"This is process {os.environ['RANK']}, and it has lost process {lost} ({reason_of(error)}). What was saved is "
-            "whole: run the same command again to go on from the last checkpoint."
+            f"Process {os.environ['RANK']} has lost process {lost} ({reason_of(error)}). Saved files are intact: run the "
+            "same command again to resume from the last checkpoint."
         )
         leave(1, at_once=True)
     raise error
 
 
-def leave(exit_code, at_once=False):
-    """Ends the process; `at_once` without waiting for anything that still runs in it."""
+def leave(exit_code: int, at_once: bool = False) -> NoReturn:
+    """Ends the process; with `at_once`, does not wait for its threads."""
     torch = sys.modules.get("torch")
     if at_once:
         sys.stdout.flush()
@@ -76,19 +81,19 @@ def leave(exit_code, at_once=False):
     sys.exit(exit_code)
 
 
-def is_lost_connection(error):
-    """Whether an exception says that a collective failed, as another process is not there any more."""
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception means that a collective failed because another process is gone."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return False
-    said = ("gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "Timed out")
+    messages = ("gloo", "NCCL", "onnection closed by peer", "onnection reset by peer", "Timed out")
     return isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
     )
 
 
-def lost_processes():
-    """The ranks that don't answer: each that is left writes its own into the launcher's store, and reads the others'."""
+def lost_processes() -> list[int]:
+    """Returns the ranks that don't answer. Each process writes its rank to the launcher's store and reads the others."""
     from datetime import timedelta
 
     import torch
@@ -106,5 +111,5 @@ def lost_processes():
             missing = {other: key for other, key in missing.items() if not store.check([key])}
             time.sleep(0.1)
         return [*missing]
-    except (RuntimeError, OSError, ValueError):  # the first machine, which has the store, is gone itself
+    except (RuntimeError, OSError, ValueError):  # the first machine, which has the store, is gone
         return [0]

@@ -1,4 +1,4 @@
-"""What a command names: the base model and the pictures, found and checked before torch is imported."""
+"""The base model and the pictures of a command, found and checked before torch is imported."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from ..pictures.sources import load_records, log_left_out
 
 
 class Inputs(NamedTuple):
-    """What a run begins with."""
+    """The base model and the pictures of a run."""
 
     base: Any  # the `BaseModel`
-    records: Any  # a `datasets.Dataset` of the pictures to train on, see `pictures.records`
-    validation_records: Any  # one of those to validate on, or None
-    left_out: list[tuple[str, str]]  # (source, reason) of what can't be used, in a dry run
-    notes: list[str]  # what was logged of the pictures
+    records: Any  # `datasets.Dataset` of the pictures to train on, see `pictures.records`
+    validation_records: Any  # `datasets.Dataset` of the pictures to validate on, or None
+    left_out: list[tuple[str, str]]  # (source, reason) of unusable pictures, in a dry run
+    notes: list[str]  # lines that were logged about the pictures
 
 
 def find_inputs(settings: Any) -> Inputs:
-    """Finds the base model and the pictures; raises `InputError` with what is wrong with them. Needs no torch."""
+    """Finds the base model and the pictures; raises `InputError` if they can't be used. Does not import torch."""
     left_out: list[tuple[str, str]] = []
-    leave_out = log_left_out if settings.data.skip_bad_images else None
+    leave_out: Any = log_left_out if settings.data.skip_bad_images else None
     if settings.data.dry_run:
 
         def leave_out(source, reason):
@@ -44,7 +44,7 @@ def find_inputs(settings: Any) -> Inputs:
 
 
 def find_base(settings: Any) -> Any:
-    """The `BaseModel`, which takes the --resolution and the --lora_weights."""
+    """Finds the `BaseModel`, and checks --resolution and --lora_weights against it."""
     given, lora_weights = settings.base, settings.lora.lora_weights
     if lora_weights is not None:
         check_lora(lora_weights)
@@ -56,23 +56,23 @@ def find_base(settings: Any) -> Any:
         check_family(lora_weights, base)
     side = settings.sizes.side(base)
     if side % base.image_factor:
-        near = max(round(side / base.image_factor), 1) * base.image_factor
-        raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {near}.")
+        nearest = max(round(side / base.image_factor), 1) * base.image_factor
+        raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {nearest}.")
     settings.sizes.buckets(base)
     return base
 
 
 def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> tuple[Any, Any]:
-    """The records to train on, those of class pictures after them, and the ones to validate on or None."""
+    """Returns the records to train on, including those of class pictures at the end, and those to validate on or None."""
     archives = settings.cache.folder / "archives"
     reading = ReadOptions(settings.data, settings.captions, settings.base.cache_dir, archives, leave_out)
     records, validation_records = load_records(reading), None
     if settings.validation.validation_data_dir is not None:
-        others = dataclasses.replace(
+        validation_data = dataclasses.replace(
             settings.data, dataset_name=None, dataset_config_name=None, max_train_samples=None,
             train_data_dir=settings.validation.validation_data_dir,
         )  # fmt: skip
-        validation_records = load_records(reading._replace(data=others))
+        validation_records = load_records(reading._replace(data=validation_data))
     if settings.class_pictures.class_data_dir is not None:
         class_data = DataSettings(train_data_dir=(settings.class_pictures.class_data_dir,))
         captions = CaptionSettings(instance_prompt=settings.class_pictures.class_prompt)
@@ -82,10 +82,10 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
 
 
 def check_rest(settings: Any, base: Any) -> None:
-    """Raises `InputError` for a --clip_skip that is too large, a token that is missing, a folder that can't be written."""
+    """Raises `InputError` for a --clip_skip that is too large, a missing token or a folder that is not writable."""
     clip_skip, unused = settings.base.clip_skip, base.family.text_encoders[0].unreached(0)
     if clip_skip is not None and clip_skip + unused >= base.text_layers:
-        without = f", {unused} of them not used by {base.family.name}" if unused else ""
+        without = f", {unused} of which {base.family.name} does not use" if unused else ""
         raise InputError(f"--clip_skip {clip_skip}: the text encoder has only {base.text_layers} layers{without}.")
     if settings.sharing.uploads:
         from huggingface_hub import get_token
@@ -97,16 +97,16 @@ def check_rest(settings: Any, base: Any) -> None:
     if preview is not None:
         check_writable(Path(preview).parent, "--preview_data")
         if Path(preview).is_dir():
-            raise InputError(f"--preview_data {preview}: it is a folder. Name a file in it.")
+            raise InputError(f"--preview_data {preview}: this is a folder. Pass the name of a file.")
     validates = settings.validation.validation_split or settings.validation.validation_data_dir
     if settings.cache.cache_variations != 0 or validates:
         check_writable(settings.cache.folder, "--latent_cache_dir")
 
 
 def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tuple[Any, list]]) -> tuple[Any, Any]:
-    """The `PictureSet` to train on and the one to validate on, or None.
+    """Creates the `PictureSet` to train on, and the one to validate on or None.
 
-    `usable(records)` gives the records whose pictures can be used, and the `Picture` of each.
+    `usable(records)` returns the records whose pictures can be used, and the `Picture` of each.
     """
     from ..pictures.alike import divide
     from ..pictures.picture_set import PictureSet, View
@@ -121,12 +121,12 @@ def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tup
     pictures, share = make(inputs.records), settings.validation.validation_split
     if inputs.validation_records is None and not share:
         return pictures, None
-    others = None if inputs.validation_records is None else make(inputs.validation_records)
-    return divide(pictures, others, share)
+    validated = None if inputs.validation_records is None else make(inputs.validation_records)
+    return divide(pictures, validated, share)
 
 
-def as_trained_on(settings: Any, pictures: Any) -> Any:
-    """The `PictureSet` as it is trained on: where shuffled tags are cached, each order is a caption of its own."""
+def with_cached_tag_orders(settings: Any, pictures: Any) -> Any:
+    """Returns the `PictureSet` with each order of shuffled tags that is cached as a caption."""
     caches = settings.cache.num_variations(settings.augmentation)
     if not settings.captions.shuffle_tags or not caches or settings.lora.train_text_encoder:
         return pictures

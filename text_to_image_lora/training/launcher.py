@@ -1,16 +1,16 @@
-"""What launched this process, as far as that matters; no torch is needed to know it."""
+"""What launched this process. Does not import torch."""
 
 import os
 
 from ..errors import InputError
 
 
-# What accelerate launch and torchrun set for the processes that they start.
+# accelerate launch and torchrun set these variables for the processes that they start.
 MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
-def check_launcher():
-    """Raises `InputError` for launches that this training is not made for."""
+def check_launcher() -> None:
+    """Raises `InputError` for ways to launch that this training does not support."""
     engines = {
         "DeepSpeed": "DEEPSPEED",
         "FSDP": "FSDP",
@@ -18,25 +18,24 @@ def check_launcher():
         "ND parallelism": "PARALLELISM_CONFIG",
     }
     for name, variable in engines.items():
-        variable = f"ACCELERATE_USE_{variable}"
-        if os.environ.get(variable, "false").lower() in ("true", "1", "yes"):
+        if os.environ.get(f"ACCELERATE_USE_{variable}", "false").lower() in ("true", "1", "yes"):
             raise InputError(
-                f"{name} divides a model that doesn't fit one GPU; a LoRA of Stable Diffusion does, and plain data "
+                f"{name} divides a model that does not fit on one GPU. A LoRA of Stable Diffusion does fit, and plain data "
                 "parallelism is faster. Launch with --multi_gpu instead (or run `accelerate config` again)."
             )
 
 
-def launchers_pid():
-    """The number of the process that launched this one and waits for it; None where that is a shell, or whatever else.
+def launchers_pid() -> int | None:
+    """Returns the process ID of the launcher that waits for this process, or None if something else started it.
 
-    A run that outlives its shell was left in the background on purpose.
+    A shell is not a launcher: a run that outlives its shell was left in the background on purpose.
     """
     return os.getppid() if any(name in os.environ for name in MARKS) else None
 
 
-def lives(pid):
-    """Whether this process's parent, who had that number when it began, is still there."""
-    if os.name == "nt":  # where a process keeps the number of a parent that is no more
+def lives(pid: int) -> bool:
+    """Whether the parent of this process, which had this process ID at the start, is still running."""
+    if os.name == "nt":  # Windows does not change the parent's ID when the parent ends
         import psutil
 
         return psutil.pid_exists(pid)

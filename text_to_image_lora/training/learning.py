@@ -1,4 +1,4 @@
-"""What changes the weights: the optimizer, its schedule, and the moving average of what is trained."""
+"""The optimizer, its learning rate schedule, and the moving average of the weights."""
 
 import contextlib
 import inspect
@@ -14,14 +14,15 @@ from .settings import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer for parameter groups; betas, weight decay and epsilon go to those that have them."""
+    """Creates the optimizer; betas, weight decay and epsilon are passed to classes that accept them."""
     name = settings.name
     optimizer_class, options = check_optimizer(name, settings.optimizer_args)
     if optimizer_class is None:
         optimizer_class = torch.optim.AdamW
     changes = OPTIMIZERS[name].changes
     given = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.adam_weight_decay}
-    given |= {} if name == "adafactor" else {"eps": settings.adam_epsilon}
+    if name != "adafactor":
+        given["eps"] = settings.adam_epsilon
     if name == "adamw":
         changes = {"fused": device.type in ("cuda", "cpu") and not options.get("foreach")}
     known = inspect.signature(optimizer_class.__init__).parameters
@@ -29,7 +30,9 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torc
     given = given | changes | options
     try:
         if name == "schedulefree" and not given["betas"][0]:
-            raise InputError("--optimizer schedulefree needs a first beta above 0 (--adam_beta1): it averages by it.")
+            raise InputError(
+                "--optimizer schedulefree needs a first beta (--adam_beta1) above 0, which weights its average."
+            )
         return optimizer_class(groups, lr=settings.rate, **given)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise InputError(
@@ -37,24 +40,26 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torc
         ) from error
 
 
-def parameter_groups(model, learning_rate, lr_ratio=None):
-    """The parameters to train; with `lr_ratio` the B matrices have that times the learning rate.
+def parameter_groups(
+    model: torch.nn.Module, learning_rate: float, lr_ratio: float | None = None
+) -> list[dict[str, Any]]:
+    """Returns the optimizer's groups of trainable parameters; with `lr_ratio`, B matrices have that multiple of the rate.
 
-    LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354).
+    The ratio is that of LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354).
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if lr_ratio is None:
         return [{"params": [parameter for _, parameter in trained], "lr": learning_rate}]
-    of_b = [parameter for name, parameter in trained if "lora_B" in name]
+    matrices_b = [parameter for name, parameter in trained if "lora_B" in name]
     others = [parameter for name, parameter in trained if "lora_B" not in name]
-    return [{"params": others, "lr": learning_rate}, {"params": of_b, "lr": learning_rate * lr_ratio}]
+    return [{"params": others, "lr": learning_rate}, {"params": matrices_b, "lr": learning_rate * lr_ratio}]
 
 
-def step_if_finite(optimizer, number):
-    """A step of Accelerate's optimizer, unless the tensor `number` isn't finite: then weights and state stay.
+def step_if_finite(optimizer: Any, number: torch.Tensor) -> None:
+    """Steps Accelerate's optimizer, or leaves weights and state unchanged if the tensor `number` is not finite.
 
-    The fused kernels look at it on the device, as they do for a loss scaler, and a scaler has looked itself. The other
-    optimizers would make all of their state of what is not a number: for them the host waits and looks.
+    Fused kernels check this on the device, as they do for a loss scaler, and a loss scaler checks it too. Other optimizers
+    would spread NaN to their whole state, so for them the host waits for the number and checks it.
     """
     inner = optimizer.optimizer
     if optimizer.scaler is None:
@@ -66,12 +71,12 @@ def step_if_finite(optimizer, number):
 
 
 class Learning:
-    """The optimizer, the learning rate schedule and the moving average of a run, as one value.
+    """The optimizer, the learning rate schedule and the moving average of a run.
 
     Args:
-        adapted: The adapted models by component; text encoders may have a learning rate of their own.
-        optimizer: With the learning rates of the run (`OptimizerSettings.scaled`).
-        num_steps: Optimizer steps of the run, of which the learning rate rises in the first `num_warmup_steps`.
+        adapted: The adapted models by component; text encoders may have their own learning rate.
+        optimizer: The settings, with the learning rates of the run (`OptimizerSettings.scaled`).
+        num_steps: Optimizer steps of the run, including `num_warmup_steps`.
         scaler: The loss scaler of fp16, or None.
     """
 
@@ -107,13 +112,13 @@ class Learning:
         self.scaler = scaler
 
     def prepare(self, accelerator: Any) -> None:
-        """Wraps the optimizer for the accelerator, after the models."""
+        """Wraps the optimizer for the accelerator. Must be called after the models are prepared."""
         self.optimizer = accelerator.prepare(self.optimizer)
 
     def step(self, number: torch.Tensor) -> float:
-        """An optimizer step, unless `number` is not finite; returns the learning rate that it had.
+        """Takes an optimizer step, unless `number` is not finite, and returns its learning rate.
 
-        The schedule goes on where the step was skipped, as to ask for that would wait for the GPU.
+        The schedule also advances when the step is skipped, as checking that would wait for the GPU.
         """
         step_if_finite(self.optimizer, number)
         lr = self.lr_scheduler.get_last_lr()[0]
@@ -125,12 +130,12 @@ class Learning:
 
     @contextlib.contextmanager
     def weights_for_use(self) -> Iterator[None]:
-        """Inside, the parameters have the weights to validate and to save; the training's own are put back to the bit.
+        """Replaces the parameters by the weights to validate and save, and restores the training weights bit by bit.
 
-        These differ with a moving average (diffusers' `EMAModel`), and with schedule-free optimizers, which have two sets
-        of weights (`eval` and `train` go from one to the other and back, but not exactly).
+        The weights differ with a moving average (diffusers' `EMAModel`) and with schedule-free optimizers, whose `eval` and
+        `train` switch between two sets of weights, with rounding errors.
         """
-        # Accelerate's wrapper always has an `eval`.
+        # Looks at the wrapped optimizer, as Accelerate's wrapper always has an `eval`.
         two_sets = hasattr(getattr(self.optimizer, "optimizer", self.optimizer), "eval")
         if self.average is None and not two_sets:
             yield

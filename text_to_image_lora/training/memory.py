@@ -1,12 +1,13 @@
-"""How much memory a run will take, before any weight is read.
+"""An estimate of a run's memory before any weights are read.
 
-The models are made without data, from their configuration, and a step runs on tensors that are only shapes (PyTorch's fake
-tensors), while it is counted what would be alive at once. So whatever changes a step (resolution, batch, rank,
-checkpointing) changes the estimate without a formula.
+The models are created without data from their configuration, and a training step runs on PyTorch's fake tensors, while the
+memory that would be alive is counted. Whatever changes a step (resolution, batch, rank, checkpointing) therefore changes
+the estimate without a formula.
 """
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,83 +20,84 @@ from ..models import lean, loading, lora
 from ..models.latents import encoded_at_once
 from ..models.settings import LoraSettings
 from .optimizers import OPTIMIZERS
-from .trials import Trial
+from .trials import Shapes, Trial
 
 
-# Beside the tensors: a CUDA context with cuDNN's and cuBLAS's workspaces (by their documentation; it differs by driver), and
-# the interpreter with this project's libraries (measured).
 DRAWN_AT_ONCE = 4  # sample pictures
-CUDA_BYTES, PYTHON_BYTES = int(0.5 * 2**30), int(0.7 * 2**30)
+CUDA_BYTES = int(
+    0.5 * 2**30
+)  # context with the workspaces of cuDNN and cuBLAS, by their documentation; varies by driver
+PYTHON_BYTES = int(0.7 * 2**30)  # interpreter with this project's libraries, measured
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the storages that are made inside: those alive now, and the most there were at once.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that are created inside: `now` and at the `peak`.
 
-    What comes from outside, such as weights, is not counted, nor are views of it.
+    Storages from outside, such as weights, and their views are not counted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen = {}
+        self.seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, given=(), named=None):
-        self._watch((given, named), made_inside=False)
+        self._watch((given, named), is_new=False)
         out = function(*given, **(named or {}))
         is_view = any(returned.alias_info is not None for returned in function._schema.returns)
-        self._watch(out, made_inside=not is_view)
+        self._watch(out, is_new=not is_view)
         return out
 
-    def _watch(self, values, made_inside):
+    def _watch(self, values, is_new):
         for tensor in tree_leaves(values):
             if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.seen:
                 storage = tensor.untyped_storage()
-                size = storage.nbytes() if made_inside else 0
-                self.seen[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
+                size = storage.nbytes() if is_new else 0
+                self.seen[key] = weakref.ref(storage, functools.partial(self._forget, key, size))
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
-    def _gone(self, key, size, _):
+    def _forget(self, key, size, _):
         del self.seen[key]
         self.now -= size
 
 
-def peak_bytes(function):
-    """The most bytes that tensors which `function()` makes would take at once; nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Returns the peak memory of the tensors that `function()` would create, without computing anything."""
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         function()
-    return alive.peak
+    return live.peak
 
 
-def weight_bytes(model):
+def weight_bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 class Needs(NamedTuple):
-    """The bytes that each phase of a run takes on the device, beside what CUDA, or Python and its libraries, do."""
+    """The bytes that each phase of a run takes on the device, without those of CUDA, or of Python and its libraries."""
 
-    encoding: int  # while the cache is filled; 0 without one
+    encoding: int  # while filling the cache; 0 without a cache
     step: int  # a training step of one sample
-    further_sample: int  # what each further sample of a batch adds to it
-    sample_pictures: int  # while they are drawn; 0 without them
-    encoding_in_steps: int = 0  # where each step encodes its pictures
+    further_sample: int  # each further sample of the batch
+    sample_pictures: int  # while drawing sample pictures; 0 without them
+    encoding_in_steps: int = 0  # if each step encodes its pictures
 
-    def steps(self, batch_size):
+    def steps(self, batch_size: int) -> int:
         return max(self.step + (batch_size - 1) * self.further_sample, self.encoding_in_steps)
 
-    def peak(self, batch_size):
+    def peak(self, batch_size: int) -> int:
         return max(self.encoding, self.steps(batch_size), self.sample_pictures)
 
 
-def lines_of(needs, batch_size, ways, device_bytes=None):
-    """What is told of the `Needs` at a batch size: lines; with `device_bytes`, whether that is enough, and the ways if not."""
+def format_needs(needs: Needs, batch_size: int, ways: str, device_bytes: int | None = None) -> list[str]:
+    """Returns the lines of the report; they suggest `ways` to save memory if `device_bytes` are too few."""
     peak = needs.peak(batch_size)
     lines = [f"memory: {format_bytes(needs.steps(batch_size))} in a training step of batch {batch_size}, and "
              f"{format_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
-    others = {"while encoding": needs.encoding, "while sample pictures are drawn": needs.sample_pictures}
-    lines += [f"        {format_bytes(size)} {when}" for when, size in others.items() if size]
+    phases = {"while encoding": needs.encoding, "while drawing sample pictures": needs.sample_pictures}
+    lines += [f"        {format_bytes(size)} {phase}" for phase, size in phases.items() if size]
     lines.append(
-        f"        beside it: {format_bytes(CUDA_BYTES)} for CUDA on a GPU, {format_bytes(PYTHON_BYTES)} for Python on a CPU"
+        f"        in addition: {format_bytes(CUDA_BYTES)} for CUDA on a GPU, {format_bytes(PYTHON_BYTES)} for Python on a CPU"
     )
     if device_bytes is not None and peak + CUDA_BYTES > device_bytes:
         lines.append(f"        this GPU has {format_bytes(device_bytes)}, which is too little: try {ways}")
@@ -103,19 +105,18 @@ def lines_of(needs, batch_size, ways, device_bytes=None):
 
 
 class Plan(NamedTuple):
-    """What of a run's settings its memory depends on."""
+    """The settings on which the memory of a run depends."""
 
     dtype: torch.dtype  # of the frozen base
     lora: LoraSettings
-    bytes_for_each_weight: int  # what the optimizer keeps, and a moving average
+    bytes_per_weight: int  # of the optimizer and a moving average
     gradient_checkpointing: bool
-    caches: bool  # pictures are encoded before the steps, not in them
-    encoders_stay: bool  # and while they run
-    draws: int  # sample pictures at once; 0: none
+    caches: bool  # whether pictures are encoded before the training steps
+    encoders_stay: bool  # whether the encoders stay on the device during training steps
+    draws: int  # number of sample pictures drawn at once
 
 
-def plan_of(settings: Any, base: Any, dtype: torch.dtype) -> Plan:
-    """The `Plan` of a run."""
+def make_plan(settings: Any, base: Any, dtype: torch.dtype) -> Plan:
     variations = settings.cache.num_variations(settings.augmentation)
     stays = settings.lora.train_text_encoder or settings.loss.perceptual_loss == "decoder"
     num_pictures = len(settings.samples.prompts) * settings.samples.num_validation_images
@@ -127,10 +128,10 @@ def plan_of(settings: Any, base: Any, dtype: torch.dtype) -> Plan:
     )  # fmt: skip
 
 
-def estimate(base, shapes, plan):
-    """The `Needs` of a run with a `BaseModel`, whose largest samples have these `Shapes`.
+def estimate(base: Any, shapes: Shapes, plan: Plan) -> Needs:
+    """Estimates the memory of a run with a `BaseModel`, whose largest samples have these `Shapes`.
 
-    Not counted: the perceptual losses, and what a text encoder that is trained keeps for its backward pass.
+    The perceptual losses and the activations of a text encoder that is trained are not counted.
     """
     empty = loading.empty_components(base, plan.dtype)
     denoiser, vae = empty.denoiser.train(), empty.vae
@@ -141,7 +142,7 @@ def estimate(base, shapes, plan):
         denoiser.enable_gradient_checkpointing()
     held = lean.use_lean_forward(denoiser, [lora.trainable_parameters(denoiser)])
     parameters = [parameter for group in held for parameter in group]
-    weights = frozen + sum(parameter.numel() for parameter in parameters) * (4 + plan.bytes_for_each_weight)
+    weights = frozen + sum(parameter.numel() for parameter in parameters) * (4 + plan.bytes_per_weight)
     autocast = plan.lora.needs_autocast
     trial = Trial(base.family, denoiser, parameters, shapes, plan.dtype, torch.device("cpu"), autocast=autocast)
     one, two = (peak_bytes(functools.partial(trial, batch_size)) for batch_size in (1, 2))
@@ -154,10 +155,10 @@ def estimate(base, shapes, plan):
 
     @torch.no_grad()
     def draw():
-        trial.predict(2 * plan.draws)  # each with its negative prompt
+        trial.predict(2 * plan.draws)  # with classifier-free guidance
         vae.decode(torch.zeros(1, channels, height, width))
 
-    # On a GPU the denoiser's base is set aside meanwhile, where the steps don't encode themselves.
+    # While the cache is filled, the base weights of the denoiser are moved off a GPU.
     encoding = weights - (frozen if plan.caches else 0) + encoders + peak_bytes(encode)
     return Needs(
         encoding if plan.caches else 0,

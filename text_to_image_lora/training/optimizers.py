@@ -1,30 +1,31 @@
-"""Optimizers by name, from the libraries that keep them; their options are checked before a model is loaded."""
+"""The optimizers by name. Their options are checked before any model is loaded."""
 
 import ast
 import difflib
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 
 
 class Row(NamedTuple):
-    """An optimizer."""
+    """An optimizer of another library."""
 
     module: str
     class_name: str
-    changes: dict[str, Any]  # what differs from the class's own defaults
+    changes: dict[str, Any]  # options that differ from the defaults of the class
     package: str  # to install
-    bytes_per_weight: int  # that it keeps
-    elementwise: bool  # it treats each number alone, whatever the shape and size of its tensor
+    bytes_per_weight: int  # of the optimizer's state
+    elementwise: bool  # whether the shape and size of tensors do not matter
 
 
 OPTIMIZERS = {
     "adamw": Row("torch.optim", "AdamW", {}, "torch", 8, elementwise=True),
     "adamw8bit": Row("bitsandbytes.optim", "AdamW8bit", {}, "bitsandbytes", 2, elementwise=False),
     # Mishchenko and Defazio, 2023, https://arxiv.org/abs/2306.06101: finds the step size itself; its learning rate is 1.
-    # From its own first estimate of 1e-6 a LoRA, whose B is 0, hardly moves in its first 50 steps.
+    # With the default d0 of 1e-6, a LoRA, whose B is 0, hardly changes in its first 50 steps.
     "prodigy": Row(
         "prodigyopt", "Prodigy", {"use_bias_correction": True, "d0": 1e-5}, "prodigyopt", 16, elementwise=True
     ),
@@ -32,18 +33,18 @@ OPTIMIZERS = {
     "schedulefree": Row(
         "schedulefree", "AdamWScheduleFree", {"foreach": False}, "schedulefree", 8, elementwise=True
     ),
-    # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with a learning rate of ours, not its own
+    # Shazeer and Stern, 2018, https://arxiv.org/abs/1804.04235; with --learning_rate instead of a relative step size
     "adafactor": Row(
         "transformers", "Adafactor", {"scale_parameter": False, "relative_step": False}, "transformers", 0,
         elementwise=False,
     ),
 }  # fmt: skip
 RESERVED = ("self", "params", "lr")
-BREAKING = ("capturable", "differentiable")  # options for a step that is recorded or differentiated: ours is neither
+UNSUPPORTED = ("capturable", "differentiable")  # the training loop neither captures nor differentiates a step
 
 
-def parse_options(words):
-    """{"key": value} of words such as `d_coef=0.5`; values are Python literals, `true` and `false` too, or strings."""
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Parses words such as `d_coef=0.5`, whose values are Python literals, `true`, `false` or strings."""
     options = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -56,12 +57,15 @@ def parse_options(words):
     return options
 
 
-def check_optimizer(name, words):
-    """The optimizer's class and the options in `words`; an `InputError` where it isn't installed or has no such option."""
+def check_optimizer(name: str, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Returns the optimizer's class (None for AdamW without options) and the options in `words`.
+
+    Raises `InputError` if the optimizer is not installed or does not have an option.
+    """
     row = OPTIMIZERS[name]
     options = parse_options(words)
     if not options and name == "adamw":
-        return None, {}  # so that torch isn't imported to look at nothing
+        return None, {}  # avoids an import of torch
     try:
         optimizer_class = getattr(importlib.import_module(row.module), row.class_name)
     except ImportError as error:
@@ -70,10 +74,10 @@ def check_optimizer(name, words):
     known = [key for key in parameters if key not in RESERVED]
     for key, value in options.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {near}?")
-        if key in BREAKING:
-            raise InputError(f"--optimizer_args {key}: it can't be used with this training loop. Leave it out.")
+            closest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {closest}?")
+        if key in UNSUPPORTED:
+            raise InputError(f"--optimizer_args {key}: the training loop does not support this option. Leave it out.")
         if isinstance(value, str) and isinstance(parameters[key].default, (int, float, tuple)):
             raise InputError(f"--optimizer_args {key}={value}: write a value such as {parameters[key].default}.")
     return optimizer_class, options

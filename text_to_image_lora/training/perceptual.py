@@ -1,23 +1,25 @@
-"""Perceptual losses without another network: features of the VAE's decoder, or of the frozen base itself.
+"""Perceptual losses on features of the VAE's decoder, or of the frozen base model itself.
 
-Both compare the clean latents that a prediction stands for with the true ones, are zero where they are equal, and are
-added to the objective by a weight.
+Both compare the clean latents according to the prediction with the true ones, and are added to the objective with a weight.
 """
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..models.lora import without_adapters
+from .objective import Diffusion
 from .settings import LossSettings
 
 
-DECODER_BLOCKS = 2  # of the decoder's upward blocks that are looked at, beside its middle; later ones cost far more
+DECODER_BLOCKS = 2  # number of up blocks that are compared, beside the middle block; later blocks cost far more
 
 
-def decoder_features(vae, latents):
-    """What the decoder's middle and its first upward blocks make of latents (already over the scaling factor)."""
+def decoder_features(vae: Any, latents: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the outputs of the decoder's middle block and first up blocks for unscaled latents (N, C, h, w)."""
     hidden = vae.decoder.conv_in(latents if vae.post_quant_conv is None else vae.post_quant_conv(latents))
     features = [vae.decoder.mid_block(hidden)]
     for block in vae.decoder.up_blocks[:DECODER_BLOCKS]:
@@ -25,11 +27,11 @@ def decoder_features(vae, latents):
     return features
 
 
-def decoder_loss(vae, predicted, clean, scaling_factor):
-    """Mean squared difference of the decoder's features, (N,), each channel by the true features' own deviation.
+def decoder_loss(vae: Any, predicted: torch.Tensor, clean: torch.Tensor, scaling_factor: float) -> torch.Tensor:
+    """Returns the mean squared difference (N,) of decoder features, with channels normalized by those of the clean latents.
 
-    After Latent Perceptual Loss (Berrada et al., 2024, https://arxiv.org/abs/2411.04873), less its mask of outliers and
-    its later blocks. `predicted` and `clean` are latents as the UNet has them.
+    This is Latent Perceptual Loss (Berrada et al., 2024, https://arxiv.org/abs/2411.04873) without its outlier mask and its
+    later blocks. `predicted` and `clean` are scaled latents (N, C, h, w).
     """
     with torch.autocast(predicted.device.type, enabled=False):
         with torch.no_grad():
@@ -43,10 +45,10 @@ def decoder_loss(vae, predicted, clean, scaling_factor):
 
 
 @contextlib.contextmanager
-def plain(unet):
-    """The UNet as it was before its LoRA, for what runs inside; gradients still pass through it."""
+def frozen_base(unet: Any) -> Iterator[None]:
+    """Disables the LoRA of the UNet; gradients still pass through the UNet."""
     was_checkpointing = unet.is_gradient_checkpointing
-    if was_checkpointing:  # it would run again in the backward pass, with the LoRA
+    if was_checkpointing:  # otherwise the backward pass would recompute activations with the LoRA
         unet.disable_gradient_checkpointing()
     try:
         with without_adapters(unet):
@@ -56,47 +58,56 @@ def plain(unet):
             unet.enable_gradient_checkpointing()
 
 
-class _Enough(Exception):
+class _Finished(Exception):
     """Leaves the UNet after its middle block."""
 
 
-def middle_of(unet):
-    """The UNet's middle block, or its last downward one where it has none (as distilled models have)."""
+def find_middle_block(unet: Any) -> torch.nn.Module:
+    """Returns the UNet's middle block, or its last down block if it has none, as in distilled models."""
     return unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
 
 
-def middle_features(family, unet, noisy_latents, timesteps, condition):
-    """The output of the UNet's middle (N, C, h, w); what comes after it is not computed."""
+def middle_features(
+    family: Any, unet: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Returns the output (N, C, h, w) of the UNet's middle block, without running later blocks."""
     found = []
 
     def keep(module, given, output):
         found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Enough
+        raise _Finished
 
-    handle = middle_of(unet).register_forward_hook(keep)
+    handle = find_middle_block(unet).register_forward_hook(keep)
     try:
         family.predict(unet, noisy_latents, timesteps, **condition)
-    except _Enough:
+    except _Finished:
         pass
     finally:
         handle.remove()
     return found[0]
 
 
+@dataclass
 class PerceptualLoss:
-    """The perceptual loss of a run, for its loop to add, as its `LossSettings` say; `dtype` is the denoiser's.
+    """The perceptual loss of a run.
 
-    The decoder looks only at samples below `perceptual_max_timestep`: beyond it, what is predicted is no picture yet.
+    The decoder's features are only compared below `perceptual_max_timestep`, as later predictions are no pictures yet.
     """
 
-    def __init__(self, loss, *, family, denoiser, vae, diffusion, scaling_factor, dtype):
-        self.loss, self.family, self.denoiser, self.vae, self.diffusion = loss, family, denoiser, vae, diffusion
-        self.scaling_factor, self.dtype = scaling_factor, dtype
+    loss: LossSettings
+    family: Any
+    denoiser: Any
+    vae: Any
+    diffusion: Diffusion
+    scaling_factor: float  # of the VAE's latents
+    dtype: torch.dtype  # of the denoiser
 
-    def __call__(self, model_pred, latents, noise, batch):
-        """Sum over the samples of weight x loss.
+    def __call__(
+        self, model_pred: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, batch: dict[str, Any]
+    ) -> torch.Tensor:
+        """Returns the weighted sum of the samples' losses; prediction, clean latents and noise are (N, C, h, w).
 
-        `noise` is the target's, without any input perturbation. `batch` has "weights" and "timesteps"; for "self" also
+        `noise` is that of the target, without input perturbation. `batch` has "weights" and "timesteps"; for "self" also
         "perceptual_noise", "perceptual_timesteps" and "condition".
         """
         timesteps, weights = batch["timesteps"], batch["weights"]
@@ -104,7 +115,7 @@ class PerceptualLoss:
         predicted = self.diffusion.clean_estimate(noisy_latents, model_pred, timesteps)
         if self.loss.perceptual_loss == "self":
             return (self._self_loss(predicted, latents, batch) * weights).sum()
-        # By the numbers that never left the CPU: to ask the device would wait for it.
+        # Uses the timesteps on the CPU, as reading them from the device would wait for it.
         seen = (batch["timesteps_on_cpu"] < self.loss.perceptual_max_timestep).nonzero()[:, 0]
         if not len(seen):
             return predicted.sum() * 0
@@ -112,10 +123,10 @@ class PerceptualLoss:
         return (decoder_loss(self.vae, predicted[seen], latents[seen], self.scaling_factor) * weights[seen]).sum()
 
     def _self_loss(self, predicted, clean, batch):
-        """Mean squared difference of the base's middle features of both latents, noised alike, (N,).
+        """Returns the mean squared difference (N,) of the base model's middle features of both latents.
 
-        Diffusion Model with Perceptual Loss (Lin and Yang, 2023, https://arxiv.org/abs/2401.00110): the base is the
-        network that perceives; noise and timesteps are new ones, the same for both.
+        This is the self-perceptual objective of Lin and Yang, 2023, https://arxiv.org/abs/2401.00110. Both latents get equal
+        noise at equal timesteps, which are drawn for this loss.
         """
         noise, timesteps = batch["perceptual_noise"], batch["perceptual_timesteps"]
         condition = {name: value.detach() for name, value in batch["condition"].items()}
@@ -124,7 +135,7 @@ class PerceptualLoss:
             seen = self.diffusion.add_noise(latents, noise, timesteps).to(self.dtype)
             return middle_features(self.family, self.denoiser, seen, timesteps, condition)
 
-        with plain(self.denoiser):
+        with frozen_base(self.denoiser):
             with torch.no_grad():
                 wanted = features(clean)
             given = features(predicted)
@@ -132,7 +143,7 @@ class PerceptualLoss:
 
 
 def make_perceptual_loss(settings: LossSettings, models: Any) -> PerceptualLoss | None:
-    """The perceptual loss of a run, or None."""
+    """Creates the perceptual loss of a run, or returns None."""
     if settings.perceptual_loss is None:
         return None
     return PerceptualLoss(

@@ -1,8 +1,8 @@
-"""What several processes must agree on, and how each computes."""
+"""What several processes must agree on, and the kernels that each of them uses."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,63 +11,64 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..errors import InputError
 
 
-def as_main_says(find, accelerator):
-    """What `find()` gives on the main process, on every process; an `InputError` of it is one on all of them."""
+def broadcast_from_main(function: Callable[[], Any], accelerator: Any) -> Any:
+    """Calls `function()` on the main process and returns its result, or raises its `InputError`, on every process."""
     answer = [None, None]
     if accelerator.is_main_process:
         try:
-            answer = [find(), None]
+            answer = [function(), None]
         except InputError as error:
             answer = [None, str(error)]
-    found, refused = broadcast_object_list(answer)
+    result, refused = broadcast_object_list(answer)
     if refused is not None:
         raise InputError(refused)
-    return found
+    return result
 
 
 @contextlib.contextmanager
 def no_sync(accelerator: Any, models: list, *, unless: bool) -> Iterator[None]:
-    """Inside, the processes don't share the models' gradients, unless it is the last backward pass of a step."""
+    """Disables gradient synchronization of the models, `unless` this is the last backward pass of the step."""
     with contextlib.ExitStack() as stack:
         for model in [] if unless else models:
             stack.enter_context(accelerator.no_sync(model))
         yield
 
 
-def check_alike(values):
-    """Raises `InputError` on every process where they don't all have the same dict, and names what differs."""
-    of_all = gather_object([values])
-    for rank, others in enumerate(of_all):
-        differ = sorted(name for name in of_all[0].keys() | others.keys() if of_all[0].get(name) != others.get(name))
+def check_equal_everywhere(values: dict[str, Any]) -> None:
+    """Raises `InputError` on every process if a process has other values than process 0, and names those that differ."""
+    gathered = gather_object([values])
+    for rank, found in enumerate(gathered):
+        names = gathered[0].keys() | found.keys()
+        differ = sorted(name for name in names if gathered[0].get(name) != found.get(name))
         if differ:
             raise InputError(
-                f"process {rank} is to train something else than process 0: {', '.join(differ)}. Give all the same "
-                "command and the same pictures."
+                f"Process {rank} and process 0 have different settings or pictures: {', '.join(differ)}. Run the same "
+                "command with the same pictures on all machines."
             )
 
 
-def be_deterministic(wanted):
-    """Kernels that give the same bits each time, or those that are fastest; to be called before a GPU is used.
+def use_deterministic_kernels(enabled: bool) -> None:
+    """Selects kernels that return equal bits each time, or else the fastest. Must be called before a GPU is used.
 
-    https://docs.pytorch.org/docs/stable/notes/randomness.html; of the attentions only the plain one has such a backward
-    everywhere.
+    See https://docs.pytorch.org/docs/stable/notes/randomness.html. Plain attention is the only implementation with a
+    deterministic backward pass everywhere.
     """
-    if wanted:
+    if enabled:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which finds faults and costs time
-    torch.backends.cudnn.deterministic = wanted
-    for enable in ("flash", "mem_efficient", "cudnn"):
-        getattr(torch.backends.cuda, f"enable_{enable}_sdp")(not wanted)
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find bugs and costs time
+    torch.backends.cudnn.deterministic = enabled
+    for name in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(not enabled)
 
 
-def in_words(device):
-    """The device for people: "cuda", "cpu (2 threads)"."""
+def describe_device(device: torch.device) -> str:
+    """Returns the device as logs show it: "cuda", "cpu (2 threads)"."""
     if device.type != "cpu":
         return device.type
     return f"cpu ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
 
 
-def emulates_bf16(device):
-    """Whether a GPU says that it has bf16 and emulates it, as a T4 does."""
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether a GPU reports support for bf16 but emulates it, as a T4 does."""
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)

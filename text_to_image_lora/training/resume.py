@@ -1,4 +1,4 @@
-"""A run that is resumed: what its checkpoint holds is put back."""
+"""Restoring a resumed run from its checkpoint."""
 
 import functools
 import logging
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def load(settings: Any, run: Any, models: Any, learning: Any, accelerator: Any) -> None:
-    """Puts back adapters, optimizer, schedule, loss scale and moving average; nothing to do for a run that begins."""
+    """Restores adapters, optimizer, schedule, loss scale and moving average; does nothing for a new run."""
     if run.resume_path is None:
         return
-    stored = processes.as_main_says(functools.partial(checkpoint.read_checkpoint, run.resume_path), accelerator)
+    read = functools.partial(checkpoint.read_checkpoint, run.resume_path)
+    stored = processes.broadcast_from_main(read, accelerator)
     adapter = checkpoint.load_checkpoint(stored, learning)
     for name, model in models.adapted.items():
         lora.load_adapter(model, lora.extract_state(adapter, name))
-    logger.info(
-        checkpoint.where_it_goes_on(stored, learning.lr_scheduler, settings.schedule.lr_scheduler, run.num_steps)
-    )
+    schedule_name = settings.schedule.lr_scheduler
+    logger.info(checkpoint.describe_resume(stored, learning.lr_scheduler, schedule_name, run.num_steps))

@@ -1,4 +1,4 @@
-"""A run, from its flags to the models that are trained."""
+"""The preparation of a run: its seed, pictures, steps and models."""
 
 import contextlib
 import functools
@@ -30,33 +30,33 @@ logger = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """What a run is, before any model is loaded."""
+    """A run before any model is loaded."""
 
     base: Any  # the `BaseModel`
-    state: checkpoint.TrainState  # to begin with
+    state: checkpoint.TrainState  # at the start
     resume_path: Path | None
     seed: int
     pictures: Any  # the `PictureSet` to train on
-    validated: Any  # the one to validate on, or None
+    validated: Any  # the `PictureSet` to validate on, or None
     sampler: Any  # the `EffectiveBatchSampler`
     lora: LoraSettings  # of the denoiser
-    optimizer: OptimizerSettings  # with the learning rates of this run
-    num_steps: int  # optimizer steps of the whole run
+    optimizer: OptimizerSettings  # with --scale_lr applied
+    num_steps: int  # total number of optimizer steps
     num_warmup_steps: int
-    variations: int  # of each picture in the cache; 0: no cache
+    variations: int  # cached variations of each picture; 0: no cache
     resolution: int  # side in pixels
-    notes: list[str]  # what was logged of the pictures
-    identity: dict[str, Any]  # what must be equal for a checkpoint to be resumed
-    identity_before: dict[str, Any] | None  # that of the checkpoint
+    notes: list[str]  # lines that were logged about the pictures
+    identity: dict[str, Any]  # settings that must be equal to resume a checkpoint
+    identity_before: dict[str, Any] | None  # the identity of the checkpoint
 
 
 def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
-    """The `Run` that the command means: where it stopped, with which seed, pictures, steps and settings."""
+    """Prepares a new or resumed `Run`."""
     from .. import log
 
-    # The main process decides: on several machines the others may not see its output folder.
-    where_it_stopped = functools.partial(_where_it_stopped, settings)
-    resume_path, state, identity_before = processes.as_main_says(where_it_stopped, accelerator)
+    # Only the main process looks, as other machines may not see its output folder.
+    find_resume_point = functools.partial(_find_resume_point, settings)
+    resume_path, state, identity_before = processes.broadcast_from_main(find_resume_point, accelerator)
     seed = state.seed if settings.run.seed is None else settings.run.seed
     usable = functools.partial(
         usable_pictures,
@@ -68,12 +68,12 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
         pictures, validated = inputs.make_picture_sets(settings, found, usable)
     if pictures.masked and settings.loss.perceptual_loss is not None:
         raise InputError(
-            "--perceptual_loss looks at whole pictures, and some of these have masks: leave one of the two out."
+            "--perceptual_loss compares whole pictures, but some of these have masks. Leave out the flag or the masks."
         )
     sampler = make_run_sampler(settings, pictures, seed, accelerator.process_index, accelerator.num_processes)
     lora_settings = settings.lora.of_denoiser(found.base.family)
     identity = identity_of_run(settings, found.base, pictures, sampler, seed)
-    processes.check_alike(identity)
+    processes.check_equal_everywhere(identity)
     if resume_path is not None:
         checkpoint.check_same_run(resume_path, identity_before, identity)
     num_steps = settings.batches.num_steps(sampler.steps_per_epoch)
@@ -89,8 +89,8 @@ def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     )  # fmt: skip
 
 
-def _where_it_stopped(settings):
-    """(checkpoint to resume from or None, `TrainState`, the identity of the checkpoint's run or None)."""
+def _find_resume_point(settings):
+    """Returns the checkpoint to resume from or None, the `TrainState`, and the identity of the checkpoint or None."""
     wanted, token = settings.checkpoints.resume_from_checkpoint, settings.sharing.hub_token
     path = hub_checkpoints.find_checkpoint(settings.run.output_dir, wanted, token)
     if path is not None:
@@ -101,7 +101,7 @@ def _where_it_stopped(settings):
 
 
 def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_size: int) -> Any:
-    """The `EffectiveBatchSampler` of a run."""
+    """Creates the `EffectiveBatchSampler` of a run."""
     batches = settings.batches
     division = Division(batches.batch_size, batches.gradient_accumulation_steps, rank, world_size)
     return make_sampler(
@@ -111,11 +111,11 @@ def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_s
 
 
 def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be resumed, by the flags' names."""
+    """Returns the settings that must be equal to resume a checkpoint, by the names of the flags."""
     limits = settings.sizes.buckets(base) if settings.sizes.aspect_ratio_buckets else None
     lora_settings = settings.lora.of_denoiser(base.family)
     text_rank = lora_settings.text_encoder_rank or lora_settings.rank
-    settled = {
+    derived = {
         "seed": seed,
         "resolution": settings.sizes.side(base),
         "bucket_min_size": limits and limits.smallest,
@@ -133,22 +133,22 @@ def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed:
         "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
     }
     flags = {field.name: plain(value) for field, value in iterate_flags(settings) if not field.metadata["may_change"]}
-    identity = flags | settled
+    identity = flags | derived
     if settings.timesteps.prediction_type is None:
-        del identity["prediction_type"]  # the base model's own, which is known when it is loaded
+        del identity["prediction_type"]  # the base model's, which `_check_models` adds once it is loaded
     return identity
 
 
 @dataclass
 class Models:
-    """The models of a run on their device."""
+    """The models of a run, on the device."""
 
     family: Any
-    adapted: dict[str, torch.nn.Module]  # what is trained, by component; the denoiser comes first
-    num_adapted: int  # modules
+    adapted: dict[str, torch.nn.Module]  # the models that are trained, by component; the denoiser comes first
+    num_adapted: int  # number of adapted modules
     diffusion: Diffusion
     vae: Any
-    latent_encoder: Any  # None when it is no longer needed
+    latent_encoder: Any  # None once it is no longer needed
     prompt_encoder: Any
     scheduler_config: dict[str, Any]
     dtype: torch.dtype  # of the frozen base
@@ -163,10 +163,10 @@ class Models:
         return len(self.adapted) > 1
 
     def encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the latents and conditions that the cache does not hold, but those of trained text encoders."""
+        """Adds latents and conditions that are not cached to the batch, except conditions from trained text encoders."""
         if "pixels" in batch:
             mean, std = self.latent_encoder(batch["pixels"])
-            # Rounded as in the cache, so that both give the same.
+            # Rounded as in the cache, so that results do not depend on it.
             batch["mean"] = mean.to(self.latent_encoder.dtype).float()
             batch["std"] = std.to(self.latent_encoder.dtype).float()
         if "captions" in batch and not self.trains_text_encoder:
@@ -174,7 +174,7 @@ class Models:
         return batch
 
     def release_encoders(self, settings: Any) -> None:
-        """With all in the cache the steps need the denoiser alone on the device."""
+        """Moves the encoders off the device once everything is cached, except those that training steps need."""
         self.latent_encoder = None
         if not self.trains_text_encoder:
             self.prompt_encoder = None
@@ -182,14 +182,15 @@ class Models:
             logger.info("the VAE stays in memory for --perceptual_loss decoder")
         else:
             self.vae = self.vae.to("cpu") if settings.samples.prompts else None
-        freed_memory.give_back(next(self.denoiser.parameters()).device)
+        freed_memory.release(next(self.denoiser.parameters()).device)
 
 
 def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
-    """Loads the base onto the device and adds the LoRA to it, which comes first: a wrong --target_modules costs seconds."""
-    family, device, lora_settings = run.base.family, accelerator.device, settings.lora
+    """Loads the base model onto the device and adds the LoRA, before anything is encoded, to report wrong flags early."""
+    family, device = run.base.family, accelerator.device
+    lora_settings = settings.lora
     weight_dtype = modules.dtype_of(accelerator.mixed_precision)
-    # DoRA reads its magnitudes from the base in float32.
+    # DoRA computes its magnitudes from the float32 base.
     dtype = torch.float32 if lora_settings.use_dora else weight_dtype
     loaded = loading.load_components(
         run.base, dtype, device="cpu" if lora_settings.use_dora else device, channels_last=device.type != "mps",
@@ -217,17 +218,17 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
             modules.place(model, device, weight_dtype)
         else:
             model.to(device)
-    if device.type == "cpu":  # now that the weights are where they stay
-        freed_memory.keep()
+    if device.type == "cpu":  # after the weights have their final place in memory
+        freed_memory.keep_for_reuse()
     if weight_dtype == torch.float16 and loaded.vae.config.force_upcast:
-        logger.info("the VAE stays in float32, as its configuration asks for: it overflows in fp16")
+        logger.info("the VAE stays in float32, as its configuration sets force_upcast: it overflows in fp16")
     if not lora_settings.train_text_encoder:
         for text_encoder in loaded.text_encoders:
             text_encoder.to(device, weight_dtype)
     cached_dtype = torch.float32 if weight_dtype == torch.float32 else torch.float16
     latent_encoder = LatentEncoder(loaded.vae, cached_dtype, device)
     if settings.samples.prompts or settings.loss.perceptual_loss == "decoder" or not run.variations:
-        latent_encoder.get_ready()  # else the cache may be full
+        latent_encoder.get_ready()  # otherwise the VAE is only needed if something is not cached
     prompt_encoder = PromptEncoder(
         family, loaded.tokenizers, loaded.text_encoders, clip_skip=settings.base.clip_skip, num_chunks=num_chunks,
         dtype=weight_dtype, autocast=accelerator.autocast if lora_settings.train_text_encoder else contextlib.nullcontext,
@@ -239,7 +240,7 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
 
 
 def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, str | None]:
-    """`models.prompts.choose_num_chunks` for the captions of these `PictureSet`s and the prompts of the sample pictures."""
+    """Calls `models.prompts.choose_num_chunks` for the captions of `PictureSet`s and the prompts of sample pictures."""
     captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
     drawn = [[text] for text in settings.samples.texts]
@@ -249,7 +250,7 @@ def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, s
 
 
 def _check_models(run, parts, diffusion, num_chunks):
-    """Adds to the run's identity what only the loaded models tell, and checks it against the checkpoint's."""
+    """Adds the properties of the loaded models to the run's identity, and compares it with the checkpoint's."""
     run.identity.update({f"{name} weights": modules.sample_identity(model) for name, model in parts.items()})
     run.identity.update(
         num_chunks=num_chunks,
@@ -261,9 +262,9 @@ def _check_models(run, parts, diffusion, num_chunks):
 
 
 def adapt(settings: Any, adapted: dict[str, Any], family: Any, seed: int) -> int:
-    """Adds the LoRA to the models ({component: model}, the denoiser first), and sets what the flags want of them.
+    """Adds the LoRA to the models and enables checkpointing and attention kernels; returns the number of adapted modules.
 
-    Returns how many modules were adapted.
+    `adapted` is {component: model}, with the denoiser first.
     """
     lora_settings = settings.lora
     torch.manual_seed(seed)
@@ -289,32 +290,32 @@ def adapt(settings: Any, adapted: dict[str, Any], family: Any, seed: int) -> int
         try:
             denoiser.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
-            raise InputError(f"xformers can't be used here ({reason_of(error)}): leave the flag out.") from error
+            raise InputError(f"xformers can't be used here ({reason_of(error)}). Leave the flag out.") from error
     return num_adapted
 
 
 def check_kohyas_names(settings: Any, models: Models) -> None:
-    """Raises `InputError` before training where --output_kohya_format has no names for what is adapted."""
+    """Raises `InputError` if --output_kohya_format has no names for the adapted modules."""
     if not settings.lora.output_kohya_format:
         return
     states = {name: lora.adapter_state(model) for name, model in models.adapted.items()}
     kohya.kohya_tensors(states, models.family.kohya)
     if settings.lora.use_dora:
         logger.info(
-            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, neither "
-            "by those it was trained with; the kohya file draws something else there, and the same in LyCORIS"
+            "--use_dora: A1111 divides DoRA's magnitudes by the norms of the inputs and ComfyUI by those of the base, "
+            "instead of the norms used in training; the kohya file draws different pictures there, and equal ones in LyCORIS"
         )
 
 
 def log_beginning(settings: Any, run: Run, models: Models, num_parameters: int, accelerator: Any) -> None:
-    """Logs what is trained, on what, with how many steps."""
+    """Logs a summary of the run."""
     sampler, num_steps = run.sampler, run.num_steps
     dtype = str(models.dtype).removeprefix("torch.")
     logger.info(
         f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
         f"{counted(num_steps, 'step')}; effective batch "
-        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.in_words(accelerator.device)} in "
+        f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.describe_device(accelerator.device)} in "
         f"{dtype}; rank-{settings.lora.rank} LoRA on {models.num_adapted} modules ({num_parameters:,} parameters)"
     )
     if run.state.global_step >= num_steps:
-        logger.info(f"finished at step {run.state.global_step}; raise --max_train_steps to go on")
+        logger.info(f"finished at step {run.state.global_step}; raise --max_train_steps to continue")

@@ -1,10 +1,12 @@
-"""Steps on made-up batches, tried before a run: whether they fit, how many samples do, whether compiling pays."""
+"""Training steps on random batches before a run, to find whether they fit in memory and whether compiling pays off."""
 
 import contextlib
 import functools
 import logging
 import os
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,23 +15,23 @@ import torch
 
 from ..errors import is_out_of_memory
 from ..models.compiling import compile_steps
-from .conditions import picture_condition_of
+from .conditions import make_picture_condition
 
 
 logger = logging.getLogger(__name__)
 
 
 class Shapes(NamedTuple):
-    """What a sample is to the denoiser: the shapes of its latent and of each tensor of its condition."""
+    """The shapes of the denoiser's inputs for one sample."""
 
-    latent: tuple
-    condition: dict
+    latent: tuple[int, ...]
+    condition: dict[str, tuple[int, ...]]
 
 
-def heaviest_batch(pictures, sampler, limit):
-    """(index of a picture, number of samples) of the batch that takes the most memory, of up to `limit` samples each.
+def heaviest_batch(pictures: Any, sampler: Any, limit: int) -> tuple[int, int]:
+    """Finds the batch of up to `limit` samples that takes the most memory; returns a picture's index and the batch size.
 
-    `sampler` is the run's: a size that few pictures have never fills a batch.
+    The run's `sampler` tells how large batches get: few pictures of one size never fill a batch.
     """
     counts = np.bincount(sampler.groups[sampler.samples], minlength=1 + sampler.groups.max())
     at_once = np.minimum(limit, -(-np.minimum(counts, sampler.effective_batch_size) // sampler.world_size))
@@ -38,16 +40,16 @@ def heaviest_batch(pictures, sampler, limit):
     return index, int(at_once[sampler.groups[index]])
 
 
-def shapes_of(pictures, index, base, num_chunks):
-    """The `Shapes` of a picture of a `PictureSet`, with captions of that many chunks."""
-    own = picture_condition_of(pictures, index, 0, base.family)
-    shapes = base.condition_shapes(num_chunks) | {name: tuple(value.shape) for name, value in own.items()}
+def find_shapes(pictures: Any, index: int, base: Any, num_chunks: int) -> Shapes:
+    """Returns the `Shapes` for a picture of a `PictureSet` and captions of `num_chunks` chunks."""
+    condition = make_picture_condition(pictures, index, 0, base.family)
+    shapes = base.condition_shapes(num_chunks) | {name: tuple(value.shape) for name, value in condition.items()}
     return Shapes(base.latent_shape(pictures.sizes[index]), shapes)
 
 
 @contextlib.contextmanager
-def set_aside(models, device):
-    """Inside, the models are on the CPU and their memory on the device is free."""
+def moved_to_cpu(models: list[Any], device: torch.device) -> Iterator[None]:
+    """Moves models from the device to the CPU, and back at the end."""
     models = [model for model in models if model.device.type == device.type]
     for model in models:
         model.to("cpu")
@@ -60,31 +62,34 @@ def set_aside(models, device):
             model.to(device)
 
 
-def base_of(model):
-    """The weights of a model that are not its adapters'."""
+def base_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Returns the parameters of a model without those of its adapters."""
     return [p for name, p in model.named_parameters() if ".lora_" not in name and "adapter_masters" not in name]
 
 
 @contextlib.contextmanager
-def base_set_aside(model, device):
-    """Inside, the base weights of an adapted model are on the CPU; its adapters stay, which layers share with their masters."""
-    base = base_of(model) if device.type == "cuda" else []  # elsewhere it is all one memory
+def base_moved_to_cpu(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves the base weights of an adapted model from a GPU to the CPU, and back at the end.
 
-    def bring(to):
-        for parameter, value in zip(base, moved([parameter.data for parameter in base], to), strict=True):
+    The adapters stay on the GPU, as moving them would separate the layers' views from the masters that are trained.
+    """
+    base = base_parameters(model) if device.type == "cuda" else []
+
+    def move_base(to):
+        for parameter, value in zip(base, move_tensors([parameter.data for parameter in base], to), strict=True):
             parameter.data = value
 
-    bring(torch.device("cpu"))
+    move_base(torch.device("cpu"))
     if base:
         torch.cuda.empty_cache()
     try:
         yield
     finally:
-        bring(device)
+        move_base(device)
 
 
-def moved(tensors, device):
-    """Each of the tensors on a device; those that are parts of one memory, as joined projections are, stay so."""
+def move_tensors(tensors: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yields the tensors on a device; tensors that share memory, as joined projections do, share it there too."""
     memories = {}
     for tensor in tensors:
         own = tensor.untyped_storage()
@@ -95,32 +100,34 @@ def moved(tensors, device):
         yield torch.empty(0, dtype=tensor.dtype, device=device).set_(memories[own.data_ptr()], *place)
 
 
-def even_parts(count):
-    """The sizes of batches that divide `count` samples into as few and as even parts as can be, the largest first."""
+def candidate_batch_sizes(count: int) -> list[int]:
+    """Returns the batch sizes, largest first, that divide `count` samples into the fewest and most even batches."""
     return sorted({-(-count // parts) for parts in range(1, count + 1)}, reverse=True)
 
 
+@dataclass
 class Trial:
-    """Forward and backward of the denoiser on noise of these `Shapes`; no weight and no gradient is changed.
+    """The forward and backward pass of the denoiser on noise. Changes no weights and no gradients."""
 
-    `parameters` are those that are trained; `dtype` and `device` those of the batch.
-    """
+    family: Any
+    denoiser: Any
+    parameters: list[torch.nn.Parameter]  # those that are trained
+    shapes: Shapes  # of a sample
+    dtype: torch.dtype  # of the batch
+    device: torch.device
+    autocast: bool = False  # not used with float32
 
-    def __init__(self, family, denoiser, parameters, shapes, dtype, device, autocast=False):
-        self.family, self.denoiser, self.parameters, self.shapes = family, denoiser, parameters, shapes
-        self.dtype, self.device, self.autocast = dtype, device, autocast
-
-    def predict(self, batch_size):
-        """The denoiser's output (batch_size, *latent) for noise."""
-        how = {"dtype": self.dtype, "device": self.device}
-        latents = torch.randn(batch_size, *self.shapes.latent, **how)
+    def predict(self, batch_size: int) -> torch.Tensor:
+        """Returns the denoiser's output (batch_size, *latent) for noise."""
+        options = {"dtype": self.dtype, "device": self.device}
+        latents = torch.randn(batch_size, *self.shapes.latent, **options)
         timesteps = torch.zeros(batch_size, dtype=torch.long, device=self.device)
-        condition = {name: torch.zeros(batch_size, *shape, **how) for name, shape in self.shapes.condition.items()}
+        condition = {name: torch.zeros(batch_size, *shape, **options) for name, shape in self.shapes.condition.items()}
         with torch.autocast(self.device.type, self.dtype, enabled=self.autocast and self.dtype != torch.float32):
             return self.family.predict(self.denoiser, latents, timesteps, **condition)
 
-    def __call__(self, batch_size):
-        """One step's forward and backward, in training mode."""
+    def __call__(self, batch_size: int) -> None:
+        """Runs a forward and a backward pass in training mode."""
         training = self.denoiser.training
         self.denoiser.train()
         try:
@@ -128,8 +135,8 @@ class Trial:
         finally:
             self.denoiser.train(training)
 
-    def seconds(self, batch_size, count=3):
-        """(the first, the least of `count` more), each until the GPU is done."""
+    def seconds(self, batch_size: int, count: int = 3) -> tuple[float, float]:
+        """Returns the time of a first call and the shortest time of `count` further calls."""
         took = []
         for _ in range(1 + count):
             started = time.perf_counter()
@@ -139,14 +146,14 @@ class Trial:
             took.append(time.perf_counter() - started)
         return took[0], min(took[1:])
 
-    def fits(self, batch_size):
-        """Whether the device has the memory for it."""
+    def fits(self, batch_size: int) -> bool:
+        """Whether the device has enough memory for a batch."""
         try:
             self(batch_size)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            fits = False  # what the failed step holds goes with its exception
+            fits = False  # the cache is emptied below, once the exception no longer holds the tensors
         else:
             fits = True
         if self.device.type == "cuda":
@@ -154,39 +161,45 @@ class Trial:
         return fits
 
 
-def first_that_fits(trial, device, sizes, most, bytes_of_sample):
-    """The first of `sizes`, each of `most` samples at most in the run's heaviest batch, that the device has memory for.
+def first_that_fits(
+    trial: Trial, device: torch.device, sizes: list[int], most: int, sample_bytes: Callable[[], int]
+) -> int:
+    """Returns the first of several batch sizes for which there is enough memory.
 
-    On a GPU it is tried, and 0 means that none fits. Elsewhere memory has no such end: sizes are held against what is
-    free, shared by this machine's processes, where `bytes_of_sample()` says what one takes; the last is taken anyway.
+    On a GPU each size is tried, and 0 means that none fits. Elsewhere sizes are compared with the free memory, which the
+    processes of this machine share, and the last size is used even if it does not fit.
+
+    Args:
+        most: The number of samples in the run's heaviest batch.
+        sample_bytes: Returns the memory that a sample takes; used only off the GPU.
     """
     if device.type == "cuda":
         return next((size for size in sizes if trial.fits(min(size, most))), 0)
     if len(sizes) == 1:
         return sizes[0]
-    room = 0.8 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    each = bytes_of_sample()
-    return next((size for size in sizes if min(size, most) * each <= room), sizes[-1])
+    available = 0.8 * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    each = sample_bytes()
+    return next((size for size in sizes if min(size, most) * each <= available), sizes[-1])
 
 
 def compile_denoiser(settings: Any, run: Any, models: Any, trial: Trial) -> None:
-    """--compile: the denoiser's training steps are compiled from here on, and it is logged what that gives."""
+    """Compiles the training steps of the denoiser for --compile, and logs what this gains."""
     sampler, sizes = run.sampler, len(set(run.pictures.sizes))
     _, batch_size = heaviest_batch(run.pictures, sampler, sampler.batch_size)
     step = run.state.global_step
     num_passes = sampler.num_micro_batches(step) * (run.num_steps - step)
-    logger.info("compiling" + (f"; each of the {sizes} sizes once, the others when they come" if sizes > 1 else ""))
+    logger.info("compiling" + (f"; each of the {sizes} sizes is compiled when it first occurs" if sizes > 1 else ""))
     compiled = settings.cache.folder / "compiled"
     start = functools.partial(compile_steps, models.denoiser, settings.speed.compile, batch_size, compiled)
-    logger.info(what_compiling_gives(start, trial, batch_size, num_passes))
+    logger.info(measure_compiling(start, trial, batch_size, num_passes))
 
 
-def what_compiling_gives(start, trial, batch_size, num_passes):
-    """Calls `start()`, which compiles, and says what that cost and after how many of the run's forward passes it is paid back."""
+def measure_compiling(start: Callable[[], Any], trial: Trial, batch_size: int, num_passes: int) -> str:
+    """Calls `start()`, which compiles, and returns a line about its cost and after how many passes it pays off."""
     _, before = trial.seconds(batch_size)
     start()
     first, after = trial.seconds(batch_size)
-    line = f"compiled in {first:.0f} s: forward and backward take {after:.3f} s instead of {before:.3f}"
+    line = f"compiled in {first:.0f} s: forward and backward pass take {after:.3f} s instead of {before:.3f} s"
     if after >= before:
-        return f"{line}, so it does not pay here: leave --compile out"
-    return f"{line}, which pays back after {round(first / (before - after)):,} of {num_passes:,} forward passes"
+        return f"{line}, so compiling does not pay off here: leave --compile out"
+    return f"{line}, which pays off after {round(first / (before - after)):,} of {num_passes:,} forward passes"
