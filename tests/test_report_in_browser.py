@@ -173,7 +173,9 @@ def test_it_is_no_wider_than_the_screen(real_run, open_page):
 def test_several_runs_are_over_each_other(real_run, open_page, tmp_path):
     for number in range(2):
         shutil.copytree(real_run, tmp_path / f"trial-{number:04d}")
-    page = open_page(report_page.write_comparison(report_page.runs_in([tmp_path]), tmp_path / "report.html", "sweep"))
+    page = open_page(
+        report_page.write_comparison(report_page.find_runs([tmp_path]), tmp_path / "report.html", "sweep")
+    )
     assert shown_in(page) == [0, STEPS[-1], STEPS[-1]] * 4
     page.locator("#step").focus()
     page.keyboard.press("Home")

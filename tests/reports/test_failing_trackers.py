@@ -43,7 +43,7 @@ def test_wandbs_process_is_killed(arguments, tmp_path):
             child.kill()
         assert process.wait(180) == 0, log.read_text()
     said = log.read_text()
-    assert said.count("the run goes on without it, and all numbers are in metrics.jsonl") == 1, said
+    assert said.count("the run continues without it, and all metrics are in metrics.jsonl") == 1, said
     assert "Traceback" not in said
     assert [row["step"] for row in read_metrics(tmp_path / "out")] == list(range(1, steps + 1))
     assert (tmp_path / "out" / "validation" / f"step-{steps:06d}" / "sheet.png").is_file()

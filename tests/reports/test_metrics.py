@@ -14,7 +14,7 @@ from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports import metrics
-from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
+from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics, format_duration, peak_memory_gib
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def test_a_validation_that_is_still_due_is_not_there_twice(tmp_path):
     for step in (1, 2):
         metrics_file.write(step, {"train_loss": 0.5})
         metrics_file.write(step, {"validation/loss": 0.5})
-    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["pictures"]).given_up == {}
-    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["loss", "pictures"]).given_up == {2: 1}
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["pictures"]).discarded == {}
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["loss", "pictures"]).discarded == {2: 1}
     assert [list(row)[1] for row in read_metrics(tmp_path)] == ["train_loss", "validation/loss", "train_loss"]
 
 
@@ -50,7 +50,7 @@ def test_a_validation_that_is_still_due_is_not_there_twice(tmp_path):
 def test_what_a_power_cut_left_is_no_line(written, garbage):
     with open(written, "a") as file:
         file.write("\n" + garbage)
-    assert MetricsFile(written, 2).given_up == {}
+    assert MetricsFile(written, 2).discarded == {}
     assert [row["step"] for row in read_metrics(written.parent)] == [0, 1, 2]
 
 
@@ -73,7 +73,7 @@ def numbers(loss):
 
 @pytest.fixture
 def reports(tmp_path, said):
-    """`StepReports` whose tracker keeps what it gets in `logged`."""
+    """`StepMetrics` whose tracker keeps what it gets in `logged`."""
     logged = []
     tracker = SimpleNamespace(
         name="tensorboard", writer=None, attempt=lambda work: work(),
@@ -81,7 +81,7 @@ def reports(tmp_path, said):
     )  # fmt: skip
     accelerator = SimpleNamespace(device=torch.device("cpu"), trackers=[tracker])
     progress = SimpleNamespace(set_postfix=lambda **shown: None, total=100)
-    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
+    made = StepMetrics(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
     made.logged, made.said = logged, said
     return made
 
@@ -159,47 +159,47 @@ def test_a_step_that_is_no_number_is_counted_and_told_once(reports, tmp_path, na
     (line,) = reports.said
     assert line.startswith("step 2 is skipped: its loss is ")
     assert str(number) in line
-    assert reports.in_words() == "2 steps were skipped, as loss or gradient was not a number: 2, 3"
-    assert reports.trouble(finished=True) is None
+    assert reports.describe_skipped() == "2 steps were skipped because their loss or gradient was not finite: 2, 3"
+    assert reports.divergence(finished=True) is None
 
 
 @pytest.mark.parametrize(
-    ("first", "cause"), [(1, "the weights of the base model or"), (5, "the --learning_rate is too high")]
+    ("first", "cause"), [(1, "The weights of the base model or"), (5, "The --learning_rate is probably too high")]
 )
 def test_ten_in_a_row_are_trouble(reports, tmp_path, first, cause):
     put_losses(reports, [0.5] * (first - 1) + [math.nan] * 9)
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
     put_losses(reports, [math.nan], first=first + 9)
-    trouble = reports.trouble(finished=False)
-    assert isinstance(trouble, NotANumberError)
-    assert trouble.exit_code == 3
-    assert f"of 10 steps in a row is not a number, since step {first}." in str(trouble)
-    assert cause in str(trouble)
-    assert f"the weights from before are in {tmp_path / 'last-good'}" in str(trouble)
-    assert "\n" not in str(trouble)
+    error = reports.divergence(finished=False)
+    assert isinstance(error, NotANumberError)
+    assert error.exit_code == 3
+    assert f"of 10 steps in a row is not finite, since step {first}." in str(error)
+    assert cause in str(error)
+    assert f"the last finite weights are in {tmp_path / 'last-good'}" in str(error)
+    assert "\n" not in str(error)
     put_losses(reports, [0.5], first=first + 10)
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
 
 
 def test_a_run_does_not_end_on_steps_that_were_skipped(reports):
     put_losses(reports, [0.5, math.nan])
-    assert reports.trouble(finished=True) is None  # a single one is an accident
+    assert reports.divergence(finished=True) is None  # a single one is an accident
     put_losses(reports, [math.nan], first=3)
-    assert reports.trouble(finished=False) is None
-    assert "2 steps in a row" in str(reports.trouble(finished=True))
+    assert reports.divergence(finished=False) is None
+    assert "2 steps in a row" in str(reports.divergence(finished=True))
 
 
 def test_the_loss_scale_of_fp16_may_settle(reports):
     """It begins at 2**16 and is halved in each step that overflows: no word, and more of them."""
-    reports.scaled = True
+    reports.uses_grad_scaler = True
     for step in range(1, 26):
         reports.put(step, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
     reports.flush()
     assert [line for line in reports.said if "skipped" in line] == []
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
     reports.put(26, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
     reports.flush()
-    assert "26 steps in a row" in str(reports.trouble(finished=False))
+    assert "26 steps in a row" in str(reports.divergence(finished=False))
 
 
 def put_steps(reports, seconds):
@@ -213,12 +213,12 @@ def test_after_ten_steps_it_says_what_is_left(reports):
     assert reports.said == []
     put_steps(reports, [2] * 30)
     (line,) = reports.said
-    assert line.startswith("2 s a step, 3 min for the 90 left; at most ")
+    assert line.startswith("2 s per step, 3 min for the remaining 90 steps; peak memory so far: ")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(3, "3 s"), (600, "10 min"), (12_000, "3 h 20 min")])
 def test_times_in_words(seconds, words):
-    assert in_words(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -228,7 +228,9 @@ def test_steps_that_become_many_times_slower_are_said_once(reports, monkeypatch,
     put_steps(reports, [0.1] * 30 + [0.9] * 4 + [0.1] * 3)  # now and then a machine is busy
     assert len(reports.said) == 1
     put_steps(reports, [0.9] * 5)
-    assert "since step 38 a step takes 9 times as long" in reports.said[1]
-    assert reports.said[1].endswith("go on with --lighter." if full else "use this machine, or it was slowed down")
+    assert "since step 38, a step takes 9 times as long" in reports.said[1]
+    assert reports.said[1].endswith(
+        "resume with --lighter." if full else "using this machine, or its clock rate was reduced"
+    )
     put_steps(reports, [0.1] * 5 + [0.9] * 20)
     assert len(reports.said) == 2

@@ -103,12 +103,12 @@ def finished(train_in, tmp_path_factory):
 def test_the_answer_is_the_judges_own(finished):
     (sentence,) = re.findall(r"Validation: (.*)", finished.said)
     assert sentence[1:] in finished.page.words
-    answer = runs.answer_of(runs.read_run(finished.out))
+    answer = runs.make_answer(runs.read_run(finished.out))
     assert answer.finished
     last = [row for row in read_metrics(finished.out) if "validation/loss" in row][-1]
     assert answer.best_step == last["validation/best_step"]
     assert answer.gain == pytest.approx(100 * (1 - last["validation/best_relative_loss"]))
-    assert f"{answer.gain:.1f}%less loss than the base" in finished.page.words.replace("% less", "%less")
+    assert f"{answer.gain:.1f}%less loss than the base model" in finished.page.words.replace("% less", "%less")
     assert answer.take.place == "best"
     assert answer.take.step == answer.best_step
     assert "best/pytorch_lora_weights.safetensors" in finished.page.words
@@ -136,7 +136,7 @@ def test_each_prompt_and_seed_has_base_and_lora_at_each_step(finished):
         for seed in (5, 6):
             assert f"{prompt} seed {seed}" in finished.page.words
     for image in finished.page.images:
-        data = runs.about.image_of(image["src"])
+        data = runs.about.decode_image(image["src"])
         assert (data.format, data.size) == ("WEBP", (32, 32))
 
 
@@ -175,7 +175,7 @@ def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
     count, held_out = told["dataset"]["pictures"], told["dataset"]["validated"]
     assert (count + held_out, held_out > 0) == (8, True)
     assert f"{count} pictures with {count} captions" in finished.page.words
-    assert f"{held_out} more held out" in finished.page.words
+    assert f"{held_out} more held out for validation" in finished.page.words
     assert "bad.png" in finished.page.words
     assert f"Fingerprint of pictures, captions and their order: {told['settings']['dataset']}" in finished.page.words
     assert told["versions"]["torch"].split("+")[0] in finished.page.words
@@ -196,18 +196,18 @@ def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys)
     monkeypatch.setattr(report_page, "write_page", fail)
     out = train(max_train_steps=1)
     assert (out / "pytorch_lora_weights.safetensors").is_file()
-    assert "report.html is not up to date: no room" in capsys.readouterr().out
+    assert "report.html could not be updated: no room" in capsys.readouterr().out
 
 
 def test_a_run_that_is_stopped_leaves_its_page(train, tmp_path, monkeypatch):
-    put = metrics.StepReports.put
+    put = metrics.StepMetrics.put
 
     def put_and_ask(reports, step, *values, **how):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         put(reports, step, *values, **how)
 
-    monkeypatch.setattr(metrics.StepReports, "put", put_and_ask)
+    monkeypatch.setattr(metrics.StepMetrics, "put", put_and_ask)
     with pytest.raises(Stopped):
         train(max_train_steps=1000, validation_prompts=PROMPTS[:1], validation_inference_steps=1)
     words = Reader(tmp_path / "out" / report_page.FILE).words
@@ -223,9 +223,9 @@ def test_a_tracker_that_fails_leaves_the_page_whole(train, monkeypatch, capsys):
         raise OSError("no such host")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(panels.Wandb, "table_of", fail)
+    monkeypatch.setattr(panels.Wandb, "make_table", fail)
     out = train(report_to="wandb", validation_prompts=PROMPTS[:1], validation_inference_steps=1)
-    assert capsys.readouterr().err.count("wandb fails (no such host): the run goes on without it") == 1
+    assert capsys.readouterr().err.count("wandb failed (no such host): the run continues without it") == 1
     assert "Finished at step 2." in Reader(out / report_page.FILE).words
 
 
@@ -242,9 +242,9 @@ def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
     other = f"/mnt{here}/pictures /x{here}/y"  # another disk, with folders of these names
-    assert about.near(other) == other
-    assert about.near(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
-    told = about.near({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
+    assert about.shorten_paths(other) == other
+    assert about.shorten_paths(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
+    told = about.shorten_paths({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
     assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
     dataset = {"notes": [f"left out: {here}/x.png"], "shown": [{"preview": f"data:image/webp;base64,AA{here}/BB"}]}
     settings = {"train_data_dir": [f"{here}/pictures"], "dataset": "0123"}
@@ -271,11 +271,13 @@ def test_the_command_starts_as_many_processes(device, processes, launcher):
 
 def test_a_run_without_held_out_pictures_says_how_to_choose(train, capsys):
     out = train(max_train_steps=1)
-    assert "not up to date" not in capsys.readouterr().out  # nor before the first step, when there is no number yet
+    assert (
+        "could not be updated" not in capsys.readouterr().out
+    )  # nor before the first step, when there is no number yet
     page = Reader(out / report_page.FILE)
     assert runs.NOT_JUDGED in page.words
     assert "overfitting since" not in page.words
-    assert runs.answer_of(runs.read_run(out)).take.place == ""
+    assert runs.make_answer(runs.read_run(out)).take.place == ""
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +312,7 @@ def test_several_runs_over_each_other(finished, other, tmp_path):
 
 def test_differences_are_those_of_the_configuration():
     settings = [dict(rank=4, seed=0, output_dir="a"), dict(rank=16, seed=0, output_dir="b", use_dora=True)]
-    assert report_page.differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
+    assert report_page.find_differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
 
 
 def test_runs_are_called_by_what_differs_where_that_is_short():
@@ -319,7 +321,7 @@ def test_runs_are_called_by_what_differs_where_that_is_short():
             SimpleNamespace(name=f"run-{number}", folder=Path("runs") / f"run-{number}")
             for number in range(len(flags))
         ]
-        return report_page._labels(found, report_page.differences(flags))
+        return report_page._label_runs(found, report_page.find_differences(flags))
 
     assert labels(dict(rank=4, seed=1), dict(rank=16, seed=2)) == ["rank 4", "rank 16"]
     assert labels(dict(seed=1), dict(seed=2)) == ["seed 1", "seed 2"]
@@ -388,11 +390,11 @@ def test_a_long_run_stays_small(tmp_path):
 
 def test_curves_are_thinned_by_means():
     curve = Curve(array("q", range(1, 10_001)), array("d", [step % 2 for step in range(1, 10_001)]))
-    steps, values = curves.thinned(curve)
-    assert len(steps) <= curves.POINTS
+    steps, values = curves.thin_out(curve)
+    assert len(steps) <= curves.MAX_POINTS
     assert steps[-1] == 10_000
     assert np.mean(values) == pytest.approx(0.5, abs=0.02)
-    assert curves.thinned(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
+    assert curves.thin_out(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
     each = 13  # 770 parts of so many steps; of 12 there would be more than 800
     means = [np.mean(curve.values[place : place + each]) for place in range(0, 10_000, each)]
     assert values == pytest.approx(means, rel=1e-4)
@@ -402,7 +404,7 @@ def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
     rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0, "lr": None} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = read_numbers(tmp_path)
-    assert [chart["title"] for chart in curves.charts_of(told.curves)] == ["Training loss", "perceptual"]
+    assert [chart["title"] for chart in curves.make_charts(told.curves)] == ["Training loss", "perceptual"]
 
 
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):
@@ -426,7 +428,7 @@ def test_a_page_of_many_steps_takes_little_memory(tmp_path):
 def test_steps_that_are_shown_hold_the_best_the_first_and_the_last(most):
     steps = list(range(10, 610, 10))
     for best in (None, 10, 250, 255, 600):
-        shown = report_page.steps_shown(steps, best, most)
+        shown = report_page.choose_steps(steps, best, most)
         assert len(shown) <= most
         assert shown == sorted(set(shown) & set(steps))
         assert {10, 600} <= set(shown)
@@ -444,7 +446,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no run in it"):
         runs.read_run(tmp_path)
     with pytest.raises(InputError, match="there is no run in it"):
-        report_page.runs_in([tmp_path])
+        report_page.find_runs([tmp_path])
 
 
 def test_files_of_others_in_the_output_folder_are_not_the_runs(train, tmp_path):
@@ -461,7 +463,7 @@ def test_runs_that_are_named_alike_are_told_apart(tmp_path):
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train_loss": 0.5}) + "\n")
-    found = report_page.runs_in([*folders, tmp_path / "m1" / ".." / "m1" / "rank" / "trial-0000"])
+    found = report_page.find_runs([*folders, tmp_path / "m1" / ".." / "m1" / "rank" / "trial-0000"])
     assert [folder.resolve() for folder in found] == folders
     text = report_page.write_comparison(found, tmp_path / "page.html", "runs").read_text(encoding="utf-8")
     for name in ("m1/rank/trial-0000", "m2/rank/trial-0000"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from text_to_image_lora.reports.stopping import Validation, difference, in_words, relative, take_in, values_of
+from text_to_image_lora.reports.stopping import Validation, difference, make_metrics, relative, summarize, update_best
 
 
 def table_of(factor, pictures=5, noise=0.0, seed=0):
@@ -63,28 +63,28 @@ def test_of_one_picture_the_timesteps_are_all_there_is():
 
 def test_timesteps_that_move_together_are_no_overfitting(fresh):
     """Four of five pictures got better and one much worse: of 40 independent observations it would be clear."""
-    take_in(fresh, table_of(0.8), 1)
+    update_best(fresh, table_of(0.8), 1)
     shifts = np.array([0.75, 0.78, 0.79, 0.79, 1.0])
     table = table_of(1) * (shifts[:, None] + 0.005 * np.random.default_rng(0).standard_normal((5, 8)))
     pairs = ((table - table_of(0.8)) / table_of(1)).ravel()
     assert pairs.mean() > pairs.std(ddof=1) / np.sqrt(40) > 0  # the old formula
-    take_in(fresh, table, 2)
+    update_best(fresh, table, 2)
     assert (fresh.best_step, fresh.worse_since) == (1, None)
-    assert in_words(fresh, 2).endswith("no clear change since.")
-    take_in(fresh, table_of(0.82), 3)  # all of them a little worse is clear
+    assert summarize(fresh, 2).endswith("no clear change since.")
+    update_best(fresh, table_of(0.82), 3)  # all of them a little worse is clear
     assert fresh.worse_since == 3
 
 
 def test_a_mean_within_one_error_says_nothing(fresh):
-    take_in(fresh, table_of(0.8), 1)
+    update_best(fresh, table_of(0.8), 1)
     shifts = np.array([0.75, 0.78, 0.79, 0.80, 0.90])[:, None]
     mean, error = difference(table_of(1) * shifts, fresh.best, fresh.base)
     assert 0 < mean < error
-    take_in(fresh, table_of(1) * shifts, 2)
+    update_best(fresh, table_of(1) * shifts, 2)
     assert (fresh.waited, fresh.worse_since) == (1, None)
-    take_in(fresh, table_of(0.9), 3)
+    update_best(fresh, table_of(0.9), 3)
     assert fresh.worse_since == 3
-    take_in(fresh, table_of(1) * shifts, 4)
+    update_best(fresh, table_of(1) * shifts, 4)
     assert fresh.worse_since is None
 
 
@@ -92,35 +92,35 @@ def test_an_improvement_is_more_than_a_standard_error(fresh):
     lucky = table_of(0.999, noise=0.1, seed=1)
     mean, error = difference(lucky, fresh.base, fresh.base)
     assert abs(mean) < error
-    assert not take_in(fresh, lucky, 1)
+    assert not update_best(fresh, lucky, 1)
     assert (fresh.best_step, fresh.waited) == (None, 1)
-    assert take_in(fresh, table_of(0.9, noise=0.1, seed=1), 2)
+    assert update_best(fresh, table_of(0.9, noise=0.1, seed=1), 2)
     assert (fresh.best_step, fresh.waited) == (2, 0)
 
 
 def test_overfitting_since_is_the_first_of_all_that_were_worse(fresh):
     for step, factor in enumerate((0.9, 0.8, 0.85, 0.8, 0.9, 0.95), start=1):
-        take_in(fresh, table_of(factor), step)
+        update_best(fresh, table_of(factor), step)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (2, 4, 5)
-    assert in_words(fresh, 6) == (
+    assert summarize(fresh, 6) == (
         "Validation: best at step 2, 20.0% below the base model's loss; overfitting since step 5: use best/, or train for "
         "fewer steps."
     )
-    take_in(fresh, table_of(0.7), 7)
+    update_best(fresh, table_of(0.7), 7)
     assert fresh.worse_since is None
-    assert "best at step 7, 30.0%" in in_words(fresh, 7)
-    assert "still improving" in in_words(fresh, 7)
-    take_in(fresh, table_of(0.7, noise=1e-9), 8)
-    assert in_words(fresh, 8).endswith("no clear change since.")
+    assert "best at step 7, 30.0%" in summarize(fresh, 7)
+    assert "still improving" in summarize(fresh, 7)
+    update_best(fresh, table_of(0.7, noise=1e-9), 8)
+    assert summarize(fresh, 8).endswith("no clear change since.")
 
 
 def test_a_run_that_never_helps_is_told(fresh):
-    take_in(fresh, table_of(1.2), 1)
-    assert "no step was better than the base" in in_words(fresh, 1)
+    update_best(fresh, table_of(1.2), 1)
+    assert "no step up to 1 was better than the base model" in summarize(fresh, 1)
 
 
 def test_the_gap_is_between_held_out_and_trained_on(fresh):
-    values = values_of(table_of(0.9), table_of(0.5), fresh, range(8))
+    values = make_metrics(table_of(0.9), table_of(0.5), fresh, range(8))
     assert values["validation/relative_loss"] == pytest.approx(0.9)
     assert values["validation/relative_loss_in_training"] == pytest.approx(0.5)
     assert values["validation/gap"] == pytest.approx(0.4)
@@ -130,25 +130,25 @@ def test_the_gap_is_between_held_out_and_trained_on(fresh):
 
 def test_a_lora_to_begin_with_may_be_the_best(fresh):
     """Its loss is that of step 0: nothing was waited for yet, and what comes later must be better than it."""
-    assert take_in(fresh, table_of(0.8), 0)
-    assert not take_in(fresh, table_of(0.9), 1)
+    assert update_best(fresh, table_of(0.8), 0)
+    assert not update_best(fresh, table_of(0.9), 1)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (0, 1, 1)
-    assert not take_in(fresh, table_of(0.9), 2)
-    assert in_words(fresh, 2).startswith(
+    assert not update_best(fresh, table_of(0.9), 2)
+    assert summarize(fresh, 2).startswith(
         "Validation: best before the first step, 20.0% below the base model's loss; overfitting since step 1"
     )
 
 
 def test_one_validation_that_is_worse_announces_no_overfitting(fresh):
     """The last of a run that improved until then, by a little more than one error: that much happens by chance."""
-    take_in(fresh, table_of(0.8), 1)
-    take_in(fresh, table_of(0.81), 2)
+    update_best(fresh, table_of(0.8), 1)
+    update_best(fresh, table_of(0.81), 2)
     assert (fresh.waited, fresh.worse_since) == (1, 2)
-    assert in_words(fresh, 2).endswith("no clear change since.")
-    take_in(fresh, table_of(0.82), 3)
-    assert "overfitting since step 2" in in_words(fresh, 3)
+    assert summarize(fresh, 2).endswith("no clear change since.")
+    update_best(fresh, table_of(0.82), 3)
+    assert "overfitting since step 2" in summarize(fresh, 3)
 
 
 def test_a_lora_to_begin_with_that_is_worse_than_the_base_is_not_waited_for(fresh):
-    assert not take_in(fresh, table_of(1.2), 0)
+    assert not update_best(fresh, table_of(1.2), 0)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (None, 0, None)

@@ -32,6 +32,7 @@ SECRET = "hf_TopSecretTokenOfTheTest"
 PROMPTS = ["a red axe", "a blue axe, 日本, 50% off"]
 PANELS = ["samples/00 a red axe", "samples/01 a blue axe, , 50 off"]  # as far as words can be part of a file's name
 DETERMINISTIC = ("step", "train_loss", "lr", "grad_norm", "epoch")
+NEW = tracking.LoggedProgress()
 RUN = dict(rank=3, max_train_steps=3, validation_split=0.34, validation_steps=2)  # of the six pictures, two
 
 
@@ -405,7 +406,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing_server.server_port}")
     refusing_server.seen.clear()
-    run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, NEW)
     assert "/graphql" in refusing_server.seen
     accelerator.log({"train_loss": 0.5}, step=1)
     tracking.finish_trackers(accelerator)
@@ -414,7 +415,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
     told = capsys.readouterr().err
-    assert "doesn't take the run" in told
+    assert "rejected the run" in told
     assert KEY not in told
 
 
@@ -423,7 +424,7 @@ def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):
     added = []
     writer = SimpleNamespace(add_images=lambda name, pictures, step, dataformats: added.append(pictures))
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    samples = [panels.Sample(0, 0, images[0], images[1]), panels.Sample(1, 1, None, images[2])]
+    samples = [panels.LoggedSample(0, 0, images[0], images[1]), panels.LoggedSample(1, 1, None, images[2])]
     panels.TensorBoard(SimpleNamespace(writer=writer)).show_pictures("samples/00 an axe", "an axe", samples, 3)
     assert added[0].shape == (2, 8, 16, 3)
     assert added[0][1, 0, 0].tolist() == [255] * 3
@@ -432,7 +433,7 @@ def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):
 
 def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch, said):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, NEW)
     dashboard.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, {}, ["an axe"], {(0, 0): 7}, 0)
     tracking.finish_trackers(accelerator)
     assert said == []
@@ -441,10 +442,10 @@ def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch, said):
 @pytest.mark.parametrize(("to_send", "waited_for"), [(0, False), (500_000, True)])
 def test_files_have_the_time_that_they_take_to_send(monkeypatch, capsys, to_send, waited_for):
     monkeypatch.setattr(tracking, "SECONDS_TO_FINISH", 0.01)
-    tracker = tracking.Sheltered(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)))
+    tracker = tracking.FailSafeTracker(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)), {})
     tracker.to_send = to_send
     tracker.finish()
-    assert ("does not answer" not in capsys.readouterr().err) == waited_for
+    assert ("does not respond" not in capsys.readouterr().err) == waited_for
 
 
 LONG = "a drawing of a very long prompt, " * 4
@@ -511,8 +512,8 @@ def test_trackio_runs_in_the_space_that_is_named(monkeypatch, accelerator):
     started = {}
     monkeypatch.setattr(accelerator, "log_with", ["trackio"])
     monkeypatch.setattr(accelerator, "init_trackers", lambda name, **how: started.update(how["init_kwargs"]))
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, space_id="me/dashboard")
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", NEW, space_id="me/dashboard")
     space = {"space_id": "me/dashboard", "private": True}  # trackio's own choice would be a public one
     assert started == {"trackio": {"name": "my lora", "resume": "never"} | space}
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, first_step=4)
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", tracking.LoggedProgress(4))
     assert started == {"trackio": {"name": "my lora", "resume": "allow"}}

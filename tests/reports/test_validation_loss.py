@@ -58,17 +58,18 @@ def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
     meter, validation_set, table = tables[-2]
     assert table.shape == (3, 8)
     assert validation_loss.strata(1000) == [62, 187, 312, 437, 562, 687, 812, 937]
-    scheduler, unet = meter.diffusion.noise_scheduler, meter.denoiser.eval()
+    models = meter.models
+    scheduler, unet = models.diffusion.noise_scheduler, models.denoiser.eval()
     for index in range(3):
         row, name = validation_set[index], validation_set.pictures.facts[index].image_id
         for k, t in enumerate(validation_loss.strata(1000)):
-            noise = validation_loss._noise_of(row["mean"].shape, 5, name, k)[None]
+            noise = validation_loss._make_noise(row["mean"].shape, 5, name, k)[None]
             t = torch.tensor([t])
-            noisy = scheduler.add_noise(row["mean"][None] * meter.scaling_factor, noise, t)
+            noisy = scheduler.add_noise(row["mean"][None] * models.scaling_factor, noise, t)
             with torch.no_grad():
                 pred = unet(noisy, t, row["condition"]["encoder_hidden_states"][None]).sample
             assert table[index, k] == pytest.approx(float((pred.double() - noise.double()).square().mean()), rel=1e-4)
-    noises = [validation_loss._noise_of((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
+    noises = [validation_loss._make_noise((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
     assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
 
 
@@ -162,17 +163,17 @@ def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkey
         validation.waited += 1
         return False
 
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", no_better)
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", no_better)
     options = dict(max_train_steps=20, early_stopping_patience=3, **SPLIT)
     out = train(**options)
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3]
     assert read_metrics(out)[-1]["step"] == 3
-    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
     assert (out / "checkpoint-3").is_dir()
     assert not (out / "best").exists()
     weights = read_lora(out)
     train(**options)
-    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
     assert all(torch.equal(weights[name], value) for name, value in read_lora(out).items())
     train(**options | dict(early_stopping_patience=4))
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3, 4]
@@ -183,7 +184,7 @@ def test_other_pictures_to_validate_on_begin_anew(train, validated, others, tmp_
     out = shutil.copytree(validated, tmp_path / "out")
     write_pictures(others, count=4, seed=11)
     train(max_train_steps=5, validation_data_dir=others, validation_steps=1)
-    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    assert "the validation pictures have changed" in capsys.readouterr().out
     before, after = judged_at(validated / "checkpoint-4"), judged_at(out / "checkpoint-5")
     assert (len(before.base), len(after.base)) == (3, 4)
 
@@ -192,10 +193,10 @@ def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_
     out = shutil.copytree(validated, tmp_path / "out")
     options = dict(validation_data_dir=others, validation_steps=1)
     train(max_train_steps=5, **options)
-    assert "others than before" not in capsys.readouterr().out
+    assert "pictures have changed" not in capsys.readouterr().out
     (others / "metadata.jsonl").write_text((others / "metadata.jsonl").read_text().replace("red", "golden"))
     train(max_train_steps=6, **options)
-    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    assert "the validation pictures have changed" in capsys.readouterr().out
     bases = [judged_at(folder / f"checkpoint-{step}").base for folder, step in ((validated, 4), (out, 5), (out, 6))]
     assert bases[0] == bases[1] != bases[2]
 
@@ -204,14 +205,14 @@ def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_
 
 
 def best_at(*steps):
-    """A stand-in for `stopping.take_in` that finds these steps better than all before, and no other."""
+    """A stand-in for `stopping.update_best` that finds these steps better than all before, and no other."""
 
-    def take_in(validation, table, step):
+    def update_best(validation, table, step):
         if step in steps:
             validation.best_step = step
         return step in steps
 
-    return take_in
+    return update_best
 
 
 BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
@@ -221,7 +222,7 @@ BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
 def branches(train_in, tmp_path_factory):
     """Four steps with a checkpoint each; the second was the best, and then the third."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("text_to_image_lora.reports.stopping.take_in", best_at(2, 3))
+        patch.setattr("text_to_image_lora.reports.stopping.update_best", best_at(2, 3))
         return train_in(tmp_path_factory.mktemp("branches"), max_train_steps=4, **BRANCH)
 
 
@@ -244,7 +245,7 @@ def test_the_best_is_kept(branches):
 def test_starting_over_leaves_nothing_of_the_run_before(train, branch, monkeypatch):
     """Where no step of the new run is better than the base."""
     assert (branch / "best").is_dir()
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", best_at())
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", best_at())
     train(resume_from_checkpoint="none", **SPLIT)
     assert not (branch / "best").exists()
     assert [row["step"] for row in validations(branch)] == [0, 1, 2]
@@ -255,7 +256,7 @@ def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train, branch, mon
     assert not same(branch / "checkpoint-2", branch / "checkpoint-3")
     for step in (3, 4):
         shutil.rmtree(branch / f"checkpoint-{step}")
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", best_at())
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", best_at())
     train(max_train_steps=3, **BRANCH)
     assert same(branch / "best", branch / "checkpoint-2")
 
