@@ -22,7 +22,7 @@ HOSTILE = 'a "red": axe # \\ | `x` <b>*bold*</b>\n---\n![](x) $y$ \U0001f5e1'
 
 
 def card(output_dir, **options):
-    """A model card of ordinary inputs, but for those given."""
+    """Writes a model card from typical inputs, except for those given."""
     ordinary = {
         "base_model": "owner/model",
         "dataset_names": ["owner/pictures"],
@@ -59,7 +59,7 @@ def test_card_survives_any_prompt(tmp_path):
     tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n")[-1])
     assert [token.type for token in tokens].count("table_open") == 1
     assert [token.type for token in tokens].count("fence") == 1
-    # The hub puts the widget's pictures there.
+    # The hub shows the widget's pictures there.
     assert [token.content for token in tokens if token.type == "html_block"] == ["<Gallery />\n"]
     inline = [token for token in tokens if token.type == "inline"]
     assert [child.content for token in inline for child in token.children if child.type == "html_inline"] == []
@@ -88,7 +88,7 @@ def test_card_survives_any_prompt(tmp_path):
 
 
 def _text_of(token):
-    """What a reader sees of a paragraph."""
+    """Returns the visible text of a paragraph."""
     return "".join(child.content for child in token.children)
 
 

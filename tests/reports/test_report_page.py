@@ -1,4 +1,4 @@
-"""report.html: what it says of real runs, that it holds all it shows, and that nothing in it can do harm."""
+"""report.html: its contents for real runs, that it needs no other file, and that captions cannot inject scripts."""
 
 import io
 import json
@@ -36,7 +36,7 @@ SECRET = "hf_TopSecretTokenOfTheTest"
 
 
 class Reader(HTMLParser):
-    """What a browser makes of a page: texts, scripts, addresses."""
+    """Parses the texts, scripts and URLs of a page."""
 
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
@@ -72,7 +72,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(train_in, tmp_path_factory):
-    """A run of six steps with two validations, its last file, its best and an epoch's; what it said."""
+    """A run of six steps with two validations, and final, best and per-epoch LoRA files; with its output."""
     folder, pages = tmp_path_factory.mktemp("finished"), []
     write_pictures(folder / "pictures", count=8, captions=[EVIL, "a red axe", "a blue axe"])
     (folder / "pictures" / "bad.png").write_text("no picture")
@@ -117,7 +117,7 @@ def test_the_answer_is_the_judges_own(finished):
 def test_all_files_that_the_page_names_are_there(finished):
     files = [link for link in finished.page.links if not link.startswith(("#", "data:"))]
     assert {"pytorch_lora_weights.safetensors", "epoch-0001/pytorch_lora_weights.safetensors"} <= set(files)
-    assert any(link.startswith("best/") and "pytorch" not in link for link in files)  # kohya's
+    assert any(link.startswith("best/") and "pytorch" not in link for link in files)  # the kohya file
     assert len([link for link in files if link.endswith(".png")]) == 4 * (1 + 2)
     for link in files:
         assert (finished.out / unquote(link)).is_file(), link
@@ -140,7 +140,7 @@ def test_each_prompt_and_seed_has_base_and_lora_at_each_step(finished):
         assert (data.format, data.size) == ("WEBP", (32, 32))
 
 
-def test_words_of_others_are_shown_as_they_are(finished):
+def test_captions_and_names_are_escaped(finished):
     assert EVIL in finished.page.text
     assert "my <b>lora" in finished.page.words
     assert len(finished.page.scripts) == 3  # the numbers, BokehJS, ours
@@ -235,13 +235,13 @@ def test_equal_prompts_with_other_settings_are_shown_each(train):
     assert [len(pictures) for pictures in runs.read_run(out).pictures.values()] == [2, 2]
 
 
-def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
+def test_private_folders_are_removed_from_paths(tmp_path, monkeypatch):
     here, home = tmp_path / "work", tmp_path / "own"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
-    other = f"/mnt{here}/pictures /x{here}/y"  # another disk, with folders of these names
+    other = f"/mnt{here}/pictures /x{here}/y"  # another disk with folders of the same names
     assert about.shorten_paths(other) == other
     assert about.shorten_paths(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
     told = about.shorten_paths({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
@@ -273,7 +273,7 @@ def test_a_run_without_held_out_pictures_says_how_to_choose(train, capsys):
     out = train(max_train_steps=1)
     assert (
         "could not be updated" not in capsys.readouterr().out
-    )  # nor before the first step, when there is no number yet
+    )  # nor before the first step, when there are no metrics yet
     page = Reader(out / report_page.FILE)
     assert runs.NOT_JUDGED in page.words
     assert "overfitting since" not in page.words
@@ -282,7 +282,7 @@ def test_a_run_without_held_out_pictures_says_how_to_choose(train, capsys):
 
 @pytest.fixture(scope="module")
 def other(finished, tmp_path_factory):
-    """The same run with another rank and other losses, as a folder of a run beside it; made without about.json."""
+    """A copy of the run with another rank and other losses, and without about.json."""
     out = tmp_path_factory.mktemp("others") / "other"
     shutil.copytree(finished.out, out)
     (out / "about.json").unlink()
@@ -296,7 +296,7 @@ def other(finished, tmp_path_factory):
     return out
 
 
-def test_several_runs_over_each_other(finished, other, tmp_path):
+def test_several_runs_are_compared(finished, other, tmp_path):
     path = report_page.write_comparison([finished.out, other], tmp_path / "both.html", "both")
     page = Reader(path)
     assert "rank 16 did best." in page.words
@@ -315,7 +315,7 @@ def test_differences_are_those_of_the_configuration():
     assert report_page.find_differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
 
 
-def test_runs_are_called_by_what_differs_where_that_is_short():
+def test_runs_are_labelled_by_what_differs_if_that_is_short():
     def labels(*flags):
         found = [
             SimpleNamespace(name=f"run-{number}", folder=Path("runs") / f"run-{number}")
@@ -353,7 +353,7 @@ def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, 
     ("words", "message"),
     [(["nothing"], "there is no run in it"), (["{run}", "--output", "x.html"], "belongs into its folder")],
 )
-def test_what_it_cannot_do_is_said_in_one_line(finished, tmp_path, words, message):
+def test_a_wrong_command_is_explained_in_one_line(finished, tmp_path, words, message):
     words = [word.format(run=finished.out) for word in words]
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "report.py", *words], cwd=tmp_path, capture_output=True, text=True
@@ -364,7 +364,7 @@ def test_what_it_cannot_do_is_said_in_one_line(finished, tmp_path, words, messag
 
 @pytest.mark.long
 def test_a_long_run_stays_small(tmp_path):
-    """800 steps and 60 pictures of 512 pixels, of more detail than photographs have."""
+    """800 steps and 60 pictures of 512 pixels, with more detail than photographs."""
     rng = np.random.default_rng(0)
     rows = [{"step": step, "train_loss": 0.1 / step, "lr": 1e-4, "grad_norm": rng.random(), "epoch": step / 9,
              "images_per_second": 3.21, "peak_memory_gib": 7.5} for step in range(1, 801)]  # fmt: skip
@@ -384,7 +384,7 @@ def test_a_long_run_stays_small(tmp_path):
     assert "pictures; all of them are in validation/" not in page.words
     assert [line["x"][-1] for chart in json.loads(page.scripts[0]) for line in chart["lines"]] == [800] * 6
     start = time.process_time()
-    report_page.write_page(tmp_path)  # the next time, the pictures are known
+    report_page.write_page(tmp_path)  # the second time, the previews are cached
     assert time.process_time() - start < 1
 
 
@@ -395,12 +395,12 @@ def test_curves_are_thinned_by_means():
     assert steps[-1] == 10_000
     assert np.mean(values) == pytest.approx(0.5, abs=0.02)
     assert curves.thin_out(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
-    each = 13  # 770 parts of so many steps; of 12 there would be more than 800
+    each = 13  # steps per point; 12 would give more than 800 points
     means = [np.mean(curve.values[place : place + each]) for place in range(0, 10_000, each)]
     assert values == pytest.approx(means, rel=1e-4)
 
 
-def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
+def test_unknown_metrics_have_a_chart_too(tmp_path):
     rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0, "lr": None} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = read_numbers(tmp_path)
@@ -408,7 +408,7 @@ def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
 
 
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):
-    """It is written while the run trains: rows kept as Python's dicts took a kilobyte a step, again at each page."""
+    """It is written during training, and rows kept as dicts took a kilobyte per step."""
     num_steps = 20_000
     names = ("train_loss", "lr", "grad_norm", "epoch", "images_per_second", "peak_memory_gib")
     row = dict.fromkeys(names, 1.23456)
@@ -450,15 +450,15 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 
 def test_files_of_others_in_the_output_folder_are_not_the_runs(train, tmp_path):
-    """Such as in A1111's folder of LoRAs: what is the run's own is told by its name."""
+    """In A1111's folder of LoRAs, for example, the files of the run are recognised by their names."""
     out = train(output_kohya_format=True)
     (out / "someone elses.safetensors").write_bytes(b"")
     (file,) = runs.read_run(out).files
     assert [path.name for path in file.paths] == ["pytorch_lora_weights.safetensors", "out.safetensors"]
 
 
-def test_runs_that_are_named_alike_are_told_apart(tmp_path):
-    """By as much of their folders as it takes; and one that is named twice is one."""
+def test_runs_with_equal_names_get_different_labels(tmp_path):
+    """Labels use as much of the path as is needed, and a folder that is passed twice counts once."""
     folders = [tmp_path / machine / "rank" / "trial-0000" for machine in ("m1", "m2")]
     for folder in folders:
         folder.mkdir(parents=True)

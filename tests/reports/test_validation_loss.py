@@ -1,4 +1,4 @@
-"""The validation loss: the same whatever the run is like around it, nothing of it in training, and it stops a run."""
+"""The validation loss does not depend on the training settings, does not affect training, and can stop a run."""
 
 import random
 import shutil
@@ -23,7 +23,7 @@ def validations(folder):
 
 
 def judged_at(checkpoint):
-    """What the judge of a run knew at a checkpoint."""
+    """Returns the state of validation in a checkpoint."""
     return Validation(**read_state(checkpoint)[0].validation)
 
 
@@ -34,17 +34,17 @@ def others(tmp_path):
 
 @pytest.fixture(scope="module")
 def validated(train_in, tmp_path_factory):
-    """Four steps, each validated on three other pictures."""
+    """A run of four steps, each validated on three held-out pictures."""
     folder = tmp_path_factory.mktemp("validated")
     others = write_pictures(folder / "others", count=3, seed=9)
     return train_in(folder, validation_data_dir=others, validation_steps=1, max_train_steps=4)
 
 
-# What it is.
+# Its value.
 
 
 def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
-    """Against a plain loop in float64: every picture, every stratum, noise by (seed, picture, k), the posterior's mean."""
+    """Compared with a plain loop over pictures and timesteps, with noise by (seed, picture, k) and the posterior mean."""
     tables = []
     original = validation_loss.LossMeter.__call__
 
@@ -74,7 +74,7 @@ def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
 
 
 def test_float64_is_of_the_cpu_alone(train, others, monkeypatch):
-    """MPS has none: the losses move first. What stands for a tensor of a GPU can do nothing else."""
+    """MPS has no float64, so losses are moved to the CPU first; the stand-in for a GPU tensor supports nothing else."""
     loss_of_samples = validation_loss.loss_of_samples
 
     def on_mps(*args):
@@ -107,7 +107,7 @@ def test_from_a_lora_it_is_relative_to_the_base_all_the_same(train, validated, o
     assert again["validation/relative_loss"] == pytest.approx(end["validation/relative_loss"], rel=1e-5)
 
 
-# The same whatever is around it.
+# What it does not depend on.
 
 
 def test_nothing_of_the_training_changes_it(train, validated, others):
@@ -132,7 +132,7 @@ def test_training_does_not_notice_it(train, tmp_path, others):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_goes_on_after_a_stop(train, tmp_path):
+def test_it_is_resumed_after_a_stop(train, tmp_path):
     options = dict(checkpointing_steps=2, checkpoints_total_limit=9, learning_rate=0.03, max_train_steps=6, **SPLIT)
     straight = train(output_dir=tmp_path / "straight", **options)
     stopped = shutil.copytree(straight, tmp_path / "stopped")
@@ -148,14 +148,14 @@ def test_it_goes_on_after_a_stop(train, tmp_path):
 
 
 def test_validation_may_begin_later(train, validated, others):
-    """The base is measured then, from the model with its LoRA switched off."""
+    """The base model is then measured with the LoRA disabled."""
     train()
     late = train(validation_data_dir=others, validation_steps=1, max_train_steps=4)
     assert judged_at(late / "checkpoint-4").base == judged_at(validated / "checkpoint-4").base
     assert validations(late)[-1] == validations(validated)[-1]
 
 
-# Stopping.
+# Early stopping.
 
 
 def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkeypatch):
@@ -180,7 +180,7 @@ def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkey
 
 
 def test_other_pictures_to_validate_on_begin_anew(train, validated, others, tmp_path, capsys):
-    """Their losses can't be compared with those of before, whether they are as many or not."""
+    """Losses on different pictures cannot be compared, even if there are equally many."""
     out = shutil.copytree(validated, tmp_path / "out")
     write_pictures(others, count=4, seed=11)
     train(max_train_steps=5, validation_data_dir=others, validation_steps=1)
@@ -201,11 +201,11 @@ def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_
     assert bases[0] == bases[1] != bases[2]
 
 
-# The best is kept.
+# Keeping the best LoRA.
 
 
 def best_at(*steps):
-    """A stand-in for `stopping.update_best` that finds these steps better than all before, and no other."""
+    """Replaces `stopping.update_best` by a function for which exactly these steps are the best so far."""
 
     def update_best(validation, table, step):
         if step in steps:
@@ -220,7 +220,7 @@ BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
 
 @pytest.fixture(scope="module")
 def branches(train_in, tmp_path_factory):
-    """Four steps with a checkpoint each; the second was the best, and then the third."""
+    """A run of four steps with a checkpoint each; first step 2 was the best, then step 3."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("text_to_image_lora.reports.stopping.update_best", best_at(2, 3))
         return train_in(tmp_path_factory.mktemp("branches"), max_train_steps=4, **BRANCH)
@@ -228,7 +228,7 @@ def branches(train_in, tmp_path_factory):
 
 @pytest.fixture
 def branch(branches, tmp_path):
-    """The run of `branches` where `train` goes on."""
+    """A copy of the run that `train` resumes."""
     return shutil.copytree(branches, tmp_path / "out")
 
 
@@ -243,7 +243,7 @@ def test_the_best_is_kept(branches):
 
 
 def test_starting_over_leaves_nothing_of_the_run_before(train, branch, monkeypatch):
-    """Where no step of the new run is better than the base."""
+    """No step of the new run is better than the base model."""
     assert (branch / "best").is_dir()
     monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", best_at())
     train(resume_from_checkpoint="none", **SPLIT)
@@ -251,8 +251,8 @@ def test_starting_over_leaves_nothing_of_the_run_before(train, branch, monkeypat
     assert [row["step"] for row in validations(branch)] == [0, 1, 2]
 
 
-def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train, branch, monkeypatch):
-    """After a stop, best/ may hold a later step's, of a branch that is given up."""
+def test_resuming_restores_the_best_of_the_checkpoint(train, branch, monkeypatch):
+    """After a stop, best/ may hold the LoRA of a step after the checkpoint."""
     assert not same(branch / "checkpoint-2", branch / "checkpoint-3")
     for step in (3, 4):
         shutil.rmtree(branch / f"checkpoint-{step}")
@@ -261,14 +261,14 @@ def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train, branch, mon
     assert same(branch / "best", branch / "checkpoint-2")
 
 
-def test_a_best_of_steps_given_up_goes(train, branch):
-    """Gone on from a checkpoint before any step was better than the base, with a later best/ there."""
+def test_a_best_after_the_checkpoint_is_deleted(train, branch):
+    """The run is resumed from a checkpoint at which no step was better than the base model yet."""
     train(max_train_steps=1, resume_from_checkpoint="checkpoint-1", **BRANCH)
     assert not (branch / "best").exists()
 
 
 def test_a_best_that_somebody_moved_away_stops_no_checkpoint(tmp_path):
-    """In the middle of a run; where it is there, it takes the place of what the checkpoint's folder has."""
+    """If best/ is missing, nothing is copied; otherwise it replaces the one in the checkpoint."""
     judge = SimpleNamespace(output_dir=tmp_path / "run", validation=SimpleNamespace(best_step=2))
     validation_loss.Judge.keep_best(judge, tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-2").exists()
@@ -280,13 +280,15 @@ def test_a_best_that_somebody_moved_away_stops_no_checkpoint(tmp_path):
 
 
 def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
-    """Where training spoils it, best/ holds it."""
+    """If training makes it worse, best/ keeps it."""
     options = dict(max_train_steps=12, learning_rate=0.03, **SPLIT)
     first = train(output_dir=tmp_path / "first", **options)
     spoilt = options | dict(learning_rate=0.3, max_train_steps=2)
     second = train(output_dir=tmp_path / "second", lora_weights=first / "best", **spoilt)
     rows = validations(second)
-    assert rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1  # still better than the base
+    assert (
+        rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1
+    )  # still better than the base model
     assert {row["validation/best_step"] for row in rows} == {0}
     begun, best = read_lora(first / "best"), read_lora(second / "best")
     for name in begun:
@@ -294,7 +296,7 @@ def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
 
 
 def test_a_checkpoint_comes_after_the_pictures_of_its_step(train, monkeypatch):
-    """Killed while it draws, a run goes on from before, and draws them again."""
+    """A run that was killed while it drew resumes from the previous checkpoint, and draws them again."""
     options = dict(max_train_steps=2, checkpointing_steps=1, validation_prompt="an axe", validation_steps=2)
     generate, calls = Painter.generate, []
 

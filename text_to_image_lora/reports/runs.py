@@ -54,9 +54,7 @@ class RecordedRun(NamedTuple):
 def read_run(folder: str | Path) -> RecordedRun:
     """Reads the run in an output folder, whether it is finished or not; raises `InputError` if there is none."""
     folder = Path(folder)
-    if not any(
-        (folder / name).is_file() for name in (METRICS, about.FILE)
-    ):  # about.json is there before the first step
+    if not any((folder / name).is_file() for name in (METRICS, about.FILE)):
         raise InputError(f"{folder}: there is no run in it (no {METRICS}). Pass a run's --output_dir, or a sweep's.")
     contents, flags = _read_json(folder / about.FILE), {}
     if (folder / "run.yaml").is_file():

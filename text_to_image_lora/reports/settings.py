@@ -33,9 +33,9 @@ class ValidationSettings:
     # fmt: off
     validation_split: float = flag(0.0, "fraction of the pictures to hold out from training, to detect overfitting; pictures that look alike are kept together", between(0, 0.5), may_change=True)
     validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", nargs="+", metavar="FOLDER", may_change=True)
-    validation_epochs: int = flag(1, "number of epochs between validations; a run is also validated before training and at its end; 0: only then", at_least(0), may_change=True)
-    validation_steps: int | None = flag(None, "number of optimizer steps between validations; overrides --validation_epochs", at_least(1), may_change=True)
-    early_stopping_patience: int | None = flag(None, "stop after this many validations in a row without improvement (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
+    validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", at_least(0), may_change=True)
+    validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", at_least(1), may_change=True)
+    early_stopping_patience: int | None = flag(None, "stop after N validations in a row without improvement (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
     # fmt: on
 
     def due_after(self, step: int, steps_per_epoch: int) -> bool:
