@@ -13,7 +13,7 @@ from PIL import Image
 from . import tracking
 from .about import decode_image
 from .numbers import LOSS
-from .panels import DASHBOARDS, Dashboard, LoggedSample
+from .panels import DASHBOARDS, LoggedSample
 from .runs import RecordedRun, make_answer, read_run
 from .tracking import LoggedProgress
 
@@ -30,7 +30,7 @@ def make_config(about: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def for_each_dashboard(accelerator: Any, show: Callable[[Dashboard], None]) -> None:
+def for_each_dashboard(accelerator: Any, show: Callable[[Any], Any]) -> None:
     """Calls `show(dashboard)` for each tracker; a tracker that fails is not used again, and training continues."""
     for tracker in accelerator.trackers:
         tracker.attempt(lambda tracker=tracker: show(DASHBOARDS[tracker.name](tracker)))

@@ -75,9 +75,9 @@ class MetricsFile:
             write_whole(path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has neither NaN nor infinity
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has neither NaN nor infinity
         with telling_of_the_disk(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
 class AsyncNumbers:

@@ -36,8 +36,8 @@ def write_model_card(
     base, *datasets = (
         name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, *dataset_names)
     )
-    pictures = [(prompt, Path(path).relative_to(output_dir).as_posix()) for prompt, path in pictures]
-    front = _make_front_matter(base if on_hub else None, dataset_names, pictures, trigger_word, family)
+    samples = [(prompt, Path(path).relative_to(output_dir).as_posix()) for prompt, path in pictures]
+    front = _make_front_matter(base if on_hub else None, dataset_names, samples, trigger_word, family)
     weights = f"{repo_id or '.'!r}, weight_name={WEIGHTS_NAME!r}"
     rows = without_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
@@ -47,7 +47,7 @@ def write_model_card(
     sections = [
         f"# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}",
         f"These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(' and '.join(datasets))} dataset.",
-        "<Gallery />" if pictures else "",  # the hub shows the widget's pictures here, each with its prompt
+        "<Gallery />" if samples else "",  # the hub shows the widget's pictures here, each with its prompt
         f"## Trigger words\nWrite {_markdown(trigger_word)} in the prompt." if trigger_word else "",
         f"""## Use with diffusers
 ```python
@@ -56,7 +56,7 @@ from diffusers import {pipeline.partition(".")[0]}
 
 pipe = {pipeline}.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.load_lora_weights({weights})
-pipe({(pictures[0][0] if pictures else trigger_word or "a picture")!r}).images[0].save("picture.png")
+pipe({(samples[0][0] if samples else trigger_word or "a picture")!r}).images[0].save("picture.png")
 ```
 
 On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` also works, for the UNet only.""",

@@ -55,6 +55,9 @@ class TableDashboard(Dashboard):
     def picture(self, image):
         return self.library.Image(image)
 
+    def make_table(self, columns, rows):
+        return self.library.Table(columns=list(columns), data=self.with_pictures(rows))
+
     def show_data(self, about, rows):
         self.log({"data": self.make_table(DATA, rows)}, 0)
 
@@ -96,9 +99,6 @@ class Wandb(TableDashboard):
 
     def picture(self, image):
         return self.library.Image(image, file_type="jpg")  # tables store PNG by default
-
-    def make_table(self, columns, rows):
-        return self.library.Table(columns=list(columns), data=self.with_pictures(rows))
 
     def show_pictures(self, name, prompt, samples, step):
         pictures = []

@@ -188,8 +188,9 @@ def _make_cards(runs: list[RecordedRun], folder, answers: dict[Path, Answer], na
         cards.append({"prompt": sample.prompt, "seed": sample.seed, "films": films})
     steps = sorted({step for steps in chosen for step in steps}) or [0]
     jumps = [("last", steps[-1])]
-    if len(runs) == 1 and answers[runs[0].folder].best_step in steps[:-1]:
-        jumps.insert(0, ("best", answers[runs[0].folder].best_step))
+    best_step = answers[runs[0].folder].best_step
+    if len(runs) == 1 and best_step is not None and best_step in steps[:-1]:
+        jumps.insert(0, ("best", best_step))
     total = sum(len(pictures) for run in runs for step, pictures in run.pictures.items() if step)
     shown = sum(frame["step"] > 0 for card in cards for film in card["films"] for frame in film["frames"])
     remarks = [f"Showing {shown} of {total} pictures; all of them are in validation/."] if shown < total else []
@@ -260,7 +261,7 @@ def _render(path, template, *, charts, **values):
 def _bokeh():
     """Returns BokehJS from the installed package, without importing the package."""
     found = importlib.util.find_spec("bokeh")
-    if found is None:
+    if found is None or found.origin is None:
         raise InputError("Bokeh is not installed. Run: pip install -r requirements.txt")
     folder = Path(found.origin).parent / "server" / "static" / "js"
     parts = [(folder / f"{name}.min.js").read_text(encoding="utf-8") for name in ("bokeh", "bokeh-api")]

@@ -45,13 +45,13 @@ def start_reports(
 
 def make_judge(settings: Any, run: Any, models: Any, cached: Any, metrics_file: Any, accelerator: Any) -> Judge:
     """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
-    sets = [None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe)]
+    held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
     measured = MeasuredModels(
         models.family, models.denoiser, models.diffusion, models.scaling_factor, models.dtype,
         models.prompt_encoder if models.trains_text_encoder else None,
     )  # fmt: skip
     judge = Judge(
-        *sets, LossMeter(measured, seed=run.seed, accelerator=accelerator), accelerator=accelerator,
+        held_out, probe, LossMeter(measured, seed=run.seed, accelerator=accelerator), accelerator=accelerator,
         metrics_file=metrics_file, output_dir=settings.run.output_dir,
         patience=settings.validation.early_stopping_patience,
     )  # fmt: skip

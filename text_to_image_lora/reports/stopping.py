@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 
 # {degrees of freedom: Student's t at 84.13%}; the normal distribution has 1 there.
@@ -28,12 +27,12 @@ class Validation:
     worse_since: int | None = None  # first step from which on every validation was clearly worse than the best
 
 
-def relative(table: ArrayLike, base: ArrayLike) -> np.ndarray:
+def relative(table: np.ndarray | list, base: np.ndarray | list) -> np.ndarray:
     """Returns the loss relative to the base model's at each timestep (T,), from two tables (pictures, T)."""
     return np.mean(table, axis=0) / np.mean(base, axis=0)
 
 
-def difference(table: ArrayLike, before: ArrayLike, base: ArrayLike) -> tuple[float, float]:
+def difference(table: np.ndarray | list, before: np.ndarray | list, base: np.ndarray | list) -> tuple[float, float]:
     """Returns the mean of the paired differences over all pictures, relative to the base model, and its standard error.
 
     Each picture counts as one observation, as the losses of its timesteps are correlated: counted as independent, they
@@ -46,7 +45,7 @@ def difference(table: ArrayLike, before: ArrayLike, base: ArrayLike) -> tuple[fl
     return float(pairs.mean()), float(widened * observed.std(ddof=1) / np.sqrt(len(observed)))
 
 
-def update_best(validation: Validation, table: ArrayLike, step: int) -> bool:
+def update_best(validation: Validation, table: np.ndarray | list, step: int) -> bool:
     """Updates the state with the losses of a step; returns whether they are the best by more than one standard error."""
     mean, error = difference(table, validation.best, validation.base)
     if mean < -error:
@@ -61,7 +60,7 @@ def update_best(validation: Validation, table: ArrayLike, step: int) -> bool:
     return False
 
 
-def make_metrics(table: ArrayLike, probe: ArrayLike, validation: Validation, timesteps: Sequence[int]) -> dict:
+def make_metrics(table: np.ndarray, probe: np.ndarray, validation: Validation, timesteps: Sequence[int]) -> dict:
     """Makes the metrics of a validation from the losses on the held-out pictures and on the training pictures."""
     held_out, in_training = relative(table, validation.base), relative(probe, validation.base_probe)
     values = {

@@ -65,7 +65,7 @@ class FailSafeTracker:
     The rows that `repeated`, {step: number of rows}, counts are not logged: the tracker has them already.
     """
 
-    def __init__(self, tracker: Any, repeated: Mapping[int, int]):
+    def __init__(self, tracker: Any, repeated: Mapping[Any, int]):
         self.tracker, self.name = tracker, tracker.name
         self.repeated, self.failed = dict(repeated), False
         self.to_send = 0  # bytes of files

@@ -126,19 +126,19 @@ def _make_noise(shape, seed, image_id, k):
 class Judge:
     """Validates a run: logs the losses, keeps the best LoRA in `best/`, and decides when to stop early.
 
-    `probe` holds as many training pictures as `held_out` holds others. Without `held_out`, all methods do nothing.
+    `held_out` and `probe`, equally many training pictures, are `ValidationSet`s. If they are None, all methods do nothing.
     """
 
     def __init__(
-        self, held_out: ValidationSet | None, probe: ValidationSet | None, measure: LossMeter, *,
-        accelerator: Any, metrics_file: Any, output_dir: str | Path, patience: int | None,
+        self, held_out: Any, probe: Any, measure: LossMeter, *, accelerator: Any, metrics_file: Any,
+        output_dir: str | Path, patience: int | None,
     ):  # fmt: skip
         self.held_out, self.probe = held_out, probe
         self.measure = measure
         self.accelerator, self.metrics_file = accelerator, metrics_file
         self.output_dir = Path(output_dir)
         self.patience = patience
-        self.validation = None  # the `Validation`, once there is one
+        self.validation: Any = None  # a `Validation` after `restore` or `start`
         self.identities = [] if held_out is None else [held_out.identity(), probe.identity()]
 
     def restore(self, state: dict[str, Any] | None) -> None:
