@@ -190,7 +190,7 @@ def main(settings: Settings) -> None:
 
     # Train.
     batches = iter(loader)
-    while ending is None and reports.goes_on():
+    while ending is None and reports.has_steps_left():
         step, train_loss, picture_losses = state.global_step, torch.zeros((), device=device), {}
         num_micro_batches = sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):

@@ -37,7 +37,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    folders = report_page.runs_in(args.runs)
+    folders = report_page.find_runs(args.runs)
     if [folder.resolve() for folder in folders] == [folder.resolve() for folder in args.runs] and len(folders) == 1:
         if args.output is not None:
             raise InputError("--output is for a page of several runs: that of one belongs into its folder.")

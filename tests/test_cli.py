@@ -270,7 +270,7 @@ BAD_INPUT = {
     "two ways to validate": (
         dict(validation_split=0.1, validation_data_dir="{tmp}"), "Pass one of --validation_split and --validation_data_dir"
     ),
-    "nothing to judge by": (dict(early_stopping_patience=2), "--early_stopping_patience needs pictures to judge by"),
+    "nothing to judge by": (dict(early_stopping_patience=2), "--early_stopping_patience needs validation pictures"),
     "never judged": (
         dict(early_stopping_patience=2, validation_split=0.1, validation_epochs=0),
         "--early_stopping_patience needs validations",
@@ -520,9 +520,9 @@ def test_a_run_says_only_what_is_its_own(real_run):
         "--hub_token: a launcher that fails prints its command, including the token. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
         "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
-        "30 of 30 modules arrive, for diffusers",
+        "30 of 30 LoRA modules read back correctly from the diffusers file",
         f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
-        f"how it went: {output_dir}/report.html",
+        f"report: {output_dir}/report.html",
         "W&B run saved offline. To upload it: wandb sync ",
     ]
     for line, start in zip(done.stdout.splitlines(), starts, strict=True):

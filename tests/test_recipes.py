@@ -91,7 +91,7 @@ def test_a_painters_style_from_kohyas_folders(shortened, tmp_path):
     assert "3_vgstyle painting: 8 pictures, each 3 times per epoch" in said
     assert "pictures without a caption file, captioned with their folder's name: 2" in said
     assert "only 1 validation picture" in said
-    assert "30 of 30 modules arrive, for diffusers and by kohya's names" in said
+    assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
     # Each checkpoint holds a LoRA to compare, as the page says.
     assert read_lora(out / "checkpoint-2").keys() == read_lora(out).keys()
 

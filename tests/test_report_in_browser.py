@@ -1,4 +1,4 @@
-"""report.html in a browser, at a desk and on a phone: what moves, that nothing leaves the page, and how fast it opens."""
+"""report.html in a browser, on a desktop and a phone: its controls, that it makes no requests, and how fast it opens."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from text_to_image_lora.reports import report_page, sample_pictures
 pytestmark = pytest.mark.long
 playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -r requirements-dev.txt")
 
-DESK = dict(viewport={"width": 1280, "height": 900})
+DESKTOP = dict(viewport={"width": 1280, "height": 900})
 PHONE = dict(viewport={"width": 390, "height": 844}, device_scale_factor=2, has_touch=True, is_mobile=True)
-DEVICES = {"desk": DESK, "phone": PHONE}
+DEVICES = {"desktop": DESKTOP, "phone": PHONE}
 EVIL = "an axe</script><script>alert(1)</script><img src=http://example.invalid/x onerror=alert(2)>"
 STEPS = (20, 40, 60)
 
@@ -38,7 +38,7 @@ def browser():
 
 @pytest.fixture(params=DEVICES)
 def open_page(request, browser):
-    """`open_page(path)`: a page on each device; at the end nothing was asked for but the file, and nothing failed."""
+    """Opens a page on each device; checks at the end that only the file was requested, and that nothing failed."""
     context, asked, wrong = browser.new_context(**DEVICES[request.param]), [], []
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
@@ -61,7 +61,7 @@ def open_page(request, browser):
 
 
 def wait_for(page, said, expression):
-    """Waits until the expression is true; the page's own rules forbid what Playwright's waiting for one needs."""
+    """Waits until the expression is true; the page's security policy blocks Playwright's own `wait_for_function`."""
     for _ in range(600):
         if page.evaluate(expression):
             return
@@ -70,7 +70,7 @@ def wait_for(page, said, expression):
 
 
 def draw_all(page):
-    """Scrolls all charts into view, as they are drawn when they are seen."""
+    """Scrolls to every chart, as charts are drawn when they become visible."""
     for chart in page.locator(".chart").all():
         chart.scroll_into_view_if_needed()
         chart.evaluate("element => element.scrollIntoView()")
@@ -88,7 +88,7 @@ def real_run(train_on_weapons, tmp_path_factory):
 
 
 def shown_in(page):
-    """The steps of the pictures that are seen."""
+    """Returns the steps of the visible pictures."""
     return page.evaluate("[...document.querySelectorAll('.film a:not([hidden])')].map(each => +each.dataset.step)")
 
 
@@ -124,7 +124,7 @@ def test_a_chart_is_zoomed_and_the_others_follow(real_run, open_page):
     if page.device == "phone":
         pinch = {"x": left, "y": middle, "scaleFactor": 2, "gestureSourceType": "touch"}
         session = page.context.new_cdp_session(page)
-        for _ in range(4):  # a busy machine lets most of a gesture's events fall
+        for _ in range(4):  # a busy machine drops most events of a gesture
             session.send("Input.synthesizePinchGesture", pinch)
     else:
         page.mouse.move(left, middle)
@@ -170,10 +170,12 @@ def test_it_is_no_wider_than_the_screen(real_run, open_page):
     assert page.evaluate("document.documentElement.scrollWidth") == DEVICES[page.device]["viewport"]["width"]
 
 
-def test_several_runs_are_over_each_other(real_run, open_page, tmp_path):
+def test_several_runs_are_compared(real_run, open_page, tmp_path):
     for number in range(2):
         shutil.copytree(real_run, tmp_path / f"trial-{number:04d}")
-    page = open_page(report_page.write_comparison(report_page.runs_in([tmp_path]), tmp_path / "report.html", "sweep"))
+    page = open_page(
+        report_page.write_comparison(report_page.find_runs([tmp_path]), tmp_path / "report.html", "sweep")
+    )
     assert shown_in(page) == [0, STEPS[-1], STEPS[-1]] * 4
     page.locator("#step").focus()
     page.keyboard.press("Home")
@@ -196,7 +198,7 @@ def test_a_long_run_opens_in_two_seconds(open_page, tmp_path):
             images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
         )
     path, took = report_page.write_page(tmp_path), []
-    for _ in range(3):  # another program may be busy
+    for _ in range(3):  # the machine may be busy
         start = time.perf_counter()
         open_page(path)
         took.append(time.perf_counter() - start)

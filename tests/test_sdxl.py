@@ -49,7 +49,7 @@ def test_a_step_at_sdxl_size(sdxl, arguments, tmp_path):
     done = run_command(words, timeout=1800, env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr
     assert "LoRA on 700 modules (41,861,120 parameters)" in done.stdout
-    assert "700 of 700 modules arrive, for diffusers and by kohya's names" in done.stdout
+    assert "700 of 700 LoRA modules read back correctly from the diffusers file and from the kohya file" in done.stdout
     (row,) = read_metrics(tmp_path / "out")
     assert 0 < row["train_loss"] < 10
     assert row["peak_memory_gib"] < NEEDED

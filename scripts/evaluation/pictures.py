@@ -132,7 +132,7 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     from text_to_image_lora.models.latents import LatentEncoder
     from text_to_image_lora.models.loading import make_noise_scheduler
     from text_to_image_lora.models.prompts import PromptEncoder, choose_num_chunks, count_tokens
-    from text_to_image_lora.reports.validation_loss import LossMeter, ValidationSet
+    from text_to_image_lora.reports.validation_loss import LossMeter, MeasuredModels, ValidationSet
     from text_to_image_lora.training.caching import Cache
     from text_to_image_lora.training.objective import Diffusion
 
@@ -159,9 +159,9 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
         rescale_betas_zero_snr=bool(training["zero_snr"]),
     )  # fmt: skip
     denoiser = getattr(pipe, family.denoiser)
-    meter = LossMeter(
-        family, denoiser, Diffusion(noise_scheduler), scaling_factor=latent_encoder.scaling_factor, dtype=denoiser.dtype,
-        seed=seed, accelerator=accelerator, prompt_encoder=prompt_encoder,
-    )  # fmt: skip
+    models = MeasuredModels(
+        family, denoiser, Diffusion(noise_scheduler), latent_encoder.scaling_factor, denoiser.dtype, prompt_encoder
+    )
+    meter = LossMeter(models, seed=seed, accelerator=accelerator)
     validation_set = ValidationSet(pictures, latents, None)
     return lambda: meter(validation_set)

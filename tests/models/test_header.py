@@ -42,7 +42,10 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
         checkpointing_steps=4,
     )  # fmt: skip
     said = capsys.readouterr().out
-    assert f"36 of 36 modules arrive, for diffusers and by kohya's names ({out}/red axes.safetensors)" in said
+    assert (
+        f"36 of 36 LoRA modules read back correctly from the diffusers file and from the kohya file ({out}/red axes.safetensors)"
+        in said
+    )
     best = [path.name for path in (out / "best").glob("red*")]
     assert len(best) == 1
     assert re.fullmatch(r"red axes-step00000[1-4]\.safetensors", best[0])
@@ -170,7 +173,7 @@ def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
     out = train(output_kohya_format=True, use_dora=True)
     said = capsys.readouterr().out
     assert "--use_dora: A1111 divides DoRA's magnitudes" in said
-    assert "30 of 30 modules arrive, for diffusers and by kohya's names" in said
+    assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
     told = header_of(out / "out.safetensors")
     assert told["ss_network_module"] == "lycoris.kohya"
     assert json.loads(told["ss_network_args"]) == {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}

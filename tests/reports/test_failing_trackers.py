@@ -1,4 +1,4 @@
-"""A tracker that dies in the middle of a run: the training goes on, says so once, and everything is on disk."""
+"""A tracker dies in the middle of a run: training continues, says so once, and everything is on disk."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from conftest import ROOT, read_lora, read_metrics
 
 @contextlib.contextmanager
 def started(words, log):
-    """The command, which does not outlive the test."""
-    # W&B's process of its own, not one that another test has started in this process.
+    """Starts the command, and kills it at the end of the test."""
+    # W&B must start its own process, and not use the one that another test has started.
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -28,7 +28,7 @@ def started(words, log):
 
 
 def test_wandbs_process_is_killed(arguments, tmp_path):
-    """W&B hands everything to a process of its own."""
+    """W&B logs through a separate process."""
     steps, log, metrics = 40, tmp_path / "log", tmp_path / "out" / "metrics.jsonl"
     words = arguments(report_to="wandb", max_train_steps=steps, validation_prompt="a red axe")
     with started(words, log) as process:
@@ -43,7 +43,7 @@ def test_wandbs_process_is_killed(arguments, tmp_path):
             child.kill()
         assert process.wait(180) == 0, log.read_text()
     said = log.read_text()
-    assert said.count("the run goes on without it, and all numbers are in metrics.jsonl") == 1, said
+    assert said.count("the run continues without it, and all metrics are in metrics.jsonl") == 1, said
     assert "Traceback" not in said
     assert [row["step"] for row in read_metrics(tmp_path / "out")] == list(range(1, steps + 1))
     assert (tmp_path / "out" / "validation" / f"step-{steps:06d}" / "sheet.png").is_file()

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and the numbers of each step: whole lines, each once, and no loss that is not a number."""
+"""`metrics.jsonl` and the metrics of each step: complete lines, each written once, and no NaN."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports import metrics
-from text_to_image_lora.reports.metrics import MetricsFile, StepReports, in_words, peak_memory_gib
+from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics, format_duration, peak_memory_gib
 
 
 @pytest.fixture
 def written(tmp_path):
-    """A file of steps 0 to 3, of which the last was being written when the run was killed."""
+    """A file of steps 0 to 3 from a run that was killed while it wrote step 3."""
     path = tmp_path / "metrics.jsonl"
     metrics_file = MetricsFile(path, 0)
     for step in range(3):
@@ -30,27 +30,27 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize(("first_step", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2]), (5, [0, 1, 2])])
-def test_what_a_resumed_run_does_again_goes(written, first_step, kept):
+def test_rows_that_a_resumed_run_writes_again_are_discarded(written, first_step, kept):
     MetricsFile(written, first_step).write(first_step + 1, {"train_loss": 0.5})
     assert [row["step"] for row in read_metrics(written.parent)] == [*kept, first_step + 1]
 
 
 def test_a_validation_that_is_still_due_is_not_there_twice(tmp_path):
-    """The run was stopped in it, and killed while it made up for it."""
+    """The run was stopped during the validation, resumed, and killed while it validated again."""
     metrics_file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     for step in (1, 2):
         metrics_file.write(step, {"train_loss": 0.5})
         metrics_file.write(step, {"validation/loss": 0.5})
-    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["pictures"]).given_up == {}
-    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["loss", "pictures"]).given_up == {2: 1}
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["pictures"]).discarded == {}
+    assert MetricsFile(tmp_path / "metrics.jsonl", 2, ["loss", "pictures"]).discarded == {2: 1}
     assert [list(row)[1] for row in read_metrics(tmp_path)] == ["train_loss", "validation/loss", "train_loss"]
 
 
 @pytest.mark.parametrize("garbage", ["\0\0\0\n", '{"step": 3, "tra\n', '{"step": 3'])
-def test_what_a_power_cut_left_is_no_line(written, garbage):
+def test_a_damaged_line_is_ignored(written, garbage):
     with open(written, "a") as file:
         file.write("\n" + garbage)
-    assert MetricsFile(written, 2).given_up == {}
+    assert MetricsFile(written, 2).discarded == {}
     assert [row["step"] for row in read_metrics(written.parent)] == [0, 1, 2]
 
 
@@ -67,13 +67,13 @@ def test_starting_over_begins_new_metrics(train, tmp_path):
 
 
 def numbers(loss):
-    """What the loop reports of a step."""
+    """The numbers that the training loop reports at a step."""
     return {"train_loss": torch.tensor(loss), "asked": False, "lr": 1e-4, "grad_norm": torch.tensor(0.5)}
 
 
 @pytest.fixture
 def reports(tmp_path, said):
-    """`StepReports` whose tracker keeps what it gets in `logged`."""
+    """A `StepMetrics` whose tracker appends everything it receives to `logged`."""
     logged = []
     tracker = SimpleNamespace(
         name="tensorboard", writer=None, attempt=lambda work: work(),
@@ -81,13 +81,13 @@ def reports(tmp_path, said):
     )  # fmt: skip
     accelerator = SimpleNamespace(device=torch.device("cpu"), trackers=[tracker])
     progress = SimpleNamespace(set_postfix=lambda **shown: None, total=100)
-    made = StepReports(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
+    made = StepMetrics(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
     made.logged, made.said = logged, said
     return made
 
 
 def test_numbers_are_what_they_were_when_they_were_put(reports, tmp_path):
-    """A tensor that is changed afterwards, as the loop's are, is not read again."""
+    """Changing a tensor in place afterwards, as the training loop does, has no effect."""
     loss = torch.tensor(0.5)
     values = {"train_loss": loss, "asked": False, "lr": 1e-4, "grad_norm": torch.tensor(2.0, dtype=torch.float64)}
     reports.put(1, values, samples=4, seconds=0.5)
@@ -104,7 +104,7 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
     assert reports.logged == []
     reports.put(2, numbers(0.25), samples=1, seconds=1)
     assert [step for step, _ in reports.logged] == [1]
-    for _ in range(2):  # the second has nothing to write
+    for _ in range(2):  # the second call has nothing to write
         reports.flush()
     rows = read_metrics(tmp_path)
     assert [(row["step"], row["train_loss"], row["lr"]) for row in rows] == [(1, 0.5, 1e-4), (2, 0.25, 1e-4)]
@@ -114,7 +114,7 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is what getrusage says")
 def test_peak_memory_is_the_process_s_own():
-    """Also where the one that started it holds more."""
+    """It does not include the memory of the parent process."""
     held = np.ones(2**28)
     code = "import torch; from text_to_image_lora.reports.metrics import peak_memory_gib as peak; print(peak(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -123,7 +123,7 @@ def test_peak_memory_is_the_process_s_own():
 
 @pytest.mark.parametrize(("takes", "pause"), [(0.1, 10), (2, 40)])
 def test_the_page_is_written_now_and_then(reports, monkeypatch, takes, pause):
-    """Not after each epoch of a small dataset, many times a second; and not for more than a twentieth of the time."""
+    """At most every ten seconds, however short the epochs are, and for at most a twentieth of the time."""
     clock, written = SimpleNamespace(now=0.0), []
 
     def update_page(folder):
@@ -139,7 +139,7 @@ def test_the_page_is_written_now_and_then(reports, monkeypatch, takes, pause):
 
 
 def put_losses(reports, losses, first=1):
-    """Steps with these losses, whose numbers have arrived."""
+    """Reports and writes steps with these losses."""
     for step, loss in enumerate(losses, first):
         reports.put(step, numbers(loss), samples=1, seconds=1)
         reports.flush()
@@ -147,7 +147,7 @@ def put_losses(reports, losses, first=1):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["train_loss", "grad_norm"])
-def test_a_step_that_is_no_number_is_counted_and_told_once(reports, tmp_path, name, number):
+def test_a_step_that_is_not_finite_is_counted_and_logged_once(reports, tmp_path, name, number):
     put_losses(reports, [0.5])
     for step in (2, 3):
         reports.put(step, numbers(0.5) | {name: torch.tensor(number)}, samples=1, seconds=1)
@@ -159,47 +159,47 @@ def test_a_step_that_is_no_number_is_counted_and_told_once(reports, tmp_path, na
     (line,) = reports.said
     assert line.startswith("step 2 is skipped: its loss is ")
     assert str(number) in line
-    assert reports.in_words() == "2 steps were skipped, as loss or gradient was not a number: 2, 3"
-    assert reports.trouble(finished=True) is None
+    assert reports.describe_skipped() == "2 steps were skipped because their loss or gradient was not finite: 2, 3"
+    assert reports.divergence(finished=True) is None
 
 
 @pytest.mark.parametrize(
-    ("first", "cause"), [(1, "the weights of the base model or"), (5, "the --learning_rate is too high")]
+    ("first", "cause"), [(1, "The weights of the base model or"), (5, "The --learning_rate is probably too high")]
 )
-def test_ten_in_a_row_are_trouble(reports, tmp_path, first, cause):
+def test_ten_skipped_steps_in_a_row_end_the_run(reports, tmp_path, first, cause):
     put_losses(reports, [0.5] * (first - 1) + [math.nan] * 9)
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
     put_losses(reports, [math.nan], first=first + 9)
-    trouble = reports.trouble(finished=False)
-    assert isinstance(trouble, NotANumberError)
-    assert trouble.exit_code == 3
-    assert f"of 10 steps in a row is not a number, since step {first}." in str(trouble)
-    assert cause in str(trouble)
-    assert f"the weights from before are in {tmp_path / 'last-good'}" in str(trouble)
-    assert "\n" not in str(trouble)
+    error = reports.divergence(finished=False)
+    assert isinstance(error, NotANumberError)
+    assert error.exit_code == 3
+    assert f"of 10 steps in a row is not finite, since step {first}." in str(error)
+    assert cause in str(error)
+    assert f"the last finite weights are in {tmp_path / 'last-good'}" in str(error)
+    assert "\n" not in str(error)
     put_losses(reports, [0.5], first=first + 10)
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
 
 
 def test_a_run_does_not_end_on_steps_that_were_skipped(reports):
     put_losses(reports, [0.5, math.nan])
-    assert reports.trouble(finished=True) is None  # a single one is an accident
+    assert reports.divergence(finished=True) is None  # a single skipped step may be an accident
     put_losses(reports, [math.nan], first=3)
-    assert reports.trouble(finished=False) is None
-    assert "2 steps in a row" in str(reports.trouble(finished=True))
+    assert reports.divergence(finished=False) is None
+    assert "2 steps in a row" in str(reports.divergence(finished=True))
 
 
 def test_the_loss_scale_of_fp16_may_settle(reports):
-    """It begins at 2**16 and is halved in each step that overflows: no word, and more of them."""
-    reports.scaled = True
+    """It starts at 2**16 and is halved at each step that overflows, so more skipped steps are allowed, without a message."""
+    reports.uses_grad_scaler = True
     for step in range(1, 26):
         reports.put(step, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
     reports.flush()
     assert [line for line in reports.said if "skipped" in line] == []
-    assert reports.trouble(finished=False) is None
+    assert reports.divergence(finished=False) is None
     reports.put(26, numbers(0.5) | {"grad_norm": torch.tensor(math.inf)}, samples=1, seconds=1)
     reports.flush()
-    assert "26 steps in a row" in str(reports.trouble(finished=False))
+    assert "26 steps in a row" in str(reports.divergence(finished=False))
 
 
 def put_steps(reports, seconds):
@@ -208,27 +208,29 @@ def put_steps(reports, seconds):
         reports.put(step, numbers(0.5), samples=1, seconds=each)
 
 
-def test_after_ten_steps_it_says_what_is_left(reports):
+def test_the_remaining_time_is_logged_after_ten_steps(reports):
     put_steps(reports, [9] * 2 + [2] * 7)
     assert reports.said == []
     put_steps(reports, [2] * 30)
     (line,) = reports.said
-    assert line.startswith("2 s a step, 3 min for the 90 left; at most ")
+    assert line.startswith("2 s per step, 3 min for the remaining 90 steps; peak memory so far: ")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(3, "3 s"), (600, "10 min"), (12_000, "3 h 20 min")])
-def test_times_in_words(seconds, words):
-    assert in_words(seconds) == words
+def test_durations_are_formatted(seconds, words):
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_steps_that_become_many_times_slower_are_said_once(reports, monkeypatch, full):
-    """To save memory helps where it is full; a processor that others use has enough of it."""
+def test_a_slowdown_is_logged_once(reports, monkeypatch, full):
+    """Flags that save memory are suggested only if the memory is full."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(percent=98 if full else 40))
-    put_steps(reports, [0.1] * 30 + [0.9] * 4 + [0.1] * 3)  # now and then a machine is busy
+    put_steps(reports, [0.1] * 30 + [0.9] * 4 + [0.1] * 3)  # a few slow steps are normal
     assert len(reports.said) == 1
     put_steps(reports, [0.9] * 5)
-    assert "since step 38 a step takes 9 times as long" in reports.said[1]
-    assert reports.said[1].endswith("go on with --lighter." if full else "use this machine, or it was slowed down")
+    assert "since step 38, a step takes 9 times as long" in reports.said[1]
+    assert reports.said[1].endswith(
+        "resume with --lighter." if full else "using this machine, or its clock rate was reduced"
+    )
     put_steps(reports, [0.1] * 5 + [0.9] * 20)
     assert len(reports.said) == 2

@@ -22,7 +22,7 @@ HOSTILE = 'a "red": axe # \\ | `x` <b>*bold*</b>\n---\n![](x) $y$ \U0001f5e1'
 
 
 def card(output_dir, **options):
-    """A model card of ordinary inputs, but for those given."""
+    """Writes a model card from typical inputs, except for those given."""
     ordinary = {
         "base_model": "owner/model",
         "dataset_names": ["owner/pictures"],
@@ -34,12 +34,12 @@ def card(output_dir, **options):
 
 def test_card_survives_any_prompt(tmp_path):
     values = {"validation_prompt": HOSTILE, "trigger_word": HOSTILE, "target_modules": ["to_q", "to_out.0"]}
+    values |= {"hub_model_id": "me/axes"}
     values |= {"class_data_dir": "/home/me/axes", "train_data_dir": ["/home/me/axes", "/home/me/my spears", "whips"]}
     path = card(
         tmp_path,
         pictures=[(HOSTILE, tmp_path / "image_0.png"), ("a blue axe", tmp_path / "in a folder" / "image (1).png")],
         hyperparameters=values | {"hub_token": "hf_secret"},
-        repo_id="me/axes",
         kohya_file="my `axes` [1].safetensors",
     )
     text = path.read_text(encoding="utf-8")
@@ -59,7 +59,7 @@ def test_card_survives_any_prompt(tmp_path):
     tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n")[-1])
     assert [token.type for token in tokens].count("table_open") == 1
     assert [token.type for token in tokens].count("fence") == 1
-    # The hub puts the widget's pictures there.
+    # The hub shows the widget's pictures there.
     assert [token.content for token in tokens if token.type == "html_block"] == ["<Gallery />\n"]
     inline = [token for token in tokens if token.type == "inline"]
     assert [child.content for token in inline for child in token.children if child.type == "html_inline"] == []
@@ -80,7 +80,7 @@ def test_card_survives_any_prompt(tmp_path):
         if token.type == "td_open"
     ]
     assert cells == [
-        "validation_prompt", one_line, "trigger_word", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
+        "validation_prompt", one_line, "trigger_word", one_line, "target_modules", "to_q to_out.0", "hub_model_id", "me/axes", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
     ]  # fmt: skip
     assert {child.type for token in inline for child in token.children} <= {
         "text", "text_special", "code_inline", "softbreak", "link_open", "link_close", "em_open", "em_close"
@@ -88,7 +88,7 @@ def test_card_survives_any_prompt(tmp_path):
 
 
 def _text_of(token):
-    """What a reader sees of a paragraph."""
+    """Returns the visible text of a paragraph."""
     return "".join(child.content for child in token.children)
 
 
@@ -98,7 +98,7 @@ def test_card_without_pictures_trigger_or_kohyas_file_has_none_of_their_parts(tm
     assert "Gallery" not in text
     assert "\n\n\n" not in text
     local = card(
-        tmp_path, repo_id="axes", kohya_file="axes.safetensors", hyperparameters={"trigger_word": "sks"}
+        tmp_path, kohya_file="axes.safetensors", hyperparameters={"trigger_word": "sks", "hub_model_id": "axes"}
     ).read_text(encoding="utf-8")
     assert "Download axes.safetensors.\n" in local
     assert "huggingface.co" not in local

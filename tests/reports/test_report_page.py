@@ -1,4 +1,4 @@
-"""report.html: what it says of real runs, that it holds all it shows, and that nothing in it can do harm."""
+"""report.html: its contents for real runs, that it needs no other file, and that captions cannot inject scripts."""
 
 import io
 import json
@@ -36,7 +36,7 @@ SECRET = "hf_TopSecretTokenOfTheTest"
 
 
 class Reader(HTMLParser):
-    """What a browser makes of a page: texts, scripts, addresses."""
+    """Parses the texts, scripts and URLs of a page."""
 
     def __init__(self, path):
         super().__init__(convert_charrefs=True)
@@ -72,7 +72,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(train_in, tmp_path_factory):
-    """A run of six steps with two validations, its last file, its best and an epoch's; what it said."""
+    """A run of six steps with two validations, and final, best and per-epoch LoRA files; with its output."""
     folder, pages = tmp_path_factory.mktemp("finished"), []
     write_pictures(folder / "pictures", count=8, captions=[EVIL, "a red axe", "a blue axe"])
     (folder / "pictures" / "bad.png").write_text("no picture")
@@ -103,12 +103,12 @@ def finished(train_in, tmp_path_factory):
 def test_the_answer_is_the_judges_own(finished):
     (sentence,) = re.findall(r"Validation: (.*)", finished.said)
     assert sentence[1:] in finished.page.words
-    answer = runs.answer_of(runs.read_run(finished.out))
+    answer = runs.make_answer(runs.read_run(finished.out))
     assert answer.finished
     last = [row for row in read_metrics(finished.out) if "validation/loss" in row][-1]
     assert answer.best_step == last["validation/best_step"]
     assert answer.gain == pytest.approx(100 * (1 - last["validation/best_relative_loss"]))
-    assert f"{answer.gain:.1f}%less loss than the base" in finished.page.words.replace("% less", "%less")
+    assert f"{answer.gain:.1f}%less loss than the base model" in finished.page.words.replace("% less", "%less")
     assert answer.take.place == "best"
     assert answer.take.step == answer.best_step
     assert "best/pytorch_lora_weights.safetensors" in finished.page.words
@@ -117,7 +117,7 @@ def test_the_answer_is_the_judges_own(finished):
 def test_all_files_that_the_page_names_are_there(finished):
     files = [link for link in finished.page.links if not link.startswith(("#", "data:"))]
     assert {"pytorch_lora_weights.safetensors", "epoch-0001/pytorch_lora_weights.safetensors"} <= set(files)
-    assert any(link.startswith("best/") and "pytorch" not in link for link in files)  # kohya's
+    assert any(link.startswith("best/") and "pytorch" not in link for link in files)  # the kohya file
     assert len([link for link in files if link.endswith(".png")]) == 4 * (1 + 2)
     for link in files:
         assert (finished.out / unquote(link)).is_file(), link
@@ -136,11 +136,11 @@ def test_each_prompt_and_seed_has_base_and_lora_at_each_step(finished):
         for seed in (5, 6):
             assert f"{prompt} seed {seed}" in finished.page.words
     for image in finished.page.images:
-        data = runs.about.image_of(image["src"])
+        data = runs.about.decode_image(image["src"])
         assert (data.format, data.size) == ("WEBP", (32, 32))
 
 
-def test_words_of_others_are_shown_as_they_are(finished):
+def test_captions_and_names_are_escaped(finished):
     assert EVIL in finished.page.text
     assert "my <b>lora" in finished.page.words
     assert len(finished.page.scripts) == 3  # the numbers, BokehJS, ours
@@ -175,7 +175,7 @@ def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
     count, held_out = told["dataset"]["pictures"], told["dataset"]["validated"]
     assert (count + held_out, held_out > 0) == (8, True)
     assert f"{count} pictures with {count} captions" in finished.page.words
-    assert f"{held_out} more held out" in finished.page.words
+    assert f"{held_out} more held out for validation" in finished.page.words
     assert "bad.png" in finished.page.words
     assert f"Fingerprint of pictures, captions and their order: {told['settings']['dataset']}" in finished.page.words
     assert told["versions"]["torch"].split("+")[0] in finished.page.words
@@ -196,18 +196,18 @@ def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys)
     monkeypatch.setattr(report_page, "write_page", fail)
     out = train(max_train_steps=1)
     assert (out / "pytorch_lora_weights.safetensors").is_file()
-    assert "report.html is not up to date: no room" in capsys.readouterr().out
+    assert "report.html could not be updated: no room" in capsys.readouterr().out
 
 
 def test_a_run_that_is_stopped_leaves_its_page(train, tmp_path, monkeypatch):
-    put = metrics.StepReports.put
+    put = metrics.StepMetrics.put
 
     def put_and_ask(reports, step, *values, **how):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         put(reports, step, *values, **how)
 
-    monkeypatch.setattr(metrics.StepReports, "put", put_and_ask)
+    monkeypatch.setattr(metrics.StepMetrics, "put", put_and_ask)
     with pytest.raises(Stopped):
         train(max_train_steps=1000, validation_prompts=PROMPTS[:1], validation_inference_steps=1)
     words = Reader(tmp_path / "out" / report_page.FILE).words
@@ -223,9 +223,9 @@ def test_a_tracker_that_fails_leaves_the_page_whole(train, monkeypatch, capsys):
         raise OSError("no such host")
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(panels.Wandb, "table_of", fail)
+    monkeypatch.setattr(panels.Wandb, "make_table", fail)
     out = train(report_to="wandb", validation_prompts=PROMPTS[:1], validation_inference_steps=1)
-    assert capsys.readouterr().err.count("wandb fails (no such host): the run goes on without it") == 1
+    assert capsys.readouterr().err.count("wandb failed (no such host): the run continues without it") == 1
     assert "Finished at step 2." in Reader(out / report_page.FILE).words
 
 
@@ -235,16 +235,16 @@ def test_equal_prompts_with_other_settings_are_shown_each(train):
     assert [len(pictures) for pictures in runs.read_run(out).pictures.values()] == [2, 2]
 
 
-def test_paths_are_told_as_from_here(tmp_path, monkeypatch):
+def test_private_folders_are_removed_from_paths(tmp_path, monkeypatch):
     here, home = tmp_path / "work", tmp_path / "own"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
-    other = f"/mnt{here}/pictures /x{here}/y"  # another disk, with folders of these names
-    assert about.near(other) == other
-    assert about.near(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
-    told = about.near({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
+    other = f"/mnt{here}/pictures /x{here}/y"  # another disk with folders of the same names
+    assert about.shorten_paths(other) == other
+    assert about.shorten_paths(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
+    told = about.shorten_paths({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
     assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
     dataset = {"notes": [f"left out: {here}/x.png"], "shown": [{"preview": f"data:image/webp;base64,AA{here}/BB"}]}
     settings = {"train_data_dir": [f"{here}/pictures"], "dataset": "0123"}
@@ -271,16 +271,18 @@ def test_the_command_starts_as_many_processes(device, processes, launcher):
 
 def test_a_run_without_held_out_pictures_says_how_to_choose(train, capsys):
     out = train(max_train_steps=1)
-    assert "not up to date" not in capsys.readouterr().out  # nor before the first step, when there is no number yet
+    assert (
+        "could not be updated" not in capsys.readouterr().out
+    )  # nor before the first step, when there are no metrics yet
     page = Reader(out / report_page.FILE)
     assert runs.NOT_JUDGED in page.words
     assert "overfitting since" not in page.words
-    assert runs.answer_of(runs.read_run(out)).take.place == ""
+    assert runs.make_answer(runs.read_run(out)).take.place == ""
 
 
 @pytest.fixture(scope="module")
 def other(finished, tmp_path_factory):
-    """The same run with another rank and other losses, as a folder of a run beside it; made without about.json."""
+    """A copy of the run with another rank and other losses, and without about.json."""
     out = tmp_path_factory.mktemp("others") / "other"
     shutil.copytree(finished.out, out)
     (out / "about.json").unlink()
@@ -294,7 +296,7 @@ def other(finished, tmp_path_factory):
     return out
 
 
-def test_several_runs_over_each_other(finished, other, tmp_path):
+def test_several_runs_are_compared(finished, other, tmp_path):
     path = report_page.write_comparison([finished.out, other], tmp_path / "both.html", "both")
     page = Reader(path)
     assert "rank 16 did best." in page.words
@@ -310,16 +312,16 @@ def test_several_runs_over_each_other(finished, other, tmp_path):
 
 def test_differences_are_those_of_the_configuration():
     settings = [dict(rank=4, seed=0, output_dir="a"), dict(rank=16, seed=0, output_dir="b", use_dora=True)]
-    assert report_page.differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
+    assert report_page.find_differences(settings) == [("rank", [4, 16]), ("use_dora", ["", True])]
 
 
-def test_runs_are_called_by_what_differs_where_that_is_short():
+def test_runs_are_labelled_by_what_differs_if_that_is_short():
     def labels(*flags):
         found = [
             SimpleNamespace(name=f"run-{number}", folder=Path("runs") / f"run-{number}")
             for number in range(len(flags))
         ]
-        return report_page._labels(found, report_page.differences(flags))
+        return report_page._label_runs(found, report_page.find_differences(flags))
 
     assert labels(dict(rank=4, seed=1), dict(rank=16, seed=2)) == ["rank 4", "rank 16"]
     assert labels(dict(seed=1), dict(seed=2)) == ["seed 1", "seed 2"]
@@ -351,7 +353,7 @@ def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, 
     ("words", "message"),
     [(["nothing"], "there is no run in it"), (["{run}", "--output", "x.html"], "belongs into its folder")],
 )
-def test_what_it_cannot_do_is_said_in_one_line(finished, tmp_path, words, message):
+def test_a_wrong_command_is_explained_in_one_line(finished, tmp_path, words, message):
     words = [word.format(run=finished.out) for word in words]
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "report.py", *words], cwd=tmp_path, capture_output=True, text=True
@@ -362,7 +364,7 @@ def test_what_it_cannot_do_is_said_in_one_line(finished, tmp_path, words, messag
 
 @pytest.mark.long
 def test_a_long_run_stays_small(tmp_path):
-    """800 steps and 60 pictures of 512 pixels, of more detail than photographs have."""
+    """800 steps and 60 pictures of 512 pixels, with more detail than photographs."""
     rng = np.random.default_rng(0)
     rows = [{"step": step, "train_loss": 0.1 / step, "lr": 1e-4, "grad_norm": rng.random(), "epoch": step / 9,
              "images_per_second": 3.21, "peak_memory_gib": 7.5} for step in range(1, 801)]  # fmt: skip
@@ -382,31 +384,31 @@ def test_a_long_run_stays_small(tmp_path):
     assert "pictures; all of them are in validation/" not in page.words
     assert [line["x"][-1] for chart in json.loads(page.scripts[0]) for line in chart["lines"]] == [800] * 6
     start = time.process_time()
-    report_page.write_page(tmp_path)  # the next time, the pictures are known
+    report_page.write_page(tmp_path)  # the second time, the previews are cached
     assert time.process_time() - start < 1
 
 
 def test_curves_are_thinned_by_means():
     curve = Curve(array("q", range(1, 10_001)), array("d", [step % 2 for step in range(1, 10_001)]))
-    steps, values = curves.thinned(curve)
-    assert len(steps) <= curves.POINTS
+    steps, values = curves.thin_out(curve)
+    assert len(steps) <= curves.MAX_POINTS
     assert steps[-1] == 10_000
     assert np.mean(values) == pytest.approx(0.5, abs=0.02)
-    assert curves.thinned(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
-    each = 13  # 770 parts of so many steps; of 12 there would be more than 800
+    assert curves.thin_out(Curve(curve.steps[:3], curve.values[:3])) == ([1, 2, 3], [1.0, 0.0, 1.0])
+    each = 13  # steps per point; 12 would give more than 800 points
     means = [np.mean(curve.values[place : place + each]) for place in range(0, 10_000, each)]
     assert values == pytest.approx(means, rel=1e-4)
 
 
-def test_numbers_that_nobody_thought_of_have_a_chart_too(tmp_path):
+def test_unknown_metrics_have_a_chart_too(tmp_path):
     rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0, "lr": None} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = read_numbers(tmp_path)
-    assert [chart["title"] for chart in curves.charts_of(told.curves)] == ["Training loss", "perceptual"]
+    assert [chart["title"] for chart in curves.make_charts(told.curves)] == ["Training loss", "perceptual"]
 
 
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):
-    """It is written while the run trains: rows kept as Python's dicts took a kilobyte a step, again at each page."""
+    """It is written during training, and rows kept as dicts took a kilobyte per step."""
     num_steps = 20_000
     names = ("train_loss", "lr", "grad_norm", "epoch", "images_per_second", "peak_memory_gib")
     row = dict.fromkeys(names, 1.23456)
@@ -426,7 +428,7 @@ def test_a_page_of_many_steps_takes_little_memory(tmp_path):
 def test_steps_that_are_shown_hold_the_best_the_first_and_the_last(most):
     steps = list(range(10, 610, 10))
     for best in (None, 10, 250, 255, 600):
-        shown = report_page.steps_shown(steps, best, most)
+        shown = report_page.choose_steps(steps, best, most)
         assert len(shown) <= most
         assert shown == sorted(set(shown) & set(steps))
         assert {10, 600} <= set(shown)
@@ -444,24 +446,24 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no run in it"):
         runs.read_run(tmp_path)
     with pytest.raises(InputError, match="there is no run in it"):
-        report_page.runs_in([tmp_path])
+        report_page.find_runs([tmp_path])
 
 
 def test_files_of_others_in_the_output_folder_are_not_the_runs(train, tmp_path):
-    """Such as in A1111's folder of LoRAs: what is the run's own is told by its name."""
+    """In A1111's folder of LoRAs, for example, the files of the run are recognised by their names."""
     out = train(output_kohya_format=True)
     (out / "someone elses.safetensors").write_bytes(b"")
     (file,) = runs.read_run(out).files
     assert [path.name for path in file.paths] == ["pytorch_lora_weights.safetensors", "out.safetensors"]
 
 
-def test_runs_that_are_named_alike_are_told_apart(tmp_path):
-    """By as much of their folders as it takes; and one that is named twice is one."""
+def test_runs_with_equal_names_get_different_labels(tmp_path):
+    """Labels use as much of the path as is needed, and a folder that is passed twice counts once."""
     folders = [tmp_path / machine / "rank" / "trial-0000" for machine in ("m1", "m2")]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "train_loss": 0.5}) + "\n")
-    found = report_page.runs_in([*folders, tmp_path / "m1" / ".." / "m1" / "rank" / "trial-0000"])
+    found = report_page.find_runs([*folders, tmp_path / "m1" / ".." / "m1" / "rank" / "trial-0000"])
     assert [folder.resolve() for folder in found] == folders
     text = report_page.write_comparison(found, tmp_path / "page.html", "runs").read_text(encoding="utf-8")
     for name in ("m1/rank/trial-0000", "m2/rank/trial-0000"):

@@ -1,13 +1,13 @@
-"""What is said of a run by its tables of validation losses: pure arithmetic, on tables made by hand."""
+"""How a run is judged by its validation losses, on tables made by hand."""
 
 import numpy as np
 import pytest
 
-from text_to_image_lora.reports.stopping import Validation, difference, in_words, relative, take_in, values_of
+from text_to_image_lora.reports.stopping import Validation, difference, make_metrics, relative, summarize, update_best
 
 
 def table_of(factor, pictures=5, noise=0.0, seed=0):
-    """Losses from 1 to 0.002 over the timesteps, as they are, times a factor, with noise in each."""
+    """Realistic losses, from 1 to 0.002 over the timesteps, multiplied by a factor plus noise."""
     losses = np.geomspace(1, 0.002, 8) * np.ones((pictures, 1))
     return losses * (factor + noise * np.random.default_rng(seed).standard_normal(losses.shape))
 
@@ -25,17 +25,19 @@ def test_every_timestep_counts_alike():
 
 
 def test_the_difference_is_paired():
-    """Pictures that are hard make no error, as long as they are as hard as before."""
+    """Differences between pictures add no error, as each picture is compared with itself."""
     base = table_of(1, noise=0.3)
     mean, error = difference(base * 0.9, base, base)
     assert mean == pytest.approx(-0.1)
     assert error < 0.01
-    of_each = ((base * 0.9 - base) / base.mean(axis=0)).mean(axis=1)  # five pictures: Student's t of four
+    of_each = ((base * 0.9 - base) / base.mean(axis=0)).mean(
+        axis=1
+    )  # five pictures: Student's t for four degrees of freedom
     assert error == pytest.approx(1.14 * of_each.std(ddof=1) / np.sqrt(5))
 
 
 def test_a_pictures_timesteps_are_one_observation():
-    """They rise and fall together: repeating each of them makes nothing surer, more pictures do."""
+    """They are correlated, so more timesteps do not reduce the error, but more pictures do."""
     base, shift = np.ones((20, 8)), np.random.default_rng(0).standard_normal((20, 1))
     mean, error = difference(base + 0.1 * shift, base, base)
     assert error == pytest.approx(0.1 * shift.std(ddof=1) / np.sqrt(20))
@@ -47,13 +49,13 @@ def test_a_pictures_timesteps_are_one_observation():
 
 @pytest.mark.parametrize("pictures", [2, 3, 5, 10])
 def test_the_error_of_few_pictures_is_as_sure_as_that_of_many(pictures):
-    """In 84% of runs where nothing changed, the mean is below one error: Student's t, by simulation."""
+    """In a simulation without a change, the mean is below one standard error in 84% of the runs."""
     rng, base = np.random.default_rng(pictures), np.ones((pictures, 1))
     found = [difference(base + rng.standard_normal((pictures, 1)), base, base) for _ in range(4000)]
     assert np.mean([mean < error for mean, error in found]) == pytest.approx(0.8413, abs=0.02)
 
 
-def test_of_one_picture_the_timesteps_are_all_there_is():
+def test_a_single_picture_uses_its_timesteps_as_observations():
     base = np.ones((1, 8))
     table = base + 0.1 * np.array([[1, 1, 1, 1, 1, 1, 1, 9]])
     mean, error = difference(table, base, base)
@@ -62,29 +64,29 @@ def test_of_one_picture_the_timesteps_are_all_there_is():
 
 
 def test_timesteps_that_move_together_are_no_overfitting(fresh):
-    """Four of five pictures got better and one much worse: of 40 independent observations it would be clear."""
-    take_in(fresh, table_of(0.8), 1)
+    """Four of five pictures improve and one gets much worse, which would be significant for 40 independent observations."""
+    update_best(fresh, table_of(0.8), 1)
     shifts = np.array([0.75, 0.78, 0.79, 0.79, 1.0])
     table = table_of(1) * (shifts[:, None] + 0.005 * np.random.default_rng(0).standard_normal((5, 8)))
     pairs = ((table - table_of(0.8)) / table_of(1)).ravel()
-    assert pairs.mean() > pairs.std(ddof=1) / np.sqrt(40) > 0  # the old formula
-    take_in(fresh, table, 2)
+    assert pairs.mean() > pairs.std(ddof=1) / np.sqrt(40) > 0  # significant if all 40 were independent
+    update_best(fresh, table, 2)
     assert (fresh.best_step, fresh.worse_since) == (1, None)
-    assert in_words(fresh, 2).endswith("no clear change since.")
-    take_in(fresh, table_of(0.82), 3)  # all of them a little worse is clear
+    assert summarize(fresh, 2).endswith("no clear change since.")
+    update_best(fresh, table_of(0.82), 3)  # all pictures a little worse is significant
     assert fresh.worse_since == 3
 
 
-def test_a_mean_within_one_error_says_nothing(fresh):
-    take_in(fresh, table_of(0.8), 1)
+def test_a_mean_within_one_standard_error_changes_nothing(fresh):
+    update_best(fresh, table_of(0.8), 1)
     shifts = np.array([0.75, 0.78, 0.79, 0.80, 0.90])[:, None]
     mean, error = difference(table_of(1) * shifts, fresh.best, fresh.base)
     assert 0 < mean < error
-    take_in(fresh, table_of(1) * shifts, 2)
+    update_best(fresh, table_of(1) * shifts, 2)
     assert (fresh.waited, fresh.worse_since) == (1, None)
-    take_in(fresh, table_of(0.9), 3)
+    update_best(fresh, table_of(0.9), 3)
     assert fresh.worse_since == 3
-    take_in(fresh, table_of(1) * shifts, 4)
+    update_best(fresh, table_of(1) * shifts, 4)
     assert fresh.worse_since is None
 
 
@@ -92,35 +94,35 @@ def test_an_improvement_is_more_than_a_standard_error(fresh):
     lucky = table_of(0.999, noise=0.1, seed=1)
     mean, error = difference(lucky, fresh.base, fresh.base)
     assert abs(mean) < error
-    assert not take_in(fresh, lucky, 1)
+    assert not update_best(fresh, lucky, 1)
     assert (fresh.best_step, fresh.waited) == (None, 1)
-    assert take_in(fresh, table_of(0.9, noise=0.1, seed=1), 2)
+    assert update_best(fresh, table_of(0.9, noise=0.1, seed=1), 2)
     assert (fresh.best_step, fresh.waited) == (2, 0)
 
 
 def test_overfitting_since_is_the_first_of_all_that_were_worse(fresh):
     for step, factor in enumerate((0.9, 0.8, 0.85, 0.8, 0.9, 0.95), start=1):
-        take_in(fresh, table_of(factor), step)
+        update_best(fresh, table_of(factor), step)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (2, 4, 5)
-    assert in_words(fresh, 6) == (
+    assert summarize(fresh, 6) == (
         "Validation: best at step 2, 20.0% below the base model's loss; overfitting since step 5: use best/, or train for "
         "fewer steps."
     )
-    take_in(fresh, table_of(0.7), 7)
+    update_best(fresh, table_of(0.7), 7)
     assert fresh.worse_since is None
-    assert "best at step 7, 30.0%" in in_words(fresh, 7)
-    assert "still improving" in in_words(fresh, 7)
-    take_in(fresh, table_of(0.7, noise=1e-9), 8)
-    assert in_words(fresh, 8).endswith("no clear change since.")
+    assert "best at step 7, 30.0%" in summarize(fresh, 7)
+    assert "still improving" in summarize(fresh, 7)
+    update_best(fresh, table_of(0.7, noise=1e-9), 8)
+    assert summarize(fresh, 8).endswith("no clear change since.")
 
 
-def test_a_run_that_never_helps_is_told(fresh):
-    take_in(fresh, table_of(1.2), 1)
-    assert "no step was better than the base" in in_words(fresh, 1)
+def test_a_run_that_never_improves_is_reported(fresh):
+    update_best(fresh, table_of(1.2), 1)
+    assert "no step up to 1 was better than the base model" in summarize(fresh, 1)
 
 
 def test_the_gap_is_between_held_out_and_trained_on(fresh):
-    values = values_of(table_of(0.9), table_of(0.5), fresh, range(8))
+    values = make_metrics(table_of(0.9), table_of(0.5), fresh, range(8))
     assert values["validation/relative_loss"] == pytest.approx(0.9)
     assert values["validation/relative_loss_in_training"] == pytest.approx(0.5)
     assert values["validation/gap"] == pytest.approx(0.4)
@@ -129,26 +131,26 @@ def test_the_gap_is_between_held_out_and_trained_on(fresh):
 
 
 def test_a_lora_to_begin_with_may_be_the_best(fresh):
-    """Its loss is that of step 0: nothing was waited for yet, and what comes later must be better than it."""
-    assert take_in(fresh, table_of(0.8), 0)
-    assert not take_in(fresh, table_of(0.9), 1)
+    """Its loss counts as that of step 0, which later steps must improve on."""
+    assert update_best(fresh, table_of(0.8), 0)
+    assert not update_best(fresh, table_of(0.9), 1)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (0, 1, 1)
-    assert not take_in(fresh, table_of(0.9), 2)
-    assert in_words(fresh, 2).startswith(
+    assert not update_best(fresh, table_of(0.9), 2)
+    assert summarize(fresh, 2).startswith(
         "Validation: best before the first step, 20.0% below the base model's loss; overfitting since step 1"
     )
 
 
 def test_one_validation_that_is_worse_announces_no_overfitting(fresh):
-    """The last of a run that improved until then, by a little more than one error: that much happens by chance."""
-    take_in(fresh, table_of(0.8), 1)
-    take_in(fresh, table_of(0.81), 2)
+    """The last validation of an improving run may by chance be worse by a little more than one standard error."""
+    update_best(fresh, table_of(0.8), 1)
+    update_best(fresh, table_of(0.81), 2)
     assert (fresh.waited, fresh.worse_since) == (1, 2)
-    assert in_words(fresh, 2).endswith("no clear change since.")
-    take_in(fresh, table_of(0.82), 3)
-    assert "overfitting since step 2" in in_words(fresh, 3)
+    assert summarize(fresh, 2).endswith("no clear change since.")
+    update_best(fresh, table_of(0.82), 3)
+    assert "overfitting since step 2" in summarize(fresh, 3)
 
 
 def test_a_lora_to_begin_with_that_is_worse_than_the_base_is_not_waited_for(fresh):
-    assert not take_in(fresh, table_of(1.2), 0)
+    assert not update_best(fresh, table_of(1.2), 0)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (None, 0, None)

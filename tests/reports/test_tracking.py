@@ -1,4 +1,4 @@
-"""What a run reports is read back from where it went: W&B's own records, TensorBoard, trackio."""
+"""What a run logs is read back from the files of W&B, TensorBoard and trackio."""
 
 import json
 import re
@@ -30,18 +30,22 @@ wandb = pytest.importorskip("wandb")
 KEY = "k" * 40
 SECRET = "hf_TopSecretTokenOfTheTest"
 PROMPTS = ["a red axe", "a blue axe, 日本, 50% off"]
-PANELS = ["samples/00 a red axe", "samples/01 a blue axe, , 50 off"]  # as far as words can be part of a file's name
+PANELS = [
+    "samples/00 a red axe",
+    "samples/01 a blue axe, , 50 off",
+]  # without characters that file names cannot contain
 DETERMINISTIC = ("step", "train_loss", "lr", "grad_norm", "epoch")
+NEW = tracking.LoggedProgress()
 RUN = dict(rank=3, max_train_steps=3, validation_split=0.34, validation_steps=2)  # of the six pictures, two
 
 
 def steps_in(folder):
-    """The rows of metrics.jsonl that steps of the training wrote."""
+    """Returns the rows of metrics.jsonl that training steps wrote."""
     return [row for row in read_metrics(folder) if "train_loss" in row]
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """A server that answers 401 and keeps what it was asked in `server.seen`."""
+    """A server that answers 401, and appends the paths of requests to `server.seen`."""
 
     def do_POST(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -68,7 +72,7 @@ def refusing_server():
 
 @pytest.fixture(scope="module")
 def offline_run(tiny_sd, tmp_path_factory, refusing_server):
-    """The command as typed, with a token and W&B; the finished process and the output folder."""
+    """Runs the command as typed, with a token and W&B; returns the finished process and the output folder."""
     folder = tmp_path_factory.mktemp("tracked")
     out = folder / "my lora"
     pictures = write_pictures(folder / "pictures")
@@ -78,7 +82,7 @@ def offline_run(tiny_sd, tmp_path_factory, refusing_server):
     )  # fmt: skip
     words.append(f"--hub_token={SECRET}")
     refusing_server.seen.clear()
-    # A key and a network, and still offline, because WANDB_MODE says so.
+    # There are a key and a network, but WANDB_MODE overrides them.
     url = f"http://127.0.0.1:{refusing_server.server_port}"
     environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
     done = run_command(words, env=environment | {"WANDB_DATA_DIR": str(folder / "wandb-data")}, timeout=300)
@@ -146,7 +150,7 @@ def test_wandb_summary_holds_the_answer(offline_run):
 
 
 def table_in(run, name):
-    """The columns and rows of a table in an offline run."""
+    """Returns the columns and rows of a table in an offline run."""
     (path,) = (run / "files" / "media" / "table").glob(f"{name}_*.table.json")
     table = json.loads(path.read_text())
     return table["columns"], table["data"]
@@ -188,7 +192,7 @@ def test_wandb_gets_the_lora_files_under_their_names(offline_run):
     assert found == {
         alias: ("my-lora-lora", "pytorch_lora_weights.safetensors", size) for alias, size in sizes.items()
     }
-    assert [*found][-1] == "last"  # W&B gives the newest the name "latest" too
+    assert [*found][-1] == "last"  # W&B also gives the newest version the alias "latest"
 
 
 def test_wandb_gets_the_configuration(offline_run):
@@ -232,7 +236,7 @@ def test_the_last_line_is_a_command_that_works(offline_run):
     assert "wandb:" not in offline_run.done.stderr
 
 
-def test_offline_means_that_nobody_is_asked(offline_run):
+def test_offline_means_no_requests(offline_run):
     assert offline_run.asked == []
 
 
@@ -245,15 +249,15 @@ def test_metrics_are_the_same_without_a_tracker(offline_run, train):
     assert not (out / "wandb").exists()
 
 
-def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsys):
+def test_a_resumed_run_continues_the_same_wandb_run(offline_run, train, tmp_path, capsys):
     out = tmp_path / "my lora"
     shutil.copytree(offline_run.out, out, symlinks=True)
-    # Killed after step 3, in the middle of its line, with the last checkpoint at step 2.
+    # As if killed while it wrote the metrics of step 4, with the last checkpoint at step 2.
     shutil.rmtree(out / "checkpoint-3")
     (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + '{"step": 4, "train_lo')
     before = steps_in(offline_run.out)
     train(output_dir=out, report_to="wandb", **RUN | dict(max_train_steps=4))
-    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
+    wandb.teardown()  # flushes the file, as the end of a process does
     first, second = sorted((out / "wandb").glob("offline-run-*"))
     assert first.name == offline_run.run.name
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
@@ -262,7 +266,7 @@ def test_resuming_goes_on_under_the_same_run(offline_run, train, tmp_path, capsy
     assert rows[:2] == before[:2]
     assert rows[2]["train_loss"] == pytest.approx(before[2]["train_loss"], rel=1e-5)
     assert history_of(read_wandb(first)).keys() == {0, 1, 2, 3}
-    assert history_of(read_wandb(second)).keys() == {4}  # each step once
+    assert history_of(read_wandb(second)).keys() == {4}  # each step is logged once
     last = capsys.readouterr().out.splitlines()[-1]
     assert [Path(word).resolve() for word in shlex.split(last)[-2:]] == [first.resolve(), second.resolve()]
 
@@ -317,7 +321,7 @@ def test_a_folder_called_wandb_is_not_the_package(installed, tmp_path, monkeypat
 
 @pytest.fixture
 def network(monkeypatch, tmp_path):
-    """A machine of its own: no key, no W&B settings, no proxy; a port that answers and one that doesn't."""
+    """An environment without key, W&B settings or proxy, and with a port that answers and one that does not."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
@@ -325,7 +329,7 @@ def network(monkeypatch, tmp_path):
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    wandb.teardown()  # it keeps what it read of the environment
+    wandb.teardown()  # W&B caches the environment
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = f"127.0.0.1:{server.getsockname()[1]}"
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -353,7 +357,7 @@ def test_wandb_is_online_with_a_key_and_a_network(network, monkeypatch, where, p
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
-def test_the_users_own_choice_goes_before(network, monkeypatch, mode):
+def test_the_users_own_choice_overrides_the_default(network, monkeypatch, mode):
     monkeypatch.setenv("WANDB_BASE_URL", f"http://{network.silent if mode == 'online' else network.answers}")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", mode)
@@ -383,7 +387,7 @@ def test_a_proxy_is_a_network(network, monkeypatch):
     ("name", "value", "message"),
     [("WANDB_API_KEY", "short", "40"), ("WANDB_MODE", "sometimes", "mode"), ("WANDB_BASE_URL", "wandb", "base_url")],
 )
-def test_wandb_settings_that_are_wrong_are_told_in_one_line(network, monkeypatch, name, value, message):
+def test_wrong_wandb_settings_are_explained_in_one_line(network, monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message) as error:
         tracking.wandb_mode()
@@ -405,46 +409,46 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing_server.server_port}")
     refusing_server.seen.clear()
-    run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    run_id = tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, NEW)
     assert "/graphql" in refusing_server.seen
     accelerator.log({"train_loss": 0.5}, step=1)
     tracking.finish_trackers(accelerator)
     (folder,) = (network.folder / "wandb").glob(f"offline-run-*-{run_id}")
     assert shlex.split(said[0])[-1] == str(folder)
-    wandb.teardown()  # only then is the file sure to be whole, as at the end of a process
+    wandb.teardown()  # flushes the file, as the end of a process does
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
     told = capsys.readouterr().err
-    assert "doesn't take the run" in told
+    assert "rejected the run" in told
     assert KEY not in told
 
 
 def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):
-    """Asked for when a run went on: they stand beside white."""
+    """If more pictures are requested when a run is resumed, the missing base pictures are white."""
     added = []
     writer = SimpleNamespace(add_images=lambda name, pictures, step, dataformats: added.append(pictures))
     images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
-    samples = [panels.Sample(0, 0, images[0], images[1]), panels.Sample(1, 1, None, images[2])]
+    samples = [panels.LoggedSample(0, 0, images[0], images[1]), panels.LoggedSample(1, 1, None, images[2])]
     panels.TensorBoard(SimpleNamespace(writer=writer)).show_pictures("samples/00 an axe", "an axe", samples, 3)
     assert added[0].shape == (2, 8, 16, 3)
     assert added[0][1, 0, 0].tolist() == [255] * 3
     assert added[0][1, 0, 8].tolist() == [0, 0, 255]
 
 
-def test_a_disabled_wandb_says_nothing(network, accelerator, monkeypatch, said):
+def test_a_disabled_wandb_logs_nothing(network, accelerator, monkeypatch, said):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, None)
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, network.folder, NEW)
     dashboard.log_pictures(accelerator, {(0, 0): Image.new("RGB", (8, 8))}, {}, ["an axe"], {(0, 0): 7}, 0)
     tracking.finish_trackers(accelerator)
     assert said == []
 
 
 @pytest.mark.parametrize(("to_send", "waited_for"), [(0, False), (500_000, True)])
-def test_files_have_the_time_that_they_take_to_send(monkeypatch, capsys, to_send, waited_for):
+def test_uploads_get_more_time(monkeypatch, capsys, to_send, waited_for):
     monkeypatch.setattr(tracking, "SECONDS_TO_FINISH", 0.01)
-    tracker = tracking.Sheltered(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)))
+    tracker = tracking.FailSafeTracker(SimpleNamespace(name="wandb", finish=lambda: time.sleep(0.3)), {})
     tracker.to_send = to_send
     tracker.finish()
-    assert ("does not answer" not in capsys.readouterr().err) == waited_for
+    assert ("does not respond" not in capsys.readouterr().err) == waited_for
 
 
 LONG = "a drawing of a very long prompt, " * 4
@@ -463,7 +467,7 @@ def test_tensorboard_gets_numbers_pictures_and_words(train, tmp_path):
     assert "step" not in events.Tags()["scalars"]
     tags = [tag for tag in events.Tags()["images"] if tag.startswith("samples/")]
     assert [tag.partition(" ")[0] for tag in tags] == ["samples/00", "samples/01"]
-    for tag in tags:  # the pictures of a prompt side by side, each with the base's to its left
+    for tag in tags:  # the pictures of a prompt, each with the base model's picture on its left
         shapes = [(event.step, event.width, event.height) for event in events.Images(tag)]
         assert shapes == [(0, 64, 32), (2, 128, 32)]
     (sheet,) = events.Images("data/pictures")
@@ -511,8 +515,8 @@ def test_trackio_runs_in_the_space_that_is_named(monkeypatch, accelerator):
     started = {}
     monkeypatch.setattr(accelerator, "log_with", ["trackio"])
     monkeypatch.setattr(accelerator, "init_trackers", lambda name, **how: started.update(how["init_kwargs"]))
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, space_id="me/dashboard")
-    space = {"space_id": "me/dashboard", "private": True}  # trackio's own choice would be a public one
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", NEW, space_id="me/dashboard")
+    space = {"space_id": "me/dashboard", "private": True}  # trackio's default is a public Space
     assert started == {"trackio": {"name": "my lora", "resume": "never"} | space}
-    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", None, first_step=4)
+    tracking.start_trackers(accelerator, "axes", {"rank": 4}, "runs/my lora", tracking.LoggedProgress(4))
     assert started == {"trackio": {"name": "my lora", "resume": "allow"}}

@@ -1,4 +1,4 @@
-"""What two processes report is what one reports: validation losses, sample pictures, one tracker's run, one sentence."""
+"""Two processes report what one process reports: validation losses, sample pictures, one W&B run, one summary."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ PROMPTS = ["a green whip", "a red axe", "a blue spear on a white background"]
 
 @pytest.fixture(scope="module")
 def runs(tiny_sd, train_in, tmp_path_factory):
-    """A run of one process, and one of two with half the batch, which W&B follows."""
+    """A run of one process, and a run of two processes with half the batch size each, logged to W&B."""
     folder = tmp_path_factory.mktemp("processes")
     flags = dict(
         validation_data_dir=write_pictures(folder / "others", count=3, seed=9), validation_steps=1, learning_rate=1e-3,
@@ -27,7 +27,7 @@ def runs(tiny_sd, train_in, tmp_path_factory):
     return SimpleNamespace(one=one, two=folder / "two", done=done)
 
 
-def test_they_say_the_same_losses(runs):
+def test_they_report_the_same_losses(runs):
     one, two = ([row for row in read_metrics(out) if "validation/loss" in row] for out in (runs.one, runs.two))
     assert [row["step"] for row in one] == [0, 1, 2]
     for a, b in zip(one, two, strict=True):

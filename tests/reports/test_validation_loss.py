@@ -1,4 +1,4 @@
-"""The validation loss: the same whatever the run is like around it, nothing of it in training, and it stops a run."""
+"""The validation loss does not depend on the training settings, does not affect training, and can stop a run."""
 
 import random
 import shutil
@@ -23,7 +23,7 @@ def validations(folder):
 
 
 def judged_at(checkpoint):
-    """What the judge of a run knew at a checkpoint."""
+    """Returns the state of validation in a checkpoint."""
     return Validation(**read_state(checkpoint)[0].validation)
 
 
@@ -34,17 +34,17 @@ def others(tmp_path):
 
 @pytest.fixture(scope="module")
 def validated(train_in, tmp_path_factory):
-    """Four steps, each validated on three other pictures."""
+    """A run of four steps, each validated on three held-out pictures."""
     folder = tmp_path_factory.mktemp("validated")
     others = write_pictures(folder / "others", count=3, seed=9)
     return train_in(folder, validation_data_dir=others, validation_steps=1, max_train_steps=4)
 
 
-# What it is.
+# Its value.
 
 
 def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
-    """Against a plain loop in float64: every picture, every stratum, noise by (seed, picture, k), the posterior's mean."""
+    """Compared with a plain loop over pictures and timesteps, with noise by (seed, picture, k) and the posterior mean."""
     tables = []
     original = validation_loss.LossMeter.__call__
 
@@ -58,22 +58,23 @@ def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
     meter, validation_set, table = tables[-2]
     assert table.shape == (3, 8)
     assert validation_loss.strata(1000) == [62, 187, 312, 437, 562, 687, 812, 937]
-    scheduler, unet = meter.diffusion.noise_scheduler, meter.denoiser.eval()
+    models = meter.models
+    scheduler, unet = models.diffusion.noise_scheduler, models.denoiser.eval()
     for index in range(3):
         row, name = validation_set[index], validation_set.pictures.facts[index].image_id
         for k, t in enumerate(validation_loss.strata(1000)):
-            noise = validation_loss._noise_of(row["mean"].shape, 5, name, k)[None]
+            noise = validation_loss._make_noise(row["mean"].shape, 5, name, k)[None]
             t = torch.tensor([t])
-            noisy = scheduler.add_noise(row["mean"][None] * meter.scaling_factor, noise, t)
+            noisy = scheduler.add_noise(row["mean"][None] * models.scaling_factor, noise, t)
             with torch.no_grad():
                 pred = unet(noisy, t, row["condition"]["encoder_hidden_states"][None]).sample
             assert table[index, k] == pytest.approx(float((pred.double() - noise.double()).square().mean()), rel=1e-4)
-    noises = [validation_loss._noise_of((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
+    noises = [validation_loss._make_noise((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
     assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])
 
 
 def test_float64_is_of_the_cpu_alone(train, others, monkeypatch):
-    """MPS has none: the losses move first. What stands for a tensor of a GPU can do nothing else."""
+    """MPS has no float64, so losses are moved to the CPU first; the stand-in for a GPU tensor supports nothing else."""
     loss_of_samples = validation_loss.loss_of_samples
 
     def on_mps(*args):
@@ -106,7 +107,7 @@ def test_from_a_lora_it_is_relative_to_the_base_all_the_same(train, validated, o
     assert again["validation/relative_loss"] == pytest.approx(end["validation/relative_loss"], rel=1e-5)
 
 
-# The same whatever is around it.
+# What it does not depend on.
 
 
 def test_nothing_of_the_training_changes_it(train, validated, others):
@@ -131,7 +132,7 @@ def test_training_does_not_notice_it(train, tmp_path, others):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_it_goes_on_after_a_stop(train, tmp_path):
+def test_it_is_resumed_after_a_stop(train, tmp_path):
     options = dict(checkpointing_steps=2, checkpoints_total_limit=9, learning_rate=0.03, max_train_steps=6, **SPLIT)
     straight = train(output_dir=tmp_path / "straight", **options)
     stopped = shutil.copytree(straight, tmp_path / "stopped")
@@ -147,14 +148,14 @@ def test_it_goes_on_after_a_stop(train, tmp_path):
 
 
 def test_validation_may_begin_later(train, validated, others):
-    """The base is measured then, from the model with its LoRA switched off."""
+    """The base model is then measured with the LoRA disabled."""
     train()
     late = train(validation_data_dir=others, validation_steps=1, max_train_steps=4)
     assert judged_at(late / "checkpoint-4").base == judged_at(validated / "checkpoint-4").base
     assert validations(late)[-1] == validations(validated)[-1]
 
 
-# Stopping.
+# Early stopping.
 
 
 def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkeypatch):
@@ -162,28 +163,28 @@ def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkey
         validation.waited += 1
         return False
 
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", no_better)
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", no_better)
     options = dict(max_train_steps=20, early_stopping_patience=3, **SPLIT)
     out = train(**options)
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3]
     assert read_metrics(out)[-1]["step"] == 3
-    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
     assert (out / "checkpoint-3").is_dir()
     assert not (out / "best").exists()
     weights = read_lora(out)
     train(**options)
-    assert "no step was better than the base model (of 3)" in capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
     assert all(torch.equal(weights[name], value) for name, value in read_lora(out).items())
     train(**options | dict(early_stopping_patience=4))
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3, 4]
 
 
 def test_other_pictures_to_validate_on_begin_anew(train, validated, others, tmp_path, capsys):
-    """Their losses can't be compared with those of before, whether they are as many or not."""
+    """Losses on different pictures cannot be compared, even if there are equally many."""
     out = shutil.copytree(validated, tmp_path / "out")
     write_pictures(others, count=4, seed=11)
     train(max_train_steps=5, validation_data_dir=others, validation_steps=1)
-    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    assert "the validation pictures have changed" in capsys.readouterr().out
     before, after = judged_at(validated / "checkpoint-4"), judged_at(out / "checkpoint-5")
     assert (len(before.base), len(after.base)) == (3, 4)
 
@@ -192,26 +193,26 @@ def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_
     out = shutil.copytree(validated, tmp_path / "out")
     options = dict(validation_data_dir=others, validation_steps=1)
     train(max_train_steps=5, **options)
-    assert "others than before" not in capsys.readouterr().out
+    assert "pictures have changed" not in capsys.readouterr().out
     (others / "metadata.jsonl").write_text((others / "metadata.jsonl").read_text().replace("red", "golden"))
     train(max_train_steps=6, **options)
-    assert "the pictures to validate on are others than before" in capsys.readouterr().out
+    assert "the validation pictures have changed" in capsys.readouterr().out
     bases = [judged_at(folder / f"checkpoint-{step}").base for folder, step in ((validated, 4), (out, 5), (out, 6))]
     assert bases[0] == bases[1] != bases[2]
 
 
-# The best is kept.
+# Keeping the best LoRA.
 
 
 def best_at(*steps):
-    """A stand-in for `stopping.take_in` that finds these steps better than all before, and no other."""
+    """Replaces `stopping.update_best` by a function for which exactly these steps are the best so far."""
 
-    def take_in(validation, table, step):
+    def update_best(validation, table, step):
         if step in steps:
             validation.best_step = step
         return step in steps
 
-    return take_in
+    return update_best
 
 
 BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
@@ -219,15 +220,15 @@ BRANCH = dict(checkpointing_steps=1, checkpoints_total_limit=9, **SPLIT)
 
 @pytest.fixture(scope="module")
 def branches(train_in, tmp_path_factory):
-    """Four steps with a checkpoint each; the second was the best, and then the third."""
+    """A run of four steps with a checkpoint each; first step 2 was the best, then step 3."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("text_to_image_lora.reports.stopping.take_in", best_at(2, 3))
+        patch.setattr("text_to_image_lora.reports.stopping.update_best", best_at(2, 3))
         return train_in(tmp_path_factory.mktemp("branches"), max_train_steps=4, **BRANCH)
 
 
 @pytest.fixture
 def branch(branches, tmp_path):
-    """The run of `branches` where `train` goes on."""
+    """A copy of the run that `train` resumes."""
     return shutil.copytree(branches, tmp_path / "out")
 
 
@@ -242,32 +243,32 @@ def test_the_best_is_kept(branches):
 
 
 def test_starting_over_leaves_nothing_of_the_run_before(train, branch, monkeypatch):
-    """Where no step of the new run is better than the base."""
+    """No step of the new run is better than the base model."""
     assert (branch / "best").is_dir()
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", best_at())
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", best_at())
     train(resume_from_checkpoint="none", **SPLIT)
     assert not (branch / "best").exists()
     assert [row["step"] for row in validations(branch)] == [0, 1, 2]
 
 
-def test_best_is_that_of_the_checkpoint_which_is_gone_on_from(train, branch, monkeypatch):
-    """After a stop, best/ may hold a later step's, of a branch that is given up."""
+def test_resuming_restores_the_best_of_the_checkpoint(train, branch, monkeypatch):
+    """After a stop, best/ may hold the LoRA of a step after the checkpoint."""
     assert not same(branch / "checkpoint-2", branch / "checkpoint-3")
     for step in (3, 4):
         shutil.rmtree(branch / f"checkpoint-{step}")
-    monkeypatch.setattr("text_to_image_lora.reports.stopping.take_in", best_at())
+    monkeypatch.setattr("text_to_image_lora.reports.stopping.update_best", best_at())
     train(max_train_steps=3, **BRANCH)
     assert same(branch / "best", branch / "checkpoint-2")
 
 
-def test_a_best_of_steps_given_up_goes(train, branch):
-    """Gone on from a checkpoint before any step was better than the base, with a later best/ there."""
+def test_a_best_after_the_checkpoint_is_deleted(train, branch):
+    """The run is resumed from a checkpoint at which no step was better than the base model yet."""
     train(max_train_steps=1, resume_from_checkpoint="checkpoint-1", **BRANCH)
     assert not (branch / "best").exists()
 
 
 def test_a_best_that_somebody_moved_away_stops_no_checkpoint(tmp_path):
-    """In the middle of a run; where it is there, it takes the place of what the checkpoint's folder has."""
+    """If best/ is missing, nothing is copied; otherwise it replaces the one in the checkpoint."""
     judge = SimpleNamespace(output_dir=tmp_path / "run", validation=SimpleNamespace(best_step=2))
     validation_loss.Judge.keep_best(judge, tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-2").exists()
@@ -279,13 +280,15 @@ def test_a_best_that_somebody_moved_away_stops_no_checkpoint(tmp_path):
 
 
 def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
-    """Where training spoils it, best/ holds it."""
+    """If training makes it worse, best/ keeps it."""
     options = dict(max_train_steps=12, learning_rate=0.03, **SPLIT)
     first = train(output_dir=tmp_path / "first", **options)
     spoilt = options | dict(learning_rate=0.3, max_train_steps=2)
     second = train(output_dir=tmp_path / "second", lora_weights=first / "best", **spoilt)
     rows = validations(second)
-    assert rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1  # still better than the base
+    assert (
+        rows[0]["validation/relative_loss"] < rows[-1]["validation/relative_loss"] < 1
+    )  # still better than the base model
     assert {row["validation/best_step"] for row in rows} == {0}
     begun, best = read_lora(first / "best"), read_lora(second / "best")
     for name in begun:
@@ -293,7 +296,7 @@ def test_the_lora_that_a_run_begins_with_is_not_lost(train, tmp_path):
 
 
 def test_a_checkpoint_comes_after_the_pictures_of_its_step(train, monkeypatch):
-    """Killed while it draws, a run goes on from before, and draws them again."""
+    """A run that was killed while it drew resumes from the previous checkpoint, and draws them again."""
     options = dict(max_train_steps=2, checkpointing_steps=1, validation_prompt="an axe", validation_steps=2)
     generate, calls = Painter.generate, []
 

@@ -1,1 +1,1 @@
-"""What a run tells: validation losses, sample pictures, metrics, trackers, the model card."""
+"""Reports on a run: validation losses, sample pictures, metrics, trackers, the report page and the model card."""

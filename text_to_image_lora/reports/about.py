@@ -1,4 +1,4 @@
-"""What a run tells of itself beside its numbers: the command, versions, the machine, and its pictures (`about.json`)."""
+"""Writes `about.json` and `run.yaml`: a run's command, settings, software versions, machine and dataset."""
 
 import base64
 import importlib.metadata
@@ -24,14 +24,14 @@ from ..pictures.inspection import describe
 FILE = "about.json"
 SCRIPT = "train_text_to_image_lora.py"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy", "pillow")
-SHOWN = 16  # pictures of the data sheet
-LISTED = 20  # of each finding
-SIDE = 256  # pixels, of the data sheet's pictures
+NUM_PREVIEWS = 16  # pictures in the data sheet
+MAX_LISTED = 20  # pictures listed per finding in the data sheet
+PREVIEW_SIDE = 256  # longer side in pixels
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_run(settings: Any, run: Any) -> dict[str, Any]:
-    """What trackers and the LoRA's header tell of a run: its flags, and what those that were not given became."""
+    """Returns the settings that trackers and the LoRA's header record: the flags, with defaults resolved for this run."""
     settled = {
         "seed": run.seed,
         "resolution": run.resolution,
@@ -47,10 +47,10 @@ def describe_run(settings: Any, run: Any) -> dict[str, Any]:
 
 
 def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelerator: Any) -> dict[str, Any]:
-    """Writes run.yaml, for --config, and about.json, for the page and the trackers; returns what the second holds.
+    """Writes run.yaml, for --config, and about.json, for the report page and the trackers; returns the latter's contents.
 
-    run.yaml has the run's flags, its seed, and nothing that follows from other flags: so that --config run.yaml --rank 16
-    has the alpha of rank 16.
+    run.yaml holds the run's flags and its seed, but nothing derived from other flags, so that --config run.yaml --rank 16
+    uses the default alpha of rank 16.
     """
     names = ("validation_prompt", "validation_prompts")
     flags = {name: value for name, value in recorded_values(settings).items() if name not in names}
@@ -64,55 +64,55 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     )  # fmt: skip
 
 
-def write_about(output_dir, *, flags, command, settings: dict, machine, dataset):
-    """Writes `run.yaml` and `about.json` of a run into its folder; returns what the second holds, as plain data.
-
-    `flags` are for --config, `command` makes the same run again, `settings` are the flags and what they were settled to;
-    none of them holds a token.
-    """
+def write_about(
+    output_dir: str | Path, *, flags: dict, command: str, settings: dict, machine: dict, dataset: dict
+) -> dict[str, Any]:
+    """Writes `flags` to run.yaml and the rest to about.json; returns the latter's contents. Nothing may hold a token."""
     folder = Path(output_dir)
     write_whole(folder / "run.yaml", yaml.safe_dump(flags, sort_keys=False, allow_unicode=True))
     about = {
         "name": folder.resolve().name,
         "command": command,
-        "settings": near(settings),
+        "settings": shorten_paths(settings),
         "versions": versions(),
         "machine": machine,
-        # Not of the pictures: what looks like a path there is a part of their bytes.
-        "dataset": near(dataset | {"shown": ()}) | {"shown": dataset["shown"], "fingerprint": settings["dataset"]},
+        # Paths in "shown" are left alone: what looks like a path there may be part of an encoded picture.
+        "dataset": shorten_paths(dataset | {"shown": ()})
+        | {"shown": dataset["shown"], "fingerprint": settings["dataset"]},
     }
     write_whole(folder / FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
 
 
-def near(value):
-    """Plain data, the paths in it as from this folder or from the user's own: where those lie is nobody's business."""
+def shorten_paths(value: Any) -> Any:
+    """Makes paths in plain data relative to the current folder, or to "~", to keep private folder names out of files."""
     if isinstance(value, dict):
-        return {name: near(each) for name, each in value.items()}
+        return {name: shorten_paths(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [near(each) for each in value]
+        return [shorten_paths(each) for each in value]
     if isinstance(value, str):
         for folder, short in ((Path.cwd(), ""), (Path.home(), "~" + os.sep)):
-            if folder.parent != folder:  # the root of a disk says nothing
-                start = rf"(?<![\w./~-]){re.escape(str(folder) + os.sep)}"  # of a path, not within another
+            if folder.parent != folder:  # the root of a disk reveals nothing
+                start = rf"(?<![\w./~-]){re.escape(str(folder) + os.sep)}"  # only at the start of a path
                 value = re.sub(start, lambda _, short=short: short, value)
     return value
 
 
-def command_line(script, words, accelerator):
-    """The command that runs the script with these words on as many processes, as a shell takes it."""
+def command_line(script: str, words: list[str], accelerator: Any) -> str:
+    """Returns the shell command that runs the script with these arguments on the run's number of processes."""
     count, launcher = accelerator.num_processes, "accelerate launch --config_file accelerate_config.yaml"
     if count > 1 and accelerator.device.type == "cpu":
         launcher = f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {count}"
     elif count > 1:
         launcher += f" --multi_gpu --num_processes {count}"
-    # A shell takes "~/" for the own folder only where it isn't quoted.
-    quoted = [f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in near(words)]
+    # Shells expand "~/" only outside quotes.
+    words = shorten_paths(words)
+    quoted = [f"~/{shlex.quote(word[2:])}" if word.startswith("~/") else shlex.quote(word) for word in words]
     return " ".join([launcher, script, *quoted])
 
 
-def machine(accelerator):
-    """{name: value} of what a run computes on."""
+def machine(accelerator: Any) -> dict[str, Any]:
+    """Describes the device and the system that a run computes on."""
     return {
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
@@ -122,8 +122,8 @@ def machine(accelerator):
     }
 
 
-def device_name(device):
-    """What a `torch.device` is called, and how many threads compute where it is the CPU."""
+def device_name(device: Any) -> str:
+    """Returns the name of a `torch.device`; for the CPU, with its number of threads."""
     import torch
 
     from ..training.processes import describe_device
@@ -131,34 +131,35 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else describe_device(device)
 
 
-def versions():
-    """{package: version} of what decides a run's numbers, and the commit of this code where that is known."""
+def versions() -> dict[str, str]:
+    """Returns {package: version} of the packages that affect results, and this code's git commit if it is known."""
     found = {}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # none of them is needed to tell of a run
+        except importlib.metadata.PackageNotFoundError:  # a version may be missing, as no package is needed here
             continue
-    commit = commit_of(ROOT)
+    commit = find_commit(ROOT)
     return found | ({"commit": commit} if commit else {})
 
 
-def commit_of(folder):
-    """The commit that is checked out in the folder, with "+" where files differ from it; None where git doesn't tell."""
+def find_commit(folder: Path) -> str | None:
+    """Returns the commit that is checked out in the folder, with "+" for modified files; None if git cannot tell."""
     if not (folder / ".git").exists():
         return None
-    said = []
+    outputs = []
     for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
         try:
             done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=5, check=True)
         except (OSError, subprocess.SubprocessError):
             return None
-        said.append(done.stdout.strip())
-    return said[0] + ("+" if said[1] else "")
+        outputs.append(done.stdout.strip())
+    commit, changes = outputs
+    return commit + ("+" if changes else "")
 
 
-def data_sheet(pictures, held_out, sampler, notes):
-    """What is trained on, as plain data: counts, findings, and some of the pictures with their captions."""
+def data_sheet(pictures: Any, held_out: Any, sampler: Any, notes: list[str]) -> dict[str, Any]:
+    """Describes the dataset as plain data: counts, findings, and some of the pictures with their captions."""
     report = describe(
         pictures, [], sampler, num_validated=len(held_out or ()), token_counts=None, token_limit=None, cache_bytes=None
     )
@@ -166,14 +167,14 @@ def data_sheet(pictures, held_out, sampler, notes):
             "samples_an_epoch", "steps_an_epoch")  # fmt: skip
     sheet = {name: report[name] for name in kept} | {"notes": notes}
     for name in ("enlarged", "equal", "alike"):
-        sheet[name] = {"count": len(report[name]), "first": report[name][:LISTED]}
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int))
-    sheet["shown"] = [row_of(pictures, int(index)) for index in chosen]
+        sheet[name] = {"count": len(report[name]), "first": report[name][:MAX_LISTED]}
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(NUM_PREVIEWS, len(pictures))).round().astype(int))
+    sheet["shown"] = [describe_picture(pictures, int(index)) for index in chosen]
     return sheet
 
 
-def row_of(pictures, index):
-    """A picture as the model sees it, and what is known of it."""
+def describe_picture(pictures: Any, index: int) -> dict[str, Any]:
+    """Returns a picture's source, concept, captions, sizes, and a preview of it as the model sees it."""
     fact, record = pictures.facts[index], pictures.records[index]
     return {
         "source": "/".join(Path(record["source"]).parts[-2:]),
@@ -181,18 +182,18 @@ def row_of(pictures, index):
         "captions": pictures.captions[index][:3],
         "size": f"{fact.width}x{fact.height}",
         "trained_at": "{}x{}".format(*pictures.sizes[index]),
-        "preview": data_url(Image.fromarray(pictures.pixels(index, 0)), SIDE),
+        "preview": encode_image(Image.fromarray(pictures.pixels(index, 0)), PREVIEW_SIDE),
     }
 
 
-def data_url(image, side, quality=80):
-    """A picture as WebP in a data URL, its longer side `side` pixels at most; about 8 kB at 256 pixels."""
+def encode_image(image: Image.Image, side: int, quality: int = 80) -> str:
+    """Encodes a picture as a WebP data URL, downscaled to `side` pixels; about 8 kB at 256 pixels."""
     small, data = image.convert("RGB"), io.BytesIO()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     small.save(data, "WEBP", quality=quality, method=4)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
-def image_of(url):
-    """The picture in a data URL."""
+def decode_image(url: str) -> Image.Image:
+    """Decodes the picture in a data URL."""
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

@@ -1,4 +1,4 @@
-"""What a run writes: its LoRA wherever that is kept, and its checkpoints."""
+"""Writes the LoRA files and the checkpoints of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from .lora_writer import LoraWriter
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run and uploads them; the LoRA files beside it are its `writer`'s."""
+    """Writes and uploads the checkpoints of a run; its `writer` writes the LoRA files."""
 
     def __init__(self, settings: Any, run: Any, models: Any, learning: Any, described: dict[str, Any]):
         self.settings, self.run = settings.checkpoints, run
@@ -26,7 +26,7 @@ class Checkpoints:
         self.uploads = hub_checkpoints.Uploads(repository if uploads else None, settings.sharing.hub_token)
 
     def save_lora(self, folder: str | Path) -> Any:
-        """Writes the LoRA as it is now; see `LoraWriter.write`."""
+        """Writes the current LoRA, see `LoraWriter.write`."""
         return self.writer.write(folder, self.run.state.global_step)
 
     def due_after(self, step: int) -> bool:
@@ -34,10 +34,10 @@ class Checkpoints:
         return self.settings.due_after(step)
 
     def save(self, judge: Any) -> None:
-        """Writes a checkpoint of this step, with the LoRA and the best one so far, and begins to upload it."""
+        """Writes a checkpoint with the current LoRA and the best LoRA so far, and starts to upload it."""
         state = self.run.state
         state.validation = judge.state()
-        self.uploads.wait()  # for the one before, which may go now
+        self.uploads.wait()  # the previous checkpoint, which may be deleted now
 
         def add(folder):
             with self.learning.weights_for_use():

@@ -1,4 +1,4 @@
-"""The numbers of each step: `metrics.jsonl` always, trackers and progress bar with it."""
+"""Writes the metrics of each training step to `metrics.jsonl`, the trackers and the progress bar."""
 
 import collections
 import json
@@ -7,7 +7,9 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -19,21 +21,21 @@ from .report_page import update_page
 
 
 logger = logging.getLogger(__name__)
-VALIDATED = "validation/loss"  # what a line of a validation has
-LAST_GOOD = "last-good"  # the folder with the LoRA of a run that came to no number
-# Before the page, some 1.5 MB, is written once more: seconds at least, and times what it took to write it.
-PAGE_PAUSE, PAGE_SHARE = 10, 20
+VALIDATION_LOSS = "validation/loss"  # a key of the rows that a validation writes
+LAST_GOOD = "last-good"  # folder of the last finite LoRA of a run that diverged
+PAGE_PAUSE = 10  # seconds at least between two updates of the report page
+PAGE_SHARE = 20  # updates are at least this many times further apart than one takes
 
 
-def peak_memory_gib(device):
-    """The most memory the run has held so far: of the GPU's, or this process's on a CPU."""
+def peak_memory_gib(device: Any) -> float:
+    """Returns the peak memory so far: of the GPU, or of this process on a CPU."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
-    if sys.platform == "linux":  # `getrusage` would begin with what the process had that started this one
+    if sys.platform == "linux":  # `getrusage` would include the peak of the parent process
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 2**20
     if sys.platform == "win32":
@@ -45,16 +47,15 @@ def peak_memory_gib(device):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a step, the same numbers that the trackers get."""
+    """`metrics.jsonl`, one JSON object per line, of a run that starts (0) or is resumed after `first_step`.
 
-    def __init__(self, path, first_step, due=()):
-        """Starts anew (0) or goes on.
+    Rows that will be written again are discarded: those after `first_step`, and its validation if "loss" is still `due`.
+    `discarded` is {step: number of rows}.
+    """
 
-        Lines after `first_step` go, of a run that went further before it was resumed, and those of this step that are of
-        what is still `due`; `given_up` counts them by their step.
-        """
+    def __init__(self, path: str | Path, first_step: int, due: Sequence[str] = ()):
         self.path = path = Path(path)
-        self.given_up = collections.Counter()
+        self.discarded = collections.Counter()
         if not path.exists():
             return
         kept, lines = [], path.read_text().splitlines(keepends=True)
@@ -63,29 +64,26 @@ class MetricsFile:
                 row = json.loads(line) if line.endswith("\n") else None
             except ValueError:
                 row = None
-            if row is None:  # cut off, by a kill or a full disk
+            if row is None:  # truncated because the process was killed or the disk was full
                 continue
-            again = row["step"] > first_step or (row["step"] == first_step and "loss" in due and VALIDATED in row)
-            if first_step > 0 and not again:
+            validates_again = row["step"] == first_step and "loss" in due and VALIDATION_LOSS in row
+            if 0 < first_step >= row["step"] and not validates_again:
                 kept.append(line)
             else:
-                self.given_up[row["step"]] += 1
+                self.discarded[row["step"]] += 1
         if kept != lines:
             write_whole(path, "".join(kept))
 
-    def write(self, step, values):
-        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no infinity
+    def write(self, step: int, values: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has neither NaN nor infinity
         with explaining_disk_errors(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
-class OnTheirWay:
-    """Numbers, some of them on the device, that the host reads later without waiting for what the device does since.
+class AsyncNumbers:
+    """Numbers and scalar tensors, copied to pinned memory asynchronously, to be read without waiting for later work."""
 
-    On a GPU they are copied into pinned memory as soon as they are there, and an event tells when that is.
-    """
-
-    def __init__(self, values):
+    def __init__(self, values: dict[str, Any]):
         import torch
 
         self.values, self.event = dict(values), None
@@ -99,115 +97,113 @@ class OnTheirWay:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def read(self):
-        """The numbers, as Python's."""
+    def read(self) -> dict[str, Any]:
+        """Returns the values as Python numbers."""
         if self.event is not None:
             self.event.synchronize()
         return self.values | (dict(zip(self.names, self.numbers.tolist())) if self.names else {})
 
 
 class Pace:
-    """What is said of a run's speed: after ten steps what is left, and once when steps become many times slower."""
+    """Logs the speed of a run: the remaining time after ten steps, and a warning if steps become many times slower."""
 
-    FIRST = 10  # steps to measure
-    USUAL = 200  # steps whose median tells what is usual
-    SLOWER = 4  # times the median: a slow step
-    FULL = 95  # percent of a machine's memory
-    IN_A_ROW = 5  # slow steps, before it is said
+    NUM_FIRST_STEPS = 10  # after which the speed is logged
+    WINDOW = 200  # steps whose median is the usual time
+    SLOW_FACTOR = 4  # a step is slow if it takes this many times the median
+    FULL_PERCENT = 95  # use of the machine's memory from which it counts as full
+    MAX_SLOW_STEPS = 5  # in a row, before the warning
 
-    def __init__(self, device, num_steps, remedy):
+    def __init__(self, device: Any, num_steps: int, remedy: str):
         self.device, self.num_steps, self.remedy = device, num_steps, remedy
-        self.seconds, self.slow, self.said = collections.deque(maxlen=self.USUAL), 0, False
+        self.seconds = collections.deque(maxlen=self.WINDOW)
+        self.num_slow, self.warned = 0, False
 
-    def take(self, step, seconds):
-        """How long a step took, without what is done between steps."""
+    def add(self, step: int, seconds: float) -> None:
+        """Adds the time of a training step, without validations, sample pictures and checkpoints."""
         self.seconds.append(seconds)
-        if len(self.seconds) == self.FIRST:
-            each, left = statistics.median(self.seconds), self.num_steps - step
+        if len(self.seconds) == self.NUM_FIRST_STEPS:
+            median, left = statistics.median(self.seconds), self.num_steps - step
             memory = format_bytes(peak_memory_gib(self.device) * 2**30)
-            rest = f", {in_words(each * left)} for the {left} left" if left else ""
-            logger.info(f"{each:.3g} s a step{rest}; at most {memory} of memory so far")
+            rest = f", {format_duration(median * left)} for the remaining {left} steps" if left else ""
+            logger.info(f"{median:.3g} s per step{rest}; peak memory so far: {memory}")
             self.check_spill()
-        elif len(self.seconds) > self.FIRST and not self.said:
+        elif len(self.seconds) > self.NUM_FIRST_STEPS and not self.warned:
             usual = statistics.median(self.seconds)
-            self.slow = self.slow + 1 if seconds > self.SLOWER * usual else 0
-            if self.slow == self.IN_A_ROW:
-                self.said = True
-                since = f"since step {step - self.slow + 1} a step takes {seconds / usual:.0f} times as long as before"
-                if self.device.type == "cpu" and psutil.virtual_memory().percent < self.FULL:
-                    logger.info(f"{since}: other programs use this machine, or it was slowed down")
+            self.num_slow = self.num_slow + 1 if seconds > self.SLOW_FACTOR * usual else 0
+            if self.num_slow == self.MAX_SLOW_STEPS:
+                self.warned = True
+                first = step - self.num_slow + 1
+                slower = f"since step {first}, a step takes {seconds / usual:.0f} times as long as before"
+                if self.device.type == "cpu" and psutil.virtual_memory().percent < self.FULL_PERCENT:
+                    logger.info(f"{slower}: other programs are using this machine, or its clock rate was reduced")
                     return
                 logger.info(
-                    f"{since}: another program uses the device, or its memory is full. If it stays so, stop with Ctrl-C "
-                    f"and go on with {self.remedy}."
+                    f"{slower}: another program is using the device, or its memory is full. If it stays this slow, stop "
+                    f"with Ctrl-C and resume with {self.remedy}."
                 )
 
-    def check_spill(self):
-        """Drivers for Windows let a GPU use the machine's memory when its own is full, many times slower."""
+    def check_spill(self) -> None:
+        """Warns if the driver lets the GPU use the machine's much slower memory, as drivers for Windows do."""
         import torch
 
         if self.device.type == "cuda":
-            own, taken = (
-                torch.cuda.get_device_properties(self.device).total_memory,
-                torch.cuda.memory_reserved(self.device),
-            )
-            if taken > own:
-                self.said = True
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            reserved = torch.cuda.memory_reserved(self.device)
+            if reserved > total:
+                self.warned = True
                 logger.info(
-                    f"{format_bytes(taken)} are in use and the GPU has {format_bytes(own)}: the driver lends it the "
-                    f"machine's memory, which is many times slower. Stop with Ctrl-C and go on with {self.remedy}."
+                    f"the run uses {format_bytes(reserved)} of memory, but the GPU has only {format_bytes(total)}: the driver uses "
+                    f"system memory for the rest, which is many times slower. Stop with Ctrl-C and resume with {self.remedy}."
                 )
 
 
-def in_words(seconds):
-    """A time as people say it: "40 s", "12 min", "3 h 20 min"."""
+def format_duration(seconds: float) -> str:
+    """Formats a time as "40 s", "12 min" or "3 h 20 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class StepReports:
-    """The numbers of each step, for metrics file, trackers and progress bar, written while the next step runs.
+class StepMetrics:
+    """Writes the metrics of a training step to metrics file, trackers and progress bar while the next step runs.
 
-    `asked` says whether a process is asked to stop, as far as that is known, alike on all of them. A step whose loss or
-    gradient is not a number changed nothing (`optimizers.step_if_finite`): such are counted when their numbers arrive.
+    `stop_requested` tells whether any process was asked to stop, and is equal on all processes. Steps without a finite
+    loss and gradient leave the weights unchanged (`optimizers.step_if_finite`); they are counted when they are written.
     """
 
-    IN_A_ROW = 10  # steps that were skipped, before the run ends
-    TO_SETTLE = 16  # of fp16's, whose loss scale begins at 2**16 and is halved in each
+    MAX_SKIPPED = 10  # skipped steps in a row that end the run
+    FP16_WARM_UP = 16  # more skipped steps for fp16, whose loss scale starts at 2**16 and is halved at each
 
-    def __init__(self, accelerator, metrics_file, progress, output_dir, remedy):
+    def __init__(self, accelerator: Any, metrics_file: MetricsFile | None, progress: Any, output_dir: Path, remedy):
         self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
-        self.output_dir, self.waiting, self.smooth = output_dir, None, None
-        self.pace = Pace(accelerator.device, progress.total, remedy)
-        self.scaled = getattr(accelerator, "scaler", None) is not None
-        self.asked, self.skipped, self.in_a_row, self.page_due = False, [], 0, 0
+        self.output_dir, self.pace = output_dir, Pace(accelerator.device, progress.total, remedy)
+        self.uses_grad_scaler = getattr(accelerator, "scaler", None) is not None
+        self.waiting, self.smooth_loss = None, None  # the (step, `AsyncNumbers`) to write, and the average loss
+        self.skipped, self.skipped_in_a_row = [], 0  # all steps that were skipped, and how many of them just now
+        self.stop_requested, self.page_due = False, 0  # `page_due`: when the page may be written again
 
-    def put(self, step, values, *, samples, seconds):
-        """Takes numbers and tensors of one number in, and how long the step of so many samples took.
-
-        Those of the step before are written.
-        """
+    def put(self, step: int, values: dict[str, Any], *, samples: int, seconds: float) -> None:
+        """Accepts the numbers and scalar tensors of a step of `samples` pictures, and writes those of the previous step."""
         if isinstance(values["asked"], bool):
-            self.asked = values["asked"]
-        values = OnTheirWay(values | {"images_per_second": samples / seconds})
+            self.stop_requested = values["asked"]
+        numbers = AsyncNumbers(values | {"images_per_second": samples / seconds})
         self.flush()
-        self.pace.take(step, seconds)
-        self.waiting = step, values
+        self.pace.add(step, seconds)
+        self.waiting = step, numbers
 
-    def flush(self):
-        """Writes what waits."""
+    def flush(self) -> None:
+        """Writes the metrics of the last step, if that was not done yet."""
         if self.waiting is None:
             return
-        (step, values), self.waiting = self.waiting, None
-        values = values.read()
-        self.asked = bool(values.pop("asked")) or self.asked
+        (step, numbers), self.waiting = self.waiting, None
+        values = numbers.read()
+        self.stop_requested = bool(values.pop("asked")) or self.stop_requested
         loss = values["train_loss"]
         if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
-            self.in_a_row = 0
-            self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
-            self.progress.set_postfix(loss=f"{self.smooth:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+            self.skipped_in_a_row = 0
+            self.smooth_loss = loss if self.smooth_loss is None else 0.95 * self.smooth_loss + 0.05 * loss
+            self.progress.set_postfix(loss=f"{self.smooth_loss:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         else:
             self.count_skipped(step, values)
             values["skipped"] = 1
@@ -216,8 +212,8 @@ class StepReports:
             self.metrics_file.write(step, values)
         log_numbers(self.accelerator, values, step)
 
-    def write_page(self):
-        """Writes the run's `report.html` anew; where epochs are short, some are left out: training goes before."""
+    def write_page(self) -> None:
+        """Updates the run's `report.html`, unless the last update was so recent that it would slow down training."""
         if self.metrics_file is None or time.monotonic() < self.page_due:
             return
         start = time.monotonic()
@@ -225,48 +221,46 @@ class StepReports:
         now = time.monotonic()
         self.page_due = now + max(PAGE_PAUSE, PAGE_SHARE * (now - start))
 
-    def leave(self, ending):
-        """At the end: what was skipped, the page once more, and to the trackers what the run came to, unless it goes on."""
-        if (line := self.in_words()) is not None:
+    def leave(self, ending: BaseException | None) -> None:
+        """Logs skipped steps, updates the page and, unless the run was stopped to be resumed, logs its result."""
+        if (line := self.describe_skipped()) is not None:
             logger.info(line)
         if self.metrics_file is not None and update_page(self.output_dir):
-            logger.info(f"how it went: {Path(self.output_dir) / PAGE}")
+            logger.info(f"report: {Path(self.output_dir) / PAGE}")
         if not isinstance(ending, Stopped):
             log_results(self.accelerator, self.output_dir)
 
-    def count_skipped(self, step, values):
+    def count_skipped(self, step: int, values: dict[str, float]) -> None:
         self.skipped.append(step)
-        self.in_a_row += 1
-        settles = self.scaled and math.isfinite(values["train_loss"])
-        if len(self.skipped) == 1 and not settles:
+        self.skipped_in_a_row += 1
+        scale_too_high = self.uses_grad_scaler and math.isfinite(values["train_loss"])
+        if len(self.skipped) == 1 and not scale_too_high:
             logger.info(
-                f"step {step} is skipped: its loss is {values['train_loss']:.3g}, the norm of its gradient "
-                f"{values['grad_norm']:.3g}. The weights stay as they were; {self.limit()} such steps in a row end the run"
+                f"step {step} is skipped: its loss is {values['train_loss']:.3g} and its gradient norm is "
+                f"{values['grad_norm']:.3g}. The weights are unchanged; {self.limit()} skipped steps in a row end the run"
             )
 
-    def limit(self):
-        return self.IN_A_ROW + self.TO_SETTLE * self.scaled
+    def limit(self) -> int:
+        """Returns how many skipped steps in a row end the run."""
+        return self.MAX_SKIPPED + (self.FP16_WARM_UP if self.uses_grad_scaler else 0)
 
-    def trouble(self, finished):
-        """A `NotANumberError` where the run can't go on, or where it ends without having come back; else None."""
-        if self.in_a_row < (2 if finished else self.limit()):
+    def divergence(self, finished: bool) -> NotANumberError | None:
+        """Returns an error if too many steps in a row were skipped, or at least two at the end of the run; else None."""
+        if self.skipped_in_a_row < (2 if finished else self.limit()):
             return None
-        first = self.skipped[-self.in_a_row]
+        first = self.skipped[-self.skipped_in_a_row]
+        cause = "The --learning_rate is probably too high, or the weights have exceeded the range of fp16"
         if first == 1:
-            cause = (
-                "From the first step on: the weights of the base model or of its VAE are broken, or too large for it"
-            )
-        else:
-            cause = "Likely the --learning_rate is too high, or the weights outgrew what fp16 can hold"
+            cause = "The weights of the base model or of its VAE are probably damaged, or too large for this precision"
         return NotANumberError(
-            f"Loss or gradient of {self.in_a_row} steps in a row is not a number, since step {first}. "
-            f"{cause}. Lower --learning_rate, or use --mixed_precision bf16 or no; the weights from before are in "
-            f"{Path(self.output_dir) / LAST_GOOD}, and the checkpoints that were saved before are whole."
+            f"The loss or gradient of {self.skipped_in_a_row} steps in a row is not finite, since step {first}. "
+            f"{cause}. Lower --learning_rate, or use --mixed_precision bf16 or no; the last finite weights are in "
+            f"{Path(self.output_dir) / LAST_GOOD}, and all earlier checkpoints are intact."
         )
 
-    def in_words(self):
-        """The line that says at the end which steps were skipped, or None."""
+    def describe_skipped(self) -> str | None:
+        """Lists the skipped steps, for the end of the run; returns None if there are none."""
         if not self.skipped:
             return None
         shown = ", ".join(map(str, self.skipped[:10])) + (", ..." if len(self.skipped) > 10 else "")
-        return f"{len(self.skipped)} steps were skipped, as loss or gradient was not a number: {shown}"
+        return f"{len(self.skipped)} steps were skipped because their loss or gradient was not finite: {shown}"

@@ -1,8 +1,9 @@
-"""The model card beside the LoRA file, and their upload to the hub."""
+"""Writes the model card of a LoRA, and uploads both to the hub."""
 
 import glob
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,37 +20,24 @@ logger = logging.getLogger(__name__)
 
 
 def write_model_card(
-    output_dir,
-    *,
-    base_model: str,
-    dataset_names: list[str],
-    pictures: list[tuple[str, Path]],
-    hyperparameters: dict,
-    kohya_file: str | None = None,
-    repo_id: str | None = None,
-    family: Family = STABLE_DIFFUSION,
-) -> Path:
+    output_dir: str | Path, *, base_model: str, dataset_names: list[str], pictures: list[tuple[str, Path]],
+    hyperparameters: dict, kohya_file: str | None = None, family: Family = STABLE_DIFFUSION,
+) -> Path:  # fmt: skip
     """Writes README.md, the hub's model card, and returns its path.
 
-    `pictures` are (prompt, path) of sample pictures in `output_dir`. A base model from the hub gets the
-    license of its family, and a local one, whose terms are unknown, none. `kohya_file` is the name of
-    the file in kohya's format, where there is one.
+    Args:
+        base_model: Its license is that of its family if it is on the hub, and left out if it is local.
+        pictures: (prompt, path) of sample pictures in `output_dir`.
+        hyperparameters: The flags of the run; the card uses "trigger_word" and "hub_model_id".
+        kohya_file: The name of the file in kohya's format, if there is one.
     """
-    on_hub, trigger_word = _is_on_hub(base_model), hyperparameters.get("trigger_word")
+    on_hub = _is_on_hub(base_model)
+    trigger_word, repo_id = hyperparameters.get("trigger_word"), hyperparameters.get("hub_model_id")
     base, *datasets = (
         name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, *dataset_names)
     )
-    pictures = [(prompt, Path(path).relative_to(output_dir).as_posix()) for prompt, path in pictures]
-    front = {
-        "base_model": base if on_hub else None,
-        "datasets": [name for name in dataset_names if _is_on_hub(name)],
-        "library_name": "diffusers",
-        "license": family.license if on_hub else None,
-        "instance_prompt": trigger_word,
-        "tags": ["text-to-image", *family.tags, "diffusers", "diffusers-training", "lora", "template:sd-lora"],
-        "widget": [{"text": prompt, "output": {"url": picture}} for prompt, picture in pictures],
-    }
-    front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    samples = [(prompt, Path(path).relative_to(output_dir).as_posix()) for prompt, path in pictures]
+    front = _make_front_matter(base if on_hub else None, dataset_names, samples, trigger_word, family)
     weights = f"{repo_id or '.'!r}, weight_name={WEIGHTS_NAME!r}"
     rows = hide_folders({key: value for key, value in hyperparameters.items() if not key.endswith("token")})
     table = "\n".join(f"| {_markdown(key)} | {_markdown(value)} |" for key, value in rows.items())
@@ -59,7 +47,7 @@ def write_model_card(
     sections = [
         f"# LoRA text2image fine-tuning - {_markdown(repo_id or Path(output_dir).resolve().name)}",
         f"These are LoRA weights for {_markdown(base)}, fine-tuned on the {_markdown(' and '.join(datasets))} dataset.",
-        "<Gallery />" if pictures else "",  # where the hub draws the widget's pictures, each with its prompt
+        "<Gallery />" if samples else "",  # the hub shows the widget's pictures here, each with its prompt
         f"## Trigger words\nWrite {_markdown(trigger_word)} in the prompt." if trigger_word else "",
         f"""## Use with diffusers
 ```python
@@ -68,10 +56,10 @@ from diffusers import {pipeline.partition(".")[0]}
 
 pipe = {pipeline}.to("cuda" if torch.cuda.is_available() else "cpu")
 pipe.load_lora_weights({weights})
-pipe({(pictures[0][0] if pictures else trigger_word or "a picture")!r}).images[0].save("picture.png")
+pipe({(samples[0][0] if samples else trigger_word or "a picture")!r}).images[0].save("picture.png")
 ```
 
-On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, for the UNet alone.""",
+On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` also works, for the UNet only.""",
         _use_elsewhere(kohya_file, repo_id, trigger_word) if kohya_file else "",
         f"## Training\n| parameter | value |\n|---|---|\n{table}\n",
     ]
@@ -80,8 +68,22 @@ On diffusers before 0.40, `pipe.unet.load_attn_procs({weights})` does it too, fo
     return path
 
 
+def _make_front_matter(base, dataset_names, pictures, trigger_word, family):
+    """Makes the YAML that the hub reads; `base` is the base model on the hub, or None."""
+    values = {
+        "base_model": base,
+        "datasets": [name for name in dataset_names if _is_on_hub(name)],
+        "library_name": "diffusers",
+        "license": family.license if base else None,
+        "instance_prompt": trigger_word,
+        "tags": ["text-to-image", *family.tags, "diffusers", "diffusers-training", "lora", "template:sd-lora"],
+        "widget": [{"text": prompt, "output": {"url": picture}} for prompt, picture in pictures],
+    }
+    return yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False)
+
+
 def _use_elsewhere(kohya_file, repo_id, trigger_word):
-    """Where the file in kohya's format goes in the programs that people draw with."""
+    """Explains where other programs expect the file in kohya's format."""
     name = _markdown(kohya_file)
     if repo_id and "/" in repo_id:
         name = f"[{name}](https://huggingface.co/{repo_id}/resolve/main/{quote(kohya_file)})"
@@ -94,21 +96,21 @@ Download {name}.
 
 
 def _is_on_hub(name):
-    """Whether this names a model or dataset of somebody's on the hub: `owner/name`, and no such path here."""
+    """Returns whether this names a repository on the hub: `owner/name`, and no local path."""
     return "/" in name and is_hub_id(name)
 
 
 def _markdown(value):
-    """One line of text that Markdown leaves as it is, in a table cell too."""
+    """Escapes a value as one line of Markdown that may stand in a table cell."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$])", r"\\\1", " ".join(str(value).split()))
 
 
-def upload(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -> str:
-    """Makes the hub's repository, sends the weights, the card and its pictures, and returns the commit's URL."""
+def upload(output_dir: str | Path, repo_id: str, token: str | None, files: Sequence[str] = (WEIGHTS_NAME,)) -> str:
+    """Creates the hub repository, uploads the weights, the card and its pictures, and returns the URL of the commit."""
     from huggingface_hub import HfApi, metadata_load
 
     for name in files:
-        (Path(output_dir) / name).stat()  # upload_folder says nothing of a pattern that no file has
+        (Path(output_dir) / name).stat()  # upload_folder would silently ignore a missing file
     card = metadata_load(Path(output_dir) / "README.md") or {}
     names = [*files, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
     api = HfApi(token=token)
@@ -122,11 +124,11 @@ def upload(output_dir, repo_id: str, token: str | None, files=(WEIGHTS_NAME,)) -
 
 
 def upload_run(settings: Any, files: list[str]) -> None:
-    """--push_to_hub: uploads what the run left, and logs where; a failure is a `TrainingError`: nothing is lost."""
+    """Uploads the results of a run for --push_to_hub, and logs the URL; raises `TrainingError` if that fails."""
     output_dir, sharing = settings.run.output_dir, settings.sharing
     try:
         address = upload(output_dir, sharing.repository(output_dir), sharing.hub_token, files)
-    except Exception as error:  # whatever it is, the weights are written and the user must hear so
+    except Exception as error:  # whatever failed, the user must know that the weights are written
         raise TrainingError(
             f"The upload failed ({reason_of(error)}). Everything is in {output_dir}: run the same command again to upload it."
         ) from error

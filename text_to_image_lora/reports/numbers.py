@@ -1,4 +1,4 @@
-"""`metrics.jsonl` as it is read: each number with the steps it was told at."""
+"""Reads `metrics.jsonl` into curves."""
 
 import collections
 import json
@@ -12,26 +12,24 @@ LOSS = "validation/relative_loss"
 
 
 class Curve(NamedTuple):
-    """A number of a run: its values, and the step of each. None are left in between."""
+    """The values of one metric, without nulls, and the step of each value."""
 
     steps: array  # of int64
     values: array  # of float64
 
 
 class Numbers(NamedTuple):
-    """What a run has told.
-
-    A page is made of them while the run goes on: of 100,000 steps they take 10 MB so; rows as dicts took 85.
-    """
+    """The metrics of a run, as arrays: 100,000 steps take 10 MB, and would take 85 MB as a dict per row."""
 
     curves: dict  # {name: `Curve`}
-    validations: list  # the rows of the steps whose held-out loss was measured, whole
-    last_step: int  # that is told of; 0 where there is none
+    validations: list  # the complete rows of the steps that were validated
+    last_step: int  # 0 if there is none
 
 
-def read_numbers(folder):
-    """The `Numbers` in an output folder; a line that is half written is left out, and without the file there are none."""
-    columns, validations, last_step = collections.defaultdict(lambda: Curve(array("q"), array("d"))), [], 0
+def read_numbers(folder: str | Path) -> Numbers:
+    """Reads the `Numbers` in an output folder, skipping a partially written line; without the file they are empty."""
+    columns = collections.defaultdict(lambda: Curve(array("q"), array("d")))
+    validations, last_step = [], 0
     path = Path(folder) / FILE
     if not path.exists():
         return Numbers({}, [], 0)

@@ -1,8 +1,8 @@
-"""How each tracker shows what it is told of a run: W&B, trackio and TensorBoard have different panels for it."""
+"""Shows a run in each tracker: W&B, trackio and TensorBoard have different panels."""
 
 import importlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,14 +10,14 @@ from PIL import Image
 from .numbers import LOSS
 
 
-# What W&B's summary holds of a number instead of its last value.
+# How W&B's summary aggregates a metric; by default it holds the last value.
 SUMMARY = {LOSS: "min", "train_loss": "min", "images_per_second": "mean", "peak_memory_gib": "max", "grad_norm": "max"}
 SAMPLES = ("step", "prompt", "seed", "base", "LoRA", "change from the base", "relative loss, pictures held out")
 DATA = ("picture", "captions", "concept", "size", "trained at", "source")
 
 
-class Sample(NamedTuple):
-    """A sample picture, number k of its prompt, beside the base's, which may not be there."""
+class LoggedSample(NamedTuple):
+    """Sample picture k of a prompt and, if there is one, the base model's picture at the same seed."""
 
     k: int
     seed: int
@@ -26,49 +26,52 @@ class Sample(NamedTuple):
 
 
 class Dashboard:
-    """What one of the trackers shows of a run."""
+    """Shows a run in one tracker."""
 
-    def __init__(self, tracker):
+    def __init__(self, tracker: Any):
         self.tracker = tracker
 
     def begin(self):
-        """What a tracker is told before the first number."""
+        """Prepares the tracker before anything is logged."""
 
-    def of_row(self, step):
-        """What a row holds beside its values."""
+    def step_values(self, step: int) -> dict[str, int]:
+        """Returns values that are added to everything that is logged at a step."""
         return {}
 
     def log_numbers(self, values, step):
-        self.tracker.log(values | self.of_row(step), step=step)
+        self.tracker.log(values | self.step_values(step), step=step)
 
 
-class WithTables(Dashboard):
-    """What W&B and trackio show alike: tables with pictures in them, and files as versions of an artifact."""
+class TableDashboard(Dashboard):
+    """Logs tables with pictures, and files as versions of an artifact, as both W&B and trackio can."""
 
     def __init__(self, tracker):
         super().__init__(tracker)
         self.library = importlib.import_module(tracker.name)
 
     def log(self, values, step):
-        self.tracker.run.log(values | self.of_row(step), step=step)
+        self.tracker.run.log(values | self.step_values(step), step=step)
 
     def picture(self, image):
         return self.library.Image(image)
 
+    def make_table(self, columns, rows):
+        return self.library.Table(columns=list(columns), data=self.with_pictures(rows))
+
     def show_data(self, about, rows):
-        self.log({"data": self.table_of(DATA, rows)}, 0)
+        self.log({"data": self.make_table(DATA, rows)}, 0)
 
     def show_results(self, run, answer, rows):
         if rows:
-            self.log({"samples table": self.table_of(SAMPLES, rows)}, run.step)
-        if hasattr(self.library, "Artifact"):  # older trackio has none
+            self.log({"samples table": self.make_table(SAMPLES, rows)}, run.step)
+        if hasattr(self.library, "Artifact"):  # older versions of trackio have no artifacts
             self.log_files(run, answer)
 
     def with_pictures(self, rows):
         return [[self.picture(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
 
     def log_files(self, run, answer):
-        """The LoRA files as versions of one artifact: `epoch-N`, `best`, and `last`, which comes last."""
+        """Logs the LoRA files as versions of one artifact: `epoch-N`, `best` and, as the newest, `last`."""
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", run.name)
         for file in run.files:
             artifact = self.library.Artifact(
@@ -81,8 +84,8 @@ class WithTables(Dashboard):
             self.tracker.to_send += sum(path.stat().st_size for path in file.paths)
 
 
-class Wandb(WithTables):
-    """Numbers over the optimizer's step, with the best values as the run's summary."""
+class Wandb(TableDashboard):
+    """Plots metrics over the optimizer step, and keeps their best values in the run's summary."""
 
     def begin(self):
         run = self.tracker.run
@@ -91,33 +94,30 @@ class Wandb(WithTables):
         for name, summary in SUMMARY.items():
             run.define_metric(name, step_metric="step", summary=summary)
 
-    def of_row(self, step):
-        return {"step": step}  # what it draws them over; the others know it without
+    def step_values(self, step):
+        return {"step": step}  # the x-axis of W&B's charts
 
     def picture(self, image):
-        return self.library.Image(image, file_type="jpg")  # a table would keep it as PNG
-
-    def table_of(self, columns, rows):
-        return self.library.Table(columns=list(columns), data=self.with_pictures(rows))
+        return self.library.Image(image, file_type="jpg")  # tables store PNG by default
 
     def show_pictures(self, name, prompt, samples, step):
         pictures = []
         for sample in samples:
             if sample.base is not None:
                 pictures.append(self.library.Image(sample.base, caption=f"base, seed {sample.seed}: {prompt}"))
-            words = f"step {step}, seed {sample.seed}: {prompt}"
-            pictures.append(self.library.Image(sample.image, caption=words))
+            caption = f"step {step}, seed {sample.seed}: {prompt}"
+            pictures.append(self.library.Image(sample.image, caption=caption))
         self.log({name: pictures}, step)
 
     def show_results(self, run, answer, rows):
-        self.tracker.run.summary.update(summary_of(answer))
+        self.tracker.run.summary.update(make_summary(answer))
         super().show_results(run, answer, rows)
 
 
-class Trackio(WithTables):
-    """The same tables; a panel for each picture, with the base's in it."""
+class Trackio(TableDashboard):
+    """Logs a panel for each sample picture, which shows the base model's picture on its left."""
 
-    def table_of(self, columns, rows):
+    def make_table(self, columns, rows):
         import pandas
 
         return self.library.Table(dataframe=pandas.DataFrame(self.with_pictures(rows), columns=list(columns)))
@@ -131,7 +131,7 @@ class Trackio(WithTables):
 
 
 class TensorBoard(Dashboard):
-    """Pictures in panels, and as text what it has no tables for."""
+    """Logs pictures in panels, and tables as text."""
 
     def __init__(self, tracker):
         super().__init__(tracker)
@@ -140,13 +140,13 @@ class TensorBoard(Dashboard):
     def show_data(self, about, rows):
         lines = [f"{key}: {value}" for key, value in about["dataset"].items() if key not in ("shown", "notes")]
         lines += [" | ".join(map(str, row[1:])) for row in rows]
-        self.writer.add_text("data", as_written(lines), 0)
-        self.writer.add_text("command", as_written([about["command"]]), 0)
+        self.writer.add_text("data", as_code_block(lines), 0)
+        self.writer.add_text("command", as_code_block([about["command"]]), 0)
         sheet = np.concatenate([np.asarray(row[0].resize((128, 128))) for row in rows], axis=1)
         self.writer.add_image("data/pictures", sheet, 0, dataformats="HWC")
 
     def show_pictures(self, name, prompt, samples, step):
-        white = None  # beside pictures that the base has not drawn, where it has drawn others
+        white = None  # takes the place of a base picture that is missing when others are there
         if any(sample.base is not None for sample in samples):
             white = Image.new("RGB", samples[0].image.size, "white")
         pairs = [np.asarray(side_by_side(sample.base or white, sample.image)) for sample in samples]
@@ -156,14 +156,14 @@ class TensorBoard(Dashboard):
         self.writer.add_text("answer", answer.sentence, run.step)
         if rows:
             lines = [" | ".join(str(cell) for cell in row if not isinstance(cell, Image.Image)) for row in rows]
-            self.writer.add_text("samples", as_written(lines), run.step)
+            self.writer.add_text("samples", as_code_block(lines), run.step)
 
 
 DASHBOARDS = {"wandb": Wandb, "trackio": Trackio, "tensorboard": TensorBoard}
 
 
-def side_by_side(left, right):
-    """Two pictures as one, or the right one alone where there is no left one."""
+def side_by_side(left: Image.Image | None, right: Image.Image) -> Image.Image:
+    """Joins two pictures into one; without a left picture, returns the right one."""
     if left is None:
         return right.convert("RGB")
     both = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
@@ -172,18 +172,18 @@ def side_by_side(left, right):
     return both
 
 
-def summary_of(answer):
-    """The answer as W&B's summary holds it."""
-    told = {
+def make_summary(answer: Any) -> dict[str, Any]:
+    """Makes the entries of W&B's summary from an `Answer`."""
+    summary = {
         "answer": answer.sentence,
         "best_step": answer.best_step,
         "gain_over_base_percent": None if answer.gain is None else round(answer.gain, 2),
         "overfitting_since": answer.worse_since,
         "take": None if answer.take is None else answer.take.place or "last",
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in summary.items() if value is not None}
 
 
-def as_written(lines):
-    """Lines as Markdown that shows them as they are."""
+def as_code_block(lines: list[str]) -> str:
+    """Formats lines as a Markdown code block."""
     return "\n".join(f"    {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""`report.html`: what a run or several runs came to, on one page that needs no network and no other file."""
+"""Writes `report.html`: the report on one or several runs, as one page that needs neither a network nor other files."""
 
 import functools
 import importlib.util
@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,69 +16,70 @@ from PIL import Image
 from ..errors import InputError
 from ..files import reason_of, write_whole
 from .about import FILE as ABOUT
-from .about import data_url
-from .curves import COLOURS, charts_of, charts_over_each_other
+from .about import encode_image
+from .curves import COLOURS, make_charts, make_comparison_charts
 from .numbers import FILE as METRICS
-from .runs import answer_of, read_run
+from .runs import Answer, LoraFile, RecordedRun, make_answer, read_run
 
 
 logger = logging.getLogger(__name__)
 FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "page"
-SIDE = 384  # pixels of a sample picture's longer side; the PNG is linked
-MOST_IN_LABEL, LONGEST_LABEL = 3, 48  # settings that make a run's name, and how long that may be
-MOST_PICTURES = 120  # on a page, some 4 MB of photographs
+PREVIEW_SIDE = 384  # pixels of a sample picture's longer side; the PNG is linked
+MAX_LABEL_SETTINGS = 3  # settings in the label of a run
+MAX_LABEL_LENGTH = 48
+MAX_PICTURES = 120  # on a page, about 4 MB of photographs
 FINDINGS = (
-    ("left_out", "left out, or worth knowing"),
-    ("enlarged", "smaller than what they are trained at, and enlarged"),
-    ("equal", "times the same file"),
-    ("alike", "times pictures that look alike"),
+    ("left_out", "notes, such as pictures left out"),
+    ("enlarged", "pictures enlarged to their training size"),
+    ("equal", "groups of identical files"),
+    ("alike", "groups of pictures that look alike"),
 )
 
 
-def update_page(folder, *, of_several=False):
-    """Writes the page of the run in a folder, or of the runs in its folders; returns whether that was possible.
+def update_page(folder: str | Path, *, of_several: bool = False) -> bool:
+    """Writes the page of the run in a folder, or of the runs in its subfolders; returns whether that succeeded.
 
-    It is not worth a run: where it can't be written, that is said, and the run goes on.
+    An error is logged instead of raised, as the page is not worth losing a run.
     """
     folder = Path(folder)
     try:
         if of_several:
-            write_comparison(runs_in([folder]), folder / FILE, folder.resolve().name)
+            write_comparison(find_runs([folder]), folder / FILE, folder.resolve().name)
         else:
             write_page(folder)
     except Exception as error:
-        logger.info(f"{folder / FILE} is not up to date: {reason_of(error)}")
+        logger.info(f"{folder / FILE} could not be updated: {reason_of(error)}")
         return False
     return True
 
 
-def write_page(output_dir):
+def write_page(output_dir: str | Path) -> Path:
     """Writes the page of the run in a folder, and returns its path."""
     run, path = read_run(output_dir), Path(output_dir) / FILE
-    answer = answer_of(run)
-    take = None if answer.take is None else _linked(answer.take, path)
+    answer = make_answer(run)
+    take = None if answer.take is None else _link_lora(answer.take, path)
     dataset = run.about.get("dataset", {})
-    shown = _cards_of([run], path.parent, {run.folder: answer})
+    samples = _make_cards([run], path.parent, {run.folder: answer})
     _render(
         path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
-        take=take, files=[_linked(file, path) for file in run.files], charts=charts_of(run.numbers.curves), dataset=dataset,
+        take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
-        versions=run.about.get("versions"), settings=run.settings, **shown,
+        versions=run.about.get("versions"), settings=run.settings, **samples,
     )  # fmt: skip
     return path
 
 
-def write_comparison(folders, path, title):
-    """Writes a page of several runs over each other, the best first, and returns its path."""
+def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
+    """Writes a page that compares several runs, the best first, and returns its path."""
     runs = [read_run(folder) for folder in folders]
-    answers = {run.folder: answer_of(run) for run in runs}
+    answers = {run.folder: make_answer(run) for run in runs}
     runs.sort(key=lambda run: -(answers[run.folder].gain or 0.0))
-    differs = differences([run.flags for run in runs])
-    labels = _labels(runs, differs)
+    differing = find_differences([run.flags for run in runs])
+    labels = _label_runs(runs, differing)
     names = {run.folder: label for run, label in zip(runs, labels, strict=True)}
     best = runs[0]
-    sentence = "No run has pictures held out to judge by: look at the sample pictures."
+    sentence = "No run held out pictures for validation: compare the sample pictures."
     if answers[best.folder].gain is not None:
         sentence = f"{names[best.folder]} did best. {answers[best.folder].sentence}"
     elif answers[best.folder].judged:
@@ -88,46 +90,44 @@ def write_comparison(folders, path, title):
         rows.append({
             "name": names[run.folder], "folder": run.name, "answer": answer, "step": run.step, "colour": COLOURS[place % len(COLOURS)],
             "page": _link(page, path) if page.exists() and page != path else None,
-            "take": None if answer.take is None else _linked(answer.take, path),
+            "take": None if answer.take is None else _link_lora(answer.take, path),
         })  # fmt: skip
-    charts = charts_over_each_other({names[run.folder]: run.numbers.curves for run in runs})
+    charts = make_comparison_charts({names[run.folder]: run.numbers.curves for run in runs})
     _render(
-        path, "comparison.html", title=title, runs=rows, sentence=sentence, charts=charts,
-        differences=differs,
-        **_cards_of(runs, Path(path).parent, answers, names),
+        path, "comparison.html", title=title, runs=rows, sentence=sentence, charts=charts, differences=differing,
+        **_make_cards(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path
 
 
-def runs_in(folders):
-    """The output folders that are named, and those below one that holds several, such as a sweep's."""
+def find_runs(folders: Iterable[str | Path]) -> list[Path]:
+    """Finds the output folders among these folders and, for a folder that is not a run, among its subfolders."""
     found = []
     for folder in map(Path, folders):
-        of_a_run = any((folder / name).is_file() for name in (METRICS, ABOUT))
-        below = [folder] if of_a_run else sorted(folder.glob(f"*/{METRICS}"))
+        is_run = any((folder / name).is_file() for name in (METRICS, ABOUT))
+        below = [folder] if is_run else sorted(folder.glob(f"*/{METRICS}"))
         if not below:
             raise InputError(
-                f"{folder}: there is no run in it (no {METRICS}). Name an --output_dir or a sweep's folder."
+                f"{folder}: there is no run in it (no {METRICS}). Pass an --output_dir or a sweep's folder."
             )
         found += [path.parent if path.name == METRICS else path for path in below]
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def differences(settings: list):
-    """[(name, [value of each run])] of the settings that are not the same in all."""
-    names, follow = sorted({name for each in settings for name in each}), {"output_dir"}
-    rows = [(name, [each.get(name, "") for each in settings]) for name in names if name not in follow]
+def find_differences(flags: list[dict]) -> list[tuple[str, list]]:
+    """Returns [(name, [value in each run])] of the flags that differ between runs."""
+    names = sorted({name for run_flags in flags for name in run_flags} - {"output_dir"})
+    rows = [(name, [run_flags.get(name, "") for run_flags in flags]) for name in names]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-def _labels(runs, differs):
-    """What the runs are called: by what makes them differ where that is short, as in a sweep, else by their folders."""
-    for telling in ([row for row in differs if row[0] != "seed"], differs):
-        if not 0 < len(telling) <= MOST_IN_LABEL:
+def _label_runs(runs, differing):
+    """Labels runs by the flags that differ if that is short, as in a sweep, and otherwise by their folders."""
+    for rows in ([row for row in differing if row[0] != "seed"], differing):
+        if not 0 < len(rows) <= MAX_LABEL_SETTINGS:
             continue
-        labels = [", ".join(f"{name} {value}" for name, value in zip([name for name, _ in telling], values, strict=True))
-                  for values in zip(*(values for _, values in telling), strict=True)]  # fmt: skip
-        if len(set(labels)) == len(labels) and max(map(len, labels)) <= LONGEST_LABEL:
+        labels = [", ".join(f"{name} {values[place]}" for name, values in rows) for place in range(len(runs))]
+        if len(set(labels)) == len(labels) and max(map(len, labels)) <= MAX_LABEL_LENGTH:
             return labels
     parts = [run.folder.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
@@ -138,30 +138,29 @@ def _labels(runs, differs):
 
 
 def _findings(dataset):
-    """(title, lines) of what the data sheet has to say of the pictures."""
-    for name, words in FINDINGS:
+    """Yields the (title, lines) of each kind of finding about the dataset."""
+    for name, title in FINDINGS:
+        found = dataset.get(name, {"count": 0, "first": []})
         if name == "left_out":
-            count, lines = len(dataset.get("notes", [])), dataset.get("notes", [])
-        else:
-            found = dataset.get(name, {"count": 0, "first": []})
-            count, lines = (
-                found["count"],
-                [" = ".join(row) if isinstance(row, list) else row for row in found["first"]],
-            )
-        if count:
-            more = [f"... and {count - len(lines)} more"] if count > len(lines) else []
-            yield f"{count} {words}", [*lines, *more]
+            found = {"count": len(dataset.get("notes", [])), "first": dataset.get("notes", [])}
+        lines = [" = ".join(row) if isinstance(row, list) else row for row in found["first"]]
+        num_more = found["count"] - len(lines)
+        if num_more > 0:
+            lines.append(f"... and {num_more} more")
+        if found["count"]:
+            yield f"{found['count']} {title}", lines
 
 
 def _link(target, page):
-    """The address of a file relative to the page's folder."""
+    """Returns the URL of a file relative to the page's folder."""
     try:
         return quote(Path(os.path.relpath(target, Path(page).parent)).as_posix())
     except ValueError:  # on another drive of Windows
         return Path(target).resolve().as_uri()
 
 
-def _linked(file, page):
+def _link_lora(file: LoraFile, page):
+    """Returns the paths and URLs of a LoRA: diffusers' file, and those for other programs as "others"."""
     first, *others = [
         {"path": str(path.relative_to(path.parents[1 if file.place else 0])), "link": _link(path, page)}
         for path in file.paths
@@ -169,45 +168,45 @@ def _linked(file, page):
     return first | {"step": file.step, "others": others}
 
 
-def _cards_of(runs, folder, answers, names=None):
-    """What the template shows of sample pictures: a card for each prompt and seed, with the films of base and LoRAs."""
+def _make_cards(runs: list[RecordedRun], folder, answers: dict[Path, Answer], names=None):
+    """Makes the template's values for sample pictures: a card for each prompt and seed, with a film for each run."""
     keys = list(dict.fromkeys(key for run in runs for pictures in run.pictures.values() for key in pictures))
     if not keys:
-        return {"cards": [], "steps": [], "jumps": [], "films_a_card": 0, "said_of_pictures": ""}
-    most_cards = max(1, MOST_PICTURES // (3 * len(runs)))
-    chosen = keys[:most_cards]
-    most_steps = max(3, MOST_PICTURES // (len(chosen) * len(runs)))
-    drawn = [set(run.pictures) - {0} for run in runs]
-    kept = [steps_shown(sorted(steps), answers[run.folder].best_step, most_steps) for run, steps in zip(runs, drawn)]
+        return {"cards": [], "steps": [], "jumps": [], "films_per_card": 0, "remarks": ""}
+    keys = keys[: max(1, MAX_PICTURES // (3 * len(runs)))]
+    max_steps = max(3, MAX_PICTURES // (len(keys) * len(runs)))
+    chosen = [choose_steps(sorted({*run.pictures} - {0}), answers[run.folder].best_step, max_steps) for run in runs]
     cards = []
-    for key in chosen:
-        of_base = next((run.pictures[0][key] for run in runs if key in run.pictures.get(0, {})), None)
-        films = [] if of_base is None else [_film("base", [(0, of_base)], folder)]
-        for run, steps in zip(runs, kept, strict=True):
+    for key in keys:
+        base = next((run.pictures[0][key] for run in runs if key in run.pictures.get(0, {})), None)
+        films = [] if base is None else [_make_film("base", [(0, base)], folder)]
+        for run, steps in zip(runs, chosen, strict=True):
             frames = [(step, run.pictures[step][key]) for step in steps if key in run.pictures[step]]
-            films += [_film((names or {}).get(run.folder, "LoRA"), frames, folder)] if frames else []
-        some = next(pictures[key] for run in runs for pictures in run.pictures.values() if key in pictures)
-        cards.append({"prompt": some.prompt, "seed": some.seed, "films": films})
-    steps = sorted({step for each in kept for step in each}) or [0]
+            if frames:
+                films.append(_make_film((names or {}).get(run.folder, "LoRA"), frames, folder))
+        sample = next(pictures[key] for run in runs for pictures in run.pictures.values() if key in pictures)
+        cards.append({"prompt": sample.prompt, "seed": sample.seed, "films": films})
+    steps = sorted({step for steps in chosen for step in steps}) or [0]
     jumps = [("last", steps[-1])]
-    if len(runs) == 1 and answers[runs[0].folder].best_step in steps[:-1]:
-        jumps.insert(0, ("best", answers[runs[0].folder].best_step))
+    best_step = answers[runs[0].folder].best_step
+    if len(runs) == 1 and best_step is not None and best_step in steps[:-1]:
+        jumps.insert(0, ("best", best_step))
     total = sum(len(pictures) for run in runs for step, pictures in run.pictures.items() if step)
     shown = sum(frame["step"] > 0 for card in cards for film in card["films"] for frame in film["frames"])
-    said = [f"{shown} of {total} pictures; all of them are in validation/."] if shown < total else []
+    remarks = [f"Showing {shown} of {total} pictures; all of them are in validation/."] if shown < total else []
     if len(runs) > 1 and all(len(card["films"]) <= 2 for card in cards):
-        said.append("No two runs drew a prompt with one seed: give them one --seed to compare them at the same noise.")
+        remarks.append("No two runs drew a prompt with the same seed: pass one --seed to all runs to compare them.")
     return {
-        "cards": cards, "steps": steps, "jumps": jumps, "said_of_pictures": " ".join(said),
-        "films_a_card": max(len(card["films"]) for card in cards),
+        "cards": cards, "steps": steps, "jumps": jumps, "remarks": " ".join(remarks),
+        "films_per_card": max(len(card["films"]) for card in cards),
     }  # fmt: skip
 
 
-def steps_shown(steps, best, most):
-    """At most so many of the steps: the best, the last, and others evenly between."""
-    if len(steps) <= most:
+def choose_steps(steps: list[int], best: int | None, limit: int) -> list[int]:
+    """Chooses at most `limit` of the sorted steps: the first, the best, the last, and evenly spaced ones between."""
+    if len(steps) <= limit:
         return steps
-    places = {round(place * (len(steps) - 1) / (most - 1)) for place in range(most)}
+    places = {round(place * (len(steps) - 1) / (limit - 1)) for place in range(limit)}
     chosen = {steps[place] for place in places}
     if best in steps and best not in chosen:
         chosen.remove(min(chosen - {steps[0], steps[-1]}, key=lambda step: abs(step - best)))
@@ -215,33 +214,33 @@ def steps_shown(steps, best, most):
     return sorted(chosen)
 
 
-def _film(name, frames, folder):
+def _make_film(name, frames, folder):
     return {
         "name": name,
         "frames": [
-            {"step": step, "link": _link(picture.path, folder / FILE), "preview": preview_of(picture.path)}
+            {"step": step, "link": _link(picture.path, folder / FILE), "preview": make_preview(picture.path)}
             for step, picture in frames
         ],
     }
 
 
-def preview_of(path):
-    """A picture file as a small WebP in a data URL; kept, for the page is written many times in a run."""
-    return _preview(str(path), Path(path).stat().st_mtime_ns)
+def make_preview(path: Path) -> str:
+    """Returns a picture file as a small WebP data URL; cached, as the page of a run is written many times."""
+    return _make_preview(str(path), path.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=4 * MOST_PICTURES)
-def _preview(path, written):
+@functools.lru_cache(maxsize=4 * MAX_PICTURES)
+def _make_preview(path, modified_at):
     with Image.open(path) as image:
-        return data_url(image, SIDE)
+        return encode_image(image, PREVIEW_SIDE)
 
 
 def _render(path, template, *, charts, **values):
-    """Fills a template and writes the page, whole or not at all."""
+    """Renders a template and writes the page, whole or not at all."""
     import jinja2
     from markupsafe import Markup
 
-    # What a template prints is escaped, whoever wrote it: captions, prompts, names of files.
+    # Everything that a template prints is escaped, such as captions, prompts and file names.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -251,7 +250,7 @@ def _render(path, template, *, charts, **values):
         js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
         bokeh=Markup(_bokeh()) if charts else "",
         charts=charts,
-        charts_json=Markup(json.dumps(charts).replace("<", "\\u003c")),  # "</script>" would end it
+        charts_json=Markup(json.dumps(charts).replace("<", "\\u003c")),  # "</script>" in a name would end the script
         written=time.strftime("%Y-%m-%d %H:%M"),
         **values,
     )
@@ -260,9 +259,9 @@ def _render(path, template, *, charts, **values):
 
 @functools.cache
 def _bokeh():
-    """BokehJS, from the installed package, which itself needs not be imported."""
+    """Returns BokehJS from the installed package, without importing the package."""
     found = importlib.util.find_spec("bokeh")
-    if found is None:
+    if found is None or found.origin is None:
         raise InputError("Bokeh is not installed. Run: pip install -r requirements.txt")
     folder = Path(found.origin).parent / "server" / "static" / "js"
     parts = [(folder / f"{name}.min.js").read_text(encoding="utf-8") for name in ("bokeh", "bokeh-api")]

@@ -1,4 +1,4 @@
-"""What a run reports and leaves: numbers, validations, sample pictures, LoRA files, checkpoints, the page, trackers."""
+"""Reports on a run while it trains, and writes its results."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
 from . import about, dashboard, metrics, model_card, sample_pictures, tracking
 from .checkpoints import Checkpoints
-from .validation_loss import Judge, LossMeter, ValidationSet
+from .validation_loss import Judge, LossMeter, MeasuredModels, ValidationSet
 
 
 logger = logging.getLogger(__name__)
@@ -23,65 +23,66 @@ logger = logging.getLogger(__name__)
 
 def start_reports(
     settings: Any, run: Any, models: Any, learning: Any, cached: Any, painter: Any, accelerator: Any
-) -> "Reports":
-    """Writes what the run is, starts the trackers, and logs what begins."""
+) -> "RunReports":
+    """Writes the description of the run, starts the trackers, and logs the start of training."""
     described, metrics_file = about.describe_run(settings, run), None
     output_dir, state = Path(settings.run.output_dir), run.state
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        told = about.write_about_run(settings, run, described, accelerator)
+        description = about.write_about_run(settings, run, described, accelerator)
         metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
         state.tracker_run_id = dashboard.start(
-            accelerator, settings.tracking.tracker_project_name, told, output_dir, state.tracker_run_id,
-            space_id=settings.tracking.trackio_space_id, first_step=state.global_step,
-            given_up=metrics_file.given_up,
+            accelerator, settings.tracking.tracker_project_name, description, output_dir,
+            tracking.LoggedProgress(state.global_step, metrics_file.discarded, state.tracker_run_id),
+            settings.tracking.trackio_space_id,
         )  # fmt: skip
     num_parameters = sum(parameter.numel() for parameter in learning.parameters)
     log_beginning(settings, run, models, num_parameters, accelerator)
     judge = make_judge(settings, run, models, cached, metrics_file, accelerator)
     checkpoints = Checkpoints(settings, run, models, learning, described)
-    return Reports(settings, run, learning, judge, painter, checkpoints, metrics_file, accelerator)
+    return RunReports(settings, run, judge, painter, checkpoints, metrics_file, accelerator)
 
 
 def make_judge(settings: Any, run: Any, models: Any, cached: Any, metrics_file: Any, accelerator: Any) -> Judge:
-    """The `Judge` of a run, with what is best so far; without pictures to validate on one that does nothing."""
-    sets = [None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe)]
-    measure = LossMeter(
-        models.family, models.denoiser, models.diffusion, scaling_factor=models.scaling_factor, dtype=models.dtype,
-        seed=run.seed, accelerator=accelerator,
-        prompt_encoder=models.prompt_encoder if models.trains_text_encoder else None,
+    """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
+    held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
+    measured = MeasuredModels(
+        models.family, models.denoiser, models.diffusion, models.scaling_factor, models.dtype,
+        models.prompt_encoder if models.trains_text_encoder else None,
     )  # fmt: skip
     judge = Judge(
-        *sets, measure, accelerator=accelerator, metrics_file=metrics_file, output_dir=settings.run.output_dir,
-        patience=settings.validation.early_stopping_patience, kept=run.state.validation,
+        held_out, probe, LossMeter(measured, seed=run.seed, accelerator=accelerator), accelerator=accelerator,
+        metrics_file=metrics_file, output_dir=settings.run.output_dir,
+        patience=settings.validation.early_stopping_patience,
     )  # fmt: skip
+    judge.restore(run.state.validation)
     if run.resume_path is not None and accelerator.is_main_process:
         judge.restore_best(run.resume_path)
     return judge
 
 
-class Reports:
-    """Reports a run while it goes on, and writes what it leaves; alike on all processes but for the files.
+class RunReports:
+    """Reports on a run while it trains, and writes its results; only the main process writes files.
 
-    `ending` is the exception that the run ends with, or None for a run that reached its end.
+    `ending` is the exception that the run ends with, or None for a run that has completed all steps.
     """
 
-    def __init__(self, settings, run, learning, judge, painter, checkpoints, metrics_file, accelerator):
+    def __init__(self, settings, run, judge, painter, checkpoints, metrics_file, accelerator):
         self.settings, self.run = settings, run
-        self.learning, self.accelerator = learning, accelerator
+        self.accelerator, self.checkpoints = accelerator, checkpoints
+        self.learning = checkpoints.learning
         self.judge, self.painter = judge, painter
-        self.checkpoints, self.metrics_file = checkpoints, metrics_file
         self.output_dir, self.clock = Path(settings.run.output_dir), 0.0
         self.progress = tqdm(
             total=run.num_steps, initial=run.state.global_step, desc="training",
             disable=not accelerator.is_local_main_process,
         )  # fmt: skip
-        self.numbers = metrics.StepReports(
+        self.metrics = metrics.StepMetrics(
             accelerator, metrics_file, self.progress, self.output_dir, ways_to_save_memory(settings)
         )
 
     def show_base(self, adapted: dict[str, Any]) -> None:
-        """Validates and draws the base model, before the first step."""
+        """Validates the base model and draws its sample pictures, before the first step."""
         step = self.run.state.global_step
         with lora.without_adapters(*adapted.values()):
             self.judge.start()
@@ -90,61 +91,63 @@ class Reports:
         if step == 0:
             self.judge.validate(0, self.checkpoints.save_lora, is_base=self.settings.lora.lora_weights is None)
         if self.judge.out_of_patience():
-            logger.info(f"finished at step {step}; raise --early_stopping_patience to go on")
+            logger.info(f"finished at step {step}; raise --early_stopping_patience to continue")
 
     def begin(self) -> BaseException | None:
-        """Does what was still due when a resumed run was stopped; returns the ending if it is stopped again."""
+        """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again."""
         ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
-        self.numbers.write_page()
+        self.metrics.write_page()
         self.clock = time.time()
         return ending
 
-    def goes_on(self) -> bool:
-        """Whether there are steps left."""
+    def has_steps_left(self) -> bool:
+        """Returns whether the run needs another step."""
         return self.run.state.global_step < self.run.num_steps and not self.judge.out_of_patience()
 
     def step(self, numbers: dict[str, Any], asked_to_stop: Any, num_samples: int) -> BaseException | None:
-        """Reports a step that has been made, and does what is due after it; returns the ending of the run, if it ends.
+        """Reports a completed step and does what is due after it; returns the ending of the run if it ends here.
 
-        `numbers` may be on the device: they are read when the next step is under way. `asked_to_stop` says whether one of
-        the processes is asked to stop.
+        `numbers` and `asked_to_stop`, whether any process was asked to stop, may be tensors: they are read a step later.
         """
         state, now = self.run.state, time.time()
         self.progress.update()
         epoch = state.global_step / self.run.sampler.steps_per_epoch
         values = numbers | {"asked": asked_to_stop, "epoch": epoch}
-        self.numbers.put(state.global_step, values, samples=num_samples, seconds=now - self.clock)
+        self.metrics.put(state.global_step, values, samples=num_samples, seconds=now - self.clock)
         self.clock = now
         state.due, finished = self._due_after(state.global_step), state.global_step == self.run.num_steps
         checkpoint_due = self.checkpoints.due_after(state.global_step)
-        pauses = bool(state.due or checkpoint_due)  # which are no part of the training's speed
+        pauses = bool(state.due or checkpoint_due)  # pauses do not count towards the speed of training
         if pauses or finished:
-            self.numbers.flush()
+            self.metrics.flush()
         where = f"after step {state.global_step}, with a checkpoint"
-        ending = self.numbers.trouble(finished) or interruption.run_until_stopped(self._do_what_is_due, where)
+        ending = self.metrics.divergence(finished) or interruption.run_until_stopped(self._do_what_is_due, where)
         finished = finished or self.judge.out_of_patience()
-        if ending is None and not finished and self.numbers.asked:
+        if ending is None and not finished and self.metrics.stop_requested:
             ending = interruption.stop_requested_anywhere(where)
         saves = checkpoint_due or (finished and self.settings.checkpoints.checkpointing_steps > 0)
-        saves = saves and ending is None and self.numbers.in_a_row < 2
-        # The checkpoint comes last, so that what a run resumes after is all there.
+        saves = saves and ending is None and self.metrics.skipped_in_a_row < 2
+        # The checkpoint comes last, so that everything due at its step is complete when the run is resumed.
         if self.accelerator.is_main_process and (saves or isinstance(ending, Stopped)):
-            self.numbers.flush()
+            self.metrics.flush()
             self.checkpoints.save(self.judge)
         if pauses:
-            self.numbers.write_page()
+            self.metrics.write_page()
             self.clock = time.time()
         return ending
 
     def _due_after(self, step):
-        """What is due after a step: the "loss" of the validation, the "lora" of an epoch, the sample "pictures"."""
-        steps_per_epoch, saved = self.run.sampler.steps_per_epoch, self.settings.checkpoints.save_every_n_epochs
+        """Lists what is due after a step: "loss" (validation), "lora" (saving an epoch's LoRA) and sample "pictures"."""
+        steps_per_epoch = self.run.sampler.steps_per_epoch
+        save_every = self.settings.checkpoints.save_every_n_epochs
         epoch, into_epoch = divmod(step, steps_per_epoch)
         validates = self.settings.validation.due_after(step, steps_per_epoch) or step == self.run.num_steps
         due = ["loss"] if validates else []
-        if saved and into_epoch == 0 and epoch % saved == 0:
+        if save_every and into_epoch == 0 and epoch % save_every == 0:
             due.append("lora")
-        return [*due, "pictures"] if validates else due
+        if validates:
+            due.append("pictures")
+        return due
 
     def _do_what_is_due(self):
         state, save_lora = self.run.state, self.checkpoints.save_lora
@@ -160,26 +163,26 @@ class Reports:
             del state.due[0]
 
     def leave(self, ending: BaseException | None, started: float) -> list[str]:
-        """Writes the LoRA and its card, or the last good weights; returns the names of the LoRA files.
+        """Writes the LoRA and its model card, or the last finite weights; returns the names of the LoRA files.
 
         `started` is the time at which the command was started.
         """
         self.progress.close()
         files = []
-        if ending is None and (line := self.judge.in_words(self.run.state.global_step)) is not None:
+        if ending is None and (line := self.judge.summarize(self.run.state.global_step)) is not None:
             logger.info(line)
         if self.accelerator.is_main_process and isinstance(ending, NotANumberError):
             with self.learning.weights_for_use():
                 self.checkpoints.save_lora(self.output_dir / metrics.LAST_GOOD)
         if self.accelerator.is_main_process and ending is None:
             with self.learning.weights_for_use():
-                weights_file, kohya_file, arrives = self.checkpoints.save_lora(self.output_dir)
+                weights_file, kohya_file, verified = self.checkpoints.save_lora(self.output_dir)
             card = self._write_card(kohya_file)
-            logger.info(arrives)
+            logger.info(verified)
             logger.info(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
             files = [path.name for path in (weights_file, kohya_file) if path is not None]
-        self.numbers.leave(ending)
-        # The others leave when all is written.
+        self.metrics.leave(ending)
+        # The other processes wait until everything is written.
         self.accelerator.wait_for_everyone()
         return files
 
@@ -187,7 +190,6 @@ class Reports:
         settings, data = self.settings, self.settings.data
         return model_card.write_model_card(
             self.output_dir, base_model=settings.base.pretrained_model_name_or_path,
-            repo_id=settings.sharing.hub_model_id,
             dataset_names=[data.dataset_name] if data.dataset_name else [*data.train_data_dir],
             pictures=sample_pictures.latest_images(self.output_dir, settings.samples.texts),
             hyperparameters=recorded_values(settings), kohya_file=kohya_file and kohya_file.name,

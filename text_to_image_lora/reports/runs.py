@@ -1,6 +1,7 @@
-"""A run as its output folder tells it: what it is, its numbers, its pictures, its LoRA files, and what they say of it."""
+"""Reads a run from its output folder: settings, metrics, sample pictures and LoRA files, and the answer they give."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,53 +14,54 @@ from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
 
 
-class Picture(NamedTuple):
-    """A sample picture: which prompt, which of its seeds, where."""
+class SavedSample(NamedTuple):
+    """A sample picture in a file."""
 
     prompt: str
-    seed: int | None  # None: of a run that didn't write it into its pictures
+    seed: int | None  # None: the file does not record it
     path: Path
 
 
-class Run(NamedTuple):
-    """What is in an output folder."""
+class LoraFile(NamedTuple):
+    """The files of a LoRA that is ready for use."""
+
+    place: str  # folder inside the output folder: "best", "epoch-0005", or "" for the final LoRA
+    step: int | None
+    paths: list[Path]
+
+
+class RecordedRun(NamedTuple):
+    """The contents of an output folder."""
 
     folder: Path
-    about: dict  # empty: of a run that was made without
-    flags: dict  # of run.yaml
-    settings: dict  # those, and what the others were settled to
+    about: dict  # empty if there is no about.json
+    flags: dict  # from run.yaml
+    settings: dict  # the flags with defaults resolved
     numbers: Numbers
-    pictures: dict  # {step: {(prompt, seed, how many such before): Picture}}; k for the seed where it isn't known
-    files: list  # of `LoraFile`
+    pictures: dict  # {step: {(prompt, seed or number, count of equal keys before): SavedSample}}
+    files: list[LoraFile]
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.folder.resolve().name
 
     @property
-    def step(self):
-        """The last step that is told of."""
+    def step(self) -> int:
+        """The last step in metrics.jsonl."""
         return self.numbers.last_step
 
 
-class LoraFile(NamedTuple):
-    """A LoRA ready for use: the folder's place in the run ("best", "epoch-0005", or "" for the last), step and files."""
-
-    place: str
-    step: int | None
-    paths: list
-
-
-def read_run(folder):
-    """The `Run` in an output folder, finished or not; an `InputError` where there is none."""
+def read_run(folder: str | Path) -> RecordedRun:
+    """Reads the run in an output folder, whether it is finished or not; raises `InputError` if there is none."""
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in (METRICS, about.FILE)):  # before its first step, it has one
-        raise InputError(f"{folder}: there is no run in it (no {METRICS}). Name a run's --output_dir, or a sweep's.")
-    told, flags = _read_json(folder / about.FILE), {}
+    if not any((folder / name).is_file() for name in (METRICS, about.FILE)):
+        raise InputError(f"{folder}: there is no run in it (no {METRICS}). Pass a run's --output_dir, or a sweep's.")
+    contents, flags = _read_json(folder / about.FILE), {}
     if (folder / "run.yaml").is_file():
         flags = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    settings = told.get("settings", flags)
-    return Run(folder, told, flags, settings, read_numbers(folder), read_pictures(folder), list(read_files(folder)))
+    settings = contents.get("settings", flags)
+    numbers, pictures = read_numbers(folder), read_pictures(folder)
+    return RecordedRun(folder, contents, flags, settings, numbers, pictures, list(read_files(folder)))
 
 
 def _read_json(path):
@@ -69,13 +71,13 @@ def _read_json(path):
         return {}
 
 
-def step_of(folder):
-    """The step of a validation's folder, `step-000100`."""
+def step_of(folder: Path) -> int:
+    """Returns the step of a folder of sample pictures, such as `step-000100`."""
     return int(folder.name.partition("-")[2])
 
 
-def read_pictures(folder):
-    """{step: {(prompt, seed, how many such before): Picture}}: prompts may differ by their other settings alone."""
+def read_pictures(folder: Path) -> dict[int, dict]:
+    """Reads {step: {(prompt, seed, count): SavedSample}}; `count` numbers prompts that differ in other options only."""
     found = {}
     for place in sorted(folder.glob("validation/step-*"), key=step_of):
         pictures = {}
@@ -84,14 +86,14 @@ def read_pictures(folder):
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
             seed = None if seed is None else int(seed)
             key = prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed
-            pictures[*key, sum(other[:2] == key for other in pictures)] = Picture(prompt, seed, path)
+            pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(prompt, seed, path)
         if pictures:
             found[step_of(place)] = pictures
     return found
 
 
-def read_files(folder):
-    """The `LoraFile`s of a run: those of its epochs, the best, and the last."""
+def read_files(folder: Path) -> Iterator[LoraFile]:
+    """Yields the LoRA files of a run: those of its epochs, the best, and the final one."""
     from safetensors import safe_open
 
     from ..models import kohya
@@ -103,30 +105,32 @@ def read_files(folder):
             with safe_open(path, "np") as file:
                 step = (file.metadata() or {}).get("ss_steps")
             step = None if step is None else int(step)
-            kohyas = folder / place / kohya.file_name(folder, step if place else None)  # others' may lie there too
+            kohyas = (
+                folder / place / kohya.file_name(folder, step if place else None)
+            )  # there may be files of other runs
             yield LoraFile(place, step, [path, *([kohyas] if kohyas.is_file() else [])])
 
 
 class Answer(NamedTuple):
-    """What a run's reader wants to know first."""
+    """What a reader of the report wants to know first."""
 
     sentence: str
-    best_step: int | None  # None: no step was better than the base, or there were no pictures to judge by
-    gain: float | None  # how much lower the held-out loss of that step is than the base's, in percent
-    worse_since: int | None  # overfitting since this step
+    best_step: int | None  # None: no step was better than the base model, or no pictures were held out
+    gain: float | None  # by how many percent the best step's held-out loss is below the base model's
+    worse_since: int | None  # step since which the run overfits
     judged: bool  # whether pictures were held out
-    take: LoraFile | None  # the file to take
+    take: LoraFile | None  # the recommended file
     finished: bool
 
 
 NOT_JUDGED = (
-    "No pictures were held out, so nothing but the sample pictures tells which step was best: look for the one \
-before they begin to look alike or lose what the prompt asks for. --validation_split 0.1 measures it."
+    "No pictures were held out, so only the sample pictures show which step was best: choose the last step before they \
+start to look alike or to ignore the prompt. Train with --validation_split 0.1 to measure which step is best."
 )
 
 
-def answer_of(run):
-    """The `Answer` that a run's numbers and files give, while it goes on too."""
+def make_answer(run: RecordedRun) -> Answer:
+    """Makes the `Answer` from the metrics and files of a run that is finished or in progress."""
     last = next((file for file in run.files if file.place == ""), None)
     finished = last is not None and last.step in (run.step, None)
     last = last if finished else None
@@ -135,10 +139,10 @@ def answer_of(run):
         return Answer(NOT_JUDGED, None, None, None, False, last, finished)
     newest = judged[-1]
     best_step, worse_since = newest.get("validation/best_step"), newest.get("validation/worse_since")
-    of_steps = {row["step"]: row[LOSS] for row in judged}
-    best_loss = newest.get("validation/best_relative_loss", of_steps.get(best_step, 1.0))
+    losses = {row["step"]: row[LOSS] for row in judged}
+    best_loss = newest.get("validation/best_relative_loss", losses.get(best_step, 1.0))
     waited = sum(row["step"] > (best_step or 0) for row in judged)
-    sentence = stopping.sentence(newest["step"], best_step, best_loss, worse_since, waited, finished=finished)
+    sentence = stopping.describe(newest["step"], best_step, best_loss, worse_since, waited, finished=finished)
     take = next((file for file in run.files if file.place == "best" and best_step is not None), None)
     gain = None if best_step is None else 100 * (1 - best_loss)
     return Answer(sentence[0].upper() + sentence[1:], best_step, gain, worse_since, True, take, finished)

@@ -1,4 +1,4 @@
-"""The trackers (W&B, TensorBoard, trackio), through Accelerate."""
+"""Starts and finishes the trackers (W&B, TensorBoard, trackio) through Accelerate."""
 
 import contextlib
 import functools
@@ -9,7 +9,9 @@ import shlex
 import socket
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -18,14 +20,14 @@ from ..files import reason_of
 
 
 logger = logging.getLogger(__name__)
-SECONDS_TO_FINISH = 60  # that a tracker has at the end of a run, and
-BYTES_A_SECOND = 250_000  # of the files that it sends: a slow line
+SECONDS_TO_FINISH = 60  # how long a tracker may take at the end of a run, in addition to uploads
+BYTES_PER_SECOND = 250_000  # upload speed of a slow connection
 
 
-def wandb_mode():
-    """W&B's mode: what the user set (WANDB_MODE, `wandb offline`), else "online" with a key and a network, else "offline".
+def wandb_mode() -> str:
+    """Returns the W&B mode that the user set, or else "online" if there is an API key and a network, or "offline".
 
-    Raises `InputError` where W&B can't read its settings or the key.
+    Raises `InputError` if W&B's settings or the API key are invalid.
     """
     import wandb
 
@@ -37,7 +39,7 @@ def wandb_mode():
             return "offline"
     except (ValueError, wandb.Error) as error:
         raise InputError(
-            f"W&B can't be used as it is set up ({' '.join(str(error).split())}). Correct that, or pass --report_to none."
+            f"W&B's configuration is invalid ({' '.join(str(error).split())}). Correct it, or pass --report_to none."
         ) from error
     url = urlsplit(settings.base_url)
     proxy = None if proxy_bypass(url.hostname) else getproxies().get(url.scheme)
@@ -49,98 +51,99 @@ def wandb_mode():
     return "online"
 
 
-class Sheltered:
-    """A tracker of Accelerate's that can't stop the run.
+class LoggedProgress(NamedTuple):
+    """What the trackers already have of a run: nothing by default, more when it is resumed."""
 
-    What goes wrong with it is told once, and from then on it gets nothing more: metrics.jsonl and the pictures are on
-    disk. What it was told before the run was resumed (`told`, counted by step) it isn't told again.
+    step: int = 0  # after which the run is resumed
+    repeated: Mapping[int, int] = {}  # {step: rows} after this step that were logged, and will be logged again
+    wandb_id: str | None = None
+
+
+class FailSafeTracker:
+    """Wraps a tracker of Accelerate so that its errors do not stop the run: the first is printed, and ends its use.
+
+    The rows that `repeated`, {step: number of rows}, counts are not logged: the tracker has them already.
     """
 
-    def __init__(self, tracker, told=None):
-        self.tracker, self.name, self.told, self.failed = tracker, tracker.name, dict(told or {}), False
+    def __init__(self, tracker: Any, repeated: Mapping[Any, int]):
+        self.tracker, self.name = tracker, tracker.name
+        self.repeated, self.failed = dict(repeated), False
         self.to_send = 0  # bytes of files
 
     def __getattr__(self, name):
         return getattr(self.tracker, name)
 
-    def attempt(self, work):
-        """What `work()` gives, or None where the tracker fails or has failed before."""
+    def attempt(self, work: Callable[[], Any]) -> Any:
+        """Returns the result of `work()`, or None if the tracker fails or has failed before."""
         if self.failed:
             return None
         try:
             return work()
-        except Exception as error:  # whatever it is: the training is worth more than its report
+        except Exception as error:  # no error of a tracker is worth losing the run
             self.failed = True
-            print(
-                f"{self.name} fails ({reason_of(error)}): the run goes on without it, and all numbers are in metrics.jsonl",
-                file=sys.stderr,
-            )
+            rest = "the run continues without it, and all metrics are in metrics.jsonl"
+            print(f"{self.name} failed ({reason_of(error)}): {rest}", file=sys.stderr)
             return None
 
     def log(self, values, step=None, **options):
-        if self.told.get(step):
-            self.told[step] -= 1
+        if self.repeated.get(step):
+            self.repeated[step] -= 1
             return
         self.attempt(lambda: self.tracker.log(values, step=step, **options))
 
-    def finish(self):
-        """Ends the tracker's run; a server that doesn't answer any more is not waited for longer than files take to send."""
+    def finish(self) -> None:
+        """Ends the tracker's run, waiting no longer for its server than uploads take on a slow connection."""
 
         def end():
             self.attempt(self.tracker.finish)
             if self.failed and self.name == "wandb":
                 import wandb
 
-                with contextlib.suppress(Exception):  # it would tear down a service that is not there when Python ends
+                with contextlib.suppress(Exception):  # or else W&B would fail at the exit of Python
                     wandb.teardown()
 
         thread = threading.Thread(target=end, daemon=True)
         thread.start()
-        thread.join(SECONDS_TO_FINISH + self.to_send / BYTES_A_SECOND)
+        thread.join(SECONDS_TO_FINISH + self.to_send / BYTES_PER_SECOND)
         if thread.is_alive():
             self.failed = True
-            print(f"{self.name} does not answer: its run is left as it is; what it had is on disk", file=sys.stderr)
+            print(f"{self.name} does not respond: its run may be incomplete; everything is on disk", file=sys.stderr)
 
 
 def start_trackers(
-    accelerator, project_name, config, output_dir, run_id, *, space_id=None, first_step=0, given_up=None
-):
-    """Starts the trackers on the main process; `config` holds no secret. Returns W&B's run id, or None.
+    accelerator: Any, project: str, config: dict, output_dir: Path, logged: LoggedProgress, space_id: str | None = None
+) -> str | None:
+    """Starts the trackers on the main process; `config` must not hold secrets. Returns the id of the W&B run, or None.
 
-    A W&B run that the server doesn't take is kept offline; another tracker that can't be started is left out. Of a run that
-    is gone on from, `given_up` counts the rows after `first_step` that were reported before it was left.
+    A W&B run that the server rejects is kept offline. Any other tracker that cannot be started is left out.
     """
-    values = {
-        k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in config.items() if v is not None
-    }
-    names = [str(getattr(name, "value", name)) for name in accelerator.log_with or []]
+    values = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in config.items() if v is not None}
     started = []
-    for name in names:
+    for name in [str(getattr(name, "value", name)) for name in accelerator.log_with or []]:
         accelerator.log_with, accelerator.trackers = [name], []
         try:
             if name == "wandb":
-                _start_wandb(accelerator, project_name, values, output_dir, run_id)
+                _start_wandb(accelerator, project, values, output_dir, logged.wandb_id)
             else:
-                own = options_of(name, output_dir, space_id, first_step)
-                accelerator.init_trackers(project_name, config=values, init_kwargs={name: own})
+                options = tracker_options(name, output_dir, space_id, logged.step)
+                accelerator.init_trackers(project, config=values, init_kwargs={name: options})
         except InputError:
             raise
         except Exception as error:
-            print(f"{name} can't be started ({reason_of(error)}): the run goes on without it", file=sys.stderr)
+            print(f"{name} could not be started ({reason_of(error)}): the run continues without it", file=sys.stderr)
             continue
-        goes_on = run_id is not None if name == "wandb" else name == "trackio" and first_step
-        told = given_up if goes_on else None
-        started += [Sheltered(tracker, told) for tracker in accelerator.trackers]
+        resumes = {"wandb": logged.wandb_id is not None, "trackio": logged.step > 0}.get(name, False)
+        started += [FailSafeTracker(each, logged.repeated if resumes else {}) for each in accelerator.trackers]
     accelerator.trackers = started
-    return next((tracker.run.id for tracker in started if tracker.name == "wandb"), run_id)
+    return next((tracker.run.id for tracker in started if tracker.name == "wandb"), logged.wandb_id)
 
 
-def options_of(name, output_dir, space_id, first_step):
-    """How TensorBoard or trackio is started; a Space, which anyone could look into, is made private."""
+def tracker_options(name: str, output_dir: str | Path, space_id: str | None, first_step: int) -> dict[str, Any]:
+    """Returns the options to start TensorBoard or trackio with; a Space is created as private."""
     if name == "trackio":
         options = {"name": Path(output_dir).resolve().name, "resume": "allow" if first_step else "never"}
         return options if space_id is None else options | {"space_id": space_id, "private": True}
-    # TensorBoard's readers pass over what an earlier part of the run wrote of later steps.
+    # TensorBoard then hides the later steps that the run logged before it was resumed.
     return {"purge_step": first_step + 1} if first_step else {}
 
 
@@ -154,36 +157,36 @@ def _start_wandb(accelerator, project_name, values, output_dir, run_id):
         "id": run_id,
         "resume": "allow" if run_id and mode == "online" else None,
         "mode": mode,
-        # "silent" keeps W&B's own banner off the terminal; the last line of the run says where it went.
+        # "silent" hides W&B's own banner, as the last line that is logged says where the W&B run is.
         "settings": wandb.Settings(silent=True, console="off"),
     }
     try:
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        print(f"W&B's server doesn't take the run ({reason}): it is kept offline. Try `wandb login`.", file=sys.stderr)
+        print(f"W&B's server rejected the run ({reason}): it is kept offline. Try `wandb login`.", file=sys.stderr)
         accelerator.trackers.clear()
         options |= {"mode": "offline", "resume": None}
         accelerator.init_trackers(project_name, config=values, init_kwargs={"wandb": options})
 
 
-def finish_trackers(accelerator):
-    """Ends the runs, and says where the W&B run is."""
+def finish_trackers(accelerator: Any) -> None:
+    """Ends the trackers' runs, and logs where the W&B run is."""
     line = None
     for tracker in accelerator.trackers:
         if tracker.name == "wandb" and accelerator.is_main_process:
-            line = tracker.attempt(functools.partial(_where_it_is, tracker.run))
+            line = tracker.attempt(functools.partial(_locate_wandb_run, tracker.run))
     accelerator.end_training()
     if line is not None:
         logger.info(line)
 
 
-def _where_it_is(run):
-    """The line that says where a W&B run is, or None."""
+def _locate_wandb_run(run):
+    """Returns a line that says where a W&B run is, or None."""
     if not run.offline:
         return f"W&B run: {run.url}" if run.url else None
-    # A run that was interrupted has a folder for each part; W&B uploads them in order.
+    # A resumed run has one folder for each part; `wandb sync` uploads them in order.
     folders = sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
-    near = [os.path.relpath(folder) for folder in folders]
-    shown = [str(f) if n.startswith("..") else n for f, n in zip(folders, near)]
+    relative = [os.path.relpath(folder) for folder in folders]
+    shown = [str(path) if short.startswith("..") else short for path, short in zip(folders, relative)]
     return f"W&B run saved offline. To upload it: wandb sync {shlex.join(shown)}"

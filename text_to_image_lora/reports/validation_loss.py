@@ -1,13 +1,15 @@
-"""The loss on pictures that are not trained on, relative to the base model's; the best LoRA is kept.
+"""Measures the loss on held-out pictures relative to the base model, and keeps the best LoRA.
 
-The models in memory are used, and the training's random numbers are left alone.
+Validation uses the models in memory, and does not change the random numbers of training.
 """
 
 import hashlib
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,27 +24,26 @@ from .dashboard import log_numbers
 
 
 logger = logging.getLogger(__name__)
-STRATA = 8  # timesteps at which each picture is validated
+STRATA = 8  # number of timesteps at which each picture is validated
 
 
 class ValidationSet:
-    """Pictures to validate on, from the cache: posterior mean, condition of the first caption, mask, one row a picture.
+    """Validation pictures from the cache, each as its posterior mean, mask, and the condition of its first caption.
 
-    `latents` and `prompts` are what `Cache.build` gave for them. Where prompts are None, only the picture's own condition
-    is there: `loss_table` makes the caption's.
+    `latents` and `prompts` are what `Cache.build` returned for them; without `prompts`, `LossMeter` encodes the captions.
     """
 
-    def __init__(self, pictures, latents, prompts):
+    def __init__(self, pictures: Any, latents: Any, prompts: Any):
         self.pictures, self.latents, self.prompts = pictures, latents, prompts
 
     def __len__(self):
         return len(self.pictures)
 
-    def caption(self, index):
+    def caption(self, index: int) -> str:
         return self.pictures.captions[index][0]
 
-    def identity(self):
-        """A hash of what the losses depend on, beside the model: pictures, sizes and captions."""
+    def identity(self) -> str:
+        """Returns a hash of the pictures, sizes and captions, on which the losses depend."""
         shapes = [list(self.latents.shape(index)) for index in range(len(self))]
         names = [fact.image_id for fact in self.pictures.facts]
         return fingerprint(names, [group[:1] for group in self.pictures.captions], shapes)
@@ -55,114 +56,118 @@ class ValidationSet:
         return row | {"condition": condition}
 
 
-def strata(num_train_timesteps):
-    """The midpoints of `STRATA` equal parts of the timesteps."""
+def strata(num_train_timesteps: int) -> list[int]:
+    """Returns the midpoints of `STRATA` equal parts of the timesteps."""
     return [(2 * k + 1) * num_train_timesteps // (2 * STRATA) for k in range(STRATA)]
 
 
+class MeasuredModels(NamedTuple):
+    """The models whose loss is measured."""
+
+    family: Any
+    denoiser: torch.nn.Module
+    diffusion: Any
+    scaling_factor: float  # of the VAE
+    dtype: torch.dtype  # of the denoiser's inputs
+    prompt_encoder: Any = None  # None if captions are cached
+
+
 class LossMeter:
-    """Measures the loss of the models in training: the same number for the same weights, on any number of processes.
+    """Measures the loss of models: the same numbers for the same weights, on any number of processes."""
 
-    `prompt_encoder` is None where captions are cached.
-    """
-
-    def __init__(self, family, denoiser, diffusion, *, scaling_factor, dtype, seed, accelerator, prompt_encoder=None):
-        self.family, self.denoiser, self.diffusion, self.scaling_factor = family, denoiser, diffusion, scaling_factor
-        self.dtype, self.seed, self.accelerator, self.prompt_encoder = dtype, seed, accelerator, prompt_encoder
-        self.timesteps = strata(diffusion.num_train_timesteps)
+    def __init__(self, models: MeasuredModels, *, seed: int, accelerator: Any):
+        self.models, self.seed, self.accelerator = models, seed, accelerator
+        self.timesteps = strata(models.diffusion.num_train_timesteps)
 
     @torch.no_grad()
-    def __call__(self, validation_set):
-        """The loss of each picture at each of the `strata`: float64 (pictures, STRATA), the same on every process.
+    def __call__(self, validation_set: ValidationSet) -> np.ndarray:
+        """Returns the losses at each of the `strata`, float64 of shape (pictures, STRATA), on every process.
 
-        Each picture is a batch of its own, with noise that depends on (seed, image_id, k) alone: so neither the batch size
-        of the training, nor order, nor the number of processes makes a difference.
+        Each picture is a batch of its own with noise that depends only on (seed, image_id, k), so that the losses do not
+        depend on the batch size of training, the order of the pictures or the number of processes.
         """
         from accelerate.utils import gather_object
 
-        device, found = self.accelerator.device, {}
+        models, device, found = self.models, self.accelerator.device, {}
         timesteps = torch.tensor(self.timesteps, device=device)
 
-        def for_all(value):
+        def repeat(value):
             return value.to(device).expand(STRATA, *value.shape)
 
-        with evaluating(self.denoiser), self.accelerator.autocast():
-            share = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
-            for index in share:
+        with evaluating(models.denoiser), self.accelerator.autocast():
+            for index in range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes):
                 if interruption.stop_requested():
                     break
                 row = validation_set[index]
                 condition = row.pop("condition")
-                if self.prompt_encoder is not None:
-                    made = self.prompt_encoder([validation_set.caption(index)])
-                    condition |= {name: value[0] for name, value in made.items()}
-                condition = {name: for_all(value) for name, value in condition.items()}
-                row = {name: for_all(value) for name, value in row.items()}
-                latents, name = row["mean"] * self.scaling_factor, validation_set.pictures.facts[index].image_id
-                noise = [_noise_of(latents.shape[1:], self.seed, name, k) for k in range(STRATA)]
+                if models.prompt_encoder is not None:
+                    encoded = models.prompt_encoder([validation_set.caption(index)])
+                    condition |= {name: value[0] for name, value in encoded.items()}
+                condition = {name: repeat(value) for name, value in condition.items()}
+                row = {name: repeat(value) for name, value in row.items()}
+                latents = row["mean"] * models.scaling_factor
+                image_id = validation_set.pictures.facts[index].image_id
+                noise = [_make_noise(latents.shape[1:], self.seed, image_id, k) for k in range(STRATA)]
                 noise = torch.stack(noise).to(device)
-                noisy_latents = self.diffusion.add_noise(latents, noise, timesteps).to(self.dtype)
-                model_pred = self.family.predict(self.denoiser, noisy_latents, timesteps, **condition)
-                target = self.diffusion.target(latents, noise, timesteps)
+                noisy_latents = models.diffusion.add_noise(latents, noise, timesteps).to(models.dtype)
+                model_pred = models.family.predict(models.denoiser, noisy_latents, timesteps, **condition)
+                target = models.diffusion.target(latents, noise, timesteps)
                 found[index] = loss_of_samples(model_pred, target, row.get("mask")).cpu().double().tolist()
         interruption.stop_together("in a validation")
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])
 
 
-def _noise_of(shape, seed, image_id, k):
+def _make_noise(shape, seed, image_id, k):
     digest = hashlib.sha256(f"{seed} {image_id} {k}".encode()).digest()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 
 class Judge:
-    """Judges a run by its validation losses: reports them, keeps the best LoRA in `best/`, says when to stop.
+    """Validates a run: logs the losses, keeps the best LoRA in `best/`, and decides when to stop early.
 
-    `held_out` and `probe` are the `ValidationSet`s of pictures that are not trained on, and of as many that are; without
-    them nothing is judged, and all methods do nothing. `kept` is what `state` returned when a run was left; where it is
-    None, or belongs to other pictures, `start` measures the base anew.
+    `held_out` and `probe`, equally many training pictures, are `ValidationSet`s. If they are None, all methods do nothing.
     """
 
-    def __init__(self, held_out, probe, measure, *, accelerator, metrics_file, output_dir, patience, kept=None):
+    def __init__(
+        self, held_out: Any, probe: Any, measure: LossMeter, *, accelerator: Any, metrics_file: Any,
+        output_dir: str | Path, patience: int | None,
+    ):  # fmt: skip
         self.held_out, self.probe = held_out, probe
         self.measure = measure
         self.accelerator, self.metrics_file = accelerator, metrics_file
         self.output_dir = Path(output_dir)
         self.patience = patience
-        self.validation, self.identities = None, []
-        if held_out is None:
-            return
-        self.identities = [held_out.identity(), probe.identity()]
-        if kept is not None:
-            self.validation = stopping.Validation(**kept)
-            if self.validation.pictures != self.identities:
-                self.validation = None
-                logger.info(
-                    "the pictures to validate on are others than before: what was best so far is looked for anew"
-                )
+        self.validation: Any = None  # a `Validation` after `restore` or `start`
+        self.identities = [] if held_out is None else [held_out.identity(), probe.identity()]
 
-    def start(self):
-        """Measures the base model, unless that was done before the run was resumed; its LoRA must be off."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Restores what `state` returned, unless the validation pictures have changed since."""
+        if self.held_out is None or state is None:
+            return
+        if state.get("pictures") == self.identities:
+            self.validation = stopping.Validation(**state)
+        else:
+            logger.info("the validation pictures have changed: the best step is determined anew")
+
+    def start(self) -> None:
+        """Measures the base model, unless its losses were restored; the LoRA must be disabled."""
         if self.held_out is None or self.validation is not None:
             return
         base, probe = (self.measure(part).tolist() for part in (self.held_out, self.probe))
         self.validation = stopping.Validation(base=base, base_probe=probe, best=base, pictures=self.identities)
 
-    def validate(self, step, save_lora, *, is_base=False):
-        """Measures the LoRA of this step, reports its loss, and saves the LoRA to best/ if it is the best so far.
-
-        `is_base` says that nothing is learnt yet, so that it can't be the best.
-        """
+    def validate(self, step: int, save_lora: Callable[[Path], Any], *, is_base: bool = False) -> None:
+        """Measures and logs the loss at this step; saves the LoRA to best/ if it is the best so far and not `is_base`."""
         if self.held_out is None:
             return
         table, probe = self.measure(self.held_out), self.measure(self.probe)
-        values = stopping.values_of(table, probe, self.validation, self.measure.timesteps)
-        improved = not is_base and stopping.take_in(self.validation, table, step)
+        values = stopping.make_metrics(table, probe, self.validation, self.measure.timesteps)
+        improved = not is_base and stopping.update_best(self.validation, table, step)
         if self.validation.best_step is not None:
             values["validation/best_step"] = self.validation.best_step
-            values["validation/best_relative_loss"] = float(
-                stopping.relative(self.validation.best, self.validation.base).mean()
-            )
+            best = stopping.relative(self.validation.best, self.validation.base)
+            values["validation/best_relative_loss"] = float(best.mean())
         if self.validation.worse_since is not None:
             values["validation/worse_since"] = self.validation.worse_since
         if self.accelerator.is_main_process:
@@ -170,31 +175,32 @@ class Judge:
             if improved:
                 with written_whole(self.output_dir / "best", folder=True) as folder:
                     save_lora(folder)
-            elif self.validation.best_step is None:  # what is there is another run's
+            elif self.validation.best_step is None:  # best/ is of an earlier run
                 shutil.rmtree(self.output_dir / "best", ignore_errors=True)
         log_numbers(self.accelerator, values, step)
 
-    def out_of_patience(self):
+    def out_of_patience(self) -> bool:
+        """Returns whether the run is to stop early."""
         return self.patience is not None and self.validation is not None and self.validation.waited >= self.patience
 
-    def state(self):
-        """What a checkpoint keeps of it; None without pictures."""
+    def state(self) -> dict[str, Any] | None:
+        """Returns the state for a checkpoint; None without validation pictures."""
         return None if self.validation is None else asdict(self.validation)
 
-    def keep_best(self, folder):
-        """Copies best/ into a checkpoint's folder, if there is one."""
+    def keep_best(self, folder: str | Path) -> None:
+        """Copies best/ into a checkpoint, if there is a best LoRA."""
         if self.validation is not None and self.validation.best_step is not None:
             _copy_best(self.output_dir, folder)
 
-    def restore_best(self, folder):
-        """Puts back the best/ of a checkpoint: a later one may be there, of steps that were given up."""
+    def restore_best(self, folder: str | Path) -> None:
+        """Restores the best/ of a checkpoint, as the one in the output folder may be of a later step."""
         if self.validation is not None:
             shutil.rmtree(self.output_dir / "best", ignore_errors=True)
             _copy_best(folder, self.output_dir)
 
-    def in_words(self, step):
-        """One sentence on how the run went, for its end; None without pictures."""
-        return None if self.validation is None else stopping.in_words(self.validation, step)
+    def summarize(self, step: int) -> str | None:
+        """Summarizes the validations in one sentence, for the end of the run; None without validation pictures."""
+        return None if self.validation is None else stopping.summarize(self.validation, step)
 
 
 def _copy_best(source, target):

@@ -1,6 +1,6 @@
 "use strict";
 
-// The slider: of each film the newest picture that is not newer than the chosen step; the base has one, of step 0.
+// The slider: each film shows its last picture up to the chosen step; the base model has one picture, at step 0.
 const slider = document.getElementById("step");
 if (slider) {
   const steps = slider.dataset.steps.split(" ").map(Number);
@@ -21,10 +21,10 @@ if (slider) {
       show();
     });
   }
-  show();  // a reloaded page keeps the slider where it was
+  show();  // browsers restore the slider's position when a page is reloaded
 }
 
-// Copy buttons. Pages opened from a mail or a file manager may have no clipboard, but can still copy what is selected.
+// Copy buttons. A page opened as a local file may have no clipboard API, but can still copy a selection.
 for (const button of document.querySelectorAll("[data-copy]")) {
   button.addEventListener("click", async () => {
     const source = document.getElementById(button.dataset.copy);
@@ -39,7 +39,7 @@ for (const button of document.querySelectorAll("[data-copy]")) {
   });
 }
 
-// The curves, drawn when they come into view: the page is there at once.
+// The curves are drawn when they scroll into view, so that the page opens quickly.
 const data = document.getElementById("charts");
 if (data) {
   const charts = JSON.parse(data.textContent);
@@ -47,7 +47,7 @@ if (data) {
   const xs = charts.flatMap((chart) => chart.lines.flatMap((line) => [line.x[0], line.x[line.x.length - 1]]));
   const first = Math.min(...xs), last = Math.max(...xs);
   const whole = { start: first - 0.02 * (last - first || 1), end: last + 0.02 * (last - first || 1) };
-  // Each chart is a document of its own with its own range; who zooms into one sees those steps in all.
+  // Each chart is a Bokeh document with a range of its own, so zooming one sets the ranges of all.
   const ranges = [];
   let shown = whole;
   const zoomTo = (start, end) => {
@@ -69,7 +69,7 @@ if (data) {
     });
     figure.xaxis.axis_label = "step";
     const values = chart.lines.flatMap((line) => line.y), highest = Math.max(...values);
-    // Of a number that stays the same, such as a constant rate, Bokeh would show the range around it that it has for any.
+    // For a constant, such as a constant learning rate, Bokeh's default range would not depend on its value.
     if (chart.zero || Math.min(...values) === highest) figure.y_range = new Bokeh.Range1d({ start: Math.min(0, 1.15 * highest), end: 1.15 * Math.max(0, highest) || 1 });
     if (highest < 0.01) figure.yaxis.formatter = new Bokeh.BasicTickFormatter({ precision: 1 });
     const legend = [];
@@ -93,7 +93,7 @@ if (data) {
     }
     if (legend.length && chart.legend) {
       const longest = Math.max(...chart.lines.map((line) => line.label.length));
-      const many = legend.length > 2 || longest > 24;  // they would hide the lines
+      const many = legend.length > 2 || longest > 24;  // a large legend would hide the lines
       figure.add_layout(new Bokeh.Legend({
         items: legend, click_policy: "hide", label_text_font_size: "11px", spacing: many ? 6 : 0, padding: 4, margin: 2,
         glyph_height: 12, glyph_width: 14, label_height: 12, background_fill_alpha: 0.7, border_line_alpha: 0,
@@ -101,8 +101,8 @@ if (data) {
       }), many ? "below" : "center");
     }
     const tool = (type) => figure.toolbar.tools.find((each) => each.type === type);
-    figure.toolbar.active_drag = touch ? null : tool("BoxZoomTool");  // one finger scrolls the page, two zoom
-    figure.toolbar.active_scroll = touch ? tool("WheelZoomTool") : null;  // which is also what a pinch does
+    figure.toolbar.active_drag = touch ? null : tool("BoxZoomTool");  // one finger scrolls the page, two fingers zoom
+    figure.toolbar.active_scroll = touch ? tool("WheelZoomTool") : null;  // a pinch counts as the mouse wheel
     return Bokeh.Plotting.show(figure, place);
   };
   const seen = new IntersectionObserver((entries) => {
