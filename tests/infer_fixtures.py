@@ -226,8 +226,9 @@ def tiny_sdxl(tmp_path_factory):
     """A `StableDiffusionXLPipeline` folder with random weights, for 64 px pictures, and a ControlNet for it."""
     import torch
     from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
-    from scripts.mini_sd.model import make_scheduler, write_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from scripts.mini_sd.model import make_scheduler, write_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-sdxl")
     write_tokenizer(folder / "words")
