@@ -1,0 +1,119 @@
+"""Text that commands print and write, without what differs each time: paths of this run, times, and progress bars."""
+
+import re
+import shlex
+
+
+class Lines(tuple):
+    """Lines of text: what --words lets change."""
+
+
+BAR = re.compile(r"(.*?): +\d+%\|[^|]*\| *([\d.]+\w?/[\d.]+\w?) \[")
+CHANGING = {  # pattern: what stands for it
+    r"\x1b\[[0-9;]*[A-Za-z]": "",  # colours
+    r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?(\+\d\d:\d\d)?)?": "DATE",
+    # Times and speeds, the most memory that a process has taken, and what a disk has left.
+    r"\b[\d.]+(e[+-]\d+)? (h \d+ min|h|min|s)\b(?!/)": "TIME",
+    r"\b[\d.]+(e[+-]\d+)? (images/s|it/s|s/it)": "SPEED",
+    r"at most [\d.]+ [KMGT]iB of memory so far": "at most SOME of memory so far",
+    r"\b[\d.]+ [KMGT]iB (are|is) free": r"SOME \1 free",
+    # A step that other programs have slowed down is told of.
+    r"(?m)^since step \d+ a step takes .*\n": "",
+    r"offline-run-\d+_\d+-\w+": "offline-run-NAME",  # W&B's folder
+    # torchrun's own lines begin with the date, the time and a process.
+    r"(?m)^[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ ": "",
+}
+
+
+class Names:
+    """Replaces the paths of one side's folder and checkout by names that are the same on both sides."""
+
+    def __init__(self, folder, checkout):
+        # The folder may be written from the home folder or from the working directory: only its own name is certain.
+        self.patterns = {
+            re.compile(rf"(?:[\w.-]*/|~/)*{re.escape(folder.name)}"): "$item",
+            re.compile(rf"{re.escape(str(checkout))}(?![\w-])"): "$checkout",
+        }
+
+    def __call__(self, text):
+        for pattern, name in self.patterns.items():
+            text = pattern.sub(name, text)
+        return text
+
+
+def without_times(text):
+    """Text without what differs each time."""
+    for pattern, name in CHANGING.items():
+        text = re.sub(pattern, name, text)
+    return text
+
+
+def said(text, names):
+    """What a command printed, as `Lines`; of a progress bar only its title and its last count are left."""
+    lines, text = [], without_times(names(text))
+    for line in filter(None, (line.rstrip() for line in re.split(r"[\r\n]+", text))):
+        if bar := BAR.match(line):
+            title = f"[progress] {bar[1]}"
+            if lines and lines[-1].rpartition(" ")[0] == title:
+                lines.pop()
+            line = f"{title} {bar[2]}"
+        lines.append(in_order(line))
+    return Lines(lines)
+
+
+def in_order(line):
+    """The line, with its settings sorted where a message lists those in which two runs differ: in the order of --help."""
+    start, found, rest = line.partition("belongs to another run (")
+    settings, _, end = rest.partition(")")
+    return f"{start}{found}{'; '.join(sorted(settings.split('; ')))}){end}" if found else line
+
+
+def sorted_command(command):
+    """A command line with its flags, each with its values, sorted: the order of --help may change."""
+    groups = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    return " ".join(sorted(shlex.join(group) for group in groups))
+
+
+def model_card(text):
+    """A README.md as `Lines`; the rows of its tables, which stand in the order of --help, are sorted."""
+    lines = text.splitlines()
+    return Lines(
+        [line for line in lines if not line.startswith("| ")] + sorted(x for x in lines if x.startswith("| "))
+    )
+
+
+def page(text):
+    """What a reader sees of an HTML page, as sorted `Lines`; without scripts, styles and pictures."""
+    text = re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
+    nodes = (" ".join(node.split()) for node in re.split(r"<[^>]*>", without_times(text)))
+    return Lines(sorted(filter(None, nodes)))
+
+
+def help_entries(text):
+    """{"flag --NAME", "help of --NAME", "description" or "usage": ...} of what --help printed.
+
+    Independent of the groups of flags, of their order, and of where lines are wrapped.
+    """
+    usage, *paragraphs = re.split(r"\n\s*\n", text.strip())
+    parts = re.findall(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]|[^\s\[\]]+", " ".join(usage.split()))
+    found, described = {}, []
+    for paragraph in paragraphs:
+        blocks = re.split(r"\n(?=  -)", f"\n{paragraph}")
+        if not re.match(
+            r"\n(\S.*:$|  )", blocks[0], re.MULTILINE
+        ):  # not a group's title, or what is said of the group
+            described.append(joined(blocks[0]))
+        for block in blocks[1:]:
+            call, _, told = re.sub(r"\s{2,}", "\n", block.strip()).partition("\n")
+            name = next(word for word in re.split(r"[ ,]+", call) if word.startswith("--"))
+            found |= {f"flag {name}": joined(call), f"help of {name}": Lines([joined(told)])}
+    return found | {"description": Lines(described), "usage": sorted(parts)}
+
+
+def joined(text):
+    """Wrapped text in one line; argparse wraps behind hyphens too."""
+    return re.sub(r"(?<=\w)-\s+(?=\w)", "-", " ".join(text.split()))
