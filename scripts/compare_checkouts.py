@@ -71,31 +71,32 @@ def open_before(name, temporary):
 
 
 def compare_item(item, before, after, given, work_dir):
-    """(`Difference`s of an item or None if it can't be made, the line that tells of it)."""
+    """(`Difference`s of an item or None if it can't be made, what is told of it, the later checkout's folder)."""
     folders, sides, times = [], [], []
     for side in (before, after):
+        begun = folders[0] if item.begun_before and folders else None
         try:
-            folder, made = items.make(
-                item, side, given, work_dir, folders[0] if item.begun_before and folders else None
-            )
+            folder, made = items.make(item, side, given, work_dir, begun)
+            sides.append(read_item(item, folder, made))
         except Failed as error:
-            return None, f"{item.name:<20}FAILED {side.name}: {error}"
+            return None, f"FAILED {side.name}: {error}", None
+        except Exception as error:  # a changed checkout may have written files of any form
+            return None, f"FAILED {side.name}: {folder} can't be read ({type(error).__name__}: {error})", None
         folders.append(folder)
-        sides.append(read_item(item, folder, made))
         times.append(f"{made['seconds']} s{' (kept)' if made['kept'] else ''}")
-    return differences(*sides), f"{len(sides[0])} values ({', '.join(times)})"
+    return differences(*sides), f"{len(sides[0])} values ({', '.join(times)})", folders[1]
 
 
-def report(item, found, line, words):
-    """(whether an item passes, the line that says so); with `words`, differences of text pass."""
+def verdict(found, told, folder, words):
+    """(whether an item passes, what is said of it); with `words`, differences of text pass."""
     if found is None:
-        return False, line
+        return False, told
     failing = [one for one in found if not (words and one.lines)]
     if not failing:
-        reworded = f"; {len(found)} texts differ" if found else ""
-        return True, f"{item.name:<20}equal: {line}{reworded}"
-    more = f" (and {len(failing) - 1} more differences)" if len(failing) > 1 else ""
-    return False, f"{item.name:<20}DIFFERS: {failing[0]}{more}"
+        return True, f"equal: {told}{f'; {len(found)} texts differ' if found else ''}"
+    (folder / "differences.txt").write_text("\n".join(map(str, failing)) + "\n", encoding="utf-8")
+    more = f" (and {len(failing) - 1} more: {folder}/differences.txt)" if len(failing) > 1 else ""
+    return False, f"DIFFERS: {failing[0]}{more}"
 
 
 def main(argv=None):
@@ -112,11 +113,11 @@ def main(argv=None):
         waiting = [pool.submit(compare_item, item, before, after, given, work_dir) for item in chosen]
         try:
             for item, done in zip(chosen, waiting):
-                found, line = done.result()
-                passes, line = report(item, found, line, args.words)
+                found, told, folder = done.result()
+                passes, said = verdict(found, told, folder, args.words)
                 passed.append(passes)
                 texts[item.name] = [one for one in found or () if one.lines]
-                print(line, flush=True)
+                print(f"{item.name:<20}{said}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

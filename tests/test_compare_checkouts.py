@@ -75,7 +75,7 @@ def test_groups_order_and_wrapping_of_help_do_not_matter(checkout, compare):
     [
         ({"how large": "how wide"}, "train: help of --rank: 'how large it is (default: 4)' became 'how wide it is"),
         ({'"--rank", type=int': '"--rank", metavar="N"'}, "flag --rank: '--rank RANK' became '--rank N'"),
-        ({'"--rank"': '"--rang"'}, "train: flag --rank: only there before (and 9 more differences)"),
+        ({'"--rank"': '"--rang"'}, "train: flag --rank: only there before (and 9 more: "),
         ({"(default: 4)": "(default: 8)"}, "(default: 4)' became 'how large it is (default: 8)'"),
     ],
 )
@@ -138,6 +138,13 @@ def test_a_command_that_fails_is_told_with_its_reason(checkout, compare):
     )
     assert code == 1
     assert line.startswith("plain               FAILED after: no room (see ")
+
+
+def test_a_file_that_cannot_be_read_is_told(checkout, compare):
+    code, (line,) = compare(checkout("a"), checkout("b", {"words.txt": "about.json"}), "plain")
+    assert code == 1
+    assert "FAILED after: " in line
+    assert "can't be read (JSONDecodeError" in line
 
 
 # What a training run leaves, and what of it may differ.

@@ -39,19 +39,18 @@ def read_item(item, folder, made):
         found[f"exit code of {label}"] = made["codes"][label]
         for stream in ("stdout", "stderr"):
             text = (folder / f"{label}.{stream}").read_text(errors="replace")
-            if item.name == "help":
-                streams |= {f"{label}: {key}": value for key, value in texts.help_entries(text).items() if text}
+            if item.name == "help" and stream == "stdout":
+                streams |= {f"{label}: {key}": value for key, value in texts.help_entries(text).items()}
             else:
                 streams[f"{stream} of {label}"] = texts.said(text, names)
     out = folder / "out"
-    files = sorted(
-        (path for path in out.rglob("*") if path.is_file()), key=lambda path: (path.suffix != ".jsonl", path)
-    )
-    files = {path.relative_to(out): path for path in files if is_compared(path.relative_to(out))}
+    paths = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    # The metrics first, as they tell where a difference begins.
+    files = sorted(filter(is_compared, paths), key=lambda path: (path.suffix != ".jsonl", path))
     found["files"] = [names(path.as_posix()) for path in files]
-    for path, file in files.items():
+    for path in files:
         if "cache" not in path.parts:  # a cached file's name tells its content
-            found |= {f"{path}: {key}": value for key, value in read_file(file, names).items()}
+            found |= {f"{path}: {key}": value for key, value in read_file(out / path, names).items()}
     for run in out.rglob("offline-run-*"):
         found |= {f"wandb: {key}": value for key, value in read_tracker(run, names).items()}
     return found | streams

@@ -1,5 +1,6 @@
 """Text that commands print and write, without what differs each time: paths of this run, times, and progress bars."""
 
+import html
 import re
 import shlex
 
@@ -80,17 +81,16 @@ def sorted_command(command):
 
 def model_card(text):
     """A README.md as `Lines`; the rows of its tables, which stand in the order of --help, are sorted."""
-    lines = text.splitlines()
-    return Lines(
-        [line for line in lines if not line.startswith("| ")] + sorted(x for x in lines if x.startswith("| "))
-    )
+    rows = sorted(line for line in text.splitlines() if line.startswith("| "))
+    return Lines([line for line in text.splitlines() if not line.startswith("| ")] + rows)
 
 
 def page(text):
     """What a reader sees of an HTML page, as sorted `Lines`; without scripts, styles and pictures."""
     text = re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
-    nodes = (" ".join(node.split()) for node in re.split(r"<[^>]*>", without_times(text)))
-    return Lines(sorted(filter(None, nodes)))
+    nodes = (" ".join(html.unescape(node).split()) for node in re.split(r"<[^>]*>", without_times(text)))
+    commands = ("accelerate launch", "ACCELERATE_USE_CPU")
+    return Lines(sorted(sorted_command(node) if node.startswith(commands) else node for node in nodes if node))
 
 
 def help_entries(text):
@@ -103,9 +103,8 @@ def help_entries(text):
     found, described = {}, []
     for paragraph in paragraphs:
         blocks = re.split(r"\n(?=  -)", f"\n{paragraph}")
-        if not re.match(
-            r"\n(\S.*:$|  )", blocks[0], re.MULTILINE
-        ):  # not a group's title, or what is said of the group
+        # What stands before the flags of a group is its title or what is said of it; elsewhere it is of the command.
+        if not re.match(r"\n(\S.*:$|  )", blocks[0], re.MULTILINE):
             described.append(joined(blocks[0]))
         for block in blocks[1:]:
             call, _, told = re.sub(r"\s{2,}", "\n", block.strip()).partition("\n")
