@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import compare_checkouts
+import numpy as np
 import pytest
 import torch
-from comparing import differences, items, reading, texts
+from comparing import differences, inputs, items, reading, texts
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import load
 from safetensors.torch import save_file
 
 
@@ -264,6 +266,13 @@ def test_times_machines_paths_and_orders_do_not_matter(left, changes):
 def test_numbers_that_change_with_words_are_marked(left):
     found = differences.differences(left("a"), left("b", said=SAID.replace("90 left", "80 left")))
     assert "THE NUMBERS DIFFER\n- TIME a step, TIME for the 90 left" in differences.list_of_words({"plain": found})
+
+
+def test_what_the_commands_are_given_is_the_same_each_time():
+    """Its folder is named after its content, and what was kept is found by that name."""
+    for make in (inputs.pictures, inputs.drawing_inputs, inputs.broken_inputs):
+        assert make() == make()
+    assert load(inputs.safetensors({"a": np.ones((2, 3), np.float32)}, {"b": "c"}))["a"].tolist() == [[1, 1, 1]] * 2
 
 
 def test_every_line_of_the_tables_is_a_command():

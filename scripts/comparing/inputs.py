@@ -8,7 +8,6 @@ import shlex
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from safetensors.numpy import save
 
 
 RUN_FILE = "{rank: 6, use_rslora: true, random_flip: true, target_modules: [to_k], caption_template: 'a {class}'}"
@@ -80,12 +79,23 @@ def kohya_weights(seed):
     return weights
 
 
+def safetensors(weights, header=None):
+    """The bytes of a .safetensors file of float32 arrays. The library's own writer puts headers in another order each time."""
+    described, start = {"__metadata__": header} if header else {}, 0
+    for key, array in weights.items():
+        described[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    head = json.dumps(described).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in weights.values())
+
+
 def drawing_inputs():
     """{name: bytes} of LoRAs, pictures and prompts for `infer.py`."""
     rng, files = np.random.default_rng(1), {"prompts.txt": PROMPTS.encode()}
 
     def add(name, weights, **header):
-        files[name] = save(weights, {"format": "pt", **header})
+        files[name] = safetensors(weights, {"format": "pt", **header})
 
     ours = {"pretrained_model_name_or_path": "mini-sd", "prediction_type": "epsilon", "num_chunks": "1"}
     ours |= {"rescale_betas_zero_snr": "False", "long_prompts": "False"}
@@ -124,12 +134,12 @@ def broken_inputs():
         "damaged/0.png": picture, "damaged/0.txt": b"an axe", "damaged/1.png": picture[:200], "damaged/1.txt": b"a whip",
         "damaged/2.png": b"no picture", "damaged/2.txt": b"a spear",
         # LoRAs.
-        "cut.safetensors": save(good)[:-100], "lora.bin": b"", "model.safetensors": save({"weight": good[first]}),
-        "half.safetensors": save({key: value for key, value in good.items() if key != second}),
-        "shape.safetensors": save(good | {first: np.zeros((2, 5), np.float32), second: np.zeros((5, 2), np.float32)}),
-        "xl.safetensors": save(lora_weights(6, prompt_width=2048)),
-        "flux.safetensors": save({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": good[first]}),
-        "lokr.safetensors": save({"lora_unet_mid_block_attentions_0_proj_in.lokr_w1": good[first]}),
+        "cut.safetensors": safetensors(good)[:-100], "lora.bin": b"", "model.safetensors": safetensors({"weight": good[first]}),
+        "half.safetensors": safetensors({key: value for key, value in good.items() if key != second}),
+        "shape.safetensors": safetensors(good | {first: np.zeros((2, 5), np.float32), second: np.zeros((5, 2), np.float32)}),
+        "xl.safetensors": safetensors(lora_weights(6, prompt_width=2048)),
+        "flux.safetensors": safetensors({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": good[first]}),
+        "lokr.safetensors": safetensors({"lora_unet_mid_block_attentions_0_proj_in.lokr_w1": good[first]}),
         # Models, prompts and pictures for infer.py.
         "flux/model_index.json": b'{"_class_name": "FluxPipeline"}', "model.bin": b"",
         "vae/config.json": b'{"_class_name": "AutoencoderKL", "latent_channels": 16}',
