@@ -17,13 +17,13 @@ are equal; 1: one differs or fails; 2: there is nothing to compare with.
 """
 
 import argparse
+import fnmatch
 import io
 import subprocess
 import sys
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
 from pathlib import Path
 
 from comparing import items
@@ -77,9 +77,10 @@ def compare_item(item, before, after, given, work_dir):
         begun = folders[0] if item.begun_before and folders else None
         try:
             folder, made = items.make(item, side, given, work_dir, begun)
-            sides.append(read_item(item, folder, made))
         except Failed as error:
             return None, f"FAILED {side.name}: {error}", None
+        try:
+            sides.append(read_item(item, folder, made))
         except Exception as error:  # a changed checkout may have written files of any form
             return None, f"FAILED {side.name}: {folder} can't be read ({type(error).__name__}: {error})", None
         folders.append(folder)
@@ -104,9 +105,10 @@ def main(argv=None):
     after, work_dir, known = items.Side("after", args.after.resolve()), args.work_dir.resolve(), items.all_items()
     if not (after.checkout / TRAIN).is_file():
         raise Failed(f"--after {after.checkout}: it holds no {TRAIN}.")
-    chosen = [item for name, item in known.items() if any(fnmatch(name, pattern) for pattern in args.items)]
-    if not chosen:
-        raise Failed(f"--items {' '.join(args.items)}: there is no such item. There are: {', '.join(known)}.")
+    for pattern in args.items:
+        if not fnmatch.filter(known, pattern):
+            raise Failed(f"--items {pattern}: there is no such item. There are: {', '.join(known)}.")
+    chosen = [item for name, item in known.items() if any(fnmatch.fnmatch(name, pattern) for pattern in args.items)]
     passed, texts = [], {}
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         before, given = open_before(args.before, temporary), items.make_inputs(work_dir)

@@ -149,6 +149,13 @@ def test_a_file_that_cannot_be_read_is_told(checkout, compare):
     assert "can't be read (JSONDecodeError" in line
 
 
+def test_an_item_that_is_not_there_is_refused(checkout, compare):
+    with pytest.raises(
+        compare_checkouts.Failed, match="--items wrongs: there is no such item. There are: help, wrong_"
+    ):
+        compare(checkout("a"), checkout("b"), "help", "wrongs")
+
+
 # What a training run leaves, and what of it may differ.
 
 

@@ -1,6 +1,6 @@
 """What `infer.py` draws: every way to draw, and every option behind a prompt, at few steps.
 
-Written as in `runs`; $drawing is the folder of LoRAs, pictures and prompts that `inputs.drawing_inputs` makes.
+Written as in `runs`; $drawing is the folder of LoRAs, pictures and prompts of `inputs.drawing_inputs`.
 """
 
 COMMON = "infer --pretrained_model_name_or_path models/mini-sd --num_inference_steps 4 --output_dir $out"

@@ -1,6 +1,6 @@
 """The training runs that are compared: short, on the embedded base, and together most of what the flags can do.
 
-Each run is written as for a shell, see `commands.run`: $data is the folder that `inputs.write_pictures` made, $out the
+Each run is written as for a shell, see `commands.run`: $data is the folder that is made of `inputs.pictures`, $out the
 run's own output folder, and after && comes a second command.
 """
 
