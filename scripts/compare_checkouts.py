@@ -28,7 +28,7 @@ from pathlib import Path
 
 from comparing import items
 from comparing.commands import TRAIN, Failed
-from comparing.differences import differences, list_of_words
+from comparing.differences import NUMBERS_DIFFER, differences, list_of_words
 from comparing.reading import read_item
 
 
@@ -94,7 +94,7 @@ def verdict(found, told, folder, words):
         return False, told
     failing = [one for one in found if not (words and one.lines)]
     if not failing:
-        return True, f"equal: {told}{f'; {len(found)} texts differ' if found else ''}"
+        return True, f"equal: {told}{f'; texts that differ: {len(found)}' if found else ''}"
     (folder / "differences.txt").write_text("\n".join(map(str, failing)) + "\n", encoding="utf-8")
     more = f" (and {len(failing) - 1} more: {folder}/differences.txt)" if len(failing) > 1 else ""
     return False, f"DIFFERS: {failing[0]}{more}"
@@ -124,8 +124,9 @@ def main(argv=None):
             pool.shutdown(cancel_futures=True)
             raise
     if args.words:
-        args.words.write_text(list_of_words(texts), encoding="utf-8")
-        print(f"what is worded differently: {args.words}")
+        listed = list_of_words(texts)
+        args.words.write_text(listed, encoding="utf-8")
+        print(f"what is worded differently: {args.words} (changes of numbers: {listed.count(NUMBERS_DIFFER)})")
     return 0 if all(passed) else 1
 
 

@@ -9,6 +9,9 @@ import torch
 from .texts import Lines
 
 
+NUMBERS_DIFFER = "THE NUMBERS DIFFER"
+
+
 class Difference(NamedTuple):
     """A place where two sides differ: how, in words, and the lines on both sides if it is text."""
 
@@ -86,7 +89,7 @@ def list_of_words(found):
     blocks = []
     for (old, new), where in places.items():
         numbers = [sorted(re.findall(r"\d+(?:[.,]\d+)*", " ".join(lines))) for lines in (old, new)]
-        mark = "  THE NUMBERS DIFFER" if numbers[0] != numbers[1] else ""
+        mark = f"  {NUMBERS_DIFFER}" if numbers[0] != numbers[1] else ""
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         blocks.append("\n".join([f"# {where[0]}{more}{mark}", *(f"- {x}" for x in old), *(f"+ {x}" for x in new)]))
     return "\n\n".join(blocks) + "\n"
