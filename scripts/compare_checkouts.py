@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""Runs the same commands in two checkouts and compares all that they say and leave.
+"""Runs the same commands in two checkouts and compares everything that they print and write.
 
     python scripts/compare_checkouts.py --before HEAD
     python scripts/compare_checkouts.py --before HEAD~3 --items help 'wrong_*' plain --work_dir ../compare
 
-For a change that is to change nothing that a user sees. Compared are, each independent of the time and the machine:
+Shows that a change, such as a refactoring, changes nothing that a user sees. It compares, leaving out times and speeds:
 
-- both commands' --help, flag by flag, and what wrong commands answer: their one line, exit code, and order of complaints
+- the --help of both commands, flag by flag, and the error messages and exit codes of wrong commands
 - seeded training runs: the tensors and headers of every .safetensors file, metrics, pictures, checkpoints, run.yaml,
-  about.json, the model card, the page of the run, what W&B is told, and every line on stdout and stderr
-- what infer.py draws: pixels and PNG chunks, names of files, stdout and stderr
-- runs that --before began, cache and checkpoint, and that both sides resume
+  about.json, the model card, report.html, the records of W&B, and every line on stdout and stderr
+- pictures of infer.py: pixels, PNG chunks, names of files, stdout and stderr
+- runs that the earlier checkout began and both checkouts resume, from its checkpoint and its cache
 
-What a commit leaves is kept in --work_dir, so that comparing with it again costs only the other side. Exit code 0: all
-are equal; 1: one differs or fails; 2: there is nothing to compare with.
+The results of a commit are kept in --work_dir, so that comparing with it again only runs the other checkout. Exit code 0:
+everything is equal; 1: an item differs or fails; 2: a checkout or an item was not found.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def parse_args(argv=None):
     # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--before", required=True, metavar="REV_OR_FOLDER", help="what to compare with: a git revision, or a checkout")
-    add("--after", type=Path, default=ROOT, metavar="FOLDER", help="the other checkout (default: this one)")
-    add("--items", nargs="+", default=["*"], metavar="NAME", help=f"which items, * for any letters: {', '.join(items.all_items())} (default: all)")
-    add("--work_dir", type=Path, default=Path(tempfile.gettempdir(), "compare_checkouts"), help="folder for what is left")
-    add("--jobs", type=int, default=2, help="items at a time")
-    add("--words", type=Path, metavar="FILE", help="let text differ, and write what differs into this file; numbers, weights and pictures must be equal")
+    add("--before", required=True, metavar="REV_OR_FOLDER", help="the earlier checkout: a git revision, or a folder")
+    add("--after", type=Path, default=ROOT, metavar="FOLDER", help="the later checkout (default: this one)")
+    add("--items", nargs="+", default=["*"], metavar="NAME", help=f"items to compare, as names or patterns such as wrong_*: {', '.join(items.all_items())} (default: all)")
+    add("--work_dir", type=Path, default=Path(tempfile.gettempdir(), "compare_checkouts"), help="folder for the results")
+    add("--jobs", type=int, default=2, help="number of items that run at the same time")
+    add("--words", type=Path, metavar="FILE", help="accept differences of text, and list them in this file; numbers, weights and pictures must still be equal")
     # fmt: on
     return parser.parse_args(argv)
 
@@ -71,7 +71,7 @@ def open_before(name, temporary):
 
 
 def compare_item(item, before, after, given, work_dir):
-    """(`Difference`s of an item or None if it can't be made, what is told of it, the later checkout's folder)."""
+    """(the `Difference`s of an item or None if a command failed, a summary, the folder of the later checkout's results)."""
     folders, sides, times = [], [], []
     for side in (before, after):
         begun = folders[0] if item.begun_before and folders else None
@@ -81,20 +81,20 @@ def compare_item(item, before, after, given, work_dir):
             return None, f"FAILED {side.name}: {error}", None
         try:
             sides.append(read_item(item, folder, made))
-        except Exception as error:  # a changed checkout may have written files of any form
+        except Exception as error:  # a changed checkout may write files that the readers do not expect
             return None, f"FAILED {side.name}: {folder} can't be read ({type(error).__name__}: {error})", None
         folders.append(folder)
         times.append(f"{made['seconds']} s{' (kept)' if made['kept'] else ''}")
     return differences(*sides), f"{len(sides[0])} values ({', '.join(times)})", folders[1]
 
 
-def verdict(found, told, folder, words):
-    """(whether an item passes, what is said of it); with `words`, differences of text pass."""
+def verdict(found, summary, folder, words):
+    """(whether an item passes, the line to print); with `words`, an item passes if only its text differs."""
     if found is None:
-        return False, told
+        return False, summary
     failing = [one for one in found if not (words and one.lines)]
     if not failing:
-        return True, f"equal: {told}{f'; texts that differ: {len(found)}' if found else ''}"
+        return True, f"equal: {summary}{f'; texts that differ: {len(found)}' if found else ''}"
     (folder / "differences.txt").write_text("\n".join(map(str, failing)) + "\n", encoding="utf-8")
     more = f" (and {len(failing) - 1} more: {folder}/differences.txt)" if len(failing) > 1 else ""
     return False, f"DIFFERS: {failing[0]}{more}"
@@ -115,18 +115,18 @@ def main(argv=None):
         waiting = [pool.submit(compare_item, item, before, after, given, work_dir) for item in chosen]
         try:
             for item, done in zip(chosen, waiting):
-                found, told, folder = done.result()
-                passes, said = verdict(found, told, folder, args.words)
+                found, summary, folder = done.result()
+                passes, line = verdict(found, summary, folder, args.words)
                 passed.append(passes)
                 texts[item.name] = [one for one in found or () if one.lines]
-                print(f"{item.name:<20}{said}", flush=True)
+                print(f"{item.name:<20}{line}", flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if args.words:
         listed = list_of_words(texts)
         args.words.write_text(listed, encoding="utf-8")
-        print(f"what is worded differently: {args.words} (changes of numbers: {listed.count(NUMBERS_DIFFER)})")
+        print(f"list of the differences of text: {args.words} (changes of numbers: {listed.count(NUMBERS_DIFFER)})")
     return 0 if all(passed) else 1
 
 
@@ -137,5 +137,5 @@ if __name__ == "__main__":
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on, with what --before has finished", file=sys.stderr)
+        print("\ninterrupted: run the same command again to continue with the results that are kept", file=sys.stderr)
         sys.exit(130)

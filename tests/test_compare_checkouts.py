@@ -92,7 +92,7 @@ def test_with_words_text_may_differ_and_is_listed(checkout, compare, tmp_path):
     code, (line, last) = compare(a, b, "help", words=("--words", words))
     assert code == 0
     assert "texts that differ: 2" in line
-    assert last == f"what is worded differently: {words} (changes of numbers: 0)"
+    assert last == f"list of the differences of text: {words} (changes of numbers: 0)"
     assert words.read_text() == (
         "# help, train: help of --rank and 1 more\n- how large it is (default: 4)\n+ how wide it is (default: 4)\n"
     )
@@ -300,5 +300,5 @@ def test_the_help_of_argparse_is_read_whole():
     )
     found = texts.help_entries(done.stdout)
     assert found["flag --items"] == "--items NAME [NAME ...]"
-    assert found["help of --after"] == ("the other checkout (default: this one)",)
+    assert found["help of --after"] == ("the later checkout (default: this one)",)
     assert sum(key.startswith("flag") for key in found) == 7

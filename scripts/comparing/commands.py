@@ -1,4 +1,4 @@
-"""Runs the project's commands in a checkout, so that what they say and leave can be compared."""
+"""Runs the commands of a checkout and keeps what they print."""
 
 import os
 import shlex
@@ -10,38 +10,38 @@ import psutil
 
 
 TRAIN, INFER = "train_text_to_image_lora.py", "infer.py"
-PROGRAMS = {  # the first word of a line: what Python runs
+PROGRAMS = {  # {first word of a line: arguments of Python}
     "train": (TRAIN,),
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN),
     "infer": (INFER,),
 }
 TIMEOUT = 1800  # seconds for one command: processes that wait for each other would wait for half an hour each time
 ENVIRONMENT = {
-    # Sums are in one order only with one thread.
+    # With several threads, the order of sums and therefore the last bits would change.
     "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1",
 }  # fmt: skip
-# Variables that start so would change what a command does or says, and are not passed on.
+# Variables with these prefixes would change what a command does or prints, and are not passed on.
 NOT_PASSED_ON = ("ACCELERATE_", "COLUMNS", "HF_", "HUGGING_FACE_", "LOCAL_", "PYTHON", "RANK", "WANDB_", "WORLD_SIZE")
 
 
 class Failed(Exception):
-    """A checkout's part can't be made, or there is none; the message says why."""
+    """A command failed, or a checkout or an item does not exist; the message gives the reason."""
 
 
-def run(line, checkout, folder, number, values):
-    """Runs one line in a checkout and returns its exit code; leaves what it said in `folder/NUMBER.stdout` and `.stderr`.
+def run(line, checkout, folder, label, values):
+    """Runs one line in a checkout, writes its output to `folder/LABEL.stdout` and `LABEL.stderr`, and returns its exit code.
 
-    A line is written as for a shell: variables of the environment, a name of `PROGRAMS`, and flags, in all of which
-    $NAME stands for an entry of `values`. Raises `Failed` if the command does not end.
+    A line is written as for a shell: environment variables, a key of `PROGRAMS`, and flags. In each of them, $NAME stands
+    for an entry of `values`. Raises `Failed` if the command does not end.
     """
     words = [string.Template(word).substitute(values) for word in shlex.split(line)]
     position = next(i for i, word in enumerate(words) if word in PROGRAMS)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(NOT_PASSED_ON)} | ENVIRONMENT
     environment |= {"HF_HOME": f"{values['out']}/cache/huggingface"}
     environment |= dict(word.split("=", 1) for word in words[:position])
-    said = [folder / f"{number}.{name}" for name in ("stdout", "stderr")]
-    with open(said[0], "wb") as stdout, open(said[1], "wb") as stderr:
+    stderr_file = folder / f"{label}.stderr"
+    with open(folder / f"{label}.stdout", "wb") as stdout, open(stderr_file, "wb") as stderr:
         process = subprocess.Popen(
             [sys.executable, *PROGRAMS[words[position]], *words[position + 1 :]],
             cwd=checkout, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
@@ -49,7 +49,7 @@ def run(line, checkout, folder, number, values):
         try:
             return process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
-            raise Failed(f"no end after {TIMEOUT} s (see {said[1]})") from None
+            raise Failed(f"no end after {TIMEOUT} s (see {stderr_file})") from None
         finally:
             if process.poll() is None:
                 for member in [*psutil.Process(process.pid).children(recursive=True), process]:

@@ -1,4 +1,4 @@
-"""How two sides differ, in words that a person can act on."""
+"""Describes how the results of two checkouts differ."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ NUMBERS_DIFFER = "THE NUMBERS DIFFER"
 
 
 class Difference(NamedTuple):
-    """A place where two sides differ: how, in words, and the lines on both sides if it is text."""
+    """A value that differs: where it is, how it differs, and the lines of both sides if it is text."""
 
     where: str
     how: str
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
 
 def differences(before, after):
-    """The `Difference`s of two sides, as `reading.read_item` gives them, in the order of the earlier one."""
+    """The `Difference`s of two results of `reading.read_item`."""
     found = []
     for where in before | after:
         if where not in before or where not in after:
@@ -38,14 +38,14 @@ def differences(before, after):
 
 
 def difference(a, b):
-    """How two values differ, in words, or None: tensors are compared by their bits, all else by value and type."""
+    """A description of how two values differ, or None. Tensors are compared bit by bit, other values with their type."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"{tuple(a.shape)} {a.dtype} became {tuple(b.shape)} {b.dtype}"
         if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
             return None
         return f"differs by {(a.double() - b.double()).abs().max().item():.3g} at most"
-    # repr, so that nan equals nan and 1 is neither True nor 1.0
+    # repr, because nan must equal nan, and 1 must equal neither True nor 1.0
     if type(a) is type(b) and repr(a) == repr(b):
         return None
     if isinstance(a, Lines) and isinstance(b, Lines):
@@ -59,7 +59,7 @@ def difference(a, b):
 
 
 def shown(a, b, room=160):
-    """ "A became B", cut around the first place where long ones differ."""
+    """Says that a became b; long values are cut to the surroundings of their first difference."""
     a, b = repr(a), repr(b)
     start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     start = max(0, start - room // 2) if max(len(a), len(b)) > room else 0
@@ -70,16 +70,16 @@ def shown(a, b, room=160):
 
 
 def changes(a, b):
-    """(number of the line, old lines, new lines) of each place where two texts differ."""
+    """Yields (line number, old lines, new lines) for each place where two texts differ."""
     for kind, a_start, a_end, b_start, b_end in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind != "equal":
             yield a_start + 1, a[a_start:a_end], b[b_start:b_end]
 
 
 def list_of_words(found):
-    """The text of --words: each change of lines once, with the places that have it.
+    """The list of --words: each change of lines once, with one of the places where it occurs.
 
-    `found` is {item: its `Difference`s of text}. Changes of numbers are marked, as rewording is to change none.
+    `found` is {item: its `Difference`s of text}. Changes of numbers are marked, because new wording should not change them.
     """
     places = {}
     for item, each in found.items():

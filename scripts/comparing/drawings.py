@@ -1,6 +1,6 @@
-"""What `infer.py` draws: every way to draw, and every option behind a prompt, at few steps.
+"""The pictures of `infer.py` that are compared: every mode, sampler and prompt option, with few steps.
 
-Written as in `runs`; $drawing is the folder of LoRAs, pictures and prompts of `inputs.drawing_inputs`.
+The lines are written as in `runs`. $drawing is the folder with the files of `inputs.drawing_inputs`.
 """
 
 COMMON = "infer --pretrained_model_name_or_path models/mini-sd --num_inference_steps 4 --output_dir $out"
@@ -39,5 +39,5 @@ DRAWINGS = {
 
 
 def lines_of(name):
-    """The lines of an item, whole."""
+    """The complete lines of an item."""
     return [f"{COMMON} {flags}" for flags in DRAWINGS[name].split("&&")]

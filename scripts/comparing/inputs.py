@@ -1,4 +1,4 @@
-"""What the compared commands are given beside the checkout's own models/ and metadata/; always the same, made from code."""
+"""Inputs of the compared commands beside models/ and metadata/ of the checkout. They are made from code, always equally."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 RUN_FILE = "{rank: 6, use_rslora: true, random_flip: true, target_modules: [to_k], caption_template: 'a {class}'}"
-# Attentions of models/mini-sd that the LoRAs adapt, and the width of their layers; its prompts are 96 wide.
+# {attention of models/mini-sd that the LoRAs adapt: width of its layers}; the hidden states of prompts are 96 wide.
 UNET = {"down_blocks.0.attentions.0": 64, "mid_block.attentions.0": 128, "up_blocks.2.attentions.1": 64}
 PROMPTS = """# What the compared pictures show.
 a red axe on a blue background
@@ -27,7 +27,7 @@ def png(size, rng):
 
 
 def pictures():
-    """{name: bytes} of pictures, masks and captions in the layouts that metadata/ lacks."""
+    """{name: bytes} of pictures, masks and captions in the layouts that metadata/ does not have."""
     rng, files = np.random.default_rng(0), {"run.yaml": RUN_FILE.encode()}
 
     def add(name, size=(64, 64), caption=None, masked=False):
@@ -53,7 +53,7 @@ def pictures():
 
 
 def lora_weights(seed, *, text_encoder=False, prompt_width=96):
-    """{key: array} of a LoRA of models/mini-sd under diffusers' names: random, and strong enough to be seen."""
+    """{key: array} of a LoRA of models/mini-sd under diffusers' names: random, with a visible effect."""
     rng, weights, rank = np.random.default_rng(seed), {}, 2
 
     def add(name, out_features, in_features):
@@ -69,7 +69,7 @@ def lora_weights(seed, *, text_encoder=False, prompt_width=96):
 
 
 def kohya_weights(seed):
-    """The LoRA of `lora_weights` under kohya's names, at half its strength."""
+    """{key: array} of `lora_weights` under kohya's names, with an alpha of half the rank."""
     weights = {}
     for key, array in lora_weights(seed).items():
         module, _, leaf = key.removesuffix(".weight").rpartition(".")
@@ -80,7 +80,7 @@ def kohya_weights(seed):
 
 
 def safetensors(weights, header=None):
-    """The bytes of a .safetensors file of float32 arrays. The library's own writer puts headers in another order each time."""
+    """The bytes of a .safetensors file of float32 arrays. The library's writer orders headers differently each time."""
     described, start = {"__metadata__": header} if header else {}, 0
     for key, array in weights.items():
         described[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
@@ -115,7 +115,7 @@ def drawing_inputs():
 
 
 def broken_inputs():
-    """{name: bytes} of what the commands are to refuse."""
+    """{name: bytes} of files that the commands must refuse."""
     rng, good = np.random.default_rng(2), lora_weights(5)
     first, second, *_ = good
     picture = png((64, 64), rng)
@@ -160,7 +160,7 @@ def broken_inputs():
 
 
 def write(kind, files, work_dir):
-    """Writes the files {name: bytes} into a folder whose name tells their content, and returns the folder."""
+    """Writes the files {name: bytes} into a folder that is named after their hash, and returns the folder."""
     digest = hashlib.sha256(b"".join(name.encode() + data for name, data in files.items())).hexdigest()
     folder = work_dir / f"{kind}-{digest[:12]}"
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is compared: each item is some commands, which leave a folder for each checkout."""
+"""The items that are compared: commands that write one folder of results for each checkout."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from . import commands, drawings, inputs, mistakes, runs
 
 
 class Item(NamedTuple):
-    """Commands, `{label: line}` as `commands.run` takes them, that leave one folder."""
+    """Commands {label: line}, as `commands.run` takes them, whose results are kept in one folder."""
 
     name: str
     lines: dict
-    may_fail: bool = False  # wrong commands: each has an output folder of its own
-    begun_before: bool = False  # the earlier checkout runs the first command for both sides
+    may_fail: bool = False  # wrong commands: each has its own output folder
+    begun_before: bool = False  # the first command is run by the earlier checkout for both
 
 
 class Side(NamedTuple):
-    """One of the two checkouts; without a commit, nothing of it is kept."""
+    """One of the two checkouts. Its results are kept if it has a commit."""
 
     name: str  # "before" or "after"
     checkout: object  # Path
@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
 
 def all_items():
-    """{name: `Item`}, in the order in which they are reported: the quick ones first."""
+    """{name: `Item`}, the quick ones first."""
     found = [Item("help", {program: f"COLUMNS=1000 {program} --help" for program in ("train", "infer")})]
     found += [Item(name, mistakes.lines_of(name), may_fail=True) for name in mistakes.MISTAKES]
     found += [Item(name, numbered(drawings.lines_of(name))) for name in drawings.DRAWINGS]
@@ -45,13 +45,13 @@ def numbered(lines):
 
 
 def make_inputs(work_dir):
-    """{name in a line: folder} of what the commands are given."""
+    """Writes the inputs of the commands; returns {name in a line: folder}."""
     kinds = {"data": inputs.pictures(), "drawing": inputs.drawing_inputs(), "broken": inputs.broken_inputs()}
     return {kind: inputs.write(kind, files, work_dir) for kind, files in kinds.items()}
 
 
 def folder_of(item, side, given, work_dir):
-    """Where a side's part of an item lies; its name tells all that the content depends on, if the side has a commit."""
+    """The folder for the results of an item. For a side with a commit, its name is a hash of all that they depend on."""
     used = {name: str(path) for name, path in given.items() if any(f"${name}" in line for line in item.lines.values())}
     versions = [version(package) for package in ("torch", "diffusers", "transformers", "peft")]
     lines = {label: line.split() for label, line in item.lines.items()}
@@ -60,12 +60,12 @@ def folder_of(item, side, given, work_dir):
 
 
 def make(item, side, given, work_dir, begun=None):
-    """Makes a side's part of an item, if it isn't kept; returns its folder and what `made.json` there says.
+    """Runs the commands of an item unless their results are kept; returns the folder of the results and its `made.json`.
 
-    `begun` is the folder of the earlier checkout's part, from which an item that is `begun_before` starts.
+    `begun` is the folder of the earlier checkout's results, from which the later one resumes an item with `begun_before`.
     """
     folder = folder_of(item, side, given, work_dir)
-    with FileLock(f"{folder}.lock"):  # of two calls at the same time, one waits for what the other makes
+    with FileLock(f"{folder}.lock"):  # a second call waits for the results of the first
         if side.commit and (folder / "made.json").is_file():
             return folder, json.loads((folder / "made.json").read_text()) | {"kept": True}
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,9 +79,9 @@ def make(item, side, given, work_dir, begun=None):
             values = {"out": out} | given
             codes[label] = commands.run(item.lines[label], side.checkout, folder, label, values)
             if codes[label] and not item.may_fail:
-                said = (folder / f"{label}.stderr").read_text(errors="replace")
-                said = re.sub(r"(?s)\n[^\n]*torch/distributed/elastic/.*", "", said).strip()
-                raise commands.Failed(f"{(said or 'it said nothing').splitlines()[-1]} (see {folder})")
+                error = (folder / f"{label}.stderr").read_text(errors="replace")
+                error = re.sub(r"(?s)\n[^\n]*torch/distributed/elastic/.*", "", error).strip()
+                raise commands.Failed(f"{(error or 'no error message').splitlines()[-1]} (see {folder})")
             if item.begun_before and begun is None and label == labels[0]:
                 shutil.copytree(folder / "out", folder / "begun")
         made = {"seconds": round(time.time() - started), "checkout": str(side.checkout), "codes": codes}

@@ -1,7 +1,7 @@
-"""Wrong commands: what they say, their exit codes, and that they leave nothing.
+"""Wrong commands, of which the error message, the exit code and the written files are compared.
 
-Most of them are refused within a second. `$train` and `$infer` stand for the beginning of a right command, `$broken` and
-`$drawing` for the folders that `inputs` makes, `$out` for an output folder of the command's own.
+Most of them fail within a second. $train and $infer stand for the beginning of a valid command, $data, $drawing and
+$broken for the folders with the files of `inputs`, and $out for an output folder of the command's own.
 """
 
 BEGINNINGS = {
@@ -93,7 +93,7 @@ MISTAKES = {
         "output_dir": "$train --output_dir $broken/file/run",
         "preview_folder": "$train --preview_data $broken/folder.png",
     },
-    # These need torch, and seconds.
+    # These import torch first, which takes seconds.
     "wrong_runs": {
         "fp16": "$train --mixed_precision fp16",
         "compiled_graphs": "$train --compile graphs",
@@ -108,7 +108,7 @@ MISTAKES = {
         "lora_of_other_layers": "$train --lora_weights $drawing/axe",
         "dry_run_of_damaged": "$train --train_data_dir $broken/damaged --dry_run",
     },
-    # The order of complaints.
+    # Commands with two mistakes each, of which one is reported: the order of the checks.
     "two_mistakes": {
         "model_and_data": "train --train_data_dir a --dataset_name b",
         "flag_and_model": "train --rankk 4",
@@ -186,7 +186,7 @@ MISTAKES = {
 
 
 def lines_of(group):
-    """{label: line} of a group of wrong commands, whole."""
+    """{label: complete line} of a group of wrong commands."""
     lines = {}
     for label, line in MISTAKES[group].items():
         for name, beginning in BEGINNINGS.items():

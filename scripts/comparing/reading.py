@@ -1,6 +1,6 @@
-"""Reads what a side of an item left, as {where: value}: tensors by their bits, text as `Lines`, all else as plain values.
+"""Reads the results of an item as {where: value}: tensors, text as `Lines`, and everything else as plain values.
 
-What tells the time, the machine or the disk is left out here, and nowhere else.
+Values that depend on the time or the machine are left out here; `texts` does the same for text.
 """
 
 import json
@@ -17,22 +17,22 @@ from .texts import Lines
 from .wandb_record import history_of, read_wandb
 
 
-# Keys whose values are other ones each time: speed and memory; when a run began, and the name of its tracker's run;
-# the machine's system and Python, and the commit, which only a checkout with a .git folder knows.
+# Keys that are left out: speed and memory, the start time of a run and the random id of its tracker, the system and its
+# Python, and the commit, which is unknown in a checkout that was unpacked from an archive.
 OF_METRICS = r"images_per_second|peak_memory_gib"
 OF_HEADERS = r"ss_training_started_at|modelspec\.date"
 OF_STATES = r"state\.(started_at|tracker_run_id)"
 OF_ABOUT = r"machine\.(system|python)|versions\.commit"
-# infer.py writes into each picture what its last bits depend on: the versions of libraries, the CPU, its threads.
+# The versions and the CPU that infer.py writes into each picture, because its last bits depend on them.
 OF_PICTURES = r"diffusers_version|repeat\.machine\..*"
-# W&B's own clock and its names of files, and what is left out of about.json.
+# The clock and the file names of W&B, and what is left out of about.json.
 OF_TRACKERS = r"(step \d+ )?(_\w+|(.+\.)?(sha256|size|path|\w*artifact_path|filenames(\[\d+\])?))"
 OF_TRACKERS += rf"|step \d+ ({OF_METRICS})|config (machine/(system|python)|versions/commit|_wandb\..*)"
-PROSE = r".*(notes|reason)(\[\d+\])?|modelspec\.usage_hint"  # values that are sentences
+PROSE = r".*(notes|reason)(\[\d+\])?|modelspec\.usage_hint"  # values that are sentences, which --words accepts
 
 
 def read_item(item, folder, made):
-    """{where: value} of a folder that `items.make` made: what decides comes first, and what the commands said last."""
+    """{where: value} of a folder of `items.make`: exit codes and files first, the output of the commands last."""
     names, found, streams = texts.Names(folder, made["checkout"]), {}, {}
     labels = [label for label in item.lines if not item.begun_before or label != next(iter(item.lines))]
     for label in labels:
@@ -42,14 +42,14 @@ def read_item(item, folder, made):
             if item.name == "help" and stream == "stdout":
                 streams |= {f"{label}: {key}": value for key, value in texts.help_entries(text).items()}
             else:
-                streams[f"{stream} of {label}"] = texts.said(text, names)
+                streams[f"{stream} of {label}"] = texts.output(text, names)
     out = folder / "out"
     paths = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
-    # The metrics first, as they tell where a difference begins.
+    # The metrics first, because they show at which step a difference begins.
     files = sorted(filter(is_compared, paths), key=lambda path: (path.suffix != ".jsonl", path))
     found["files"] = [names(path.as_posix()) for path in files]
     for path in files:
-        if "cache" not in path.parts:  # a cached file's name tells its content
+        if "cache" not in path.parts:  # the name of a cached file is a hash of its content
             found |= {f"{path}: {key}": value for key, value in read_file(out / path, names).items()}
     for run in out.rglob("offline-run-*"):
         found |= {f"wandb: {key}": value for key, value in read_tracker(run, names).items()}
@@ -57,8 +57,8 @@ def read_item(item, folder, made):
 
 
 def is_compared(path):
-    """Whether a file's path, below the folder that it was written to, is to be there on both sides."""
-    if "wandb" in path.parts:  # the names of its folders hold the time; `read_tracker` reads what is in them
+    """Whether the file with this relative path must exist on both sides."""
+    if "wandb" in path.parts:  # folders named after the time, see `read_tracker`
         return False
     return "cache" not in path.parts or bool({"latents", "prompts"} & {*path.parts})
 
@@ -79,7 +79,7 @@ def read_file(path, names):
     if path.suffix == ".jsonl":
         rows = {f"row {i}": json.loads(line) for i, line in enumerate(text.splitlines())}
         return plain(rows, names, rf".*\.({OF_METRICS})")
-    if path.name == "manifest.json":  # sizes and hashes of files that are compared themselves
+    if path.name == "manifest.json":  # hashes of files that are compared themselves
         return {"names": sorted(json.loads(text))}
     if path.name == "about.json":
         about = json.loads(text)
@@ -97,7 +97,7 @@ def read_file(path, names):
 
 
 def read_tracker(run, names):
-    """{key: value} of W&B's offline run: its settings, what its charts are drawn from, and how they are drawn."""
+    """{key: value} of an offline run of W&B: its configuration, the history of its metrics, and how they are summarised."""
     records, found = read_wandb(run), {}
     for record in records:
         kind = record.WhichOneof("record_type")
@@ -114,7 +114,7 @@ def read_tracker(run, names):
 
 
 def plain(value, names, left_out=r"(?!)"):
-    """{key: leaf} of nested dicts and lists, with dots between their keys; those that match `left_out` are left out."""
+    """Flattens nested dicts and lists to {key: leaf}, without the keys that match `left_out`."""
     found = {}
 
     def walk(key, value):

@@ -1,7 +1,7 @@
-"""The training runs that are compared: short, on the embedded base, and together most of what the flags can do.
+"""The training runs that are compared: short runs of the embedded base, which together use most of the flags.
 
-Each run is written as for a shell, see `commands.run`: $data is the folder that is made of `inputs.pictures`, $out the
-run's own output folder, and after && comes a second command.
+The lines are written as for a shell, see `commands.run`. $data is the folder with the files of `inputs.pictures`, and $out
+the output folder of the run. && separates two commands that share this folder.
 """
 
 COMMON = """train --pretrained_model_name_or_path models/mini-sd --resolution 128 --seed 7 --rank 4 --learning_rate 2e-3
@@ -66,8 +66,8 @@ RUNS = {
         --validation_split 0.2 --preview_data $out/preview.png && --train_data_dir $data/tags $data/kohya --dry_run
         --output_dir $out/tags --mixed_precision bf16 --shuffle_tags --train_text_encoder --gradient_checkpointing""",
 }
-# The first command of these runs is run by the earlier checkout alone. Both sides then resume it from a copy, cache and
-# all: checkpoints and caches that were written before a change must be good after it.
+# The first command of these runs is run by the earlier checkout only. Both checkouts then resume from a copy of its output
+# folder, including the cache: checkpoints and caches that were written before a change must still be usable after it.
 RESUMED = {
     "begun_before": """--train_data_dir metadata/weapons --max_train_samples 12 --random_flip --max_train_steps 6
         && --train_data_dir metadata/weapons --max_train_samples 12 --random_flip --max_train_steps 10""",
@@ -79,6 +79,6 @@ RESUMED = {
 
 
 def lines_of(name):
-    """The lines of a training run, whole."""
+    """The complete lines of a training run."""
     program = COMMON.replace("train", "torchrun", 1) if name == "two_processes" else COMMON
     return [f"{program} {flags}" for flags in (RUNS | RESUMED)[name].split("&&")]

@@ -1,4 +1,4 @@
-"""Text that commands print and write, without what differs each time: paths of this run, times, and progress bars."""
+"""Text that commands print and write, without what differs in each run: paths, times, and progress bars."""
 
 import html
 import re
@@ -6,31 +6,31 @@ import shlex
 
 
 class Lines(tuple):
-    """Lines of text: what --words lets change."""
+    """Lines of text, which --words accepts to differ."""
 
 
 BAR = re.compile(r"(.*?): +\d+%\|[^|]*\| *([\d.]+\w?/[\d.]+\w?) \[")
 CHANGING = {  # pattern: what stands for it
     r"\x1b\[[0-9;]*[A-Za-z]": "",  # colours
     r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?(\+\d\d:\d\d)?)?": "DATE",
-    # Times and speeds, the most memory that a process has taken, and what a disk has left.
+    # Times and speeds, the peak memory of a process, and the free space of a disk.
     r"\b[\d.]+(e[+-]\d+)? (h \d+ min|h|min|s)\b(?!/)": "TIME",
     r"\b[\d.]+(e[+-]\d+)? (images/s|it/s|s/it)": "SPEED",
     r"at most [\d.]+ [KMGT]iB of memory so far": "at most SOME of memory so far",
     r"\b[\d.]+ [KMGT]iB (are|is) free": r"SOME \1 free",
-    # A step that other programs have slowed down is told of.
+    # A note about steps that other programs slowed down.
     r"(?m)^since step \d+ a step takes .*\n": "",
     r"offline-run-\d+_\d+-\w+": "offline-run-NAME",  # W&B's folder
-    # torchrun's own lines begin with the date, the time and a process.
+    # The prefix of log lines of torchrun.
     r"(?m)^[WEI]\d{4} \d\d:\d\d:\d\d\.\d+ \d+ ": "",
 }
 
 
 class Names:
-    """Replaces the paths of one side's folder and checkout by names that are the same on both sides."""
+    """Replaces the folder of results and the checkout in paths by names that are equal on both sides."""
 
     def __init__(self, folder, checkout):
-        # The folder may be written from the home folder or from the working directory: only its own name is certain.
+        # The path of the folder may be relative to the home folder or to the working directory.
         self.patterns = {
             re.compile(rf"(?:[\w.-]*/|~/)*{re.escape(folder.name)}"): "$item",
             re.compile(rf"{re.escape(str(checkout))}(?![\w-])"): "$checkout",
@@ -43,14 +43,14 @@ class Names:
 
 
 def without_times(text):
-    """Text without what differs each time."""
+    """The text without times, speeds and memory."""
     for pattern, name in CHANGING.items():
         text = re.sub(pattern, name, text)
     return text
 
 
-def said(text, names):
-    """What a command printed, as `Lines`; of a progress bar only its title and its last count are left."""
+def output(text, names):
+    """The output of a command as `Lines`; a progress bar is reduced to its title and its last count."""
     lines, text = [], without_times(names(text))
     for line in filter(None, (line.rstrip() for line in re.split(r"[\r\n]+", text))):
         if bar := BAR.match(line):
@@ -63,14 +63,14 @@ def said(text, names):
 
 
 def in_order(line):
-    """The line, with its settings sorted where a message lists those in which two runs differ: in the order of --help."""
+    """The line; a message that lists the settings in which two runs differ has them sorted, not in the order of --help."""
     start, found, rest = line.partition("belongs to another run (")
     settings, _, end = rest.partition(")")
     return f"{start}{found}{'; '.join(sorted(settings.split('; ')))}){end}" if found else line
 
 
 def sorted_command(command):
-    """A command line with its flags, each with its values, sorted: the order of --help may change."""
+    """A command line with its flags sorted, because the order of --help may change."""
     groups = [[]]
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -80,13 +80,13 @@ def sorted_command(command):
 
 
 def model_card(text):
-    """A README.md as `Lines`; the rows of its tables, which stand in the order of --help, are sorted."""
+    """A README.md as `Lines`, with the rows of its tables sorted, because the order of --help may change."""
     rows = sorted(line for line in text.splitlines() if line.startswith("| "))
     return Lines([line for line in text.splitlines() if not line.startswith("| ")] + rows)
 
 
 def page(text):
-    """What a reader sees of an HTML page, as sorted `Lines`; without scripts, styles and pictures."""
+    """The visible text of an HTML page as sorted `Lines`."""
     text = re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
     nodes = (" ".join(html.unescape(node).split()) for node in re.split(r"<[^>]*>", without_times(text)))
     commands = ("accelerate launch", "ACCELERATE_USE_CPU")
@@ -94,25 +94,25 @@ def page(text):
 
 
 def help_entries(text):
-    """{"flag --NAME", "help of --NAME", "description" or "usage": ...} of what --help printed.
+    """{"flag --NAME", "help of --NAME", "description" or "usage": ...} of the output of --help.
 
-    Independent of the groups of flags, of their order, and of where lines are wrapped.
+    It does not depend on groups, on the order of flags, and on line breaks.
     """
     usage, *paragraphs = re.split(r"\n\s*\n", text.strip())
     parts = re.findall(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]|[^\s\[\]]+", " ".join(usage.split()))
     found, described = {}, []
     for paragraph in paragraphs:
         blocks = re.split(r"\n(?=  -)", f"\n{paragraph}")
-        # What stands before the flags of a group is its title or what is said of it; elsewhere it is of the command.
+        # Text before the flags of a group is its title or its description; other paragraphs describe the command.
         if not re.match(r"\n(\S.*:$|  )", blocks[0], re.MULTILINE):
             described.append(joined(blocks[0]))
         for block in blocks[1:]:
-            call, _, told = re.sub(r"\s{2,}", "\n", block.strip()).partition("\n")
+            call, _, described_as = re.sub(r"\s{2,}", "\n", block.strip()).partition("\n")
             name = next(word for word in re.split(r"[ ,]+", call) if word.startswith("--"))
-            found |= {f"flag {name}": joined(call), f"help of {name}": Lines([joined(told)])}
+            found |= {f"flag {name}": joined(call), f"help of {name}": Lines([joined(described_as)])}
     return found | {"description": Lines(described), "usage": sorted(parts)}
 
 
 def joined(text):
-    """Wrapped text in one line; argparse wraps behind hyphens too."""
+    """Wrapped text in one line; argparse also wraps after hyphens."""
     return re.sub(r"(?<=\w)-\s+(?=\w)", "-", " ".join(text.split()))
