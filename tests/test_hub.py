@@ -11,6 +11,7 @@ import pytest
 import torch
 import wandb
 import yaml
+from comparing.wandb_record import read_wandb
 from conftest import read_lora, read_metrics, read_records, run_command, write_pictures
 from loopback_hub import (
     FailingHub,
@@ -23,7 +24,6 @@ from loopback_hub import (
     taken_for_the_hub,
     uploaded,
 )
-from wandb_record import read_wandb
 
 from text_to_image_lora import files
 from text_to_image_lora.errors import InputError, TrainingError

@@ -1,4 +1,4 @@
-"""Reads what W&B keeps of an offline run, for the tests that look at what was reported."""
+"""Reads what W&B keeps of an offline run, as the tests of what is reported do too."""
 
 import json
 import struct
