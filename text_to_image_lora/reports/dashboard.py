@@ -67,12 +67,8 @@ def log_pictures(
     for p, prompt in enumerate(prompts):
         tasks = sorted(task for task in images if task[0] == p)
         samples = [LoggedSample(task[1], seeds[task], base.get(task), images[task]) for task in tasks]
-        name = panel_name(p, prompt)
-        for_each_dashboard(accelerator, functools.partial(_show, name, prompt, samples, step))
-
-
-def _show(name, prompt, samples, step, dashboard):
-    dashboard.show_pictures(name, prompt, samples, step)
+        shown = (panel_name(p, prompt), prompt, samples, step)
+        for_each_dashboard(accelerator, lambda dashboard, shown=shown: dashboard.show_pictures(*shown))
 
 
 def panel_name(place: int, prompt: str) -> str:
