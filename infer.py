@@ -43,7 +43,7 @@ from text_to_image_lora import log
 from text_to_image_lora.drawing import settings as groups
 from text_to_image_lora.drawing.parser import DrawingParser
 from text_to_image_lora.errors import InputError, TrainingError
-from text_to_image_lora.libraries import hidden, quiet_libraries, set_num_threads
+from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
 
 
 logger = logging.getLogger("text_to_image_lora.infer")
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
     try:
-        with hidden(
+        with hide_modules(
             "bitsandbytes"
         ):  # diffusers and peft would import it wherever it is installed, which takes a second
             run([*(sys.argv[1:] if argv is None else argv)])

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
-from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, opened
-from ..models.families import FAMILIES, families_of
+from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
+from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
 from . import settings
 from .rows import Lora
@@ -82,7 +82,7 @@ def hub_path(flag: str, name: str, file: str, revision: str | None = None) -> Pa
 def read_header(flag: str, path: Path) -> Header:
     """The header of a safetensors file; `InputError` for a file that is cut short."""
     try:
-        with opened(path, "np") as file:
+        with open_safetensors(path, "np") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return Header(shapes, file.metadata() or {})
     except InputError as error:
@@ -129,7 +129,7 @@ def _check_pipeline(flag, folder):
     except (OSError, ValueError, KeyError) as error:
         reason = "holds no readable model_index.json. Pass the folder of a whole pipeline."
         raise InputError(f"{flag} {folder} {reason}") from error
-    if not families_of(class_name):
+    if not families_with_pipeline(class_name):
         known = " and ".join(dict.fromkeys(family.pipeline for family in FAMILIES))
         raise InputError(f"{flag} {folder} is a {class_name}; this script draws with {known}.")
 

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from ..errors import InputError
-from ..models.dialects import likely_dialect, place_of
+from ..models.dialects import likely_dialect, parse_key
 from ..models.families import family_by_width
 from .find import ControlNet
 from .rows import Lora
@@ -50,7 +50,7 @@ def check_lora_fits(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> Non
     factors, unmatched = {}, []  # {layer: input and output features}
     for match in filter(None, map(FACTOR.fullmatch, lora.shapes)):
         key, shape = match[0], lora.shapes[match[0]]
-        place = place_of(key, dialect)
+        place = parse_key(key, dialect)
         layer = None if place is None else _layer(f"{place[0]}.{place[1]}")
         axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
         weight = weights.get(layer)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..command_line import values_of
+from ..command_line import flag_values
 from ..errors import InputError
 from .find import find_checkpoints
 from .prompts import Prompt, read_prompts
@@ -161,7 +161,7 @@ def grid_of(settings: Any, prompts: Sequence[Prompt], loras: Sequence[Lora]) -> 
         "strength": axis_cells("strength", strengths),
     }
     axes = read_grid(settings.grids.grid or (), by_flags, settings.model.lora_scale)
-    check_axes(axes, prompts, loras, {name for name, value in values_of(settings).items() if value is not None})
+    check_axes(axes, prompts, loras, {name for name, value in flag_values(settings).items() if value is not None})
     with_loras = row_of_loras(loras) if settings.grids.compare_base else None
     return arrange(axes, prompts, pictures.num_images, strengths, with_loras)
 

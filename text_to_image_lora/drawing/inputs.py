@@ -3,7 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
-from ..command_line import values_of
+from ..command_line import flag_values
 from ..models.samplers import NO_ZERO_SNR
 from .as_trained import settle
 from .find import check_folders, find_base, find_controlnet, find_loras, find_pictures, vae_channels
@@ -39,7 +39,7 @@ def find_inputs(settings: Any) -> Inputs:
     grid = grid_of(settings, prompts, loras)
 
     # What each picture has, unless its prompt or its place in the grid says otherwise.
-    values, strengths = values_of(settings), settings.from_pictures.strengths
+    values, strengths = flag_values(settings), settings.from_pictures.strengths
     like = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
     like = like._replace(loras=loras, strength=strengths[0] if strengths else None)
     drawings = plan(like, grid)

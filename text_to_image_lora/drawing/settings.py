@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import fields_of, flag, values_of
+from ..command_line import iterate_flags, flag, flag_values
 from ..errors import InputError
 from ..models.samplers import SAMPLERS
 from .rows import AXES, SETTINGS, number, sampler_name
@@ -58,8 +58,8 @@ class Pictures:
             raise InputError("--prompt is missing: what to draw.")
         if self.prompt and any(word.startswith("prompt=") for word in settings.grids.grid or ()):
             raise InputError("--prompt and prompt= in --grid are both given. Leave one out, or write prompt alone in --grid.")
-        given = values_of(settings)
-        defaults = {field.name: field.default for field, _ in fields_of(settings)}
+        given = flag_values(settings)
+        defaults = {field.name: field.default for field, _ in iterate_flags(settings)}
         with_lora = given["lora"] is not None or "checkpoint" in axes
         for name, row in SETTINGS.items():
             there = with_lora if row.needs == "lora" else row.needs is None or given[row.needs] is not None
