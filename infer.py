@@ -38,12 +38,16 @@ import logging
 import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from text_to_image_lora import log
+from text_to_image_lora.command_line import values_of
 from text_to_image_lora.drawing import settings as groups
-from text_to_image_lora.drawing.parser import DrawingParser
+from text_to_image_lora.drawing.rows import SETTINGS, Drawing
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.libraries import hidden, quiet_libraries, set_num_threads
+from text_to_image_lora.models.samplers import NO_ZERO_SNR
 
 
 logger = logging.getLogger("text_to_image_lora.infer")
@@ -61,47 +65,155 @@ class Settings:
     output: groups.Output
 
 
-def build_parser() -> DrawingParser:
-    return DrawingParser(Settings, prog="infer.py", description=__doc__.splitlines()[0])
+class Inputs(NamedTuple):
+    """What is drawn with what, as far as it is known before a model is loaded."""
+
+    job: Any  # a `pipeline.Job`
+    grid: Any  # a `grids.Grid`
+    drawings: list[Drawing]
+
+
+class Session(NamedTuple):
+    """What a run draws."""
+
+    drawings: list[Drawing]
+    kept: range  # the numbers of those that are written
+    batch_size: int
+
+
+def build_parser() -> groups.DrawingParser:
+    return groups.DrawingParser(Settings, prog="infer.py", description=__doc__.splitlines()[0])
+
+
+def find_inputs(settings: Settings) -> Inputs:
+    """Finds all that the flags name; raises `InputError` for what can't be drawn, in seconds and without torch."""
+    from text_to_image_lora.drawing import as_trained, find, fits, grids
+    from text_to_image_lora.drawing.pipeline import Job
+    from text_to_image_lora.drawing.prompts import read_prompts
+
+    model, pictures = settings.model, settings.pictures
+    find.check_folders(settings.output)
+    prompts = read_prompts("--prompt", pictures.prompt or ())
+    base = find.find_base(model)
+    loras = find.find_loras(model)
+    controlnet = find.find_controlnet(model.controlnet) if model.controlnet else None
+    if controlnet:
+        fits.check_controlnet_fits(controlnet, base.unet_config)
+    given = find.find_pictures(settings.from_pictures)
+    grid = grids.grid_of(settings, prompts, loras)
+
+    # What each picture has, unless its prompt or its place in the grid says otherwise.
+    values, strengths = values_of(settings), settings.from_pictures.strengths
+    like = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
+    like = like._replace(loras=loras, strength=strengths[0] if strengths else None)
+    drawings = grids.plan(like, grid)
+
+    checkpoints = {drawing.checkpoint.adapter: drawing.checkpoint for drawing in drawings if drawing.checkpoint}
+    loras += tuple(checkpoints.values())
+    awkward = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
+    scheduler = awkward[0] if awkward else pictures.scheduler
+    trained, notes = as_trained.settle(loras, base, scheduler, clip_skip=pictures.clip_skip, vae=model.vae)
+    clip_skip = trained.clip_skip or 0
+    if base.shapes:
+        fits.check_fits(base.shapes, loras, clip_skip, trained.vae and find.vae_channels(trained.vae))
+    for note in notes:
+        logger.warning(note)
+    drawings = [drawing._replace(clip_skip=clip_skip) for drawing in drawings]
+    return Inputs(Job(base, loras, trained, controlnet, given), grid, drawings)
+
+
+def plan_session(settings: Settings, drawings: list[Drawing], source: Any) -> Session:
+    """The `Session` of the drawings.
+
+    What is drawn at once decides the last bits of a picture: so, to draw the picture of --from_png again, copies of it
+    fill the batch that it was drawn in.
+    """
+    from text_to_image_lora.drawing import png
+
+    path, wanted = settings.from_pictures.from_png, settings.machine.batch_size
+    session = Session(drawings, range(len(drawings)), wanted or groups.BATCH_SIZE)
+    if path is None:
+        return session
+    stored = png.read_repeat(path)
+    now = png.repeat_of(drawings[0], source, stored.batch)
+    png.warn_of_differences(path, stored, now)
+    size, place = stored.batch
+    alike = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
+    if settings.grids.grid or len(drawings) > 1 or not alike or wanted not in (None, size):
+        return session
+    return Session([drawings[0]._replace(stem=path.stem)] * size, range(place, place + 1), size)
+
+
+def save_pictures(studio: Any, session: Session, source: Any, output_dir: Path) -> list[Any]:
+    """Draws the pictures and writes them as they are done; returns them in the order of the drawings."""
+    from text_to_image_lora.drawing.draw import draw
+    from text_to_image_lora.drawing.png import describe, save_png
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"can't be made: {error.strerror}. Name another folder."
+        raise InputError(f"--output_dir {output_dir} {reason}") from error
+    names, images = {}, {}
+    for drawn in draw(studio, session.drawings, session.batch_size):
+        if drawn.index in session.kept:
+            drawing = session.drawings[drawn.index]
+            path = save_png(drawn.image, output_dir / f"{drawing.stem}.png", describe(drawing, drawn, source))
+            names[drawn.index], images[drawn.index] = path.name, drawn.image
+    first, last = names[session.kept[0]], names[session.kept[-1]]
+    told = first if len(names) == 1 else f"{len(names)} pictures, {first} to {last}"
+    logger.info("%s: %s", output_dir, told)
+    return [images[i] for i in session.kept]
+
+
+def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[Any], command: str) -> None:
+    """Writes what a ControlNet held to, and the sheets of a grid, each with the command that drew it."""
+    from text_to_image_lora.drawing.draw import fitted
+    from text_to_image_lora.drawing.grids import sheets_of
+    from text_to_image_lora.drawing.png import save_png
+
+    start, output_dir = settings.from_pictures, settings.output.output_dir
+    shown = fitted(studio.given, *images[0].size)
+    if studio.given.canny:
+        logger.info("%s: what the ControlNet held to", save_png(shown.control_image, output_dir / "edges.png", {}))
+    if inputs.grid.name is None:
+        return
+    names = {"image": start.image, "control_image": start.control_image or start.image}
+    given = [(path.name, getattr(shown, name)) for name, path in names.items() if getattr(shown, name)]
+    what = "base above LoRA" if settings.grids.compare_base else "the grid"
+    model = settings.model.pretrained_model_name_or_path
+    for sheet in sheets_of(inputs.grid, inputs.drawings, images, given):
+        prompt = " | ".join(dict.fromkeys(drawing.prompt for drawing in sheet.drawings))
+        chunks = {"prompt": prompt, "pretrained_model_name_or_path": model, "command": command}
+        logger.info("%s: %s", save_png(sheet.image, output_dir / sheet.name, chunks), what)
 
 
 def run(argv: list[str]) -> None:
     """Finds what the flags name, opens the models, draws, and saves."""
     settings = build_parser().settings(argv)
-    # Here, so that --help takes no longer than it must; torch comes with `choose_device`.
-    from text_to_image_lora.drawing.draw import sized, warn_of_cut_prompts
-    from text_to_image_lora.drawing.inputs import find_inputs
-    from text_to_image_lora.drawing.merged import save_merged
-    from text_to_image_lora.drawing.pipeline import choose_device, open_studio
-    from text_to_image_lora.drawing.png import source_of
-    from text_to_image_lora.drawing.save import save_pictures, save_sheets
-
-    inputs = find_inputs(settings)
     machine, output = settings.machine, settings.output
+    inputs = find_inputs(settings)
+
+    from text_to_image_lora.drawing import draw, pipeline, png
 
     precision = machine.mixed_precision or ("no" if output.save_merged else None)
-    device, dtype = choose_device(machine.device, precision)
+    device, dtype = pipeline.choose_device(machine.device, precision)
     if device == "cpu":
         set_num_threads(machine.num_cpu_threads)
-    studio = open_studio(inputs.job, machine, device, dtype)
+    studio = pipeline.open_studio(inputs.job, machine, device, dtype)
 
-    warn_of_cut_prompts(studio, inputs.drawings)
+    draw.warn_of_cut_prompts(studio, inputs.drawings)
     if inputs.drawings:
-        try:
-            output.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"can't be made: {error.strerror}. Name another folder."
-            raise InputError(f"--output_dir {output.output_dir} {reason}") from error
-        drawings, vae = sized(studio, inputs.drawings), inputs.job.as_trained.vae
-        source = source_of(
-            settings.model, settings.from_pictures, vae=vae, dtype=dtype, device=device, compiled=machine.compile
-        )
-        images = save_pictures(settings, studio, drawings, source)
-        if inputs.grid.name:
-            save_sheets(settings, studio, inputs.grid, drawings, images, shlex.join(["infer.py", *argv]))
+        source = png.source_of(
+            settings.model, settings.from_pictures,
+            vae=inputs.job.as_trained.vae, dtype=dtype, device=device, compiled=machine.compile,
+        )  # fmt: skip
+        session = plan_session(settings, draw.sized(studio, inputs.drawings), source)
+        images = save_pictures(studio, session, source, output.output_dir)
+        save_sheets(settings, studio, inputs, images, shlex.join(["infer.py", *argv]))
     if output.save_merged:
         count = len(settings.model.lora)  # behind these stand the checkpoints of a grid
-        save_merged(studio, inputs.job.loras[:count], output.save_merged)
+        pipeline.save_merged(studio, inputs.job.loras[:count], output.save_merged)
         loras = "LoRAs" if count > 1 else "LoRA"
         logger.info("%s: the base model with the %s merged into it", output.save_merged, loras)
 
@@ -111,9 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
     try:
-        with hidden(
-            "bitsandbytes"
-        ):  # diffusers and peft would import it wherever it is installed, which takes a second
+        with hidden("bitsandbytes"):  # which diffusers and peft would import, for a second, wherever it is installed
             run([*(sys.argv[1:] if argv is None else argv)])
     except (InputError, TrainingError) as error:
         print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image, ImageChops, ImageDraw
 
 import infer
+from text_to_image_lora.drawing import pipeline
 
 
 PROMPT = "a red axe on a blue background"
@@ -169,8 +170,8 @@ def command(*argv):
 
 def draw(model, output_dir, *argv, prompt=(PROMPT,)):
     """Runs main in this process; the pictures by file name."""
-    argv = ["--pretrained_model_name_or_path", model, "--output_dir", output_dir, "--num_inference_steps", 2, *argv]
-    infer.main([*map(str, argv), "--prompt", *map(str, prompt)])
+    given = ["--pretrained_model_name_or_path", model, "--prompt", *prompt, "--output_dir", output_dir]
+    infer.main([str(word) for word in [*given, "--num_inference_steps", 2, *argv]])
     return {path.name: Image.open(path).copy() for path in sorted(Path(output_dir).iterdir())}
 
 
@@ -203,55 +204,38 @@ def photo(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def controlnet(tiny_pipeline, tmp_path_factory):
-    """A ControlNet of the tiny UNet that holds on to edges in no useful way, but strongly."""
+def write_controlnet(unet, folder):
+    """A ControlNet of the UNet that holds on to edges in no useful way, but strongly; returns its folder."""
     import torch
     from diffusers import ControlNetModel
 
     torch.manual_seed(3)
-    model = ControlNetModel.from_unet(tiny_pipeline.unet, conditioning_embedding_out_channels=(8, 16, 16))
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "controlnet_" in name and parameter.ndim > 1:  # they start as zeros
                 torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("controlnets") / "edges"
     model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory):
-    """A `StableDiffusionXLPipeline` folder with random weights, for 64 px pictures, and a ControlNet for it."""
-    import torch
-    from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
-    from mini_sd import make_scheduler, write_tokenizer
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def controlnet(tiny_pipeline, tmp_path_factory):
+    return write_controlnet(tiny_pipeline.unet, tmp_path_factory.mktemp("controlnets") / "edges")
 
-    folder = tmp_path_factory.mktemp("tiny-sdxl")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    torch.manual_seed(0)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, projection_dim=48)
-    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **sizes, **ids)
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=48 + 6 * 8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, sample_size=64,
-    )  # fmt: skip
-    StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(config), text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, scheduler=make_scheduler(),
-    ).save_pretrained(folder / "model")  # fmt: skip
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
-    for name, parameter in controlnet.named_parameters():
-        if "controlnet_" in name and parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    controlnet.save_pretrained(folder / "controlnet")
-    return folder
+
+@pytest.fixture
+def refusal(model, tmp_path, monkeypatch, capsys):
+    """A function that gives the line with which flags are refused: before a model is loaded, and nothing is written."""
+    monkeypatch.setattr(pipeline, "load_pipeline", lambda *args: pytest.fail("a model is loaded"))
+
+    def refuse(*flags, prompt=("a dog",)):
+        with pytest.raises(SystemExit) as stop:
+            draw(model, tmp_path / "out", *flags, prompt=prompt)
+        out, err = capsys.readouterr()
+        assert (stop.value.code, out, len(err.splitlines())) == (2, "", 1)
+        assert err.startswith("infer.py: error: ")
+        assert not (tmp_path / "out").exists()
+        return err
+
+    return refuse

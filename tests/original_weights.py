@@ -1,8 +1,12 @@
-"""Weights under the names of the original code, as single files of Stability's and CompVis' have them."""
+"""Weights under the names of the original code, as single files of Stability's and CompVis' have them; old and bad ones."""
 
 import json
+import os
 import re
+import sys
+import types
 
+import torch
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from safetensors.torch import load_file
 
@@ -42,3 +46,70 @@ def vae_to_ldm(folder):
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # they were convolutions once
             vae[key] = vae[key][:, :, None, None]
     return vae
+
+
+def to_ldm(folder):
+    """The weights of a tiny base as Stability's and CompVis' single files name them (diffusers reads them back)."""
+    layers = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
+    unet, text_encoder = (load_file(next((folder / n).glob("*.safetensors"))) for n in ("unet", "text_encoder"))
+    inside = "attentions" in " ".join(key for key in unet if key.startswith("up_blocks.0."))  # before its upsampler
+    unet_rules = [
+        *exactly(DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"]),
+        # A block has one layer and, but for the last, one more input block for its downsampler.
+        (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
+        (r"^down_blocks\.(\d)\.resnets\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.0"),
+        (r"^down_blocks\.(\d)\.attentions\.0", lambda m: f"input_blocks.{2 * int(m[1]) + 1}.1"),
+        (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.0"),
+        (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{2 * int(m[1]) + int(m[2])}.1"),
+        (r"^up_blocks\.0\.upsamplers\.0\.conv", f"output_blocks.1.{1 + inside}.conv"),
+        (r"^mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+        (r"^mid_block\.attentions\.0", "middle_block.1"),
+        (r"(put_blocks\.\d\.0|middle_block\.[02])\.norm1", r"\1.in_layers.0"),
+        (r"(put_blocks\.\d\.0|middle_block\.[02])\.conv1", r"\1.in_layers.2"),
+        (r"(put_blocks\.\d\.0|middle_block\.[02])\.norm2", r"\1.out_layers.0"),
+        (r"(put_blocks\.\d\.0|middle_block\.[02])\.conv2", r"\1.out_layers.3"),
+        (r"time_emb_proj", "emb_layers.1"),
+        (r"conv_shortcut", "skip_connection"),
+    ]
+    assert layers == 2
+    return {
+        **renamed(unet, unet_rules, "model.diffusion_model."),
+        **vae_to_ldm(folder),
+        **renamed(text_encoder, [], "cond_stage_model.transformer."),
+    }
+
+
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+class Attack:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def lightning_checkpoint(path, tensors, score):
+    """A .ckpt as Lightning wrote it in 2022: the callback's class is a key in the pickle, and beside it lies a score."""
+    parents = [LIGHTNING.rsplit(".", n)[0] for n in range(3)]
+    for name in parents:
+        assert name not in sys.modules
+        sys.modules[name] = types.ModuleType(name)
+    module = sys.modules[LIGHTNING]
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": LIGHTNING})
+    try:
+        torch.save(
+            {
+                "epoch": 3,
+                "callbacks": {module.ModelCheckpoint: {"best_model_score": score, "dirpath": "/x"}},
+                "state_dict": tensors,
+            },
+            path,
+        )
+    finally:
+        for name in parents:
+            del sys.modules[name]
+    return path

@@ -35,10 +35,10 @@ def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp
     assert (short, long) == ([int(chunks)] * 2, [4, 4])
 
 
-def test_stable_diffusion_xl_with_long_prompts(tiny_sdxl, write_lora):
+def test_stable_diffusion_xl_with_long_prompts(tiny_xl, write_lora):
     """A prompt of one chunk is as stock diffusers has it; of a longer one, what follows is not cut."""
     lora = write_lora("long", long_prompts="True", num_chunks="1")
-    base = find_base(Model(str(tiny_sdxl / "model")))
+    base = find_base(Model(str(tiny_xl)))
     trained, _ = settle([find_lora(str(lora), 1.0, "lora0")], base, None)
     studio = open_studio(Job(base, (), trained), Machine(), "cpu", torch.float32)
     found = studio.encoder(Drawing(prompt="a red axe", guidance_scale=1))
@@ -48,6 +48,6 @@ def test_stable_diffusion_xl_with_long_prompts(tiny_sdxl, write_lora):
     assert torch.equal(found["pooled_prompt_embeds"], pooled)
     long = studio.encoder(Drawing(prompt="a red axe " * 40, clip_skip=1))
     assert [(name, tuple(value.shape)) for name, value in long.items()] == [
-        ("prompt_embeds", (1, 154, 64)), ("pooled_prompt_embeds", (1, 48)),
-        ("negative_prompt_embeds", (1, 154, 64)), ("negative_pooled_prompt_embeds", (1, 48)),
+        ("prompt_embeds", (1, 154, 96)), ("pooled_prompt_embeds", (1, 64)),
+        ("negative_prompt_embeds", (1, 154, 96)), ("negative_pooled_prompt_embeds", (1, 64)),
     ]  # fmt: skip

@@ -86,9 +86,8 @@ def read_header(flag: str, path: Path) -> Header:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return Header(shapes, file.metadata() or {})
     except InputError as error:
-        raise InputError(
-            f"{flag} {path} is not a whole safetensors file ({error.__cause__}). Copy or download it again."
-        ) from error
+        reason = f"is not a whole safetensors file ({error.__cause__}). Copy or download it again."
+        raise InputError(f"{flag} {path} {reason}") from error
 
 
 def find_base(flags: settings.Model) -> Base:
@@ -106,20 +105,20 @@ def find_base(flags: settings.Model) -> Base:
         read_header(MODEL_FLAG, path)
     config = flags.single_file_config and str(flags.single_file_config)
     model = find_base_model(name, revision=flags.revision, variant=flags.variant, single_file_config=config)
-    files, shapes = model.config_files, {}
-    unet_config = files.read(f"{model.family.denoiser}/config.json") if files else {}
-    prediction_type = None
-    with contextlib.suppress(InputError):  # the loader says what is wrong with it
-        if files:
+    unet_config, prediction_type = {}, None
+    if files := model.config_files:
+        unet_config = files.read(f"{model.family.denoiser}/config.json")
+        with contextlib.suppress(InputError):  # the loader says what is wrong with it
             prediction_type = files.read("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+    shapes = {}
     of_parts = [sorted(path.glob(f"{part}/*.safetensors")) for part in COMPONENTS if (path / part).is_dir()]
     if all(of_parts):
         for file in sum(of_parts, []):
             header = read_header(MODEL_FLAG, file)
             shapes |= {f"{file.parent.name}.{key}": shape for key, shape in header.shapes.items()}
-    said = model.scheduler_changes
-    prediction_type = said.get("prediction_type", prediction_type)
-    return Base(model, shapes, unet_config, prediction_type, said.get("rescale_betas_zero_snr"))
+    changes = model.scheduler_changes  # of a single file, by what it says itself
+    prediction_type = changes.get("prediction_type", prediction_type)
+    return Base(model, shapes, unet_config, prediction_type, changes.get("rescale_betas_zero_snr"))
 
 
 def _check_pipeline(flag, folder):
@@ -190,35 +189,38 @@ def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | No
 
 
 def vae_channels(source: str) -> int | None:
-    """The channels of a VAE's latents, None for a single file; `InputError` for what is no VAE."""
+    """The channels of a VAE's latents, None where they are not known; `InputError` for what is no VAE."""
     path = Path(source)
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            read_header("--vae", path)
-        elif path.suffix not in (".ckpt", ".pt"):
-            raise InputError(f"--vae {source}: a single file must be .safetensors, .ckpt or .pt.")
-        return None
-    file = path / "config.json" if path.is_dir() else hub_path("--vae", source, "config.json")
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config["_class_name"] == "AutoencoderKL":
-            return config["latent_channels"]
-    raise InputError(f"--vae {source} holds no config.json of an AutoencoderKL. Pass the folder of the VAE itself.")
+    if not path.is_file():
+        return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(
+            "latent_channels"
+        )
+    if path.suffix == ".safetensors":
+        read_header("--vae", path)
+    elif path.suffix not in (".ckpt", ".pt"):
+        raise InputError(f"--vae {source}: a single file must be .safetensors, .ckpt or .pt.")
+    return None
 
 
 def find_controlnet(source: str) -> ControlNet:
     """The `ControlNet` of --controlnet; `InputError` for what is none."""
+    if Path(source).is_file():
+        remedy = "pass a folder in diffusers' layout, or a hub id; a single file can't be read."
+        raise InputError(f"--controlnet {source}: {remedy}")
+    remedy = "Pass the ControlNet's own folder."
+    return ControlNet(source, _config_of("--controlnet", source, "ControlNetModel", remedy))
+
+
+def _config_of(flag, source, class_name, remedy):
+    """The config.json of a model of this class in diffusers, from a folder or the hub."""
     path = Path(source)
-    if path.is_file():
-        reason = "pass a folder in diffusers' layout, or a hub id; a single file can't be read."
-        raise InputError(f"--controlnet {source}: {reason}")
-    file = path / "config.json" if path.is_dir() else hub_path("--controlnet", source, "config.json")
+    file = path / "config.json" if path.is_dir() else hub_path(flag, source, "config.json")
     with contextlib.suppress(OSError, ValueError):
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("_class_name") == "ControlNetModel":
-            return ControlNet(source, config)
-    reason = "holds no config.json of a ControlNetModel. Pass the ControlNet's own folder."
-    raise InputError(f"--controlnet {source} {reason}")
+        if config.get("_class_name") == class_name:
+            return config
+    article = "an" if class_name[0] == "A" else "a"
+    raise InputError(f"{flag} {source} holds no config.json of {article} {class_name}. {remedy}")
 
 
 def find_pictures(flags: settings.FromPictures) -> Given:

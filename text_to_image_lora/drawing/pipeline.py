@@ -1,4 +1,4 @@
-"""The pipeline of diffusers that draws: loaded, with LoRAs on it, on its device."""
+"""The pipeline of diffusers that draws: loaded, with LoRAs on it, on its device, or merged with them into a folder."""
 
 import logging
 import re
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..files import written_whole
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
+from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
-from .as_trained import AsTrained
+from .as_trained import AsTrained, in_words
 from .encode import PromptEncoder
 from .find import Base, ControlNet, Given
-from .fits import check_controlnet_fits, check_fits, check_lora_fits
+from .fits import check_controlnet_fits, check_fits
 from .rows import Lora
 from .settings import Machine
 
@@ -22,27 +24,13 @@ from .settings import Machine
 logger = logging.getLogger(__name__)
 
 
-class Mode(NamedTuple):
-    """A way to draw, by a pipeline of diffusers."""
-
-    kind: str  # of `families.PIPELINE_KINDS`
-    arguments: dict[str, str]  # {argument of its call: what it takes of a `Drawing`, or of the given pictures}
-
-
+# {kind of pipeline, of `families.PIPELINE_KINDS`: {argument of its call: what it takes of a `Drawing`, or of `Given`}}
 PIPELINES = {
-    "text to image": Mode("", {"height": "height", "width": "width"}),
-    "image to image": Mode("Img2Img", {"image": "image", "strength": "strength"}),
-    "ControlNet": Mode("ControlNet", {"image": "control_image", "controlnet_conditioning_scale": "controlnet_scale"}),
-    "image to image, ControlNet": Mode(
-        "ControlNetImg2Img",
-        {
-            "image": "image",
-            "strength": "strength",
-            "control_image": "control_image",
-            "controlnet_conditioning_scale": "controlnet_scale",
-        },
-    ),
+    "": {"height": "height", "width": "width"},
+    "Img2Img": {"image": "image", "strength": "strength"},
+    "ControlNet": {"image": "control_image", "controlnet_conditioning_scale": "controlnet_scale"},
 }
+PIPELINES["ControlNetImg2Img"] = PIPELINES["ControlNet"] | PIPELINES["Img2Img"] | {"control_image": "control_image"}
 
 
 class Job(NamedTuple):
@@ -55,10 +43,9 @@ class Job(NamedTuple):
     given: Given = Given()
 
     @property
-    def mode(self) -> str:
-        """Of `PIPELINES`."""
-        parts = ["image to image" * (self.given.image is not None), "ControlNet" * (self.controlnet is not None)]
-        return ", ".join(filter(None, parts)) or "text to image"
+    def kind(self) -> str:
+        """The kind of pipeline, of `PIPELINES`."""
+        return ("ControlNet" if self.controlnet else "") + ("Img2Img" if self.given.image else "")
 
 
 class Studio(NamedTuple):
@@ -66,7 +53,7 @@ class Studio(NamedTuple):
 
     pipe: Any
     family: Family
-    arguments: dict[str, str]  # of the `Mode`
+    arguments: dict[str, str]  # of `PIPELINES`
     scheduler_config: dict[str, Any]  # of the base model's own scheduler
     as_trained: AsTrained
     # (drawing) -> {argument of the pipeline's call: tensor of one picture}; its method `num_chunks(drawing)` tells which
@@ -98,17 +85,16 @@ def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
 
 def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
     """Loads what the job needs; raises `InputError` for what does not fit together."""
-    base, trained = job.base, job.as_trained
-    translated = {lora.adapter: translate(lora, base.shapes) for lora in job.loras if not stock_reads(lora)}
+    trained, family = job.as_trained, job.base.model.family
+    translated = {lora.adapter: translate(lora) for lora in job.loras if not stock_reads(lora)}
     pipe = load_pipeline(job, dtype)
     if job.controlnet:
         check_controlnet_fits(job.controlnet, pipe.unet.config, pipe.vae_scale_factor)
     load_loras(pipe, job.loras, translated, trained.clip_skip or 0)
     place(pipe, machine, device)
-    family = base.model.family
     scheduler_config = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
     encoder = PromptEncoder(pipe, family, (trained.num_chunks or 1) if trained.long_prompts else 0)
-    return Studio(pipe, family, PIPELINES[job.mode].arguments, scheduler_config, trained, encoder, job.given)
+    return Studio(pipe, family, PIPELINES[job.kind], scheduler_config, trained, encoder, job.given)
 
 
 def load_weights(model_class: Any, source: str, **options: Any) -> Any:
@@ -146,7 +132,7 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
         options["controlnet"] = load_weights(diffusers.ControlNetModel, job.controlnet.source, torch_dtype=dtype)
     options |= model.family.pipeline_options
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
-    pipeline_class = getattr(diffusers, model.family.pipeline_of(PIPELINES[job.mode].kind))
+    pipeline_class = getattr(diffusers, model.family.pipeline_of(job.kind))
     pipe = load_weights(pipeline_class, model.source, **options)
     pipe.vae.enable_slicing()  # one picture of a batch at a time: the decoder takes more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
@@ -159,17 +145,14 @@ def stock_reads(lora: Lora) -> bool:
     return all(re.fullmatch(rf"({'|'.join(COMPONENTS)})\..+\.{leaf}", key) for key in lora.shapes)
 
 
-def translate(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}; refuses one that does not fit."""
+def translate(lora: Lora) -> dict[str, Any]:
+    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}."""
     from ..models.lora_file import as_diffusers
 
     try:
-        weights, _ = as_diffusers(lora.path)
+        return as_diffusers(lora.path)[0]
     except InputError as error:
         raise InputError(f"--lora {error}") from error
-    if model_shapes:
-        check_lora_fits(lora._replace(shapes={k: tuple(v.shape) for k, v in weights.items()}), model_shapes)
-    return weights
 
 
 def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str, Any]], clip_skip: int) -> None:
@@ -224,3 +207,31 @@ def place(pipe: Any, machine: Machine, device: str) -> None:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools.lru_cache`", UserWarning)
         pipe.unet.compile_repeated_blocks()
+
+
+def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
+    """Writes the pipeline with the LoRAs merged into its weights, whole or not at all; the studio is used up by it."""
+    import diffusers
+
+    pipe, trained = studio.pipe, studio.as_trained
+    active = [lora for lora in loras if lora.scale]
+    set_loras(pipe, active)
+    if active:
+        pipe.fuse_lora(components=[part for part, adapters in pipe.get_list_adapters().items() if adapters])
+    pipe.unload_lora_weights()
+    for name in COMPONENTS[1:]:
+        if getattr(pipe, name, None) is not None:
+            # transformers 5 keeps the renaming of the LoRA's keys, and would write the encoder's own under such names.
+            getattr(pipe, name)._weight_conversions = None
+    components = {name: part for name, part in pipe.components.items() if name != "controlnet"}
+    components["scheduler"] = make_sampler(
+        studio.scheduler_config, prediction_type=trained.prediction_type, zero_snr=bool(trained.zero_snr)
+    )
+    settings = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    components |= {name: pipe.config[name] for name in settings if name in pipe.config}
+    with written_whole(folder, folder=True) as temporary:
+        getattr(diffusers, studio.family.pipeline_of())(**components).save_pretrained(temporary)
+    for name in ("clip_skip", "long_prompts"):
+        if value := getattr(trained, name):
+            asked = f"is to be drawn with {in_words(name, value)}: ask for it where you draw"
+            logger.warning("%s can't say that it %s", folder, asked)

@@ -40,16 +40,7 @@ class Repeat(NamedTuple):
 def source_of(
     model: Model, pictures: FromPictures, *, vae: str | None, dtype: Any, device: str, compiled: bool
 ) -> Source:
-    """The `Source` of a run's pictures.
-
-    Args:
-        model: Flags.
-        pictures: Flags.
-        vae: The VAE that is drawn with instead of the base model's.
-        dtype: The models' number format.
-        device: What they compute on.
-        compiled: Whether the UNet's blocks are compiled.
-    """
+    """The `Source` of a run's pictures; `vae` is what they are drawn with instead of the base model's own, or None."""
     import torch
 
     flags = {"pretrained_model_name_or_path": model.pretrained_model_name_or_path, "vae": vae}

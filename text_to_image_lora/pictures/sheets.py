@@ -36,33 +36,6 @@ class Strip(NamedTuple):
     rows: list[tuple[str, Sequence[Image.Image]]]
 
 
-class Measures(NamedTuple):
-    """The sizes in pixels of what a sheet is made of, and its fonts."""
-
-    width: int  # of a picture
-    height: int
-    em: int
-    font: ImageFont.FreeTypeFont
-    large: ImageFont.FreeTypeFont  # of headings and rows
-
-    @property
-    def margin(self) -> int:
-        return 2 * self.em
-
-    @property
-    def gap(self) -> int:
-        """Between two pictures."""
-        return self.em // 2
-
-    def column(self, label: Label) -> str:
-        """The label of a column in lines."""
-        return _wrapped(label, self.font, self.width)
-
-    def row(self, label: Label) -> str:
-        """The label of a row in lines."""
-        return _wrapped(label, self.large, self.width)
-
-
 def font_for(texts: Iterable[str], size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own font, which has ASCII alone, or one of this machine that may have the rest."""
     if not all(text.isascii() for text in texts):
@@ -80,32 +53,31 @@ def labelled_sheet(
     given: Sequence[tuple[str, Image.Image]] = (),
     heading: str = "",
 ) -> Image.Image:
-    """One sheet of a grid of pictures, in bands of at most `COLUMNS` columns.
+    """A grid of pictures in bands of at most `COLUMNS` columns, all at the size of the first one and never stretched.
 
-    Args:
-        rows: The rows from top to bottom. All pictures are shown at the size of the first one, never stretched.
-        columns: A label for each column; none for columns without labels.
-        title: Stands above all.
-        given: Pictures with their names, which stand below the title and above the heading of the grid.
-        heading: Stands above the grid.
+    `title` stands above all, then come pictures that were `given` with their names, then `heading`, then the rows; the
+    columns may have labels.
     """
     columns = columns or [Label()] * max(len(row.pictures) for row in rows)
     per_band = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))
-    labels = [row.label for row in rows]
-    measures = _measures(rows[0].pictures[0].size, per_band, columns, [*labels, Label(title), Label(heading)])
-    tops = [measures.column(label) for label in columns]
-    sides = [measures.row(label) for label in labels]
-    if not given:
-        heading = ", ".join(filter(None, [title, heading]))
-    strips = []
+    longest = max(rows[0].pictures[0].size)
+    # Small pictures grow by a whole factor to about 256 pixels, large ones shrink to what the sheet has room for.
+    factor = 256 // longest if longest <= 128 else min(1.0, (512 if per_band <= 4 else 256) / longest)
+    width, height = (round(side * factor) for side in rows[0].pictures[0].size)
+    em = max(17, per_band * width // 80)  # legible where a page shrinks a wide sheet to its own width
+    font = font_for([word for label in columns for word in label], em)
+    large = font_for([title, heading, *(word for row in rows for word in row.label)], em + em // 4)
+    tops = [_wrapped(label, font, width) for label in columns]
+    sides = [_wrapped(row.label, large, width) for row in rows]
+    strips, above = [], ", ".join(filter(None, [title, heading]))
     if given:
-        names = [measures.column(Label(name)) for name, _ in given]
+        names, above = [_wrapped(Label(name), font, width) for name, _ in given], heading
         strips.append(Strip(title, names, [("", [picture for _, picture in given])]))
     for first in range(0, len(columns), per_band):
         end = first + per_band
         lines = [(side, row.pictures[first:end]) for side, row in zip(sides, rows, strict=True)]
-        strips.append(Strip("" if first else heading, tops[first:end], lines))
-    return _draw(strips, measures, max(per_band, len(given)))
+        strips.append(Strip("" if first else above, tops[first:end], lines))
+    return _draw(strips, (width, height), em, font, large)
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -118,17 +90,6 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
     return whole
 
 
-def _measures(size, per_band, columns, others):
-    """The `Measures` of a sheet whose pictures have this (width, height) in pixels, with the labels that it has."""
-    room = 512 if per_band <= 4 else 256
-    # Small pictures grow by a whole factor to about 256 pixels, large ones shrink to what the sheet has room for.
-    factor = 256 // max(size) if max(size) <= 128 else min(1.0, room / max(size))
-    width, height = (round(side * factor) for side in size)
-    em = max(17, per_band * width // 80)  # legible where a page shrinks a wide sheet to its own width
-    small, large = ([word for label in labels for word in label] for labels in (columns, others))
-    return Measures(width, height, em, font_for(small, em), font_for(large, em + em // 4))
-
-
 def _wrapped(label, font, width):
     """The text of a `Label` in at most four lines of that many pixels, and its note below."""
     chars = max(6, 4 * width // font.size)
@@ -139,24 +100,21 @@ def _wrapped(label, font, width):
         chars -= 1
 
 
-def _draw(strips, measures, num_columns):
-    """The sheet of the strips, one below the other."""
-    font, large = measures.font, measures.large
-    margin, gap = measures.margin, measures.gap
-    step_x, step_y = measures.width + gap, measures.height + gap
-    lines = [line for strip in strips for text, _ in strip.rows for line in text.split("\n")]
-    gutter = 2 * margin + max(round(large.getlength(line)) for line in lines)
-    sheet_width = gutter + num_columns * step_x - gap + margin
+def _draw(strips, size, em, font, large):
+    """The sheet of the strips, one below the other, with pictures of `size` (width, height) in pixels."""
+    margin, gap = 2 * em, em // 2
+    step_x, step_y = size[0] + gap, size[1] + gap
+    sides = [line for strip in strips for text, _ in strip.rows for line in text.split("\n")]
+    gutter = 2 * margin + max(round(large.getlength(line)) for line in sides)
+    sheet_width = gutter + max(len(strip.columns) for strip in strips) * step_x - gap + margin
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     headings, heads = [], []  # of the strips: the heading in lines, and the height of all above the pictures
     for strip in strips:
         heading = strip.heading and _wrapped(Label(strip.heading), large, sheet_width - 2 * margin)
-        above = round(draw.textbbox((0, 0), heading, large)[3]) + measures.em if heading else 0
+        above = round(draw.textbbox((0, 0), heading, large)[3]) + em if heading else 0
         headings.append(heading)
         heads.append(above + max(round(draw.textbbox((0, 0), each, font)[3]) for each in strip.columns) + gap)
-    sheet_height = margin + sum(
-        head + len(strip.rows) * step_y - gap + margin for head, strip in zip(heads, strips, strict=True)
-    )
+    sheet_height = margin + sum(heads) + sum(len(strip.rows) * step_y - gap + margin for strip in strips)
     sheet, top = Image.new("RGB", (sheet_width, sheet_height), "white"), margin
     draw = ImageDraw.Draw(sheet)
     for heading, head, strip in zip(headings, heads, strips, strict=True):
@@ -165,9 +123,8 @@ def _draw(strips, measures, num_columns):
         for left, each in zip(itertools.count(gutter, step_x), strip.columns):
             draw.text((left, top - gap), each, "black", font, anchor="ld")
         for side, pictures in strip.rows:
-            draw.text((margin, top + measures.height // 2), side, "black", large, anchor="lm")
+            draw.text((margin, top + size[1] // 2), side, "black", large, anchor="lm")
             for left, picture in zip(itertools.count(gutter, step_x), pictures):
-                size = (measures.width, measures.height)
                 sheet.paste(ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color="white"), (left, top))
             top += step_y
         top += margin - gap
