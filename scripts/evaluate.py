@@ -16,13 +16,18 @@ from typing import NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
-import infer
 from scripts.evaluation import report
 from scripts.evaluation.inputs import find_inputs
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
-from scripts.evaluation.pictures import draw_all, drawings_of, make_loss_meter, picture_folder, refusals_of_infer
+from scripts.evaluation.pictures import draw_all, drawings_of, make_loss_meter, picture_folder
+from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, at_least, between
-from text_to_image_lora.errors import InputError
+from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
+from text_to_image_lora.drawing.png import source_of
+from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
+from text_to_image_lora.drawing.settings import BATCH_SIZE, FromPictures, Machine
+from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.libraries import quiet_libraries, set_num_threads
 
 
 class Drawn(NamedTuple):
@@ -59,8 +64,8 @@ def build_parser():
     group("--seed", type=at_least(0), default=0, help="picture k of each prompt is drawn from seed + k")
     group("--resolution", type=at_least(8), help="side in pixels of the pictures, drawn and compared; the model's own when not given")
     group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
-    group("--guidance_scale", type=float, default=7.5, help="how strictly the prompts are followed")
-    group("--scheduler", help="sampler, as in infer.py; the model's own when not given, dpm++ instead of pndm")
+    group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="how strictly the prompts are followed")
+    group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py; the model's own when not given, dpm++ instead of pndm")
 
     group = parser.add_argument_group("judges").add_argument
     group("--judge", choices=["clip", "mini-sd"], help="what looks at the pictures: CLIP and DINOv2, or the judges of the embedded base's drawings; the latter for models/mini-sd when not given")
@@ -70,7 +75,7 @@ def build_parser():
     group = parser.add_argument_group("machine").add_argument
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models; on CUDA bf16 when not given, else no")
     group("--device", help="cpu, cuda, cuda:1 or mps; the fastest there is when not given")
-    group("--batch_size", type=at_least(1), help=f"pictures drawn at once; {infer.BATCH_SIZE} when not given")
+    group("--batch_size", type=at_least(1), help=f"pictures drawn at once; {BATCH_SIZE} when not given")
     group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; the physical cores when not given")
     group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, the sheets and all pictures")
     # fmt: on
@@ -79,22 +84,25 @@ def build_parser():
 
 def draw_and_look(args, inputs):
     """{label: `Drawn`} of the base and the LoRAs; pictures that are drawn already are taken as they are."""
-    flags = inputs.flags
-    job = inputs.job
-    training = job.training
-    with refusals_of_infer():
-        device, dtype = infer.choose_device(flags.device, flags.mixed_precision)
-        if device == "cpu":
-            infer.set_num_threads(flags.num_cpu_threads)
-        studio = infer.open_studio(flags, job, device, dtype)
+    as_trained, side = inputs.job.as_trained, inputs.resolution
+    machine = Machine(
+        batch_size=args.batch_size, mixed_precision=args.mixed_precision, device=args.device or "auto",
+        num_cpu_threads=args.num_cpu_threads,
+    )  # fmt: skip
+    device, dtype = choose_device(machine.device, machine.mixed_precision)
+    if device == "cpu":
+        set_num_threads(machine.num_cpu_threads)
+    studio = open_studio(inputs.job, machine, device, dtype)
     inputs.judge.load(device)
-    source, side = infer.source_of(flags, training["vae"], dtype, device), inputs.resolution
-    like = infer.Drawing(
-        seed=flags.seed, num_inference_steps=flags.num_inference_steps, guidance_scale=flags.guidance_scale,
-        scheduler=flags.scheduler, clip_skip=training["clip_skip"] or 0, height=side, width=side,
+    source = source_of(
+        inputs.model, FromPictures(), vae=as_trained.vae, dtype=dtype, device=device, compiled=machine.compile
+    )
+    like = Drawing(
+        seed=args.seed, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
+        scheduler=args.scheduler, clip_skip=as_trained.clip_skip or 0, height=side, width=side,
     )  # fmt: skip
     measure = make_loss_meter(
-        studio, inputs.base, inputs.held_out, device=device, folder=args.output_dir / "cache", seed=args.seed
+        studio, inputs.job.base.model, inputs.held_out, device=device, folder=args.output_dir / "cache", seed=args.seed
     )
     prompts = [each.prompt for each in inputs.asked for _ in range(args.num_images)]
     references, found = inputs.references(), {}
@@ -102,15 +110,17 @@ def draw_and_look(args, inputs):
         say = functools.partial(print, f"{number}/{len(inputs.loras)} {label}:", flush=True)
         drawings = drawings_of(inputs.asked, lora, like, args.num_images)
         folder = picture_folder(args.output_dir, label)
-        images, reused = draw_all(studio, drawings, folder, source, flags.batch_size or infer.BATCH_SIZE, say)
+        images, reused = draw_all(studio, drawings, folder, source, machine.batch_size or BATCH_SIZE, say)
         say(f"{len(images) - reused} pictures drawn, {reused} were there")
-        infer.set_loras(studio.pipe, drawings[0].active_loras())
+        set_loras(studio.pipe, drawings[0].active_loras())
         found[label] = Drawn(inputs.judge.look(images, prompts, references), measure())
     return found
 
 
 def main(args):
     started = time.time()
+    log.start(warning_format="note: %(message)s")
+    quiet_libraries()
     inputs = find_inputs(args)
     print(
         f"{len(inputs.loras) - 1} LoRAs and the base: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
@@ -124,9 +134,9 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(build_parser().parse_args())
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -4,32 +4,39 @@ import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import infer
+from PIL import Image
+
+from text_to_image_lora.drawing import as_trained
+from text_to_image_lora.drawing.find import find_base, find_checkpoints, vae_channels
+from text_to_image_lora.drawing.fits import check_fits
+from text_to_image_lora.drawing.pipeline import Job
 from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.drawing.settings import Model
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
+from text_to_image_lora.pictures.alike import divide
+from text_to_image_lora.pictures.buckets import square
+from text_to_image_lora.pictures.examine import examine, select_usable
+from text_to_image_lora.pictures.layouts import ReadOptions
+from text_to_image_lora.pictures.picture_set import PictureSet
+from text_to_image_lora.pictures.settings import CaptionSettings, DataSettings
+from text_to_image_lora.pictures.sources import load_records
 
 from .judges import make_judge
-from .pictures import choose_prompts, refusals_of_infer
+from .pictures import choose_prompts
 
 
 BASE = "base"
-# Flags that mean what they do in infer.py, which draws the pictures.
-OF_INFER = (
-    "pretrained_model_name_or_path", "revision", "variant", "single_file_config", "vae", "seed", "num_inference_steps",
-    "guidance_scale", "scheduler", "mixed_precision", "device", "batch_size", "num_cpu_threads",
-)  # fmt: skip
 
 
 class Inputs(NamedTuple):
     """What an evaluation is of."""
 
-    flags: Any  # of infer.py
-    job: Any  # infer.py's `Job`, without drawings
+    model: Model  # the flags of the base model
+    job: Job
     loras: dict  # {label: `Lora`, or None for the base, which comes first}
-    base: Any  # the package's `BaseModel`
-    held_out: Any  # a `PictureSet`
-    trained: Any  # a `PictureSet` or None
+    held_out: PictureSet
+    trained: PictureSet | None
     asked: list  # of `Asked`
     judge: Any
     resolution: int
@@ -49,42 +56,32 @@ class Inputs(NamedTuple):
 
 def images_of(pictures, indices=None):
     """The `PIL.Image`s of a `PictureSet`, or of some of its pictures, as they are trained on."""
-    from PIL import Image
-
     return [Image.fromarray(pictures.pixels(i, 0)) for i in (range(len(pictures)) if indices is None else indices)]
 
 
 def read_pictures(args, folders, resolution):
     """The `PictureSet` of folders, cropped in the middle to squares of the resolution."""
-    from text_to_image_lora.pictures import buckets
-    from text_to_image_lora.pictures.captions import CaptionRules
-    from text_to_image_lora.pictures.examine import examine, select_usable
-    from text_to_image_lora.pictures.layouts import ReadOptions
-    from text_to_image_lora.pictures.picture_set import PictureSet
-    from text_to_image_lora.pictures.sources import load_records
-    from text_to_image_lora.pictures.tables import Columns
-
-    columns = Columns(caption=args.caption_column, concept=args.concept_column)
-    reading = ReadOptions(columns, instance_prompt=args.instance_prompt, archive_dir=args.output_dir / "archives")
-    records = load_records(reading, CaptionRules(trigger_word=args.trigger_word), train_data_dir=folders)
+    data = DataSettings(
+        train_data_dir=tuple(folders), caption_column=args.caption_column, concept_column=args.concept_column
+    )
+    captions = CaptionSettings(instance_prompt=args.instance_prompt, trigger_word=args.trigger_word)
+    records = load_records(ReadOptions(data, captions, archive_dir=args.output_dir / "archives"))
     good, bad = examine(records, range(len(records)))
     for i, reason in bad.items():
         raise InputError(f"{records[i]['source']}: {reason}. Fix it, or take the picture out.")
     records, facts = select_usable(records, good)
-    sizes = buckets.square(resolution).choose_sizes(facts)
+    sizes = square(resolution).choose_sizes(facts)
     return PictureSet(records, facts, sizes, records["captions"][:])
 
 
 def divide_pictures(args, resolution):
     """(the held-out `PictureSet`, the one that was trained on or None), divided as the training script divides them."""
-    from text_to_image_lora.pictures.alike import divide
-
     trained = None if args.train_data_dir is None else read_pictures(args, args.train_data_dir, resolution)
     held_out = None
     if args.validation_data_dir is not None:
         held_out = read_pictures(args, args.validation_data_dir, resolution)
     if trained is not None:
-        trained, held_out = divide(trained, held_out, args.validation_split, print)
+        trained, held_out = divide(trained, held_out, args.validation_split)
         trained = trained.for_validation()
     if len(held_out) < 2:
         raise InputError("There is 1 held-out picture. Take 2 or more, better 10, to tell likeness from chance.")
@@ -97,21 +94,20 @@ def find_loras(words):
         if not Path(word).exists() and glob.has_magic(word) and not glob.glob(word):
             raise InputError(f"--lora {word}: no file or folder has such a name. Check the path.")
     count = sum(len(glob.glob(word)) if glob.has_magic(word) and not Path(word).exists() else 1 for word in words)
-    with refusals_of_infer():
-        found = infer.find_checkpoints([BASE, *words], 1.0)
+    found = find_checkpoints([BASE, *words], 1.0)
     if len(found) <= count:
         raise InputError("--lora names a LoRA twice. Name each once; infer.py --grid lora_scale compares strengths.")
     return found
 
 
-def resolution_of(args, model, base):
-    """Side in pixels of the pictures: as wanted, or the model's own."""
-    side = model.unet_config.get("sample_size")
-    resolution = args.resolution or (side * base.vae_factor if isinstance(side, int) else base.family.resolution)
-    if resolution % base.image_factor:
-        near = max(round(resolution / base.image_factor), 1) * base.image_factor
+def resolution_of(args, base):
+    """Side in pixels of the pictures: as wanted, or the own one of the `find.Base`."""
+    side, model = base.unet_config.get("sample_size"), base.model
+    resolution = args.resolution or (side * model.vae_factor if isinstance(side, int) else model.family.resolution)
+    if resolution % model.image_factor:
+        near = max(round(resolution / model.image_factor), 1) * model.image_factor
         raise InputError(
-            f"--resolution {resolution}: this model needs a multiple of {base.image_factor}, e.g. {near}."
+            f"--resolution {resolution}: this model needs a multiple of {model.image_factor}, e.g. {near}."
         )
     return resolution
 
@@ -128,46 +124,43 @@ def check_flags(args):
 
 
 def find_models(args):
-    """(the flags of infer.py, its `Job` without drawings, {label: `Lora`}, the other prompts), as infer.py finds them."""
-    words = [f"--{name}={getattr(args, name)}" for name in OF_INFER if getattr(args, name) is not None]
-    with refusals_of_infer():
-        flags = infer.parse_args([*words, "--prompt", "of the evaluation"])
-        model = infer.find_model(
-            flags.pretrained_model_name_or_path, flags.single_file_config, flags.revision, flags.variant
-        )
-        others = read_prompts("--other_prompts", args.other_prompts or [])
-    for prompt in others:
+    """(the flags of the base model, the `Job`, {label: `Lora`}), as infer.py finds them."""
+    config = args.single_file_config
+    model = Model(
+        pretrained_model_name_or_path=args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
+        single_file_config=None if config is None else Path(config), vae=args.vae,
+    )  # fmt: skip
+    base = find_base(model)
+    loras = find_loras(args.lora)
+    chosen = tuple(lora for lora in loras.values() if lora)
+    trained, notes = as_trained.settle(chosen, base, args.scheduler, vae=model.vae)
+    if base.shapes:
+        check_fits(base.shapes, chosen, trained.clip_skip or 0, trained.vae and vae_channels(trained.vae))
+    for line in notes:
+        print(f"note: {line}")
+    return model, Job(base, chosen, trained), loras
+
+
+def read_other_prompts(args):
+    """The texts of --other_prompts."""
+    prompts = read_prompts("--other_prompts", args.other_prompts or [])
+    for prompt in prompts:
         if prompt.options:
             raise InputError(
                 f"--other_prompts {prompt.line!r}: options behind a prompt are for infer.py. Leave them out."
             )
-    loras = find_loras(args.lora)
-    chosen = tuple(lora for lora in loras.values() if lora)
-    with refusals_of_infer():
-        training, notes = infer.settle(chosen, model, flags.scheduler, {"clip_skip": None, "vae": flags.vae})
-        if model.shapes:
-            vae = training["vae"] and infer.vae_channels(training["vae"])
-            infer.check_fits(model.shapes, chosen, training["clip_skip"] or 0, vae)
-    for line in notes:
-        print(f"note: {line}")
-    job = infer.Job(model, chosen, None, {}, None, [], training)
-    return flags, job, loras, [prompt.text for prompt in others]
+    return [prompt.text for prompt in prompts]
 
 
 def find_inputs(args):
     """The `Inputs` of the flags; raises `InputError` for what can't be evaluated."""
-    from text_to_image_lora.models.loading import find_base_model
-
     check_flags(args)
-    flags, job, loras, others = find_models(args)
+    others = read_other_prompts(args)
+    model, job, loras = find_models(args)
     judge = make_judge(args.judge, args.pretrained_model_name_or_path, args.clip_model, args.dino_model)
-    base = find_base_model(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
-        single_file_config=args.single_file_config,
-    )  # fmt: skip
-    resolution = resolution_of(args, job.model, base)
+    resolution = resolution_of(args, job.base)
     held_out, trained = divide_pictures(args, resolution)
     captions, concepts = [group[0] for group in held_out.captions], held_out.records["concept"][:]
     asked = choose_prompts(captions, concepts, args.trigger_word, others or judge.other_prompts, args.num_prompts)
     judge.check_prompts([*captions, *(each.prompt for each in asked)])
-    return Inputs(flags, job, loras, base, held_out, trained, asked, judge, resolution)
+    return Inputs(model, job, loras, held_out, trained, asked, judge, resolution)

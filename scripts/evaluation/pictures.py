@@ -1,21 +1,19 @@
 """What an evaluation draws, and the losses that it measures beside; `evaluate.py` calls it.
 
-Pictures are drawn by the functions of `infer.py`, and those that are there already are taken as they are.
+Pictures are drawn as `infer.py` draws them, and those that are there already are taken as they are.
 """
 
-import contextlib
-import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-import infer
-from text_to_image_lora.errors import InputError
+from text_to_image_lora.drawing.draw import draw
+from text_to_image_lora.drawing.png import describe, repeat_of, save_png
 
 
 OTHERS = "other prompts"
@@ -58,18 +56,6 @@ def choose_prompts(captions, concepts, trigger, others, most):
     return asked + [Asked(prompt, OTHERS, False) for prompt in dict.fromkeys(others)]
 
 
-@contextlib.contextmanager
-def refusals_of_infer():
-    """What infer.py refuses in one line is an `InputError`; what it notes is printed."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except SystemExit as error:
-        raise InputError(said.getvalue().strip().splitlines()[-1].removeprefix("infer.py: error: ")) from error
-    print(said.getvalue(), end="", file=sys.stderr)
-
-
 def picture_folder(output_dir, label):
     """Where the pictures of a LoRA lie."""
     return Path(output_dir) / "pictures" / re.sub(r"[^\w.+-]", "_", label)
@@ -86,15 +72,13 @@ def drawings_of(asked, lora, like, num_images):
 
 def read_drawn(path, drawing, source):
     """The picture at the path, where it is whole and says that it was drawn so; else None."""
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             image.load()
             stored = json.loads(image.info["repeat"])
             picture = image.convert("RGB")
-        wanted = infer.repeat_of(drawing, source, None)
-        return picture if all(stored[name] == wanted[name] for name in ("flags", "sha256")) else None
+        wanted = repeat_of(drawing, source, None)
+        return picture if (stored["flags"], stored["sha256"]) == (wanted.flags, wanted.sha256) else None
     except (OSError, KeyError, TypeError, ValueError):
         return None
 
@@ -109,10 +93,10 @@ def draw_all(studio, drawings, folder, source, batch_size, say):
     images = [read_drawn(path, drawing, source) for path, drawing in zip(paths, drawings, strict=True)]
     missing = [i for i, image in enumerate(images) if image is None]
     reused, told = len(images) - len(missing), time.time()
-    for done, drawn in enumerate(infer.draw(studio, [drawings[i] for i in missing], batch_size), 1):
+    for done, drawn in enumerate(draw(studio, [drawings[i] for i in missing], batch_size), 1):
         i = missing[drawn.index]
         paths[i].unlink(missing_ok=True)  # drawn otherwise, or cut off
-        infer.save_png(drawn.image, paths[i], infer.describe(drawings[i], drawn, source))
+        save_png(drawn.image, paths[i], describe(drawings[i], drawn, source))
         images[i] = drawn.image.convert("RGB")
         if time.time() - told > SAY_EVERY:
             say(f"{done} of {len(missing)} pictures drawn")
@@ -136,9 +120,7 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     from text_to_image_lora.training.caching import Cache
     from text_to_image_lora.training.objective import Diffusion
 
-    pipe = studio.pipe
-    training = studio.training
-    family = base.family
+    pipe, trained, family = studio.pipe, studio.as_trained, base.family
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="no")
     dtype = pipe.vae.dtype
     latent_encoder = LatentEncoder(pipe.vae, torch.float32)
@@ -146,18 +128,16 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     pipe.vae.to(dtype)
     tokenizers = tuple(getattr(pipe, row.tokenizer) for row in family.text_encoders)
     counts = count_tokens(tokenizers[0], pictures.captions)
-    num_chunks = choose_num_chunks(
-        tokenizers[0], counts, pictures.records["source"], long_prompts=bool(training["long_prompts"]),
-        say=lambda line: None,
-    )  # fmt: skip
+    num_chunks, _ = choose_num_chunks(
+        tokenizers[0], counts, pictures.records["source"], long_prompts=bool(trained.long_prompts)
+    )
     prompt_encoder = PromptEncoder(
         family, tokenizers, tuple(getattr(pipe, row.name) for row in family.text_encoders),
-        clip_skip=training["clip_skip"] or None, num_chunks=max(num_chunks, training["num_chunks"] or 1), dtype=dtype,
+        clip_skip=trained.clip_skip or None, num_chunks=max(num_chunks, trained.num_chunks or 1), dtype=dtype,
     )  # fmt: skip
     noise_scheduler = make_noise_scheduler(
-        dict(studio.scheduler.config), prediction_type=training["prediction_type"],
-        rescale_betas_zero_snr=bool(training["zero_snr"]),
-    )  # fmt: skip
+        studio.scheduler_config, prediction_type=trained.prediction_type, rescale_betas_zero_snr=bool(trained.zero_snr)
+    )
     denoiser = getattr(pipe, family.denoiser)
     models = MeasuredModels(
         family, denoiser, Diffusion(noise_scheduler), latent_encoder.scaling_factor, denoiser.dtype, prompt_encoder

@@ -3,7 +3,9 @@
 import math
 from typing import Any, NamedTuple
 
-import infer
+from PIL import Image, ImageDraw
+
+from text_to_image_lora.pictures.sheets import Label, Row, font_for, labelled_sheet, stacked
 
 from .inputs import images_of
 from .scores import Estimate
@@ -40,8 +42,6 @@ class Axes:
     """A plot's frame: numbers become places on it, and it draws them."""
 
     def __init__(self, across, up):
-        from PIL import Image, ImageDraw
-
         self.image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.across = across
@@ -61,7 +61,7 @@ class Axes:
         self.draw.ellipse([FINER * v for v in (x - radius, y - radius, x + radius, y + radius)], colour)
 
     def text(self, x, y, text, size=15, anchor="mm", colour=INK):
-        self.draw.text((FINER * x, FINER * y), text, colour, infer.font_for([text], FINER * size), anchor=anchor)
+        self.draw.text((FINER * x, FINER * y), text, colour, font_for([text], FINER * size), anchor=anchor)
 
     def frame(self, title, across, up):
         """Grid lines with their numbers, the names of the axes, and the title."""
@@ -95,8 +95,6 @@ def plot(points, base, chosen, likeness):
 
     `base` is the base model's likeness, `likeness` is what that is called, and the LoRA labelled `chosen` is red.
     """
-    from PIL import Image
-
     axes = Axes(span([each.drift for each in points], 0.0), span([base, *(each.likeness for each in points)]))
     axes.frame(
         "Likeness to the held-out pictures, and what it costs",
@@ -128,7 +126,7 @@ def label_points(axes, points, chosen):
     middles = [axes.place(each.drift.mean, each.likeness.mean) for each in points]
     boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in middles]
     for point, (x, y) in zip(points, middles, strict=True):
-        wide = infer.font_for([point.label], 14).getlength(point.label)
+        wide = font_for([point.label], 14).getlength(point.label)
         places = [(x + 10, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)] + [
             (x - 10 - wide, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)
         ]
@@ -144,8 +142,6 @@ def label_points(axes, points, chosen):
 
 
 def opened(path):
-    from PIL import Image
-
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -162,31 +158,32 @@ def picture_sheet(inputs, folder_of, seed):
     With the trigger on top, without it and of other things below.
     """
     numbers, parts = range(len(inputs.asked)), []
-    drawn = [(label, "") for label in inputs.loras]
     triggered = [i for i in numbers if inputs.asked[i].triggered]
     for heading, chosen in (
         ("with the trigger", spread(triggered)),
         ("without it", spread([i for i in numbers if i not in triggered])),
     ):
-        rows, images = list(drawn), []
+        rows = []
         if heading == "with the trigger":
-            rows = [("held out", ""), *drawn]
-            images += images_of(inputs.held_out, [inputs.asked[i].references[0] for i in chosen])
+            references = [inputs.asked[i].references[0] for i in chosen]
+            rows.append(Row(Label("held out"), images_of(inputs.held_out, references)))
         for label in inputs.loras:
-            images += [opened(folder_of(label) / f"{i:03d}-seed{seed}.png") for i in chosen]
-        columns = [(inputs.asked[i].prompt, f"seed {seed}") for i in chosen]
-        parts.append(infer.layout(rows, columns, images, heading))
-    return infer.stacked(parts)
+            images = [opened(folder_of(label) / f"{i:03d}-seed{seed}.png") for i in chosen]
+            rows.append(Row(Label(label), images))
+        columns = [Label(inputs.asked[i].prompt, f"seed {seed}") for i in chosen]
+        parts.append(labelled_sheet(rows, columns, title=heading))
+    return stacked(parts)
 
 
 def nearest_sheet(inputs, copied, folder_of, seed):
     """For each LoRA the pictures that are nearest to a training picture, each with that one to its right."""
-    rows, images = [], []
+    rows = []
     for label, found in copied.items():
-        pairs = found[:PAIRS]
-        rows.append((label, f"likeness {pairs[0].likeness:.2f} to {pairs[-1].likeness:.2f}"))
+        pairs, images = found[:PAIRS], []
         for pair in pairs:
             images.append(opened(folder_of(label) / f"{pair.asked:03d}-seed{seed + pair.seed}.png"))
             images += images_of(inputs.trained, [pair.trained])
-    columns = [("drawn", ""), ("trained on", "")] * min(PAIRS, len(pairs))
-    return infer.layout(rows, columns, images, "Nearest to a training picture")
+        note = f"likeness {pairs[0].likeness:.2f} to {pairs[-1].likeness:.2f}"
+        rows.append(Row(Label(label, note), images))
+    columns = [Label("drawn"), Label("trained on")] * min(PAIRS, len(pairs))
+    return labelled_sheet(rows, columns, title="Nearest to a training picture")
