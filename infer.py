@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 from text_to_image_lora import log
 from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.drawing import settings as groups
+from text_to_image_lora.drawing.parser import DrawingParser
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
@@ -81,8 +82,8 @@ class Session(NamedTuple):
     batch_size: int
 
 
-def build_parser() -> groups.DrawingParser:
-    return groups.DrawingParser(Settings, prog="infer.py", description=__doc__.splitlines()[0])
+def build_parser() -> DrawingParser:
+    return DrawingParser(Settings, prog="infer.py", description=__doc__.splitlines()[0])
 
 
 def find_inputs(settings: Settings) -> Inputs:

@@ -17,7 +17,7 @@ STARTED_BY_PATH = {
     "inside.py": 2,
     "bare_unet.py": 2,
 }  # by the benchmarks, in a process of its own; depth below the root
-BELOW = {"sweeping": set(), "evaluation": {"mini_sd"}, "benchmarks": {"mini_sd"}, "mini_sd": set()}
+BELOW = {"sweeping": set(), "comparing": set(), "evaluation": {"mini_sd"}, "benchmarks": {"mini_sd"}, "mini_sd": set()}
 
 
 def help_of(*words, cwd):

@@ -1,17 +1,13 @@
 """The flags of `infer.py`: groups of fields with their checks, and their parser. Needs no torch."""
 
-import argparse
-import dataclasses
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import Parser, flag, flag_values, iterate_flags
+from ..command_line import flag, flag_values, iterate_flags
 from ..errors import InputError
 from ..models.samplers import SAMPLERS
-from .rows import AXES, SETTINGS, nearest, number, sampler_name
+from .rows import AXES, SETTINGS, number, sampler_name
 
 
 BATCH_SIZE = 4  # pictures drawn at once: more gain little speed and cost the memory of small GPUs
@@ -141,48 +137,3 @@ class Output:
         if self.save_merged and settings.model.lora is None:
             raise InputError("--save_merged needs --lora.")
 # fmt: on
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values, in wide lines."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=119)
-
-    def _get_help_string(self, action):
-        hidden = action.default is None or action.default is False
-        return action.help if hidden else super()._get_help_string(action)
-
-
-class DrawingParser(Parser):
-    """The parser of `infer.py`: an unknown flag names the nearest one.
-
-    With --from_png, the flags that the picture's file records stand in for those that were not given.
-    """
-
-    def __init__(self, settings_class: Any, **options: Any):
-        super().__init__(settings_class, formatter_class=HelpFormatter, **options)
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv = list(sys.argv[1:] if argv is None else argv)
-        known = list(self._option_string_actions)
-        given = [word.split("=")[0] for word in argv if re.match(r"--\w", word)]
-        for name in given:
-            if name not in known:
-                raise InputError(f"unknown flag {name}. Did you mean {nearest(name, known)}?")
-        flags = self.parse_args(argv)
-        if flags.from_png is None:
-            return flags
-        from .png import read_repeat
-
-        # All others are the machine's, or say where pictures go.
-        groups = [group.type for group in dataclasses.fields(self.settings_class)]
-        recorded = {f"--{f.name}" for group in groups for f in dataclasses.fields(group) if f.metadata["recorded"]}
-        stored = {f"--{name}": words for name, words in read_repeat(flags.from_png).flags.items()}
-        wanted = recorded - {*given}
-        return self.parse_args(
-            [f"{name}={w}" for name, words in stored.items() if name in wanted for w in words] + argv
-        )

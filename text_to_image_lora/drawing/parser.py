@@ -1,0 +1,55 @@
+"""The parser of `infer.py`. Needs no torch."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from typing import Any
+
+from ..command_line import Parser
+from ..errors import InputError
+from .png import read_repeat
+from .rows import nearest
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values, in wide lines."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=119)
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class DrawingParser(Parser):
+    """The parser of `infer.py`: an unknown flag names the nearest one.
+
+    With --from_png, the flags that the picture's file records stand in for those that were not given.
+    """
+
+    def __init__(self, settings_class: Any, **options: Any):
+        super().__init__(settings_class, formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        known = list(self._option_string_actions)
+        given = [word.split("=")[0] for word in argv if re.match(r"--\w", word)]
+        for name in given:
+            if name not in known:
+                raise InputError(f"unknown flag {name}. Did you mean {nearest(name, known)}?")
+        flags = self.parse_args(argv)
+        if flags.from_png is None:
+            return flags
+        # All others are the machine's, or say where pictures go.
+        groups = [group.type for group in dataclasses.fields(self.settings_class)]
+        recorded = {f"--{f.name}" for group in groups for f in dataclasses.fields(group) if f.metadata["recorded"]}
+        stored = {f"--{name}": words for name, words in read_repeat(flags.from_png).flags.items()}
+        wanted = recorded - {*given}
+        return self.parse_args(
+            [f"{name}={w}" for name, words in stored.items() if name in wanted for w in words] + argv
+        )
