@@ -20,13 +20,9 @@ def installed_command() -> None:
 
 
 class Number:
-    """An argparse type for a number with bounds.
+    """An argparse type for a number that `accepts` returns True for; `allowed` describes such numbers in error messages.
 
-    Args:
-        kind: `int` or `float`.
-        allowed: A description of the bounds, for error messages.
-        accepts: Whether a number lies within the bounds.
-        word: A word, such as "auto", that is accepted instead of a number.
+    A `word` such as "auto" is accepted instead of a number.
     """
 
     def __init__(self, kind: type, allowed: str, accepts: Callable[[Any], bool], word: str | None = None):
@@ -188,10 +184,11 @@ class Parser(argparse.ArgumentParser):
         self.settings_class = settings_class
         if settings_class is None:
             return
-        by_title = {group.type.title: [] for group in dataclasses.fields(settings_class)}
-        for group in dataclasses.fields(settings_class):
-            for field in dataclasses.fields(group.type):
-                by_title.setdefault(field.metadata["title"] or group.type.title, []).append(field)
+        groups: list[Any] = [field.type for field in dataclasses.fields(settings_class)]
+        by_title = {group.title: [] for group in groups}
+        for group in groups:
+            for field in dataclasses.fields(group):
+                by_title.setdefault(field.metadata["title"] or group.title, []).append(field)
         for title, fields in by_title.items():
             add = self.add_argument_group(title).add_argument
             for field in fields:
@@ -200,9 +197,10 @@ class Parser(argparse.ArgumentParser):
     def settings(self, argv: list[str] | None = None) -> Any:
         """Parses and checks a command line and returns the groups of flags; raises `InputError`."""
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(self.parse(argv)).items()}
+        classes: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(self.settings_class)}
         groups = {
-            group.name: group.type(**{field.name: values[field.name] for field in dataclasses.fields(group.type)})
-            for group in dataclasses.fields(self.settings_class)
+            name: group_class(**{field.name: values[field.name] for field in dataclasses.fields(group_class)})
+            for name, group_class in classes.items()
         }
         settings = self.settings_class(**groups)
         for group in groups.values():

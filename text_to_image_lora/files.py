@@ -34,18 +34,11 @@ def counted(number: int, word: str) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path, *, folder: bool = False, shared: bool = False) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `path` once everything has been written to it.
+    """Yields a temporary path (with `folder`, an empty folder), which is renamed to `path` once it has been written.
 
-    After an exception, `path` is unchanged. After a kill, it is either the old or the new one, never a part; only when one
-    folder replaces another, a kill between the two renames leaves no folder.
-
-    Args:
-        folder: Whether `path` is a folder; the temporary path is then an existing, empty folder.
-        shared: Whether several processes may write `path` at once. The one that is in place first stays, and nothing is
-            flushed to the disk, because shared files can be made again.
-
-    Raises:
-        TrainingError: The disk is full or cannot be written.
+    After an exception, `path` is unchanged; if the disk is the reason, a `TrainingError` says so. After a kill, `path` is
+    either old or new, never a part; only a kill while a folder replaces another may leave no folder. With `shared`, several
+    processes may write `path` at once: the first result stays, and nothing is flushed, because it can be made again.
     """
     path = Path(path)
     mark = f".{secrets.token_hex(4)}" if shared else ""

@@ -26,7 +26,7 @@ def hide_modules(*names: str) -> Iterator[None]:
     diffusers and peft import bitsandbytes and xformers wherever they are installed, which takes a second and 44 MB.
     """
     missing = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(missing))
+    sys.modules.update(dict.fromkeys(missing))  # pyright: ignore - None makes an import fail
     try:
         yield
     finally:

@@ -278,17 +278,17 @@ def test_every_layer_of_a_unet_and_a_text_encoder_has_a_name_that_leads_back(sd1
 
 
 REFUSED = {
-    "it is LoHa, which is not read": "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",
-    "it is LoKr, which is not read": "lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
-    "it is (IA)3, which is not read": "lora_unet_mid_block_attentions_0_proj_in.on_input",
-    "it is OFT, which is not read": "lora_unet_mid_block_attentions_0_proj_in.oft_blocks",
-    "it is GLoRA, which is not read": "lora_unet_mid_block_attentions_0_proj_in.a1.weight",
-    "it is a model's full difference, which is not read": "lora_unet_mid_block_attentions_0_proj_in.diff",
-    "it is a LoRA of Flux, which is not read": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+    "it is LoHa, which is not supported": "lora_unet_mid_block_attentions_0_proj_in.hada_w1_a",
+    "it is LoKr, which is not supported": "lora_te_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
+    "it is (IA)3, which is not supported": "lora_unet_mid_block_attentions_0_proj_in.on_input",
+    "it is OFT, which is not supported": "lora_unet_mid_block_attentions_0_proj_in.oft_blocks",
+    "it is GLoRA, which is not supported": "lora_unet_mid_block_attentions_0_proj_in.a1.weight",
+    "it is a model's full difference, which is not supported": "lora_unet_mid_block_attentions_0_proj_in.diff",
+    "it is a LoRA of Flux, which is not supported": "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
     "it is a LoRA of Stable Diffusion 3, which is not": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
-    "it holds lora_unet_down_blocks_0_layer.lora_down.weight": "lora_unet_down_blocks_0_layer.lora_down.weight",
-    "it holds lora_te_text_model_final_layer_norm.alpha": "lora_te_text_model_final_layer_norm.alpha",
-    "it holds lora_unet_conv_in.what": "lora_unet_conv_in.what",
+    "it contains lora_unet_down_blocks_0_layer.lora_down.weight": "lora_unet_down_blocks_0_layer.lora_down.weight",
+    "it contains lora_te_text_model_final_layer_norm.alpha": "lora_te_text_model_final_layer_norm.alpha",
+    "it contains lora_unet_conv_in.what": "lora_unet_conv_in.what",
     "lacks its lora_A or its lora_B": "lora_unet_conv_in.lora_down.weight",
 }
 

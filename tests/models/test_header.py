@@ -74,7 +74,7 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.implementation": "diffusers", "modelspec.title": "red axes", "modelspec.resolution": "32x32",
         "modelspec.trigger_phrase": "sks", "modelspec.prediction_type": "epsilon", "modelspec.encoder_layer": "2",
-        "modelspec.usage_hint": "Made on model. Write sks in the prompt. Clip skip 2 as A1111 counts it.",
+        "modelspec.usage_hint": "Trained on model. Use sks in the prompt. Clip skip 2 in A1111.",
     }.items()  # fmt: skip
     began = datetime.fromisoformat(told["modelspec.date"])
     assert 0 <= (datetime.now(UTC) - began).total_seconds() < 120
@@ -164,7 +164,7 @@ def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
         lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")},
     )
     with pytest.raises(
-        TrainingError, match=r"out-step000002\.safetensors: 30 of 30 modules do not arrive where ComfyUI"
+        TrainingError, match=r"out-step000002\.safetensors: 30 of 30 modules are not read correctly by ComfyUI"
     ):
         train(output_kohya_format=True, lora_alpha=1)
 
@@ -182,8 +182,8 @@ def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--kohya_extras tags", "--kohya_extras is for the file in kohya's format: add --output_kohya_format."),
-        ("--output_kohya_format --kohya_extras thumbnail", "takes a sample picture: add --validation_prompt."),
+        ("--kohya_extras tags", "--kohya_extras applies to the file in kohya's format: add --output_kohya_format."),
+        ("--output_kohya_format --kohya_extras thumbnail", "requires sample pictures: add --validation_prompt."),
     ],
 )
 def test_extras_without_what_they_need_are_refused(flags, message):
@@ -222,7 +222,7 @@ def test_the_base_is_told_as_kohya_tells_it(family, prediction_type, architectur
     assert (told["modelspec.architecture"], told["ss_base_model_version"]) == (architecture, version)
     assert (told["ss_v2"], told["ss_sd_model_name"]) == (str(family is STABLE_DIFFUSION_2), "owner/model")
     assert told["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
-    assert ("predicts v" in told["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
+    assert ("uses v-prediction" in told["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
     assert "modelspec.date" not in told  # of a run whose checkpoint doesn't say
     assert set(map(type, told.values())) == {str}
 
@@ -275,7 +275,7 @@ def test_a_file_to_start_from_is_looked_at_before_the_base_model(train, tmp_path
     save_file({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     for name, message in (
-        ("loha", "it is LoHa, which is not read"),
+        ("loha", "it is LoHa, which is not supported"),
         ("cut", "it can't be read as a safetensors file"),
     ):
         with pytest.raises(InputError, match=f"{name}.safetensors: {message}"):

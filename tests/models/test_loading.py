@@ -69,8 +69,8 @@ def test_find_a_single_file(single_file, config_only):
         ("gone.ckpt", "gone.ckpt: there is no such file"),
         ("./gone", "./gone: there is no such folder or file"),
         ("a/b/c", "a/b/c: there is no such folder or file"),
-        ("models/mini-sdd", "models/mini-sdd: neither a folder here nor a model that the hub gives"),
-        ("empty", "empty: it holds no model_index.json"),
+        ("models/mini-sdd", "models/mini-sdd: neither a local folder nor a model that the hub provides"),
+        ("empty", "empty: it does not contain a model_index.json"),
         ("other", "other: a StableDiffusion3Pipeline is not supported; supported: StableDiffusionPipeline"),
         ("broken", "broken/model_index.json: it can't be read"),
         ("part", "part/unet/config.json: it can't be read"),
@@ -92,7 +92,7 @@ def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, 
 
 
 def test_a_single_files_configuration_must_be_one(single_file, tmp_path):
-    with pytest.raises(InputError, match=r"it holds no model_index.json \(--single_file_config\)"):
+    with pytest.raises(InputError, match=r"it does not contain a model_index.json \(--single_file_config\)"):
         loading.find_base_model(str(single_file), single_file_config=str(tmp_path))
 
 
@@ -371,7 +371,7 @@ def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
     path = tmp_path / "model" / "unet" / "config.json"
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)
     path.write_text(json.dumps(json.loads(path.read_text()) | xl))
-    with pytest.raises(InputError, match="its UNet is of Stable Diffusion XL, and model_index.json names"):
+    with pytest.raises(InputError, match="its UNet is of Stable Diffusion XL, but model_index.json names"):
         load(tmp_path / "model")
 
 

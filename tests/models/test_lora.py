@@ -75,7 +75,7 @@ def test_named_layers_are_adapted(make_unet, target_modules, count):
 @pytest.mark.parametrize("wrong", ["to_qq", "o_q", "attn1", "to_out", "all-linear", "", ".*to_q"])
 def test_a_layer_that_is_not_there_is_refused(make_unet, wrong):
     unet = make_unet()
-    with pytest.raises(InputError, match=r"Try some of: .*attn1\.to_q") as caught:
+    with pytest.raises(InputError, match=r"Its layers are: .*attn1\.to_q") as caught:
         lora.add_lora(unet, replace(DEFAULTS, target_modules=["to_q", wrong]))
     assert str(caught.value).startswith(f"--target_modules {wrong}: ")
     assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
@@ -279,11 +279,11 @@ def test_joined_adapters_come_apart_again(two_adapted):
 def test_a_file_must_be_of_what_is_trained(two_adapted):
     loaded = {name: lora.adapter_state(model)[0] for name, model in two_adapted.items()}
     with pytest.raises(
-        InputError, match="^axes: it adapts text_encoder and unet, and this trains the unet alone. Start"
+        InputError, match="^axes: it adapts text_encoder and unet, but this run trains the unet only. Start"
     ):
         lora.start_from_file({"unet": two_adapted["unet"]}, loaded, "axes")
     with pytest.raises(
-        InputError, match="^axes: it adapts unet, and this trains the unet and the text_encoder. Start"
+        InputError, match="^axes: it adapts unet, but this run trains the unet and the text_encoder. Start"
     ):
         lora.start_from_file(two_adapted, {"unet": loaded["unet"]}, "axes")
     with pytest.raises(InputError, match="^axes: .* do not fit .* Check --rank, --target_modules and --use_dora"):

@@ -251,14 +251,14 @@ def test_load_lora_reads_old_names(base, tmp_path):
     [
         (
             {"model.diffusion_model.out.0.bias": 4},
-            "it is not a LoRA of Stable Diffusion: it holds model.diffusion_model.out.0.bias",
+            "it is not a LoRA of Stable Diffusion: it contains model.diffusion_model.out.0.bias",
         ),
         (
             {"transformer.x.lora_A.weight": 4},
-            "it is not a LoRA of Stable Diffusion: it holds transformer.x.lora_A.weight",
+            "it is not a LoRA of Stable Diffusion: it contains transformer.x.lora_A.weight",
         ),
         ({"unet.mid_block.x.lora_A.weight": 4}, "it is incomplete: unet.mid_block.x lacks its lora_A or its lora_B"),
-        ({}, "holds no weights"),
+        ({}, "contains no weights"),
     ],
 )
 def test_load_lora_refuses_other_files_in_one_line(tmp_path, tensors, message):

@@ -69,7 +69,7 @@ FAULTS = {
     "alpha missing": (
         without,
         (r"\.alpha$",),
-        "64 of 64 modules do not arrive where ComfyUI reads it.* differs by 3.3e-01",
+        "64 of 64 modules are not read correctly by ComfyUI,* differs by 3.3e-01",
     ),
     "one alpha missing": (without, (r"mid_block_attentions_0_proj_in\.alpha$",), "1 of 64 .*proj_in differs by"),
     "keys renamed": (renamed, ("to_out_0", "to_out"), r"8 of 64 .*to_out\.0 is not found"),

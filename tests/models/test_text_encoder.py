@@ -243,7 +243,7 @@ def test_it_starts_from_a_lora_of_both(runs, train, tmp_path):
     for name, value in read_lora(first).items():
         if "lora_A" in name:
             torch.testing.assert_close(read_lora(second)[name], value, rtol=1e-5, atol=1e-7)
-    with pytest.raises(InputError, match="it adapts text_encoder and unet, and this trains the unet alone"):
+    with pytest.raises(InputError, match="it adapts text_encoder and unet, but this run trains the unet only"):
         train(output_dir=tmp_path / "third", **options)
 
 

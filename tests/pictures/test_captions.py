@@ -150,7 +150,7 @@ def test_long_prompts_train_and_validate(train, tmp_path, capsys):
     assert losses("live", long_prompts=True, cache_variations=0) == pytest.approx(whole, rel=1e-4)
     capsys.readouterr()
     cut = losses("cut")
-    assert "3 captions have more than 77 tokens, and what follows is cut (--long_prompts reads them whole)" in (
+    assert "3 captions have more than 77 tokens, and are truncated (--long_prompts reads them completely)" in (
         capsys.readouterr().out
     )
     assert cut != pytest.approx(whole, rel=1e-4)
@@ -163,7 +163,7 @@ def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
         train(train_data_dir=folder, long_prompts=True)
     assert str(caught.value) == (
         f"{folder}/metadata.jsonl:2: '1.png': its caption of 753 tokens would make every prompt 11 chunks long. Shorten "
-        "it (10 chunks are the limit), or leave --long_prompts out."
+        "it (the limit is 10 chunks), or remove --long_prompts."
     )
     assert not (tmp_path / "out").exists()
     write_pictures(folder, count=2, captions=["a cat", "axe " * 750])

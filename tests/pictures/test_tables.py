@@ -157,12 +157,12 @@ def test_bad_rows_are_left_out_when_asked(tmp_path, file, content, line, reason)
     assert [where for where, _ in left_out] == [f"{folder / file}:{line}"]
     assert reason in left_out[0][1]
     (folder / "0.png").unlink()
-    assert "no row" in refusal(folder, leave_out=print)
+    assert "it has no usable row" in refusal(folder, leave_out=print)
 
 
 def test_a_table_without_rows(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
-    assert "no row" in refusal(tmp_path)
+    assert "it has no usable row" in refusal(tmp_path)
 
 
 def test_trailing_commas_say_nothing(tmp_path):

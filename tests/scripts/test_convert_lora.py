@@ -222,7 +222,7 @@ def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
     state_dict, config = adapter(trained(base.unet, ["to_q"]))
     tiny = {key: value * (1e-8 if ".lora_B." in key else 1) for key, value in state_dict.items()}
     lora_file.save_lora(tmp_path, {"unet": (tiny, config)}, {})
-    with pytest.raises(TrainingError, match="8 of 8 modules do not arrive"):
+    with pytest.raises(TrainingError, match="8 of 8 modules are not read correctly by"):
         convert(tmp_path, tmp_path / "half.safetensors", "--to", "kohya", "--dtype", "float16")
 
 
@@ -275,7 +275,7 @@ BAD = {
     "a pickle": ("{tmp}/pickle.pt {tmp}/o.safetensors", "{tmp}/pickle.pt: it can't be read as a safetensors file"),
     "no adapter": (
         "{tmp}/model.safetensors {tmp}/o.safetensors",
-        "not a LoRA of Stable Diffusion: it holds conv_in.weight",
+        "not a LoRA of Stable Diffusion: it contains conv_in.weight",
     ),
     "of other shapes": ("{ours} {tmp}/o.safetensors --merge {tmp}/odd.safetensors", "they are of different models"),
 }

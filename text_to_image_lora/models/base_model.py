@@ -23,7 +23,7 @@ class ConfigFiles(NamedTuple):
         if self.kind == "hub":
             path = from_hub(self.source, file, self.revision, self.cache_dir)
         else:
-            path = Path(self.folder, file)
+            path = Path(str(self.folder), file)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -87,7 +87,7 @@ def locate(name: str, single_file_config: str | None) -> tuple[str, str | None]:
     return "hub", None
 
 
-def find_families(name: str, pipeline: str) -> list[Family]:
+def find_families(name: str, pipeline: str | None) -> list[Family]:
     """Returns the families with this pipeline class; raises `InputError` if there are none."""
     families = families_with_pipeline(pipeline)
     if not families:
@@ -98,7 +98,7 @@ def find_families(name: str, pipeline: str) -> list[Family]:
 def find_family(name: str, families: list[Family], unet_config: dict[str, Any]) -> Family:
     """Returns the family of a UNet's configuration; raises `InputError` if it is not one of `families`."""
     family = family_by_marks(unet_config)
-    if family not in families:
+    if family is None or family not in families:
         found = "an unknown family" if family is None else family.name
         expected = " or ".join(row.name for row in families)
         raise InputError(

@@ -196,9 +196,9 @@ FAMILIES = (STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL)
 PIPELINE_KINDS = ("", "Img2Img", "ControlNet", "ControlNetImg2Img")
 
 
-def families_with_pipeline(pipeline: str) -> list[Family]:
+def families_with_pipeline(pipeline: str | None) -> list[Family]:
     """Returns the families that have a pipeline of that class."""
-    return [family for family in FAMILIES if pipeline in map(family.pipeline_of, PIPELINE_KINDS)]
+    return [family for family in FAMILIES if pipeline in [family.pipeline_of(kind) for kind in PIPELINE_KINDS]]
 
 
 def all_supported() -> str:

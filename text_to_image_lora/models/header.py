@@ -54,13 +54,9 @@ def header_for_readers(
     values: dict[str, str], *, name: str, started_at: float | None, step: int, steps_per_epoch: int, num_pictures: int,
     names: KohyaNames,
 ) -> dict[str, str]:  # fmt: skip
-    """Returns the keys of the header and their values.
+    """Makes the metadata from `values`: those of flags, and those computed from flags, as strings.
 
-    Args:
-        values: The values of flags, and the values computed from them, as strings.
-        name: The name of the file.
-        started_at: When the run first started, in seconds since 1970; an interruption does not change it.
-        names: The names of the family.
+    `name` is that of the file, and `started_at` is when the run first started (seconds since 1970), before interruptions.
     """
     v_prediction = values.get("prediction_type") == "v_prediction"
     side = values["resolution"]

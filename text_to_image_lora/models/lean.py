@@ -101,12 +101,9 @@ class LeanGEGLU(GEGLU):
 class Masters:
     """The float32 master weights of a model's adapters, from which its layers get copies in the precision of the base.
 
-    The copies are made in each forward pass, with one operator per group of parameters, and the gradients flow back to the
-    masters in one operator, too.
-
-    Args:
-        groups: Lists of the parameters of the adapters.
-        flat: Whether `trained` holds one flat tensor per group, of which the parameters become views, or the parameters.
+    `trained` holds, for each of `groups` (lists of parameters), one flat tensor of which the parameters become views; or, if
+    not `flat`, the parameters. The copies are made in each forward pass, and the gradients flow back, with one operator per
+    group.
     """
 
     def __init__(self, model, groups, flat=True):

@@ -92,11 +92,8 @@ def load_components(
 ) -> Components:  # fmt: skip
     """Loads the `Components` of a base model; raises `InputError` if a file is missing or does not fit.
 
-    Args:
-        dtype: The dtype of the denoiser and the text encoders (default: float32); the VAE is float32.
-        device: The device of the denoiser; the other models stay on the CPU.
-        channels_last: Whether the convolution weights of the denoiser are in the `channels_last` memory format.
-        pretrained_vae: A hub id, folder or file of another VAE.
+    `dtype` (default: float32) is that of the denoiser and the text encoders. Only the denoiser is moved to `device`, with
+    `channels_last` in that memory format. `pretrained_vae` is a hub id, folder or file of another VAE.
     """
     import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -292,7 +289,7 @@ def make_noise_scheduler(
     kind = scheduler_config.get("_class_name", "")
     if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
         raise InputError(f"The base model's scheduler is a {kind}, a kind of diffusion that can't be trained here.")
-    changes = {"prediction_type": prediction_type} if prediction_type is not None else {}
+    changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
     noise_scheduler = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)

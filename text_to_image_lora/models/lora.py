@@ -26,7 +26,8 @@ def add_lora(model: Any, settings: LoraSettings) -> int:
     Raises `InputError` if a name in `target_modules` matches no layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    for target in settings.target_modules:
+    targets = settings.target_modules or ()
+    for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             kinds = sorted({".".join(p for p in name.split(".")[-3:] if not p.isdigit()) for name in linear})
             raise InputError(
@@ -37,7 +38,7 @@ def add_lora(model: Any, settings: LoraSettings) -> int:
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=list(targets),
         init_lora_weights=INITIALISATIONS[settings.init_lora_weights],
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,

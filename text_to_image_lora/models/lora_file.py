@@ -186,7 +186,7 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
     return components, header
 
 
-def _read_scales(path, header):
+def _read_scales(path: Path, header: dict[str, str]) -> dict[str | None, Scale]:
     """Reads {component, or None for all: `Scale`} from diffusers' metadata or from the configuration file of peft."""
     stored = path.parent / PEFT_CONFIG_NAME
     try:
@@ -216,7 +216,7 @@ def _by_module(tensors, component):
     """Returns {component: {module: {leaf: tensor}}} by what the keys mean in the dialect of the file."""
     dialect, found = find_dialect(tensors), {}
     for key, value in tensors.items():
-        name, module, leaf = parse_key(key, dialect, component)
+        name, module, leaf = parse_key(key, dialect, component)  # pyright: ignore - `find_dialect` has checked the keys
         found.setdefault(name, {}).setdefault(module, {})[leaf] = value.float()
     return found
 

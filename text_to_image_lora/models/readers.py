@@ -137,7 +137,7 @@ def _original_names(layers, is_sd2):
         if component == "unet":
             block = next((name for name in blocks if f"{module}.".startswith(f"{name}.")), None)
             rest = module[len(block) + 1 :] if block else ""
-            name = "_".join(filter(None, (blocks.get(block), _IN_RESNETS.get(rest, rest.replace(".", "_")))))
+            name = "_".join(filter(None, (blocks.get(block or ""), _IN_RESNETS.get(rest, rest.replace(".", "_")))))
             names[f"diffusion_model_{name}"] = component, module
         elif is_sd2 or component == "text_encoder_2":
             name = module.removeprefix("encoder.layers.").replace("self_attn", "attn")

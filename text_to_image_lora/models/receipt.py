@@ -24,7 +24,7 @@ def layer_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_arrival(
-    path: Path, trained: dict, layers: dict[str, dict], *, by_kohyas_names: bool = False, tolerance: float = TOLERANCE
+    path: Path, trained: dict, layers: dict, *, by_kohyas_names: bool = False, tolerance: float = TOLERANCE
 ) -> int:
     """Reads a file like other programs and returns the number of modules; raises `TrainingError` if one is not as trained.
 

@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def hold_out(pictures: Sequence[Picture], share: float) -> list[int]:
     return sorted(chosen)
 
 
-def divide(pictures: PictureSet, others: PictureSet | None, share: float | None) -> tuple[PictureSet, PictureSet]:
+def divide(pictures: PictureSet, others: Any, share: Any) -> tuple[PictureSet, PictureSet]:
     """Returns the training set and the validation set, which have no picture in common.
 
     `others` is the validation set; if it is None, `share` of the pictures (class pictures excepted) are held out. Training

@@ -72,7 +72,7 @@ def _unpack_members(archive, target):
             raise InputError(f"{archive}: its member {name!r} is a link. Pack the pictures themselves.")
         path = target.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with source() as member, open(path, "wb") as file:
+        with source() as member, open(path, "wb") as file:  # pyright: ignore - None is for members without data only
             while block := member.read(BLOCK):
                 room -= len(block)
                 if room < 0:

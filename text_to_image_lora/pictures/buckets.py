@@ -51,10 +51,11 @@ class Buckets(NamedTuple):
         Pictures with a larger area than the square are first scaled down to that area (kohya's `bucket_no_upscale`).
         """
         scale = min(1.0, self.resolution / (width * height) ** 0.5)
-        return tuple(
-            min(max(int(side * scale + 1e-6) // self.step * self.step, self.smallest), self.largest)
-            for side in (width, height)
-        )
+
+        def fit(side):
+            return min(max(int(side * scale + 1e-6) // self.step * self.step, self.smallest), self.largest)
+
+        return fit(width), fit(height)
 
 
 def square(resolution: int) -> Buckets:

@@ -65,7 +65,7 @@ def examine(
             image = open_image(data)
             if mask is not None:
                 open_mask(mask, image.size)
-            known[name] = Picture(name, *image.size, difference_hash(image))
+            known[name] = Picture(name, image.width, image.height, difference_hash(image))
             return index, known[name], None, True
         except (ImageError, OSError) as error:
             return index, None, str(error), False

@@ -23,11 +23,8 @@ def describe(
 ) -> dict[str, Any]:  # fmt: skip
     """Describes a `PictureSet` as plain data for JSON.
 
-    Args:
-        left_out: The unusable pictures and rows as (source, reason).
-        sampler: Has `samples`, the picture indices of an epoch, and `steps_per_epoch`.
-        token_counts: The number of tokens of each caption of each picture; None without a tokenizer.
-        token_limit: The number of tokens that are read of a caption; None for all.
+    `left_out` holds the unusable pictures and rows as (source, reason). `token_counts` is None without a tokenizer, and
+    `token_limit` is None if captions are read completely. `sampler` has `samples` (picture indices) and `steps_per_epoch`.
     """
     records, sizes, captions = pictures.records, pictures.sizes, pictures.captions
     sources, concepts = records["source"][:], records["concept"][:]

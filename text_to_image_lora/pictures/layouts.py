@@ -130,9 +130,9 @@ def read_folder(folder: Path, layout: str, files: list[Path], reading: ReadOptio
             raise InputError("--dataset_layout instance requires --instance_prompt, the caption of all pictures.")
         else:
             captions = [instance_prompt]
-        if reason is not None and leave_out is None:
-            raise InputError(f"{path}: {reason}. Write one, or pass --skip_bad_images to leave such pictures out.")
         if reason is not None:
+            if leave_out is None:
+                raise InputError(f"{path}: {reason}. Write one, or pass --skip_bad_images to leave such pictures out.")
             leave_out(str(path), reason)
             continue
         row = _row(path, captions, concept, num_repeats, str(path), _mask_file(path, folder))

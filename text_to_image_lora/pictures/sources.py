@@ -41,7 +41,7 @@ def load_records(reading: ReadOptions) -> Any:
         parts = [_from_hub(data.dataset_name, reading)]
     else:
         parts = []
-        for source in map(Path, data.train_data_dir or [data.dataset_name]):
+        for source in map(Path, data.train_data_dir or [str(data.dataset_name)]):
             folder = unpack(source, reading.archive_dir) if is_archive(source) else source
             parts.append(_from_folder(folder, reading))
     import datasets

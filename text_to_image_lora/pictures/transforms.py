@@ -130,7 +130,8 @@ def window_size(size: tuple[int, int], turn: float) -> tuple[int, int]:
 
 def covering_size(width: int, height: int, size: tuple[int, int], share: float, turn: float) -> tuple[int, int]:
     """Returns the size to which a picture is resized before the crop, which shows `share` of its sides."""
-    return resized_size(width, height, tuple(math.ceil(side / share) for side in window_size(size, turn)))
+    window = window_size(size, turn)
+    return resized_size(width, height, (math.ceil(window[0] / share), math.ceil(window[1] / share)))
 
 
 def draw_variation(
@@ -149,7 +150,7 @@ def draw_variation(
     share = between(augmentation.random_crop_scale, 1)
     turn = between(-augmentation.random_rotation, augmentation.random_rotation)
     ranges = (augmentation.random_brightness, augmentation.random_contrast, augmentation.random_saturation)
-    factors = [between(1 - x, 1 + x) for x in ranges]
+    brightness, contrast, saturation = (between(1 - x, 1 + x) for x in ranges)
     hue = between(-augmentation.random_hue, augmentation.random_hue)
     covering, window = covering_size(width, height, size, share, turn), window_size(size, turn)
     room = [covering[axis] - window[axis] for axis in (0, 1)]
@@ -158,7 +159,7 @@ def draw_variation(
     else:
         left, top = (min(int(p * (r + 1)), r) for p, r in zip(place, room))
     flip = bool(augmentation.random_flip and index % 2)
-    return Variation(left, top, flip, share, turn, *factors, hue)
+    return Variation(left, top, flip, share, turn, brightness, contrast, saturation, hue)
 
 
 def corner_shown(width: int, height: int, variation: Variation, size: tuple[int, int]) -> tuple[int, int]:
