@@ -223,9 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
     try:
-        with hide_modules(
-            "bitsandbytes"
-        ):  # which diffusers and peft would import, for a second, wherever it is installed
+        with hide_modules("bitsandbytes"):  # diffusers and peft would import it, which takes a second
             run([*(sys.argv[1:] if argv is None else argv)])
     except (InputError, TrainingError) as error:
         print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)

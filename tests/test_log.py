@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT
 from tqdm import tqdm
 
@@ -13,14 +12,6 @@ from text_to_image_lora import log
 
 
 logger = logging.getLogger("text_to_image_lora.reports.anything")
-
-
-@pytest.fixture(autouse=True)
-def configuration():
-    """The package's logger is left as it was found."""
-    handlers, level, propagate = [*log.PACKAGE.handlers], log.PACKAGE.level, log.PACKAGE.propagate
-    yield
-    log.PACKAGE.handlers[:], log.PACKAGE.level, log.PACKAGE.propagate = handlers, level, propagate
 
 
 def test_levels_have_their_streams_and_formats(capsys):
@@ -39,6 +30,7 @@ def test_a_second_start_replaces_the_first_and_nothing_else(capsys):
     logger.warning("once")
     assert capsys.readouterr() == ("", "once\n")
     assert other in log.PACKAGE.handlers
+    log.PACKAGE.removeHandler(other)
 
 
 def test_only_the_main_process_writes(capsys):
