@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProc
 from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
 
 from text_to_image_lora.models import lora
-from text_to_image_lora.models.joined import JoinedLinear, add_products, each
+from text_to_image_lora.models.joined import JoinedLinear, add_products, split_layers
 
 
 PRODUCTS = ("mm", "addmm_", "bmm", "baddbmm_")
@@ -110,7 +110,7 @@ def test_products_are_added_or_put_in_place_of_anything(dtype):
     first, second = torch.randn(3, 64, 8).to(dtype), torch.randn(3, 8, 16).to(dtype)
     products = torch.bmm(first, second)
     found = add_products(torch.full((64, 48), torch.nan, dtype=dtype), first, second, beta=0)
-    torch.testing.assert_close(each(found, 3), products)
+    torch.testing.assert_close(split_layers(found, 3), products)
     rows = torch.randn(64, 48).to(dtype)
-    found = each(add_products(rows.clone(), first, second), 3)
-    torch.testing.assert_close(found, each(rows, 3) + products, rtol=0.02, atol=0.02)
+    found = split_layers(add_products(rows.clone(), first, second), 3)
+    torch.testing.assert_close(found, split_layers(rows, 3) + products, rtol=0.02, atol=0.02)

@@ -272,7 +272,7 @@ def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, 
         for base, own in ((tiny_xl, "Stable Diffusion XL"), (tiny_sd2, "Stable Diffusion 2")):
             if own != name:
                 words[1] = str(base)
-                with pytest.raises(InputError, match=f"it is a LoRA of {name}, and {base} is of {own}"):
+                with pytest.raises(InputError, match=f"it is a LoRA of {name}, but {base} is of {own}"):
                     find_inputs(train_script.parse_settings(words))
         drawn_lora = find_lora(str(path), 1.0, "lora0")
         with pytest.raises(InputError, match="2 of its 2 keys match no layer there"):

@@ -237,7 +237,7 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
     assert len(magnitudes) == 52
     assert all(torch.equal(one[key], two[key]) for key in magnitudes)
     for words in ((f"{dora}:0.5", tmp_path / "x.safetensors"), (ours, tmp_path / "x.safetensors", "--merge", dora)):
-        with pytest.raises(InputError, match="DoRA's update depends on the base model's weights"):
+        with pytest.raises(InputError, match="DoRA's update depends on the weights of the base model"):
             convert(*words)
 
 
@@ -277,7 +277,7 @@ BAD = {
         "{tmp}/model.safetensors {tmp}/o.safetensors",
         "not a LoRA of Stable Diffusion: it contains conv_in.weight",
     ),
-    "of other shapes": ("{ours} {tmp}/o.safetensors --merge {tmp}/odd.safetensors", "they are of different models"),
+    "of other shapes": ("{ours} {tmp}/o.safetensors --merge {tmp}/odd.safetensors", "they belong to different models"),
 }
 
 
