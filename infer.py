@@ -83,7 +83,7 @@ class Session(NamedTuple):
 
 
 def build_parser() -> DrawingParser:
-    return DrawingParser(Settings, prog="infer.py", description=__doc__.splitlines()[0])
+    return DrawingParser(Settings, prog="infer.py", description=str(__doc__).splitlines()[0])
 
 
 def find_inputs(settings: Settings) -> Inputs:
@@ -116,7 +116,7 @@ def find_inputs(settings: Settings) -> Inputs:
     trained, notes = as_trained.settle(loras, base, scheduler, clip_skip=pictures.clip_skip, vae=model.vae)
     clip_skip = trained.clip_skip or 0
     if base.shapes:
-        fits.check_fits(base.shapes, loras, clip_skip, trained.vae and find.vae_channels(trained.vae))
+        fits.check_fits(base.shapes, loras, clip_skip, find.vae_channels(trained.vae) if trained.vae else None)
     for note in notes:
         logger.warning(note)
     drawings = [drawing._replace(clip_skip=clip_skip) for drawing in drawings]
@@ -138,7 +138,7 @@ def plan_session(settings: Settings, drawings: list[Drawing], source: Any) -> Se
     stored = png.read_repeat(path)
     now = png.repeat_of(drawings[0], source, stored.batch)
     png.warn_of_differences(path, stored, now)
-    size, place = stored.batch
+    size, place = stored.batch or (1, 0)
     alike = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
     if settings.grids.grid or len(drawings) > 1 or not alike or wanted not in (None, size):
         return session
@@ -180,7 +180,7 @@ def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[An
     if inputs.grid.name is None:
         return
     names = {"image": start.image, "control_image": start.control_image or start.image}
-    given = [(path.name, getattr(shown, name)) for name, path in names.items() if getattr(shown, name)]
+    given = [(path.name, getattr(shown, name)) for name, path in names.items() if path and getattr(shown, name)]
     what = "base above LoRA" if settings.grids.compare_base else "the grid"
     model = settings.model.pretrained_model_name_or_path
     for sheet in sheets_of(inputs.grid, inputs.drawings, images, given):

@@ -102,7 +102,7 @@ def build_parser() -> Parser:
     return Parser(
         Settings,
         usage="%(prog)s --pretrained_model_name_or_path MODEL (--dataset_name ID | --train_data_dir FOLDER) [flags]",
-        description=__doc__.splitlines()[0],
+        description=str(__doc__).splitlines()[0],
     )
 
 

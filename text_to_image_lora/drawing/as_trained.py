@@ -75,7 +75,7 @@ def settle(
     if taken:
         listed = " and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
         notes.append(f"{subject} trained with {listed}; the pictures are drawn so")
-    settled = {name: own[name] if name in obstacles else value for name, value in trained.items()}
+    settled: dict[str, Any] = {name: own[name] if name in obstacles else value for name, value in trained.items()}
     return AsTrained(**settled | decided), notes
 
 

@@ -130,7 +130,7 @@ def _num_steps(sampler, drawing):
 
 
 def draw_batch(
-    studio: Studio, drawings: Sequence[Drawing], batch: Batch, on_step: Callable[[Any], None]
+    studio: Studio, drawings: Sequence[Drawing], batch: Batch, on_step: Callable[[Any], Any]
 ) -> list[Drawn]:
     """Draws the pictures of a batch; calls `on_step(pipeline)` after each step.
 
@@ -139,11 +139,12 @@ def draw_batch(
     import torch
 
     pipe, first = studio.pipe, drawings[batch.indices[0]]
+    height, width = first.height or 0, first.width or 0  # `sized` has set both
     pipe.scheduler = batch.sampler
     if studio.switches_loras:
         set_loras(pipe, first.active_loras())
     embeds = [studio.encoder(drawings[i]) for i in batch.indices]
-    available = first._asdict() | fitted(studio.given, first.width, first.height)._asdict()
+    available = first._asdict() | fitted(studio.given, width, height)._asdict()
     options = {argument: available[name] for argument, name in studio.arguments.items()}
     options |= {name: torch.cat([each[name] for each in embeds]) for name in embeds[0]}
     options |= {"num_inference_steps": first.num_inference_steps, "guidance_scale": first.guidance_scale}
@@ -151,7 +152,7 @@ def draw_batch(
     options["generator"] = [torch.Generator("cpu").manual_seed(drawings[i].seed) for i in batch.indices]
     if studio.decode is not None:
         options["output_type"] = "latent"
-    elif first.height * first.width > TILED_FROM:
+    elif height * width > TILED_FROM:
         pipe.vae.enable_tiling()
     else:
         pipe.vae.disable_tiling()

@@ -92,7 +92,8 @@ def read_header(flag: str, path: Path) -> Header:
 
 def find_base(flags: settings.Model) -> Base:
     """The base model of the flags; `InputError` for what is not there, or not of a family that can be drawn with."""
-    name, path = flags.pretrained_model_name_or_path, Path(flags.pretrained_model_name_or_path)
+    name = str(flags.pretrained_model_name_or_path)
+    path = Path(name)
     if path.is_file() and path.suffix not in (".safetensors", ".ckpt"):
         raise InputError(f"{MODEL_FLAG} {path}: a single file must be .safetensors or .ckpt.")
     if path.is_file() and flags.single_file_config is not None:

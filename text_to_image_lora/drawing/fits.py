@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -21,7 +22,7 @@ CROSS_ATTENTION = re.compile(r"unet\..*attn2\.to_[kv]")
 
 
 def check_fits(
-    shapes: dict[str, tuple[int, ...]], loras: tuple[Lora, ...], clip_skip: int, latent_channels: int | None
+    shapes: dict[str, tuple[int, ...]], loras: Sequence[Lora], clip_skip: int, latent_channels: int | None
 ) -> None:
     """Raises `InputError` for what the shapes of the base model's weights {"unet.conv_in.weight": shape} show to be wrong.
 
@@ -51,7 +52,7 @@ def check_lora_fits(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> Non
     for match in filter(None, map(FACTOR.fullmatch, lora.shapes)):
         key, shape = match[0], lora.shapes[match[0]]
         place = parse_key(key, dialect)
-        layer = None if place is None else _layer(f"{place[0]}.{place[1]}")
+        layer = "" if place is None else _layer(f"{place[0]}.{place[1]}")
         axis = 1 if match[2] in ("lora_A", "lora_down", "lora.down") else 0
         weight = weights.get(layer)
         if axis == 1:

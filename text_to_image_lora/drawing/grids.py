@@ -64,7 +64,7 @@ def axis_cells(field: str, values: Iterable[Any]) -> list[Cell]:
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         named = shown if isinstance(value, str) else f"{row.short}{shown}"
         suffix = "" if field == "seed" else f"-{slug(named)}"  # a seed is in each name anyway
-        cells.append(Cell(row.label.format(shown), {field: value}, suffix=suffix))
+        cells.append(Cell((row.label or "{}").format(shown), {field: value}, suffix=suffix))
     return cells
 
 

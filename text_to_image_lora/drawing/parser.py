@@ -46,7 +46,7 @@ class DrawingParser(Parser):
         if flags.from_png is None:
             return flags
         # All others are the machine's, or say where pictures go.
-        groups = [group.type for group in dataclasses.fields(self.settings_class)]
+        groups: list[Any] = [group.type for group in dataclasses.fields(self.settings_class)]
         recorded = {f"--{f.name}" for group in groups for f in dataclasses.fields(group) if f.metadata["recorded"]}
         stored = {f"--{name}": words for name, words in read_repeat(flags.from_png).flags.items()}
         wanted = recorded - {*given}

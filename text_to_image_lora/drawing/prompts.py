@@ -31,7 +31,7 @@ def parse_prompt(line: str, where: str) -> Prompt:
     text, *options = re.split(r"(?:^|\s)\s*--(?=[A-Za-z])", line)
     found = {}
     for option in options:
-        name, value = re.fullmatch(r"([\w-]+)[\s=]*(.*?)\s*", option, re.DOTALL).groups()
+        name, value = re.findall(r"\A([\w-]+)[\s=]*(.*?)\s*\Z", option, re.DOTALL)[0]
         field = OPTIONS_OF_PROMPTS.get(name.replace("-", "_"))
         if field is None:
             known = [name for name in OPTIONS_OF_PROMPTS if len(name) > 1]

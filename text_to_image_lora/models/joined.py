@@ -1,5 +1,7 @@
 """Computes the projections of an attention layer with the same input (queries, keys, values) in one matrix product."""
 
+from typing import Any, cast
+
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 
@@ -64,19 +66,22 @@ class JoinedLinear(torch.nn.Module):
         for weight, part in zip(weights, self.weight.detach().chunk(len(weights)), strict=True):
             weight.data = part
 
+    lean: Any  # the masters of all layers, which `use_lean_forward` sets
+
     def forward(self, x):
         if self.layers[0].disable_adapters:  # bit for bit the output of the base
             return torch.cat([layer.base_layer(x) for layer in self.layers], dim=-1)
         return LoraJoinedLinear.apply(x, self.weight, *self.lean, len(self.layers))
 
 
-def projections(model: torch.nn.Module, kind: type) -> list[tuple[Attention, str, tuple[torch.nn.Module, ...]]]:
+def projections(model: torch.nn.Module, kind: type) -> list[tuple[Attention, str, tuple[Any, ...]]]:
     """Finds layers that can be joined: (attention, diffusers' name of the fused layer, layers of class `kind` without bias)."""
     found = []
     for attention in [module for module in model.modules() if type(module) is Attention]:
-        name, layers = "to_qkv", (attention.to_q, attention.to_k, attention.to_v)
-        if attention.is_cross_attention:
-            name, layers = "to_kv", layers[1:]
+        name = "to_kv" if attention.is_cross_attention else "to_qkv"
+        layers: tuple[Any, ...] = (attention.to_k, attention.to_v)
+        if not attention.is_cross_attention:
+            layers = (attention.to_q, *layers)
         plain = all(type(layer) is kind and layer.base_layer.bias is None for layer in layers)
         if plain and len({layer.base_layer.weight.shape for layer in layers}) == 1:
             found.append((attention, name, layers))
@@ -92,5 +97,5 @@ def join(attention: Attention, name: str, layers: tuple[torch.nn.Module, ...]) -
         return None
     joined_layer = JoinedLinear(layers)
     attention.add_module(name, joined_layer)
-    attention.set_processor(FusedAttnProcessor2_0())
+    attention.set_processor(cast(Any, FusedAttnProcessor2_0()))
     return joined_layer

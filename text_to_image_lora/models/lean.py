@@ -5,6 +5,8 @@ input to float32 and back, multiply by the scale, and leave the backward to auto
 more operators than those of the UNet itself, and at batch size 1 a GPU waits for their launches (docs/performance.md).
 """
 
+from typing import Any
+
 import torch
 from diffusers.models.activations import GEGLU
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
@@ -42,6 +44,8 @@ class LoraLinear(torch.autograd.Function):
 
 
 class LeanLinear(Linear):
+    lean: Any  # the views of the masters that the layer computes with
+
     def forward(self, x, *others, **options):
         base = self.base_layer
         if self.disable_adapters:
@@ -50,12 +54,15 @@ class LeanLinear(Linear):
 
 
 class LeanConv2d(Conv2d):
+    lean: Any
+
     def forward(self, x, *others, **options):
         base = self.base_layer
         if self.disable_adapters:
             return base(x)
         a, b = self.lean
-        first, second = self.lora_A["default"], self.lora_B["default"]
+        first: Any = self.lora_A["default"]
+        second: Any = self.lora_B["default"]
         hidden = torch.nn.functional.conv2d(x, a.view(first.weight.shape), None, first.stride, first.padding)
         return base(x) + torch.nn.functional.conv2d(hidden, b.view(second.weight.shape))
 

@@ -75,7 +75,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     """Loads the first tokenizer of a base model; returns None for a single file without --single_file_config."""
     import transformers
 
-    options = dict(revision=base.revision, cache_dir=base.cache_dir) if base.kind != "file" else {}
+    options: Any = dict(revision=base.revision, cache_dir=base.cache_dir) if base.kind != "file" else {}
     source = base.source if base.kind != "file" else base.single_file_config
     if source is None:
         return None
@@ -174,8 +174,8 @@ def _from_folder(base, dtype):
     vae = diffusers.AutoencoderKL.from_pretrained(
         base.source, subfolder="vae", torch_dtype=_dtype_in_file(base, "vae") or torch.float32, **weights
     )
-    scheduler_config = dict(diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options))
-    return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, scheduler_config)
+    scheduler_config: Any = diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
+    return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, dict(scheduler_config))
 
 
 def _dtype_in_file(base, component):
@@ -213,14 +213,16 @@ def empty_components(base: BaseModel, dtype: Any) -> Components:
     import torch
     import transformers
 
-    family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
-    source = base.source if base.kind != "file" else base.single_file_config
+    family = base.family
+    options: Any = dict(revision=base.revision, cache_dir=base.cache_dir)
+    source: Any = base.source if base.kind != "file" else base.single_file_config
 
     def make(model_class, name, dtype):
         config = model_class.load_config(source, subfolder=name, **options)
         with torch.device("meta"):
             model = model_class.from_config(config)
-        model = torch.nn.Module.to(model, dtype=dtype, memory_format=torch.channels_last)
+        move: Any = torch.nn.Module.to
+        model = move(model, dtype=dtype, memory_format=torch.channels_last)
         return model.to_empty(device="cpu").requires_grad_(False)
 
     try:
@@ -292,7 +294,7 @@ def make_noise_scheduler(
     changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
-    noise_scheduler = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    noise_scheduler: Any = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
     config = noise_scheduler.config
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")

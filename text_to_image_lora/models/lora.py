@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -36,7 +36,7 @@ def add_lora(model: Any, settings: LoraSettings) -> int:
     model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=cast(int, settings.alpha),  # any number, says peft's documentation
         lora_dropout=settings.lora_dropout,
         target_modules=list(targets),
         init_lora_weights=INITIALISATIONS[settings.init_lora_weights],
@@ -135,9 +135,8 @@ def start_from(model: Any, state_dict: dict[str, torch.Tensor], *, partial: bool
     If the rank of the LoRA is smaller, the additional directions are initialized like those of a new adapter; with
     `partial`, so are layers that the LoRA lacks.
     """
-    scaling = {
-        name: module.scaling["default"] for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    scaling = {name: cast(Any, module).scaling["default"] for name, module in layers}
     fresh = adapter_state(model)[0]
     unfolded = {name: value for name, value in fresh.items() if partial and state_dict}
     for name, value in state_dict.items():

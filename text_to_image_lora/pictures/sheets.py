@@ -5,7 +5,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -36,7 +36,7 @@ class Strip(NamedTuple):
     rows: list[tuple[str, Sequence[Image.Image]]]
 
 
-def font_for(texts: Iterable[str], size: int) -> ImageFont.FreeTypeFont:
+def font_for(texts: Iterable[str], size: int) -> Any:
     """Pillow's own font, which has ASCII alone, or one of this machine that may have the rest."""
     if not all(text.isascii() for text in texts):
         for name in OTHER_FONTS:

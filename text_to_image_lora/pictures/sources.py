@@ -141,6 +141,7 @@ def _from_hub(name, reading):
     if not is_hub_id(name):
         raise InputError(f"{name}: there is no such folder, and it is not a hub id (owner/name) either.")
     import datasets
+    import datasets.config
     import httpx
     import huggingface_hub
 
@@ -226,6 +227,7 @@ def _find_foreign_files(dataset, column, source, cache_dir):
     and the download caches of the library.
     """
     import datasets
+    import datasets.config
     from huggingface_hub import constants
 
     caches = [constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, *([cache_dir] if cache_dir else [])]

@@ -3,7 +3,7 @@
 import io
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -54,7 +54,7 @@ def open_image(data, background="white"):
     if not data:
         raise ImageError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data))
         if image.width * image.height > PIXEL_LIMIT:
             raise ImageError(f"{image.width}x{image.height} is more than the limit of {PIXEL_LIMIT:,} pixels")
         image.load()
@@ -92,7 +92,7 @@ def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
 
 
-def _in_srgb(image):
+def _in_srgb(image: Any) -> Any:
     """Converts a picture to sRGB by its ICC profile; without a profile, or with a broken one, it is sRGB already."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
@@ -102,7 +102,7 @@ def _in_srgb(image):
         if "srgb" in ImageCms.getProfileDescription(source).lower():
             return image
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        seen = image.convert("RGB") if alpha is not None else image
+        seen: Any = image.convert("RGB") if alpha is not None else image
         seen = ImageCms.profileToProfile(seen, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image

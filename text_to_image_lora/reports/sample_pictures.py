@@ -217,7 +217,7 @@ def base_images(output_dir, prompts, seeds):
     for task, seed in seeds.items():
         path = output_dir / "validation" / "step-000000" / file_name(*task)
         with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
-            if (image.text.get("prompt"), image.text.get("seed")) == (prompts[task[0]], str(seed)):
+            if (image.info.get("prompt"), image.info.get("seed")) == (prompts[task[0]], str(seed)):
                 found[task] = image.convert("RGB")
     return found
 
@@ -229,7 +229,7 @@ def latest_images(output_dir, prompts):
     found = []
     for path in paths:
         with Image.open(path) as image:
-            prompt = str(image.text.get("prompt"))  # Pillow gives a subclass of str, which YAML can't write
+            prompt = str(image.info.get("prompt"))  # Pillow gives a subclass of str, which YAML can't write
         if prompt in prompts:
             found.append((prompt, path))
     return found

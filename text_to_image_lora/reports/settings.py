@@ -6,7 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..command_line import at_least, between, flag, hub_id
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
@@ -21,8 +21,8 @@ SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_sc
 class PromptLines(argparse.Action):
     """Replaces the name of a .txt file by the prompts in it."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, read_prompts(option_string, values))
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        setattr(namespace, self.dest, read_prompts(f"--{self.dest}", values))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def wandb_mode() -> str:
             f"W&B's configuration is invalid ({' '.join(str(error).split())}). Correct it, or pass --report_to none."
         ) from error
     url = urlsplit(settings.base_url)
-    proxy = None if proxy_bypass(url.hostname) else getproxies().get(url.scheme)
+    proxy = None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
     url = urlsplit(proxy) if proxy else url
     try:
         socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()

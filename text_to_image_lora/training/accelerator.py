@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ def make_accelerator(settings: Any, trackers: list[str]) -> Accelerator:
         mixed_precision=precision,
         # Set explicitly, as ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide the gradients a second time.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=trackers or None,
+        log_with=cast(Any, trackers or None),
         project_config=ProjectConfiguration(settings.run.output_dir, logging_dir=logging_dir),
         # Plain adapters compute in the base model's precision; peft's float32 adapters need autocast.
         kwargs_handlers=[AutocastKwargs(enabled=settings.lora.needs_autocast)],

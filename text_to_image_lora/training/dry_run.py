@@ -38,10 +38,9 @@ def report(settings: Any, found: inputs.Inputs) -> None:
             num_chunks, _ = choose_num_chunks(settings, tokenizer, [pictures])
         except InputError as error:
             too_long = error
-    whole = tokenizer is None or settings.captions.long_prompts
     described = inspection.describe(
         pictures, left_out, sampler, num_validated=len(validated or ()), token_counts=token_counts,
-        token_limit=None if whole else tokenizer.model_max_length,
+        token_limit=None if tokenizer is None or settings.captions.long_prompts else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
     needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)

@@ -32,9 +32,7 @@ def find_inputs(settings: Any) -> Inputs:
     left_out: list[tuple[str, str]] = []
     leave_out: Any = log_left_out if settings.data.skip_bad_images else None
     if settings.data.dry_run:
-
-        def leave_out(source, reason):
-            left_out.append((source, reason))
+        leave_out = lambda source, reason: left_out.append((source, reason))  # noqa: E731
 
     base = find_base(settings)
     with log.collect_messages("pictures") as notes:

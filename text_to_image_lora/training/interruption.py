@@ -122,7 +122,8 @@ def stop_requested_anywhere(where: str) -> Stopped | None:
     """Returns the `Stopped` for all processes if any was asked to stop. Every process must call this."""
     from accelerate.utils import gather_object
 
-    request = next((request for request in gather_object([stop_requested()]) if request is not None), None)
+    requests: Any = gather_object([stop_requested()])  # one for each process
+    request = next((request for request in requests if request is not None), None)
     return None if request is None else Stopped(*request, where)
 
 

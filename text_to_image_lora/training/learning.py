@@ -19,8 +19,11 @@ def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torc
     optimizer_class, options = check_optimizer(name, settings.optimizer_args)
     if optimizer_class is None:
         optimizer_class = torch.optim.AdamW
-    changes = OPTIMIZERS[name].changes
-    given = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.adam_weight_decay}
+    changes: dict[str, Any] = OPTIMIZERS[name].changes
+    given: dict[str, Any] = {
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.adam_weight_decay,
+    }
     if name != "adafactor":
         given["eps"] = settings.adam_epsilon
     if name == "adamw":
@@ -121,7 +124,7 @@ class Learning:
         The schedule also advances when the step is skipped, as checking that would wait for the GPU.
         """
         step_if_finite(self.optimizer, number)
-        lr = self.lr_scheduler.get_last_lr()[0]
+        lr = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         if self.average is not None:
             self.average.step(self.parameters)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -56,7 +56,7 @@ def use_deterministic_kernels(enabled: bool) -> None:
     if enabled:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(enabled)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find bugs and costs time
+    cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False  # it helps to find bugs and costs time
     torch.backends.cudnn.deterministic = enabled
     for name in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(not enabled)

@@ -221,7 +221,7 @@ class LossSettings:
     # fmt: on
 
     @property
-    def perceptual_weight(self) -> float | None:
+    def perceptual_weight(self) -> Any:
         """The weight of the perceptual loss, or None without one."""
         given = self.perceptual_loss_weight
         return PERCEPTUAL_WEIGHTS.get(self.perceptual_loss or "") if given is None else given
