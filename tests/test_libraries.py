@@ -25,7 +25,7 @@ def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
 
 def test_a_run_imports_neither_bitsandbytes_nor_xformers_nor_bokeh(tiny_sd, pictures, tmp_path):
     code = (
-        "import sys, train_text_to_image_lora as script; script.main(script.parse_args(sys.argv[1:]))\n"
+        "import sys, train_text_to_image_lora as script; script.main(script.parse_settings(sys.argv[1:]))\n"
         "assert not {'bitsandbytes', 'xformers', 'bokeh'} & sys.modules.keys()"
     )
     flags = {
@@ -41,7 +41,7 @@ def test_a_run_imports_neither_bitsandbytes_nor_xformers_nor_bokeh(tiny_sd, pict
 def test_what_trains_nothing_imports_nothing_of_the_page(tiny_sd, pictures, tmp_path, flag):
     code = (
         "import contextlib, sys, train_text_to_image_lora as script\n"
-        "with contextlib.suppress(SystemExit): script.main(script.parse_args(sys.argv[1:]))\n"
+        "with contextlib.suppress(SystemExit): script.main(script.parse_settings(sys.argv[1:]))\n"
         "assert not {'bokeh', 'text_to_image_lora.reports.report_page'} & sys.modules.keys()"
     )
     words = [
