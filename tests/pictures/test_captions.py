@@ -150,7 +150,7 @@ def test_long_prompts_train_and_validate(train, tmp_path, capsys):
     assert losses("live", long_prompts=True, cache_variations=0) == pytest.approx(whole, rel=1e-4)
     capsys.readouterr()
     cut = losses("cut")
-    assert "3 captions have more than 77 tokens, and are truncated (--long_prompts reads them completely)" in (
+    assert "3 captions have more than 77 tokens and are truncated (--long_prompts reads them completely)" in (
         capsys.readouterr().out
     )
     assert cut != pytest.approx(whole, rel=1e-4)
