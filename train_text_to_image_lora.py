@@ -122,6 +122,13 @@ def main(settings: Settings) -> None:
     log.start(is_main_process)
     inputs = find_inputs(settings)  # reports a wrong command within a second, before torch is imported
 
+    if settings.data.dry_run:
+        with hide_modules(*settings.speed.unused_libraries):
+            from text_to_image_lora.training import dry_run
+        if is_main_process:
+            dry_run.report(settings, inputs)
+        return
+
     import torch
 
     with hide_modules(*settings.speed.unused_libraries):
@@ -131,25 +138,12 @@ def main(settings: Settings) -> None:
         from text_to_image_lora.reports import model_card
         from text_to_image_lora.reports.reports import start_reports
         from text_to_image_lora.reports.sample_pictures import make_painter
-        from text_to_image_lora.training import (
-            batch_size,
-            caching,
-            data,
-            dry_run,
-            objective,
-            processes,
-            resume,
-            trials,
-        )
+        from text_to_image_lora.training import batch_size, caching, data, objective, processes, resume, trials
         from text_to_image_lora.training.accelerator import make_accelerator
         from text_to_image_lora.training.learning import Learning
         from text_to_image_lora.training.perceptual import make_perceptual_loss
         from text_to_image_lora.training.run import check_kohyas_names, load_models, prepare
 
-    if settings.data.dry_run:
-        if is_main_process:
-            dry_run.report(settings, inputs)
-        return
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
 

@@ -76,7 +76,8 @@ def settle(
         listed = " and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
         notes.append(f"{subject} trained with {listed}; the pictures are drawn so")
     settled: dict[str, Any] = {name: own[name] if name in obstacles else value for name, value in trained.items()}
-    return AsTrained(**settled | decided), notes
+    settled |= decided
+    return AsTrained(**settled), notes
 
 
 def _training_of(loras, own, decided):
