@@ -1,4 +1,4 @@
-"""The flags of `infer.py`: groups of fields with their checks, and their parser. Needs no torch."""
+"""The flags of `infer.py`: groups of fields with their checks. Needs no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
