@@ -26,10 +26,12 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from comparing import items
-from comparing.commands import TRAIN, Failed
-from comparing.differences import NUMBERS_DIFFER, differences, list_of_words
-from comparing.reading import read_item
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from scripts.comparing import items
+from scripts.comparing.commands import TRAIN, Failed
+from scripts.comparing.differences import NUMBERS_DIFFER, differences, list_of_words
+from scripts.comparing.reading import read_item
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,15 +4,16 @@ import json
 import subprocess
 import sys
 
-import compare_checkouts
 import numpy as np
 import pytest
 import torch
-from comparing import differences, inputs, items, reading, texts
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load
 from safetensors.torch import save_file
+
+from scripts import compare_checkouts
+from scripts.comparing import differences, inputs, items, reading, texts
 
 
 # The two commands of a checkout, as small as can be: they say who they are, and leave it in their output folder.

@@ -11,7 +11,6 @@ import pytest
 import torch
 import wandb
 import yaml
-from comparing.wandb_record import read_wandb
 from conftest import read_lora, read_metrics, read_records, run_command, write_pictures
 from loopback_hub import (
     FailingHub,
@@ -25,6 +24,7 @@ from loopback_hub import (
     uploaded,
 )
 
+from scripts.comparing.wandb_record import read_wandb
 from text_to_image_lora import files
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.training.checkpoint import find_damage

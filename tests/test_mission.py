@@ -6,13 +6,13 @@ import shutil
 import datasets
 import pytest
 import torch
-from comparing.wandb_record import history_of, read_wandb
 from conftest import TORCHRUN, read_metrics, run_command, write_pictures
 from diffusers import UNet2DConditionModel
 from loopback_hub import Repositories, environment, serving
 from PIL import Image
 from safetensors.torch import load_file
 
+from scripts.comparing.wandb_record import history_of, read_wandb
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.settings import LoraSettings
 

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 from accelerate import Accelerator
-from comparing.wandb_record import history_of, read_wandb
 from conftest import ROOT, read_metrics, run_command, words_of_run, write_pictures
 from PIL import Image
 
+from scripts.comparing.wandb_record import history_of, read_wandb
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.reports import dashboard, panels, tracking
 from text_to_image_lora.reports.settings import TRACKERS, TrackingSettings

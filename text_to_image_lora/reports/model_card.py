@@ -117,7 +117,7 @@ def upload(output_dir: str | Path, repo_id: str, token: str | None, files: Seque
     repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     return api.upload_folder(
         repo_id=repo_id,
-        folder_path=output_dir,
+        folder_path=Path(output_dir),
         commit_message="End of training",
         allow_patterns=[glob.escape(name) for name in names],
     ).commit_url
