@@ -11,6 +11,7 @@ import json
 import shutil
 import socket
 import types
+from pathlib import Path
 
 import datasets
 import diffusers
@@ -517,7 +518,7 @@ def test_fault_10_a_failed_upload_loses_nothing(train, monkeypatch):
     uploads = []
 
     def upload(output_dir, *args):
-        uploads.append((snapshot(output_dir), args))
+        uploads.append((snapshot(Path(output_dir)), args))
         if len(uploads) == 1:
             raise OSError("no such host\nand more")
         return "https://hub/commit/1"

@@ -253,7 +253,7 @@ def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, caps
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("hf://owner", "write hf://owner/name, or hf://owner/name/checkpoint-500"),
+        ("hf://owner", "write hf://owner/name or hf://owner/name/checkpoint-500"),
         ("hf://owner/axes/checkpoint-7", "there is no such checkpoint. There are: checkpoint-2."),
     ],
 )

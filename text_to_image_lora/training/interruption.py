@@ -123,7 +123,7 @@ def stop_requested_anywhere(where: str) -> Stopped | None:
     from accelerate.utils import gather_object
 
     requests: Any = gather_object([stop_requested()])  # one for each process
-    request: Any = next((request for request in requests if request is not None), None)
+    request: Request | None = next((request for request in requests if request is not None), None)
     return None if request is None else Stopped(*request, where)
 
 
