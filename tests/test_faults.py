@@ -24,11 +24,14 @@ from conftest import batch_sampler, read_lora, read_metrics, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 
+from text_to_image_lora.drawing.as_trained import AsTrained
+from text_to_image_lora.drawing.pipeline import Studio
+from text_to_image_lora.drawing.rows import Drawing
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import families
 from text_to_image_lora.models.latents import LatentEncoder
-from text_to_image_lora.reports import model_card
-from text_to_image_lora.reports.sample_pictures import Painter, Samples
+from text_to_image_lora.reports import model_card, sample_pictures
+from text_to_image_lora.reports.sample_pictures import Painter
 from text_to_image_lora.training import objective
 
 
@@ -372,27 +375,24 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
     """The main process alone makes them, and the others wait."""
     made = []
 
-    class Pipeline:
-        unet, image_processor = torch.nn.Linear(1, 1), types.SimpleNamespace(postprocess=lambda pixels: [pixels])
-        vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    def draw_batch(studio, drawings, batch, on_step):
+        made.extend(drawings[index].seed for index in batch.indices)
+        return []
 
-        def __call__(self, *, generator, **kwargs):
-            made.extend(each.initial_seed() for each in generator)
-            return types.SimpleNamespace(images=torch.zeros(len(generator), 4, 8, 8))
-
-    def encode(captions, with_clip_skip=True):
-        return {"encoder_hidden_states": torch.zeros(len(captions), 77, 96)}
-
+    monkeypatch.setattr(sample_pictures, "draw_batch", draw_batch)
+    monkeypatch.setattr(
+        "accelerate.utils.gather_object", lambda objects: [dict.fromkeys(range(8))] if objects == [{}] else objects
+    )
+    pipe = types.SimpleNamespace(unet=torch.nn.Linear(1, 1), vae=torch.nn.Linear(1, 1))
+    pipe.vae.device = torch.device("cpu")
+    encoder = types.SimpleNamespace(num_chunks=lambda drawing: 0)
+    studio = Studio(pipe, families.STABLE_DIFFUSION, {}, {}, AsTrained(), encoder)
+    drawings = [Drawing(prompt=prompt, seed=5 + k) for prompt in ("a red axe", "a blue axe") for k in range(4)]
     shares = []
-    samples = Samples(["a red axe", "a blue axe"], num_images=4, resolution=32, num_inference_steps=1, seed=5)
     for rank in range(2):
         accelerator = types.SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=2)
         made.clear()
-        painter = Painter(
-            Pipeline(), families.STABLE_DIFFUSION, samples, encode, accelerator=accelerator, output_dir=None,
-            keep_encoder=False,
-        )  # fmt: skip
-        painter.generate()
+        Painter(Path(), accelerator, studio, drawings=drawings).generate(drawings)
         shares.append(sorted(made))
     assert [len(share) for share in shares] == [4, 4]
     assert sorted(shares[0] + shares[1]) == [5, 5, 6, 6, 7, 7, 8, 8]

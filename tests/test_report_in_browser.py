@@ -193,10 +193,9 @@ def test_a_long_run_opens_in_two_seconds(open_page, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for step in range(0, 800, 80):
         small = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(6)]
-        images = {(0, k): image.resize((512, 512), Image.Resampling.BICUBIC) for k, image in enumerate(small)}
-        sample_pictures.save_images(
-            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
-        )
+        large = [image.resize((512, 512), Image.Resampling.BICUBIC) for image in small]
+        images = {f"prompt-00-{k}": (image, {"prompt": "noise", "seed": k}) for k, image in enumerate(large)}
+        sample_pictures.save_pictures(tmp_path / "validation" / f"step-{step:06d}", images)
     path, took = report_page.write_page(tmp_path), []
     for _ in range(3):  # the machine may be busy
         start = time.perf_counter()

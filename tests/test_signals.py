@@ -166,10 +166,10 @@ PLACES = {
     "caching pictures": ("training.caching.encode_latent_entries", 2),
     "caching captions": ("training.caching.encode_prompt_entries", 1),
     "first validation": ("reports.validation_loss._make_noise", 3),
-    "first pictures": ("reports.sample_pictures._leave_out_the_rest_if_asked", 2),
+    "first pictures": ("reports.sample_pictures._interrupt_if_asked", 2),
     "step": ("training.interruption.reduce_loss_and_stop", 15),
     "validation": ("reports.validation_loss._make_noise", 180),
-    "pictures": ("reports.sample_pictures._leave_out_the_rest_if_asked", 6),
+    "pictures": ("reports.sample_pictures._interrupt_if_asked", 6),
     "best LoRA": ("reports.stopping.update_best", 1),
     "checkpoint": ("training.checkpoint.save_checkpoint", 1),
 }

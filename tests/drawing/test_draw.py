@@ -1,5 +1,6 @@
 """Pictures are drawn: their sizes, what is drawn together, and what it takes."""
 
+import contextlib
 import copy
 import io
 
@@ -152,7 +153,9 @@ def in_training(tiny_pipeline, model):
         return [pipe.image_processor.postprocess(each)[0] for each in decoded]
 
     encoder = Encoded(whole.encoder, drawings)
-    return whole._replace(pipe=pipe, encoder=encoder, switches_loras=False, decode=decode), drawings
+    return whole._replace(
+        pipe=pipe, encoder=encoder, use_loras=lambda pipe, loras: contextlib.nullcontext(), decode=decode
+    ), drawings
 
 
 def test_models_in_training_draw_their_share_of_the_batches(in_training):

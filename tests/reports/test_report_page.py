@@ -373,10 +373,11 @@ def test_a_long_run_stays_small(tmp_path):
         images = {}
         for k in range(6):
             noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-            images[0, k] = noise.resize((512, 512), Image.Resampling.BICUBIC)
-        sample_pictures.save_images(
-            images, ["noise"], {task: task[1] for task in images}, tmp_path / "validation" / f"step-{step:06d}"
-        )
+            images[f"prompt-00-{k}"] = (
+                noise.resize((512, 512), Image.Resampling.BICUBIC),
+                {"prompt": "noise", "seed": k},
+            )
+        sample_pictures.save_pictures(tmp_path / "validation" / f"step-{step:06d}", images)
     path = report_page.write_page(tmp_path)
     assert path.stat().st_size < 10e6
     page = Reader(path)

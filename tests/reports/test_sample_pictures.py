@@ -8,10 +8,14 @@ import pytest
 import torch
 from conftest import read_lora, read_metrics
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-from PIL import Image
+from infer_fixtures import difference
+from PIL import Image, ImageOps
 
+import infer
+from text_to_image_lora.drawing.draw import batches_of
+from text_to_image_lora.drawing.rows import Drawing
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.models import loading
+from text_to_image_lora.models import families
 from text_to_image_lora.reports import sample_pictures
 
 
@@ -139,32 +143,94 @@ def test_zero_terminal_snr_with_epsilon_is_refused(train):
         train(rescale_betas_zero_snr=True)
 
 
-def test_the_sheet_shows_every_picture_and_prompt(tmp_path):
-    colours = {(p, k): (40 * p, 80 * k, 200) for p in range(2) for k in range(3)}
-    images = {task: Image.new("RGB", (32, 32), colour) for task, colour in colours.items()}
-    long = "a very long prompt " * 40
-    sample_pictures.save_images(
-        images, [long, "two\nlines, 日本 \U0001f5e1"], dict.fromkeys(images, 0), tmp_path / "step-000004"
+def test_the_sheet_shows_every_picture_and_prompt(train):
+    out = train(
+        validation_prompts=["a red axe", "a very long prompt " * 40, "日本 --width 64"], num_validation_images=2,
+        validation_inference_steps=1, max_train_steps=1,
+    )  # fmt: skip
+    folder = out / "validation" / "step-000001"
+    sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"), dtype=int)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [f"prompt-{p:02d}-{k}.png" for p in range(3) for k in range(2)] + ["sheet.png"]
     )
-    sheet = Image.open(tmp_path / "step-000004" / "sheet.png")
-    assert sheet.size == (8 + 3 * (192 + 8), 8 + 2 * (192 + 28))
-    for (p, k), colour in colours.items():
-        assert sheet.getpixel((8 + k * 200 + 96, 8 + p * 220 + 96)) == colour
-    for p in range(2):
-        label = np.asarray(sheet.convert("L"))[8 + p * 220 + 192 : (p + 1) * 220]
-        assert label.min() < 100
-        assert (label[:, -4:] == 255).all()
-    assert len(list((tmp_path / "step-000004").iterdir())) == 7
+    found = []
+    for p in range(3):  # each picture, scaled to the size of the first one, is somewhere in its row
+        for k in range(2):
+            image = ImageOps.pad(Image.open(folder / f"prompt-{p:02d}-{k}.png"), (256, 256), 1, color="white")
+            found.append(place_of(np.asarray(image, dtype=int), sheet))
+    tops, lefts = [top for top, _ in found], [left for _, left in found]
+    assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4] == tops[5]
+    assert lefts[0] == lefts[2] == lefts[4] < lefts[1] == lefts[3] == lefts[5]
+    labels = sheet[:, : lefts[0]].min(axis=(1, 2))
+    assert all(labels[top : top + 256].min() < 100 for top in tops)
+
+
+def place_of(image, sheet):
+    """(top, left) of a picture in a sheet."""
+    height, width = image.shape[:2]
+    places = [
+        (top, left)
+        for top, left in zip(*np.nonzero((sheet == image[0, 0]).all(axis=2)))
+        if (sheet[top : top + height, left : left + width].shape == image.shape)
+        and (sheet[top : top + height, left : left + width] == image).all()
+    ]
+    assert len(places) == 1
+    return places[0]
+
+
+def test_every_option_of_a_prompt_is_drawn_as_infer_draws_it(train, tiny_sd, tmp_path):
+    """Scheduler, strength of the LoRA and the others; the file of each picture draws it again."""
+    options = "--seed 3 --steps 4 --guidance 3 --scheduler euler --width 64 --negative blurry --lora_scale 0.5"
+    out = train(
+        learning_rate=0.1, validation_prompts=[f"a red axe {options}", "a red axe", "an axe --lora_scale 0"],
+        num_validation_images=1, validation_inference_steps=2, train_text_encoder=True, clip_skip=1,
+    )  # fmt: skip
+    folder = out / "validation" / "step-000002"
+    for p in range(3):
+        path = folder / f"prompt-{p:02d}-0.png"
+        infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / str(p))])
+        (again,) = (tmp_path / str(p)).iterdir()
+        assert difference(Image.open(again), Image.open(path)) <= 2
+    images = [Image.open(folder / f"prompt-{p:02d}-0.png") for p in range(3)]
+    assert images[0].info["scheduler"] == "EulerDiscreteScheduler"
+    assert images[0].info["parameters"].splitlines()[1] == "Negative prompt: blurry"
+    assert "Steps: 4, Sampler: Euler, CFG scale: 3, Seed: 3, Size: 64x32" in images[0].info["parameters"]
+    assert (images[0].info["lora_scale"], images[1].info["lora_scale"]) == ("0.5", "1.0")
+    base = [Image.open(out / "validation" / "step-000000" / f"prompt-{p:02d}-0.png") for p in range(3)]
+    assert difference(images[2], base[2]) == 0  # at 0 the LoRA does nothing
+    assert difference(images[1], base[1]) > 3
+    assert "lora" not in base[1].info
+
+
+def test_the_lora_is_trained_on_at_its_full_strength(train, tmp_path):
+    """A sample picture with another strength changes no weight, whatever forward computes it."""
+    for name, flags in {"lean": {}, "peft": {"lora_dropout": 0.5}, "dora": {"use_dora": True}}.items():
+        options = dict(max_train_steps=3, validation_steps=1, num_validation_images=1, **flags)
+        whole = train(output_dir=tmp_path / name, validation_prompts=["an axe"], **options)
+        half = train(output_dir=tmp_path / f"{name} half", validation_prompts=["an axe --lora_scale 0.5"], **options)
+        a, b = read_lora(whole), read_lora(half)
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+        assert distance(pixels_of(whole, 3, 0, 0), pixels_of(half, 3, 0, 0)) > 0, name
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "heun"])
+def test_a_sampler_that_can_not_start_at_zero_signal_is_refused(train, scheduler):
+    with pytest.raises(
+        InputError, match=f"--scheduler {scheduler} does not support zero terminal SNR. Use --scheduler"
+    ):
+        train(
+            rescale_betas_zero_snr=True, prediction_type="v_prediction",
+            validation_prompts=[f"an axe --scheduler {scheduler}"],
+        )  # fmt: skip
 
 
 def test_pictures_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
     image = Image.new("RGB", (32, 32))
-    earlier = {(p, k): image for p in range(2) for k in range(3)}
+    earlier = {f"prompt-{p:02d}-{k}": (image, {"prompt": PROMPTS[p], "seed": 0}) for p in range(2) for k in range(3)}
     for step in (0, 4, 8):
-        sample_pictures.save_images(
-            earlier, PROMPTS, dict.fromkeys(earlier, 0), tmp_path / "validation" / f"step-{step:06d}"
-        )
-    sample_pictures.save_images({(0, 0): image}, PROMPTS[:1], {(0, 0): 0}, tmp_path / "validation" / "step-000004")
+        sample_pictures.save_pictures(tmp_path / "validation" / f"step-{step:06d}", earlier)
+    one = {name: earlier[name] for name in ["prompt-00-0"]}
+    sample_pictures.save_pictures(tmp_path / "validation" / "step-000004", one)
     assert steps_of(tmp_path) == [0, 4]
     found = sample_pictures.latest_images(tmp_path, PROMPTS)
     assert found == [(PROMPTS[0], tmp_path / "validation" / "step-000004" / "prompt-00-0.png")]
@@ -178,11 +244,15 @@ def test_the_base_models_own_sampler_is_used_unless_it_is_pndm(tiny_sd):
     euler, dpm = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
     for name, wanted in ((euler, euler), (None, dpm), ("PNDMScheduler", dpm)):
         config = {**config, "_class_name": name} if name else {k: v for k, v in config.items() if k != "_class_name"}
-        pipe = sample_pictures.make_pipeline(
-            loading.find_base_model(str(tiny_sd)), given.unet, given.vae, config,
-            SimpleNamespace(prediction_type="v_prediction", rescale_betas_zero_snr=False),
+        trained = SimpleNamespace(prediction_type="v_prediction", rescale_betas_zero_snr=False)
+        models = SimpleNamespace(
+            family=families.STABLE_DIFFUSION, diffusion=SimpleNamespace(config=trained), denoiser=given.unet,
+            vae=given.vae, scheduler_config=config,
         )  # fmt: skip
-        assert type(pipe.scheduler).__name__ == wanted
-        assert pipe.scheduler.config.prediction_type == "v_prediction"
-        assert pipe.unet is given.unet
-        assert pipe.vae is given.vae
+        studio = sample_pictures.make_studio(None, models, torch.device("cpu"))
+        studio = studio._replace(encoder=SimpleNamespace(num_chunks=lambda drawing: 0))
+        (batch,) = batches_of(studio, [Drawing()], 1)
+        assert type(batch.sampler).__name__ == wanted
+        assert batch.sampler.config.prediction_type == "v_prediction"
+        assert studio.pipe.unet is given.unet
+        assert studio.pipe.vae is given.vae

@@ -300,11 +300,11 @@ def test_a_checkpoint_comes_after_the_pictures_of_its_step(train, monkeypatch):
     options = dict(max_train_steps=2, checkpointing_steps=1, validation_prompt="an axe", validation_steps=2)
     generate, calls = Painter.generate, []
 
-    def killed(painter):
+    def killed(painter, drawings):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(painter)
+        return generate(painter, drawings)
 
     monkeypatch.setattr(Painter, "generate", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ..errors import TrainingError
 from ..models.samplers import make_sampler
 from .find import Given
-from .pipeline import Studio, set_loras
+from .pipeline import Studio
 from .rows import Drawing
 
 
@@ -141,12 +141,8 @@ def draw_batch(
     pipe, first = studio.pipe, drawings[batch.indices[0]]
     height, width = first.height or 0, first.width or 0  # `sized` has set both
     pipe.scheduler = batch.sampler
-    if studio.switches_loras:
-        set_loras(pipe, first.active_loras())
-    embeds = [studio.encoder(drawings[i]) for i in batch.indices]
     available = first._asdict() | fitted(studio.given, width, height)._asdict()
     options = {argument: available[name] for argument, name in studio.arguments.items()}
-    options |= {name: torch.cat([each[name] for each in embeds]) for name in embeds[0]}
     options |= {"num_inference_steps": first.num_inference_steps, "guidance_scale": first.guidance_scale}
     # Drawn on the CPU, a seed's noise is the same on any device.
     options["generator"] = [torch.Generator("cpu").manual_seed(drawings[i].seed) for i in batch.indices]
@@ -161,7 +157,10 @@ def draw_batch(
         on_step(pipe)
         return tensors
 
-    images = pipe(callback_on_step_end=after_step, **options).images
+    with studio.use_loras(pipe, first.active_loras()):
+        embeds = [studio.encoder(drawings[i]) for i in batch.indices]
+        options |= {name: torch.cat([each[name] for each in embeds]) for name in embeds[0]}
+        images = pipe(callback_on_step_end=after_step, **options).images
     if pipe.interrupt:
         return []
     images = images if studio.decode is None else studio.decode(images)

@@ -1,9 +1,10 @@
 """The pipeline of diffusers that draws: loaded, with LoRAs on it, on its device, or merged with them into a folder."""
 
+import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,22 @@ class Job(NamedTuple):
         return ("ControlNet" if self.controlnet else "") + ("Img2Img" if self.given.image else "")
 
 
+def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Enables only these LoRAs in the pipeline, each with its scale."""
+    if loras:
+        pipe.set_adapters([lora.adapter for lora in loras], adapter_weights=[lora.scale for lora in loras])
+        pipe.enable_lora()
+    elif pipe.get_list_adapters():
+        pipe.disable_lora()
+
+
+@contextlib.contextmanager
+def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
+    """Draws with these LoRAs inside the context; the next context sets its own."""
+    set_loras(pipe, loras)
+    yield
+
+
 class Studio(NamedTuple):
     """What draws: the pipeline, and what all pictures of a run have in common."""
 
@@ -60,7 +77,8 @@ class Studio(NamedTuple):
     # pictures have prompts of one length
     encoder: Any
     given: Given = Given()
-    switches_loras: bool = True  # whether the LoRAs of a drawing are switched on in the pipeline
+    # (pipeline, active LoRAs) -> the context in which the pipeline draws with them
+    use_loras: Callable[[Any, Sequence[Lora]], contextlib.AbstractContextManager] = use_loras
     # (latents (N, C, h, w)) -> pictures; None: the pipeline's own way
     decode: Callable[[Any], list[Any]] | None = None
 
@@ -179,15 +197,6 @@ def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str,
         if placed != in_file:
             counts = f"{in_file} weights in the file, {placed} in the model"
             raise InputError(f"{misfit}: {counts}. Pass the base that it was trained on.")
-
-
-def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
-    """Lets these LoRAs alone take part, each at its strength."""
-    if loras:
-        pipe.set_adapters([lora.adapter for lora in loras], adapter_weights=[lora.scale for lora in loras])
-        pipe.enable_lora()
-    elif pipe.get_list_adapters():
-        pipe.disable_lora()
 
 
 def place(pipe: Any, machine: Machine, device: str) -> None:

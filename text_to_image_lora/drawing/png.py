@@ -76,7 +76,7 @@ def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -
     own |= {"clip_skip": drawing.clip_skip}
     flags = {name: [str(value)] for name, value in (source.flags | own).items() if value is not None}
     loras = drawing.scaled_loras()
-    files = {"lora": [lora.file for lora in loras]} if loras else {}
+    files = {"lora": [lora.file for lora in loras if not lora.in_training]} if loras else {}
     files |= {name: flags[name] for name in ("image", "control_image") if name in flags}
     flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
     sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}
@@ -168,7 +168,9 @@ def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
     if other:
         logger.warning("%s was drawn with %s: the picture may differ from it", path, ", ".join(other))
     for name, hashes in now.sha256.items():
-        if stored.sha256.get(name, []) != hashes:
+        if name == "lora" and stored.sha256.get(name) == []:
+            logger.warning("%s was drawn during training: the LoRA file may contain the weights of another step", path)
+        elif stored.sha256.get(name, []) != hashes:
             what = f"--{name} is not what {path} was drawn with (its SHA-256 differs)"
             logger.warning("%s: the picture will differ from it", what)
 

@@ -91,10 +91,12 @@ class Lora(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # of its tensors
     header: dict[str, str]
     fixed: bool = False  # the strength was given with the path, so --lora_scale does not apply
+    in_training: bool = False  # the weights are those of a training step, which the file may not contain
 
     @property
     def file(self) -> Path:
-        from ..models.dialects import PEFT_WEIGHTS_NAME  # here, so that --help does without the dialects' patterns
+        """The file with the weights."""
+        from ..models.dialects import PEFT_WEIGHTS_NAME  # here, because --help does not need the dialects' patterns
 
         return self.path / PEFT_WEIGHTS_NAME if self.path.is_dir() else self.path
 

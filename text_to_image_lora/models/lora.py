@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import InputError
@@ -105,13 +106,39 @@ def without_adapters(*models: torch.nn.Module) -> Iterator[None]:
     peft's own switch would also make the weights of the layers trainable, which are views of the master weights.
     """
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextlib.contextmanager
+def scaled_adapters(scale: float, *models: torch.nn.Module) -> Iterator[None]:
+    """Multiplies the updates of the adapters of models by `scale` inside the context; with 0 they are the base, bit for bit.
+
+    The weights of B are multiplied, because the lean forward does not read peft's `scaling`; they are restored from a copy.
+    """
+    if scale == 0:
+        with without_adapters(*models):
+            yield
+        return
+    if scale == 1:
+        yield
+        return
+    layers = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+    weights: list[torch.Tensor] = [each.weight.detach() for layer in layers for each in layer.lora_B.values()]
+    copies = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.mul_(scale)
+    try:
+        yield
+    finally:
+        for weight, copy in zip(weights, copies, strict=True):
+            weight.copy_(copy)
 
 
 def merge_states(parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,258 +1,224 @@
-"""Sample pictures: drawn with the models in training by the pipeline's own code, written, and laid out in a sheet."""
+"""Sample pictures: drawn with the models in training, written to the output folder, and logged to the trackers."""
 
 import contextlib
-import itertools
+import functools
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ..drawing.as_trained import AsTrained
+from ..drawing.draw import Drawn, batches_of, draw_batch
+from ..drawing.encode import EncodedPrompts
+from ..drawing.grids import Cell, Grid, plan, prompt_cells, sheets_of
+from ..drawing.pipeline import PIPELINES, Studio
+from ..drawing.png import describe, save_png, source_of
+from ..drawing.rows import Drawing, Lora
+from ..drawing.settings import FromPictures, Model
+from ..errors import InputError
 from ..files import written_whole
+from ..models.lora import scaled_adapters
 from ..models.modules import evaluating, in_its_precision
+from ..models.samplers import NO_ZERO_SNR, make_sampler
 from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .runs import step_of
 
 
-OF_A_CALL = ("num_inference_steps", "guidance_scale", "height", "width")  # what those have in common
+def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
+    """Makes the `Painter` of a run; without prompts, it draws nothing."""
+    base, samples, output_dir = settings.base, settings.samples, Path(settings.run.output_dir)
+    if not samples.prompts:
+        return Painter(output_dir, accelerator)
+    grid, device = arrange(samples), accelerator.device
+    like = Drawing(
+        seed=run.seed, loras=(Lora(str(output_dir), output_dir, 1.0, "default", {}, {}, in_training=True),),
+        negative_prompt=samples.validation_negative_prompt or None,
+        num_inference_steps=samples.validation_inference_steps, guidance_scale=samples.validation_guidance_scale,
+        clip_skip=base.clip_skip or 0, height=run.resolution, width=run.resolution,
+    )  # fmt: skip
+    drawings = [
+        drawing._replace(stem="prompt-{:02d}-{}".format(*divmod(i, samples.num_validation_images)))
+        for i, drawing in enumerate(plan(like, grid))
+    ]
+    studio = make_studio(run.base, models, device)
+    unfit = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
+    if unfit and studio.as_trained.zero_snr:
+        raise InputError(f"--scheduler {unfit[0]} does not support zero terminal SNR. Use --scheduler ddim.")
+    encode = functools.partial(
+        EncodedPrompts, studio.pipe, models.family, encode=models.prompt_encoder, device=device,
+        use_loras=studio.use_loras if models.trains_text_encoder else None,
+    )  # fmt: skip
+    if not models.trains_text_encoder:
+        studio = studio._replace(encoder=encode(drawings))
+    model = Model(base.pretrained_model_name_or_path, base.single_file_config, base.revision, base.variant)
+    source = source_of(
+        model, FromPictures(), vae=base.pretrained_vae_model_name_or_path, dtype=models.dtype, device=str(device),
+        compiled=settings.speed.compile != "off",
+    )  # fmt: skip
+    return Painter(
+        output_dir, accelerator, studio, grid, drawings, source, encode if models.trains_text_encoder else None
+    )
 
 
-class Samples(NamedTuple):
-    """Which pictures are drawn while training, and how."""
+def arrange(samples: Any) -> Grid:
+    """Makes the grid of `SampleSettings`: a row for each prompt, with a column for each of its pictures.
 
-    prompts: tuple[str, ...] | list[str]
-    negative_prompt: str = ""
-    num_images: int = 4  # of each prompt
-    resolution: int = 512  # side in pixels
-    num_inference_steps: int = 30
-    guidance_scale: float = 7.5
-    seed: int = 0  # picture k of each prompt has the seed + k
-    own: tuple[dict, ...] | list[dict] = ()  # for each prompt what it has otherwise, see `of`
-
-    def of(self, prompt):
-        """What holds for the prompt of this number: the run's settings, or its own."""
-        common = {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "height": self.resolution,
-            "width": self.resolution,
-            "seed": self.seed,
-            "negative_prompt": self.negative_prompt,
-        }
-        return common | (self.own[prompt] if self.own else {})
-
-    def seed_of(self, prompt, k):
-        """The seed of picture k of the prompt of this number."""
-        return self.of(prompt)["seed"] + k
+    Picture k of a prompt has the seed of the run, or of the prompt, plus k.
+    """
+    seeds_differ = any("seed" in prompt.options for prompt in samples.prompts)
+    columns = [Cell(note="" if seeds_differ else "seed {seed}", nth=k) for k in range(samples.num_validation_images)]
+    return Grid("sheet", [Cell()], [Cell()], prompt_cells(samples.prompts), columns)
 
 
-def make_pipeline(base, denoiser, vae, scheduler_config, trained_config):
-    """The pipeline of a `BaseModel` around the models in training; prompts come as embeddings.
+def make_studio(base: Any, models: Any, device: torch.device) -> Studio:
+    """Makes the `Studio` of the models in training, still without an encoder of prompts; the pipeline has no text encoders.
 
-    No safety checker: it blackens pictures that are only unusual, and what is trained on is the user's own. The sampler
-    is the base model's own, but DPM++ 2M (https://arxiv.org/abs/2211.01095) instead of PNDM, which in 30 steps overshoots
-    at strong guidance; `infer.py` has the same rule. `trained_config` is that of the schedule in training.
+    The VAE decodes one latent at a time, to save memory, and in float32, because some VAEs overflow in float16.
     """
     import diffusers
 
-    family = base.family
-    scheduler_class = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.PNDMScheduler)
-    if scheduler_class is diffusers.PNDMScheduler:
-        scheduler_class = diffusers.DPMSolverMultistepScheduler
-    changes = {"prediction_type": trained_config.prediction_type}
-    if trained_config.rescale_betas_zero_snr:
-        # At zero terminal SNR sampling must start at the last timestep (Lin et al., 2023); PNDM can't.
-        scheduler_class = diffusers.DDIMScheduler
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    family, config = models.family, models.diffusion.config
+    trained = AsTrained(config.prediction_type, bool(config.rescale_betas_zero_snr))
     without = {name: None for row in family.text_encoders for name in (row.name, row.tokenizer)}
     zeros = {} if family.zeros_option is None else {family.zeros_option: base.zeros_for_empty_prompt}
-    pipeline = getattr(diffusers, family.pipeline)(
-        vae=vae, scheduler=scheduler_class.from_config(scheduler_config, **changes),
-        **{family.denoiser: denoiser}, **without, **family.pipeline_options, **zeros,
+    pipe = getattr(diffusers, family.pipeline_of())(
+        vae=models.vae, scheduler=make_sampler(models.scheduler_config), **{family.denoiser: models.denoiser}, **without,
+        **family.pipeline_options, **zeros,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipe.set_progress_bar_config(disable=True)
 
+    @torch.no_grad()
+    def decode(latents):
+        with torch.autocast(device.type, enabled=False):
+            scaled = latents.float() / pipe.vae.config.scaling_factor
+            decoded = [pipe.vae.decode(latent).sample for latent in scaled.split(1)]
+            return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
 
-def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
-    """The `Painter` of a run; without prompts one that draws nothing."""
-    given = settings.samples
-    samples = Samples(
-        given.texts, given.validation_negative_prompt, given.num_validation_images, run.resolution,
-        given.validation_inference_steps, given.validation_guidance_scale, run.seed,
-        own=[prompt.options for prompt in given.prompts],
-    )  # fmt: skip
-    pipeline = None
-    if samples.prompts:
-        pipeline = make_pipeline(
-            run.base, models.denoiser, models.vae, models.scheduler_config, models.diffusion.config
-        )
-    return Painter(
-        pipeline, models.family, samples, models.prompt_encoder, accelerator=accelerator,
-        output_dir=Path(settings.run.output_dir), keep_encoder=models.trains_text_encoder,
-    )  # fmt: skip
+    def use_loras(pipe, loras):
+        return scaled_adapters(loras[0].scale if loras else 0, *models.adapted.values())
+
+    return Studio(
+        pipe, family, PIPELINES[""], models.scheduler_config, trained, None, use_loras=use_loras, decode=decode
+    )
 
 
 class Painter:
-    """Draws a run's sample pictures, writes them below `output_dir`/validation, and sends them to the trackers.
+    """Draws the sample pictures of a run, writes them to the folder validation, and logs them to the trackers.
 
-    Without prompts it does nothing. The prompts are encoded once, and the encoder is let go, unless `keep_encoder`: while it is trained itself. The VAE
-    decodes on the accelerator's device, and is put back where it was.
+    Args:
+        drawings: In the order of `grid`; without any, nothing is drawn.
+        source: Is recorded in each picture.
+        encode: (drawings) -> the encoder for the pictures of a step, if the text encoders are trained; else None, and
+            `studio` has an encoder.
     """
 
-    def __init__(self, pipeline, family, samples, prompt_encoder, *, accelerator, output_dir, keep_encoder):
-        self.pipeline, self.family, self.samples = pipeline, family, samples
-        self.accelerator, self.output_dir = accelerator, output_dir
-        self.prompt_encoder = prompt_encoder if keep_encoder else None
-        self.conditions = self._encode(prompt_encoder) if samples.prompts and not keep_encoder else None
+    def __init__(
+        self, output_dir: Path, accelerator: Any, studio: Any = None, grid: Any = None, drawings: Sequence[Drawing] = (),
+        source: Any = None, encode: Callable[[Sequence[Drawing]], Any] | None = None,
+    ):  # fmt: skip
+        self.folder, self.accelerator = output_dir / "validation", accelerator
+        self.studio, self.grid, self.drawings = studio, grid, drawings
+        self.source, self.encode = source, encode
 
-    def _encode(self, prompt_encoder):
-        """The conditions of the prompts and of the negative ones, which as in diffusers' pipelines have no clip_skip."""
-        negatives = self._negative_prompts()
-        negative = prompt_encoder(negatives, with_clip_skip=False)
-        if self.family.zeros_option is not None and self.pipeline.config[self.family.zeros_option]:
-            for value in negative.values():
-                value[[not text for text in negatives]] = 0
-        wanted = prompt_encoder(self.samples.prompts)
-        return [{name: value.cpu() for name, value in part.items()} for part in (wanted, negative)]
-
-    def _negative_prompts(self):
-        samples = self.samples
-        return list(dict.fromkeys(samples.of(i)["negative_prompt"] for i in range(len(samples.prompts))))
-
-    def draw(self, step):
-        """Draws and saves the pictures of a step, each process its share of them."""
-        if not self.samples.prompts:
+    def draw(self, step: int) -> None:
+        """Draws and saves the pictures of a step, each process its share of them; step 0 is without the LoRA."""
+        if not self.drawings:
             return
-        images = self.generate()
-        if self.accelerator.is_main_process:
-            prompts, seeds = self.samples.prompts, {task: self.samples.seed_of(*task) for task in images}
-            save_images(images, prompts, seeds, self.output_dir / "validation" / f"step-{step:06d}")
-            base = base_images(self.output_dir, prompts, seeds) if step and self.accelerator.trackers else {}
-            log_pictures(self.accelerator, images, base, prompts, seeds, step)
+        drawings = self.drawings if step else [drawing._replace(loras=()) for drawing in self.drawings]
+        drawn = self.generate(drawings)
+        if not self.accelerator.is_main_process:
+            return
+        images = [each.image for each in drawn]
+        pictures = {
+            drawing.stem: (each.image, describe(drawing, each, self.source))
+            for drawing, each in zip(drawings, drawn, strict=True)
+        }
+        (sheet,) = sheets_of(self.grid, drawings, images, ())
+        save_pictures(self.folder / f"step-{step:06d}", pictures, sheet.image)
+        base = base_images(self.folder, drawings) if step and self.accelerator.trackers else {}
+        prompts, num_images = [row.label for row in self.grid.rows], len(self.grid.columns)
+        tasks = [divmod(i, num_images) for i in range(len(drawings))]
+        log_pictures(
+            self.accelerator, dict(zip(tasks, images)), {tasks[i]: image for i, image in base.items()}, prompts,
+            {task: drawing.seed for task, drawing in zip(tasks, drawings)}, step,
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def generate(self):
-        """`num_images` pictures a prompt: {(prompt, k): PIL.Image}, on every process.
+    def generate(self, drawings: Sequence[Drawing]) -> list[Drawn]:
+        """Draws the pictures, each process its share of the batches; returns all of them on every process.
 
-        Picture k of each prompt has the seed + k, and which ones are drawn together doesn't depend on the number of
-        processes: so it stays the same.
+        Which pictures are drawn together does not depend on the number of processes, and so neither do the pictures.
         """
         from accelerate.utils import gather_object
 
-        pipeline, samples, device = self.pipeline, self.samples, self.accelerator.device
-        wanted, negative = self.conditions or self._encode(self.prompt_encoder)
-        settings, negatives = [samples.of(prompt) for prompt in range(len(samples.prompts))], self._negative_prompts()
-        tasks = [(prompt, k) for prompt in range(len(samples.prompts)) for k in range(samples.num_images)]
-        batches = []
-        for _, alike in itertools.groupby(tasks, lambda task: [settings[task[0]][name] for name in OF_A_CALL]):
-            alike = list(alike)
-            batches += [alike[first : first + DRAWN_AT_ONCE] for first in range(0, len(alike), DRAWN_AT_ONCE)]
-        images, was_on = {}, pipeline.vae.device
-        pipeline.vae.to(device)
-        denoiser = getattr(pipeline, self.family.denoiser)
+        process = self.accelerator
+        studio = self.studio if self.encode is None else self.studio._replace(encoder=self.encode(drawings))
+        batches = batches_of(studio, drawings, DRAWN_AT_ONCE)
+        images, vae, denoiser = {}, studio.pipe.vae, getattr(studio.pipe, studio.family.denoiser)
+        vae_device = vae.device
+        vae.to(process.device)
         with evaluating(denoiser), in_its_precision(denoiser):
-            for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
-                embeds, prompts = {}, [prompt for prompt, _ in batch]
-                without = [negatives.index(settings[prompt]["negative_prompt"]) for prompt in prompts]
-                for name, of_call in self.family.pipeline_names.items():
-                    embeds[of_call] = wanted[name][prompts].to(device)
-                    embeds[f"negative_{of_call}"] = negative[name][without].to(device)
-                latents = pipeline(
-                    **embeds,
-                    generator=[torch.Generator().manual_seed(samples.seed_of(*task)) for task in batch],
-                    **{name: settings[batch[0][0]][name] for name in OF_A_CALL},
-                    output_type="latent",
-                    callback_on_step_end=_leave_out_the_rest_if_asked,
-                ).images
+            for batch in batches[process.process_index :: process.num_processes]:
+                drawn = draw_batch(studio, drawings, batch, _interrupt_if_asked)
+                images |= {each.index: each.image for each in drawn}
                 if interruption.stop_requested():
                     break
-                # One at a time, which takes less memory; in float32, as some VAEs overflow in float16.
-                with torch.autocast(device.type, enabled=False):
-                    for task, latent in zip(batch, latents.float().split(1), strict=True):
-                        decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
-                        images[task] = pipeline.image_processor.postprocess(decoded)[0]
-        pipeline.vae.to(was_on)
+        vae.to(vae_device)
         interruption.stop_together("while it drew sample pictures")
-        return {task: image for part in gather_object([images]) for task, image in part.items()}
+        images = {index: image for part in gather_object([images]) for index, image in part.items()}
+        drawn = [
+            Drawn(i, images[i], batch.sampler, (len(batch.indices), place))
+            for batch in batches
+            for place, i in enumerate(batch.indices)
+        ]
+        return sorted(drawn, key=lambda each: each.index)
 
 
-def _leave_out_the_rest_if_asked(pipeline, step, timestep, tensors):
-    """After a denoising step: where the run is asked to stop, the pipeline passes over the others."""
-    pipeline._interrupt = interruption.stop_requested() is not None  # what its property `interrupt` says
-    return tensors
+def _interrupt_if_asked(pipe):
+    """Makes the pipeline skip the remaining denoising steps if the run was asked to stop."""
+    pipe._interrupt = interruption.stop_requested() is not None
 
 
-def file_name(prompt, k):
-    """What picture k of the prompt of this number is called."""
-    return f"prompt-{prompt:02d}-{k}.png"
+def save_pictures(
+    folder: Path, pictures: dict[str, tuple[Image.Image, dict[str, Any]]], sheet: Image.Image | None = None
+) -> None:
+    """Writes the pictures of a step {file name without ".png": (picture, its text chunks)}, and `sheet`.
 
-
-def save_images(images, prompts, seeds, folder):
-    """Writes each picture, its prompt and its seed in the file, and a sheet of all with their prompts.
-
-    Earlier pictures of this step and of later ones go: they are of a run that went further before it was resumed or
-    started over.
+    The folders of this and of later steps are replaced and removed: they are from before the run was resumed or restarted.
     """
-    from PIL.PngImagePlugin import PngInfo
-
     with written_whole(folder, folder=True) as temporary:
-        for (prompt, k), image in images.items():
-            info = PngInfo()
-            info.add_itxt("prompt", prompts[prompt])
-            info.add_text("seed", str(seeds[prompt, k]))
-            image.save(temporary / file_name(prompt, k), pnginfo=info)
-        label_sheet(images, prompts).save(temporary / "sheet.png")
+        for name, (image, chunks) in pictures.items():
+            save_png(image, temporary / f"{name}.png", chunks)
+        if sheet is not None:
+            save_png(sheet, temporary / "sheet.png", {})
     for other in folder.parent.glob("step-*"):
         if step_of(other) > step_of(folder):
             shutil.rmtree(other)
 
 
-def base_images(output_dir, prompts, seeds):
-    """{(prompt index, k): PIL.Image} that the base drew before the first step, as far as of these prompts and seeds."""
+def base_images(folder: Path, drawings: Sequence[Drawing]) -> dict[int, Image.Image]:
+    """Reads the base model's pictures in `folder` that have the prompt and seed of a drawing: {index of the drawing: picture}."""
     found = {}
-    for task, seed in seeds.items():
-        path = output_dir / "validation" / "step-000000" / file_name(*task)
+    for i, drawing in enumerate(drawings):
+        path = folder / "step-000000" / f"{drawing.stem}.png"
         with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
-            if (image.info.get("prompt"), image.info.get("seed")) == (prompts[task[0]], str(seed)):
-                found[task] = image.convert("RGB")
+            if (image.info.get("prompt"), image.info.get("seed")) == (drawing.prompt, str(drawing.seed)):
+                found[i] = image.convert("RGB")
     return found
 
 
-def latest_images(output_dir, prompts):
-    """[(prompt, path)] of the newest validation in `output_dir`, for the prompts that are asked for."""
+def latest_images(output_dir: Path, prompts: Sequence[str]) -> list[tuple[str, Path]]:
+    """Returns (prompt, path) of the newest sample pictures in `output_dir` that have one of these prompts."""
     folders = sorted((output_dir / "validation").glob("step-*"), key=step_of)
     paths = sorted(folders[-1].glob("prompt-*.png")) if folders and prompts else []
     found = []
     for path in paths:
         with Image.open(path) as image:
-            prompt = str(image.info.get("prompt"))  # Pillow gives a subclass of str, which YAML can't write
+            prompt = str(image.info.get("prompt"))  # Pillow returns a subclass of str, which YAML can't write
         if prompt in prompts:
             found.append((prompt, path))
     return found
-
-
-def label_sheet(images, prompts):
-    """The pictures of a validation in a grid, a prompt a row, the prompt below it."""
-    from PIL import ImageDraw, ImageFont, ImageOps
-
-    first, num_images = next(iter(images.values())), max(k for _, k in images) + 1
-    scale = max(1, round(192 / first.width))
-    width, height = first.width * scale, first.height * scale
-    font = ImageFont.load_default(size=15)
-    gap, label = 8, 28
-    sheet = Image.new("RGB", (gap + num_images * (width + gap), gap + len(prompts) * (height + label)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, prompt in enumerate(prompts):
-        top = gap + row * (height + label)
-        for k in range(num_images):
-            image = ImageOps.pad(images[row, k], (width, height), Image.Resampling.LANCZOS, color="white")
-            sheet.paste(image, (gap + k * (width + gap), top))
-        text = " ".join(prompt.split())
-        while draw.textlength(text, font=font) > sheet.width - 2 * gap and len(text) > 4:
-            text = text[:-4].rstrip() + "..."
-        draw.text((gap, top + height + 4), text, fill="black", font=font)
-    return sheet

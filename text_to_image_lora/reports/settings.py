@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 
 from ..command_line import at_least, between, flag, hub_id
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
+from ..drawing.rows import OPTIONS_OF_PROMPTS, SETTINGS
 from ..errors import InputError
 
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
-# Options that may follow the prompt of a sample picture.
-SAMPLE_OPTIONS = ("negative_prompt", "seed", "num_inference_steps", "guidance_scale", "height", "width")
+# Options that may follow the prompt of a sample picture: all but those that need another flag of infer.py.
+SAMPLE_OPTIONS = [
+    name for name in dict.fromkeys(OPTIONS_OF_PROMPTS.values()) if SETTINGS[name].needs in (None, "lora")
+]
 
 
 class PromptLines(argparse.Action):
@@ -63,7 +66,7 @@ class SampleSettings:
     title: ClassVar = "sample pictures"
     # fmt: off
     validation_prompt: str | None = flag(None, "prompt for sample pictures that are drawn at each validation", may_change=True)
-    validation_prompts: tuple[Prompt, ...] = flag((), "prompts for sample pictures that are drawn at each validation, or a .txt file with one prompt per line; options may follow each prompt: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, and kohya's --n --w --h --d --l --s)", nargs="+", action=PromptLines, metavar="PROMPT", may_change=True)
+    validation_prompts: tuple[Prompt, ...] = flag((), "prompts for sample pictures that are drawn at each validation, or a .txt file with one prompt per line; options may follow each prompt: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, --scheduler, --lora_scale, and kohya's --n --w --h --d --l --s)", nargs="+", action=PromptLines, metavar="PROMPT", may_change=True)
     validation_negative_prompt: str = flag("", "negative prompt for the sample pictures", may_change=True)
     num_validation_images: int = flag(4, "number of sample pictures per prompt; 0: draw none", at_least(0), may_change=True)
     validation_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the sample pictures; higher values follow the prompt more closely", at_least(0, float), may_change=True)
