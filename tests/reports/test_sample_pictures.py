@@ -178,6 +178,13 @@ def place_of(image, sheet):
     return places[0]
 
 
+def opened(path):
+    """A picture, with its file closed."""
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
 def test_every_option_of_a_prompt_is_drawn_as_infer_draws_it(train, tiny_sd, tmp_path):
     """Scheduler, strength of the LoRA and the others; the file of each picture draws it again."""
     options = "--seed 3 --steps 4 --guidance 3 --scheduler euler --width 64 --negative blurry --lora_scale 0.5"
@@ -190,13 +197,13 @@ def test_every_option_of_a_prompt_is_drawn_as_infer_draws_it(train, tiny_sd, tmp
         path = folder / f"prompt-{p:02d}-0.png"
         infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / str(p))])
         (again,) = (tmp_path / str(p)).iterdir()
-        assert difference(Image.open(again), Image.open(path)) <= 2
-    images = [Image.open(folder / f"prompt-{p:02d}-0.png") for p in range(3)]
+        assert difference(opened(again), opened(path)) <= 2
+    images = [opened(folder / f"prompt-{p:02d}-0.png") for p in range(3)]
     assert images[0].info["scheduler"] == "EulerDiscreteScheduler"
     assert images[0].info["parameters"].splitlines()[1] == "Negative prompt: blurry"
     assert "Steps: 4, Sampler: Euler, CFG scale: 3, Seed: 3, Size: 64x32" in images[0].info["parameters"]
     assert (images[0].info["lora_scale"], images[1].info["lora_scale"]) == ("0.5", "1.0")
-    base = [Image.open(out / "validation" / "step-000000" / f"prompt-{p:02d}-0.png") for p in range(3)]
+    base = [opened(out / "validation" / "step-000000" / f"prompt-{p:02d}-0.png") for p in range(3)]
     assert difference(images[2], base[2]) == 0  # at 0 the LoRA does nothing
     assert difference(images[1], base[1]) > 3
     assert "lora" not in base[1].info
