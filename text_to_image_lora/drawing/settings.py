@@ -10,7 +10,7 @@ from ..models.samplers import SAMPLERS
 from .rows import AXES, SETTINGS, number, sampler_name
 
 
-BATCH_SIZE = 4  # larger batches are hardly faster and do not fit into the memory of small GPUs
+BATCH_SIZE = 4  # larger batches are only a little faster and may not fit into the memory of small GPUs
 STRENGTH = 0.8  # default of image to image
 COUNT = number(int, least=1)
 
@@ -43,13 +43,13 @@ class Pictures:
     prompt: tuple[str, ...] | None = flag(None, "what to draw: one or several prompts, or a .txt file with one prompt per line; options may follow each prompt: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --scheduler, --strength, --lora_scale, and kohya's --n --w --h --d --l --s)", nargs="+")
     negative_prompt: str | None = flag(None, "negative prompt: what the pictures should not show (default: none)")
     num_images: int = flag(1, "number of pictures per prompt", COUNT, recorded=False)
-    seed: int = flag(0, "seed of the first picture of each prompt; picture i is drawn with seed + i. The initial noise is the same on every device", SETTINGS["seed"].parse)
+    seed: int = flag(0, "seed of the first picture of each prompt; the next ones use seed + 1, seed + 2 and so on. The initial noise is the same on every device", SETTINGS["seed"].parse)
     num_inference_steps: int = flag(30, "number of denoising steps: more steps take longer and add detail", SETTINGS["num_inference_steps"].parse)
     guidance_scale: float = flag(7.5, "classifier-free guidance scale: higher values follow the prompt more closely; values of 1 or less disable guidance", SETTINGS["guidance_scale"].parse)
     height: int | None = flag(None, "height of the pictures in pixels, a multiple of 8 (default: the model's; with --image or --control_image, the model's area at the aspect ratio of that picture)", SETTINGS["height"].parse)
     width: int | None = flag(None, "width of the pictures in pixels, a multiple of 8 (default: the model's; with --image or --control_image, the model's area at the aspect ratio of that picture)", SETTINGS["width"].parse)
     scheduler: str | None = flag(None, "sampler (default: the model's, but dpm++ instead of pndm, and ddim for zero terminal SNR)", sampler_name, metavar="{" + ",".join(SAMPLERS) + "}")
-    clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, which is A1111's value minus 1 (default: the number that the LoRA was trained with, or 0 without a LoRA)", number(int, least=0))
+    clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, which is A1111's value minus 1 (default: the number that the LoRA was trained with, otherwise 0)", number(int, least=0))
 
     def check(self, settings: Any) -> None:
         """Raises `InputError` if prompts are missing, or if a setting needs another flag that is missing."""
@@ -71,13 +71,13 @@ class Pictures:
 class FromPictures:
     """Initial pictures and control images."""
 
-    title: ClassVar = "from pictures"
+    title: ClassVar = "image to image and ControlNet"
     image: Path | None = flag(None, "initial picture for image to image, of any size and aspect ratio", Path, metavar="FILE")
     strength: tuple[float, ...] | None = flag(None, f"how much --image is changed, from 0 to 1: the amount of noise that is added and the fraction of the steps that are run; with several values, one picture is drawn for each (default: {STRENGTH})", SETTINGS["strength"].parse, nargs="+")
     control_image: Path | None = flag(None, "picture that --controlnet is conditioned on: edges, a pose or a depth map, depending on what the ControlNet was trained with; with --control canny, any picture", Path, metavar="FILE")
     control: str | None = flag(None, "canny: condition --controlnet on the Canny edges of --control_image, or of --image if --control_image is omitted", choices=["canny"])
     controlnet_scale: float = flag(1.0, "factor by which the outputs of --controlnet are multiplied: higher values follow the control image more closely", SETTINGS["controlnet_scale"].parse)
-    from_png: Path | None = flag(None, "draw a picture that infer.py wrote again, with the flags that its file records; flags on the command line override them", Path, recorded=False, metavar="FILE")
+    from_png: Path | None = flag(None, "picture that infer.py wrote, to draw it again with the flags that its file records; flags on the command line override them", Path, recorded=False, metavar="FILE")
 
     @property
     def strengths(self) -> tuple[float, ...]:
