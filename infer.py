@@ -168,7 +168,7 @@ def save_pictures(studio: Any, session: Session, source: Any, output_dir: Path) 
 
 
 def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[Any], command: str) -> None:
-    """Writes the edges that a ControlNet was conditioned on, and the sheets of a grid with the command that drew them."""
+    """Writes the edges for a ControlNet, and the sheets of a grid with the command that drew them."""
     from text_to_image_lora.drawing.draw import fitted
     from text_to_image_lora.drawing.grids import make_sheets
     from text_to_image_lora.drawing.png import save_png

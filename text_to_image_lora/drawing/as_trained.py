@@ -1,4 +1,4 @@
-"""Reads from LoRA files how they were trained, and draws with these settings unless flags override them. Needs no torch."""
+"""Chooses the settings that a LoRA was trained with, unless flags override them. Needs no torch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     """An entry of a LoRA file's header that records a setting of its training."""
 
     key: str
-    parse: Callable[[str], Any]  # the value of the header's string; None for the usual value
+    parse: Callable[[str], Any]  # returns the value of the header's string, or None for the usual value
     description: str  # in messages; {} stands for the value
 
 
@@ -55,7 +55,7 @@ def settle(
 ) -> tuple[AsTrained, list[str]]:
     """Returns the settings to draw with, and notes for the user.
 
-    The flags (`scheduler`, `clip_skip`, `vae`) override what the LoRAs were trained with, which overrides the base model.
+    Flags (`scheduler`, `clip_skip`, `vae`) override the LoRAs' training, which overrides the base model.
 
     Raises:
         InputError: The LoRAs were trained with different settings that no flag chooses, or `vae` is not a VAE.
@@ -83,15 +83,12 @@ def settle(
 
 
 def _read_training(loras, own, decided):
-    """Returns how the LoRAs were trained, {field of `AsTrained`: value}; ignores files without this project's metadata."""
+    """Returns {field of `AsTrained`: value} of the training; LoRA files without this project's metadata are ignored."""
     keys = {"pretrained_model_name_or_path", *(entry.key for entry in ENTRIES.values())}
     ours, trained = [lora for lora in loras if keys & lora.header.keys()], {}
     for name, entry in ENTRIES.items():
         values = [entry.parse(lora.header.get(entry.key, "")) or own[name] for lora in ours] or [own[name]]
-        if name in (
-            "long_prompts",
-            "num_chunks",
-        ):  # the largest: LoRAs that were trained with fewer chunks accept more
+        if name in ("long_prompts", "num_chunks"):  # the maximum, because every LoRA accepts more chunks
             values = [max(filter(None, values), default=None)]
         odd = next((i for i, value in enumerate(values) if value != values[0]), 0)
         if odd and name not in decided:
@@ -103,7 +100,7 @@ def _read_training(loras, own, decided):
 
 
 def _obstacles(trained, scheduler, decided):
-    """Returns why settings of the training are not used, {field of `AsTrained`: reason}; "" if a flag has the same value."""
+    """Returns {field of `AsTrained`: why it is not used}; the reason is "" if a flag has the same value."""
     obstacles = {}
     if scheduler in NO_ZERO_SNR:
         obstacles["zero_snr"] = f"--scheduler {scheduler} does not support it. Omit --scheduler or use ddim."

@@ -45,9 +45,7 @@ class Given(NamedTuple):
 
     image: Any = None
     control_image: Any = None
-    canny: bool = (
-        False  # the ControlNet is conditioned on the Canny edges of the control image, or of the initial picture
-    )
+    canny: bool = False  # condition the ControlNet on Canny edges of the control image or initial picture
 
 
 class Header(NamedTuple):
@@ -122,7 +120,7 @@ def find_base(flags: settings.Model) -> Base:
         for file in sum(of_parts, []):
             header = read_header(MODEL_FLAG, file)
             shapes |= {f"{file.parent.name}.{key}": shape for key, shape in header.shapes.items()}
-    changes = model.scheduler_changes  # only single files have any
+    changes = model.scheduler_changes  # only a single-file model has any
     prediction_type = changes.get("prediction_type", prediction_type)
     return Base(model, shapes, unet_config, prediction_type, changes.get("rescale_betas_zero_snr"))
 
@@ -197,7 +195,7 @@ def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | No
 
 
 def vae_channels(source: str) -> int | None:
-    """Returns the channels of a VAE's latents, or None for a single file; raises `InputError` if it is not a VAE."""
+    """Returns the channels of a VAE's latents, or None if unknown; raises `InputError` if it is not a VAE."""
     path = Path(source)
     if not path.is_file():
         return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(

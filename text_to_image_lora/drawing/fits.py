@@ -78,7 +78,7 @@ def _layer(name):
 
 
 def _family_of(shapes):
-    """Returns the family of layers {name: shape}, by the input width of their cross attention, or None if it is unknown."""
+    """Returns the family of layers {name: shape} by the input width of their cross attention, or None if unknown."""
     widths = (shape[1] for layer, shape in shapes.items() if layer and CROSS_ATTENTION.fullmatch(layer))
     return next(filter(None, map(family_by_width, widths)), None)
 

@@ -134,8 +134,8 @@ def arrange(
 ) -> Grid:
     """Arranges a grid: the first axis forms the rows, the second the columns, and the third bands of rows.
 
-    A single axis forms the columns. One sheet is made for each combination of the remaining prompts, strengths and seeds.
-    `with_loras` is the row with LoRAs of --compare_base.
+    A single axis forms the columns. One sheet is made for each combination of the remaining prompts, strengths and
+    seeds. `with_loras` is the row with LoRAs of --compare_base.
     """
     rest = [] if "prompt" in axes else [prompt_cells(prompts)]
     if "strength" not in axes and len(strengths) > 1:

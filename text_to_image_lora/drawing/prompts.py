@@ -46,9 +46,9 @@ def parse_prompt(line: str, where: str) -> Prompt:
 
 
 def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
-    """Reads the prompts of a flag; a value that ends in .txt is a file with one prompt per line (lines with # are skipped).
+    """Reads the prompts of a flag; a value that ends in .txt is a file with one prompt per line.
 
-    Raises `InputError` if a file can't be read or a line can't be parsed.
+    Lines that start with # are skipped. Raises `InputError` if a file can't be read or a line can't be parsed.
     """
     prompts = []
     for value in values:
