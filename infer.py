@@ -105,14 +105,14 @@ def find_inputs(settings: Settings) -> Inputs:
 
     # The settings of every picture, which options of its prompt and its cell in the grid override.
     values, strengths = flag_values(settings), settings.from_pictures.strengths
-    like = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
-    like = like._replace(loras=loras, strength=strengths[0] if strengths else None)
-    drawings = grids.plan(like, grid)
+    common = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
+    common = common._replace(loras=loras, strength=strengths[0] if strengths else None)
+    drawings = grids.plan(common, grid)
 
     checkpoints = {drawing.checkpoint.adapter: drawing.checkpoint for drawing in drawings if drawing.checkpoint}
     loras += tuple(checkpoints.values())
-    awkward = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
-    scheduler = awkward[0] if awkward else pictures.scheduler
+    without_zero_snr = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
+    scheduler = without_zero_snr[0] if without_zero_snr else pictures.scheduler
     trained, notes = as_trained.settle(loras, base, scheduler, clip_skip=pictures.clip_skip, vae=model.vae)
     clip_skip = trained.clip_skip or 0
     if base.shapes:
@@ -139,8 +139,8 @@ def plan_session(settings: Settings, drawings: list[Drawing], source: Any) -> Se
     now = png.repeat_of(drawings[0], source, stored.batch)
     png.warn_of_differences(path, stored, now)
     size, place = stored.batch or (1, 0)
-    alike = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
-    if settings.grids.grid or len(drawings) > 1 or not alike or wanted not in (None, size):
+    unchanged = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
+    if settings.grids.grid or len(drawings) > 1 or not unchanged or wanted not in (None, size):
         return session
     return Session([drawings[0]._replace(stem=path.stem)] * size, range(place, place + 1), size)
 

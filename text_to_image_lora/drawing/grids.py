@@ -99,7 +99,7 @@ def read_grid(words: Iterable[str], by_flags: dict[str, list[Cell]], lora_scale:
 
 
 def check_axes(axes: dict[str, list[Cell]], prompts: Sequence[Prompt], loras: Sequence[Lora], given: set[str]) -> None:
-    """Raises `InputError` if an option of a prompt needs a flag that is not `given`, or if lora_scale has no effect."""
+    """Raises `InputError` if an option of a prompt needs a flag that is not `given`, or lora_scale has no effect."""
     loras = [*loras, *(cell.changes["checkpoint"] for cell in axes.get("checkpoint", ()))]
     given = given | {"lora" for lora in loras if lora}
     for cell in axes.get("prompt", prompt_cells(prompts)):
@@ -174,11 +174,11 @@ def make_lora_row(loras: Sequence[Lora]) -> Cell:
     return Cell("with LoRA" + "s" * (len(loras) > 1), note=note)
 
 
-def plan(like: Drawing, grid: Grid) -> list[Drawing]:
-    """Returns the drawings of a grid, sheet by sheet, band by band, row by row; `like` has their remaining settings."""
+def plan(common: Drawing, grid: Grid) -> list[Drawing]:
+    """Returns the drawings of a grid, sheet by sheet, band by band, row by row; `common` has their other settings."""
     drawings = []
     for cell in map(combine, itertools.product(grid.sheets, grid.bands, grid.rows, grid.columns)):
-        drawing = like._replace(**{**cell.options, **cell.changes})
+        drawing = common._replace(**{**cell.options, **cell.changes})
         seed, steps = drawing.seed + cell.nth, drawing.num_inference_steps
         if drawing.strength is not None and int(steps * drawing.strength) < 1:
             remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
