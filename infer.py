@@ -27,11 +27,11 @@
 #     'xformers==0.0.35; (sys_platform == "linux" and platform_machine == "x86_64") or sys_platform == "win32"',
 # ]
 # ///
-"""Pictures with LoRA files, or without any: from text, from a picture, held to edges; one by one, or as grids on a sheet.
+"""Generates pictures with Stable Diffusion and LoRA files, from text, from an initial picture or with a ControlNet.
 
     python infer.py --pretrained_model_name_or_path models/mini-sd --lora outputs/axe --prompt "a red axe"
 
-The file of each picture says how it was drawn, and --from_png draws it again.
+Pictures are drawn singly or as a grid. Each PNG file records how it was drawn, and --from_png draws it again.
 """
 
 import logging
@@ -67,7 +67,7 @@ class Settings:
 
 
 class Inputs(NamedTuple):
-    """What is drawn with what, as far as it is known before a model is loaded."""
+    """Everything that is known before a model is loaded: models, LoRAs, pictures, and what to draw."""
 
     job: Any  # a `pipeline.Job`
     grid: Any  # a `grids.Grid`
@@ -75,10 +75,10 @@ class Inputs(NamedTuple):
 
 
 class Session(NamedTuple):
-    """What a run draws."""
+    """The drawings of a run, and which of them are written."""
 
     drawings: list[Drawing]
-    kept: range  # the numbers of those that are written
+    kept: range  # the indices of the drawings that are written
     batch_size: int
 
 
@@ -87,7 +87,7 @@ def build_parser() -> DrawingParser:
 
 
 def find_inputs(settings: Settings) -> Inputs:
-    """Finds all that the flags name; raises `InputError` for what can't be drawn, in seconds and without torch."""
+    """Finds and checks everything that the flags name, without torch; raises `InputError` if it can't be drawn."""
     from text_to_image_lora.drawing import as_trained, find, fits, grids
     from text_to_image_lora.drawing.pipeline import Job
     from text_to_image_lora.drawing.prompts import read_prompts
@@ -101,18 +101,18 @@ def find_inputs(settings: Settings) -> Inputs:
     if controlnet:
         fits.check_controlnet_fits(controlnet, base.unet_config)
     given = find.find_pictures(settings.from_pictures)
-    grid = grids.grid_of(settings, prompts, loras)
+    grid = grids.make_grid(settings, prompts, loras)
 
-    # What each picture has, unless its prompt or its place in the grid says otherwise.
+    # The settings of every picture, which options of its prompt and its cell in the grid override.
     values, strengths = flag_values(settings), settings.from_pictures.strengths
-    like = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
-    like = like._replace(loras=loras, strength=strengths[0] if strengths else None)
-    drawings = grids.plan(like, grid)
+    common = Drawing(**{name: values[name] for name in SETTINGS.keys() & values.keys() - {"prompt", "strength"}})
+    common = common._replace(loras=loras, strength=strengths[0] if strengths else None)
+    drawings = grids.plan(common, grid)
 
     checkpoints = {drawing.checkpoint.adapter: drawing.checkpoint for drawing in drawings if drawing.checkpoint}
     loras += tuple(checkpoints.values())
-    awkward = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
-    scheduler = awkward[0] if awkward else pictures.scheduler
+    without_zero_snr = [drawing.scheduler for drawing in drawings if drawing.scheduler in NO_ZERO_SNR]
+    scheduler = without_zero_snr[0] if without_zero_snr else pictures.scheduler
     trained, notes = as_trained.settle(loras, base, scheduler, clip_skip=pictures.clip_skip, vae=model.vae)
     clip_skip = trained.clip_skip or 0
     if base.shapes:
@@ -124,10 +124,10 @@ def find_inputs(settings: Settings) -> Inputs:
 
 
 def plan_session(settings: Settings, drawings: list[Drawing], source: Any) -> Session:
-    """The `Session` of the drawings.
+    """Plans which drawings are drawn and written, and in which batch size.
 
-    What is drawn at once decides the last bits of a picture: so, to draw the picture of --from_png again, copies of it
-    fill the batch that it was drawn in.
+    The last bits of a picture depend on the size of its batch and its place in it. To draw the picture of --from_png
+    again, a batch of the recorded size is therefore filled with copies of it.
     """
     from text_to_image_lora.drawing import png
 
@@ -139,21 +139,21 @@ def plan_session(settings: Settings, drawings: list[Drawing], source: Any) -> Se
     now = png.repeat_of(drawings[0], source, stored.batch)
     png.warn_of_differences(path, stored, now)
     size, place = stored.batch or (1, 0)
-    alike = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
-    if settings.grids.grid or len(drawings) > 1 or not alike or wanted not in (None, size):
+    unchanged = all(now.flags.get(name) == stored.flags.get(name) for name in (*SETTINGS, "clip_skip"))
+    if settings.grids.grid or len(drawings) > 1 or not unchanged or wanted not in (None, size):
         return session
     return Session([drawings[0]._replace(stem=path.stem)] * size, range(place, place + 1), size)
 
 
 def save_pictures(studio: Any, session: Session, source: Any, output_dir: Path) -> list[Any]:
-    """Draws the pictures and writes them as they are done; returns them in the order of the drawings."""
+    """Draws the pictures and writes each one when it is finished; returns them in the order of the drawings."""
     from text_to_image_lora.drawing.draw import draw
     from text_to_image_lora.drawing.png import describe, save_png
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"can't be made: {error.strerror}. Name another folder."
+        reason = f"can't be created: {error.strerror}. Name another folder."
         raise InputError(f"--output_dir {output_dir} {reason}") from error
     names, images = {}, {}
     for drawn in draw(studio, session.drawings, session.batch_size):
@@ -162,35 +162,35 @@ def save_pictures(studio: Any, session: Session, source: Any, output_dir: Path) 
             path = save_png(drawn.image, output_dir / f"{drawing.stem}.png", describe(drawing, drawn, source))
             names[drawn.index], images[drawn.index] = path.name, drawn.image
     first, last = names[session.kept[0]], names[session.kept[-1]]
-    told = first if len(names) == 1 else f"{len(names)} pictures, {first} to {last}"
-    logger.info("%s: %s", output_dir, told)
+    written = first if len(names) == 1 else f"{len(names)} pictures, {first} to {last}"
+    logger.info("%s: %s", output_dir, written)
     return [images[i] for i in session.kept]
 
 
 def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[Any], command: str) -> None:
-    """Writes what a ControlNet held to, and the sheets of a grid, each with the command that drew it."""
+    """Writes the edges for a ControlNet, and the sheets of a grid with the command that drew them."""
     from text_to_image_lora.drawing.draw import fitted
-    from text_to_image_lora.drawing.grids import sheets_of
+    from text_to_image_lora.drawing.grids import make_sheets
     from text_to_image_lora.drawing.png import save_png
 
     start, output_dir = settings.from_pictures, settings.output.output_dir
     shown = fitted(studio.given, *images[0].size)
     if studio.given.canny:
-        logger.info("%s: what the ControlNet held to", save_png(shown.control_image, output_dir / "edges.png", {}))
+        logger.info("%s: the edges for the ControlNet", save_png(shown.control_image, output_dir / "edges.png", {}))
     if inputs.grid.name is None:
         return
     names = {"image": start.image, "control_image": start.control_image or start.image}
     given = [(path.name, getattr(shown, name)) for name, path in names.items() if path and getattr(shown, name)]
-    what = "base above LoRA" if settings.grids.compare_base else "the grid"
+    what = "the base model's pictures above those of the LoRA" if settings.grids.compare_base else "the grid"
     model = settings.model.pretrained_model_name_or_path
-    for sheet in sheets_of(inputs.grid, inputs.drawings, images, given):
+    for sheet in make_sheets(inputs.grid, inputs.drawings, images, given):
         prompt = " | ".join(dict.fromkeys(drawing.prompt for drawing in sheet.drawings))
         chunks = {"prompt": prompt, "pretrained_model_name_or_path": model, "command": command}
         logger.info("%s: %s", save_png(sheet.image, output_dir / sheet.name, chunks), what)
 
 
 def run(argv: list[str]) -> None:
-    """Finds what the flags name, opens the models, draws, and saves."""
+    """Finds the inputs, opens the models, draws the pictures, and saves them."""
     settings = build_parser().settings(argv)
     machine, output = settings.machine, settings.output
     inputs = find_inputs(settings)
@@ -213,14 +213,14 @@ def run(argv: list[str]) -> None:
         images = save_pictures(studio, session, source, output.output_dir)
         save_sheets(settings, studio, inputs, images, shlex.join(["infer.py", *argv]))
     if output.save_merged:
-        count = len(settings.model.lora)  # behind these stand the checkpoints of a grid
+        count = len(settings.model.lora)  # the checkpoints of a grid follow them
         pipeline.save_merged(studio, inputs.job.loras[:count], output.save_merged)
         loras = "LoRAs" if count > 1 else "LoRA"
         logger.info("%s: the base model with the %s merged into it", output.save_merged, loras)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command; what is wrong is told in one line on stderr, with an exit code."""
+    """Runs the command; reports an error in one line on stderr, with an exit code."""
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
     try:

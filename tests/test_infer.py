@@ -119,7 +119,10 @@ def test_another_vae(tiny_pipeline, model, lora, compared, write_lora, tmp_path,
     monkeypatch.chdir(tmp_path)
     trained = write_lora("trained", pretrained_vae_model_name_or_path="vae")
     (by_header,) = draw(model, tmp_path / "1", "--lora", trained).values()
-    assert capsys.readouterr().err == "note: the LoRA was trained with the VAE vae; the pictures are drawn so\n"
+    assert (
+        capsys.readouterr().err
+        == "note: the LoRA was trained with the VAE vae; these pictures are drawn accordingly\n"
+    )
     (by_flag,) = draw(model, tmp_path / "2", "--lora", lora, "--vae", "bright.safetensors").values()
     assert difference(by_header, by_flag) == 0
     assert difference(by_header, compared[1]) > 30
@@ -204,15 +207,15 @@ BAD_INPUT = {
     "--pretrained_model_name_or_path ./missing": "does not exist",
     "--pretrained_model_name_or_path models/none/x": "does not exist",
     "--pretrained_model_name_or_path none.safetensors": "does not exist",
-    "--pretrained_model_name_or_path owner/name": "no file or folder here, and the hub does not give it",
+    "--pretrained_model_name_or_path owner/name": "not a local file or folder, and can't be downloaded from the hub",
     "--pretrained_model_name_or_path {bad}": "no readable model_index.json",
     "--pretrained_model_name_or_path {bad}/flux": "is a FluxPipeline",
     "--pretrained_model_name_or_path {bad}/lora.bin": "must be .safetensors or .ckpt",
-    "--pretrained_model_name_or_path {bad}/cut.safetensors": "not a whole safetensors file",
+    "--pretrained_model_name_or_path {bad}/cut.safetensors": "not a complete safetensors file",
     "--lora ./missing": "does not exist",
     "--lora {bad}": "Pass the LoRA file itself",
     "--lora {bad}/lora.bin": "only .safetensors",
-    "--lora {bad}/cut.safetensors": "not a whole safetensors file",
+    "--lora {bad}/cut.safetensors": "not a complete safetensors file",
     "--lora {bad}/model.safetensors": "is not a LoRA file",
     "--lora {bad}/layer.safetensors": "1 of its",
     "--lora {bad}/size.safetensors": "2 of its",
@@ -224,10 +227,10 @@ BAD_INPUT = {
     "--lora {bad}/v.safetensors {bad}/skip.safetensors": "v.safetensors was trained with prediction_type v_prediction, ",
     "--lora {bad}/skip5.safetensors {bad}/skip.safetensors": "skip.safetensors with 1. Pass --clip_skip to choose.",
     "--vae ./missing": "does not exist",
-    "--vae {bad}": "holds no config.json of an AutoencoderKL",
-    "--vae {bad}/wide": "makes latents of 16 channels, and the UNet takes 4",
+    "--vae {bad}": "contains no config.json of an AutoencoderKL",
+    "--vae {bad}/wide": "encodes latents with 16 channels, but the UNet expects 4",
     "--vae {bad}/lora.bin": "must be .safetensors, .ckpt or .pt",
-    "--vae {bad}/cut.safetensors": "not a whole safetensors file",
+    "--vae {bad}/cut.safetensors": "not a complete safetensors file",
 }
 
 
@@ -240,8 +243,8 @@ def test_bad_input(flags, bad_files, refusal):
     ("flags", "reason"),
     [
         ("--lora {bad}/layer.safetensors --vae {bad}/wide", "1 of its"),
-        ("--lora {bad}/lora.bin", "only .safetensors files are read, since others can carry code"),
-        ("--image {bad}/latin.txt", "it is no picture"),
+        ("--lora {bad}/lora.bin", "only .safetensors files are read, because other formats can contain code"),
+        ("--image {bad}/latin.txt", "it is not a picture"),
         ("--grid checkpont=run/epoch-*", "Did you mean checkpoint?"),
     ],
 )

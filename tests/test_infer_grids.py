@@ -88,20 +88,20 @@ def test_checkpoints_in_turn(model, lora_weights, write_lora, compared, tmp_path
 
 
 BAD_GRIDS = {
-    "guidence=5": "--grid guidence: there is no such name. Did you mean guidance?",
-    "height=64,128": "--grid height: there is no such name",
+    "guidence=5": "--grid guidence: there is no such setting. Did you mean guidance?",
+    "height=64,128": "--grid height: there is no such setting",
     "guidance": "--grid guidance has no values",
     "guidance=,": "--grid guidance has no values",
-    "guidance=5 guidance_scale=7": "has guidance_scale twice",
+    "guidance=5 guidance_scale=7": "contains guidance_scale twice",
     "guidance=5,high": "--grid guidance=high: it must be a finite number",
     "scheduler=eulr": "--grid scheduler=invalid choice: 'eulr'. Did you mean euler?",
     "steps=0,10": "it must be a whole number, 1 or more",
-    "seed=1 steps=2 guidance=3 prompt": "has 4 names: three are the most",
+    "seed=1 steps=2 guidance=3 prompt": "varies 4 settings. Use at most three",
     "strength=0.5": "--strength needs --image",
     "lora_scale=0,1": "--lora_scale needs --lora",
     "controlnet_scale=0,1": "--controlnet_scale needs --controlnet",
-    "checkpoint={bad}/epoch-*": "no file or folder has such a name",
-    "checkpoint={bad}/cut.safetensors": "not a whole safetensors file",
+    "checkpoint={bad}/epoch-*": "no file or folder matches this pattern",
+    "checkpoint={bad}/cut.safetensors": "not a complete safetensors file",
     "checkpoint=base lora_scale=0,1": "each LoRA has a strength of its own",
     "prompt=a,b": "--prompt and prompt= in --grid are both given",
     "seed=1,2 --compare_base --lora {bad}/v.safetensors": "--compare_base is a grid of its own",
@@ -149,7 +149,7 @@ BAD_LINES = {
     "a dog --seed": "--seed has no value",
     "--seed 3": "there is no prompt before --seed",
     "a dog --width 100": "a multiple of 8",
-    "a dog --strength 0.5": "--strength behind the prompt 'a dog' needs --image",
+    "a dog --strength 0.5": "--strength after the prompt 'a dog' needs --image",
 }
 
 
@@ -157,7 +157,7 @@ BAD_LINES = {
 def test_bad_options(line, refusal, tmp_path):
     assert BAD_LINES[line] in refusal(prompt=[f" {line}"])
     (tmp_path / "prompts.txt").write_text(f"a cat\n\n{line}\n")
-    if "behind the prompt" not in BAD_LINES[line]:
+    if "after the prompt" not in BAD_LINES[line]:
         assert f"{tmp_path}/prompts.txt:3: " in refusal(prompt=[tmp_path / "prompts.txt"])
 
 

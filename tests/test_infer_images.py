@@ -153,14 +153,14 @@ def bad_pictures(bad_files, tiny_pipeline, controlnet, photo):
 
 
 BAD_INPUT = {
-    "--image {bad}/text.png": "--image {bad}/text.png can't be read: it is no picture.",
+    "--image {bad}/text.png": "--image {bad}/text.png can't be read: it is not a picture.",
     "--image {bad}/cut.png": "--image {bad}/cut.png can't be read: ",
     "--image {bad}/gone.png": "can't be read: No such file or directory",
     "--image {bad}": "can't be read: Is a directory",
     "--image {photo} --strength 1.5": "1.5: it must be a number from 0 to 1",
     "--image {photo} --strength -0.1": "-0.1: it must be a number from 0 to 1",
-    "--image {photo} --strength 0": "strength 0 of 2 steps is none. Pass 0.5 or more, or more steps",
-    "--image {photo} --strength 0.4 0.6": "strength 0.4 of 2 steps is none",
+    "--image {photo} --strength 0": "strength 0 runs none of the 2 steps. Pass a strength of 0.5 or more, or more steps",
+    "--image {photo} --strength 0.4 0.6": "strength 0.4 runs none of the 2 steps",
     "--strength 0.5": "--strength needs --image",
     "--controlnet_scale 0.5": "--controlnet_scale needs --controlnet",
     "--control_image {photo}": "--control_image needs --controlnet",
@@ -169,11 +169,11 @@ BAD_INPUT = {
     "--controlnet {good} --image {photo}": "--controlnet needs --control_image, or --control canny with --image",
     "--controlnet {good} --control edges --image {photo}": "invalid choice: 'edges'",
     "--controlnet {good} --control_image {bad}/text.png": "--control_image {bad}/text.png can't be read",
-    "--controlnet {bad}/wide --control_image {photo}": "holds no config.json of a ControlNetModel",
+    "--controlnet {bad}/wide --control_image {photo}": "contains no config.json of a ControlNetModel",
     "--controlnet {bad}/lora.bin --control_image {photo}": "a single file can't be read",
     "--controlnet ./none --control_image {photo}": "does not exist",
-    "--controlnet {bad}/controlnet-wide --control_image {photo}": "its cross_attention_dim is 768, the UNet's is 96",
-    "--controlnet {bad}/controlnet-deep --control_image {photo}": "its block_out_channels is [32, 64, 64], the UNet's is [32, 64]",
+    "--controlnet {bad}/controlnet-wide --control_image {photo}": "its cross_attention_dim is 768, but that of the UNet is 96",
+    "--controlnet {bad}/controlnet-deep --control_image {photo}": "its block_out_channels is [32, 64, 64], but that of the UNet is [32, 64]",
     "--save_merged {bad}/merged": "--save_merged needs --lora",
     "--save_merged {bad}/full --lora {bad}/skip.safetensors": "is not empty. Name a new folder",
     "--save_merged {bad}/empty.txt/x --lora {bad}/skip.safetensors": "can't write into",
@@ -189,7 +189,7 @@ def test_bad_input(flags, bad_pictures, controlnet, photo, refusal):
 def test_a_controlnet_for_another_vae(model, bad_pictures, photo, tmp_path, capsys):
     with pytest.raises(SystemExit):
         draw(model, tmp_path, "--controlnet", bad_pictures / "controlnet-eight", "--control_image", photo)
-    assert "makes pictures 8 times smaller, and the VAE 4 times" in capsys.readouterr().err
+    assert "downsamples by 8, but the VAE by 4." in capsys.readouterr().err
 
 
 # Families and machines.

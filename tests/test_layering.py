@@ -133,7 +133,7 @@ def test_nothing_imports_a_command():
 # What takes all flags of a command: it puts a run together. Everything else takes its group of flags, or plain values.
 ASSEMBLERS = {
     "command_line": "iterate_flags flag_values recorded_values hide_secrets",
-    "drawing.grids": "grid_of",
+    "drawing.grids": "make_grid",
     "training.accelerator": "make_accelerator",
     "training.batch_size": "settle _idle_in_steps",
     "training.caching": "fill",

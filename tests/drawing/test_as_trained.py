@@ -27,10 +27,10 @@ def test_drawn_as_it_was_trained(tiny_pipeline, model, write_lora, tmp_path, cap
     lora = write_lora("axe", **AS_TRAINED, pretrained_vae_model_name_or_path="mse")
     (own,) = draw(model, tmp_path / "own", "--lora", lora, prompt=("a red axe " * 26,)).values()  # 75 + 3 tokens
     assert capsys.readouterr().err.splitlines() == [
-        "note: the LoRA was trained with the VAE mse; the pictures are not drawn so: its header has the last part of the "
-        "path alone. Pass --vae with the whole.",
+        "note: the LoRA was trained with the VAE mse; these pictures do not use it, because the LoRA's metadata contains "
+        "only the last part of the VAE's path. Pass the full path with --vae.",
         "note: the LoRA was trained with v-prediction, zero terminal SNR, long prompts and clip skip 1; "
-        "the pictures are drawn so",
+        "these pictures are drawn accordingly",
     ]
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     changes = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -53,13 +53,15 @@ def test_why_it_is_not_drawn_as_trained(model, write_lora, tmp_path, monkeypatch
         draw(model, tmp_path / "out", "--lora", lora, "--scheduler", "heun", "--clip_skip", 0)
     lines = capsys.readouterr().err.splitlines()
     reasons = {
-        "zero terminal SNR": "--scheduler heun can't. Leave it out, or take ddim.",
-        "clip skip 1": "--clip_skip 0 overrules it.",
-        "the VAE owner/name": "--vae owner/name is no file or folder here, and the hub does not give it: ",
+        "zero terminal SNR": "--scheduler heun does not support it. Omit --scheduler or use ddim.",
+        "clip skip 1": "--clip_skip 0 overrides it.",
+        "the VAE owner/name": "--vae owner/name is not a local file or folder, and can't be downloaded from the hub: ",
     }
     for line, (words, reason) in zip(lines, reasons.items()):
-        assert line.startswith(f"note: the LoRA was trained with {words}; the pictures are not drawn so: {reason}")
-    assert lines[3:] == ["note: the LoRA was trained with v-prediction and long prompts; the pictures are drawn so"]
+        note = f"note: the LoRA was trained with {words}; these pictures do not use it, because {reason}"
+        assert line.startswith(note)
+    used = "note: the LoRA was trained with v-prediction and long prompts; these pictures are drawn accordingly"
+    assert lines[3:] == [used]
 
 
 def test_the_most_chunks_of_several_loras(write_lora):
@@ -83,7 +85,8 @@ def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
     flags = ["--lora", out, "--num_inference_steps", 3]
     (picture,) = draw(tiny_sd, tmp_path / "drawn", *flags, prompt=(prompt,)).values()
     assert (
-        "zero terminal SNR, long prompts, 2 chunks a prompt and clip skip 1; the pictures" in capsys.readouterr().err
+        "zero terminal SNR, long prompts, 2 chunks per prompt and clip skip 1; these pictures"
+        in capsys.readouterr().err
     )
     assert difference(picture, Image.open(out / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
 

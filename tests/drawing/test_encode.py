@@ -30,7 +30,7 @@ def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp
     with mock.patch.object(PromptEncoder, "__call__", look):
         draw(model, tmp_path, "--lora", lora, prompt=("a red axe", "a red axe " * 80))
     said = capsys.readouterr().err
-    assert ("3 chunks a prompt" in said) == (chunks == "3")
+    assert ("3 chunks per prompt" in said) == (chunks == "3")
     short, long = ([v.shape[1] // 77 for k, v in options.items() if k.endswith("embeds")] for options in seen)
     assert (short, long) == ([int(chunks)] * 2, [4, 4])
 

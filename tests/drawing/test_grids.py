@@ -22,7 +22,7 @@ def test_how_a_grid_lies():
     ]  # fmt: skip
     assert {(d.scheduler, d.height) for d in drawings} == {("ddim", 64)}
     images = [Image.new("RGB", (64, 64))] * len(drawings)
-    sheets = [(name, len(shown)) for name, _, shown in grids.sheets_of(grid, drawings, images, ())]
+    sheets = [(name, len(shown)) for name, _, shown in grids.make_sheets(grid, drawings, images, ())]
     names = ["00-a-dog", "00-a-dog-seed8", "01-a-cat", "01-a-cat-seed1"]
     assert sheets == [(f"grid-{name}.png", 2) for name in names]
 
@@ -38,7 +38,7 @@ def test_a_sheet_shows_each_picture_in_its_place():
     drawings = grids.plan(Drawing(), grid)
     images = [Image.new("RGB", (64, 64), (250, 10 * i, 99)) for i in range(len(drawings))]
     given = [("input.png", Image.new("RGB", (32, 64), (0, 0, 255)))]
-    ((name, sheet, _),) = grids.sheets_of(grid, drawings, images, given)
+    ((name, sheet, _),) = grids.make_sheets(grid, drawings, images, given)
     assert name == "grid.png"
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 20)}
     assert all(counts[250, 10 * i, 99] == 256**2 for i in range(12))

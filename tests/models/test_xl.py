@@ -275,10 +275,10 @@ def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, 
                 with pytest.raises(InputError, match=f"it is a LoRA of {name}, but {base} is of {own}"):
                     find_inputs(train_script.parse_settings(words))
         drawn_lora = find_lora(str(path), 1.0, "lora0")
-        with pytest.raises(InputError, match="2 of its 2 keys match no layer there"):
+        with pytest.raises(InputError, match="2 of its 2 keys match no layer of the model"):
             check_lora_fits(drawn_lora, {"unet.x.attn2.to_k.weight": (8, 7)})
         other = STABLE_DIFFUSION if width != 768 else STABLE_DIFFUSION_XL
-        with pytest.raises(InputError, match=f"is of {name}, and the base model is of {other.name}"):
+        with pytest.raises(InputError, match=f"is of {name}, but the base model is of {other.name}"):
             check_lora_fits(drawn_lora, {"unet.x.attn2.to_k.weight": (8, other.cross_attention_dim)})
 
 

@@ -1,4 +1,4 @@
-"""How LoRAs were trained decides how they are drawn, unless a flag says otherwise. Needs no torch."""
+"""Chooses the settings that a LoRA was trained with, unless flags override them. Needs no torch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,22 +11,22 @@ from .rows import Lora
 
 
 class AsTrained(NamedTuple):
-    """How pictures are drawn, as far as training decides it; None for the base model's own."""
+    """Settings of a LoRA's training that pictures are drawn with; None stands for the setting of the base model."""
 
     prediction_type: str | None = None
     zero_snr: bool | None = None  # zero terminal SNR
-    long_prompts: bool | None = None  # prompts are read whole, in chunks
-    num_chunks: int | None = None  # the least number of chunks of a prompt
-    clip_skip: int | None = None  # last layers of the text encoder to leave out
+    long_prompts: bool | None = None  # prompts are encoded completely, in chunks
+    num_chunks: int | None = None  # minimum number of chunks per prompt
+    clip_skip: int | None = None  # number of last layers of the text encoder to skip
     vae: str | None = None
 
 
 class Entry(NamedTuple):
-    """What the header of a LoRA file says of its training."""
+    """An entry of a LoRA file's header that records a setting of its training."""
 
     key: str
-    value_of: Callable[[str], Any]  # of the string there; None for what is usual
-    words: str  # of the value, for people
+    parse: Callable[[str], Any]  # returns the value of the header's string, or None for the usual value
+    description: str  # in messages; {} stands for the value
 
 
 def _at_least(least):
@@ -37,7 +37,7 @@ ENTRIES = {  # {field of `AsTrained`: entry}
     "prediction_type": Entry("prediction_type", {"epsilon": "epsilon", "v_prediction": "v_prediction"}.get, "{}"),
     "zero_snr": Entry("rescale_betas_zero_snr", {"True": True}.get, "zero terminal SNR"),
     "long_prompts": Entry("long_prompts", {"True": True}.get, "long prompts"),
-    "num_chunks": Entry("num_chunks", _at_least(2), "{} chunks a prompt"),
+    "num_chunks": Entry("num_chunks", _at_least(2), "{} chunks per prompt"),
     "clip_skip": Entry("clip_skip", _at_least(1), "clip skip {}"),
     "vae": Entry(
         "pretrained_vae_model_name_or_path", lambda text: text if text not in ("", "None") else None, "the VAE {}"
@@ -46,47 +46,49 @@ ENTRIES = {  # {field of `AsTrained`: entry}
 
 
 def in_words(name: str, value: Any) -> str:
-    """A field of `AsTrained`, for people."""
-    return ENTRIES[name].words.format(value).replace("v_pred", "v-pred")
+    """Describes a field of `AsTrained` in a message."""
+    return ENTRIES[name].description.format(value).replace("v_pred", "v-pred")
 
 
 def settle(
     loras: Sequence[Lora], base: Base, scheduler: str | None, *, clip_skip: int | None = None, vae: str | None = None
 ) -> tuple[AsTrained, list[str]]:
-    """How to draw, and what to tell the user about it.
+    """Returns the settings to draw with, and notes for the user.
 
-    Flags (`scheduler`, `clip_skip`, `vae`) come first, then what the LoRAs were trained with, then the base model's own.
-    Raises `InputError` for LoRAs that were trained differently in what no flag decides, and for a VAE that is none.
+    Flags (`scheduler`, `clip_skip`, `vae`) override the LoRAs' training, which overrides the base model.
+
+    Raises:
+        InputError: The LoRAs were trained with different settings that no flag chooses, or `vae` is not a VAE.
     """
     own = AsTrained(base.prediction_type, base.zero_snr)._asdict()
     decided = {name: value for name, value in (("clip_skip", clip_skip), ("vae", vae)) if value is not None}
-    trained = _training_of(loras, own, decided)
+    trained = _read_training(loras, own, decided)
     obstacles = _obstacles(trained, scheduler, decided)
     subject = "the LoRAs were" if len(loras) > 1 else "the LoRA was"
-    notes, taken = [], []
+    notes, used = [], []
     for name, value in trained.items():
         if value == own[name]:
             continue
         if name not in obstacles:
-            taken.append(in_words(name, value))
+            used.append(in_words(name, value))
         elif obstacles[name]:
             what = f"{subject} trained with {in_words(name, value)}"
-            notes.append(f"{what}; the pictures are not drawn so: {obstacles[name]}")
-    if taken:
-        listed = " and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))
-        notes.append(f"{subject} trained with {listed}; the pictures are drawn so")
+            notes.append(f"{what}; these pictures do not use it, because {obstacles[name]}")
+    if used:
+        listed = " and ".join(filter(None, (", ".join(used[:-1]), used[-1])))
+        notes.append(f"{subject} trained with {listed}; these pictures are drawn accordingly")
     settled: dict[str, Any] = {name: own[name] if name in obstacles else value for name, value in trained.items()}
     settled |= decided
     return AsTrained(**settled), notes
 
 
-def _training_of(loras, own, decided):
-    """How the LoRAs were trained, {field of `AsTrained`: value}; files without a header of ours have no say."""
+def _read_training(loras, own, decided):
+    """Returns {field of `AsTrained`: value} of the training; LoRA files without this project's metadata are ignored."""
     keys = {"pretrained_model_name_or_path", *(entry.key for entry in ENTRIES.values())}
     ours, trained = [lora for lora in loras if keys & lora.header.keys()], {}
     for name, entry in ENTRIES.items():
-        values = [entry.value_of(lora.header.get(entry.key, "")) or own[name] for lora in ours] or [own[name]]
-        if name in ("long_prompts", "num_chunks"):  # the most of them: the others take longer prompts too
+        values = [entry.parse(lora.header.get(entry.key, "")) or own[name] for lora in ours] or [own[name]]
+        if name in ("long_prompts", "num_chunks"):  # the maximum, because every LoRA accepts more chunks
             values = [max(filter(None, values), default=None)]
         odd = next((i for i, value in enumerate(values) if value != values[0]), 0)
         if odd and name not in decided:
@@ -98,15 +100,17 @@ def _training_of(loras, own, decided):
 
 
 def _obstacles(trained, scheduler, decided):
-    """Why pictures are not drawn as the LoRAs were trained, {field of `AsTrained`: reason}; "" where nothing is lost."""
+    """Returns {field of `AsTrained`: why it is not used}; the reason is "" if a flag has the same value."""
     obstacles = {}
     if scheduler in NO_ZERO_SNR:
-        obstacles["zero_snr"] = f"--scheduler {scheduler} can't. Leave it out, or take ddim."
+        obstacles["zero_snr"] = f"--scheduler {scheduler} does not support it. Omit --scheduler or use ddim."
     vae = trained["vae"]
     if "vae" in decided:
         vae_channels(decided["vae"])
     elif vae and len(Path(vae).parts) == 1 and not Path(vae).exists():
-        obstacles["vae"] = "its header has the last part of the path alone. Pass --vae with the whole."
+        obstacles["vae"] = (
+            "the LoRA's metadata contains only the last part of the VAE's path. Pass the full path with --vae."
+        )
     elif vae:
         try:
             vae_channels(vae)
@@ -114,5 +118,5 @@ def _obstacles(trained, scheduler, decided):
             obstacles["vae"] = str(error)
     for name, value in decided.items():
         same = Path(str(value)).name == Path(str(trained[name])).name
-        obstacles[name] = "" if same else f"--{name} {value} overrules it."
+        obstacles[name] = "" if same else f"--{name} {value} overrides it."
     return obstacles

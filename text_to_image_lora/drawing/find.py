@@ -1,4 +1,4 @@
-"""What a command names is found and looked into: base models, LoRAs, VAEs, ControlNets, pictures. Needs no torch."""
+"""Finds and checks base models, LoRAs, VAEs, ControlNets and pictures before a model is loaded. Needs no torch."""
 
 import contextlib
 import glob
@@ -24,12 +24,12 @@ MODEL_FLAG = "--pretrained_model_name_or_path"
 
 
 class Base(NamedTuple):
-    """A base model, and what its files tell before it is loaded."""
+    """A base model, and what its files show before it is loaded."""
 
     model: BaseModel
-    shapes: dict[str, tuple[int, ...]] = {}  # {"unet.conv_in.weight": shape}; {} where the files are not here
-    unet_config: dict[str, Any] = {}  # {} where a single file has no configuration here
-    prediction_type: str | None = None  # None: not known before it is loaded
+    shapes: dict[str, tuple[int, ...]] = {}  # {"unet.conv_in.weight": shape}; {} if not known before it is loaded
+    unet_config: dict[str, Any] = {}  # {} if a single file has no local configuration
+    prediction_type: str | None = None  # None if not known before it is loaded
     zero_snr: bool | None = None
 
 
@@ -41,22 +41,22 @@ class ControlNet(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The pictures that drawing starts from, or holds to."""
+    """The initial picture and the control image, `PIL.Image`s or None."""
 
-    image: Any = None  # to start from
+    image: Any = None
     control_image: Any = None
-    canny: bool = False  # the control image's edges hold the picture, not the image itself
+    canny: bool = False  # condition the ControlNet on Canny edges of the control image or initial picture
 
 
 class Header(NamedTuple):
-    """What the header of a safetensors file says."""
+    """The header of a safetensors file."""
 
     shapes: dict[str, tuple[int, ...]]  # of its tensors
-    strings: dict[str, str]
+    strings: dict[str, str]  # its metadata
 
 
 def check_folders(output: settings.Output) -> None:
-    """Raises `InputError` for a folder that can't be made or written into, and for a merged model's that is not empty."""
+    """Raises `InputError` if an output folder can't be written, or if the folder of --save_merged is not empty."""
     for flag, folder in (("--output_dir", output.output_dir), ("--save_merged", output.save_merged)):
         if folder is None:
             continue
@@ -69,29 +69,32 @@ def check_folders(output: settings.Output) -> None:
 
 
 def hub_path(flag: str, name: str, file: str, revision: str | None = None) -> Path:
-    """The local path of a small file of a hub repository; `InputError` where `name` is none or the hub does not give it."""
+    """Downloads a small file of a hub repository and returns its local path.
+
+    Raises `InputError` if `name` is not a hub id, or if the download fails.
+    """
     if not is_hub_id(name) or name.endswith((".safetensors", ".ckpt")):
         raise InputError(f"{flag} {name} does not exist. Check the path (relative ones start from {Path.cwd()}).")
     try:
         return hub_file(name, file, revision=revision)
-    except Exception as error:  # those of httpx and of the hub share no base class
-        reason = f"is no file or folder here, and the hub does not give it: {reason_of(error)}"
+    except Exception as error:  # the errors of httpx and of huggingface_hub share no base class
+        reason = f"is not a local file or folder, and can't be downloaded from the hub: {reason_of(error)}"
         raise InputError(f"{flag} {name} {reason}") from error
 
 
 def read_header(flag: str, path: Path) -> Header:
-    """The header of a safetensors file; `InputError` for a file that is cut short."""
+    """Reads the header of a safetensors file; raises `InputError` if the file is incomplete."""
     try:
         with open_safetensors(path, "np") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return Header(shapes, file.metadata() or {})
     except InputError as error:
-        reason = f"is not a whole safetensors file ({error.__cause__}). Copy or download it again."
+        reason = f"is not a complete safetensors file ({error.__cause__}). Copy or download it again."
         raise InputError(f"{flag} {path} {reason}") from error
 
 
 def find_base(flags: settings.Model) -> Base:
-    """The base model of the flags; `InputError` for what is not there, or not of a family that can be drawn with."""
+    """Finds the base model; raises `InputError` if it does not exist or its family is not supported."""
     name = str(flags.pretrained_model_name_or_path)
     path = Path(name)
     if path.is_file() and path.suffix not in (".safetensors", ".ckpt"):
@@ -109,7 +112,7 @@ def find_base(flags: settings.Model) -> Base:
     unet_config, prediction_type = {}, None
     if files := model.config_files:
         unet_config = files.read(f"{model.family.denoiser}/config.json")
-        with contextlib.suppress(InputError):  # the loader says what is wrong with it
+        with contextlib.suppress(InputError):  # the loader reports what is wrong with the file
             prediction_type = files.read("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
     shapes = {}
     of_parts = [sorted(path.glob(f"{part}/*.safetensors")) for part in COMPONENTS if (path / part).is_dir()]
@@ -117,31 +120,33 @@ def find_base(flags: settings.Model) -> Base:
         for file in sum(of_parts, []):
             header = read_header(MODEL_FLAG, file)
             shapes |= {f"{file.parent.name}.{key}": shape for key, shape in header.shapes.items()}
-    changes = model.scheduler_changes  # of a single file, by what it says itself
+    changes = model.scheduler_changes  # only a single-file model has any
     prediction_type = changes.get("prediction_type", prediction_type)
     return Base(model, shapes, unet_config, prediction_type, changes.get("rescale_betas_zero_snr"))
 
 
 def _check_pipeline(flag, folder):
-    """Raises `InputError` for a folder that does not hold a pipeline of one of the families."""
+    """Raises `InputError` unless the folder contains a pipeline of a supported family."""
     try:
         class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError) as error:
-        reason = "holds no readable model_index.json. Pass the folder of a whole pipeline."
+        reason = "contains no readable model_index.json. Pass the folder of a complete pipeline."
         raise InputError(f"{flag} {folder} {reason}") from error
     if not families_with_pipeline(class_name):
         known = " and ".join(dict.fromkeys(family.pipeline for family in FAMILIES))
-        raise InputError(f"{flag} {folder} is a {class_name}; this script draws with {known}.")
+        raise InputError(f"{flag} {folder} is a {class_name}, but only {known} are supported.")
 
 
 def find_lora(given: str, scale: float, adapter: str) -> Lora:
-    """The `Lora` of PATH or PATH:STRENGTH; `InputError` for what is no LoRA.
+    """Finds the LoRA of PATH or PATH:STRENGTH; raises `InputError` if it is not a LoRA.
 
-    `scale` is its strength where none is given, `adapter` the name that it gets in the pipeline.
+    Args:
+        scale: The strength of a LoRA that is given as PATH.
+        adapter: The LoRA's name in the pipeline.
     """
     path, fixed = Path(given), False
     head, tail = given.rsplit(":", 1) if ":" in given else ("", "")
-    if head and not path.exists():  # a path may hold a colon itself
+    if head and not path.exists():  # a path may contain a colon
         with contextlib.suppress(ValueError):
             scale, fixed = float(tail), True
             given, path = head, Path(head)
@@ -151,46 +156,46 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not (path / PEFT_WEIGHTS_NAME).exists():
         found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:3]) or "no LoRA files"
-        raise InputError(f"--lora {given} holds no {WEIGHTS_NAME} (there are: {found}). Pass the LoRA file itself.")
+        raise InputError(f"--lora {given} contains no {WEIGHTS_NAME} (found: {found}). Pass the LoRA file itself.")
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
     if path.is_file() and path.suffix != ".safetensors":
-        raise InputError(f"--lora {path}: only .safetensors files are read, since others can carry code.")
+        raise InputError(f"--lora {path}: only .safetensors files are read, because other formats can contain code.")
     lora = Lora(given, path, scale, adapter, {}, {}, fixed)
     header = read_header("--lora", lora.file)
     if not any("lora" in key or "hada" in key or "lokr" in key for key in header.shapes):
         count = len(header.shapes)
-        raise InputError(f"--lora {path} is not a LoRA file: none of its {count} keys has 'lora' in its name.")
+        raise InputError(f"--lora {path} is not a LoRA file: none of its {count} keys contains 'lora'.")
     return lora._replace(shapes=header.shapes, header=header.strings)
 
 
 def find_loras(flags: settings.Model) -> tuple[Lora, ...]:
-    """The LoRAs of --lora."""
+    """Finds the LoRAs of --lora."""
     return tuple(find_lora(given, flags.lora_scale, f"lora{i}") for i, given in enumerate(flags.lora or ()))
 
 
 def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | None]:
-    """The LoRAs of paths and patterns, by labels; None for `base`, which stands for no LoRA."""
+    """Finds the LoRAs of paths and patterns; returns {label: LoRA}, with None for `base`, which means no LoRA."""
 
-    def by_numbers(name):
+    def natural_order(name):
         return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
     found = []
     for word in listed:
         matches = [word] if word == "base" or Path(word).exists() or not glob.has_magic(word) else glob.glob(word)
         if not matches:
-            raise InputError(f"--grid checkpoint={word}: no file or folder has such a name.")
-        found += sorted(matches, key=by_numbers)
+            raise InputError(f"--grid checkpoint={word}: no file or folder matches this pattern.")
+        found += sorted(matches, key=natural_order)
     loras = [None if word == "base" else find_lora(word, scale, f"checkpoint{i}") for i, word in enumerate(found)]
     names = [Path(lora.given.removesuffix(".safetensors")).absolute().parts if lora else ("base",) for lora in loras]
-    length = 1  # of the labels, in parts of the paths: as short as tells them apart
+    length = 1  # of the labels, in parts of the paths: the shortest that keeps the labels distinct
     while len({parts[-length:] for parts in names}) < len(set(names)):
         length += 1
     return {"/".join(parts[-length:]): lora for parts, lora in zip(names, loras, strict=True)}
 
 
 def vae_channels(source: str) -> int | None:
-    """The channels of a VAE's latents, None where they are not known; `InputError` for what is no VAE."""
+    """Returns the channels of a VAE's latents, or None if unknown; raises `InputError` if it is not a VAE."""
     path = Path(source)
     if not path.is_file():
         return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(
@@ -204,16 +209,16 @@ def vae_channels(source: str) -> int | None:
 
 
 def find_controlnet(source: str) -> ControlNet:
-    """The `ControlNet` of --controlnet; `InputError` for what is none."""
+    """Finds the ControlNet; raises `InputError` if it is not one."""
     if Path(source).is_file():
-        remedy = "pass a folder in diffusers' layout, or a hub id; a single file can't be read."
+        remedy = "a single file can't be read. Pass a folder in diffusers' layout or a hub id."
         raise InputError(f"--controlnet {source}: {remedy}")
     remedy = "Pass the ControlNet's own folder."
     return ControlNet(source, _config_of("--controlnet", source, "ControlNetModel", remedy))
 
 
 def _config_of(flag, source, class_name, remedy):
-    """The config.json of a model of this class in diffusers, from a folder or the hub."""
+    """Reads the config.json of a diffusers model of this class from a folder or the hub."""
     path = Path(source)
     file = path / "config.json" if path.is_dir() else hub_path(flag, source, "config.json")
     with contextlib.suppress(OSError, ValueError):
@@ -221,18 +226,18 @@ def _config_of(flag, source, class_name, remedy):
         if config.get("_class_name") == class_name:
             return config
     article = "an" if class_name[0] == "A" else "a"
-    raise InputError(f"{flag} {source} holds no config.json of {article} {class_name}. {remedy}")
+    raise InputError(f"{flag} {source} contains no config.json of {article} {class_name}. {remedy}")
 
 
 def find_pictures(flags: settings.FromPictures) -> Given:
-    """The pictures of --image and --control_image."""
+    """Opens the pictures of --image and --control_image."""
     files = {"image": flags.image, "control_image": flags.control_image}
     opened = {name: open_picture(f"--{name}", path) for name, path in files.items() if path}
     return Given(**opened, canny=flags.control == "canny")
 
 
 def open_picture(flag: str, path: Path) -> Any:
-    """The picture that a flag names, as training reads it: an RGB `PIL.Image`."""
+    """Opens a picture in the way that training does; returns an RGB `PIL.Image`."""
     from ..pictures.transforms import ImageError, open_image
 
     try:
@@ -241,5 +246,5 @@ def open_picture(flag: str, path: Path) -> Any:
         reason = error.strerror
     except ImageError as error:
         reason = str(error.__cause__ or error)
-        reason = "it is no picture" if "cannot identify" in reason else reason
+        reason = "it is not a picture" if "cannot identify" in reason else reason
     raise InputError(f"{flag} {path} can't be read: {reason}. Pass a PNG, JPEG or WebP file.")

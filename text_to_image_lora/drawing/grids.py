@@ -1,4 +1,4 @@
-"""Which pictures a run draws: the axes of a grid, the order of its pictures, and the sheets that show them. Needs no torch."""
+"""Plans the pictures of a run and of its grids, and makes the sheets that show them. Needs no torch."""
 
 import argparse
 import functools
@@ -15,20 +15,20 @@ from .rows import AXES, SETTINGS, Drawing, Lora, nearest
 
 
 class Cell(NamedTuple):
-    """A place along an axis of a grid: what the sheet says there, and what its pictures have otherwise."""
+    """A position along an axis of a grid: its label on the sheet, and the settings of its pictures."""
 
     label: str = ""
     changes: dict[str, Any] = {}  # {field of `Drawing`: value}
-    options: dict[str, Any] = {}  # the prompt's own, which the changes of all axes override
-    note: str = ""  # a second line on the sheet; {seed} stands for the picture's
-    suffix: str = ""  # of the file's name
-    nth: int = 0  # picture i of a prompt has the seed + i
+    options: dict[str, Any] = {}  # the options that follow the prompt; the changes of all axes override them
+    note: str = ""  # a second line on the sheet; {seed} stands for the picture's seed
+    suffix: str = ""  # of the file names
+    nth: int = 0  # is added to the seed
 
 
 class Grid(NamedTuple):
-    """Which pictures a run draws: each of the sheets' cells with each of the bands', the rows' and the columns'."""
+    """The pictures of a run: one for each combination of a sheet, a band, a row and a column."""
 
-    name: str | None  # of the sheets' files; None: no sheets
+    name: str | None  # of the sheets' files; None if no sheets are written
     sheets: list[Cell]
     bands: list[Cell]
     rows: list[Cell]
@@ -36,20 +36,20 @@ class Grid(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A sheet of a grid."""
+    """A sheet of a grid, with the drawings that it shows."""
 
-    name: str  # of its file
+    name: str  # file name
     image: Any
-    drawings: Sequence[Drawing]  # that it shows
+    drawings: Sequence[Drawing]
 
 
 def slug(text: str) -> str:
-    """A text as a part of a file's name."""
+    """Converts text to a part of a file name."""
     return re.sub(r"[^\w.+-]+", "-", text.lower())[:60].strip("-")
 
 
 def prompt_cells(prompts: Sequence[Prompt]) -> list[Cell]:
-    """A cell for each prompt; the names of its files start with its number."""
+    """Makes a cell for each prompt, whose file names start with the prompt's number."""
     digits, cells = max(2, len(str(len(prompts) - 1))), []
     for i, prompt in enumerate(prompts):
         stem = f"{i:0{digits}d}-{slug(prompt.text.replace('.', ' ')) or 'picture'}"
@@ -58,31 +58,31 @@ def prompt_cells(prompts: Sequence[Prompt]) -> list[Cell]:
 
 
 def axis_cells(field: str, values: Iterable[Any]) -> list[Cell]:
-    """A cell for each value of a row of `SETTINGS`."""
+    """Makes a cell for each value of a row of `SETTINGS`."""
     row, cells = SETTINGS[field], []
     for value in dict.fromkeys(values):
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         named = shown if isinstance(value, str) else f"{row.short}{shown}"
-        suffix = "" if field == "seed" else f"-{slug(named)}"  # a seed is in each name anyway
+        suffix = "" if field == "seed" else f"-{slug(named)}"  # every file name contains the seed
         cells.append(Cell((row.label or "{}").format(shown), {field: value}, suffix=suffix))
     return cells
 
 
 def read_grid(words: Iterable[str], by_flags: dict[str, list[Cell]], lora_scale: float) -> dict[str, list[Cell]]:
-    """The axes of --grid {field: its cells}; a name without values has those of `by_flags`."""
+    """Parses --grid and returns {field: its cells}; a name without values uses the cells of `by_flags`."""
     axes = {}
     for name, equals, listed in (word.partition("=") for word in words):
         if name not in AXES:
             known = ", ".join(row.short for row in SETTINGS.values() if row.label)
-            hint = f"Did you mean {nearest(name, AXES)}? There are {known}."
-            raise InputError(f"--grid {name}: there is no such name. {hint}")
+            hint = f"Did you mean {nearest(name, AXES)}? The settings are {known}."
+            raise InputError(f"--grid {name}: there is no such setting. {hint}")
         field, values = AXES[name], [value.strip() for value in listed.split(",") if value.strip()]
         if field in axes:
-            raise InputError(f"--grid has {name} twice. Give all its values at once, as in {name}=A,B.")
+            raise InputError(f"--grid contains {name} twice. Write all of its values together, as in {name}=A,B.")
         if not equals and by_flags.get(field):
             axes[field] = by_flags[field]
         elif not values:
-            raise InputError(f"--grid {name} has no values. Write them behind it, as in {name}=A,B.")
+            raise InputError(f"--grid {name} has no values. Add them, as in {name}=A,B.")
         elif field == "prompt":
             axes[field] = prompt_cells(read_prompts("--grid prompt", values))
         elif field == "checkpoint":
@@ -94,26 +94,26 @@ def read_grid(words: Iterable[str], by_flags: dict[str, list[Cell]], lora_scale:
             except argparse.ArgumentTypeError as error:
                 raise InputError(f"--grid {name}={error}") from error
     if len(axes) > 3:
-        raise InputError(f"--grid has {len(axes)} names: three are the most, for rows, columns and bands.")
+        raise InputError(f"--grid varies {len(axes)} settings. Use at most three, for rows, columns and bands.")
     return axes
 
 
 def check_axes(axes: dict[str, list[Cell]], prompts: Sequence[Prompt], loras: Sequence[Lora], given: set[str]) -> None:
-    """Raises `InputError` for options behind prompts that need a flag which is not `given`, and for useless strengths."""
+    """Raises `InputError` if an option of a prompt needs a flag that is not `given`, or lora_scale has no effect."""
     loras = [*loras, *(cell.changes["checkpoint"] for cell in axes.get("checkpoint", ()))]
     given = given | {"lora" for lora in loras if lora}
     for cell in axes.get("prompt", prompt_cells(prompts)):
         for field in cell.options:
             if SETTINGS[field].needs and SETTINGS[field].needs not in given:
                 needed = f"needs --{SETTINGS[field].needs}."
-                raise InputError(f"--{field} behind the prompt {cell.label!r} {needed}")
+                raise InputError(f"--{field} after the prompt {cell.label!r} {needed}")
     if "lora_scale" in axes and all(lora is None or lora.fixed for lora in loras):
-        reason = "each LoRA has a strength of its own. Leave the :STRENGTH of one out."
+        reason = "each LoRA has a strength of its own. Omit the :STRENGTH of at least one."
         raise InputError(f"--grid lora_scale: {reason}")
 
 
-def combined(cells: Iterable[Cell]) -> Cell:
-    """The cell of a picture that lies in all these cells."""
+def combine(cells: Iterable[Cell]) -> Cell:
+    """Combines the cells of several axes into the cell of one picture."""
     cells = [*cells]
     return Cell(
         ", ".join(cell.label for cell in cells if cell.label),
@@ -132,16 +132,17 @@ def arrange(
     strengths: Sequence[float],
     with_loras: Cell | None = None,
 ) -> Grid:
-    """The `Grid` of a run: the first axis is the rows, the second the columns, the third bands below each other.
+    """Arranges a grid: the first axis forms the rows, the second the columns, and the third bands of rows.
 
-    What else there are several of has a sheet each. `with_loras` is the row with LoRAs for --compare_base.
+    A single axis forms the columns. One sheet is made for each combination of the remaining prompts, strengths and
+    seeds. `with_loras` is the row with LoRAs of --compare_base.
     """
     rest = [] if "prompt" in axes else [prompt_cells(prompts)]
     if "strength" not in axes and len(strengths) > 1:
         rest.append(axis_cells("strength", strengths))
     if "seed" not in axes:
         rest.append([Cell(note="seed {seed}" * (num_images > 1), nth=i) for i in range(num_images)])
-    others = [combined(cells) for cells in itertools.product(*rest)]
+    others = [combine(cells) for cells in itertools.product(*rest)]
     one = [Cell()]
     if with_loras:
         return Grid("comparison", one, one, [Cell("base", {"loras": ()}, suffix="-base"), with_loras], others)
@@ -152,8 +153,8 @@ def arrange(
     return Grid("grid", others, cells[2] if len(cells) > 2 else one, cells[0] if len(cells) > 1 else one, columns)
 
 
-def grid_of(settings: Any, prompts: Sequence[Prompt], loras: Sequence[Lora]) -> Grid:
-    """The `Grid` of the flags of `infer.py`; `loras` are those of --lora."""
+def make_grid(settings: Any, prompts: Sequence[Prompt], loras: Sequence[Lora]) -> Grid:
+    """Makes the grid of the flags of `infer.py`; `loras` are the LoRAs of --lora."""
     pictures, strengths = settings.pictures, settings.from_pictures.strengths
     by_flags = {
         "prompt": prompt_cells(prompts),
@@ -162,36 +163,38 @@ def grid_of(settings: Any, prompts: Sequence[Prompt], loras: Sequence[Lora]) -> 
     }
     axes = read_grid(settings.grids.grid or (), by_flags, settings.model.lora_scale)
     check_axes(axes, prompts, loras, {name for name, value in flag_values(settings).items() if value is not None})
-    with_loras = row_of_loras(loras) if settings.grids.compare_base else None
+    with_loras = make_lora_row(loras) if settings.grids.compare_base else None
     return arrange(axes, prompts, pictures.num_images, strengths, with_loras)
 
 
-def row_of_loras(loras: Sequence[Lora]) -> Cell:
-    """The row of a comparison that has the LoRAs."""
+def make_lora_row(loras: Sequence[Lora]) -> Cell:
+    """Makes the row of --compare_base that is drawn with the LoRAs."""
     scales = " and ".join(f"{lora.scale:g}" for lora in loras)
     note = f"at {scales}" if any(lora.scale != 1 for lora in loras) else ""
     return Cell("with LoRA" + "s" * (len(loras) > 1), note=note)
 
 
-def plan(like: Drawing, grid: Grid) -> list[Drawing]:
-    """The drawings of a grid, sheet by sheet, band by band, row by row; the rest is as in `like`."""
+def plan(common: Drawing, grid: Grid) -> list[Drawing]:
+    """Returns the drawings of a grid, sheet by sheet, band by band, row by row; `common` has their other settings."""
     drawings = []
-    for cell in map(combined, itertools.product(grid.sheets, grid.bands, grid.rows, grid.columns)):
-        drawing = like._replace(**{**cell.options, **cell.changes})
+    for cell in map(combine, itertools.product(grid.sheets, grid.bands, grid.rows, grid.columns)):
+        drawing = common._replace(**{**cell.options, **cell.changes})
         seed, steps = drawing.seed + cell.nth, drawing.num_inference_steps
         if drawing.strength is not None and int(steps * drawing.strength) < 1:
-            remedy = f"Pass {1 / steps:.2g} or more, or more steps."
-            raise InputError(f"strength {drawing.strength:g} of {steps} steps is none. {remedy}")
+            remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
+            raise InputError(f"strength {drawing.strength:g} runs none of the {steps} steps. {remedy}")
         drawings.append(drawing._replace(stem=f"{drawing.stem}-seed{seed}{cell.suffix}", seed=seed))
     return drawings
 
 
-def sheets_of(
+def make_sheets(
     grid: Grid, drawings: Sequence[Drawing], images: Sequence[Any], given: Sequence[tuple[str, Any]]
 ) -> Iterator[Sheet]:
-    """Yields the sheets of a grid, whose pictures `images` lie in the order of the drawings.
+    """Yields the sheets of a grid.
 
-    `given` are pictures with their names, which the others start from.
+    Args:
+        images: The pictures, in the order of `drawings`.
+        given: Names and pictures of the initial picture and the control image, which the sheets show first.
     """
     from ..pictures.sheets import Label, Row, labelled_sheet, stacked
 

@@ -13,7 +13,7 @@ from .rows import nearest
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values, in wide lines."""
+    """Shows every default except None and False, in lines of up to 119 characters."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=119)
@@ -24,9 +24,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class DrawingParser(Parser):
-    """The parser of `infer.py`: an unknown flag names the nearest one.
+    """Parses the flags of `infer.py` and suggests the nearest name for an unknown flag.
 
-    With --from_png, the flags that the picture's file records stand in for those that were not given.
+    With --from_png, the flags that the picture's file records are the defaults; the command line overrides them.
     """
 
     def __init__(self, settings_class: Any, **options: Any):
@@ -45,7 +45,7 @@ class DrawingParser(Parser):
         flags = self.parse_args(argv)
         if flags.from_png is None:
             return flags
-        # All others are the machine's, or say where pictures go.
+        # Flags of the machine and of the output are not recorded.
         groups: list[Any] = [group.type for group in dataclasses.fields(self.settings_class)]
         recorded = {f"--{f.name}" for group in groups for f in dataclasses.fields(group) if f.metadata["recorded"]}
         stored = {f"--{name}": words for name, words in read_repeat(flags.from_png).flags.items()}

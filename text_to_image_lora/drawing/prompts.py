@@ -1,4 +1,4 @@
-"""Prompts with options behind them, from a command line or a file. Needs no torch."""
+"""Parses prompts that are followed by options, from a command line or a file. Needs no torch."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the options that stood behind it {field of a drawing: value}, and the line as it was written."""
+    """A prompt, the options that followed it {field of `Drawing`: value}, and the line as it was written."""
 
     text: str
     options: dict[str, Any]
@@ -24,9 +24,9 @@ class Prompt:
 
 
 def parse_prompt(line: str, where: str) -> Prompt:
-    """The `Prompt` of a line such as `a red axe --seed 3 --negative blurry`.
+    """Parses a line such as `a red axe --seed 3 --negative blurry`.
 
-    Raises `InputError` for an option that is unknown or has a bad value; `where` says in the message where the line stood.
+    Raises `InputError` for an unknown option or an invalid value; its message starts with `where`, the line's origin.
     """
     text, *options = re.split(r"(?:^|\s)\s*--(?=[A-Za-z])", line)
     found = {}
@@ -46,9 +46,9 @@ def parse_prompt(line: str, where: str) -> Prompt:
 
 
 def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
-    """The prompts of a flag; a value that ends in .txt stands for the lines of that file, except those that start with #.
+    """Reads the prompts of a flag; a value that ends in .txt is a file with one prompt per line.
 
-    Raises `InputError` where a file can't be read or a line can't be parsed.
+    Lines that start with # are skipped. Raises `InputError` if a file can't be read or a line can't be parsed.
     """
     prompts = []
     for value in values:
@@ -62,6 +62,6 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
             raise InputError(f"{flag} {value} can't be read: {reason}.") from error
         numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
         if not numbered:
-            raise InputError(f"{flag} {value} is empty. Write one prompt a line.")
+            raise InputError(f"{flag} {value} is empty. Write one prompt per line.")
         prompts += [parse_prompt(line, f"{value}:{i}") for i, line in numbered]
     return prompts
