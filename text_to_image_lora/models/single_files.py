@@ -16,7 +16,7 @@ class SingleFile(NamedTuple):
     """The properties of a single-file model that follow from the names of its weights."""
 
     family: Family | None  # None: unknown, or the file cannot be read
-    scheduler_changes: dict  # overrides of the family's scheduler configuration
+    scheduler_changes: dict  # overrides of the pipeline's scheduler configuration
 
 
 # Prefixes of weight names, in the original code's naming, that only unsupported models have.
