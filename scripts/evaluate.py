@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from scripts.evaluation import report
 from scripts.evaluation.inputs import find_inputs
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
-from scripts.evaluation.pictures import draw_all, drawings_of, make_loss_meter, picture_folder
+from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, at_least, between
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
@@ -108,7 +108,7 @@ def draw_and_look(args, inputs):
     references, found = inputs.references(), {}
     for number, (label, lora) in enumerate(inputs.loras.items(), 1):
         say = functools.partial(print, f"{number}/{len(inputs.loras)} {label}:", flush=True)
-        drawings = drawings_of(inputs.asked, lora, like, args.num_images)
+        drawings = make_drawings(inputs.asked, lora, like, args.num_images)
         folder = picture_folder(args.output_dir, label)
         images, reused = draw_all(studio, drawings, folder, source, machine.batch_size or BATCH_SIZE, say)
         say(f"drew {len(images) - reused} pictures ({reused} were already there)")

@@ -103,8 +103,8 @@ def preprocess(images, how):
 class ClipAndDino:
     """Scores what pictures show with CLIP (arXiv:2103.00020), and how they look with DINOv2 (arXiv:2304.07193).
 
-    DreamBooth uses the same scores. `alike_by` names the embeddings that measure likeness, of which the last one decides the
-    recommendation. `compared_by` names the embedding that compares drawn pictures with each other.
+    DreamBooth's evaluation uses CLIP and DINO in this way. `alike_by` names the embeddings that measure likeness, of which the
+    last one decides the recommendation. `compared_by` names the embedding that compares drawn pictures with each other.
     """
 
     adherence_name, other_prompts = "CLIP-T", OTHER_PROMPTS

@@ -169,7 +169,7 @@ def test_help_needs_no_torch():
 
 
 def test_checkpoints_lie_in_their_runs(tmp_path):
-    from scripts.evaluation.report import runs_of
+    from scripts.evaluation.report import find_runs
 
     class Given:
         def __init__(self, given):
@@ -182,7 +182,7 @@ def test_checkpoints_lie_in_their_runs(tmp_path):
         "3": Given("run"),
         "4": Given("other"),
     }
-    assert {label: str(run) for label, run in runs_of(loras).items()} == {
+    assert {label: str(run) for label, run in find_runs(loras).items()} == {
         "1": "run",
         "2": "run",
         "3": "run",
