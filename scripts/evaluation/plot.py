@@ -104,7 +104,7 @@ def plot(points, base, chosen, likeness):
     _, level = axes.place(0, base.mean)
     for x in range(LEFT, WIDTH - RIGHT, 12):
         axes.line([(x, level), (min(x + 6, WIDTH - RIGHT), level)], "#888888", 1.3)
-    axes.text(WIDTH - RIGHT, level - 10, "base model", 13, "rm", "#666666")
+    axes.text(WIDTH - RIGHT, level - 10, "base", 13, "rm", "#666666")
     for run in dict.fromkeys(each.run for each in points):
         axes.line(
             [axes.place(each.drift.mean, each.likeness.mean) for each in points if each.run == run], "#b8cbdd", 1.5
