@@ -60,15 +60,15 @@ def build_parser():
 
     group = parser.add_argument_group("pictures").add_argument
     group("--num_prompts", type=at_least(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
-    group("--num_images", type=at_least(3), default=3, help="pictures per prompt, each with its own seed")
-    group("--seed", type=at_least(0), default=0, help="random seed; picture k of each prompt uses seed + k")
+    group("--num_images", type=at_least(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
+    group("--seed", type=at_least(0), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
     group("--resolution", type=at_least(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
     group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
     group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="classifier-free guidance scale: how strictly the prompts are followed")
     group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py (default: the base model's, with dpm++ in place of pndm)")
 
     group = parser.add_argument_group("judges").add_argument
-    group("--judge", choices=["clip", "mini-sd"], help="what scores the pictures: CLIP and DINOv2, or judges that were trained on the drawings of models/mini-sd (default: mini-sd for models/mini-sd, otherwise clip)")
+    group("--judge", choices=["clip", "mini-sd"], help="what scores the pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd (default: mini-sd for models/mini-sd, otherwise clip)")
     group("--clip_model", default=CLIP_MODEL, metavar="MODEL", help="CLIP model in transformers format: hub id or folder")
     group("--dino_model", default=DINO_MODEL, metavar="MODEL", help="DINOv2 model in transformers format: hub id or folder")
 

@@ -1,4 +1,4 @@
-"""Judges that score pictures: CLIP and DINOv2, or judges that were trained on the drawings of models/mini-sd."""
+"""Judges that score pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd."""
 
 import json
 import re
