@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Converts a LoRA of Stable Diffusion between diffusers', kohya's and peft's format, resizes it, merges several.
+"""Converts a Stable Diffusion LoRA between the diffusers, kohya and peft formats, resizes it, or merges several LoRAs.
 
     python scripts/convert_lora.py sd-model-finetuned-lora axes.safetensors --to kohya
     python scripts/convert_lora.py axes.safetensors smaller.safetensors --rank 4
     python scripts/convert_lora.py axes.safetensors:0.8 both.safetensors --merge spears.safetensors:0.5 --rank 16
 
-What is written is read back and compared. DoRA can be converted; resized, its magnitudes stay as they are; merged it can't
-be, since what it adds depends on the base model. A1111 and ComfyUI compute DoRA otherwise than it was trained.
+The written LoRA is read back and compared. DoRA can be converted. Resizing keeps DoRA's magnitudes unchanged. DoRA cannot be
+merged, because its update depends on the base model. A1111 and ComfyUI apply DoRA differently from how it was trained.
 """
 
 import math
@@ -21,9 +21,9 @@ from text_to_image_lora.models.dialects import check_lora
 
 
 DIALECTS = ("diffusers", "kohya", "peft")
-TOLERANCES = {"float32": 1e-6, "float16": 1e-2}  # of an update's norm, for what is read back
-# In others' headers: what tells of pictures and folders, and what no longer holds.
-LEFT_OUT = (
+TOLERANCES = {"float32": 1e-6, "float16": 1e-2}  # of the LoRA that is read back, relative to an update's norm
+# Header keys that are not copied: they describe pictures and folders, or are no longer true of the written file.
+DROPPED_KEYS = (
     "format",
     "lora_adapter_metadata",
     "ss_tag_frequency",
@@ -31,8 +31,8 @@ LEFT_OUT = (
     "ss_dataset_dirs",
     "ss_reg_dataset_dirs",
 )
-LEFT_OUT += ("ss_bucket_info", "ss_training_comment", "ssmd_cover_images", "modelspec.thumbnail")
-OF_THE_BASE = (
+DROPPED_KEYS += ("ss_bucket_info", "ss_training_comment", "ssmd_cover_images", "modelspec.thumbnail")
+BASE_MODEL_KEYS = (  # header keys that are kept when LoRAs are merged
     "ss_sd_model_name",
     "ss_base_model_version",
     "ss_v2",
@@ -45,32 +45,32 @@ OF_THE_BASE = (
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
     add = parser.add_argument
-    add("lora", metavar="IN[:STRENGTH]", help="LoRA to read: .safetensors file or folder of any of the formats")
-    add("out", metavar="OUT", help="what to write: a .safetensors file; for --to peft a folder")
-    add("--to", choices=DIALECTS, help="format to write; that of IN when not given")
-    add("--rank", type=at_least(1), help="bring every module down to this rank by SVD, and say what is lost")
+    add("lora", metavar="IN[:STRENGTH]", help="LoRA to read: .safetensors file or folder, in any of the formats")
+    add("out", metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
+    add("--to", choices=DIALECTS, help="format to write (default: the format of IN)")
+    add("--rank", type=at_least(1), help="reduce every module to at most this rank by SVD, and print the loss")
     add(
         "--merge",
         nargs="+",
         default=[],
         metavar="LORA[:STRENGTH]",
-        help="LoRAs to add to IN, each times its strength (1 when not given); the ranks add up",
+        help="LoRAs to add to IN, each multiplied by its strength (default: 1); the ranks add up",
     )
     add(
         "--dtype",
         choices=[*TOLERANCES],
         default="float32",
-        help="precision to write: float16 halves the file and rounds it",
+        help="precision of the written weights; float16 halves the file size and rounds the weights",
     )
     return parser.parse_args(argv)
 
 
 def split_strength(text):
-    """The path and the strength of `PATH` or `PATH:STRENGTH`."""
+    """Splits `PATH` or `PATH:STRENGTH` into the path and the strength (default: 1)."""
     path, colon, number = text.rpartition(":")
     try:
         strength = float(number) if colon and path else None
-    except ValueError:  # a colon of the path's own
+    except ValueError:  # the colon is part of the path
         strength = None
     if strength is None or Path(text).exists():
         path, strength = text, 1.0
@@ -82,7 +82,7 @@ def split_strength(text):
 
 
 def settle_out(out, dialect):
-    """The path to write; `InputError` where it doesn't fit the format, or is there already."""
+    """Returns the path to write; raises `InputError` if it exists already or does not fit the format."""
     path = Path(out)
     if path.exists():
         raise InputError(f"{out}: it exists already. Name another OUT, or delete it first.")
@@ -94,7 +94,7 @@ def settle_out(out, dialect):
 
 
 def read(sources):
-    """(the sum of strength x LoRA, the first one's header)."""
+    """Returns the sum of the LoRAs, each multiplied by its strength, and the header of the first LoRA."""
     from text_to_image_lora.models.lora_file import load_lora
     from text_to_image_lora.models.updates import merge
 
@@ -106,7 +106,7 @@ def read(sources):
 
 
 def resize(components, rank):
-    """The components with no rank above this one; prints what is lost."""
+    """Returns the components with their ranks reduced to at most `rank`, and prints the loss."""
     from text_to_image_lora.models import updates
 
     resized, lost = {}, {}
@@ -119,17 +119,19 @@ def resize(components, rank):
     overall = math.hypot(*(error for error, _ in lost.values())) / whole if whole else 0.0
     print(f"rank {rank}: {overall:.1%} of the update's norm is lost, at worst {shares[worst]:.1%} ({worst})")
     if any(".lora_magnitude_vector" in key for state_dict in components.values() for key in state_dict):
-        print("DoRA: told without the base's weights and the magnitudes, which stay as they are")
+        print(
+            "DoRA: the loss above does not take into account the base weights or the magnitudes, which are unchanged"
+        )
     return resized
 
 
-def header_of(components, header, out, merged_from):
-    """What of the first LoRA's header still holds, and what the file is now."""
+def make_header(components, header, out, merged_from):
+    """Returns the header of the written LoRA, with the entries of the first LoRA's header that are still true of it."""
     from text_to_image_lora.models import kohya
 
-    kept = {key: value for key, value in header.items() if key not in LEFT_OUT}
+    kept = {key: value for key, value in header.items() if key not in DROPPED_KEYS}
     if merged_from:
-        kept = {key: value for key, value in kept.items() if key in OF_THE_BASE}
+        kept = {key: value for key, value in kept.items() if key in BASE_MODEL_KEYS}
         kept["modelspec.merged_from"] = ", ".join(merged_from)
     own = kohya.minimal_header(components)
     now = {key: own[key] for key in ("ss_network_dim", "ss_network_alpha")}
@@ -137,7 +139,7 @@ def header_of(components, header, out, merged_from):
 
 
 def write(components, header, out, dialect, dtype):
-    """Writes the file or folder, reads it back as its readers do, and says in words what arrives."""
+    """Writes the file or folder, and reads it back as other programs do; returns a line on how closely it agrees."""
     import torch
 
     from text_to_image_lora.models import kohya, lora_file, peft_folder, receipt, updates
@@ -154,7 +156,7 @@ def write(components, header, out, dialect, dtype):
         raise InputError(f"{out}: it can't be written ({error.strerror}). Name another OUT.") from error
     layers = {name: updates.shapes_of(state_dict) for name, state_dict in components.items()}
     if dialect != "peft":
-        receipt.check_arrival(out, folded, layers, by_kohyas_names=dialect == "kohya", tolerance=TOLERANCES[dtype])
+        receipt.check_lora_file(out, folded, layers, by_kohyas_names=dialect == "kohya", tolerance=TOLERANCES[dtype])
     again, _ = lora_file.load_lora(out)
     worst = max(
         updates.relative_difference(updates.factors(state_dict, module), updates.factors(again[name], module))
@@ -162,7 +164,7 @@ def write(components, header, out, dialect, dtype):
         for module in updates.modules_of(state_dict)
     )
     if not worst <= TOLERANCES[dtype]:
-        raise TrainingError(f"{out}: read back, an update differs by {worst:.1e} of its norm.")
+        raise TrainingError(f"{out}: an update that was read back differs by {worst:.1e} of its norm.")
     count = sum(map(len, layers.values()))
     return f"{count} modules, read back " + (f"within {worst:.1e} of each update" if worst else "exactly")
 
@@ -176,8 +178,8 @@ def main(args):
     if args.rank is not None:
         components = resize(components, args.rank)
     names = [Path(path).stem for path, _ in sources] if args.merge else []
-    arrived = write(components, header_of(components, header, out, names), out, dialect, args.dtype)
-    print(f"{out} ({dialect} format): {arrived}")
+    verified = write(components, make_header(components, header, out, names), out, dialect, args.dtype)
+    print(f"{out} ({dialect} format): {verified}")
 
 
 if __name__ == "__main__":

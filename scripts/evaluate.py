@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Scores LoRAs, or the checkpoints of one, by the pictures that they draw, and says which one to take.
+"""Scores LoRAs or checkpoints by the pictures that they draw, and recommends one of them.
 
     python scripts/evaluate.py --pretrained_model_name_or_path models/mini-sd --lora "demo/blossoms/epoch-*" demo/blossoms \\
         --validation_data_dir metadata/weapons_test --train_data_dir metadata/weapons --trigger_word "with pink blossoms"
 
-docs/evaluation.md says what each score means. The same command goes on where an evaluation stopped: pictures that are
-drawn stay as they are.
+The scores are explained in docs/evaluation.md. To resume a stopped evaluation, run the same command again: pictures that
+were already drawn are kept.
 """
 
 import functools
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from scripts.evaluation import report
 from scripts.evaluation.inputs import find_inputs
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
-from scripts.evaluation.pictures import draw_all, drawings_of, make_loss_meter, picture_folder
+from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, at_least, between
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
@@ -31,10 +31,10 @@ from text_to_image_lora.libraries import quiet_libraries, set_num_threads
 
 
 class Drawn(NamedTuple):
-    """What a LoRA drew, as the judge sees it, and what it loses on the held-out pictures."""
+    """The judge's results for the pictures that a LoRA drew, and the LoRA's losses on the held-out pictures."""
 
-    seen: Seen  # prompt by prompt, seed by seed
-    losses: list  # (held-out pictures, timesteps)
+    seen: Seen  # in the order of the prompts, with consecutive seeds
+    losses: list  # of shape (held-out pictures, timesteps)
 
 
 def build_parser():
@@ -42,48 +42,48 @@ def build_parser():
     # fmt: off
     group = parser.add_argument_group("models").add_argument
     group("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model: local folder, hub id, .safetensors or .ckpt file")
-    group("--lora", nargs="+", required=True, metavar="LORA", help="LoRAs or checkpoints, each as PATH or PATH:STRENGTH; patterns such as \"run/epoch-*\" count in the order of their numbers")
-    group("--revision", help="branch, tag or commit of the hub's base model")
-    group("--variant", help="weight files of the base model to take, such as fp16")
+    group("--lora", nargs="+", required=True, metavar="LORA", help="LoRAs or checkpoints, each as PATH or PATH:STRENGTH; patterns such as \"run/epoch-*\" are sorted by the numbers in the names")
+    group("--revision", help="branch, tag or commit of a base model on the hub")
+    group("--variant", help="variant of the base model's weight files to load, such as fp16")
     group("--single_file_config", metavar="FOLDER", help="pipeline folder that configures a single-file base model offline")
-    group("--vae", metavar="MODEL", help="VAE in place of the base model's; what the LoRA was trained with when not given")
+    group("--vae", metavar="MODEL", help="VAE that replaces the base model's (default: the VAE that the LoRA was trained with)")
 
     group = parser.add_argument_group("data").add_argument
-    group("--validation_data_dir", nargs="+", metavar="FOLDER", help="pictures with captions that no LoRA was trained on: their captions are the prompts, and what is drawn is compared with them")
-    group("--validation_split", type=between(0, 0.5), default=0.0, help="share of --train_data_dir that was held out in training, instead of --validation_data_dir")
-    group("--train_data_dir", nargs="+", metavar="FOLDER", help="pictures that were trained on, to see whether they were memorised")
-    group("--trigger_word", help="what calls the concept in the captions, one word or several; without it in the prompts, nothing of the concept should come")
-    group("--other_prompts", nargs="+", metavar="PROMPT", help="prompts of other things, which should stay as the base draws them, or a .txt file with one a line; eight everyday things when not given")
-    group("--instance_prompt", help="the caption of all pictures, where they have none")
-    group("--caption_column", help="column with the captions; found by itself when not given")
-    group("--concept_column", help="column with the concept of each picture; the folder's name when not given")
+    group("--validation_data_dir", nargs="+", metavar="FOLDER", help="captioned pictures that no LoRA was trained on: their captions are the prompts, and the drawn pictures are compared with them")
+    group("--validation_split", type=between(0, 0.5), default=0.0, help="fraction of --train_data_dir that was held out in training; use instead of --validation_data_dir")
+    group("--train_data_dir", nargs="+", metavar="FOLDER", help="training pictures, to measure whether they were memorised")
+    group("--trigger_word", help="word or words that call the concept in the captions; without them in a prompt, the concept should not be drawn")
+    group("--other_prompts", nargs="+", metavar="PROMPT", help="prompts for other things, which should be drawn as by the base model, or a .txt file with one prompt per line (default: eight everyday things)")
+    group("--instance_prompt", help="caption for pictures that have none")
+    group("--caption_column", help="column with the captions (default: detected)")
+    group("--concept_column", help="column with the concept of each picture (default: the name of its folder)")
 
     group = parser.add_argument_group("pictures").add_argument
-    group("--num_prompts", type=at_least(1), default=12, help="captions of the held-out pictures to draw, spread evenly over them")
-    group("--num_images", type=at_least(3), default=3, help="pictures of each prompt, from 3 seeds or more")
-    group("--seed", type=at_least(0), default=0, help="picture k of each prompt is drawn from seed + k")
-    group("--resolution", type=at_least(8), help="side in pixels of the pictures, drawn and compared; the model's own when not given")
+    group("--num_prompts", type=at_least(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
+    group("--num_images", type=at_least(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
+    group("--seed", type=at_least(0), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
+    group("--resolution", type=at_least(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
     group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
-    group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="how strictly the prompts are followed")
-    group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py; the model's own when not given, dpm++ instead of pndm")
+    group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="classifier-free guidance scale: how strictly the prompts are followed")
+    group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py (default: the base model's, with dpm++ in place of pndm)")
 
     group = parser.add_argument_group("judges").add_argument
-    group("--judge", choices=["clip", "mini-sd"], help="what looks at the pictures: CLIP and DINOv2, or the judges of the embedded base's drawings; the latter for models/mini-sd when not given")
-    group("--clip_model", default=CLIP_MODEL, metavar="MODEL", help="CLIP model of transformers: hub id or folder")
-    group("--dino_model", default=DINO_MODEL, metavar="MODEL", help="DINOv2 model of transformers: hub id or folder")
+    group("--judge", choices=["clip", "mini-sd"], help="what scores the pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd (default: mini-sd for models/mini-sd, otherwise clip)")
+    group("--clip_model", default=CLIP_MODEL, metavar="MODEL", help="CLIP model in transformers format: hub id or folder")
+    group("--dino_model", default=DINO_MODEL, metavar="MODEL", help="DINOv2 model in transformers format: hub id or folder")
 
     group = parser.add_argument_group("machine").add_argument
-    group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models; on CUDA bf16 when not given, else no")
-    group("--device", help="cpu, cuda, cuda:1 or mps; the fastest there is when not given")
-    group("--batch_size", type=at_least(1), help=f"pictures drawn at once; {BATCH_SIZE} when not given")
-    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU; the physical cores when not given")
-    group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, the sheets and all pictures")
+    group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models (default: bf16 on CUDA, otherwise no)")
+    group("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest available)")
+    group("--batch_size", type=at_least(1), help=f"pictures per batch (default: {BATCH_SIZE})")
+    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: the number of physical cores)")
+    group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, sheets and pictures")
     # fmt: on
     return parser
 
 
 def draw_and_look(args, inputs):
-    """{label: `Drawn`} of the base and the LoRAs; pictures that are drawn already are taken as they are."""
+    """Returns {label: `Drawn`} of the base model and the LoRAs; pictures that were already drawn are kept."""
     as_trained, side = inputs.job.as_trained, inputs.resolution
     machine = Machine(
         batch_size=args.batch_size, mixed_precision=args.mixed_precision, device=args.device or "auto",
@@ -108,10 +108,10 @@ def draw_and_look(args, inputs):
     references, found = inputs.references(), {}
     for number, (label, lora) in enumerate(inputs.loras.items(), 1):
         say = functools.partial(print, f"{number}/{len(inputs.loras)} {label}:", flush=True)
-        drawings = drawings_of(inputs.asked, lora, like, args.num_images)
+        drawings = make_drawings(inputs.asked, lora, like, args.num_images)
         folder = picture_folder(args.output_dir, label)
         images, reused = draw_all(studio, drawings, folder, source, machine.batch_size or BATCH_SIZE, say)
-        say(f"{len(images) - reused} pictures drawn, {reused} were there")
+        say(f"drew {len(images) - reused} pictures ({reused} were already there)")
         set_loras(studio.pipe, drawings[0].active_loras())
         found[label] = Drawn(inputs.judge.look(images, prompts, references), measure())
     return found
@@ -123,12 +123,12 @@ def main(args):
     quiet_libraries()
     inputs = find_inputs(args)
     print(
-        f"{len(inputs.loras) - 1} LoRAs and the base: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
+        f"{len(inputs.loras) - 1} LoRAs and the base model: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
         f"{len(inputs.held_out)} held-out pictures", flush=True
     )  # fmt: skip
     drawn = draw_and_look(args, inputs)
     print("\n" + report.write(args, inputs, drawn))
-    print(f"\n{args.output_dir}: evaluation.md, evaluation.json and pictures ({time.time() - started:.0f} s)")
+    print(f"\nwrote evaluation.md, evaluation.json and pictures to {args.output_dir} ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":
@@ -138,5 +138,5 @@ if __name__ == "__main__":
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to go on", file=sys.stderr)
+        print("\ninterrupted: run the same command again to resume", file=sys.stderr)
         sys.exit(130)

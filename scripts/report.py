@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Writes the page of a run anew, or one page of several runs over each other.
+"""Writes report.html for a run again, or one page that compares several runs.
 
-python scripts/report.py sd-model-finetuned-lora           # its report.html
+python scripts/report.py sd-model-finetuned-lora           # updates the run's report.html
 python scripts/report.py run-a run-b --output both.html
-python scripts/report.py sweeps/rank                       # the report.html of a sweep: its trials over each other
+python scripts/report.py sweeps/rank                       # report.html of a sweep, which compares its trials
 """
 
 import argparse
@@ -24,13 +24,13 @@ def parse_args(argv=None):
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="output folder of a run, or a folder of several such as a sweep's",
+        help="output folder of a run, or a folder that contains several runs, such as that of a sweep",
     )
     add(
         "--output",
         type=Path,
         metavar="FILE",
-        help="where the page of several runs goes; report.html in the folder that was named, or in this one where several were, when not given",
+        help="file for the page of several runs (default: report.html, in the given folder or, if several are given, in the current folder)",
     )
     return parser.parse_args(argv)
 
@@ -40,7 +40,9 @@ def main(argv=None):
     folders = report_page.find_runs(args.runs)
     if [folder.resolve() for folder in folders] == [folder.resolve() for folder in args.runs] and len(folders) == 1:
         if args.output is not None:
-            raise InputError("--output is for a page of several runs: that of one belongs into its folder.")
+            raise InputError(
+                "--output is for a page of several runs; the page of a single run is written to its folder. Leave --output out."
+            )
         path = report_page.write_page(folders[0])
     else:
         place = args.runs[0] if len(args.runs) == 1 else Path.cwd()

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Trains with many settings and ranks them by the loss on pictures held out.
+"""Trains LoRAs with many combinations of settings, and ranks them by the loss on held-out pictures.
 
     python scripts/sweep.py sweep.yaml
     python scripts/sweep.py --sweep_dir sweeps/rank --sweep rank=4,16 train_batch_size=1,4 learning_rate=1e-4..1e-2 \\
         --sampler tpe --num_trials 20 --flags pretrained_model_name_or_path=models/mini-sd train_data_dir=metadata/weapons \\
         resolution=128 validation_split=0.1 validation_steps=50 max_train_steps=300
 
-The trials are Optuna's (https://optuna.org), kept in the sweep's folder. The same command goes on where a sweep stopped:
-trials that are done stay done, one that was cut off goes on from its checkpoint. Started several times, on one machine or
-on several that share the folder, the workers divide the trials among them; give each its GPU by CUDA_VISIBLE_DEVICES.
+The trials are managed by Optuna (https://optuna.org) and stored in the sweep's folder. To resume a stopped sweep, run the
+same command again: finished trials are kept, and an interrupted trial resumes from its checkpoint. To run trials in parallel,
+start the command several times, on one machine or on several that share the folder; set CUDA_VISIBLE_DEVICES for each.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from scripts.sweeping import results
-from scripts.sweeping.settings import SAMPLERS, SweepError, command_of, settle
+from scripts.sweeping.settings import SAMPLERS, SweepError, make_command, settle
 from scripts.sweeping.study import claim, has_result, open_study, suggest
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
@@ -28,35 +28,35 @@ from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 
 
-MOST_REFUSED = 3  # trials, before the sweep ends because not one can be run
+MOST_REFUSED = 3  # a sweep without any result ends after this number of trials that cannot be run
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    # fmt: off
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="YAML file with the keys sweep, flags, and any of the options below")
-    add("--sweep_dir", type=Path, help="folder of the sweep: trials, tables, pictures")
-    add("--sweep", nargs="+", metavar="FLAG=VALUES", help="flags to vary: rank=4,16 or learning_rate=1e-4..1e-2 (log)")
-    add("--flags", nargs="+", metavar="FLAG=VALUE", help="flags that are the same in all trials; true switches one on")
-    add(
-        "--sampler", choices=SAMPLERS, help="grid: all combinations (the default); random; tpe: learns from the trials"
-    )
-    add("--num_trials", type=int, help="how many trials random and tpe make (20)")
-    add("--prune", action="store_true", default=None, help="stop trials that are worse than the median of the others")
-    add("--launcher", help="what starts the training script (this Python); such as 'accelerate launch --multi_gpu'")
-    add("--seed", type=int, help="of the sampler (0)")
+    add("config", nargs="?", type=Path, help="YAML file with the keys sweep and flags, and any of the options below; options on the command line override it")
+    add("--sweep_dir", type=Path, help="folder of the sweep, for its trials, tables and pictures")
+    add("--sweep", nargs="+", metavar="FLAG=VALUES", help="flags to vary: a list of values such as rank=4,16, or a range on a log scale such as learning_rate=1e-4..1e-2")
+    add("--flags", nargs="+", metavar="FLAG=VALUE", help="flags with one value for all trials; true turns a switch on")
+    add("--sampler", choices=SAMPLERS, help="grid: all combinations; random: random values; tpe: values chosen from the results of earlier trials (default: grid)")
+    add("--num_trials", type=int, help="number of trials for random and tpe (default: 20)")
+    add("--prune", action="store_true", default=None, help="stop trials whose validation loss is worse than the median of the other trials")
+    add("--launcher", help="command that launches the training script, such as 'accelerate launch --multi_gpu' (default: this Python)")
+    add("--seed", type=int, help="random seed of the sampler (default: 0)")
+    # fmt: on
     return parser.parse_args(argv)
 
 
 def write_results(study, settings):
-    """results.csv, results.md and pictures.png in the sweep's folder; returns what to print."""
+    """Writes results.csv, results.md and pictures.png into the sweep's folder; returns the text to print."""
     folder, varied = Path(settings["sweep_dir"]), list(settings["sweep"])
     rows = results.rank(study.get_trials(deepcopy=False), folder, varied)
 
-    def again(params):
-        return shlex.join(command_of(settings, params, f"{folder.name}-best"))
+    def make_best_command(params):
+        return shlex.join(make_command(settings, params, f"{folder.name}-best"))
 
-    return results.write(rows, folder, varied, again)
+    return results.write(rows, folder, varied, make_best_command)
 
 
 def main(argv=None):
@@ -71,7 +71,7 @@ def main(argv=None):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SweepError(f"{folder}: it can't be made ({error.strerror}). Pass another --sweep_dir.") from error
+        raise SweepError(f"{folder}: it can't be created ({error.strerror}). Pass another --sweep_dir.") from error
     with FileLock(folder / "open.lock"):
         study = open_study(settings)
     refused = []
@@ -79,7 +79,7 @@ def main(argv=None):
         trial, lock = claimed
         params = suggest(trial, settings["sweep"])
         print(
-            f"trial {trial.number}: {' '.join(f'{key}={results.shown(value)}' for key, value in params.items())}",
+            f"trial {trial.number}: {' '.join(f'{key}={results.format_value(value)}' for key, value in params.items())}",
             flush=True,
         )
         try:
@@ -89,7 +89,7 @@ def main(argv=None):
             refused.append(f"trial {trial.number}: {outcome}")
         except StoppedItself as stopped:
             print(
-                f"trial {trial.number}: stopped at a checkpoint; run the same command again to go on", file=sys.stderr
+                f"trial {trial.number}: stopped at a checkpoint; run the same command again to resume", file=sys.stderr
             )
             sys.exit(stopped.args[0])
         lock.release()
@@ -98,7 +98,7 @@ def main(argv=None):
             break
     print("\n" + write_results(study, settings))
     if has_result(study) and update_page(folder, of_several=True):
-        print(f"\nall of it, to look at: {folder / PAGE}")
+        print(f"\nreport of the sweep: {folder / PAGE}")
     if refused and not has_result(study):
         raise SweepError(refused[0])
 
@@ -111,6 +111,6 @@ if __name__ == "__main__":
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        stop_children()  # one may have been about to start
-        print("\ninterrupted: run the same command again to go on", file=sys.stderr)
+        stop_children()  # a training process may just have been started
+        print("\ninterrupted: run the same command again to resume", file=sys.stderr)
         sys.exit(130)

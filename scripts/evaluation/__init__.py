@@ -1,1 +1,1 @@
-"""The parts of `evaluate.py`."""
+"""The modules of `evaluate.py`."""

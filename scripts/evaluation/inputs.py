@@ -1,4 +1,4 @@
-"""What an evaluation is of, found and checked before any model is loaded; `evaluate.py` calls it."""
+"""Finds and checks the inputs of an evaluation before any model is loaded, for `evaluate.py`."""
 
 import glob
 from pathlib import Path
@@ -30,11 +30,11 @@ BASE = "base"
 
 
 class Inputs(NamedTuple):
-    """What an evaluation is of."""
+    """The inputs of an evaluation."""
 
-    model: Model  # the flags of the base model
+    model: Model  # flags that choose the base model
     job: Job
-    loras: dict  # {label: `Lora`, or None for the base, which comes first}
+    loras: dict  # {label: `Lora`}; the base model comes first, with None
     held_out: PictureSet
     trained: PictureSet | None
     asked: list  # of `Asked`
@@ -42,11 +42,11 @@ class Inputs(NamedTuple):
     resolution: int
 
     def captions(self):
-        """The caption of each held-out picture."""
+        """Returns the caption of each held-out picture."""
         return [group[0] for group in self.held_out.captions]
 
     def references(self):
-        """{concept: {name of the likeness: embeddings}} of the held-out pictures; the judge must be loaded."""
+        """Returns {concept: {name of the likeness: embeddings}} of the held-out pictures; the judge must be loaded."""
         concepts = self.held_out.records["concept"][:]
         return {
             name: self.judge.embed(images_of(self.held_out, [i for i, own in enumerate(concepts) if own == name]))
@@ -55,12 +55,12 @@ class Inputs(NamedTuple):
 
 
 def images_of(pictures, indices=None):
-    """The `PIL.Image`s of a `PictureSet`, or of some of its pictures, as they are trained on."""
+    """Returns the pictures of a `PictureSet`, or those at `indices`, as PIL images of their training size."""
     return [Image.fromarray(pictures.pixels(i, 0)) for i in (range(len(pictures)) if indices is None else indices)]
 
 
 def read_pictures(args, folders, resolution):
-    """The `PictureSet` of folders, cropped in the middle to squares of the resolution."""
+    """Reads the `PictureSet` of folders, center-cropped to squares of the resolution."""
     data = DataSettings(
         train_data_dir=tuple(folders), caption_column=args.caption_column, concept_column=args.concept_column
     )
@@ -68,14 +68,14 @@ def read_pictures(args, folders, resolution):
     records = load_records(ReadOptions(data, captions, archive_dir=args.output_dir / "archives"))
     good, bad = examine(records, range(len(records)))
     for i, reason in bad.items():
-        raise InputError(f"{records[i]['source']}: {reason}. Fix it, or take the picture out.")
+        raise InputError(f"{records[i]['source']}: {reason}. Fix or remove the picture.")
     records, facts = select_usable(records, good)
     sizes = square(resolution).choose_sizes(facts)
     return PictureSet(records, facts, sizes, records["captions"][:])
 
 
 def divide_pictures(args, resolution):
-    """(the held-out `PictureSet`, the one that was trained on or None), divided as the training script divides them."""
+    """Returns the held-out `PictureSet` and the training `PictureSet` or None, divided as in the training script."""
     trained = None if args.train_data_dir is None else read_pictures(args, args.train_data_dir, resolution)
     held_out = None
     if args.validation_data_dir is not None:
@@ -84,47 +84,53 @@ def divide_pictures(args, resolution):
         trained, held_out = divide(trained, held_out, args.validation_split)
         trained = trained.for_validation()
     if len(held_out) < 2:
-        raise InputError("There is 1 held-out picture. Take 2 or more, better 10, to tell likeness from chance.")
+        raise InputError(
+            "There is 1 held-out picture. Hold out at least 2, better 10, to distinguish likeness from chance."
+        )
     return held_out.for_validation(), trained
 
 
 def find_loras(words):
-    """{label: `Lora`} of --lora, behind the base's None."""
+    """Returns {label: `Lora`} of --lora, after the base model with None."""
     for word in words:
         if not Path(word).exists() and glob.has_magic(word) and not glob.glob(word):
-            raise InputError(f"--lora {word}: no file or folder has such a name. Check the path.")
+            raise InputError(f"--lora {word}: no file or folder matches this pattern. Check the path.")
     count = sum(len(glob.glob(word)) if glob.has_magic(word) and not Path(word).exists() else 1 for word in words)
     found = find_checkpoints([BASE, *words], 1.0)
     if len(found) <= count:
-        raise InputError("--lora names a LoRA twice. Name each once; infer.py --grid lora_scale compares strengths.")
+        raise InputError(
+            "--lora names a LoRA twice. Name each LoRA once; to compare strengths, use infer.py --grid lora_scale."
+        )
     return found
 
 
-def resolution_of(args, base):
-    """Side in pixels of the pictures: as wanted, or the own one of the `find.Base`."""
+def choose_resolution(args, base):
+    """Returns the side of the pictures in pixels: --resolution, or by default that of the base model (a `find.Base`)."""
     side, model = base.unet_config.get("sample_size"), base.model
     resolution = args.resolution or (side * model.vae_factor if isinstance(side, int) else model.family.resolution)
     if resolution % model.image_factor:
-        near = max(round(resolution / model.image_factor), 1) * model.image_factor
+        nearest = max(round(resolution / model.image_factor), 1) * model.image_factor
         raise InputError(
-            f"--resolution {resolution}: this model needs a multiple of {model.image_factor}, e.g. {near}."
+            f"--resolution {resolution}: this model needs a multiple of {model.image_factor}, e.g. {nearest}."
         )
     return resolution
 
 
 def check_flags(args):
-    """Refuses flags that need others, or exclude them."""
+    """Raises `InputError` for flags that contradict each other or require another flag."""
     if (args.validation_data_dir is None) == (not args.validation_split):
-        raise InputError("Pass one of --validation_data_dir and --validation_split: pictures no LoRA was trained on.")
+        raise InputError(
+            "Pass either --validation_data_dir or --validation_split, for pictures that no LoRA was trained on."
+        )
     if args.validation_split and args.train_data_dir is None:
-        raise InputError("--validation_split is a share of --train_data_dir: add it.")
+        raise InputError("--validation_split is a fraction of --train_data_dir: add --train_data_dir.")
     if args.trigger_word is not None and not args.trigger_word.strip():
-        raise InputError("--trigger_word is empty: write what calls the concept, or leave the flag out.")
+        raise InputError("--trigger_word is empty: pass the words that call the concept, or leave the flag out.")
     check_writable(args.output_dir, "--output_dir")
 
 
 def find_models(args):
-    """(the flags of the base model, the `Job`, {label: `Lora`}), as infer.py finds them."""
+    """Finds the models as infer.py does; returns the base model's flags, the `Job` and {label: `Lora`}."""
     config = args.single_file_config
     model = Model(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant,
@@ -142,23 +148,23 @@ def find_models(args):
 
 
 def read_other_prompts(args):
-    """The texts of --other_prompts."""
+    """Reads the texts of --other_prompts."""
     prompts = read_prompts("--other_prompts", args.other_prompts or [])
     for prompt in prompts:
         if prompt.options:
             raise InputError(
-                f"--other_prompts {prompt.line!r}: options behind a prompt are for infer.py. Leave them out."
+                f"--other_prompts {prompt.line!r}: only infer.py accepts options after a prompt. Leave them out."
             )
     return [prompt.text for prompt in prompts]
 
 
 def find_inputs(args):
-    """The `Inputs` of the flags; raises `InputError` for what can't be evaluated."""
+    """Returns the `Inputs` that the flags describe; raises `InputError` if they cannot be evaluated."""
     check_flags(args)
     others = read_other_prompts(args)
     model, job, loras = find_models(args)
     judge = make_judge(args.judge, args.pretrained_model_name_or_path, args.clip_model, args.dino_model)
-    resolution = resolution_of(args, job.base)
+    resolution = choose_resolution(args, job.base)
     held_out, trained = divide_pictures(args, resolution)
     captions, concepts = [group[0] for group in held_out.captions], held_out.records["concept"][:]
     asked = choose_prompts(captions, concepts, args.trigger_word, others or judge.other_prompts, args.num_prompts)

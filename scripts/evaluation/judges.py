@@ -1,4 +1,4 @@
-"""What an evaluation looks at pictures with: CLIP and DINOv2, or on the embedded base the judges of its drawings."""
+"""Judges that score pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from .scores import normalised
 
 MINI_SD = ROOT / "models" / "mini-sd"
 CLIP_MODEL, DINO_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
-AT_ONCE = 16  # pictures that a judge looks at together
-# {model type: how it takes pictures}, where its folder has no preprocessor_config.json: as their authors published them.
+BATCH_SIZE = 16  # pictures that a judge scores at once
+# {model type: the published preprocessing}, for models without a preprocessor_config.json.
 PREPROCESSING = {
     "clip": {
         "size": {"shortest_edge": 224},
@@ -32,7 +32,7 @@ PREPROCESSING = {
         "image_std": [0.229, 0.224, 0.225],
     },
 }
-# Everyday things that few LoRAs are of.
+# Everyday things that few LoRAs are trained on.
 OTHER_PROMPTS = [
     "a photo of a dog in a park",
     "a portrait of an old woman",
@@ -46,17 +46,15 @@ OTHER_PROMPTS = [
 
 
 class Seen(NamedTuple):
-    """What a judge sees in N pictures."""
+    """The results of a judge for N pictures."""
 
-    embedded: (
-        dict  # {name of the likeness: unit vectors (N, D)}; the last one decides drift, diversity and the nearest
-    )
-    adherence: np.ndarray  # (N,): how much of its prompt each shows
-    presence: dict  # {concept: (N,)}: how much of the concept each shows
+    embedded: dict  # {name of the likeness: unit vectors (N, D)}
+    adherence: np.ndarray  # (N,): how much of its prompt each picture shows
+    presence: dict  # {concept: (N,)}: how much of the concept each picture shows
 
 
 def find_vision_model(flag, source, kind):
-    """How a CLIP or DINOv2 model takes pictures; `InputError` where the folder or hub id is none of that `kind`."""
+    """Returns the preprocessing of a CLIP or DINOv2 model; raises `InputError` for a model that is not of this `kind`."""
     path = Path(source)
     if not path.is_dir() and not is_hub_id(source):
         raise InputError(f"{source}: there is no such folder, and it is not a hub id (owner/name) either ({flag}).")
@@ -69,23 +67,23 @@ def find_vision_model(flag, source, kind):
         found, how = read("config.json").get("model_type"), PREPROCESSING[kind]
         if not path.is_dir() or (path / "preprocessor_config.json").exists():
             how = how | read("preprocessor_config.json")
-        if isinstance(how["size"], int):  # as the first models of this kind have it
+        if isinstance(how["size"], int):  # older configurations store a number
             how = how | {"size": {"shortest_edge": how["size"]}}
         if isinstance(how["crop_size"], int):
             how = how | {"crop_size": {"height": how["crop_size"], "width": how["crop_size"]}}
     except Exception as error:  # the hub client's errors have no common base
         raise InputError(
-            f"{source}: it can't be read, nor be got from the hub ({reason_of(error)}). Pass a local folder to {flag}."
+            f"{source}: it can't be read or downloaded from the hub ({reason_of(error)}). Pass a local folder to {flag}."
         ) from error
     if found != kind:
-        raise InputError(f"{source}: it is a model of the type {found}, and {flag} takes {kind}.")
+        raise InputError(f"{source}: this is a {found} model, but {flag} requires a {kind} model.")
     return how
 
 
 def preprocess(images, how):
-    """Pixels (N, 3, H, W) as CLIP and DINOv2 take them: the shorter side resized, the middle cropped, normalised.
+    """Resizes the shorter side, center-crops and normalises; returns the pixels (N, 3, H, W) for CLIP and DINOv2.
 
-    By PIL, since the image processors of transformers want torchvision.
+    This uses PIL, because the image processors of transformers require torchvision.
     """
     import torch
     from PIL import Image
@@ -103,10 +101,10 @@ def preprocess(images, how):
 
 
 class ClipAndDino:
-    """CLIP (arXiv:2103.00020) for what pictures show, DINOv2 (arXiv:2304.07193) for how they look, as DreamBooth has it.
+    """Scores what pictures show with CLIP (arXiv:2103.00020), and how they look with DINOv2 (arXiv:2304.07193).
 
-    `alike_by` names the embeddings that likeness is told by, of which the last decides; `compared_by` the one that pictures
-    are compared with each other by.
+    DreamBooth's evaluation uses CLIP and DINO in this way. `alike_by` names the embeddings that measure likeness, of which the
+    last one decides the recommendation. `compared_by` names the embedding that compares drawn pictures with each other.
     """
 
     adherence_name, other_prompts = "CLIP-T", OTHER_PROMPTS
@@ -120,7 +118,7 @@ class ClipAndDino:
         )
 
     def check_prompts(self, prompts):
-        """CLIP reads any prompt."""
+        """Accepts all prompts, since CLIP can score any text."""
 
     def load(self, device):
         """Loads both models onto the device, in float32."""
@@ -140,12 +138,12 @@ class ClipAndDino:
         self.clip, self.dino = loaded
 
     def embed(self, images):
-        """{"CLIP-I": (N, D), "DINOv2": (N, E)} of pictures."""
+        """Returns the embeddings {"CLIP-I": (N, D), "DINOv2": (N, E)} of pictures."""
         import torch
 
         found = {"CLIP-I": [], "DINOv2": []}
-        for first in range(0, len(images), AT_ONCE):
-            part = images[first : first + AT_ONCE]
+        for first in range(0, len(images), BATCH_SIZE):
+            part = images[first : first + BATCH_SIZE]
             for_clip, for_dino = (preprocess(part, how).to(self.clip.device) for how in self.preprocessing)
             with torch.no_grad():
                 seen = self.clip.vision_model(for_clip).pooler_output
@@ -154,9 +152,10 @@ class ClipAndDino:
         return {name: normalised(torch.cat(parts).numpy()) for name, parts in found.items()}
 
     def look(self, images, prompts, references):
-        """The `Seen` of pictures: adherence is the cosine between CLIP's embeddings of each and of its prompt (CLIP-T).
+        """Returns the `Seen` of pictures.
 
-        Presence is the likeness by DINOv2 to the held-out pictures of each concept {name: embeddings}.
+        Adherence is the cosine similarity of CLIP's embeddings of a picture and its prompt (CLIP-T). Presence is the
+        likeness by DINOv2 to the held-out pictures of each concept, whose embeddings are `references`.
         """
         import torch
 
@@ -171,10 +170,10 @@ class ClipAndDino:
 
 
 class MiniSdJudge:
-    """The judges of the embedded base's drawings (`mini_sd/judges.py`): colours by pixels, kinds and blossoms by a small network.
+    """Scores drawings of models/mini-sd (see `mini_sd/judges.py`): colours by pixels, kinds and blossoms by a small network.
 
-    Two embeddings are made of its layers: what is in a picture wherever it is, which says how alike pictures are, and what
-    is where, which says whether they are the same.
+    The layers of the network give two embeddings. "likeness" depends on what a picture contains at any position, "layout"
+    also on where it is.
     """
 
     adherence_name, sources = "adherence", {}
@@ -189,16 +188,16 @@ class MiniSdJudge:
         self.other_prompts = others[:: len(others) // 8][:8]
 
     def check_prompts(self, prompts):
-        """Raises `InputError` for a prompt of which the judges can't tell whether a picture shows it."""
+        """Raises `InputError` for a prompt that the judges cannot score."""
         for prompt in prompts:
-            if "kind" not in self.said(prompt):
+            if "kind" not in self.parse(prompt):
                 raise InputError(
-                    f"{prompt!r} names nothing that the embedded base's judges know ({', '.join(self.kinds[:6])}, ...). "
+                    f"{prompt!r} names nothing that the judges of models/mini-sd know ({', '.join(self.kinds[:6])}, ...). "
                     "Leave it out, or pass --judge clip."
                 )
 
-    def said(self, prompt):
-        """What a caption of the embedded base's kind says: {"kind", "object", "background", "blossoms": value}."""
+    def parse(self, prompt):
+        """Parses a caption of a drawing into {"kind", "object", "background", "blossoms": value}."""
         from ..mini_sd.drawings import COLOURS
 
         words, found = re.findall(r"\w+", prompt.lower()), {}
@@ -212,21 +211,21 @@ class MiniSdJudge:
         return found | ({"blossoms": True} if {"blossom", "blossoms"} & {*words} else {})
 
     def load(self, device):
-        """Loads the network; it looks on the CPU."""
+        """Loads the network, which runs on the CPU."""
         from ..mini_sd.judges import JUDGE, train_judge
 
         self.network = train_judge(JUDGE, 0)
 
     def embed(self, images):
-        """{"likeness": (N, 288), "layout": (N, 2048)}: the highest answer of each channel of four layers; the last layer."""
+        """Returns {"likeness": (N, 288), "layout": (N, 2048)}: the maximum of each channel of four layers; the last layer."""
         import torch
 
         from ..mini_sd.model import to_tensor
 
         fitted, found = [fit(image) for image in images], {"likeness": [], "layout": []}
-        for first in range(0, len(images), AT_ONCE):
+        for first in range(0, len(images), BATCH_SIZE):
             with torch.no_grad():
-                near = self.network.near(to_tensor(fitted[first : first + AT_ONCE], "cpu"))
+                near = self.network.near(to_tensor(fitted[first : first + BATCH_SIZE], "cpu"))
                 last = self.network.far[:3](near)
                 layers = (near, self.network.around(near), self.network.far[:2](near), last)
                 highest = [normalised(layer.amax(dim=(2, 3)).numpy()) for layer in layers]
@@ -235,9 +234,10 @@ class MiniSdJudge:
         return {name: normalised(np.concatenate(parts)) for name, parts in found.items()}
 
     def look(self, images, prompts, references):
-        """The `Seen` of pictures: adherence is the share of what each prompt says (colours, kind, blossoms) that is shown.
+        """Returns the `Seen` of pictures.
 
-        Presence is 1 or 0: of blossoms on the object, and of each kind that a concept among the references is named after.
+        Adherence is the fraction of a prompt's properties (colours, kind, blossoms) that the picture shows. Presence is 1 or
+        0, for blossoms on the object and for each kind that is the name of a concept in `references`.
         """
         from ..mini_sd.judges import judge_colours, judge_pictures
 
@@ -247,7 +247,7 @@ class MiniSdJudge:
         for prompt, image, kind, count in zip(prompts, fitted, kinds, counts, strict=True):
             colour, background = judge_colours(image)
             shown = {"kind": kind, "object": colour, "background": background, "blossoms": count > 0}
-            adherence.append(np.mean([shown[name] == value for name, value in self.said(prompt).items()]))
+            adherence.append(np.mean([shown[name] == value for name, value in self.parse(prompt).items()]))
         presence = {"blossoms": np.array(counts) > 0}
         presence |= {name: np.array(kinds) == name for name in references if name in self.kinds}
         presence = {name: found.astype(float) for name, found in presence.items()}
@@ -255,7 +255,7 @@ class MiniSdJudge:
 
 
 def fit(image):
-    """The picture as the embedded base draws: RGB, 128 x 128."""
+    """Returns a picture as models/mini-sd draws: RGB, 128 x 128."""
     from PIL import Image, ImageOps
 
     from ..mini_sd.model import RESOLUTION
@@ -269,7 +269,7 @@ def is_embedded_base(model):
 
 
 def make_judge(name, model, clip_model, dino_model):
-    """The judge of this name; where it is None, the embedded base's own for that one, else CLIP and DINOv2."""
+    """Creates a judge by its name; None selects `MiniSdJudge` for models/mini-sd, and otherwise CLIP and DINOv2."""
     if name == "mini-sd" or (name is None and is_embedded_base(model)):
         return MiniSdJudge()
     return ClipAndDino(clip_model, dino_model)

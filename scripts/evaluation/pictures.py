@@ -1,6 +1,6 @@
-"""What an evaluation draws, and the losses that it measures beside; `evaluate.py` calls it.
+"""Draws the pictures of an evaluation and measures the held-out losses, for `evaluate.py`.
 
-Pictures are drawn as `infer.py` draws them, and those that are there already are taken as they are.
+Pictures are drawn as in `infer.py`, and pictures that were already drawn are kept.
 """
 
 import json
@@ -17,31 +17,30 @@ from text_to_image_lora.drawing.png import describe, repeat_of, save_png
 
 
 OTHERS = "other prompts"
-SAY_EVERY = 20  # seconds
+PROGRESS_SECONDS = 20  # between two messages
 
 
 class Asked(NamedTuple):
-    """A prompt that is drawn, of what it asks (a concept or `OTHERS`), and whether by its trigger.
-
-    `references` are the numbers of the held-out pictures whose caption it is.
-    """
+    """A prompt to draw."""
 
     prompt: str
-    group: str
-    triggered: bool
-    references: tuple[int, ...] = ()
+    group: str  # the concept that the prompt asks for, or `OTHERS`
+    triggered: bool  # whether the prompt contains the trigger word
+    references: tuple[int, ...] = ()  # indices of the held-out pictures that have this caption
 
 
 def without_trigger(caption, trigger):
-    """The caption less the trigger word, and less the commas and spaces that it leaves."""
+    """Removes the trigger word from a caption, with the commas and spaces around it."""
     rest = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", "", caption, flags=re.IGNORECASE)
     rest = re.sub(r"\s*,(\s*,)*\s*", ", ", re.sub(r"\s+", " ", rest))
     return rest.strip(" ,")
 
 
 def choose_prompts(captions, concepts, trigger, others, most):
-    """The `Asked` of an evaluation: at most so many captions of the held-out pictures, spread evenly over them, the same
-    without the trigger word (where there is one), and the other prompts.
+    """Returns the `Asked` of an evaluation.
+
+    They are at most `most` captions of the held-out pictures, evenly spaced, these captions without the trigger word if there
+    is one, and the prompts for other things.
     """
     places = {}
     for i, caption in enumerate(captions):
@@ -57,12 +56,12 @@ def choose_prompts(captions, concepts, trigger, others, most):
 
 
 def picture_folder(output_dir, label):
-    """Where the pictures of a LoRA lie."""
+    """Returns the folder for the pictures of a LoRA."""
     return Path(output_dir) / "pictures" / re.sub(r"[^\w.+-]", "_", label)
 
 
-def drawings_of(asked, lora, like, num_images):
-    """A `Drawing` for each prompt and seed, prompt by prompt; picture k of each prompt has the seed + k."""
+def make_drawings(asked, lora, like, num_images):
+    """Returns a `Drawing` for each prompt and seed, with the options of `like`; picture k of a prompt has the seed + k."""
     return [
         like._replace(stem=f"{i:03d}-seed{like.seed + k}", prompt=each.prompt, seed=like.seed + k, checkpoint=lora)
         for i, each in enumerate(asked)
@@ -71,7 +70,7 @@ def drawings_of(asked, lora, like, num_images):
 
 
 def read_drawn(path, drawing, source):
-    """The picture at the path, where it is whole and says that it was drawn so; else None."""
+    """Returns the picture at the path, or None if it is damaged or was drawn with other settings."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -84,31 +83,31 @@ def read_drawn(path, drawing, source):
 
 
 def draw_all(studio, drawings, folder, source, batch_size, say):
-    """The pictures of the drawings, in their order, from the folder where they are there, and how many were.
+    """Returns the pictures of the drawings, in order, and the number of pictures that were already in the folder.
 
-    Those that are drawn are written into the folder as they are done, so that a stopped evaluation goes on.
+    New pictures are saved as soon as they are drawn, so that a stopped evaluation can be resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{drawing.stem}.png" for drawing in drawings]
     images = [read_drawn(path, drawing, source) for path, drawing in zip(paths, drawings, strict=True)]
     missing = [i for i, image in enumerate(images) if image is None]
-    reused, told = len(images) - len(missing), time.time()
+    reused, reported_at = len(images) - len(missing), time.time()
     for done, drawn in enumerate(draw(studio, [drawings[i] for i in missing], batch_size), 1):
         i = missing[drawn.index]
-        paths[i].unlink(missing_ok=True)  # drawn otherwise, or cut off
+        paths[i].unlink(missing_ok=True)  # it is damaged or was drawn with other settings
         save_png(drawn.image, paths[i], describe(drawings[i], drawn, source))
         images[i] = drawn.image.convert("RGB")
-        if time.time() - told > SAY_EVERY:
-            say(f"{done} of {len(missing)} pictures drawn")
-            told = time.time()
+        if time.time() - reported_at > PROGRESS_SECONDS:
+            say(f"drew {done} of {len(missing)} pictures")
+            reported_at = time.time()
     return images, reused
 
 
 def make_loss_meter(studio, base, pictures, *, device, folder, seed):
-    """Measures what the models of the studio lose on held-out pictures: a function without arguments that returns the
-    losses (pictures, timesteps), as the training script validates.
+    """Returns a function that measures the losses (pictures, timesteps) of the studio's models on held-out pictures.
 
-    `base` is the package's `BaseModel` of them, `pictures` a `PictureSet`; latents are kept below `folder`.
+    The losses are those of the training script's validation. `base` is the `BaseModel` of the studio, `pictures` is a
+    `PictureSet`, and latents are cached in `folder`.
     """
     import torch
     from accelerate import Accelerator

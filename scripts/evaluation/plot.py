@@ -1,4 +1,4 @@
-"""An evaluation in pictures: likeness against drift, what each LoRA drew, the training pictures nearest to it."""
+"""Draws the pictures of an evaluation: a plot of likeness against drift, and sheets of drawn and training pictures."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from .inputs import images_of
 from .scores import Estimate
 
 
-SHOWN = 6  # prompts of each kind on the sheet of pictures
-PAIRS = 4  # pictures of each LoRA beside their nearest training picture
-FINER = 3  # the plot is drawn so much larger and shrunk: PIL draws without smoothing
-WIDTH, HEIGHT = 900, 600  # of the plot, in pixels
-LEFT, RIGHT = 90, 40  # its margins
+NUM_PROMPTS = 6  # prompts of each kind on the sheet of pictures
+NUM_PAIRS = 4  # pictures of each LoRA that are shown beside their nearest training picture
+FINER = 3  # the plot is drawn larger by this factor and reduced, because PIL does not smooth lines
+WIDTH, HEIGHT = 900, 600  # size of the plot in pixels
+LEFT, RIGHT = 90, 40  # margins of the plot
 TOP, BOTTOM = 60, 80
 INK = "#222222"
 GRID = "#e2e2e2"
@@ -24,14 +24,14 @@ CHOSEN = "#cc3311"
 
 
 def ticks(low, high):
-    """Round numbers that divide a span into four to nine parts."""
+    """Returns round numbers that divide a span into four to nine parts."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 9)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def span(values, least=None):
-    """(low, high) around `Estimate`s, with some room."""
+    """Returns the range (low, high) of `Estimate`s with their errors, with a margin; `least` fixes the lower end."""
     low = min(each.mean - each.error for each in values) if least is None else least
     high = max(each.mean + each.error for each in values)
     room = 0.08 * (high - low) or 0.05
@@ -39,7 +39,7 @@ def span(values, least=None):
 
 
 class Axes:
-    """A plot's frame: numbers become places on it, and it draws them."""
+    """Draws on a plot, and converts values to positions in pixels."""
 
     def __init__(self, across, up):
         self.image = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), "white")
@@ -64,7 +64,7 @@ class Axes:
         self.draw.text((FINER * x, FINER * y), text, colour, font_for([text], FINER * size), anchor=anchor)
 
     def frame(self, title, across, up):
-        """Grid lines with their numbers, the names of the axes, and the title."""
+        """Draws the grid lines with their numbers, the names of the axes, and the title."""
         left, _ = self.across
         low, _ = self.up
         for x in ticks(*self.across):
@@ -82,7 +82,7 @@ class Axes:
 
 
 class Point(NamedTuple):
-    """A LoRA's place on the plot; LoRAs of one run are joined by a line."""
+    """A LoRA on the plot; the LoRAs of one run are joined by a line."""
 
     label: str
     run: Any
@@ -91,14 +91,14 @@ class Point(NamedTuple):
 
 
 def plot(points, base, chosen, likeness):
-    """The plot of `Point`s: the higher and further left the better.
+    """Plots `Point`s; points that are higher and further left are better.
 
-    `base` is the base model's likeness, `likeness` is what that is called, and the LoRA labelled `chosen` is red.
+    `base` is the base model's likeness, `likeness` is the name of the score, and the LoRA labelled `chosen` is red.
     """
     axes = Axes(span([each.drift for each in points], 0.0), span([base, *(each.likeness for each in points)]))
     axes.frame(
-        "Likeness to the held-out pictures, and what it costs",
-        "drift from the base, asked without the trigger",
+        "Likeness to the held-out pictures, and drift",
+        "drift from the base model, for prompts without the trigger",
         likeness,
     )
     _, level = axes.place(0, base.mean)
@@ -122,7 +122,7 @@ def colour_of(point, chosen):
 
 
 def label_points(axes, points, chosen):
-    """Writes each `Point`'s label beside it, where no other label is yet."""
+    """Writes the label of each `Point` beside it, where it covers no other label."""
     middles = [axes.place(each.drift.mean, each.likeness.mean) for each in points]
     boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in middles]
     for point, (x, y) in zip(points, middles, strict=True):
@@ -141,34 +141,35 @@ def label_points(axes, points, chosen):
         axes.text(left, up, point.label, 14, "lm", colour_of(point, chosen))
 
 
-def opened(path):
+def open_picture(path):
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
 def spread(numbers):
-    """At most `SHOWN` of them, spread evenly."""
-    count = min(SHOWN, len(numbers))
+    """Returns at most `NUM_PROMPTS` of the numbers, evenly spaced."""
+    count = min(NUM_PROMPTS, len(numbers))
     return [numbers[round(k * (len(numbers) - 1) / max(count - 1, 1))] for k in range(count)]
 
 
 def picture_sheet(inputs, folder_of, seed):
-    """What the base and each LoRA drew of some prompts from one seed; held-out pictures of the same captions above.
+    """Returns a sheet of pictures by the base model and each LoRA, for some prompts and one seed.
 
-    With the trigger on top, without it and of other things below.
+    The upper part has prompts with the trigger, below the held-out pictures of these captions. The lower part has prompts
+    without the trigger and prompts for other things.
     """
     numbers, parts = range(len(inputs.asked)), []
     triggered = [i for i in numbers if inputs.asked[i].triggered]
     for heading, chosen in (
         ("with the trigger", spread(triggered)),
-        ("without it", spread([i for i in numbers if i not in triggered])),
+        ("without the trigger", spread([i for i in numbers if i not in triggered])),
     ):
         rows = []
         if heading == "with the trigger":
             references = [inputs.asked[i].references[0] for i in chosen]
             rows.append(Row(Label("held out"), images_of(inputs.held_out, references)))
         for label in inputs.loras:
-            images = [opened(folder_of(label) / f"{i:03d}-seed{seed}.png") for i in chosen]
+            images = [open_picture(folder_of(label) / f"{i:03d}-seed{seed}.png") for i in chosen]
             rows.append(Row(Label(label), images))
         columns = [Label(inputs.asked[i].prompt, f"seed {seed}") for i in chosen]
         parts.append(labelled_sheet(rows, columns, title=heading))
@@ -176,14 +177,14 @@ def picture_sheet(inputs, folder_of, seed):
 
 
 def nearest_sheet(inputs, copied, folder_of, seed):
-    """For each LoRA the pictures that are nearest to a training picture, each with that one to its right."""
+    """Returns a sheet with the pictures of each LoRA that are nearest to a training picture, which is on their right."""
     rows = []
     for label, found in copied.items():
-        pairs, images = found[:PAIRS], []
+        pairs, images = found[:NUM_PAIRS], []
         for pair in pairs:
-            images.append(opened(folder_of(label) / f"{pair.asked:03d}-seed{seed + pair.seed}.png"))
+            images.append(open_picture(folder_of(label) / f"{pair.asked:03d}-seed{seed + pair.seed}.png"))
             images += images_of(inputs.trained, [pair.trained])
         note = f"likeness {pairs[0].likeness:.2f} to {pairs[-1].likeness:.2f}"
         rows.append(Row(Label(label, note), images))
-    columns = [Label("drawn"), Label("trained on")] * min(PAIRS, len(pairs))
+    columns = [Label("drawn"), Label("trained on")] * min(NUM_PAIRS, len(pairs))
     return labelled_sheet(rows, columns, title="Nearest to a training picture")

@@ -1,4 +1,4 @@
-"""An evaluation's tables, plot, sheets and recommendation, written into its folder; `evaluate.py` calls it."""
+"""Writes the tables, plot, sheets and recommendation of an evaluation into its folder, for `evaluate.py`."""
 
 import functools
 import json
@@ -21,32 +21,32 @@ HELD_OUT = "held-out pictures"
 
 
 class Pair(NamedTuple):
-    """A drawn picture and the training picture that is nearest to it."""
+    """A drawn picture and its nearest training picture."""
 
-    asked: int  # the number of the drawn one's prompt in `asked`
-    seed: int  # and of its seed
-    trained: int
+    asked: int  # index of the prompt in `Inputs.asked`
+    seed: int  # number of the seed, from 0
+    trained: int  # index of the training picture
     likeness: float
 
 
 class Found(NamedTuple):
-    """All that an evaluation found."""
+    """The results of an evaluation."""
 
     tables: dict  # {label: {score: table (P, S)}}
-    losses: dict  # {label: `Estimate` of the held-out loss relative to the base's}
+    losses: dict  # {label: `Estimate` of the held-out loss, relative to the base model's}
     of_held_out: dict  # {score: `Estimate`} of the held-out pictures themselves
-    bleed: dict  # {label: {asked for: {concept: `Estimate`}}}
+    bleed: dict  # {label: {group of prompts: {concept: `Estimate`}}}
     copied: dict  # {label: `Pair`s}, nearest first
 
 
 def by_prompt(values, rows, num_images):
-    """Values (P * S, ...) of all prompts as (P, S, ...) of some."""
+    """Reshapes values (P * S, ...) of all prompts to (P, S, ...) and selects the prompts `rows`."""
     values = np.asarray(values)
     return values.reshape(-1, num_images, *values.shape[1:])[rows]
 
 
-def tables_of(inputs, drawn, num_images):
-    """The `Found` of what the LoRAs drew."""
+def compute_scores(inputs, drawn, num_images):
+    """Computes the `Found` of the pictures that the LoRAs drew."""
     with_trigger = [i for i, each in enumerate(inputs.asked) if each.triggered]
     without = [i for i, each in enumerate(inputs.asked) if not each.triggered]
     groups = [inputs.asked[i].group for i in without]
@@ -95,7 +95,7 @@ def tables_of(inputs, drawn, num_images):
 
 
 def summary(found):
-    """{label: {score: `Estimate`}}, the base first, the held-out pictures themselves last."""
+    """Returns {label: {score: `Estimate`}}; the base model is first, the held-out pictures are last."""
     rows = {
         label: {name: scores.mean_and_error(table) for name, table in own.items()}
         | {"held-out loss": found.losses[label]}
@@ -104,8 +104,8 @@ def summary(found):
     return rows | {HELD_OUT: found.of_held_out}
 
 
-def runs_of(loras):
-    """{label: folder of the run} of LoRAs {label: `Lora` or None}; checkpoints lie in their run's folder."""
+def find_runs(loras):
+    """Returns {label: folder of the run} for {label: `Lora` or None}; a checkpoint belongs to the run that contains it."""
     runs = {}
     for label, lora in loras.items():
         if lora is not None:
@@ -122,22 +122,23 @@ def table_of_scores(rows):
     names = list(dict.fromkeys(name for own in rows.values() for name in own))
     names = [name for name in names if name != "held-out loss"] + ["held-out loss"]
     return markdown(
-        ["LoRA", *names], [[label, *(scores.shown(own.get(name)) for name in names)] for label, own in rows.items()]
+        ["LoRA", *names],
+        [[label, *(scores.format_estimate(own.get(name)) for name in names)] for label, own in rows.items()],
     )
 
 
 def table_of_bleed(bleed):
     concepts = list(next(iter(next(iter(bleed.values())).values())))
     rows = [
-        [label, group, *(scores.shown(own[concept], "+") for concept in concepts)]
+        [label, group, *(scores.format_estimate(own[concept], "+") for concept in concepts)]
         for label, matrix in bleed.items()
         for group, own in matrix.items()
     ]
-    return markdown(["LoRA", "asked for, without the trigger", *concepts], rows)
+    return markdown(["LoRA", "prompts, without the trigger", *concepts], rows)
 
 
-def words_of(found, likeness):
-    """(label of the LoRA to take or None, why in words), by the likeness of this name."""
+def make_recommendation(found, likeness):
+    """Returns the label of the recommended LoRA or None, and a sentence that explains it, by the likeness of this name."""
     tables = {
         label: {"likeness": own[likeness], "drift": own["drift"], "memorised": own.get("memorised")}
         | {"loss": found.losses[label]}
@@ -148,25 +149,25 @@ def words_of(found, likeness):
 
 
 def write(args, inputs, drawn):
-    """evaluation.md and .json, likeness-drift.png, pictures.png and nearest.png in the output folder.
+    """Writes evaluation.md, evaluation.json, likeness-drift.png, pictures.png and nearest.png into the output folder.
 
-    Returns what to print.
+    Returns the text to print.
     """
-    found = tables_of(inputs, drawn, args.num_images)
+    found = compute_scores(inputs, drawn, args.num_images)
     folder = args.output_dir
     *_, likeness = inputs.judge.alike_by
     rows = summary(found)
-    chosen, words = words_of(found, likeness)
-    looked = ", ".join(inputs.judge.sources.values()) or "the embedded base's judges"
+    chosen, words = make_recommendation(found, likeness)
+    judges = ", ".join(inputs.judge.sources.values()) or "the judges of models/mini-sd"
     about = (
         f"{len(inputs.asked)} prompts x {args.num_images} seeds for each LoRA, {len(inputs.held_out)} held-out pictures; "
-        f"looked at by {looked}. Means with their standard errors."
+        f"scored by {judges}. Values are means with their standard errors."
     )
-    told = [words, "", table_of_scores(rows), "", "How much more of a concept comes than from the base:", ""]
-    told += [table_of_bleed(found.bleed)]
+    lines = [words, "", table_of_scores(rows), "", "How much more of a concept is drawn than by the base model:", ""]
+    lines += [table_of_bleed(found.bleed)]
     pages = ["", "![likeness against drift](likeness-drift.png)", "", "![pictures](pictures.png)"]
     points = [
-        Point(label, runs_of(inputs.loras)[label], rows[label]["drift"], rows[label][likeness])
+        Point(label, find_runs(inputs.loras)[label], rows[label]["drift"], rows[label][likeness])
         for label in found.bleed
     ]
     plot(points, rows[BASE][likeness], chosen, likeness).save(folder / "likeness-drift.png")
@@ -174,21 +175,21 @@ def write(args, inputs, drawn):
     picture_sheet(inputs, folder_of, args.seed).save(folder / "pictures.png")
     if found.copied:
         nearest_sheet(inputs, found.copied, folder_of, args.seed).save(folder / "nearest.png")
-        pages += ["", "Beside the training picture nearest to it:", "", "![nearest](nearest.png)"]
-    write_whole(folder / "evaluation.md", "\n".join(["# Evaluation", "", *told, "", about, *pages]) + "\n")
+        pages += ["", "Each picture beside its nearest training picture:", "", "![nearest](nearest.png)"]
+    write_whole(folder / "evaluation.md", "\n".join(["# Evaluation", "", *lines, "", about, *pages]) + "\n")
     stored = {
         "recommendation": {"take": chosen, "words": words},
-        "scores": named(rows),
-        "bleed": {label: named(matrix) for label, matrix in found.bleed.items()},
+        "scores": to_dicts(rows),
+        "bleed": {label: to_dicts(matrix) for label, matrix in found.bleed.items()},
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "prompts": [each._asdict() for each in inputs.asked],
     }
     write_whole(folder / "evaluation.json", json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
-def named(rows):
-    """{label: {score: {"mean", "standard_error"}}} of {label: {score: `Estimate`}}."""
+def to_dicts(rows):
+    """Converts {label: {score: `Estimate`}} to dicts for JSON."""
     return {
         label: {name: {"mean": value.mean, "standard_error": value.error} for name, value in own.items()}
         for label, own in rows.items()

@@ -1,7 +1,7 @@
-"""The scores of an evaluation, from embeddings of pictures, and what they recommend; `evaluate.py` calls it.
+"""Computes the scores of an evaluation from embeddings of pictures, and recommends a LoRA, for `evaluate.py`.
 
-A table holds a number for each picture, a row a prompt and a column a seed: (P, S). Embeddings are unit vectors; what
-two pictures have in common is the cosine between theirs.
+A table (P, S) has one value per picture, with a row for each of P prompts and a column for each of S seeds. Embeddings are
+unit vectors of D values; the similarity of two pictures is the cosine of their embeddings.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 from text_to_image_lora.reports.stopping import STUDENT_T
 
 
-MEMORISED = 0.1  # share of memorised pictures from which a LoRA counts as overfitted
+MEMORISED = 0.1  # a LoRA with a larger fraction of memorised pictures is overfitted
 
 
 class Estimate(NamedTuple):
@@ -22,27 +22,26 @@ class Estimate(NamedTuple):
 
 
 def normalised(embeddings):
-    """The same vectors (..., D) at length 1."""
+    """Returns vectors (..., D) scaled to unit length."""
     embeddings = np.asarray(embeddings, dtype=np.float64)
     return embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
 
 
 def likeness(drawn, references):
-    """How much the pictures (P, S, D) of each prompt are like its reference pictures, P arrays (R, D): (P, S).
+    """Returns the mean cosine similarity (P, S) of pictures (P, S, D) to the references of their prompt, P arrays (R, D).
 
-    The mean cosine over a prompt's references; where all prompts share one set it is DreamBooth's CLIP-I and DINO
-    (Ruiz et al., 2023, arXiv:2208.12242).
+    If all prompts share one set of references, this is CLIP-I and DINO of DreamBooth (Ruiz et al., 2023, arXiv:2208.12242).
     """
     return np.stack([pictures @ np.asarray(own).mean(axis=0) for pictures, own in zip(drawn, references, strict=True)])
 
 
 def drift(drawn, base):
-    """How far each picture (P, S, D) is from the base model's of the same prompt and seed, from 0: (P, S)."""
+    """Returns the cosine distance (P, S) of pictures (P, S, D) to the base model's pictures of equal prompt and seed."""
     return 1 - np.sum(drawn * base, axis=-1)
 
 
 def diversity(drawn):
-    """How far each picture (P, S, D) is on average from those of the same prompt's other seeds, from 0: (P, S)."""
+    """Returns the mean cosine distance (P, S) of each picture (P, S, D) to the pictures of its prompt's other seeds."""
     seeds = drawn.shape[1]
     alike = np.einsum("psd,ptd->pst", drawn, drawn)
     others = alike.sum(axis=-1) - np.einsum("pss->ps", alike)
@@ -50,11 +49,12 @@ def diversity(drawn):
 
 
 def set_distance(drawn, held_out):
-    """How far the pictures (P, S, D), all together, are from the held-out ones (N, D), near 0 for two sets of one kind: (P, S).
+    """Returns a table (P, S) whose mean is the distance of the set of pictures (P, S, D) from the held-out pictures (N, D).
 
-    The squared maximum mean discrepancy, without bias, in a cubic kernel: the KID of Binkowski et al., 2018
-    (arXiv:1801.01401), of these embeddings. Its mean is that distance; a picture's value is its share of it (twice its own
-    part, less the mean of these: the influence), so that values of prompts tell how sure the mean is.
+    The distance is the unbiased squared maximum mean discrepancy with a cubic kernel: the KID of Binkowski et al., 2018
+    (arXiv:1801.01401), of these embeddings. It is near 0 for two sets of one kind. The value of a picture is its influence on
+    the distance (twice its own part, minus the mean of these parts), so that the standard error over prompts is that of the
+    distance.
     """
 
     def kernel(a, b):
@@ -69,24 +69,25 @@ def set_distance(drawn, held_out):
 
 
 def nearest(pictures, training):
-    """The likeness of each picture (..., D) to the training picture (T, D) nearest to it, and that one's index."""
+    """Returns the similarity of each picture (..., D) to its nearest training picture (T, D), and the index of that picture."""
     alike = pictures @ np.asarray(training).T
     return alike.max(axis=-1), alike.argmax(axis=-1)
 
 
 def memorised(nearness, held_out):
-    """1 for each picture that is nearer to a training picture than any held-out picture is, else 0.
+    """Returns 1 for each picture that is nearer to a training picture than any held-out picture is, and otherwise 0.
 
-    `nearness` (P, S) and `held_out` (N,) are likenesses to the nearest training picture, as `nearest` has them.
+    `nearness` (P, S) and `held_out` (N,) are similarities to the nearest training picture, from `nearest`.
     """
     return (nearness > np.max(held_out)).astype(float)
 
 
 def mean_and_error(table):
-    """The `Estimate` of a table (P, S).
+    """Returns the `Estimate` of a table (P, S).
 
-    A prompt's pictures have the prompt in common, so that each prompt is one observation; of a single prompt each seed is.
-    Of few the error is widened by Student's t, so that it is as sure as one standard error of many.
+    Each prompt counts as one observation, as pictures of one prompt are not independent. With a single prompt, the seeds are
+    the observations. With few observations the error is widened by Student's t, to the confidence of one standard error of
+    many.
     """
     table = np.asarray(table, dtype=np.float64)
     observed = table.mean(axis=1) if len(table) > 1 else table[0]
@@ -96,9 +97,10 @@ def mean_and_error(table):
 
 
 def bleed(presence, base_presence, groups):
-    """{group: {concept: `Estimate`}}: how much more of a concept comes than from the base, where not asked for.
+    """Returns {group: {concept: `Estimate`}} of how much more of a concept is drawn than by the base model.
 
-    The two are {concept: table (P, S)} of the same prompts and seeds; `groups` names what each of the prompts asks for.
+    `presence` and `base_presence` are {concept: table (P, S)} for equal prompts and seeds, and `groups` has the group of each
+    prompt.
     """
     matrix = {}
     for group in dict.fromkeys(groups):
@@ -109,43 +111,49 @@ def bleed(presence, base_presence, groups):
     return matrix
 
 
-def shown(value, sign=""):
-    """`0.512 ± 0.013` of an `Estimate`."""
+def format_estimate(value, sign=""):
+    """Formats an `Estimate` as `0.512 ± 0.013`, and None as an empty string."""
     return "" if value is None else f"{value.mean:{sign}.3f} ± {value.error:.3f}"
 
 
-def overfitting(own):
-    """Why a LoRA counts as overfitted, in words, or None, of what `recommend` is told of it."""
+def explain_overfitting(own):
+    """Returns why a LoRA is overfitted, or None if it is not; `own` is a value of `tables` in `recommend`."""
     share, error = (0.0, 0.0) if own["memorised"] is None else mean_and_error(own["memorised"])
     if share - error > MEMORISED:
         return f"{share:.0%} of its pictures are nearer to a training picture than any held-out picture is"
     loss, error = own["loss"]
-    return f"its held-out loss is {loss:.2f} ± {error:.2f} times the base's" if loss - error > 1 else None
+    return f"its held-out loss is {loss:.2f} ± {error:.2f} times the base model's" if loss - error > 1 else None
 
 
 def recommend(tables, base_likeness):
-    """(label of the LoRA to take or None, why in words) of {label: {"likeness", "drift", "memorised", "loss"}}.
+    """Returns the label of the recommended LoRA, or None if no LoRA is recommended, and a sentence that explains it.
 
-    Of those whose likeness to the held-out pictures is above the base's (P, S) and not below the best's, each by more than
-    a standard error prompt by prompt, the one that drifts least from the base; those that overfit come after the others.
-    "memorised" is None without training pictures, "loss" is the `Estimate` of the held-out loss.
+    The recommended LoRA has the least drift of those whose likeness to the held-out pictures is above the base model's and
+    not below the best LoRA's, by paired differences per prompt and one standard error. LoRAs that overfit come last.
+
+    Args:
+        tables: {label: {"likeness", "drift", "memorised", "loss"}}: three tables (P, S), of which "memorised" is None without
+            training pictures, and the `Estimate` of the held-out loss.
+        base_likeness: The base model's likeness (P, S).
     """
     words = []
-    above = {}  # {label: gain} of those that are better than the base
-    sure = {}  # of these, those that do not overfit
+    above = {}  # {label: gain} of LoRAs that are better than the base model
+    sure = {}  # {label: gain} of those among them that do not overfit
     for label, own in tables.items():
         gain, error = mean_and_error(own["likeness"] - base_likeness)
-        reason = overfitting(own)
+        reason = explain_overfitting(own)
         if reason:
             words.append(f"{label} overfits: {reason}")
         if gain > error:
             above[label] = gain
         elif not reason:
-            words.append(f"{label} is no more like the held-out pictures than the base ({gain:+.3f} ± {error:.3f})")
+            words.append(
+                f"{label} is no more like the held-out pictures than the base model is ({gain:+.3f} ± {error:.3f})"
+            )
         if gain > error and not reason:
             sure[label] = gain
     if not above:
-        return None, "Take none: " + "; ".join(words) + "."
+        return None, "Use none of them: " + "; ".join(words) + "."
     candidates = sure or above
     best = max(candidates, key=candidates.get)
     equal = []
@@ -154,14 +162,14 @@ def recommend(tables, base_likeness):
         if less <= error:
             equal.append(label)
         else:
-            words.append(f"{label} is less like them than {best} (by {less:.3f} ± {error:.3f})")
+            words.append(f"{label} is less like the held-out pictures than {best} (by {less:.3f} ± {error:.3f})")
     chosen = min(equal, key=lambda label: tables[label]["drift"].mean())
-    why = f"likeness to the held-out pictures {shown(mean_and_error(tables[chosen]['likeness']))}"
-    why += f" (base {shown(mean_and_error(base_likeness))})"
+    why = f"likeness to the held-out pictures {format_estimate(mean_and_error(tables[chosen]['likeness']))}"
+    why += f" (base model {format_estimate(mean_and_error(base_likeness))})"
     if len(equal) > 1:
         rest = ", ".join(label for label in equal if label != chosen)
-        why += f", as good as {rest}, and of these it drifts least from the base"
-        why += f" ({shown(mean_and_error(tables[chosen]['drift']))})"
+        why += f", as good as {rest}, with the least drift from the base model"
+        why += f" ({format_estimate(mean_and_error(tables[chosen]['drift']))})"
     if not sure:
-        why += "; train it for fewer steps or on more pictures, for all of them overfit"
-    return chosen, f"Take {chosen}: " + "; ".join([why, *words]) + "."
+        why += "; all LoRAs overfit: train for fewer steps or on more pictures"
+    return chosen, f"Use {chosen}: " + "; ".join([why, *words]) + "."

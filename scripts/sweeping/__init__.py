@@ -1,1 +1,1 @@
-"""The parts of `sweep.py`."""
+"""The modules of `sweep.py`."""

@@ -1,4 +1,4 @@
-"""What a sweep has found, as tables and a sheet of pictures; `sweep.py` calls it."""
+"""Writes the results of a sweep as tables and a sheet of pictures, for `sweep.py`."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from text_to_image_lora.reports.numbers import LOSS as METRIC
 from text_to_image_lora.reports.numbers import read_numbers
 
 
-DONE = {"complete": 0, "pruned": 1}  # states in the order of the table; others come last
+DONE = {"complete": 0, "pruned": 1}  # the order of states in the table; other states come last
 MOST_STRIPS = 24  # trials on the sheet of pictures
 
 
@@ -17,17 +17,17 @@ def trial_dir(folder, number):
 
 
 def validations_of(output_dir):
-    """The rows of a trial's metrics with a validation so far, the one before its first step left out."""
+    """Returns the rows of a trial's metrics that have a validation, without the validation before the first step."""
     return [row for row in read_numbers(output_dir).validations if row["step"] > 0]
 
 
 def losses_of(output_dir):
-    """{step: loss} of a trial's validations so far."""
+    """Returns {step: loss} of a trial's validations so far."""
     return {row["step"]: row[METRIC] for row in validations_of(output_dir)}
 
 
-def lora_of(output_dir):
-    """Where a trial's LoRA is, in words: the one that the run kept as its best, or else its last."""
+def describe_lora(output_dir):
+    """Describes where the best LoRA of a trial is, or its last LoRA if it has no best one."""
     best = Path(output_dir) / "best"
     if not best.is_dir():
         return str(output_dir)
@@ -35,9 +35,9 @@ def lora_of(output_dir):
 
 
 def rank(trials, folder, varied):
-    """Rows of Optuna's trials, the best first: number, state, lowest loss, step of it, and the values of the varied flags.
+    """Returns a row for each of Optuna's trials, the best first: number, state, lowest loss, its step, and varied flags.
 
-    Trials that failed and were made up for by another are left out.
+    Failed trials that were repeated are left out.
     """
     rows = []
     for trial in trials:
@@ -57,11 +57,11 @@ def rank(trials, folder, varied):
 
 
 def _key(row, names):
-    return json.dumps([row[name] for name in names], default=str)  # lists are values too
+    return json.dumps([row[name] for name in names], default=str)  # JSON, because values can be lists
 
 
 def mean_and_error(values):
-    """Mean and its standard error; None for that of a single value."""
+    """Returns the mean and its standard error, which is None for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -69,10 +69,10 @@ def mean_and_error(values):
 
 
 def over_seeds(rows, varied):
-    """The rows of trials that differ by their seed alone as one: mean loss and its standard error, the best first.
+    """Returns one row for all trials that differ only in their seed: mean loss and its standard error, the best first.
 
-    `rows` are of `rank`. Where other settings have the seeds of the best, too, `above_best` is the mean of the differences seed by seed. Its error
-    is the smaller one: part of what a seed does, it does to all.
+    `rows` are those of `rank`. For settings that share seeds with the best ones, `above_best` is the mean paired difference
+    per seed. Its error is smaller, because part of a seed's effect is common to all settings.
     """
     groups, others = {}, [key for key in varied if key != "seed"]
     for row in rows:
@@ -80,7 +80,7 @@ def over_seeds(rows, varied):
             values, losses = groups.setdefault(_key(row, others), ({key: row[key] for key in others}, {}))
             losses[row["seed"]] = row[METRIC]
 
-    def place(group):  # those that lack seeds come last: they may have had the easy ones
+    def place(group):  # settings with fewer seeds come last, as those seeds may have been easy
         _, losses = group
         mean, _ = mean_and_error(list(losses.values()))
         return -len(losses), mean
@@ -98,7 +98,7 @@ def over_seeds(rows, varied):
 
 
 def best_of(rows, varied):
-    """The row of the trial to take, or None: of the settings that are best over their seeds, the one with the lowest loss."""
+    """Returns the row with the lowest loss of the settings that are best over their seeds, or None without complete trials."""
     done = [row for row in rows if row["state"] == "complete"]
     if not done or "seed" not in varied:
         return next(iter(done), None)
@@ -107,21 +107,23 @@ def best_of(rows, varied):
     return next(row for row in done if _key(row, others) == _key(best, others))
 
 
-def shown(value):
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def format_value(value):
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def markdown(rows):
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(map(shown, row.values())) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(map(format_value, row.values())) + " |" for row in rows])
 
 
 def picture_sheet(rows, folder, varied):
-    """The newest validation pictures of the trials, a row each, the best first; None where there are none."""
+    """Draws a row of the newest validation pictures of each trial, the best first; None if there are no pictures."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = 144  # of a picture, in pixels
-    words = 300  # the width of what is said of a trial
+    text_width = 300
     gap = 6
     strips = []
     for row in rows[:MOST_STRIPS]:
@@ -131,13 +133,13 @@ def picture_sheet(rows, folder, varied):
             strips.append((row, paths[:8]))
     if not strips:
         return None
-    width = words + max(len(paths) for _, paths in strips) * (side + gap) + gap
+    width = text_width + max(len(paths) for _, paths in strips) * (side + gap) + gap
     sheet, font = Image.new("RGB", (width, len(strips) * (side + gap) + gap), "white"), ImageFont.load_default(size=14)
     draw = ImageDraw.Draw(sheet)
     for number, (row, paths) in enumerate(strips):
         top = gap + number * (side + gap)
-        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {shown(row[METRIC])}"]
-        lines += [f"{key} {shown(row[key])}" for key in varied]
+        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"]
+        lines += [f"{key} {format_value(row[key])}" for key in varied]
         draw.multiline_text((gap, top), "\n".join(lines[:8]), fill="black", font=font, spacing=3)
         for place, path in enumerate(paths):
             with Image.open(path) as image:
@@ -146,33 +148,32 @@ def picture_sheet(rows, folder, varied):
                 if max(image.size) < side:
                     scale = side / max(image.size)
                     image = image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
-                sheet.paste(image, (words + place * (side + gap), top))
+                sheet.paste(image, (text_width + place * (side + gap), top))
     return sheet
 
 
-def write(rows, folder, varied, command_of):
-    """results.csv, results.md and pictures.png in the sweep's folder; returns the text of the second.
+def write(rows, folder, varied, make_best_command):
+    """Writes results.csv, results.md and pictures.png into the sweep's folder; returns the text of results.md.
 
-    `command_of(params)` is the command that trains with these values once more.
+    `make_best_command(params)` returns the command that trains again with these values of the varied flags.
     """
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    said = [markdown(rows)]
+    lines = [markdown(rows)]
     if "seed" in varied and rows[0]["state"] == "complete":
-        said += ["", "Over the seeds:", "", markdown(over_seeds(rows, varied))]
+        lines += ["", "Mean over the seeds:", "", markdown(over_seeds(rows, varied))]
     best = best_of(rows, varied)
     if best is not None:
-        what = (
-            "Of the settings that are best over the seeds, the best trial is"
-            if "seed" in varied
-            else "The best is trial"
-        )
-        lora = lora_of(trial_dir(folder, best["trial"]))
-        said += ["", f"{what} {best['trial']} (its LoRA: {lora}):", "", command_of({key: best[key] for key in varied})]
-    (folder / "results.md").write_text("\n".join(said) + "\n", encoding="utf-8")
+        sentence = "The best trial is"
+        if "seed" in varied:
+            sentence = "The best trial of the settings that are best over the seeds is"
+        lora = describe_lora(trial_dir(folder, best["trial"]))
+        command = make_best_command({key: best[key] for key in varied})
+        lines += ["", f"{sentence} {best['trial']} (its LoRA: {lora}). To train with its settings again:", "", command]
+    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:
         sheet.save(folder / "pictures.png")
-    return "\n".join(said)
+    return "\n".join(lines)

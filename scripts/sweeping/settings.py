@@ -1,4 +1,4 @@
-"""What a sweep is to do, from its YAML file and the command line, and the training commands that follow; for `sweep.py`."""
+"""Reads the settings of a sweep from its YAML file and the command line, and makes training commands, for `sweep.py`."""
 
 import difflib
 import os
@@ -13,21 +13,21 @@ SAMPLERS = ("grid", "random", "tpe")
 
 
 class SweepError(Exception):
-    """What the user can put right, in one sentence."""
+    """Invalid input or a missing package. The message is one sentence with the remedy."""
 
 
 def _flags():
-    """The training command's flags, as argparse has them."""
+    """Returns the argparse actions of the training command's flags."""
     from train_text_to_image_lora import build_parser
 
     return [action for action in build_parser()._actions if action.dest != "help"]
 
 
-def values_of(text):
-    """The values of `4,16`, or the range of `1e-4..1e-2` as a mapping."""
+def parse_values(text):
+    """Parses `4,16` into a list of values, or `1e-4..1e-2` into the mapping of a range."""
 
     def value(word):
-        """Only numbers, true, false and null are something else than words: `no` is a precision."""
+        """Only numbers, true, false and null are converted, unlike in YAML: `no` is a value of --mixed_precision."""
         if word in ("true", "false", "null"):
             return {"true": True, "false": False}.get(word)
         if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", word):
@@ -42,7 +42,7 @@ def values_of(text):
 
 
 def settle(args):
-    """The sweep as a mapping: from the YAML file, and what the command line says goes before it."""
+    """Returns the settings of the sweep as a mapping; options on the command line override the YAML file."""
     import yaml
 
     settings = dict(
@@ -54,7 +54,7 @@ def settle(args):
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise SweepError(f"{args.config}: it can't be read ({str(error).splitlines()[0]}).") from error
         if not isinstance(given, dict) or set(given) - set(settings):
-            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "no mapping"
+            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "a file without keys"
             raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
         settings |= {key: value for key, value in given.items() if value is not None}
     for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
@@ -66,10 +66,12 @@ def settle(args):
             if not equals:
                 raise SweepError(f"--{name} {word}: write flag=value, such as rank=4,16.")
             if not isinstance(settings[name], dict):
-                break  # `check` says so
-            if name == "sweep" and isinstance(settings["flags"], dict):  # what a file fixes may be varied
+                break  # `check` reports it
+            if name == "sweep" and isinstance(
+                settings["flags"], dict
+            ):  # the command line can vary a flag that the file fixes
                 settings["flags"] = {k: v for k, v in settings["flags"].items() if k != key.removeprefix("--")}
-            settings[name] = settings[name] | {key.removeprefix("--"): values_of(text) if name == "sweep" else text}
+            settings[name] = settings[name] | {key.removeprefix("--"): parse_values(text) if name == "sweep" else text}
     check(settings)
     return settings
 
@@ -77,20 +79,20 @@ def settle(args):
 def check(settings):
     for key in ("sweep", "flags"):
         if not isinstance(settings[key], dict):
-            raise SweepError(f"{key}: it must hold one flag a line, such as 'rank: [4, 16]'.")
+            raise SweepError(f"{key}: it must contain one flag per line, such as 'rank: [4, 16]'.")
     for key, least in (("num_trials", 1), ("seed", 0)):
         if type(settings[key]) is not int or settings[key] < least:
             raise SweepError(f"{key} {settings[key]}: it must be a whole number, {least} or more.")
     if settings["sweep_dir"] is None:
-        raise SweepError("--sweep_dir is needed: the folder of the sweep.")
+        raise SweepError("Pass --sweep_dir, the folder of the sweep.")
     if not settings["sweep"]:
-        raise SweepError("Nothing is varied: add --sweep, such as rank=4,16.")
+        raise SweepError("No flag is varied: add --sweep, such as --sweep rank=4,16.")
     if settings["sampler"] not in SAMPLERS:
         raise SweepError(f"sampler {settings['sampler']}: choose {', '.join(SAMPLERS)}.")
     for key, values in settings["sweep"].items():
         if isinstance(values, dict):
             if settings["sampler"] == "grid":
-                raise SweepError(f"{key} is a range: list its values for a grid, or take --sampler random or tpe.")
+                raise SweepError(f"{key} is a range: list its values for a grid, or pass --sampler random or tpe.")
             low, high = values.get("min"), values.get("max")
             numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high))
             if not numbers or not low < high or (values.get("log") and low <= 0):
@@ -116,14 +118,14 @@ def check(settings):
         raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")
     every = settings["flags"].keys() | settings["sweep"].keys()
     if not every & {"validation_split", "validation_data_dir"}:
-        raise SweepError("Trials are ranked by the loss on pictures held out: add validation_split=0.1 to --flags.")
+        raise SweepError("Trials are ranked by the loss on held-out pictures: add validation_split=0.1 to --flags.")
     for name in ("output_dir", "latent_cache_dir"):
         if name in settings["sweep"]:
-            raise SweepError(f"{name} can't be varied: each trial has a folder of its own in --sweep_dir.")
+            raise SweepError(f"{name} can't be varied: each trial has its own folder in --sweep_dir.")
 
 
-def words_of(flags):
-    """The flags as words of a command line. Only for a switch do true and false mean on and off."""
+def to_words(flags):
+    """Converts flags to command-line arguments. Only for a switch, true and false turn it on and off."""
     switches, words = {action.dest for action in _flags() if action.nargs == 0}, []
     for key, value in flags.items():
         if isinstance(value, bool):
@@ -135,8 +137,9 @@ def words_of(flags):
     return words
 
 
-def command_of(settings, params, output_dir):
+def make_command(settings, params, output_dir):
+    """Returns the arguments of the training command for one trial, whose varied flags are `params`."""
     launcher = shlex.split(settings["launcher"]) if settings["launcher"] else ["python"]
     cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
     flags = cache | settings["flags"] | params | {"output_dir": output_dir}
-    return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *words_of(flags)]
+    return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *to_words(flags)]

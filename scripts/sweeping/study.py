@@ -1,4 +1,4 @@
-"""The study of a sweep: which trials there are, and which one a worker takes next."""
+"""Opens the Optuna study of a sweep, and claims trials for a worker."""
 
 import itertools
 import json
@@ -8,8 +8,8 @@ from .results import trial_dir
 from .settings import SweepError
 
 
-def sampler_of(settings, num_trials):
-    """The sampler for the next trial: a new one, or the workers of a sweep would all draw the same."""
+def make_sampler(settings, num_trials):
+    """Creates the sampler of the next trial, seeded by its number so that workers do not draw equal values."""
     import optuna
 
     seed = settings["seed"] * 1_000_003 + num_trials
@@ -19,7 +19,7 @@ def sampler_of(settings, num_trials):
 
 
 def open_study(settings):
-    """The study in the sweep's folder; at its first opening a grid's trials are put in the queue."""
+    """Opens the study in the sweep's folder; the first opening enqueues all trials of a grid."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -38,16 +38,18 @@ def open_study(settings):
         if settings["sampler"] == "grid":
             for values in itertools.product(*settings["sweep"].values()):
                 study.enqueue_trial(dict(zip(settings["sweep"], values, strict=True)), skip_if_exists=True)
-        study.set_user_attr("settings", described)  # last: a kill before it leaves a queue that is filled up again
+        study.set_user_attr(
+            "settings", described
+        )  # last, so that after a kill before this line the queue is completed
     elif before != described:
-        raise SweepError(f"{folder}: it holds another sweep. Name another --sweep_dir for this one.")
+        raise SweepError(f"{folder}: it contains another sweep. Pass another --sweep_dir for this one.")
     else:
-        try_again(study)
+        enqueue_failed(study)
     return study
 
 
-def try_again(study):
-    """Puts trials that failed, and of whose settings no other is under way or done, in the queue once more."""
+def enqueue_failed(study):
+    """Enqueues failed trials again, unless another trial with equal settings is waiting, running or finished."""
     from optuna.trial import TrialState
 
     failed, others = [], []
@@ -61,7 +63,7 @@ def try_again(study):
 
 
 def suggest(trial, sweep):
-    """The values of the varied flags; for a trial that has them already, those."""
+    """Returns the values of the varied flags for a trial; a trial that already has values keeps them."""
     for key, values in sweep.items():
         if isinstance(values, list):
             trial.suggest_categorical(key, values)
@@ -73,15 +75,15 @@ def suggest(trial, sweep):
 
 
 def claim(study, settings):
-    """The next trial for this worker, as Optuna's `Trial`, and its lock; None where all are taken.
+    """Returns the next trial for this worker, as Optuna's `Trial`, and its lock; None if no trial is left.
 
-    A trial that was running when its worker was stopped has no lock any more, and is taken first.
+    A trial whose worker was stopped is marked as running but is not locked; these trials are claimed first.
     """
     import optuna
     from filelock import FileLock, Timeout
     from optuna.trial import TrialState
 
-    def lock_of(number):
+    def acquire_lock(number):
         lock = FileLock(f"{trial_dir(settings['sweep_dir'], number)}.lock", timeout=0)
         try:
             lock.acquire()
@@ -92,20 +94,20 @@ def claim(study, settings):
     with FileLock(Path(settings["sweep_dir"]) / "sweep.lock"):
         trials = study.get_trials(deepcopy=False)
         for trial in trials:
-            if trial.state != TrialState.RUNNING or (lock := lock_of(trial.number)) is None:
+            if trial.state != TrialState.RUNNING or (lock := acquire_lock(trial.number)) is None:
                 continue
             now = study.get_trials(deepcopy=False)[trial.number].state
-            if now == TrialState.RUNNING:  # still, now that it is ours
+            if now == TrialState.RUNNING:  # it may have ended before its lock was acquired
                 return optuna.trial.Trial(study, trial._trial_id), lock
             lock.release()
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         made = sum(trial.state != TrialState.WAITING for trial in trials)
         if not waiting and (settings["sampler"] == "grid" or made >= settings["num_trials"]):
             return None
-        study.sampler = sampler_of(settings, len(trials))
+        study.sampler = make_sampler(settings, len(trials))
         trial = study.ask()
         suggest(trial, settings["sweep"])
-        return trial, lock_of(trial.number)
+        return trial, acquire_lock(trial.number)
 
 
 def has_result(study):

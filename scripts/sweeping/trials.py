@@ -1,4 +1,4 @@
-"""One trial of a sweep: its training is started, watched, and ended."""
+"""Runs a trial of a sweep: starts the training command, watches its losses and records the result."""
 
 import contextlib
 import os
@@ -8,23 +8,24 @@ import sys
 import time
 
 from .results import METRIC, losses_of, trial_dir
-from .settings import command_of
+from .settings import make_command
 
 
-LAUNCHERS_SAY_2 = ("exitcode  : 2", "returned non-zero exit status 2")  # and end with 1 themselves
-STOPPED = (75, 130, 143)  # the training's exit codes where it stopped at a checkpoint to go on from
+# In the log of a launcher, which exits with 1 if the training command exits with 2.
+EXITED_WITH_2 = ("exitcode  : 2", "returned non-zero exit status 2")
+STOPPED = (75, 130, 143)  # exit codes of a training run that stopped at a checkpoint and can be resumed
 
 
 class Refused(Exception):
-    """The training command doesn't take a trial's flags; says why."""
+    """The training command rejects the flags of a trial; the message gives the reason."""
 
 
 class StoppedItself(Exception):
-    """A trial was stopped, by its --max_train_time or a signal, with this exit code; it is as it was under way."""
+    """A trial was stopped by its --max_train_time or a signal, with this exit code; it can be resumed."""
 
 
 def stop_children():
-    """Ends what this worker has started, and what that has started: a launcher doesn't pass a signal on."""
+    """Ends all child processes of this worker and their children, because launchers do not forward signals."""
     import psutil
 
     family = psutil.Process().children(recursive=True)
@@ -37,20 +38,20 @@ def stop_children():
 
 
 def run_trial(study, settings, trial, params, lock):
-    """Runs a trial to its end and tells the study; a trial that is pruned is stopped. Returns what to print.
+    """Runs a trial until it ends or is pruned, and records the result in the study. Returns the text to print.
 
-    Raises `Refused` where the training command doesn't take its flags.
+    Raises `Refused` if the training command rejects the trial's flags, and `StoppedItself` if the trial can be resumed.
     """
     from optuna.trial import TrialState
 
     number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
     output_dir.mkdir(exist_ok=True)
-    command = command_of(settings, params, output_dir)
+    command = make_command(settings, params, output_dir)
     (output_dir / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
     with open(output_dir / "log.txt", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,
-            # Held by the training too: where this worker alone is killed, nobody else takes the trial until it has ended.
+            # The training holds the lock too: if only this worker is killed, no other worker claims the trial while it trains.
             pass_fds=[lock._context.lock_file_fd] if os.name == "posix" else [],
         )  # fmt: skip
         try:
@@ -66,7 +67,7 @@ def run_trial(study, settings, trial, params, lock):
                             process.wait()
                             study.tell(number, state=TrialState.PRUNED)
                             return f"stopped at step {step}: worse than the median"
-        except BaseException:  # the trial stays unfinished, for the same command to go on with
+        except BaseException:  # the trial stays unfinished, so that the same command resumes it
             stop_children()
             raise
     losses = losses_of(output_dir)
@@ -76,7 +77,7 @@ def run_trial(study, settings, trial, params, lock):
         study.tell(number, state=TrialState.FAIL)
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {process.returncode}"
-        if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in LAUNCHERS_SAY_2):
+        if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in EXITED_WITH_2):
             raise Refused(f"can't be run: {reason}")
         return f"failed: {reason} (see {output_dir / 'log.txt'})"
     study.tell(number, min(losses.values()))

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from text_to_image_lora.errors import TrainingError
 from text_to_image_lora.models import kohya, lora, lora_file, readers
-from text_to_image_lora.models.receipt import check_arrival, layer_shapes
+from text_to_image_lora.models.receipt import check_lora_file, layer_shapes
 from text_to_image_lora.models.settings import LoraSettings
 
 
@@ -37,11 +37,11 @@ def written(base, folder, options, rank=None):
 
 
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
-def test_what_is_written_arrives(base, tmp_path, options):
+def test_what_is_written_is_read_as_trained(base, tmp_path, options):
     components, layers, ours, kohyas = written(base, tmp_path, options)
     assert layers == {"unet": layer_shapes(base.unet), "text_encoder": layer_shapes(base.text_encoder)}
-    assert check_arrival(ours, components, layers) == 64
-    assert check_arrival(kohyas, components, layers, by_kohyas_names=True) == 64
+    assert check_lora_file(ours, components, layers) == 64
+    assert check_lora_file(kohyas, components, layers, by_kohyas_names=True) == 64
 
 
 def change(path, edit):
@@ -89,7 +89,7 @@ def test_what_is_lost_in_kohyas_file_is_an_error(base, tmp_path, edit, how, mess
     components, layers, _, kohyas = written(base, tmp_path, {"lora_alpha": 6})
     change(kohyas, lambda tensors, _: edit(tensors, *how))
     with pytest.raises(TrainingError, match=message) as caught:
-        check_arrival(kohyas, components, layers, by_kohyas_names=True)
+        check_lora_file(kohyas, components, layers, by_kohyas_names=True)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_what_is_lost_in_our_file_is_an_error(base, tmp_path, edit, message):
     components, layers, ours, _ = written(base, tmp_path, {"lora_alpha": 6})
     change(ours, edit)
     with pytest.raises(TrainingError, match=message):
-        check_arrival(ours, components, layers)
+        check_lora_file(ours, components, layers)
 
 
 def test_a_header_that_would_scale_once_more_is_an_error(base, tmp_path):
@@ -122,7 +122,7 @@ def test_a_header_that_would_scale_once_more_is_an_error(base, tmp_path):
         assert changed != header["lora_adapter_metadata"]
         save_file(load_file(ours), ours, header | {"lora_adapter_metadata": changed})
         with pytest.raises(TrainingError, match="52 of 64 .* differs by nan"):
-            check_arrival(ours, components, layers)
+            check_lora_file(ours, components, layers)
 
 
 def test_magnitudes_that_differ_are_an_error(base, tmp_path):
@@ -133,21 +133,21 @@ def test_magnitudes_that_differ_are_an_error(base, tmp_path):
             lambda tensors, keys: {k: v * 1.001 if "magnitude" in k or "dora" in k else v for k, v in tensors.items()},
         )
         with pytest.raises(TrainingError, match="64 of 64 .* differs in its DoRA magnitudes"):
-            check_arrival(path, components, layers, **options)
+            check_lora_file(path, components, layers, **options)
         change(path, lambda tensors, keys: without(tensors, "magnitude|dora"))
         with pytest.raises(TrainingError, match="64 of 64 .* differs in its DoRA magnitudes"):
-            check_arrival(path, components, layers, **options)
+            check_lora_file(path, components, layers, **options)
 
 
-def test_float16_arrives_within_its_rounding(base, tmp_path):
+def test_float16_differs_only_by_its_rounding(base, tmp_path):
     components, layers, _, _ = written(base, tmp_path, {"lora_alpha": 6})
     path = kohya.save_kohya(tmp_path / "half.safetensors", components, {}, dtype=torch.float16)
     assert {str(value.dtype) for key, value in load_file(path).items() if not key.endswith("alpha")} == {
         "torch.float16"
     }
-    assert check_arrival(path, components, layers, by_kohyas_names=True, tolerance=2**-9) == 64
+    assert check_lora_file(path, components, layers, by_kohyas_names=True, tolerance=2**-9) == 64
     with pytest.raises(TrainingError, match="64 of 64"):
-        check_arrival(path, components, layers, by_kohyas_names=True)
+        check_lora_file(path, components, layers, by_kohyas_names=True)
 
 
 def sd_models(cross_attention_dim):
@@ -171,7 +171,7 @@ def sd_models(cross_attention_dim):
 
 
 @pytest.mark.parametrize(("width", "count"), [(768, 282 + 72), (1024, 282 + 138)])
-def test_every_layer_of_stable_diffusion_arrives_and_quickly(tmp_path, width, count):
+def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path, width, count):
     """Convolutions, resnets and embeddings too, for all three readers, of whose rules A1111's know these blocks alone."""
     models, layers = sd_models(width)
     torch.manual_seed(0)
@@ -182,9 +182,9 @@ def test_every_layer_of_stable_diffusion_arrives_and_quickly(tmp_path, width, co
     ours, kohyas = lora_file.save_lora(tmp_path, components, {}), tmp_path / "kohya.safetensors"
     kohya.save_kohya(kohyas, components, {})
     started = time.process_time()
-    assert check_arrival(ours, components, layers) == count
+    assert check_lora_file(ours, components, layers) == count
     first = time.process_time() - started
-    assert check_arrival(kohyas, components, layers, by_kohyas_names=True) == count
+    assert check_lora_file(kohyas, components, layers, by_kohyas_names=True) == count
     assert first < 4  # processor seconds of a slow machine, for twice the layers that are trained by default
     flat = {
         (component, name.removeprefix("text_model.")): shape

@@ -25,7 +25,7 @@ from text_to_image_lora.models import kohya, loading, lora, lora_file, original_
 from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.pictures.transforms import Variation, apply_variation, corner_shown
-from text_to_image_lora.training.batches import Division, Sample, make_sampler
+from text_to_image_lora.training.batches import Division, Sample, make_batch_sampler
 from text_to_image_lora.training.data import Draws, TrainingSet
 from text_to_image_lora.training.inputs import find_inputs
 
@@ -86,8 +86,8 @@ def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
     assert {name[: name.index("_", 10)] for name in shapes if name.startswith("lora_unet")} == {
         "lora_unet_input", "lora_unet_middle", "lora_unet_output"
     }  # fmt: skip
-    assert receipt.check_arrival(path, components, layers, by_kohyas_names=True) == 722 + 72 + 192
-    assert receipt.check_arrival(lora_file.save_lora(tmp_path, components, {}), components, layers) == 986
+    assert receipt.check_lora_file(path, components, layers, by_kohyas_names=True) == 722 + 72 + 192
+    assert receipt.check_lora_file(lora_file.save_lora(tmp_path, components, {}), components, layers) == 986
     again, _ = lora_file.load_lora(path)
     assert kohya.guess_family(again) is STABLE_DIFFUSION_XL
 
@@ -132,7 +132,7 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
     )
     base = loading.find_base_model(str(tiny_xl))
     training_set = TrainingSet(make_picture_set(pictures, center_crop=True, random_flip=flip), base, Draws(0, 1000))
-    sampler = make_sampler(training_set.pictures, 0, Division(batch_size=4))
+    sampler = make_batch_sampler(training_set.pictures, 0, Division(batch_size=4))
     batch = torch.utils.data.default_collate(
         [training_set[Sample(int(i), 0, k, 0.25)] for k, i in enumerate(sampler.samples_of(0))]
     )

@@ -351,7 +351,10 @@ def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, 
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["nothing"], "there is no run in it"), (["{run}", "--output", "x.html"], "belongs into its folder")],
+    [
+        (["nothing"], "there is no run in it"),
+        (["{run}", "--output", "x.html"], "the page of a single run is written to its folder"),
+    ],
 )
 def test_a_wrong_command_is_explained_in_one_line(finished, tmp_path, words, message):
     words = [word.format(run=finished.out) for word in words]

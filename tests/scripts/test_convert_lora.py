@@ -165,7 +165,7 @@ def test_headers_say_what_the_file_is_now(ours, tmp_path):
     assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
 
 
-def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(ours, tmp_path, capsys):
+def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path, capsys):
     """Against the singular values of the whole matrices."""
     convert(ours, tmp_path / "small.safetensors", "--rank", 2)
     said = capsys.readouterr().out
@@ -230,7 +230,7 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
     dora = tmp_path / "dora"
     lora_file.save_lora(dora, components_of(train(base, ADAPTERS["dora"])), {})
     convert(dora, tmp_path / "small.safetensors", "--rank", 2, "--to", "kohya")
-    assert "DoRA: told without the base's weights" in capsys.readouterr().out
+    assert "DoRA: the loss above does not take into account the base weights" in capsys.readouterr().out
     assert header_of(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
     one, two = (lora_file.load_lora(path)[0]["unet"] for path in (dora, tmp_path / "small.safetensors"))
     magnitudes = [key for key in one if "magnitude" in key]
@@ -282,7 +282,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(ours, tmp_path, words, message):
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(ours, tmp_path, words, message):
     (tmp_path / "cut.safetensors").write_bytes((ours / lora_file.WEIGHTS_NAME).read_bytes()[:-100])
     torch.save({"x": torch.ones(1)}, tmp_path / "pickle.pt")
     save_file({"conv_in.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")

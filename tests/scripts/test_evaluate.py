@@ -50,8 +50,8 @@ def words(model, lora, clip_model, dino_model, tmp_path):
 def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     run_here(words())
     said, out = capsys.readouterr().out, tmp_path / "out"
-    assert "2 LoRAs and the base: 6 prompts x 3 seeds each, 4 held-out pictures" in said
-    assert "2/3 axe: 18 pictures drawn, 0 were there" in said
+    assert "2 LoRAs and the base model: 6 prompts x 3 seeds each, 4 held-out pictures" in said
+    assert "2/3 axe: drew 18 pictures (0 were already there)" in said
     found = json.loads((out / "evaluation.json").read_text())
     scores = found["scores"]
     assert list(scores) == ["base", "axe", "epoch-0002", "held-out pictures"]
@@ -81,14 +81,14 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     again.unlink()
     run_here(words())
     said = capsys.readouterr().out
-    assert "2/3 axe: 2 pictures drawn, 16 were there" in said
-    assert "3/3 epoch-0002: 0 pictures drawn, 18 were there" in said
+    assert "2/3 axe: drew 2 pictures (16 were already there)" in said
+    assert "3/3 epoch-0002: drew 0 pictures (18 were already there)" in said
     changed = {path for path in pictures if path.stat().st_mtime_ns != pictures[path]}
     assert changed == {cut, again}
     assert json.loads((out / "evaluation.json").read_text())["recommendation"] == found["recommendation"]
 
     run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))  # drawn otherwise: drawn anew
-    assert "2/2 axe: 18 pictures drawn, 0 were there" in capsys.readouterr().out
+    assert "2/2 axe: drew 18 pictures (0 were already there)" in capsys.readouterr().out
     assert "nearest" not in json.loads((out / "evaluation.json").read_text())["scores"]["axe"]
 
 
@@ -120,16 +120,16 @@ def command(words):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lora": ["nowhere/*.safetensors"]}, "--lora nowhere/*.safetensors: no file or folder has such a name"),
+        ({"lora": ["nowhere/*.safetensors"]}, "--lora nowhere/*.safetensors: no file or folder matches this pattern"),
         ({"lora": ["nowhere/run"]}, "--lora nowhere/run is no file or folder here"),
-        ({"validation_data_dir": None}, "Pass one of --validation_data_dir and --validation_split"),
+        ({"validation_data_dir": None}, "Pass either --validation_data_dir or --validation_split"),
         ({"validation_data_dir": ["nowhere"]}, "nowhere: there is no such folder"),
-        ({"validation_data_dir": None, "train_data_dir": None, "validation_split": [0.2]}, "add it"),
+        ({"validation_data_dir": None, "train_data_dir": None, "validation_split": [0.2]}, "add --train_data_dir"),
         ({"clip_model": ["nowhere/folder/deep"]}, "--clip_model"),
         ({"num_images": [2]}, "--num_images 2: it must be 3 or more"),
         ({"trigger_word": [" "]}, "--trigger_word is empty"),
-        ({"judge": ["mini-sd"]}, "'a cup' names nothing that the embedded base's judges know"),
-        ({"other_prompts": ["a cup --seed 3"]}, "options behind a prompt are for infer.py"),
+        ({"judge": ["mini-sd"]}, "'a cup' names nothing that the judges of models/mini-sd know"),
+        ({"other_prompts": ["a cup --seed 3"]}, "only infer.py accepts options after a prompt"),
         ({"resolution": [33]}, "--resolution 33: this model needs a multiple of"),
         ({"scheduler": ["dppm"]}, "Did you mean ddpm?"),
         ({"nmu_prompts": [2]}, "Did you mean --num_prompts?"),
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(words, changes, said, capsys):
 def test_bad_input_ends_with_code_2(words, dino_model):
     code, lines = command(words(clip_model=[dino_model]))
     assert code == 2
-    assert lines == [f"evaluate.py: {dino_model}: it is a model of the type dinov2, and --clip_model takes clip."]
+    assert lines == [f"evaluate.py: {dino_model}: this is a dinov2 model, but --clip_model requires a clip model."]
 
 
 def test_one_lora_given_twice(words, lora):
@@ -169,7 +169,7 @@ def test_help_needs_no_torch():
 
 
 def test_checkpoints_lie_in_their_runs(tmp_path):
-    from scripts.evaluation.report import runs_of
+    from scripts.evaluation.report import find_runs
 
     class Given:
         def __init__(self, given):
@@ -182,7 +182,7 @@ def test_checkpoints_lie_in_their_runs(tmp_path):
         "3": Given("run"),
         "4": Given("other"),
     }
-    assert {label: str(run) for label, run in runs_of(loras).items()} == {
+    assert {label: str(run) for label, run in find_runs(loras).items()} == {
         "1": "run",
         "2": "run",
         "3": "run",

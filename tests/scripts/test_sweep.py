@@ -19,7 +19,7 @@ from PIL import Image
 from scripts import sweep
 from scripts.sweeping import results
 from scripts.sweeping.settings import SweepError
-from scripts.sweeping.study import sampler_of
+from scripts.sweeping.study import make_sampler
 from text_to_image_lora.command_line import flag_values
 
 
@@ -141,7 +141,7 @@ def test_what_it_leaves(tiny_sd, pictures, tmp_path):
         for text in (folder / f"trial-000{best['trial']}" / "metrics.jsonl").read_text().splitlines()
     ]
     assert float(best["validation/relative_loss"]) == pytest.approx(min(v for v in values[1:] if v is not None))
-    assert done.stdout.splitlines()[-1] == f"all of it, to look at: {folder / 'report.html'}"
+    assert done.stdout.splitlines()[-1] == f"report of the sweep: {folder / 'report.html'}"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert re.search("rank [24] did best|No run was better than the base model", page)
     assert all(f"trial-000{number}/report.html" in page for number in range(2))
@@ -247,8 +247,8 @@ def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path, trained):
 
 
 BAD = {
-    "no folder": (["--sweep", "rank=2,4"], None, "--sweep_dir is needed"),
-    "nothing varied": ([], "sweep", "Nothing is varied: add --sweep"),
+    "no folder": (["--sweep", "rank=2,4"], None, "Pass --sweep_dir"),
+    "nothing varied": ([], "sweep", "No flag is varied: add --sweep"),
     "no held-out pictures": (["--sweep", "rank=2", "--flags", "resolution=32"], "sweep", "add validation_split=0.1"),
     "a grid of a range": (["--sweep", "rank=2..4", "--flags", "validation_split=0.1"], "sweep", "rank is a range"),
     "both": (["--sweep", "rank=2", "--flags", "rank=4", "validation_split=0.1"], "sweep", "rank: it is both varied and"),
@@ -256,8 +256,8 @@ BAD = {
     "upside down": (
         ["--sweep", "rank=4..2", "--sampler", "tpe", "--flags", "validation_split=0.1"], "sweep", "rank: a range is min..max"
     ),
-    "flags left empty": (["{tmp}/empty.yaml"], None, "flags: it must hold one flag a line"),
-    "a list": (["{tmp}/list.yaml"], None, "sweep: it must hold one flag a line"),
+    "flags left empty": (["{tmp}/empty.yaml"], None, "flags: it must contain one flag per line"),
+    "a list": (["{tmp}/list.yaml"], None, "sweep: it must contain one flag per line"),
     "no trials": (
         ["--sampler", "random", "--num_trials", "0", "--sweep", "rank=2", "--flags", "validation_split=0.1"], "sweep",
         "num_trials 0: it must be a whole number, 1 or more",
@@ -267,7 +267,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told(case, tmp_path):
+def test_bad_input_is_reported(case, tmp_path):
     words, folder, message = BAD[case]
     (tmp_path / "empty.yaml").write_text(f"sweep_dir: {tmp_path}/x\nflags: []\n")
     (tmp_path / "list.yaml").write_text(f"sweep_dir: {tmp_path}/x\nsweep: [rank]\n")
@@ -286,7 +286,7 @@ def test_a_flag_that_training_refuses_ends_the_sweep(tmp_path):
 def test_another_sweep_in_the_same_folder_is_refused(run_here, tmp_path):
     folder, words = tmp_path / "sweep", ["--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=1)]
     run_here(folder, "--sweep", "rank=2", *words)
-    with pytest.raises(SweepError, match="it holds another sweep"):
+    with pytest.raises(SweepError, match="it contains another sweep"):
         run_here(folder, "--sweep", "rank=4", *words)
 
 
@@ -371,7 +371,7 @@ def test_workers_draw_different_trials():
     settings = {"sampler": "random", "seed": 0}
     drawn = set()
     for number in range(4):
-        study = optuna.create_study(sampler=sampler_of(settings, number))
+        study = optuna.create_study(sampler=make_sampler(settings, number))
         drawn.add(study.ask().suggest_float("x", 0, 1))
     assert len(drawn) == 4
 
@@ -391,7 +391,7 @@ def test_a_trial_that_stopped_in_time_is_gone_on_from(tmp_path):
     words = ["--sweep", "rank=2,4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=4)]
     done = run(tmp_path / "sweep", *words, SWEEP_STOPS_AT="2")
     assert done.returncode == 75, done.stderr
-    assert "trial 0: stopped at a checkpoint; run the same command again to go on" in done.stderr
+    assert "trial 0: stopped at a checkpoint; run the same command again to resume" in done.stderr
     done = run(tmp_path / "sweep", *words)
     assert done.returncode == 0, done.stderr
     assert [(row["trial"], row["state"]) for row in rows_of(tmp_path / "sweep")] == [

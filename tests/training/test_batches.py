@@ -8,7 +8,7 @@ from conftest import batch_sampler, make_picture_set, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from text_to_image_lora.training.batches import Division, add_class_samples, make_sampler, repeat_pictures
+from text_to_image_lora.training.batches import Division, add_class_samples, make_batch_sampler, repeat_pictures
 
 
 WORLD_SIZES = (1, 2, 3, 8)
@@ -107,7 +107,7 @@ def test_epochs_and_seeds_are_shuffled_differently():
 def test_the_sampler_of_a_picture_set(tmp_path):
     """All pictures of a step have one size, and the sampler uses the `Division`."""
     pictures = make_picture_set(write_pictures(tmp_path / "set"), sizes=[(32, 32)] * 4 + [(16, 48)] * 2)
-    sampler = make_sampler(pictures, 3, Division(2, accumulation=2, rank=1, world_size=2))
+    sampler = make_batch_sampler(pictures, 3, Division(2, accumulation=2, rank=1, world_size=2))
     assert (sampler.effective_batch_size, sampler.rank, sampler.seed) == (8, 1, 3)
     assert sorted(sampler.samples.tolist()) == list(range(6))
     assert sampler.steps_per_epoch == 2

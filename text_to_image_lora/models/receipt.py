@@ -1,4 +1,4 @@
-"""The receipt: reads a LoRA file like other programs do, and compares the update of every module with the trained one."""
+"""Reads a LoRA file as other programs do, and compares the update of every module with the trained update."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from .lora_file import fold_scale
 from .updates import factors, modules_of, relative_difference
 
 
-TOLERANCE = 1e-6  # relative to an update's norm; float32 rounding is smaller
+TOLERANCE = 1e-6  # relative to an update's norm; rounding to float32 causes a smaller difference
 
 
 def layer_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -23,12 +23,13 @@ def layer_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_arrival(
+def check_lora_file(
     path: Path, trained: dict, layers: dict, *, by_kohyas_names: bool = False, tolerance: float = TOLERANCE
 ) -> int:
-    """Reads a file like other programs and returns the number of modules; raises `TrainingError` if one is not as trained.
+    """Reads a LoRA file as other programs do, and returns the number of modules.
 
     `trained` is {component: (state dict of peft, `LoraConfig`)}, and `layers` is {component: `layer_shapes` of the base}.
+    Raises `TrainingError` if a module is missing, differs from its trained update, or was not trained.
     """
     with safe_open(path, "pt") as file:
         tensors, header = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -58,15 +59,15 @@ def check_arrival(
     return len(wanted)
 
 
-def _faults(wanted, arrived, layers, tolerance):
-    """Describes the modules that are not read as they were trained, and those that were not trained."""
+def _faults(wanted, found, layers, tolerance):
+    """Returns a description of each module that is not read as it was trained, or that was not trained."""
     faults = []
     for place, (a, b, magnitude) in wanted.items():
         name = ".".join(place)
-        if place not in arrived:
+        if place not in found:
             faults.append(f"{name} is not found")
             continue
-        got_a, got_b, got_magnitude = arrived[place]
+        got_a, got_b, got_magnitude = found[place]
         out, *inner = layers[place]
         if (len(got_b), got_a.shape[1]) != (out, torch.Size(inner).numel()) or got_b.shape[1] != len(got_a):
             faults.append(f"{name} has another shape")
@@ -74,7 +75,7 @@ def _faults(wanted, arrived, layers, tolerance):
             faults.append(f"{name} differs by {difference:.1e} of its update")
         elif not _alike(magnitude, got_magnitude, tolerance):
             faults.append(f"{name} differs in its DoRA magnitudes")
-    return faults + [f"{'.'.join(place)} was not trained" for place in sorted(arrived.keys() - wanted.keys())]
+    return faults + [f"{'.'.join(place)} was not trained" for place in sorted(found.keys() - wanted.keys())]
 
 
 def _alike(first, second, tolerance):

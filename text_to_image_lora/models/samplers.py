@@ -1,14 +1,14 @@
-"""The samplers that pictures are drawn with, by the names of their flag."""
+"""Samplers for drawing pictures, by the names that --scheduler accepts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Sampler(NamedTuple):
-    """A sampler of diffusers."""
+    """A scheduler of diffusers and how it is configured."""
 
-    scheduler: str  # its class in diffusers
-    changes: dict[str, Any]  # what differs from the base model's own configuration
+    scheduler: str  # the name of its class in diffusers
+    changes: dict[str, Any]  # overrides of the base model's scheduler configuration
     name_in_a1111: str
 
 
@@ -24,7 +24,7 @@ SAMPLERS = {
     "unipc": Sampler("UniPCMultistepScheduler", {}, "UniPC"),
     "lcm": Sampler("LCMScheduler", {}, "LCM"),
 }
-NO_ZERO_SNR = ("pndm", "heun")  # samplers that diffusers can't start at zero signal
+NO_ZERO_SNR = ("pndm", "heun")  # these schedulers of diffusers cannot start at zero terminal SNR
 
 
 def make_sampler(
@@ -34,16 +34,16 @@ def make_sampler(
     prediction_type: str | None = None,
     zero_snr: bool = False,
 ) -> Any:
-    """The scheduler of diffusers that pictures are drawn with.
+    """Creates the scheduler of diffusers that draws pictures.
 
-    The sampler is the base model's own, but DPM++ 2M (Lu et al., 2022, arXiv:2211.01095) instead of PNDM, which in 30
-    steps overshoots at strong guidance, and DDIM for zero terminal SNR.
+    By default it is the base model's scheduler, with two exceptions: DPM++ 2M (Lu et al., 2022, arXiv:2211.01095) replaces
+    PNDM, which overshoots in 30 steps at strong guidance, and DDIM is used for zero terminal SNR.
 
     Args:
-        scheduler_config: The configuration of the base model's own scheduler, with its `_class_name`.
-        name: A sampler of `SAMPLERS`, instead of that.
-        prediction_type: What the denoiser predicts, if it was trained otherwise than the configuration says.
-        zero_snr: Whether the denoiser was trained at zero terminal SNR: sampling must then start at the last timestep
+        scheduler_config: The configuration of the base model's scheduler, including its `_class_name`.
+        name: A key of `SAMPLERS`, which overrides the default scheduler.
+        prediction_type: What the denoiser predicts, if this differs from the configuration.
+        zero_snr: Whether the denoiser was trained with zero terminal SNR. Sampling must then start at the last timestep
             (Lin et al., 2023, arXiv:2305.08891).
     """
     import diffusers

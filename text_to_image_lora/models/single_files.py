@@ -1,4 +1,4 @@
-"""What a base model in a single file says by itself, and how an old one is read without running its code."""
+"""Detects the family and settings of a single-file base model, and loads .ckpt files without running their code."""
 
 import contextlib
 import pickle
@@ -13,13 +13,13 @@ from .families import FAMILIES, Family, all_supported
 
 
 class SingleFile(NamedTuple):
-    """What a single file says by the names of its weights alone."""
+    """The properties of a single-file model that follow from the names of its weights."""
 
-    family: Family | None  # None: they can't be read, or say nothing
-    scheduler_changes: dict
+    family: Family | None  # None: unknown, or the file cannot be read
+    scheduler_changes: dict  # overrides of the pipeline's scheduler configuration
 
 
-# Of the original code's names those that only other models have.
+# Prefixes of weight names, in the original code's naming, that only unsupported models have.
 OTHER_SINGLE_FILES = {
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.",
     "Flux": ("double_blocks.", "model.diffusion_model.double_blocks."),
@@ -28,7 +28,10 @@ OTHER_SINGLE_FILES = {
 
 
 def look_into(path: Path) -> SingleFile:
-    """The `SingleFile` of a path; `InputError` for one of another family. Nothing of a .ckpt is told without torch."""
+    """Returns the `SingleFile` of a path; raises `InputError` if the model is of an unsupported family.
+
+    A .ckpt file is not inspected, because that requires torch.
+    """
     from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() != ".safetensors":
@@ -36,25 +39,25 @@ def look_into(path: Path) -> SingleFile:
     try:
         with safe_open(path, "np") as file:
             keys = set(file.keys())
-    except (OSError, SafetensorError):  # what is wrong with it is told where it is loaded
+    except (OSError, SafetensorError):  # loading the file reports the error
         return SingleFile(None, {})
     for name, start in OTHER_SINGLE_FILES.items():
         if any(key.startswith(start) for key in keys):
             raise InputError(f"{path}: it is a model of {name}, which is not supported; supported: {all_supported()}.")
     found = (row for row in FAMILIES if any(key.startswith(row.single_file_key) for key in keys))
-    # Keys without a meaning for the model, by which its maker says how it was trained.
+    # These keys hold no weights: the author of a model adds them to record how it was trained.
     changes = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}
     return SingleFile(next(found, None), changes | ({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}))
 
 
-# What training programs leave in a .ckpt beside the weights, and loading does not need.
+# Objects that training programs store in a .ckpt beside the weights, and that loading does not need.
 HARMLESS = re.compile(r"(pytorch_lightning|lightning)\..+|numpy\.(_?core\.multiarray\.scalar|dtype)")
 
 
 class Inert:
-    """Stands in for a class or function that a .ckpt names and loading does not need; takes anything, does nothing."""
+    """Replaces a class or function that a .ckpt names and loading does not need; accepts any arguments and does nothing."""
 
-    def __init__(self, *args):
+    def __init__(self, *ignored):
         pass
 
     __setstate__ = __init__
@@ -62,10 +65,10 @@ class Inert:
 
 @contextlib.contextmanager
 def safe_to_read(path: str | Path) -> Iterator[None]:
-    """Inside, `weights_only` loading reads the single file: stand-ins take the place of what is `HARMLESS` in it.
+    """A context in which torch's `weights_only` loading can read a single file, with `Inert` for its `HARMLESS` objects.
 
-    No code that a file brings is ever run. Raises `InputError` for a checkpoint of torch that names anything else, and
-    for one that is broken. Files of safetensors hold nothing but weights.
+    Code in the file is never run. Raises `InputError` if a torch checkpoint names any other object, or is damaged.
+    A .safetensors file contains nothing but weights.
     """
     import torch
 

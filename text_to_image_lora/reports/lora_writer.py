@@ -41,7 +41,7 @@ class LoraWriter(NamedTuple):
             steps_per_epoch=self.steps_per_epoch, num_pictures=len(self.captions), names=self.names,
         )  # fmt: skip
         path = lora_file.save_lora(folder, components, metadata)
-        count = receipt.check_arrival(path, components, layers)
+        count = receipt.check_lora_file(path, components, layers)
         verified = f"{count} of {count} LoRA modules read back correctly from the diffusers file"
         if self.in_kohya_format:
             if "tags" in self.extras:
@@ -51,6 +51,6 @@ class LoraWriter(NamedTuple):
             if drawn:  # there are none if the prompt was added after the run had finished
                 metadata |= {"modelspec.thumbnail": header.thumbnail(drawn[0][1])}
             kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, metadata, names=self.names)
-            receipt.check_arrival(kohya_path, components, layers, by_kohyas_names=True)
+            receipt.check_lora_file(kohya_path, components, layers, by_kohyas_names=True)
             verified += f" and from the kohya file ({kohya_path})"
         return path, kohya_path, verified

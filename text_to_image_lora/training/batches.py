@@ -152,7 +152,7 @@ class EffectiveBatchSampler:
             yield from self.micro_batches(step)
 
 
-def make_sampler(
+def make_batch_sampler(
     pictures: Any, seed: int, division: Division, *, balanced: bool = False, prior_loss_weight: float = 1.0
 ) -> EffectiveBatchSampler:
     """Creates the sampler of a `PictureSet`, with pictures of one size in each step.

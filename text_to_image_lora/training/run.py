@@ -21,7 +21,7 @@ from ..models.settings import LoraSettings
 from ..pictures.examine import usable_pictures
 from ..pictures.inspection import format_samples, write_preview
 from . import checkpoint, freed_memory, hub_checkpoints, inputs, processes
-from .batches import Division, make_sampler
+from .batches import Division, make_batch_sampler
 from .objective import Diffusion
 from .settings import OptimizerSettings
 
@@ -104,7 +104,7 @@ def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_s
     """Creates the `EffectiveBatchSampler` of a run."""
     batches = settings.batches
     division = Division(batches.batch_size, batches.gradient_accumulation_steps, rank, world_size)
-    return make_sampler(
+    return make_batch_sampler(
         pictures, seed, division, balanced=settings.data.balanced,
         prior_loss_weight=settings.class_pictures.prior_loss_weight,
     )  # fmt: skip

@@ -97,7 +97,7 @@ def mini_sd_judge():
     ],
 )
 def test_what_a_caption_says(mini_sd_judge, prompt, said):
-    assert mini_sd_judge.said(prompt) == said
+    assert mini_sd_judge.parse(prompt) == said
 
 
 def test_the_embedded_bases_judge_sees_what_is_drawn(mini_sd_judge):
@@ -124,6 +124,6 @@ def test_the_embedded_bases_own_judge_is_found():
 def test_other_things_are_no_weapons(mini_sd_judge):
     assert len(mini_sd_judge.other_prompts) == 8
     mini_sd_judge.check_prompts(mini_sd_judge.other_prompts)
-    kinds = {mini_sd_judge.said(prompt)["kind"] for prompt in mini_sd_judge.other_prompts}
+    kinds = {mini_sd_judge.parse(prompt)["kind"] for prompt in mini_sd_judge.other_prompts}
     assert not kinds & {"axe", "spear", "trident", "whip"}
     assert len(kinds) > 3

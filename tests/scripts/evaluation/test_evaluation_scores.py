@@ -148,8 +148,8 @@ BASE = 0.3 + NOISE
 def test_the_most_like_is_taken():
     chosen, words = scores.recommend({"a": lora(0.4), "b": lora(0.6), "c": lora(0.5)}, BASE)
     assert chosen == "b"
-    assert words.startswith("Take b: likeness to the held-out pictures 0.600")
-    assert "a is less like them than b (by 0.200" in words
+    assert words.startswith("Use b: likeness to the held-out pictures 0.600")
+    assert "a is less like the held-out pictures than b (by 0.200" in words
     assert words.count(".") == words.replace(". ", "").count(".")  # one sentence
 
 
@@ -158,7 +158,7 @@ def test_of_equals_the_one_that_drifts_least():
     tables["early"]["likeness"] = tables["late"]["likeness"] + 0.02 * np.tile([-1, 1, 0], (6, 1)) * NOISE / 0.01
     chosen, words = scores.recommend(tables, BASE)
     assert chosen == "early"
-    assert "as good as late, and of these it drifts least from the base (0.100" in words
+    assert "as good as late, with the least drift from the base model (0.100" in words
 
 
 def test_what_memorised_comes_last():
@@ -167,7 +167,7 @@ def test_what_memorised_comes_last():
     assert "copy overfits: 50% of its pictures are nearer to a training picture than any held-out picture is" in words
     chosen, words = scores.recommend({"copy": lora(0.7, memorised=0.5)}, BASE)
     assert chosen == "copy"
-    assert "fewer steps or on more pictures" in words
+    assert "all LoRAs overfit: train for fewer steps or on more pictures" in words
 
 
 def test_what_loses_more_than_the_base_comes_last():
@@ -175,14 +175,14 @@ def test_what_loses_more_than_the_base_comes_last():
         {"good": lora(0.5), "far": lora(0.7, loss=1.2), "near": lora(0.5, loss=1.04)}, BASE
     )
     assert chosen in ("good", "near")
-    assert "far overfits: its held-out loss is 1.20 ± 0.05 times the base's" in words
+    assert "far overfits: its held-out loss is 1.20 ± 0.05 times the base model's" in words
     assert "near overfits" not in words
 
 
 def test_none_is_taken_where_none_is_better_than_the_base():
     chosen, words = scores.recommend({"a": lora(0.3), "b": lora(0.1)}, BASE)
     assert chosen is None
-    assert words.startswith("Take none: a is no more like the held-out pictures than the base")
+    assert words.startswith("Use none of them: a is no more like the held-out pictures than the base model is")
     assert "b is no more like" in words
 
 

@@ -3,12 +3,12 @@
 from conftest import ROOT
 
 from scripts import sweep
-from scripts.sweeping.settings import settle, values_of, words_of
+from scripts.sweeping.settings import parse_values, settle, to_words
 
 
 def test_true_and_false_switch_and_are_names():
     flags = {"random_flip": True, "allow_tf32": "false", "init_lora_weights": True, "rank": 4, "report_to": None}
-    assert words_of(flags) == [
+    assert to_words(flags) == [
         "--random_flip", "--no-allow_tf32", "--init_lora_weights", "true", "--rank", "4"
     ]  # fmt: skip
 
@@ -27,9 +27,9 @@ def test_what_a_file_fixes_can_be_varied(tmp_path):
 
 def test_words_are_words_and_numbers_numbers():
     """Not as YAML has it, to which `no` and `off` are false."""
-    assert values_of("no,bf16") == ["no", "bf16"]
-    assert values_of("off,blocks") == ["off", "blocks"]
-    assert values_of("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
-    assert values_of("true,false,null") == [True, False, None]
-    assert values_of("../a,../b") == ["../a", "../b"]
-    assert values_of("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
+    assert parse_values("no,bf16") == ["no", "bf16"]
+    assert parse_values("off,blocks") == ["off", "blocks"]
+    assert parse_values("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
+    assert parse_values("true,false,null") == [True, False, None]
+    assert parse_values("../a,../b") == ["../a", "../b"]
+    assert parse_values("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
