@@ -84,7 +84,7 @@ def test_pictures_that_do_not_say_how(model, repeated, tmp_path, capsys):
     cases = {
         repeated / "grid.png": "is a sheet of pictures, which was drawn by: infer.py --pretrained_model_name_or_path",
         tmp_path / "a1111.png": "only pictures that infer.py drew do",
-        tmp_path / "text.png": "can't be read: it is no picture",
+        tmp_path / "text.png": "can't be read: it is not a picture",
         tmp_path / "none.png": "can't be read: No such file or directory",
         with_chunks(picture, tmp_path / "gone.png", repeat=json.dumps(repeat)): "gone.safetensors does not exist",
         with_chunks(picture, tmp_path / "odd.png", repeat='{"flags": 3}'): "only pictures that infer.py drew do",

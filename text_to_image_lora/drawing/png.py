@@ -145,7 +145,7 @@ def read_repeat(path: Path) -> Repeat:
         with Image.open(path) as image:
             text = {**image.info}
     except Exception as error:  # Pillow's plugins raise what they like on broken files
-        reason = getattr(error, "strerror", None) or "it is no picture"
+        reason = getattr(error, "strerror", None) or "it is not a picture"
         raise InputError(f"--from_png {path} can't be read: {reason}.") from error
     if "command" in text:
         raise InputError(f"--from_png {path} is a sheet of pictures, which was drawn by: {text['command']}")

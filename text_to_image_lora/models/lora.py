@@ -129,7 +129,7 @@ def scaled_adapters(scale: float, *models: torch.nn.Module) -> Iterator[None]:
     if scale == 1:
         yield
         return
-    layers = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for model in models for module in model.modules() if isinstance(module, LoraLayer)]
     weights: list[torch.Tensor] = [each.weight.detach() for layer in layers for each in layer.lora_B.values()]
     copies = [weight.clone() for weight in weights]
     for weight in weights:

@@ -13,7 +13,7 @@ from PIL import Image
 from ..drawing.as_trained import AsTrained
 from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
-from ..drawing.grids import Cell, Grid, plan, prompt_cells, sheets_of
+from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells
 from ..drawing.pipeline import PIPELINES, Studio
 from ..drawing.png import describe, save_png, source_of
 from ..drawing.rows import Drawing, Lora
@@ -138,7 +138,7 @@ class Painter:
             drawing.stem: (each.image, describe(drawing, each, self.source))
             for drawing, each in zip(drawings, drawn, strict=True)
         }
-        (sheet,) = sheets_of(self.grid, drawings, images, ())
+        (sheet,) = make_sheets(self.grid, drawings, images, ())
         save_pictures(self.folder / f"step-{step:06d}", pictures, sheet.image)
         base = base_images(self.folder, drawings) if step and self.accelerator.trackers else {}
         prompts, num_images = [row.label for row in self.grid.rows], len(self.grid.columns)
