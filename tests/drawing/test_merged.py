@@ -34,7 +34,7 @@ def test_a_merged_model_without_pictures(model, lora, tmp_path, capsys):
     infer.main(["--pretrained_model_name_or_path", model, *map(str, flags), "--output_dir", str(tmp_path / "out")])
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'merged'}: the base model with the LoRA merged into it\n"
-    assert "can't say that it is to be drawn with clip skip 1" in err
+    assert "does not record clip skip 1" in err
     assert not (tmp_path / "out").exists()
     from safetensors.torch import load_file
 

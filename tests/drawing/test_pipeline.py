@@ -82,7 +82,7 @@ def test_no_model_is_held_twice(model, controlnet, photo, tmp_path, monkeypatch)
 
 def test_offload_on_a_cpu_is_said_to_do_nothing(model, tmp_path, capsys):
     draw(model, tmp_path, "--offload", "--device", "cpu")
-    assert capsys.readouterr().err == "note: --offload does nothing on cpu: it is for CUDA GPUs.\n"
+    assert capsys.readouterr().err == "note: --offload has no effect on cpu: it only applies to CUDA GPUs.\n"
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Pictures are drawn: sizes, batches, and the pipeline's call."""
+"""Draws pictures: chooses their sizes, divides them into batches, and calls the pipeline."""
 
 import logging
 import math
@@ -14,11 +14,13 @@ from .rows import Drawing
 
 logger = logging.getLogger(__name__)
 
-TILED_FROM = 1280 * 1280  # pixels, above which the VAE works in tiles: in one piece it would take 10 GB and more
+TILED_FROM = (
+    1280 * 1280
+)  # pixels; the VAE decodes larger pictures in tiles, because it would need more than 10 GB otherwise
 
 
 class Batch(NamedTuple):
-    """Pictures that are drawn at once: they differ in nothing but prompts and seeds."""
+    """Pictures that are drawn together, because only their prompts and seeds differ."""
 
     indices: list[int]  # of the drawings
     sampler: Any
@@ -31,11 +33,11 @@ class Drawn(NamedTuple):
     index: int  # of its drawing
     image: Any
     sampler: Any
-    batch: tuple[int, int]  # how many were drawn at once, and which of them this was: its rounding depends on it
+    batch: tuple[int, int]  # the size of its batch and its place in it, on which the rounding depends
 
 
 def sized(studio: Studio, drawings: Sequence[Drawing]) -> list[Drawing]:
-    """The drawings with their sizes: the model's own, or in the shape of the given picture, unless they have one."""
+    """Returns the drawings with their sizes set, see `size_of`."""
     side, picture = studio.pipe.unet.config.sample_size, studio.given.image or studio.given.control_image
     own = [s * studio.pipe.vae_scale_factor for s in ((side, side) if isinstance(side, int) else side)]
     sizes = [size_of(drawing, own, picture and picture.size) for drawing in drawings]
@@ -45,10 +47,9 @@ def sized(studio: Studio, drawings: Sequence[Drawing]) -> list[Drawing]:
 
 
 def size_of(drawing: Drawing, own: Sequence[int], shape: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of a drawing in pixels: as it says, else the model's `own`.
+    """Returns the (height, width) of a drawing in pixels; the values that it does not set are those of the model, `own`.
 
-    `shape` is the (width, height) of a picture to start from: the missing sides are then as its sides are to each other,
-    with the area of the model's own.
+    With the (width, height) `shape` of a given picture, they are chosen to keep its aspect ratio, at the area of `own`.
     """
     height, width = drawing.height, drawing.width
     if shape is None:
@@ -65,7 +66,7 @@ def size_of(drawing: Drawing, own: Sequence[int], shape: tuple[int, int] | None)
 
 
 def edges_of(image: Any) -> Any:
-    """The Canny edges (doi:10.1109/TPAMI.1986.4767851) of a picture, white on black."""
+    """Returns the Canny edges (doi:10.1109/TPAMI.1986.4767851) of a picture, white on black."""
     import kornia
     import numpy as np
     import torch
@@ -77,7 +78,7 @@ def edges_of(image: Any) -> Any:
 
 
 def fitted(given: Given, width: int, height: int) -> Given:
-    """The pictures, scaled and cropped to the size that is drawn; the control image as the ControlNet takes it."""
+    """Returns the given pictures, scaled and cropped to the size that is drawn, with the Canny edges as control image if asked for."""
     from PIL import Image, ImageOps
 
     def fit(picture):
@@ -90,7 +91,7 @@ def fitted(given: Given, width: int, height: int) -> Given:
 
 
 def warn_of_cut_prompts(studio: Studio, drawings: Sequence[Drawing]) -> None:
-    """Warns of prompts that are longer than the text encoder reads, where they are not read in chunks."""
+    """Warns about prompts that the text encoder truncates, because they are not encoded in chunks."""
     if studio.as_trained.long_prompts:
         return
     tokenizer = studio.pipe.tokenizer
@@ -101,11 +102,11 @@ def warn_of_cut_prompts(studio: Studio, drawings: Sequence[Drawing]) -> None:
 
 
 def batches_of(studio: Studio, drawings: Sequence[Drawing], batch_size: int) -> list[Batch]:
-    """The drawings in batches of at most `batch_size`, those that can be drawn at once together."""
+    """Divides the drawings into batches of at most `batch_size` pictures that can be drawn together."""
     groups = {}
     for i, drawing in enumerate(drawings):
         loras = tuple((lora.adapter, lora.scale) for lora in drawing.active_loras())
-        # What pictures of a batch may have of their own.
+        # What may differ between the pictures of a batch.
         own = dict(stem="", prompt="", negative_prompt=None, seed=0, loras=(), checkpoint=None, lora_scale=0)
         alike = loras, drawing._replace(**own), studio.encoder.num_chunks(drawing)
         groups.setdefault(alike, []).append(i)
@@ -122,7 +123,7 @@ def batches_of(studio: Studio, drawings: Sequence[Drawing], batch_size: int) -> 
 
 
 def _num_steps(sampler, drawing):
-    """How often the denoiser is called for a drawing, as diffusers counts."""
+    """Returns how often the denoiser is called for a drawing."""
     sampler.set_timesteps(drawing.num_inference_steps)
     share = 1 if drawing.strength is None else drawing.strength
     skipped = drawing.num_inference_steps - int(drawing.num_inference_steps * share)
@@ -134,7 +135,7 @@ def draw_batch(
 ) -> list[Drawn]:
     """Draws the pictures of a batch; calls `on_step(pipeline)` after each step.
 
-    Where `on_step` sets the pipeline's `_interrupt`, the steps that remain are left out, and no picture is returned.
+    If `on_step` sets the pipeline's `_interrupt`, the remaining steps are skipped and no picture is returned.
     """
     import torch
 
@@ -144,7 +145,7 @@ def draw_batch(
     available = first._asdict() | fitted(studio.given, width, height)._asdict()
     options = {argument: available[name] for argument, name in studio.arguments.items()}
     options |= {"num_inference_steps": first.num_inference_steps, "guidance_scale": first.guidance_scale}
-    # Drawn on the CPU, a seed's noise is the same on any device.
+    # Noise that is drawn on the CPU is the same on every device.
     options["generator"] = [torch.Generator("cpu").manual_seed(drawings[i].seed) for i in batch.indices]
     if studio.decode is not None:
         options["output_type"] = "latent"
@@ -171,9 +172,9 @@ def draw_batch(
 
 
 def draw(studio: Studio, drawings: Sequence[Drawing], batch_size: int) -> Iterator[Drawn]:
-    """Yields a `Drawn` for each drawing, with a progress bar; not in order, as those that can go together are drawn at once.
+    """Draws the pictures with a progress bar and yields a `Drawn` for each, batch by batch instead of in their order.
 
-    Raises `TrainingError` where the GPU's memory is too small.
+    Raises `TrainingError` if the GPU's memory is too small.
     """
     import torch
     from tqdm import tqdm

@@ -79,10 +79,10 @@ class EncodedPrompts:
 
 
 class PromptEncoder:
-    """Encodes each text once, for each set of LoRAs that the text encoders have a part of.
+    """Encodes each text once for each set of LoRAs that adapt the text encoders.
 
-    Prompts are padded to `least_chunks` chunks of tokens as in training, since the UNet attends to the padding too. With 0
-    they are cut after the first chunk.
+    Prompts are padded to `least_chunks` chunks of tokens as in training, because the UNet also attends to the padding. With
+    0, they are truncated after the first chunk.
     """
 
     def __init__(self, pipe: Any, family: Family, least_chunks: int):
@@ -91,12 +91,12 @@ class PromptEncoder:
         self.tokenizers = tuple(getattr(pipe, row.tokenizer) for row in family.text_encoders)
         self.text_encoders = tuple(getattr(pipe, row.name) for row in family.text_encoders)
         self.encoded = {}
-        # The LoRAs that the text encoders have a part of.
+        # The LoRAs that adapt the text encoders.
         parts = pipe.get_list_adapters().items()
         self.adapters = {name for part, names in parts if part != family.denoiser for name in names}
 
     def num_chunks(self, drawing: Drawing) -> int:
-        """How many chunks of tokens the prompt and the negative one take; 0 where all are cut after the first."""
+        """Returns the number of chunks of the prompt and the negative prompt; 0 if prompts are truncated."""
         if not self.least_chunks:
             return 0
         (counts,) = count_tokens(self.tokenizers[0], [[drawing.prompt, drawing.negative_prompt or ""]])

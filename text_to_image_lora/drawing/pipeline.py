@@ -1,4 +1,4 @@
-"""The pipeline of diffusers that draws: loaded, with LoRAs on it, on its device, or merged with them into a folder."""
+"""Loads the diffusers pipeline and its LoRAs, moves them to their device, or saves them merged."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ from .settings import Machine
 logger = logging.getLogger(__name__)
 
 
-# {kind of pipeline, of `families.PIPELINE_KINDS`: {argument of its call: what it takes of a `Drawing`, or of `Given`}}
+# {kind of pipeline, of `families.PIPELINE_KINDS`: {argument of its call: field of a `Drawing` or of `Given`}}
 PIPELINES = {
     "": {"height": "height", "width": "width"},
     "Img2Img": {"image": "image", "strength": "strength"},
@@ -35,17 +35,17 @@ PIPELINES["ControlNetImg2Img"] = PIPELINES["ControlNet"] | PIPELINES["Img2Img"] 
 
 
 class Job(NamedTuple):
-    """What pictures are drawn with, as far as it is known before a model is loaded."""
+    """What pictures are drawn with, before any model is loaded."""
 
     base: Base
-    loras: tuple[Lora, ...]  # all that any picture needs
+    loras: tuple[Lora, ...]  # of all pictures
     as_trained: AsTrained
     controlnet: ControlNet | None = None
     given: Given = Given()
 
     @property
     def kind(self) -> str:
-        """The kind of pipeline, of `PIPELINES`."""
+        """The kind of pipeline, a key of `PIPELINES`."""
         return ("ControlNet" if self.controlnet else "") + ("Img2Img" if self.given.image else "")
 
 
@@ -66,25 +66,25 @@ def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
 
 
 class Studio(NamedTuple):
-    """What draws: the pipeline, and what all pictures of a run have in common."""
+    """The pipeline, and what all pictures of a run have in common."""
 
     pipe: Any
     family: Family
     arguments: dict[str, str]  # of `PIPELINES`
     scheduler_config: dict[str, Any]  # of the base model's own scheduler
     as_trained: AsTrained
-    # (drawing) -> {argument of the pipeline's call: tensor of one picture}; its method `num_chunks(drawing)` tells which
-    # pictures have prompts of one length
+    # (drawing) -> {argument of the pipeline's call: tensor (1, ...)}; pictures are only drawn together if its method
+    # `num_chunks(drawing)` returns the same number for them
     encoder: Any
     given: Given = Given()
     # (pipeline, active LoRAs) -> the context in which the pipeline draws with them
     use_loras: Callable[[Any, Sequence[Lora]], contextlib.AbstractContextManager] = use_loras
-    # (latents (N, C, h, w)) -> pictures; None: the pipeline's own way
+    # (latents (N, C, h, w)) -> pictures; None: the pipeline decodes
     decode: Callable[[Any], list[Any]] | None = None
 
 
 def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
-    """The torch device and the dtype that flags come to on this machine; `InputError` for what it does not have."""
+    """Returns the torch device and the dtype of the flags; raises `InputError` for a device that this machine does not have."""
     import torch
 
     if device == "auto":
@@ -93,16 +93,16 @@ def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} can't be used here: {str(error).splitlines()[0]}") from error
-    # A T4 says that it has bf16 and emulates it, slowly.
+    # A T4 reports bf16 as supported, but emulates it slowly.
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = precision or ("bf16" if bf16 else "fp16" if device.startswith("cuda") else "no")
     if precision == "fp16" and device == "cpu":
-        raise InputError("--mixed_precision fp16 needs a GPU. Leave it out, or take bf16.")
+        raise InputError("--mixed_precision fp16 needs a GPU. Omit it, or use bf16.")
     return device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
-    """Loads what the job needs; raises `InputError` for what does not fit together."""
+    """Loads the models of a job; raises `InputError` for models that do not fit together."""
     trained, family = job.as_trained, job.base.model.family
     translated = {lora.adapter: translate(lora) for lora in job.loras if not stock_reads(lora)}
     pipe = load_pipeline(job, dtype)
@@ -116,7 +116,7 @@ def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
 
 
 def load_weights(model_class: Any, source: str, **options: Any) -> Any:
-    """A stock model or pipeline from a folder, a hub id or a single file, of which no code is run."""
+    """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
     try:
         if not Path(source).is_file():
             return model_class.from_pretrained(source, **options)
@@ -124,20 +124,20 @@ def load_weights(model_class: Any, source: str, **options: Any) -> Any:
             return model_class.from_single_file(source, **options)
     except InputError:
         raise
-    except Exception as error:  # the loaders raise nearly anything for files that are not in order
+    except Exception as error:  # the loaders raise many kinds of exceptions for broken files
         remedy = " Where there is no hub, pass --single_file_config." if Path(source).is_file() else ""
         reason = f"{type(error).__name__}: {str(error)[:300]}{remedy}"
         raise InputError(f"{source} can't be loaded: {reason}") from error
 
 
 def load_pipeline(job: Job, dtype: Any) -> Any:
-    """The stock pipeline of a job, without the safety checker."""
+    """Loads the diffusers pipeline of a job, without the safety checker."""
     import diffusers
     import transformers
 
-    # The one name that diffusers 0.39 knows; 0.42 knows `dtype` too.
+    # diffusers 0.39 only accepts this name; 0.42 also accepts `dtype`.
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-    for library in (diffusers, transformers):  # their loaders' advice is not about the user's pictures
+    for library in (diffusers, transformers):  # the advice of their loaders would confuse users
         library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
     model, vae = job.base.model, job.as_trained.vae
@@ -152,19 +152,19 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
     pipeline_class = getattr(diffusers, model.family.pipeline_of(job.kind))
     pipe = load_weights(pipeline_class, model.source, **options)
-    pipe.vae.enable_slicing()  # one picture of a batch at a time: the decoder takes more memory than the UNet
+    pipe.vae.enable_slicing()  # one picture at a time, because the decoder needs more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def stock_reads(lora: Lora) -> bool:
-    """Whether stock diffusers reads the file rightly by itself, as it does our own; `translate` is for the others."""
+    """Returns whether diffusers reads the file correctly, like the files of this project; others need `translate`."""
     leaf = r"(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
     return all(re.fullmatch(rf"({'|'.join(COMPONENTS)})\..+\.{leaf}", key) for key in lora.shapes)
 
 
 def translate(lora: Lora) -> dict[str, Any]:
-    """The weights of a LoRA in another program's dialect, {key of our own files: tensor}."""
+    """Reads a LoRA file of another program as {key in the files of this project: tensor}."""
     from ..models.lora_file import as_diffusers
 
     try:
@@ -174,23 +174,25 @@ def translate(lora: Lora) -> dict[str, Any]:
 
 
 def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str, Any]], clip_skip: int) -> None:
-    """Adds the LoRAs to the pipeline, and makes sure that every weight of their files found its place.
+    """Adds the LoRAs to the pipeline; raises `InputError` if a weight of their files does not fit.
 
-    `translated` holds the weights of those in other dialects {adapter: {key: tensor}}.
+    `translated` contains the weights of files in other dialects, {adapter: {key: tensor}}.
     """
     models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
     shapes = {f"{name}.{k}": v.shape for name, model in models.items() for k, v in model.state_dict().items()}
     check_fits(shapes, loras, clip_skip, pipe.vae.config.latent_channels)
-    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of the LoRA before
+    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # from the previous LoRA
     for lora in loras:
         weights = translated.get(lora.adapter)
         misfit = f"--lora {lora.path} does not fit this base model"
         source, options = (dict(weights), {}) if weights else (str(lora.path.parent), {"weight_name": lora.path.name})
         try:
             pipe.load_lora_weights(source, adapter_name=lora.adapter, **options)
-        except Exception as error:  # what peft, diffusers and transformers raise for sizes and names that don't match
+        except (
+            Exception
+        ) as error:  # peft, diffusers and transformers raise many kinds for sizes and names that don't match
             raise InputError(f"{misfit}: {type(error).__name__}: {str(error)[:300]}") from error
-        # What the check leaves to diffusers: there, and in transformers, a weight without a place is only warned of.
+        # diffusers and transformers only warn about a weight that does not fit.
         in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in weights or lora.shapes)
         pattern = re.compile(rf".+\.lora_[AB]\.{lora.adapter}\.weight")
         placed = sum(bool(pattern.fullmatch(name)) for m in models.values() for name, _ in m.named_parameters())
@@ -200,26 +202,26 @@ def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str,
 
 
 def place(pipe: Any, machine: Machine, device: str) -> None:
-    """Puts the pipeline on its device, or lets its models visit the GPU in turn; compiles the UNet's blocks on request."""
+    """Moves the pipeline to its device, or enables model CPU offloading, and compiles the UNet's blocks on request."""
     import torch
     import torch._dynamo
 
     on_cuda = torch.device(device).type == "cuda"
     if machine.offload and not on_cuda:
-        logger.warning("--offload does nothing on %s: it is for CUDA GPUs.", device)
+        logger.warning("--offload has no effect on %s: it only applies to CUDA GPUs.", device)
     if machine.offload and on_cuda:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
     if machine.compile:
-        # Each strength of a LoRA is a graph of its own; beyond the limit torch would go on uncompiled, in silence.
+        # Each scale of a LoRA needs its own graph; beyond the limit, torch would silently continue without compiling.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
         warnings.filterwarnings("ignore", r"Dynamo detected a call to a `functools.lru_cache`", UserWarning)
         pipe.unet.compile_repeated_blocks()
 
 
 def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
-    """Writes the pipeline with the LoRAs merged into its weights, whole or not at all; the studio is used up by it."""
+    """Writes the pipeline with the LoRAs merged into its weights, atomically. The studio must not be used afterwards."""
     import diffusers
 
     pipe, trained = studio.pipe, studio.as_trained
@@ -230,7 +232,7 @@ def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
     pipe.unload_lora_weights()
     for name in COMPONENTS[1:]:
         if getattr(pipe, name, None) is not None:
-            # transformers 5 keeps the renaming of the LoRA's keys, and would write the encoder's own under such names.
+            # transformers 5 keeps the renaming of the LoRA's keys, and would apply it to the keys of the encoder.
             getattr(pipe, name)._weight_conversions = None
     components = {name: part for name, part in pipe.components.items() if name != "controlnet"}
     components["scheduler"] = make_sampler(
@@ -242,5 +244,6 @@ def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
         getattr(diffusers, studio.family.pipeline_of())(**components).save_pretrained(temporary)
     for name in ("clip_skip", "long_prompts"):
         if value := getattr(trained, name):
-            asked = f"is to be drawn with {in_words(name, value)}: ask for it where you draw"
-            logger.warning("%s can't say that it %s", folder, asked)
+            logger.warning(
+                "%s does not record %s: set it in the program that you draw with", folder, in_words(name, value)
+            )

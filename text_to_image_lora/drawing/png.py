@@ -1,4 +1,4 @@
-"""What a picture's file says: its parameters, in the form that other programs know, and all that draws it again."""
+"""The text chunks of pictures: their parameters, as A1111 writes them too, and everything that --from_png needs."""
 
 import contextlib
 import functools
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
-    """What all pictures of a run come from, as their files repeat it."""
+    """What all pictures of a run are drawn with, as each file records it."""
 
-    flags: dict[str, Any]  # {flag: its value, or None}
-    machine: dict[str, str]  # {what the last bits depend on: its name or version}
+    flags: dict[str, Any]  # {flag: value or None}
+    machine: dict[str, str]  # {what the last bits depend on: name or version}
 
 
 class Repeat(NamedTuple):
-    """All that draws a picture again."""
+    """Everything that is needed to draw a picture again."""
 
-    flags: dict[str, list[str]]  # {flag: the words behind it}
-    sha256: dict[str, list[str]]  # {flag: hashes of the files that it names}
+    flags: dict[str, list[str]]  # {flag: its values on the command line}
+    sha256: dict[str, list[str]]  # {flag: hashes of its files}
     machine: dict[str, str]  # of `Source`
     batch: tuple[int, int] | None  # of `Drawn`
 
@@ -40,7 +40,7 @@ class Repeat(NamedTuple):
 def source_of(
     model: Model, pictures: FromPictures, *, vae: str | None, dtype: Any, device: str, compiled: bool
 ) -> Source:
-    """The `Source` of a run's pictures; `vae` is what they are drawn with instead of the base model's own, or None."""
+    """Returns the `Source` of a run's pictures; `vae` replaces that of the base model, unless it is None."""
     import torch
 
     flags = {"pretrained_model_name_or_path": model.pretrained_model_name_or_path, "vae": vae}
@@ -52,7 +52,7 @@ def source_of(
 
 
 def machine_of(device: str, compiled: bool) -> dict[str, str]:
-    """What the last bits of a picture depend on, beside its flags."""
+    """Returns what the last bits of a picture depend on besides its flags: versions and the device."""
     import diffusers
     import torch
 
@@ -70,7 +70,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -> Repeat:
-    """All that draws the picture again, for --from_png."""
+    """Returns everything that --from_png needs to draw the picture again."""
     own = {field: getattr(drawing, field) for field in SETTINGS if field != "checkpoint"} | {"lora_scale": None}
     own |= {field: None for field, row in SETTINGS.items() if row.needs and not source.flags.get(row.needs)}
     own |= {"clip_skip": drawing.clip_skip}
@@ -84,7 +84,7 @@ def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -
 
 
 def describe(drawing: Drawing, drawn: Any, source: Source) -> dict[str, Any]:
-    """The text chunks of a PNG: one for each parameter, all of them in A1111's form, and all for --from_png.
+    """Returns the text chunks of a PNG: one for each parameter, all of them in A1111's form, and the `Repeat`.
 
     `drawn` is the drawing's `Drawn`.
     """
@@ -115,7 +115,7 @@ def _sampler_in_a1111(sampler):
 
 
 def _settings_in_a1111(drawing, sampler, size, flags):
-    """The last line of A1111's `parameters`."""
+    """Returns the last line of A1111's `parameters`."""
 
     def short(path):
         return re.sub(r"\.(safetensors|ckpt|pt)$", "", Path(path).absolute().name).replace(",", " ")
@@ -138,13 +138,13 @@ def _settings_in_a1111(drawing, sampler, size, flags):
 
 
 def read_repeat(path: Path) -> Repeat:
-    """What `repeat_of` put into a PNG; `InputError` for a picture without it."""
+    """Reads the `Repeat` of a PNG; raises `InputError` for a picture without it."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             text = {**image.info}
-    except Exception as error:  # Pillow's plugins raise what they like on broken files
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions for broken files
         reason = getattr(error, "strerror", None) or "it is not a picture"
         raise InputError(f"--from_png {path} can't be read: {reason}.") from error
     if "command" in text:
@@ -159,7 +159,7 @@ def read_repeat(path: Path) -> Repeat:
 
 
 def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
-    """Warns of what keeps a picture from being drawn again exactly."""
+    """Warns about everything that prevents a picture from being drawn again exactly."""
     other = [
         f"{name} {stored.machine.get(name, 'no')} (here {now.machine.get(name, 'no')})"
         for name in sorted(stored.machine.keys() | now.machine.keys())
@@ -176,7 +176,7 @@ def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
 
 
 def save_png(image: Any, path: Path, chunks: dict[str, Any]) -> Path:
-    """Writes the picture and returns its path: `-1`, `-2`, ... is added where another picture has the name."""
+    """Writes the picture and returns its path; `-1`, `-2`, ... is added to the name if another picture has it."""
     from PIL.PngImagePlugin import PngInfo
 
     info, data = PngInfo(), io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a picture can have of its own: by a flag, by an option behind its prompt, or as a place in a grid. Needs no torch."""
+"""The settings that may differ between pictures: by a flag, by an option after a prompt, or on an axis of a grid. Needs no torch."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from ..models.samplers import SAMPLERS
 def number(
     kind: type, least: float = -math.inf, most: float = math.inf, multiple_of: int | None = None
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite number within bounds."""
+    """Returns an argparse type that accepts a finite number within bounds."""
     wish = "a whole number" if kind is int else "a finite number"
     if multiple_of:
         wish += f", a multiple of {multiple_of}"
@@ -34,12 +34,12 @@ def number(
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar of some names."""
+    """Returns the most similar of some names."""
     return difflib.get_close_matches(name, names, 1, cutoff=0)[0]
 
 
 def sampler_name(text: str) -> str:
-    """An argparse type: a name of `SAMPLERS`."""
+    """The argparse type of a name in `SAMPLERS`."""
     if text in SAMPLERS:
         return text
     listed = ", ".join(SAMPLERS)
@@ -48,13 +48,13 @@ def sampler_name(text: str) -> str:
 
 
 class Setting(NamedTuple):
-    """Something that a picture can have of its own."""
+    """A setting that may differ between pictures."""
 
-    short: str  # its name in grids and behind prompts; the flag's name is accepted too
-    letter: str | None  # kohya's option behind a prompt
-    parse: Callable  # makes the value of a text; raises argparse.ArgumentTypeError
-    label: str | None  # on a sheet; None: it can't be an axis of a grid
-    needs: str | None = None  # a flag without which it has no meaning
+    short: str  # its name in grids and after prompts, where the name of the flag is accepted too
+    letter: str | None  # kohya's name of the option after a prompt
+    parse: Callable  # parses a value; raises argparse.ArgumentTypeError
+    label: str | None  # of its values on a sheet; None: it can't be an axis of a grid
+    needs: str | None = None  # the flag that it depends on
 
 
 SETTINGS = {  # {field of a drawing, which is also the flag's name: row}
@@ -72,7 +72,7 @@ SETTINGS = {  # {field of a drawing, which is also the flag's name: row}
     "checkpoint": Setting("checkpoint", None, str, "{}"),
 }
 AXES = {name: field for field, row in SETTINGS.items() if row.label for name in (field, row.short)}
-OPTIONS_OF_PROMPTS = {  # {option behind a prompt: field}
+OPTIONS_OF_PROMPTS = {  # {option after a prompt: field}
     name: field
     for field, row in SETTINGS.items()
     if field not in ("prompt", "checkpoint")
@@ -82,49 +82,51 @@ OPTIONS_OF_PROMPTS = {  # {option behind a prompt: field}
 
 
 class Lora(NamedTuple):
-    """A LoRA file, and the strength that it is drawn with."""
+    """A LoRA file and its scale."""
 
-    given: str  # on the command line, without the strength
+    given: str  # on the command line, without the scale
     path: Path  # a file, or the folder of a LoRA in peft's dialect
     scale: float
     adapter: str  # its name in the pipeline
     shapes: dict[str, tuple[int, ...]]  # of its tensors
     header: dict[str, str]
-    fixed: bool = False  # the strength was given with the path, so --lora_scale does not apply
+    fixed: bool = False  # the scale was given with the path, so --lora_scale does not apply
     in_training: bool = False  # the weights are those of a training step, which the file may not contain
 
     @property
     def file(self) -> Path:
-        """The file with the weights."""
+        """The file that contains the weights."""
         from ..models.dialects import PEFT_WEIGHTS_NAME  # here, because --help does not need the dialects' patterns
 
         return self.path / PEFT_WEIGHTS_NAME if self.path.is_dir() else self.path
 
 
 class Drawing(NamedTuple):
-    """A picture to draw: the name of its file, and all that may differ from one picture to the next."""
+    """A picture to draw: the name of its file, and every setting that may differ between pictures."""
 
     stem: str = ""
     prompt: str = ""
     seed: int = 0
     loras: tuple[Lora, ...] = ()
-    checkpoint: Lora | None = None  # one more LoRA, of a grid over checkpoints
-    lora_scale: float = 1.0  # of the LoRAs that have no strength of their own
+    checkpoint: Lora | None = None  # an additional LoRA, of a grid over checkpoints
+    lora_scale: float = 1.0  # of the LoRAs that are given without a scale
     negative_prompt: str | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     scheduler: str | None = None
     clip_skip: int = 0
-    height: int | None = None  # in pixels; None: the model's own, or in the shape of the picture that is given
+    height: int | None = (
+        None  # in pixels; None: the native size of the model, or the aspect ratio of the given picture
+    )
     width: int | None = None
     strength: float | None = None
     controlnet_scale: float = 1.0
 
     def scaled_loras(self) -> tuple[Lora, ...]:
-        """All LoRAs, each with the strength that it is drawn with."""
+        """All LoRAs, each with the scale that applies to it."""
         loras = (*self.loras, *([self.checkpoint] if self.checkpoint else ()))
         return tuple(lora if lora.fixed else lora._replace(scale=self.lora_scale) for lora in loras)
 
     def active_loras(self) -> tuple[Lora, ...]:
-        """The LoRAs that take part: without those of strength 0 the picture is the base's, bit for bit."""
+        """The LoRAs whose scale is not 0; without any, the picture is that of the base model, bit for bit."""
         return tuple(lora for lora in self.scaled_loras() if lora.scale)
