@@ -6,8 +6,9 @@ RUN := demo/$(shell date +%Y%m%d-%H%M%S)
 .PHONY: demo test test-long test-newest gpu docs style quality
 
 # The first command for newcomers. Trains a LoRA on the bundled weapons with the embedded base model, in a new folder each
-# time, and draws the before/after picture.
+# time, and draws the before/after picture. `make demo RUN=FOLDER` resumes the run in a folder.
 demo: $(VENV)/installed
+	@echo "The demo is written into $(RUN). To resume it after an interruption: make demo RUN=$(RUN)"
 	@$(BIN)/accelerate launch --config_file accelerate_config.yaml train_text_to_image_lora.py \
 		--config recipes/demo.yaml --output_dir $(RUN)
 	@$(BIN)/python infer.py --pretrained_model_name_or_path models/mini-sd --lora $(RUN) --compare_base \

@@ -142,7 +142,7 @@ def main(settings: Settings) -> None:
         from text_to_image_lora.training.accelerator import make_accelerator
         from text_to_image_lora.training.learning import Learning
         from text_to_image_lora.training.perceptual import make_perceptual_loss
-        from text_to_image_lora.training.run import check_kohyas_names, load_models, prepare
+        from text_to_image_lora.training.run import check_kohyas_names, load_models, make_run
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -150,8 +150,8 @@ def main(settings: Settings) -> None:
     # Set up the run, its models, and the optimizer.
     accelerator = make_accelerator(settings, trackers)
     device, rank = accelerator.device, accelerator.process_index
-    run = prepare(settings, inputs, accelerator)
-    family, sampler, state, loss_settings = run.base.family, run.sampler, run.state, settings.loss
+    run = make_run(settings, inputs, accelerator)
+    family, batch_sampler, state, loss_settings = run.base.family, run.sampler, run.state, settings.loss
     models = load_models(settings, run, accelerator)
     painter = make_painter(settings, run, models, accelerator)
     check_kohyas_names(settings, models)
@@ -186,7 +186,7 @@ def main(settings: Settings) -> None:
     batches = iter(loader)
     while ending is None and reports.has_steps_left():
         step, train_loss, picture_losses = state.global_step, torch.zeros((), device=device), {}
-        num_micro_batches = sampler.num_micro_batches(step)
+        num_micro_batches = batch_sampler.num_micro_batches(step)
         for micro_step in range(num_micro_batches):
             batch = models.encode(next(batches).on(device))  # latents and conditions that are not cached
             timesteps = batch["timesteps"]
@@ -219,7 +219,7 @@ def main(settings: Settings) -> None:
         lr = learning.step(train_loss + grad_norm)  # skipped if loss or gradient is not finite
         state.global_step += 1
         numbers = {"train_loss": train_loss, "lr": lr, "grad_norm": grad_norm, **picture_losses}
-        ending = reports.step(numbers, asked_to_stop, sampler.num_samples(step))
+        ending = reports.step(numbers, asked_to_stop, batch_sampler.num_samples(step))
 
     # Save the results.
     files = reports.leave(ending, started)

@@ -142,7 +142,7 @@ ASSEMBLERS = {
     "training.inputs": "find_inputs find_base find_records check_rest make_picture_sets with_cached_tag_orders",
     "training.memory": "make_plan",
     "training.resume": "load",
-    "training.run": "prepare _find_resume_point make_run_sampler identity_of_run release_encoders load_models "
+    "training.run": "make_run _find_resume_point make_run_sampler identity_of_run release_encoders load_models "
     "choose_num_chunks adapt check_kohyas_names log_beginning",
     "training.settings": "ways_to_save_memory",
     "training.trials": "compile_denoiser",

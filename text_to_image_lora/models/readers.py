@@ -18,7 +18,7 @@ def diffusers(tensors, header, layers):
     In `loaders/peft.py` and `loaders/lora_base.py`, the part of a key after the component is the name of the layer, and the
     configuration in the header gives the scale. The scale must be 1, or the two functions would differ.
     """
-    adapters, arrived = json.loads(header.get(ADAPTER_METADATA_KEY, "{}")), {}
+    adapters, matched = json.loads(header.get(ADAPTER_METADATA_KEY, "{}")), {}
     for key in tensors:
         found = re.fullmatch(r"(\w+)\.(?:text_model\.)?(.+)\.lora_A\.weight", key)
         up, magnitude = (
@@ -33,8 +33,8 @@ def diffusers(tensors, header, layers):
         unscaled = len(tensors[key]) == config["r"] == config["lora_alpha"] and not config["use_rslora"]
         if module in (config["target_modules"] or ()):
             scale = 1.0 if unscaled else float("nan")
-            arrived[component, module] = *_pair(tensors, key, up, scale), tensors.get(magnitude)
-    return arrived
+            matched[component, module] = *_pair(tensors, key, up, scale), tensors.get(magnitude)
+    return matched
 
 
 def comfyui(tensors, header, layers):
@@ -67,16 +67,16 @@ def a1111(tensors, header, layers):
     """
     is_sd2 = layers.get(("text_encoder", "encoder.layers.0.self_attn.q_proj"), ())[:1] == (1024,)
     names = _original_names(layers, is_sd2)
-    arrived = _kohya_pairs(tensors, lambda name: names.get(_in_the_original(name, is_sd2)))
+    matched = _kohya_pairs(tensors, lambda name: names.get(_in_the_original(name, is_sd2)))
     attentions = {}
-    for component, module in arrived:
+    for component, module in matched:
         if ".self_attn." in module and (is_sd2 or component == "text_encoder_2"):
             attentions.setdefault(module.rpartition(".")[0], []).append((component, module))
     for places in attentions.values():
         if len(places) < 4:
             for place in places:
-                del arrived[place]
-    return arrived
+                del matched[place]
+    return matched
 
 
 def has_the_geometry_of_a1111(layers):
@@ -92,15 +92,15 @@ def _pair(tensors, down, up, scale):
 
 def _kohya_pairs(tensors, find_place):
     """Reads the modules whose kohya name `find_place` knows; without an alpha, both programs use the scale 1."""
-    arrived = {}
+    matched = {}
     for key in tensors:
         name, _, leaf = key.partition(".")
         up = f"{name}.lora_up.weight"
         if leaf == "lora_down.weight" and up in tensors and (place := find_place(name)) is not None:
             alpha = tensors.get(f"{name}.alpha")
             scale = 1.0 if alpha is None else alpha.item() / len(tensors[key])
-            arrived[place] = *_pair(tensors, key, up, scale), tensors.get(f"{name}.dora_scale")
-    return arrived
+            matched[place] = *_pair(tensors, key, up, scale), tensors.get(f"{name}.dora_scale")
+    return matched
 
 
 _IN_RESNETS = {

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     identity_before: dict[str, Any] | None  # the identity of the checkpoint
 
 
-def prepare(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
+def make_run(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     """Prepares a new or resumed `Run`."""
     from .. import log
 
