@@ -8,10 +8,11 @@ import pytest
 from conftest import make_picture_set, read_metrics, read_records, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.loading import find_base_model
-from text_to_image_lora.pictures.captions import edit_caption, shuffle_tags, shuffled_variations
+from text_to_image_lora.pictures.captions import edit_caption, tag_variations, vary_tags
 from text_to_image_lora.pictures.settings import CaptionSettings
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.data import Draws, TrainingSet
@@ -42,34 +43,53 @@ tags = st.lists(st.text("abc ", min_size=1, max_size=5).map(str.strip).filter(bo
 
 @given(tags, st.integers(0, 8), st.integers(0, 2**32 - 1))
 def test_shuffling_loses_no_tag_and_keeps_the_first(words, keep, seed):
-    out = shuffle_tags(" ,  ".join(words) + ",", np.random.default_rng(seed), keep).split(", ")
+    rules = CaptionSettings(shuffle_tags=True, keep_tags=keep)
+    out = vary_tags(" ,  ".join(words) + ",", np.random.default_rng(seed), rules).split(", ")
     assert out[:keep] == words[:keep]
     assert Counter(out) == Counter(words)
 
 
 def test_every_order_occurs():
-    orders = {shuffle_tags("sks, a, b, c", np.random.default_rng(seed), 1) for seed in range(200)}
+    rules = CaptionSettings(shuffle_tags=True, keep_tags=1)
+    orders = {vary_tags("sks, a, b, c", np.random.default_rng(seed), rules) for seed in range(200)}
     assert len(orders) == 6
 
 
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_each_tag_is_left_out_by_chance_except_the_first(shuffles):
+    """With 2 kept tags and a probability of 0.3, each of the others stays in 70% of the captions, independently."""
+    rules = CaptionSettings(caption_tag_dropout=0.3, keep_tags=2, shuffle_tags=shuffles)
+    captions = [vary_tags("sks, axe, a, b, c", np.random.default_rng(seed), rules) for seed in range(2000)]
+    assert all(caption.startswith("sks, axe") for caption in captions)
+    counts = Counter(tag for caption in captions for tag in caption.split(", "))
+    assert counts["sks"] == counts["axe"] == 2000
+    assert all(counts[tag] == pytest.approx(1400, abs=80) for tag in "abc")
+    pairs = sum({"a", "b"} <= set(caption.split(", ")) for caption in captions)
+    assert pairs == pytest.approx(980, abs=90)
+    in_order = [caption for caption in captions if caption.split(", ")[2:] == sorted(caption.split(", ")[2:])]
+    assert (len(in_order) == 2000) is not shuffles
+
+
+def test_all_tags_can_be_left_out():
+    assert vary_tags("a, b", np.random.default_rng(0), CaptionSettings(caption_tag_dropout=1.0)) == ""
+
+
 def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
-    rules = CaptionSettings(tag_variations=8)
-    first = shuffled_variations(["a, b, c, d"], rules)
-    assert first == shuffled_variations(["a, b, c, d"], rules)
+    rules = CaptionSettings(shuffle_tags=True, tag_variations=8)
+    first = tag_variations(["a, b, c, d"], rules)
+    assert first == tag_variations(["a, b, c, d"], rules)
     assert len(first) == 8
     assert len(set(first)) >= 4
 
     def orders(caption):
         tags = caption.split(", ")
-        return [[tags.index(tag) for tag in order.split(", ")] for order in shuffled_variations([caption], rules)]
+        return [[tags.index(tag) for tag in order.split(", ")] for order in tag_variations([caption], rules)]
 
     assert orders("a, b, c, d") != orders("e, f, g, h")
-    assert shuffled_variations(["one tag"], rules) == ["one tag"] * 8
-    assert all(
-        order.startswith("a, b, ") for order in shuffled_variations(["a, b, c, d"], replace(rules, keep_tags=2))
-    )
+    assert tag_variations(["one tag"], rules) == ["one tag"] * 8
+    assert all(order.startswith("a, b, ") for order in tag_variations(["a, b, c, d"], replace(rules, keep_tags=2)))
     # A caption without tags is drawn as often as one with many.
-    many = shuffled_variations(["a sentence", "a, b"], replace(rules, tag_variations=30))
+    many = tag_variations(["a sentence", "a, b"], replace(rules, tag_variations=30))
     assert many.count("a sentence") == 30
 
 
@@ -102,6 +122,21 @@ def test_tags_are_shuffled_anew_each_step_when_live(make_set):
     assert all(caption.startswith("sks, ") for caption in drawn)
 
 
+def test_tags_left_out_are_drawn_from_the_cached_variations(train, pictures, tmp_path):
+    """A run with --caption_tag_dropout trains on other captions than one without, and the file records the flag."""
+    folder = write_pictures(tmp_path / "tags", count=2, captions=["sks, a, b, c", "sks, d, e, f"])
+
+    def losses(name, **options):
+        out = train(train_data_dir=folder, max_train_steps=3, center_crop=True, output_dir=tmp_path / name, **options)
+        return [row["train_loss"] for row in read_metrics(out)]
+
+    assert losses("dropped", caption_tag_dropout=0.5, keep_tags=1) != pytest.approx(losses("plain"), rel=1e-4)
+    with safe_open(tmp_path / "dropped" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert file.metadata()["ss_caption_tag_dropout_rate"] == "0.5"
+    live = losses("live", caption_tag_dropout=0.9999, keep_tags=1, cache_variations=0)
+    assert live == pytest.approx(losses("cached", caption_tag_dropout=0.9999, keep_tags=1), rel=1e-4)
+
+
 def test_dropped_captions_are_the_same_cached_and_live(train, pictures):
     """With most captions dropped, and one variation of each picture, the cache gives the losses of encoding live."""
 
@@ -116,15 +151,13 @@ def test_dropped_captions_are_the_same_cached_and_live(train, pictures):
 
 def test_each_different_order_is_encoded_once(train, pictures, tmp_path):
     """`--tag_variations` orders of each caption are encoded, and trained on."""
-    from safetensors import safe_open
-
     folder = write_pictures(tmp_path / "tags", count=2, captions=["sks, a, b, c", "sks, d, e, f"])
     train(train_data_dir=folder, shuffle_tags=True, keep_tags=1, tag_variations=4, max_train_steps=3)
     shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
     with safe_open(shards[0], "pt") as file:
         counts = [file.get_slice(name).get_shape()[0] for name in sorted(file.keys())]
-    rules = CaptionSettings(keep_tags=1, tag_variations=4)
-    expected = sum(len(set(shuffled_variations([c], rules))) for c in ("sks, a, b, c", "sks, d, e, f"))
+    rules = CaptionSettings(shuffle_tags=True, keep_tags=1, tag_variations=4)
+    expected = sum(len(set(tag_variations([c], rules))) for c in ("sks, a, b, c", "sks, d, e, f"))
     assert len(shards) == 1
     assert counts == [expected]
     assert expected > 4

@@ -38,6 +38,7 @@ SETTINGS = {
     "ss_mixed_precision": "mixed_precision",
     "ss_seed": "seed",
     "ss_caption_dropout_rate": "caption_dropout",
+    "ss_caption_tag_dropout_rate": "caption_tag_dropout",
     "ss_shuffle_caption": "shuffle_tags",
     "ss_enable_bucket": "aspect_ratio_buckets",
     "ss_flip_aug": "random_flip",

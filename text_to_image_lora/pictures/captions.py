@@ -15,20 +15,26 @@ def edit_caption(caption: str, settings: CaptionSettings) -> str:
     return f"{settings.caption_prefix}{caption}{settings.caption_suffix}"
 
 
-def shuffle_tags(caption: str, rng: Any, keep: int = 0) -> str:
-    """Shuffles the comma-separated tags of a caption, except the first `keep`; `rng` is a NumPy generator."""
+def vary_tags(caption: str, rng: Any, settings: CaptionSettings) -> str:
+    """Shuffles the comma-separated tags of a caption and leaves out some, except the first `keep_tags`.
+
+    `rng` is a NumPy generator.
+    """
     tags = [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
-    return ", ".join(tags[:keep] + [tags[keep:][i] for i in rng.permutation(max(len(tags) - keep, 0))])
+    kept, others = tags[: settings.keep_tags], tags[settings.keep_tags :]
+    if settings.shuffle_tags:
+        others = [others[i] for i in rng.permutation(len(others))]
+    if settings.caption_tag_dropout:
+        others = [tag for tag in others if rng.random() >= settings.caption_tag_dropout]
+    return ", ".join(kept + others)
 
 
-def shuffled_variations(captions: list[str], settings: CaptionSettings) -> list[str]:
-    """Returns `tag_variations` shuffled copies of each caption; equal copies stay, so that all captions are drawn equally often.
+def tag_variations(captions: list[str], settings: CaptionSettings) -> list[str]:
+    """Returns `tag_variations` varied copies of each caption; equal copies stay, so that all captions are drawn equally often.
 
-    The orders depend only on the captions, so that runs with different seeds share the cache.
+    They depend only on the captions, so that runs with different seeds share the cache.
     """
     import numpy as np
 
     rng = np.random.default_rng([0, zlib.crc32("\n".join(captions).encode())])
-    return [
-        shuffle_tags(caption, rng, settings.keep_tags) for caption in captions for _ in range(settings.tag_variations)
-    ]
+    return [vary_tags(caption, rng, settings) for caption in captions for _ in range(settings.tag_variations)]

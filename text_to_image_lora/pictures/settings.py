@@ -59,10 +59,15 @@ class CaptionSettings:
     caption_suffix: str = flag("", "text to append to every caption", may_change=True)
     caption_dropout: float = flag(0.0, "proportion of samples that are trained with an empty caption, for classifier-free guidance", from_up_to(0, 1))
     shuffle_tags: bool = flag(False, "shuffle the comma-separated tags of captions")
-    keep_tags: int = flag(0, "with --shuffle_tags: number of tags at the beginning that are not shuffled", at_least(0))
-    tag_variations: int = flag(8, "with --shuffle_tags: number of cached orders per caption; without the cache, every sample is shuffled anew", at_least(1))
+    caption_tag_dropout: float = flag(0.0, "probability with which each comma-separated tag of a caption is left out", from_up_to(0, 1))
+    keep_tags: int = flag(0, "with --shuffle_tags and --caption_tag_dropout: number of tags at the beginning that always stay in their place", at_least(0))
+    tag_variations: int = flag(8, "with --shuffle_tags and --caption_tag_dropout: number of cached variations per caption; without the cache, every sample is varied anew", at_least(1))
     long_prompts: bool = flag(False, "encode captions of more than 77 tokens completely, in chunks, instead of truncating them; infer.py then does so too, and A1111 always does")
     # fmt: on
+
+    @property
+    def varies_tags(self) -> bool:
+        return self.shuffle_tags or self.caption_tag_dropout > 0
 
     def check(self, settings):
         try:

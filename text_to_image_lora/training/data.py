@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..pictures.captions import shuffle_tags
+from ..pictures.captions import vary_tags
 from ..pictures.settings import CaptionSettings
 from . import interruption
 from .conditions import make_picture_condition
@@ -109,7 +109,7 @@ class TrainingSet(torch.utils.data.Dataset):
             condition |= self.prompts.row(caption)
         else:
             rng, rules = np.random.default_rng(which_caption), draws.captions
-            out["captions"] = shuffle_tags(caption, rng, rules.keep_tags) if rules.shuffle_tags else caption
+            out["captions"] = vary_tags(caption, rng, rules) if rules.varies_tags else caption
         return out | {"condition": condition}
 
 

@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..files import check_writable
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
-from ..pictures.captions import shuffled_variations
+from ..pictures.captions import tag_variations
 from ..pictures.layouts import ReadOptions
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
@@ -124,9 +124,9 @@ def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tup
 
 
 def with_cached_tag_orders(settings: Any, pictures: Any) -> Any:
-    """Returns the `PictureSet` with each order of shuffled tags that is cached as a caption."""
+    """Returns the `PictureSet` with each variation of its tags that is cached as a caption."""
     caches = settings.cache.num_variations(settings.augmentation)
-    if not settings.captions.shuffle_tags or not caches or settings.lora.train_text_encoder:
+    if not settings.captions.varies_tags or not caches or settings.lora.train_text_encoder:
         return pictures
-    captions = [shuffled_variations(group, settings.captions) for group in pictures.captions]
+    captions = [tag_variations(group, settings.captions) for group in pictures.captions]
     return dataclasses.replace(pictures, captions=captions)
