@@ -41,7 +41,7 @@ class Checkpoints:
 
         def add(folder):
             with self.learning.weights_for_use():
-                self.save_lora(folder)
+                self.writer.write(folder, state.global_step, verifies=False)
             judge.keep_best(folder)
 
         states = {name: lora.adapter_state(model)[0] for name, model in self.models.adapted.items()}

@@ -1,4 +1,4 @@
-"""Writes the LoRA files of a run in the requested formats, and verifies them by reading them back."""
+"""Writes the LoRA files of a run in the requested formats, and verifies final files by reading them back."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ class LoraWriter(NamedTuple):
     extras: tuple | list = ()  # "tags" and "thumbnail", in the header of kohya's file
     prompts: tuple | list = ()  # of the sample pictures, the first of which is the thumbnail
 
-    def write(self, folder: str | Path, step: int) -> tuple[Path, Path | None, str]:
+    def write(self, folder: str | Path, step: int, *, verifies: bool = True) -> tuple[Path, Path | None, str]:
         """Writes the LoRA of a step into a folder; returns its path, kohya's path or None, and a line on what was verified.
 
-        Raises `NotANumberError` if weights are not finite, `TrainingError` if a file does not read back as it was trained.
+        Files in checkpoints are not verified, as they are no results. Raises `NotANumberError` if weights are not finite, `TrainingError` if a file does not read back as it was trained.
         """
         components = {name: lora.adapter_state(model) for name, model in self.adapted.items()}
         if not all(value.isfinite().all() for state, _ in components.values() for value in state.values()):
@@ -33,7 +33,6 @@ class LoraWriter(NamedTuple):
                 f"The LoRA weights contain NaN or infinity after step {step}. Lower --learning_rate; everything saved before "
                 f"is in {self.output_dir}."
             )
-        layers = {name: receipt.layer_shapes(model) for name, model in self.adapted.items()}
         finished, kohya_path = Path(folder) == self.output_dir, None
         kohya_name = kohya.file_name(self.output_dir, None if finished else step)
         metadata = self.run_header | header.header_for_readers(
@@ -41,8 +40,6 @@ class LoraWriter(NamedTuple):
             steps_per_epoch=self.steps_per_epoch, num_pictures=len(self.captions), names=self.names,
         )  # fmt: skip
         path = lora_file.save_lora(folder, components, metadata)
-        count = receipt.check_lora_file(path, components, layers)
-        verified = f"{count} of {count} LoRA modules read back correctly from the diffusers file"
         if self.in_kohya_format:
             if "tags" in self.extras:
                 captions = [caption for group in self.captions for caption in group]
@@ -51,6 +48,13 @@ class LoraWriter(NamedTuple):
             if drawn:  # there are none if the prompt was added after the run had finished
                 metadata |= {"modelspec.thumbnail": header.thumbnail(drawn[0][1])}
             kohya_path = kohya.save_kohya(Path(folder) / kohya_name, components, metadata, names=self.names)
+        return path, kohya_path, self._verify(components, path, kohya_path) if verifies else ""
+
+    def _verify(self, components, path, kohya_path):
+        layers = {name: receipt.layer_shapes(model) for name, model in self.adapted.items()}
+        count = receipt.check_lora_file(path, components, layers)
+        line = f"{count} of {count} LoRA modules read back correctly from the diffusers file"
+        if kohya_path is not None:
             receipt.check_lora_file(kohya_path, components, layers, by_kohyas_names=True)
-            verified += f" and from the kohya file ({kohya_path})"
-        return path, kohya_path, verified
+            line += f" and from the kohya file ({kohya_path})"
+        return line
