@@ -10,18 +10,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    TORCHRUN,
-    read_lora,
-    read_metrics,
-    run_command,
-    train_script,
-    write_pictures,
-)
-from diffusers import (
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from conftest import TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from infer_fixtures import difference, draw
 from loopback_hub import Repositories, environment, serving
 from PIL import Image

@@ -334,12 +334,7 @@ def test_pictures_that_only_moved_are_the_same_run(train, two, pictures, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("lr_scheduler", "cosine"),
-        ("learning_rate", 1e-4),
-        ("adam_weight_decay", 0.5),
-    ],
+    ("name", "value"), [("lr_scheduler", "cosine"), ("learning_rate", 1e-4), ("adam_weight_decay", 0.5)]
 )
 def test_another_learning_rate_is_used(train, six_steps, tmp_path, name, value):
     out = train(output_dir=stopped(six_steps, tmp_path / "out", 3), max_train_steps=6, **{name: value})

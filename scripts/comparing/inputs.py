@@ -1,4 +1,4 @@
-"""Inputs of the compared commands beside models/ and metadata/ of the checkout. They are made from code, always equally."""
+"""Makes the inputs of the compared commands that are not in models/ or metadata/. They are equal in every call."""
 
 import hashlib
 import io

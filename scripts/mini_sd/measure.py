@@ -82,10 +82,7 @@ def weapon_test_scenes(seed=0):
 
 def table(rows):
     """Returns {name: result of `shares`} as a Markdown table, in percent."""
-    lines = [
-        "| | object's colour | background's colour | kind | blossoms | pictures |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| | object's colour | background's colour | kind | blossoms | pictures |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         shares = " | ".join(
             f"{100 * row[key]:.1f}%" for key in ("object_colour", "background_colour", "kind", "blossoms")

@@ -29,9 +29,6 @@ def draw_with(pipeline, prompts, *, seed, guidance_scale, num_inference_steps, b
         batch = prompts[first : first + batch_size]
         generators = [torch.Generator().manual_seed(seed * 100_003 + first + i) for i in range(len(batch))]
         images += pipeline(
-            batch,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generators,
+            batch, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
         ).images
     return images

@@ -159,9 +159,7 @@ def test_no_header_tells_a_folder(train, tiny_sd, pictures, tmp_path, monkeypatc
 def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
     rule = kohya.kohya_tensors
     monkeypatch.setattr(
-        kohya,
-        "kohya_tensors",
-        lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")},
+        kohya, "kohya_tensors", lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")}
     )
     with pytest.raises(
         TrainingError, match=r"out-step000002\.safetensors: 30 of 30 modules are not read correctly by ComfyUI"

@@ -6,11 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_picture_set, read_metrics, train_script
-from diffusers import (
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from family_fixtures import true_xl
 from original_weights import renamed, vae_to_ldm
 from safetensors.torch import load_file, save_file
