@@ -1,4 +1,4 @@
-"""What the tests share: a tiny Stable Diffusion made from config, pictures, and the command, in this process or not."""
+"""Fixtures and helpers of all tests: a tiny Stable Diffusion pipeline, pictures, and runs of the training command."""
 
 import functools
 import importlib
@@ -29,14 +29,14 @@ importlib.import_module("text_to_image_lora.libraries").quiet_libraries()
 
 @pytest.fixture(autouse=True)
 def on_cpu(request, monkeypatch):
-    """Bit-for-bit comparisons are of the CPU's; only tests marked gpu use another device."""
+    """Runs all tests except those marked gpu on the CPU, because bit-for-bit comparisons are made there."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
-    """A `StableDiffusionPipeline` folder with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
+    """Saves a `StableDiffusionPipeline` with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTokenizer
@@ -62,7 +62,7 @@ def tiny_sd(tmp_path_factory):
 
 
 def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
-    """A dataset folder: smooth random PNG pictures and a metadata.jsonl."""
+    """Writes a dataset folder with smooth random PNG pictures and a metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
@@ -76,14 +76,14 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
 
 
 def with_red_and_blue_swapped():
-    """An ICC profile that says that the first channel is blue and the third red: sRGB's with two tags renamed."""
+    """Returns an ICC profile in which the first channel is blue and the third is red: sRGB with two tags renamed."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = data.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
     return data.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB built", b"swap built")
 
 
 def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives", cache_dir=None, **flags):
-    """The records of a dataset, read with these flags of the training script."""
+    """Returns the records of a dataset, read with these flags of the training script."""
     from dataclasses import fields
 
     from text_to_image_lora.pictures.layouts import ReadOptions
@@ -100,7 +100,7 @@ def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives",
 
 @pytest.fixture
 def said():
-    """The lines that the package logs in a test."""
+    """Collects the messages that the package logs in a test."""
     import logging
 
     from text_to_image_lora import log
@@ -116,7 +116,7 @@ def said():
 
 
 def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, first_step=0, num_steps=0, **epoch):
-    """An `EffectiveBatchSampler` of these samples; `epoch` has a seed, groups and loss weights."""
+    """Returns an `EffectiveBatchSampler` of these samples; `epoch` contains a seed, groups and loss weights."""
     from text_to_image_lora.training.batches import Division, EffectiveBatchSampler, Epoch
 
     division = Division(batch_size, accumulation, rank, world_size)
@@ -126,7 +126,7 @@ def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, 
 
 
 def make_picture_set(records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", **augmentation):
-    """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
+    """Returns the `PictureSet` of records or of a folder, with square pictures or with the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
     from text_to_image_lora.pictures.settings import AugmentationSettings
@@ -145,12 +145,15 @@ def make_picture_set(records, *, resolution=32, sizes=None, captions=None, inter
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Six 40x32 pictures with captions."""
+    """Writes six 40x32 pictures with captions."""
     return write_pictures(tmp_path / "pictures")
 
 
 def words_of_run(model, pictures, folder, **changes):
-    """The flags of a run that takes a second: 2 steps of batch 2 at 32 px, no tracker; what is None or False is left out."""
+    """Returns the flags of a run that takes a second: 2 steps of batch size 2 at 32 px, no tracker.
+
+    Flags whose value is None or False are left out.
+    """
     flags = dict(
         pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
         max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none", output_dir=folder / "out",
@@ -168,7 +171,7 @@ def words_of_run(model, pictures, folder, **changes):
 
 
 def train_here(words):
-    """Runs the script's `main` in this process; returns the output folder."""
+    """Runs the script's `main` in this process and returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from text_to_image_lora.training import interruption
@@ -188,7 +191,7 @@ def train_here(words):
 
 @pytest.fixture(scope="session")
 def train_in(tiny_sd):
-    """`train_in(folder, **flags)`: a run like those of `train`, for fixtures that several tests read."""
+    """Returns `train_in(folder, **flags)`, a run like those of `train` for fixtures that several tests share."""
 
     def run(folder, **changes):
         pictures = folder / "pictures" if (folder / "pictures").exists() else write_pictures(folder / "pictures")
@@ -201,7 +204,10 @@ def train_in(tiny_sd):
 
 @pytest.fixture(scope="session")
 def train_on_weapons(tmp_path_factory):
-    """`train_on_weapons(output_dir, **flags)`: a run of the embedded base on the bundled weapons; all share a cache."""
+    """Returns `train_on_weapons(output_dir, **flags)`, which trains the embedded base model on the bundled weapons.
+
+    All its runs share a cache.
+    """
     common = dict(
         resolution=128, train_batch_size=4, center_crop=True, latent_cache_dir=tmp_path_factory.mktemp("cache")
     )
@@ -218,7 +224,7 @@ def train_on_weapons(tmp_path_factory):
 
 @pytest.fixture
 def arguments(tiny_sd, pictures, tmp_path):
-    """The words of a tiny run, see `words_of_run`."""
+    """Returns a function that builds the flags of a tiny run, see `words_of_run`."""
 
     def build(**changes):
         return words_of_run(tiny_sd, pictures, tmp_path, **changes)
@@ -228,7 +234,7 @@ def arguments(tiny_sd, pictures, tmp_path):
 
 @pytest.fixture
 def train(arguments):
-    """Runs the script's `main` in this process with the given flags; returns the output folder."""
+    """Returns a function that runs the script's `main` here with the given flags and returns the output folder."""
 
     def run(**changes):
         return train_here(arguments(**changes))
@@ -237,7 +243,7 @@ def train(arguments):
 
 
 def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
-    """The command as typed, from the project's folder; stdout and stderr are text."""
+    """Runs the real command in the project's folder; stdout and stderr are text."""
     return subprocess.run(
         [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
         cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout,
@@ -270,7 +276,7 @@ THREADS = [
 
 @pytest.fixture
 def cores(monkeypatch):
-    """A machine of six physical cores with two threads each; the number of threads is put back."""
+    """Simulates a machine with six physical cores and two threads per core; restores PyTorch's number of threads."""
     import torch
 
     before = torch.get_num_threads()
@@ -282,12 +288,12 @@ def cores(monkeypatch):
 
 
 def read_metrics(folder):
-    """The rows of metrics.jsonl."""
+    """Returns the rows of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_lora(folder):
-    """The tensors of a LoRA file."""
+    """Returns the tensors of a LoRA file."""
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
@@ -295,7 +301,7 @@ def read_lora(folder):
 
 @functools.cache
 def held_out_weapons():
-    """Latents and hidden states of the pictures of metadata/weapons_test, as the embedded base has them."""
+    """Returns the latents and hidden states of the embedded base model for the pictures of metadata/weapons_test."""
     import torch
 
     from scripts.mini_sd.pipeline import load_pipeline
@@ -310,9 +316,9 @@ def held_out_weapons():
 
 
 def held_out_loss(lora=None, strata=4):
-    """Mean noise-prediction loss on pictures never trained on, of the embedded base with the LoRA in a folder.
+    """Returns the mean noise prediction loss of the embedded base model, with a LoRA, on pictures it was not trained on.
 
-    By other code than the trainer's, which reads the file as anybody would; noise and timesteps are the same for all.
+    The LoRA is loaded with diffusers, without code of the trainer. Noise and timesteps are equal in every call.
     """
     import torch
     from diffusers import DDPMScheduler
@@ -335,5 +341,5 @@ base_loss = functools.cache(held_out_loss)
 
 
 def relative_loss(lora):
-    """`held_out_loss` as a share of the base's own."""
+    """Returns the `held_out_loss` of a LoRA, divided by that of the base model."""
     return held_out_loss(lora) / base_loss()

@@ -1,4 +1,4 @@
-"""A CLIP and a DINOv2 of one layer each, for what looks at pictures."""
+"""A CLIP and a DINOv2 model with one layer each, for tests of evaluations."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def clip_model(tmp_path_factory):
-    """A folder with a CLIP of one layer each and the tokenizer of the embedded base."""
+    """Saves a CLIP model with one layer per encoder, and the tokenizer of the embedded base model."""
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
@@ -32,7 +32,7 @@ def clip_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dino_model(tmp_path_factory):
-    """A folder with a DINOv2 of one layer, and how it takes pictures."""
+    """Saves a DINOv2 model with one layer, and its preprocessing."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 

@@ -1,6 +1,6 @@
-"""A Stable Diffusion pipeline as small as its real classes allow, and LoRAs on its parts.
+"""The smallest Stable Diffusion pipeline that its real classes allow, and LoRAs for its models.
 
-Nothing is imported that the newest stack's environment lacks: `make test-newest` runs tests with it.
+Nothing is imported that is missing in the environment of `make test-newest`.
 """
 
 import copy
@@ -25,7 +25,7 @@ ADAPTERS = {
 
 
 def small_pipeline():
-    """A `StableDiffusionPipeline` with random weights and a tokenizer of ten letters."""
+    """Returns a `StableDiffusionPipeline` with random weights and a tokenizer of ten letters."""
     torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>", *(letter + end for letter in "abcdefghij" for end in ("", "</w>"))]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
@@ -66,7 +66,7 @@ def small_pipeline():
 
 
 def trained(model, targets, **options):
-    """A copy of the model with an adapter whose lora_B and DoRA magnitudes are away from their start."""
+    """Returns a copy of the model with an adapter whose lora_B and DoRA magnitudes differ from their initial values."""
     model = copy.deepcopy(model)
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options))
@@ -77,12 +77,12 @@ def trained(model, targets, **options):
 
 
 def adapter(model):
-    """The adapter's tensors and its configuration."""
+    """Returns the tensors of the adapter and its configuration."""
     return get_peft_model_state_dict(model), model.peft_config["default"]
 
 
 def pipeline_with(base, **components):
-    """The base's pipeline with copies of its models, but for those given."""
+    """Returns the base's pipeline with the given components and copies of all others."""
     parts = {name: copy.deepcopy(part) for name, part in base.components.items() if name not in components}
     pipe = StableDiffusionPipeline(**parts, **components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

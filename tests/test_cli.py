@@ -1,4 +1,4 @@
-"""The command as a person types it: its flags, its answers to mistakes, its output, its launchers."""
+"""The real command: its flags, its answers to invalid input, its output, and launchers."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def parse(*words):
 
 
 def refused(*words):
-    """The one line that the flags alone are answered with."""
+    """Returns the error message for invalid flags, which has one line."""
     with pytest.raises(InputError) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_choices_of_diffusers_are_taken(name, value):
 
 
 def test_a_command_written_for_diffusers_runs(train, tmp_path):
-    """Every flag of theirs that a local run on a CPU can have, in one command."""
+    """A single command with every flag of diffusers' script that a local run on a CPU can have."""
     output_dir = train(
         image_column="image", caption_column="text", validation_prompt="a red axe", validation_epochs=1,
         max_train_samples=4, cache_dir=tmp_path / "downloads", center_crop=True, random_flip=True, num_train_epochs=1,
@@ -223,7 +223,7 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
 
 
 def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
-    """The command line can change the rank, and with it goes the alpha; and so on."""
+    """If the command line changes the rank, alpha changes with it, because its default depends on the rank."""
     out = train(output_dir=tmp_path / "out", lr_warmup_ratio=0.5, max_train_steps=None, num_train_epochs=1, rank=2)
     argv = ["--config", str(out / "run.yaml"), "--rank", "8", "--num_train_epochs", "3", "--optimizer", "prodigy"]
     settings = train_script.parse_settings([*argv, "--learning_rate", "1"])
@@ -244,7 +244,7 @@ def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def no_torch(tmp_path_factory):
-    """An environment whose torch can't be imported: what is answered there, is answered before torch is."""
+    """Returns an environment in which torch cannot be imported, so that answers must be given before torch is imported."""
     folder = tmp_path_factory.mktemp("no-torch")
     (folder / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
     return {"PYTHONPATH": str(folder)}
@@ -318,7 +318,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tiny_sd, no_torch, tmp_path_factory):
-    """What each case of `BAD_INPUT` is answered with, the folder that they are about, and what was in it before."""
+    """Returns the answer to each case of `BAD_INPUT`, the folder of the case, and the previous content of the folder."""
     folder = tmp_path_factory.mktemp("bad input")
     pictures = write_pictures(folder / "pictures")
     (folder / "empty").mkdir()
@@ -383,7 +383,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_that_divide_the_model_are_refused(arguments, no_torch, tmp_path, name):
-    """By what `accelerate launch --use_deepspeed` and `--use_fsdp` put into the environment."""
+    """Sets the environment of `accelerate launch --use_deepspeed` and `--use_fsdp`."""
     done = run_command(arguments(), env=no_torch | {LAUNCHES[name]: "true"})
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"train_text_to_image_lora.py: {name} divides a model .*--multi_gpu .*\n", done.stderr)
@@ -442,7 +442,7 @@ def test_not_one_usable_picture(train, pictures):
 
 
 def test_the_output_folder_is_checked_by_all_processes_at_once(tmp_path):
-    """What one process cleans up after its check, another is about to use."""
+    """A process must not delete files after its check that another process is about to use."""
     failures = []
 
     def check():
@@ -477,7 +477,7 @@ def test_two_processes_answer_bad_input_once(arguments):
 
 
 def test_a_slow_first_process_answers_too(arguments, tmp_path):
-    """Another rank ends first, and the launcher ends the others at once."""
+    """Another rank ends first, and the launcher then stops all other ranks immediately."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(1)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     done = run_command(arguments(rank=0), TORCHRUN, env={"PYTHONPATH": str(tmp_path)})
@@ -487,7 +487,7 @@ def test_a_slow_first_process_answers_too(arguments, tmp_path):
 
 @pytest.fixture(scope="module")
 def real_run(tiny_sd, tmp_path_factory):
-    """The docstring's command with accelerate_config.yaml as it is, on the tiny model, W&B by default."""
+    """The command of the docstring with accelerate_config.yaml, on the tiny model, with W&B by default."""
     tmp_path = tmp_path_factory.mktemp("real")
     documented = shlex.split(train_script.__doc__.split("\n\n")[1])
     accelerate, script = documented.index("accelerate"), documented.index("train_text_to_image_lora.py")

@@ -1,4 +1,4 @@
-"""The dress of a command line: bounds, answers of one line, the help, and flags from a YAML file."""
+"""Command lines: bounds, error messages of one line, --help, and flags from a YAML file."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from text_to_image_lora.errors import InputError
 
 
 def small_parser():
-    """A flag of each kind."""
+    """Returns a parser with a flag of each kind."""
     parser = Parser(description="A small command.")
     add = parser.add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
@@ -34,7 +34,7 @@ def parse(*words):
 
 
 def refused(*words):
-    """The one line that these words are answered with."""
+    """Returns the error message for these words, which has one line."""
     with pytest.raises(InputError) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""compare_checkouts.py sees each kind of difference between two checkouts, and nothing of times, machines and paths."""
+"""compare_checkouts.py finds every kind of difference between two checkouts, except times, machines and paths."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ with open(given.output_dir / "words.txt", "a") as file:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A function that makes a checkout, in whose commands `changes` {old: new} are made."""
+    """Returns a function that makes a checkout with the `changes` {old: new} in its commands."""
 
     def make(name, changes=()):
         folder = tmp_path / name
@@ -51,7 +51,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """A function that compares two checkouts with the command; returns its exit code and its lines."""
+    """Returns a function that compares two checkouts with the real command, and returns its exit code and its lines."""
 
     def run(before, after, *names, words=()):
         flags = ["--work_dir", tmp_path / "work", "--jobs", 1, *words, "--items", *names]
@@ -190,7 +190,7 @@ LEFT = {
 
 @pytest.fixture
 def left(tmp_path):
-    """A function that writes the folder of a run as `LEFT` has it, but for `changes`; returns what is read of it."""
+    """Returns a function that writes the folder of a run like `LEFT` with `changes`, and returns what is read from it."""
 
     def write(name, **changes):
         folder, what = tmp_path / f"plain-{name}", LEFT | changes
@@ -278,14 +278,14 @@ def test_numbers_that_change_with_words_are_marked(left):
 
 
 def test_what_the_commands_are_given_is_the_same_each_time():
-    """Its folder is named after its content, and what was kept is found by that name."""
+    """The folder of the inputs is named after their content, so that kept results are found."""
     for make in (inputs.pictures, inputs.drawing_inputs, inputs.broken_inputs):
         assert make() == make()
     assert load(inputs.safetensors({"a": np.ones((2, 3), np.float32)}, {"b": "c"}))["a"].tolist() == [[1, 1, 1]] * 2
 
 
 def test_every_line_of_the_tables_is_a_command():
-    """And each wrong one has its own label, of which its files are named."""
+    """Each wrong command has its own label, after which its files are named."""
     known = items.all_items()
     assert len(known) == len({item.name for item in known.values()})
     assert sum(len(item.lines) for item in known.values() if item.may_fail) >= 60

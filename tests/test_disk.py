@@ -1,4 +1,4 @@
-"""A disk that is full, at every place that is written to in turn: one line, nothing older lost, and the next run goes on."""
+"""A full disk, at every file that is written: one error message, no older file is lost, and the next run resumes."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path):
 
 
 def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
-    """shutil.copytree has the reason in words only."""
+    """shutil.copytree gives the reason only as text."""
     write_whole(tmp_path / "from" / "file", "text")
 
     def full(*_, **named):
@@ -104,7 +104,7 @@ FLAGS = dict(
 
 
 def written(start, words, folder, nth):
-    """Runs the command with a disk that is full at the nth file: (exit code, what was said, the files that were written)."""
+    """Runs the command with a disk that is full at the nth file, and returns its exit code, its output, and the files written."""
     before = WRITER.format(folder=str(folder / "run"), record=str(folder / "record.json"), nth=nth)
     code, said = start(words, folder, before=before).wait()
     opened = json.loads((folder / "record.json").read_text())
@@ -112,7 +112,7 @@ def written(start, words, folder, nth):
 
 
 def assert_all_is_whole(folder):
-    """Each file that a reader may take is one that can be read."""
+    """Checks that each file that a reader may use can be read."""
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert len(file.keys())
@@ -124,9 +124,9 @@ def assert_all_is_whole(folder):
 
 
 def places(opened, resumed):
-    """Which of the files, by their number from 1: each path where it is first written, and metrics.jsonl in the end too.
+    """Returns numbers of files, from 1: the first write to each path, and the last write to metrics.jsonl.
 
-    Of a run from the beginning those before its first step, of one that goes on all others.
+    For a new run, only files before its first step are returned; for a resumed run, only files after it.
     """
     first = {path: number for number, path in reversed([*enumerate(opened, 1)])}
     numbers = sorted({*first.values(), max(k for k, path in enumerate(opened, 1) if path == "out/metrics.jsonl")})
@@ -184,7 +184,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
 @pytest.mark.long
 @pytest.mark.parametrize("kib", [40, 300, 700])
 def test_a_small_disk(start, tiny_sd, tmp_path, kib):
-    """A real one, in memory, with so much room left."""
+    """Uses a real file system in memory with a limited size."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:

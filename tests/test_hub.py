@@ -1,4 +1,4 @@
-"""The hub on a loopback port: what is uploaded, what happens where that fails, and datasets as the hub keeps them."""
+"""The hub on a loopback port: what is uploaded, failed uploads, and datasets in the form of the hub."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch,
 
 @pytest.fixture
 def parquet(tmp_path):
-    """The layout of svjack/pokemon-blip-captions-en-zh: pictures in the parquet file, two columns of captions."""
+    """Returns a dataset like svjack/pokemon-blip-captions-en-zh: pictures in a parquet file, with two caption columns."""
     folder = write_pictures(tmp_path / "plain")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     table = datasets.Dataset.from_dict(
@@ -190,7 +190,7 @@ ADDRESS = "hf://owner/axes"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that keeps what it gets, taken for the real one; downloads go to a folder of the test's."""
+    """A hub that stores uploads, used in place of the real one; downloads are written to a folder of the test."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
@@ -203,7 +203,7 @@ def names_of(folder):
 
 
 def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hub, tmp_path, capsys):
-    """With the same command on each: the first finds none, and begins."""
+    """Both machines run one command; the first finds no checkpoint and starts."""
     words = CHECKPOINTS | dict(checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint=ADDRESS)
     train(output_dir=tmp_path / "first", **words | dict(max_train_steps=4))
     assert f"{ADDRESS}: there is no checkpoint yet, so a new run begins" in capsys.readouterr().out
@@ -264,7 +264,7 @@ def test_an_address_that_leads_nowhere_is_told(train, hub, tmp_path, address, me
 
 
 def test_without_a_network_the_newest_here_is_taken(train, tmp_path, capsys):
-    """And where there is none, starting over would be a surprise."""
+    """If there is no local checkpoint, starting over would be a surprise."""
     with serving(FailingHub, failing=("", 500)) as server, taken_for_the_hub(server):
         with pytest.raises(InputError, match="the checkpoints can't be listed .*500"):
             train(resume_from_checkpoint=ADDRESS)

@@ -1,4 +1,4 @@
-"""`infer.py` on a tiny real pipeline, through the command as typed wherever the command is what matters."""
+"""`infer.py` on a tiny pipeline, with the real command wherever the command matters."""
 
 import copy
 import itertools
@@ -63,7 +63,7 @@ def test_command_draws_names_and_labels(model, lora, tmp_path):
 
 
 def test_picture_i_is_seed_plus_i(model, tmp_path):
-    """In the second batch of a prompt too."""
+    """Also in the second batch of a prompt."""
     flags = ["--guidance_scale", 1, "--seed"]
     five = draw(model, tmp_path / "five", *flags, 5, "--num_images", 5, prompt=("a dog", PROMPT))
     stems = ("00-a-dog", f"01-{PROMPT.replace(' ', '-')}")
@@ -86,7 +86,7 @@ def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
 
 
 def test_several_loras_add_up(model, lora, compared, lora_weights, write_lora, tmp_path):
-    """Like one LoRA with the ranks of both and the strengths in its weights; the second has no text encoder's part."""
+    """They equal one LoRA with both ranks and with the strengths in its weights; the second has no part for the text encoder."""
     import torch
 
     hat = {f"unet.{key}": value.flip(-1).contiguous() for key, value in lora_weights["unet"].items()}
@@ -144,7 +144,7 @@ def test_schedulers_draw(tiny_pipeline):
 
 @pytest.mark.parametrize(("wanted", "threads"), [([], 3), (["--num_cpu_threads", "2"], 2)])
 def test_how_many_threads(cores, monkeypatch, wanted, threads):
-    """By the rule of the training."""
+    """The rule is that of the training command."""
     import torch
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

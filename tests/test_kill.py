@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, a run ends as the undisturbed one: weights, best/, metrics, pictures, bit for bit."""
+"""A run that is killed anywhere and resumed ends like an undisturbed run, bit for bit: weights, metrics, pictures."""
 
 import os
 import random
@@ -61,7 +61,7 @@ def pictures(tmp_path_factory):
 
 
 def drawn_from(moments, count, drawn):
-    """Numbers of moments, from 1: one of each kind, then one in each of as many equal parts of the run as are left."""
+    """Returns numbers of moments, from 1: one of each kind, and then one in each of equal parts of the run."""
     kinds = ("cache/", "step", "checkpoint-", "validation/")
     numbers = [drawn.choice([nth for nth, what in enumerate(moments, 1) if kind in what]) for kind in kinds]
     parts = count - len(kinds)
@@ -75,7 +75,7 @@ def killing(folder, nth):
 @pytest.mark.long
 @pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
 def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
-    """Of all moments at which something changes, some of each kind and in each part of the run."""
+    """Kills the run at moments of each kind and in each part of the run."""
     import json
 
     def words(folder):
@@ -83,7 +83,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         return words_of_run(tiny_sd, pictures, folder, **FLAGS | folders | dict(train_batch_size=2 // processes))
 
     def run(folder, before=""):
-        """Every process is killed where the first one kills itself; its exit code, and what it said."""
+        """Runs all processes, which are killed when the first one kills itself; returns its exit code and its output."""
         runs = (
             start.together(words(folder), folder, processes, {0: before})
             if processes > 1
@@ -120,7 +120,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
 @pytest.mark.long
 @pytest.mark.parametrize("base", ["tiny_xl", "tiny_sd2"])
 def test_other_families_killed_in_the_middle(start, request, pictures, tmp_path, base):
-    """At the end of their fifth step, of which the newest checkpoint knows four."""
+    """Kills the run at the end of its fifth step; its latest checkpoint is that of the fourth step."""
     import json
 
     def run(folder, before=""):
@@ -143,7 +143,7 @@ def test_other_families_killed_in_the_middle(start, request, pictures, tmp_path,
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, lost):
-    """Under torchrun: nothing hangs, and the one that is left says which one it has lost."""
+    """Under torchrun, nothing hangs, and the remaining process reports which process was lost."""
     flags = FLAGS | dict(max_train_steps=4000, validation_steps=4000)
     words = words_of_run(tiny_sd, pictures, tmp_path, **flags, train_batch_size=1)
     said = open(tmp_path / "said", "wb")  # noqa: SIM115 (closed below)

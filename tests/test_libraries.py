@@ -1,4 +1,4 @@
-"""What the libraries load and say while they are imported, and how many threads they compute with."""
+"""What the libraries load and print while they are imported, and how many threads they use."""
 
 import subprocess
 import sys

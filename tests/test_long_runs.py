@@ -1,4 +1,4 @@
-"""What a run of many steps takes more and more of: nothing."""
+"""The resources of a long run do not grow."""
 
 import statistics
 import subprocess
@@ -15,7 +15,7 @@ STEPS = 10_000
 
 @pytest.mark.long
 def test_ten_thousand_steps_grow_nothing(arguments, tmp_path):
-    """Neither memory nor open files nor threads nor the time of a step, with checkpoints and workers that load data."""
+    """Memory, open files, threads and the time per step stay constant, with checkpoints and loader workers."""
     words = arguments(
         max_train_steps=STEPS, train_batch_size=1, rank=1, checkpointing_steps=2000, checkpoints_total_limit=1,
         learning_rate=1e-4, dataloader_num_workers=1, random_flip=True,

@@ -1,4 +1,4 @@
-"""The whole mission in one run, which every change must keep: hub, several processes, mixed precision, W&B, the file."""
+"""The complete use case in one run, which every change must keep: hub, several processes, mixed precision, W&B, the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PROMPTS = ["a red axe", "a blue axe"]
 
 
 def pokemon(folder, pictures):
-    """A dataset as the hub keeps svjack/pokemon-blip-captions-en-zh: pictures and two columns of captions in parquet."""
+    """Writes a dataset like svjack/pokemon-blip-captions-en-zh on the hub: pictures and two caption columns in parquet."""
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     columns = {"image": datasets.Image(), "en_text": datasets.Value("string"), "zh_text": datasets.Value("string")}
     table = {
@@ -35,7 +35,7 @@ def pokemon(folder, pictures):
 
 
 def trained_output(model, checkpoint, inputs):
-    """What the UNet predicts with the adapter as it was trained, through peft; and what it predicts without."""
+    """Returns the UNet's predictions with the trained adapter, loaded with peft, and without it."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").eval()
     with torch.no_grad():
         plain = unet(*inputs).sample
@@ -52,7 +52,7 @@ def trained_output(model, checkpoint, inputs):
 
 
 def test_the_mission(tiny_sd, tmp_path):
-    """A hub's model and dataset, two processes, bf16, W&B with pictures, and a file for `load_attn_procs`."""
+    """A model and a dataset of the hub, two processes, bf16, W&B with pictures, and a file for `load_attn_procs`."""
     root, out = tmp_path / "root" / "owner", tmp_path / "out"
     root.mkdir(parents=True)
     shutil.copytree(tiny_sd, root / "tiny")

@@ -1,4 +1,4 @@
-"""Stable Diffusion v1.5's own geometry: random weights, the real sizes."""
+"""The real geometry of Stable Diffusion v1.5 with random weights."""
 
 import pytest
 from conftest import read_lora, read_metrics, run_command, write_pictures
@@ -11,7 +11,7 @@ PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((3
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
-    """A pipeline folder with SD1.5's configuration, filled with noise: 2 GB in float16."""
+    """Saves a pipeline with SD1.5's configuration and random weights: 2 GB in float16."""
     from scripts.benchmarks.runs import make_sd15
 
     return make_sd15(tmp_path_factory.mktemp("sd15") / "model")

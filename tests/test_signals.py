@@ -1,6 +1,6 @@
-"""A run that is asked to stop: a checkpoint, the exit code of the table, and the same command ends as if nothing had been.
+"""A run that is asked to stop writes a checkpoint and ends with the documented exit code; the command then resumes it.
 
-Fast: the request itself, and the command forked from a process that has its imports. Long: launchers, two processes.
+Fast tests: the request itself, and the command forked from a process that has its imports. Long tests: launchers.
 """
 
 import os
@@ -30,7 +30,7 @@ def start():
 
 @pytest.fixture
 def listening():
-    """`listening(**options)` listens, and what pytest does with signals is put back."""
+    """Returns `listening(**options)`, which handles signals; pytest's handlers are restored afterwards."""
     yield lambda **options: interruption.listen(**options)
     interruption.stop_listening()
 
@@ -51,7 +51,7 @@ def test_each_signal_has_its_exit_code(listening, name, code):
 
 
 def test_windows_has_a_key_of_its_own(listening, monkeypatch):
-    """Ctrl-Break is SIGBREAK there; another signal stands for it here."""
+    """Ctrl-Break is SIGBREAK on Windows; another signal replaces it in this test."""
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
     listening()
     interruption.defer_requests()
@@ -76,7 +76,7 @@ def test_after_the_work_a_signal_stops_at_once_again(listening):
 
 
 def test_a_second_ctrl_c_does_not_wait(listening, monkeypatch):
-    """But the same one may come twice: from the terminal, and from a launcher that hands it on."""
+    """But one Ctrl-C may arrive twice: from the terminal, and from a launcher that forwards it."""
     monkeypatch.setattr(interruption, "SAME_CTRL_C_SECONDS", 0.05)
     listening()
     interruption.defer_requests()
@@ -88,7 +88,7 @@ def test_a_second_ctrl_c_does_not_wait(listening, monkeypatch):
 
 
 def test_what_is_ignored_stays_so(listening):
-    """As nohup leaves it."""
+    """For example under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         listening()
@@ -141,7 +141,7 @@ OPTIONS = dict(
 
 @pytest.fixture(scope="module")
 def words(tiny_sd, tmp_path_factory):
-    """`words(folder, **flags)`: of a run that validates, draws and averages; all share a cache."""
+    """Returns `words(folder, **flags)`: flags of a run that validates, draws and averages; all runs share a cache."""
     shared = tmp_path_factory.mktemp("shared")
     write_pictures(shared / "pictures", count=8)
     write_pictures(shared / "pictures" / "tall", count=4, size=(32, 44), seed=1)
@@ -176,7 +176,7 @@ PLACES = {
 
 
 def sending(place, name):
-    """Python that sends the signal to its own process there."""
+    """Returns Python code that sends the signal to its own process at that place."""
     return signal_before(*PLACES[place], name)
 
 
@@ -234,7 +234,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
 
 @pytest.mark.long
 def test_a_second_ctrl_c_damages_nothing(start, words, undisturbed, tmp_path):
-    """While the first one's checkpoint is being written."""
+    """It arrives while the checkpoint of the first one is being written."""
     slow = "import time\nfrom text_to_image_lora.training import checkpoint\nwrite = checkpoint.write_manifest\n"
     slow += (
         "def write_slowly(folder):\n    print('writing')\n    time.sleep(60)\ncheckpoint.write_manifest = write_slowly"
@@ -280,7 +280,7 @@ def test_max_train_time_stops_in_time(start, words, undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_signals_to_the_whole_group_leave_the_loaders_workers_alone(start, words, tmp_path):
-    """A terminal's Ctrl-C, and SLURM's signals, go to all processes of the run."""
+    """Ctrl-C in a terminal and SLURM's signals reach all processes of the run."""
     live = dict(cache_variations=0, dataloader_num_workers=2, validation_split=None, validation_prompts=None)
     before = "import os\nos.setsid()\n" + sending("step", "SIGINT").replace("os.kill(os.getpid()", "os.killpg(0")
     code, said = start(words(tmp_path, **live), tmp_path, before=before).wait()
@@ -293,7 +293,7 @@ def test_signals_to_the_whole_group_leave_the_loaders_workers_alone(start, words
 
 
 def launched(words, launcher, folder, **environment):
-    """The command under a launcher, in a group of its own; what it prints goes to folder/said."""
+    """Starts the command under a launcher in its own process group; its output is written to folder/said."""
     with open(folder / "said", "ab") as said:
         return subprocess.Popen(
             [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
@@ -313,7 +313,7 @@ def wait_for_step(folder, step, process):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_torchrun_hands_the_signal_on(words, tmp_path, name):
-    """Two processes stop after the same step, and go on as if nothing had been."""
+    """Two processes stop after one step, and a resumed run ends like an undisturbed run."""
     launcher = [*TORCHRUN[:3], "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *TORCHRUN[3:]]
     flags = words(tmp_path, train_batch_size=1)
     process = launched(flags, launcher, tmp_path)
@@ -334,7 +334,7 @@ def test_torchrun_hands_the_signal_on(words, tmp_path, name):
 
 @pytest.mark.long
 def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
-    """As where one of several machines is taken away: no launcher hands it on to the others."""
+    """As if one of several machines were stopped: no launcher forwards the signal to the others."""
     flags = words(tmp_path, train_batch_size=1)
     runs = start.together(flags, tmp_path, 2, before={1: sending("step", "SIGUSR1")})
     ended = [run.wait() for run in runs]
@@ -344,7 +344,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
 
 @pytest.mark.long
 def test_the_orphan_of_accelerate_launch_stops_with_a_checkpoint(words, tmp_path):
-    """It starts one process itself and hands no signal on."""
+    """accelerate launch starts a single process and forwards no signal to it."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     flags = words(tmp_path, max_train_steps=4000, validation_steps=4000, checkpointing_steps=0)
     process = launched(flags, launcher, tmp_path)
@@ -361,7 +361,7 @@ def test_the_orphan_of_accelerate_launch_stops_with_a_checkpoint(words, tmp_path
 
 @pytest.mark.long
 def test_a_closed_terminal_is_a_request_too(words, tmp_path):
-    """What is written to it is an error from then on."""
+    """After it has closed, writing to the terminal is an error."""
     import pty
 
     master, slave = pty.openpty()

@@ -1,4 +1,4 @@
-"""Options of the loop that change how it trains, or what it leaves, and nothing else."""
+"""Options of the training loop that change how it trains or what it saves, and nothing else."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_gradient_checkpointing_changes_nothing(train, tmp_path):
 
 
 def test_the_launchers_accumulation_divides_no_gradient(train, tmp_path, monkeypatch):
-    """`accelerate config` asks for it, and `accelerate launch` puts it into the environment."""
+    """`accelerate config` asks for gradient accumulation, and `accelerate launch` sets the environment variable."""
     plain = train(output_dir=tmp_path / "plain", gradient_accumulation_steps=2)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     told = train(output_dir=tmp_path / "told", gradient_accumulation_steps=2)
@@ -74,7 +74,7 @@ def test_a_usable_lora_every_so_many_epochs(train):
 
 @pytest.mark.parametrize("name", ["true", "gaussian", "orthogonal"])
 def test_each_initialisation_starts_at_the_base_and_trains(train, tmp_path, name):
-    """Gaussian and true start with B at 0; orthogonal with B and A whose product is 0."""
+    """With `gaussian` and `true`, B starts at 0; with `orthogonal`, the product of B and A is 0."""
     losses = [row["train_loss"] for row in read_metrics(train(init_lora_weights=name, max_train_steps=6))]
     plain = [row["train_loss"] for row in read_metrics(train(max_train_steps=1, output_dir=tmp_path / "plain"))]
     assert losses[0] == pytest.approx(plain[0], rel=1e-5)
@@ -86,7 +86,7 @@ def test_each_initialisation_starts_at_the_base_and_trains(train, tmp_path, name
 
 @pytest.fixture
 def drawn(train, monkeypatch):
-    """The timesteps and noises of a run: those on the model's input, and those that its target is made of."""
+    """Collects the timesteps and noises of a run: those of the model's input, and those of its target."""
 
     def run(**flags):
         rows, add_noise, targets, target = [], Diffusion.add_noise, [], Diffusion.target
@@ -109,7 +109,7 @@ def drawn(train, monkeypatch):
 
 
 def test_the_timesteps_of_a_run_are_those_that_were_asked_for(drawn):
-    """That all of the range comes, and how the schemes spread, is in `training/test_data.py`."""
+    """Their range and distribution are tested in `training/test_data.py`."""
     timesteps, _, _ = drawn(timestep_range=[200, 210], max_train_steps=8)
     assert len(timesteps) == 16
     assert set(timesteps) <= set(range(200, 210))
@@ -128,7 +128,7 @@ def test_input_perturbation_is_on_the_input_alone(drawn):
 
 
 def test_a_huber_run_has_the_formulas_loss(train, tmp_path):
-    """The run's first loss, from the first losses of a plain one: the same draws, another formula."""
+    """Computes the first loss from the prediction and target of a plain run, which has equal draws."""
     options = dict(timestep_range=[990, 1000], max_train_steps=1)
     plain, narrow, wide = (
         read_metrics(train(output_dir=tmp_path / str(i), **options, **flags))[0]["train_loss"]

@@ -1,4 +1,4 @@
-"""No training step waits for the device: what is reported is read a step later, and nothing else is asked for."""
+"""No training step synchronizes with the device: reported values are read one step later."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_sele
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
 def test_no_step_asks_for_a_number(train, monkeypatch, options):
-    """Counted on a CPU, in each of the steps; what the loader draws is drawn ahead of them, on the CPU."""
+    """Counts operators on a CPU in each step; the loader's random draws are made on the CPU ahead of the steps."""
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
     monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that it is put back
     counter = inside.Counter()
@@ -43,7 +43,7 @@ def test_no_step_asks_for_a_number(train, monkeypatch, options):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch can tell waiting on a GPU alone")
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
 def test_no_step_waits_for_the_gpu(train, options):
-    """PyTorch raises at every wait between the second step and the last but one."""
+    """PyTorch raises an error at every synchronization between the second and the last but one step."""
     steps = []
 
     def watch(*_):

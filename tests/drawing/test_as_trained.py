@@ -1,4 +1,4 @@
-"""How LoRAs were trained decides how they are drawn."""
+"""LoRAs are drawn with the settings that they were trained with."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ AS_TRAINED = dict(prediction_type="v_prediction", rescale_betas_zero_snr="True",
 
 
 def test_drawn_as_it_was_trained(tiny_pipeline, model, write_lora, tmp_path, capsys):
-    """What stock diffusers draws when told all that the header says."""
+    """Compares the picture with that of stock diffusers, configured by hand with the settings of the header."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -74,7 +74,7 @@ def test_the_most_chunks_of_several_loras(write_lora):
 
 
 def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
-    """The training script's validation picture is drawn again, by what its LoRA file says."""
+    """infer.py draws the sample picture of a training run again, with the settings in the header of its LoRA file."""
     prompt = "a red axe"  # a chunk; the longest caption has two, and so the prompt has in training
     out = train(
         train_data_dir=write_pictures(tmp_path / "pictures", captions=["a red axe " * 26]),

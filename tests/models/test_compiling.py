@@ -1,4 +1,4 @@
-"""Compiled steps are the plain ones to rounding, and nothing else is compiled."""
+"""Compiled steps equal the plain steps up to rounding, and only whole steps are compiled."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture
 def compiled_without_kernels(monkeypatch):
-    """The compiler traces what it is given and leaves the computing to PyTorch: seconds, not minutes."""
+    """Makes the compiler trace functions and leave the computation to PyTorch, which takes seconds instead of minutes."""
     monkeypatch.setattr(compiling, "OPTIONS", dict.fromkeys(compiling.OPTIONS, {"backend": "aot_eager"}))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -27,7 +27,7 @@ FLAGS = dict(train_batch_size=4, max_train_steps=6, num_validation_images=1, val
 
 @pytest.mark.parametrize("how", ["blocks", "full"])
 def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compiled_without_kernels, how):
-    """Six pictures in batches of four: every other batch is not full, and is not compiled."""
+    """Six pictures in batches of four: every second batch is not full, and is not compiled."""
     plain = [row["train_loss"] for row in read_metrics(train(**FLAGS, output_dir=tmp_path / "plain"))]
     found = [row["train_loss"] for row in read_metrics(train(**FLAGS, compile=how))]
     assert found == pytest.approx(plain, rel=1e-4)
@@ -52,7 +52,7 @@ def test_what_does_not_go_together_is_refused(train, flags, answer):
 @pytest.mark.parametrize("how", ["blocks", "full"])
 @pytest.mark.parametrize("changes", [{}, dict(gradient_checkpointing=True, mixed_precision="bf16")])
 def test_compiled_for_this_machine(train, tmp_path, how, changes):
-    """Twenty steps with the kernels that the compiler writes."""
+    """Twenty steps with the kernels of the compiler."""
     flags = FLAGS | changes | dict(max_train_steps=20)
     plain = read_metrics(train(**flags, output_dir=tmp_path / "plain"))
     found = read_metrics(train(**flags, compile=how, output_dir=tmp_path / how))

@@ -1,6 +1,6 @@
-"""A family is a row: that of Stable Diffusion XL goes through cache, loader and training as it is.
+"""A model family is a row: the row of Stable Diffusion XL is used by the cache, the loader and training.
 
-Two tokenizers and text encoders, a pooled embedding, and numbers of each picture's own: nothing outside the row knows.
+No code outside the row knows of its two text encoders, its pooled embedding, and its numbers of each picture.
 """
 
 import diffusers
@@ -133,7 +133,7 @@ def test_one_vae_for_two_families_has_shards_for_each(tiny_xl, pictures, tmp_pat
 
 
 def test_clip_skip_and_both_text_encoders(tiny_xl, stock, train):
-    """What clip skip leaves out of the first text encoder is not adapted; the second is read to its end."""
+    """Layers that clip skip omits in the first text encoder are not adapted; the second one is used completely."""
     options = {"train_text_encoder": True, "clip_skip": 1}
     out = train(pretrained_model_name_or_path=tiny_xl, learning_rate=0.1, **options)
     assert [row["step"] for row in read_metrics(out) if "train_loss" in row] == [1, 2]

@@ -1,4 +1,4 @@
-"""What a run writes beside our file, and what the headers tell of it to the programs that list LoRAs, and to nobody else."""
+"""The headers of LoRA files and of kohya's file, which programs that list LoRAs read, contain nothing private."""
 
 import base64
 import hashlib
@@ -101,7 +101,7 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
 
 
 def test_kohyas_file_is_hashed_as_its_readers_do(tmp_path):
-    """sshs_model_hash of the bytes after the header; the legacy one of 64 KiB beyond the first MiB."""
+    """sshs_model_hash covers the bytes after the header; the legacy hash covers 64 KiB after the first MiB."""
     state_dict, config = adapter(trained(small_pipeline().unet, ["to_q"], lora_alpha=2))
     key = next(iter(state_dict))
     state_dict |= {key: torch.randn(4, 100_000)}
@@ -244,7 +244,7 @@ def test_a_thumbnail_is_small_and_says_nothing_but_pixels(tmp_path):
 
 
 def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
-    """At another rank and alpha; peft's folder is of the UNet alone, as many are."""
+    """Rank and alpha may differ; like many peft folders, this one contains only the UNet."""
     from scripts import convert_lora
 
     first = train(output_kohya_format=True, lora_alpha=2, output_dir=tmp_path / "axes")

@@ -1,4 +1,4 @@
-"""Base models in every form that people have them: folder, hub cache, single file, old pickles."""
+"""Base models are loaded from folders, the hub cache, single files, and old pickles."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def single_file(tiny_sd, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_only(tiny_sd, tmp_path_factory):
-    """What a person keeps beside a single file: the base model's folder without its weights."""
+    """Returns the base model's folder without weights, which may lie next to a single file."""
     folder = tmp_path_factory.mktemp("config") / "tiny"
     shutil.copytree(tiny_sd, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -43,7 +43,7 @@ def same_weights(a, b):
 
 
 def load(name, pretrained_vae=None, **options):
-    """The `Components` of a base model."""
+    """Returns the `Components` of a base model."""
     return loading.load_components(loading.find_base_model(str(name), **options), pretrained_vae=pretrained_vae)
 
 
@@ -115,7 +115,7 @@ def test_load_a_folder(tiny_sd):
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_load_in_half_precision(tiny_sd, single_file, kind):
-    """What is trained and what conditions it; the VAE overflows in float16 in some models, and stays as it is."""
+    """The UNet and the text encoder are cast; the VAE is not, because some VAEs overflow in float16."""
     name, options = (tiny_sd, {}) if kind == "folder" else (single_file, {"single_file_config": str(tiny_sd)})
     base = loading.find_base_model(str(name), **options)
     whole, half = loading.load_components(base), loading.load_components(base, torch.bfloat16)
@@ -129,7 +129,7 @@ def test_load_in_half_precision(tiny_sd, single_file, kind):
 
 @pytest.mark.parametrize("names", ["one file", "variant", "shards", "mixed"])
 def test_weights_are_read_from_a_files_map_to_their_place(tiny_sd, tmp_path, monkeypatch, names):
-    """In one copy each, and with the values that diffusers gives them; the file may then become another."""
+    """Weights are copied once and have the values that diffusers loads; the file may be changed afterwards."""
     shutil.copytree(tiny_sd, tmp_path / "model")
     folder, variant = tmp_path / "model" / "unet", "fp16" if names == "variant" else None
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
@@ -159,7 +159,7 @@ def test_weights_are_read_from_a_files_map_to_their_place(tiny_sd, tmp_path, mon
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
 @pytest.mark.parametrize("revision", [None, "fixed"])
 def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_path, revision):
-    """That holds one revision and no other: what is loaded without it is not there."""
+    """The cache contains only the requested revision; without a revision, nothing is found."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / (revision or "main")).write_text("a" * 40)
@@ -179,7 +179,7 @@ def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_pa
 
 @pytest.fixture(scope="module")
 def from_folder(train_in, tmp_path_factory):
-    """A run on the folder, which those on other forms of the model, or on another VAE, are compared with."""
+    """A run on the folder, with which runs on other forms of the model or with another VAE are compared."""
     folder = tmp_path_factory.mktemp("from-folder")
     return folder, train_in(folder, **FLAGS)
 

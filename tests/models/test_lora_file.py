@@ -1,4 +1,4 @@
-"""Stock diffusers reads the LoRA file, and gives what was trained."""
+"""Stock diffusers reads the LoRA file and predicts what was trained."""
 
 import copy
 import hashlib

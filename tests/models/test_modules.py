@@ -1,4 +1,4 @@
-"""What can be done with any model in memory leaves it as it was."""
+"""Operations on models in memory leave them unchanged."""
 
 import copy
 

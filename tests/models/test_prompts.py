@@ -1,4 +1,4 @@
-"""Captions become conditions as in diffusers' pipeline, whole where they are long, and by one name for one meaning."""
+"""Captions become the conditions of diffusers' pipeline, completely even if they are long, and each has one identity."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ CAPTIONS = ["a red axe", "", "a very long caption " * 30]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_sd):
-    """The tokenizer and the text encoder of the tiny model."""
+    """Returns the tokenizer and the text encoder of the tiny model."""
     components = loading.load_components(loading.find_base_model(str(tiny_sd)))
     return components.tokenizers[0], components.text_encoders[0]
 
@@ -115,7 +115,7 @@ def test_the_identity_is_of_all_that_a_condition_depends_on(loaded, tiny_sd):
 
 
 def test_whole_and_cut_prompts_share_a_cache(train, tmp_path):
-    """Captions of the same words in two chunks, and then in one: nothing but the number of chunks differs."""
+    """Encodes equal captions first in two chunks and then in one; only the number of chunks differs."""
     folder = write_pictures(tmp_path / "pictures", captions=["red axe " * 50])
     losses = [
         read_metrics(train(train_data_dir=folder, long_prompts=whole, output_dir=tmp_path / f"{i}"))[0]["train_loss"]
@@ -126,7 +126,7 @@ def test_whole_and_cut_prompts_share_a_cache(train, tmp_path):
 
 
 def test_a_long_prompt_is_read_whole_in_chunks(loaded):
-    """A chunk is what a prompt of its own would be: start, 75 tokens, end."""
+    """A chunk equals a separate prompt: start token, 75 tokens, end token."""
     tokenizer, text_encoder = loaded
     words = ["red", "blue", "green", "axe", "gold"] * 20
     given = prompts.encode_prompts(tokenizer, text_encoder, [" ".join(words), "a red axe"], num_chunks=2)

@@ -1,4 +1,4 @@
-"""The receipt passes on what is written and fails where something is lost; the readers' rules on SD's own geometry."""
+"""The check of LoRA files passes for complete files and fails if anything is lost, also on SD's real geometry."""
 
 import re
 import time
@@ -25,7 +25,7 @@ def base():
 
 
 def written(base, folder, options, rank=None):
-    """(what was trained, the base's layers, our file, kohya's)."""
+    """Returns what was trained, the layers of the base model, our file, and kohya's file."""
     models = {
         "unet": trained(base.unet, UNET_TARGETS, **options),
         "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
@@ -151,7 +151,7 @@ def test_float16_differs_only_by_its_rounding(base, tmp_path):
 
 
 def sd_models(cross_attention_dim):
-    """Stable Diffusion 1.5 (768) or 2 (1024) without memory: the UNet and its text encoder, every layer adapted."""
+    """Returns the UNet and text encoder of Stable Diffusion 1.5 (768) or 2 (1024) on the meta device, fully adapted."""
     heads = (5, 10, 20, 20) if cross_attention_dim == 1024 else 8
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -172,7 +172,7 @@ def sd_models(cross_attention_dim):
 
 @pytest.mark.parametrize(("width", "count"), [(768, 282 + 72), (1024, 282 + 138)])
 def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path, width, count):
-    """Convolutions, resnets and embeddings too, for all three readers, of whose rules A1111's know these blocks alone."""
+    """Includes convolutions, resnets and embeddings, for all three readers; A1111's rules know only these blocks."""
     models, layers = sd_models(width)
     torch.manual_seed(0)
     components = {}
@@ -201,7 +201,7 @@ def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path
 
 
 def test_names_of_the_original_code():
-    """Some of those that people know from A1111's own checkpoints."""
+    """Checks some names that are known from checkpoints of A1111."""
     known = {
         "lora_unet_conv_in": "diffusion_model_input_blocks_0_0",
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": "diffusion_model_input_blocks_1_1_transformer_blocks_0_attn1_to_q",

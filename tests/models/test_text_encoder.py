@@ -1,4 +1,4 @@
-"""--train_text_encoder: its LoRA learns, is in the file, and stock diffusers draws with it what training drew."""
+"""--train_text_encoder trains a LoRA of the text encoder, saves it, and stock diffusers draws with it as in training."""
 
 import json
 import os
@@ -42,7 +42,7 @@ RUN = dict(
 
 @pytest.fixture(scope="module")
 def runs(train_in, tmp_path_factory):
-    """A run of both with each of these options, which the tests only read; the folder of the plain one comes first."""
+    """Runs that train both models, with each of these options; the output folder of the plain run comes first."""
     folders, outs = {}, {}
     for name, options in (("plain", {}), ("clip_skip", {"clip_skip": 1}), ("DoRA", {"use_dora": True})):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -79,7 +79,7 @@ def test_stock_diffusers_draws_what_training_drew(runs, tiny_sd, name):
 
 @pytest.mark.skipif("NEWEST_PYTHON" not in os.environ, reason="`make test-newest` says where the newest stack is")
 def test_the_newest_stack_draws_the_same(train, tmp_path):
-    """A run on the embedded base, and `infer.py` with its file on both stacks."""
+    """A run on the embedded base model; `infer.py` draws with its file on both stacks."""
     base = ROOT / "models" / "mini-sd"
     out = train(
         pretrained_model_name_or_path=base, train_data_dir=ROOT / "metadata" / "weapons", resolution=128, rank=4,
@@ -108,7 +108,7 @@ def test_the_newest_stack_draws_the_same(train, tmp_path):
 
 
 def test_what_is_in_the_file(runs, tiny_sd):
-    """Two blocks of six layers, each of its own rank; the last block has none where clip_skip leaves it out."""
+    """Two blocks of six layers, each with its own rank; clip_skip omits the last block."""
     assert json.loads((tiny_sd / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2
     out = runs[1]["plain"]
     weights = parts_of(out)["text_encoder"]
@@ -124,7 +124,7 @@ def test_what_is_in_the_file(runs, tiny_sd):
 
 
 def test_its_alpha_is_in_proportion_to_its_rank(tiny_sd):
-    """The file can't show it: there the scale is folded into the weights."""
+    """The file cannot show this, because its weights contain the scale."""
     words = ["--pretrained_model_name_or_path", str(tiny_sd), "--train_data_dir", "pictures", "--rank", "4"]
     words += ["--lora_alpha", "8", "--train_text_encoder", "--text_encoder_rank", "2"]
     settings = train_script.parse_settings(words)
@@ -166,7 +166,7 @@ def test_the_validation_loss_is_of_both(train, tmp_path):
 
 
 def test_nothing_is_dropped_while_validating(runs, train):
-    """From a LoRA that does something, and at a rate so small that it stays as it is."""
+    """Starts from a LoRA that has an effect, at a learning rate so small that it does not change."""
     folder, outs = runs
     out = train(
         train_data_dir=folder / "pictures", lora_weights=outs["plain"], text_encoder_rank=2, learning_rate=1e-12,
@@ -188,7 +188,7 @@ def assert_same_run(first, second):
 
 @pytest.fixture(scope="module")
 def whole(train_in, tmp_path_factory):
-    """A run in batches of four, whose numbers those on other ways to the same batch must have."""
+    """A run with batch size four, whose metrics other ways to the same effective batch size must reproduce."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, train_in(folder, train_batch_size=4, **OTHER_WAYS)
 
@@ -228,7 +228,7 @@ def test_live_pictures_and_bf16(whole, train, tmp_path):
 
 
 def test_clip_skip_in_bf16(train, tmp_path):
-    """The layer norm that is applied again has the precision of the text encoder, not that of what it returns."""
+    """The final layer norm is applied in the precision of the text encoder."""
     options = TEXT | dict(clip_skip=1)
     whole = train(output_dir=tmp_path / "whole", **options)
     half = train(output_dir=tmp_path / "half", mixed_precision="bf16", **options)

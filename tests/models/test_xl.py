@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: its true geometry without memory, its numbers as diffusers computes them, its single files."""
+"""Stable Diffusion XL: its real geometry, its numbers compared with diffusers, and its single files."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ RANK = 16
 
 @pytest.fixture
 def xl():
-    """UNet and text encoders of stabilityai/stable-diffusion-xl-base-1.0, without memory."""
+    """Returns the UNet and the text encoders of stable-diffusion-xl-base-1.0 on the meta device."""
     return {name: model for name, model in true_xl().items() if name != "vae"}
 
 
@@ -103,7 +103,7 @@ def test_every_layer_of_its_unet_has_a_name_that_means_it(xl):
 
 
 def test_the_corner_is_that_of_the_mirrored_picture():
-    """As diffusers' script has it, which mirrors before it crops: a picture whose columns say where they are."""
+    """Like diffusers' script, which flips before it crops. The columns of the picture show their position."""
     from PIL import Image
 
     columns = Image.linear_gradient("L").rotate(90).resize((80, 40)).convert("RGB")
@@ -118,7 +118,7 @@ def test_the_corner_is_that_of_the_mirrored_picture():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, pictures, flip):
-    """Time ids, both encodings and the noise prediction by stock classes, as its XL script puts them together."""
+    """Computes time ids, both encodings and the prediction with stock classes, like diffusers' XL script."""
     out = train(
         pretrained_model_name_or_path=tiny_xl,
         train_batch_size=4,
@@ -185,7 +185,7 @@ OPENCLIP_RULES = [
 
 
 def openclip(state_dict, prefix):
-    """A text encoder as OpenCLIP has it: query, key and value in one matrix, the projection turned."""
+    """Returns a text encoder with OpenCLIP's names: query, key and value in one matrix, the projection transposed."""
     found = renamed(state_dict, OPENCLIP_RULES, prefix)
     for name in [name for name in found if ".q_proj." in name]:
         parts = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
@@ -197,7 +197,7 @@ def openclip(state_dict, prefix):
 
 @pytest.fixture(scope="module")
 def xl_file(tiny_xl, tmp_path_factory):
-    """The weights of `tiny_xl` as Stability's single file names them."""
+    """Returns the weights of `tiny_xl` with the names of Stability's single file."""
     unet, first, second = (
         load_file(next((tiny_xl / name).glob("*.safetensors"))) for name in ("unet", "text_encoder", "text_encoder_2")
     )

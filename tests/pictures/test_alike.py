@@ -1,4 +1,4 @@
-"""Pictures that are the same or look alike are found, and are never on both sides of a division."""
+"""Equal and similar pictures are found, and are never divided between training and validation."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_equal_is_the_same_file():
 
 @pytest.fixture
 def divided(tmp_path):
-    """A set with copies, smaller and recompressed copies, divided: (to train on, to validate on)."""
+    """A set with copies, smaller copies and recompressed copies, divided into pictures for training and for validation."""
     folder = write_pictures(tmp_path / "3_axe", count=12, size=(64, 64))
     (folder / "metadata.jsonl").unlink()
     for i in range(4):
@@ -58,7 +58,7 @@ def divided(tmp_path):
 
 
 def test_what_looks_alike_is_never_on_both_sides(divided):
-    """The content of no picture held out is trained on."""
+    """No picture with the content of a held-out picture is trained on."""
     kept, held_out = divided
     assert 4 <= len(held_out) <= 6
     assert len(kept) + len(held_out) == 20
@@ -72,7 +72,7 @@ def test_what_looks_alike_is_never_on_both_sides(divided):
 
 
 def test_the_split_is_the_pictures_own():
-    """It depends on content alone: not on order, and a picture more moves few others."""
+    """The split depends only on content, not on the order, and one more picture moves few others."""
     rng = np.random.default_rng(0)
     images = random_pictures(100, rng)
     chosen = {images[i].image_id for i in hold_out(images, 0.1)}

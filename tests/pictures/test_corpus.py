@@ -1,7 +1,7 @@
-"""Every kind of bad or odd input that people have, each with what becomes of it.
+"""Every kind of unusual or invalid input that users have, and its result.
 
-Used rightly; or refused in one line with file, row and remedy, and with --skip_bad_images left out and named. None ends in
-a traceback, and none changes silently what is trained on.
+Each is used correctly, or refused with file, row and remedy in one line, and left out and named with --skip_bad_images.
+None ends in a traceback, and none silently changes what is trained on.
 """
 
 import io
@@ -38,7 +38,7 @@ def noise(mode="RGB", size=(48, 32)):
 
 
 def a_png(width, height, rows=b""):
-    """A PNG of stated size whose data may be far less than that."""
+    """Returns a PNG with a header that states this size, and with any amount of data."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -75,7 +75,7 @@ def transparent(mode):
 
 
 def turned(orientation):
-    """A picture whose upper left quarter is red when it is seen upright, stored as the EXIF tag says."""
+    """Returns a picture whose upper left quarter is red when it is shown upright, stored as the EXIF tag says."""
     upright = Image.new("RGB", (48, 32), "blue")
     upright.paste("red", (0, 0, 24, 16))
     undo = {
@@ -90,7 +90,7 @@ def turned(orientation):
 
 
 class Odd(NamedTuple):
-    """A picture beside a good one: its bytes, and either its colour at (2, 2) and its size, or the reason to refuse it."""
+    """A picture next to a good one: its bytes, and its colour at (2, 2) and size, or the reason why it is refused."""
 
     data: bytes
     colour: tuple | None = None
@@ -172,7 +172,7 @@ def test_odd_pictures(tmp_path, case, layout):
 
 
 class Case(NamedTuple):
-    """Makes a folder; then it is refused with these words, or these captions are trained on, and these words are said."""
+    """Makes a folder, which is refused with this message, or whose captions are trained on, with this message."""
 
     make: object
     refused: str | None = None
@@ -304,7 +304,7 @@ def test_odd_folders(tmp_path, case, said):
 
 
 def test_an_unreadable_file():
-    """Readable for nobody: as root, who may read everything, the test becomes somebody else."""
+    """Nobody has the permission to read the file; if the test runs as root, it changes to another user."""
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)

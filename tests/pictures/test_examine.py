@@ -1,4 +1,4 @@
-"""Pictures are looked at once: they are measured, and the bad ones are told."""
+"""Pictures are examined once: they are measured, and bad pictures are reported."""
 
 import os
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def test_a_picture_seen_before_is_not_decoded_again(pictures, tmp_path):
 
 
 def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypatch):
-    """What is found out of a picture may be found out in another way some day; the list of before had no version."""
+    """Another version may examine pictures differently; lists of the first version had no version number."""
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
     lies = (tmp_path / KNOWN_PICTURES).read_text().replace(" 40 32 ", " 61 49 ")
@@ -77,7 +77,7 @@ def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypat
 
 @pytest.mark.parametrize("lost", range(1, 12))
 def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
-    """A run that was killed while it wrote leaves half a line."""
+    """A run that was killed while it wrote the list leaves an incomplete line."""
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
     memo = tmp_path / KNOWN_PICTURES
@@ -96,7 +96,7 @@ def test_without_a_folder_nothing_is_kept(pictures):
 
 
 def test_a_mask_belongs_to_the_picture(pictures, tmp_path):
-    """A picture with another mask is another picture; a mask that can't be read is told as the mask's."""
+    """A picture with another mask is examined again; an unreadable mask is reported as a mask."""
     plain = inspect(read_records(pictures), tmp_path / "memo")
     Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
     masked = inspect(read_records(pictures), tmp_path / "memo")

@@ -1,4 +1,4 @@
-"""Folders made for other tools: the same pictures give the same records, whichever way their captions are kept."""
+"""Folders made for other tools: equal pictures give equal records, however their captions are stored."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def write(text, path):
 
 
 def build(folder, layout):
-    """The four pictures of `CAPTIONS`, laid out for one tool or another."""
+    """Writes the four pictures of `CAPTIONS` in the layout of a tool."""
     rows = [(kind, i, caption) for kind, group in CAPTIONS.items() for i, caption in enumerate(group)]
     for shade, (kind, i, caption) in enumerate(rows):
         name = f"{kind}_{i}.png"
@@ -81,7 +81,7 @@ def expected(tmp_path, load):
 
 
 def pack(folder, ending):
-    """The folder in an archive, as a file manager packs it: with the folder itself, or only what is in it."""
+    """Packs the folder into an archive like a file manager, with the folder itself or only with its content."""
     archive = folder.parent / (folder.name + ending)
     if ending == ".zip":
         with zipfile.ZipFile(archive, "w") as file:
@@ -188,7 +188,7 @@ def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
 
 
 def test_a_layout_that_is_asked_for(tmp_path, load, said):
-    """Metadata goes before caption files, as it is the more explicit; `--dataset_layout` turns that round."""
+    """Metadata files take precedence over caption files; `--dataset_layout` can reverse this."""
     folder = build(tmp_path / "set", "beside")
     write("file_name,text\naxe_0.png,from the table\n", folder / "metadata.csv")
     assert load(folder)["captions"][:] == [["from the table"]]

@@ -1,4 +1,4 @@
-"""Masks weight the loss, wherever they come from; they are cut as their pictures are."""
+"""Masks weight the loss, wherever they come from; they are cropped like their pictures."""
 
 import json
 
@@ -13,7 +13,7 @@ from text_to_image_lora.pictures.transforms import Variation, apply_variation, a
 
 
 def half(size=(40, 32)):
-    """White on the left half, black on the right."""
+    """Returns a mask that is white on the left half and black on the right half."""
     mask = Image.new("L", size, 0)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
     return mask
@@ -23,7 +23,7 @@ def half(size=(40, 32)):
     "variation", [Variation(0, 0, False), Variation(8, 0, True), Variation(3, 2, False, share=0.8), Variation(2, 1, True, turn=30.0)]
 )  # fmt: skip
 def test_a_mask_is_cut_as_its_picture(variation):
-    """A picture that is its own mask stays its own mask."""
+    """Uses each picture as its own mask; after cropping they are still equal."""
     rng = np.random.default_rng(1)
     mask = Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
     pixels = apply_variation(mask.convert("RGB"), variation, (32, 32), "bilinear")[..., 0]
@@ -99,7 +99,7 @@ def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
 
 
 def erased(mode):
-    """The mask of `half` as an editor may save it: white everywhere, and its right half erased."""
+    """Returns the mask of `half` as an editor may save it: white everywhere, with its right half transparent."""
     if mode == "P":
         mask = Image.new("P", (40, 32), 0)
         mask.putpalette([255, 255, 255] * 2)
@@ -133,7 +133,7 @@ def test_what_is_half_transparent_in_a_mask_counts_half(tmp_path):
 
 
 def test_masks_weight_what_is_learned(train, masked, tmp_path):
-    """From the cache as live; and the cache doesn't serve the mask of before."""
+    """Also from the cache, which does not return the latents of a previous mask."""
 
     def losses(name, **options):
         out = train(train_data_dir=masked, center_crop=True, output_dir=tmp_path / name, **options)
@@ -150,7 +150,7 @@ def test_masks_weight_what_is_learned(train, masked, tmp_path):
 
 
 def test_an_empty_mask_is_told_or_left_out_with_its_picture(train, masked, capsys):
-    """Also where the picture was seen without one: the list of known pictures goes by content, and no bytes add nothing."""
+    """Also if the picture was examined without the mask: the list of known pictures is keyed by content."""
     (masked / "1.mask.png").unlink()
     train(train_data_dir=masked, max_train_steps=1, output_dir=masked.parent / "before")
     (masked / "1.mask.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Every source of pictures becomes the same records, and whatever is wrong is told in one line that says where."""
+"""All sources of pictures become equal records, and errors are reported in one line with their place."""
 
 import io
 import os
@@ -61,7 +61,7 @@ def test_folders_without_a_dataset(tmp_path):
 
 
 def test_max_train_samples_are_always_the_same(pictures):
-    """Those that upstream draws with the seed 0, whatever the run's own seed is."""
+    """The samples are those that diffusers' script draws with seed 0, for any seed of the run."""
     whole = read_records(pictures)
     some = read_records(pictures, max_train_samples=4)
     assert some[:] == whole.shuffle(seed=0).select(range(4))[:]
@@ -73,7 +73,7 @@ def test_max_train_samples_are_always_the_same(pictures):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Writes a dataset with a picture column in one of the library's formats; returns the folder."""
+    """Writes a dataset with an image column in one of the formats of the datasets library, and returns the folder."""
     import datasets
 
     def store(kind, image="image", splits=("train",), pictures=("red", "blue"), **texts):
@@ -162,7 +162,7 @@ def test_a_row_without_a_caption_is_refused_or_left_out(stored, load, kind, empt
 
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
 def test_bad_rows_of_a_stored_dataset_are_refused_or_left_out_by_the_command(stored, train, tmp_path, capsys, kind):
-    """A caption that is missing is told before models are loaded, a picture when all are looked at."""
+    """A missing caption is reported before models are loaded, a bad picture when the pictures are examined."""
     folder = stored(kind, pictures=("red", "green", "blue", None), text=["a", "", "c", "d"])
     options = dict(train_data_dir=folder, cache_dir=tmp_path / "datasets-cache")
     with pytest.raises(InputError) as caught:
@@ -254,7 +254,7 @@ def test_masks_of_a_stored_dataset(load, tmp_path):
 
 
 def test_shards_of_webdataset(load, tmp_path):
-    """A folder of tar files, each with pictures and captions of the same names."""
+    """Writes a folder of tar files, in which pictures and captions have equal names."""
     folder = tmp_path / "shards"
     folder.mkdir()
     colours = ["red", "green", "blue", "white"]
@@ -278,7 +278,7 @@ def test_shards_of_webdataset(load, tmp_path):
 
 @pytest.fixture
 def naming(tmp_path):
-    """Writes a stored dataset whose cells are bytes or paths, which the library itself would embed; returns the folder."""
+    """Writes a stored dataset whose cells are bytes or paths, which the library itself would embed, and returns the folder."""
     import datasets
     import pyarrow.parquet
 
@@ -328,7 +328,7 @@ def test_a_stored_dataset_reads_no_file_elsewhere(naming, load, tmp_path, kind, 
 
 
 def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, monkeypatch):
-    """Regular files in its folder or in the library's caches, however they are spelt."""
+    """Only regular files in the dataset's folder or in the library's caches, however the path is written."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Metadata files: rows, captions and columns are found, and a broken line is named with its number."""
+"""Metadata files: rows, captions and columns are found, and a broken line is reported with its number."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def names_of(dataset):
 
 
 def refusal(folder, **options):
-    """The message of the `InputError` that loading a folder ends in: one line that starts with where."""
+    """Returns the error message of a folder: one line that starts with the place of the error."""
     with pytest.raises(InputError) as caught:
         read_records(folder, **options)
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""From a picture's bytes to pixels: whatever the format, what is seen is what is trained on."""
+"""From the bytes of a picture to pixels: in every format, the model is trained on what a viewer shows."""
 
 import io
 import math
@@ -86,7 +86,7 @@ def test_transparency_is_over_white(hidden, alpha):
 
 
 def palette_picture():
-    """Left red (entry 0), right green (entry 1)."""
+    """Returns a picture with a palette, red (entry 0) on the left and green (entry 1) on the right."""
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.putpixel((1, 0), 1)
@@ -162,7 +162,7 @@ def test_an_animation_is_its_first_frame():
 
 
 def png_header(width, height):
-    """A PNG file that says how large it is and holds next to nothing."""
+    """Returns a PNG file that states a size and contains almost no data."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -199,7 +199,7 @@ resolutions = st.sampled_from([8, 24, 64])
 
 
 def torchvision_resize(image, resolution, interpolation):
-    """`torchvision.transforms.Resize(resolution)` of a PIL picture (its `_compute_resized_output_size`)."""
+    """Computes `torchvision.transforms.Resize(resolution)` of a PIL picture (its `_compute_resized_output_size`)."""
     short, long = sorted(image.size)
     new_long = int(resolution * long / short)
     size = (resolution, new_long) if image.width <= image.height else (new_long, resolution)
@@ -279,7 +279,7 @@ STRIPS = [(1, 1000), (1000, 1), (3, 1500), (900, 37)]
 
 
 def smooth(width, height):
-    """Slopes only: at edges the two ways overshoot, and Pillow clips what does after one pass or the other."""
+    """Returns a picture without edges, because at edges the two methods overshoot and Pillow clips after different passes."""
     return noise(-(-width // 8), -(-height // 8)).resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -366,7 +366,7 @@ def test_every_variation_has_its_size_and_no_corner_from_outside(width, height, 
 @pytest.mark.parametrize("size", [(32, 32), (48, 16)])
 @pytest.mark.parametrize("turn", [5.0, 30.0, -77.0, 135.0])
 def test_rotation_fills_no_corner(size, turn):
-    """Of a slope the turned picture is a slope to its very corners: nothing in it is mirrored, repeated or black."""
+    """A rotated gradient is a gradient up to its corners: nothing is mirrored, repeated or black."""
     window = window_size(size, turn)
     y, x = np.mgrid[0 : window[1], 0 : window[0]]
     slope = np.dstack([40 + 2 * x, 40 + 2 * y, 0 * x]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The converter as typed: between the formats and back, smaller ranks, sums, and bad input in one line."""
+"""The real convert_lora.py: between all formats, smaller ranks, sums, and invalid input in one line."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def base():
 
 
 def train(base, options, seed=None):
-    """The UNet and the text encoder with adapters; a seed gives them other weights."""
+    """Returns the UNet and the text encoder with adapters; each seed gives them other weights."""
     models = {
         "unet": trained(base.unet, UNET_TARGETS, **options),
         "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
@@ -62,7 +62,7 @@ def train(base, options, seed=None):
 
 @pytest.fixture
 def ours(base, tmp_path):
-    """A run's folder: UNet and text encoder at rank 4, alpha 6."""
+    """Returns the folder of a run: UNet and text encoder at rank 4 with alpha 6."""
     lora_file.save_lora(tmp_path / "ours", components_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
     return tmp_path / "ours"
 
@@ -81,7 +81,7 @@ def header_of(path):
 
 
 def updates_of(path):
-    """{(component, module): the whole update as a matrix} in float64."""
+    """Returns {(component, module): the complete update as a matrix} in float64."""
     found = {}
     for name, state_dict in lora_file.load_lora(path)[0].items():
         for module in modules_of(state_dict):
@@ -115,7 +115,7 @@ def test_there_and_back_again(base, tmp_path, way, options):
 
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_true_alpha_comes_home(base, tmp_path, options):
-    """From the file that training writes by kohya's names, with its own ranks and alphas."""
+    """Converts the file that training writes with kohya's names, with its own ranks and alphas."""
     models = train(base, options)
     lora_file.save_lora(tmp_path / "ours.safetensors", components_of(models), {})
     kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
@@ -166,7 +166,7 @@ def test_headers_say_what_the_file_is_now(ours, tmp_path):
 
 
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path, capsys):
-    """Against the singular values of the whole matrices."""
+    """Compares with the singular values of the complete matrices."""
     convert(ours, tmp_path / "small.safetensors", "--rank", 2)
     said = capsys.readouterr().out
     whole, small = updates_of(ours), updates_of(tmp_path / "small.safetensors")
@@ -218,7 +218,7 @@ def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
 
 
 def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
-    """An update that has hardly begun, below float16's smallest numbers."""
+    """The update is below the smallest numbers of float16."""
     state_dict, config = adapter(trained(base.unet, ["to_q"]))
     tiny = {key: value * (1e-8 if ".lora_B." in key else 1) for key, value in state_dict.items()}
     lora_file.save_lora(tmp_path, {"unet": (tiny, config)}, {})
@@ -242,7 +242,7 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
 
 
 def test_equal_and_different_updates_are_told_apart():
-    """In factors that cancel to seven digits, against the matrices formed in float64."""
+    """The factors cancel to seven digits; compares with matrices computed in float64."""
     torch.manual_seed(0)
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     for a2, b2 in (

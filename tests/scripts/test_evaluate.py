@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py`: the command whole and again, its held-out loss, and bad input."""
+"""`scripts/evaluate.py`: the complete command, a second call, its held-out loss, and invalid input."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def run_here(words):
 
 @pytest.fixture
 def words(model, lora, clip_model, dino_model, tmp_path):
-    """A tiny evaluation of two LoRAs; the second is at strength 0, which is the base."""
+    """Returns the flags of a tiny evaluation of two LoRAs; the second one has strength 0, which equals the base model."""
     shutil.copytree(lora, tmp_path / "runs" / "epoch-0002")
     captions = ["a red axe in sks style", "a blue fish in sks style", "a green house in sks style"]
     held_out = write_pictures(tmp_path / "held-out", 4, captions=captions, seed=1)
@@ -94,7 +94,7 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
 
 @pytest.mark.usefixtures("library_settings")
 def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp_path, clip_model, dino_model):
-    """Of the same run, seed and pictures, divided by --validation_split."""
+    """Uses the run, seed and pictures of a training run with --validation_split."""
     split = dict(validation_split=0.4, num_validation_images=0)
     out = train(**split, learning_rate=3e-2, center_crop=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -137,7 +137,7 @@ def command(words):
     ],
 )
 def test_bad_input_is_one_line(words, changes, said, capsys):
-    """By the command's own `main`, which prints it and ends with code 2 (see the next test)."""
+    """Calls the command's `main`, which prints the message and exits with code 2 (see the next test)."""
     with pytest.raises(evaluate.InputError) as refused:
         run_here(words(**changes))
     assert said in str(refused.value)

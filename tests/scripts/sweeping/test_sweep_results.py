@@ -1,4 +1,4 @@
-"""What a sweep has found: trials over their seeds, and the best of them."""
+"""The results of a sweep: trials averaged over their seeds, and the best settings."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from scripts.sweeping import results
 
 
 def test_trials_of_several_seeds_are_one():
-    """Mean and standard error, against numpy's; what didn't end is left out."""
+    """Mean and standard error equal those of numpy; unfinished trials are left out."""
     losses = {(0, 4): 0.7, (1, 4): 0.8, (2, 4): 0.9, (0, 8): 0.6, (1, 8): 0.65, (2, 8): 0.1}
     rows = [
         {
@@ -38,7 +38,7 @@ def test_lists_are_values_over_seeds_too():
 
 
 def test_a_lucky_seed_is_not_the_best(tmp_path):
-    """Rank 4 has the lowest loss of all, and rank 8 is better over the seeds: its best trial is the one to take."""
+    """Rank 4 has the lowest loss of all trials, but rank 8 the lower mean, so the best trial of rank 8 is recommended."""
     losses = {(0, 4): 0.5, (1, 4): 0.9, (0, 8): 0.6, (1, 8): 0.55}
     rows = [
         {"trial": i, "state": "complete", results.METRIC: loss, "seed": seed, "rank": rank}
