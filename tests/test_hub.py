@@ -69,8 +69,8 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
 
 
 def test_an_upload_that_breaks_down_is_told(train, tmp_path):
-    told = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
-    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), told as caught:
+    fails = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
+    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), fails as caught:
         train(push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET)
     assert "\n" not in str(caught.value)
     assert len(read_lora(tmp_path / "out")) == 60

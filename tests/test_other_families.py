@@ -165,8 +165,8 @@ def test_infer_draws_what_training_drew(base, run, tmp_path, name):
 
 def test_a_dry_run_tells_what_it_takes(base, train, tmp_path):
     train(pretrained_model_name_or_path=base, dry_run=True, resolution=None)
-    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
-    assert told["step"] > told["further_sample"] > 0
+    memory = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert memory["step"] > memory["further_sample"] > 0
 
 
 def test_training_lowers_the_loss(base, train, pictures):

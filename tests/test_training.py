@@ -23,10 +23,10 @@ def test_the_launchers_accumulation_divides_no_gradient(train, tmp_path, monkeyp
     """`accelerate config` asks for gradient accumulation, and `accelerate launch` sets the environment variable."""
     plain = train(output_dir=tmp_path / "plain", gradient_accumulation_steps=2)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    told = train(output_dir=tmp_path / "told", gradient_accumulation_steps=2)
-    norms = [[row["grad_norm"] for row in read_metrics(folder)] for folder in (plain, told)]
+    launched = train(output_dir=tmp_path / "launched", gradient_accumulation_steps=2)
+    norms = [[row["grad_norm"] for row in read_metrics(folder)] for folder in (plain, launched)]
     assert norms[0] == norms[1]
-    assert all(value.equal(read_lora(plain)[name]) for name, value in read_lora(told).items())
+    assert all(value.equal(read_lora(plain)[name]) for name, value in read_lora(launched).items())
 
 
 def test_the_dropout_of_each_forward_pass_has_a_seed_of_its_own(train, monkeypatch):

@@ -149,10 +149,10 @@ def test_header_speaks_of_every_component_and_of_the_training(base, tmp_path):
         "lora_bias": False,
     }
     for component, use_dora in (("unet", False), ("text_encoder", True)):
-        told = {key.split(".")[1]: adapters.pop(key) for key in list(adapters) if key.split(".")[0] == component}
+        config = {key.split(".")[1]: adapters.pop(key) for key in list(adapters) if key.split(".")[0] == component}
         modules = {key.partition(".lora_")[0] for key in keys if key.startswith(f"{component}.")}
-        assert told.pop("target_modules") == sorted(re.sub(r"^\w+\.(text_model\.)?", "", key) for key in modules)
-        assert told == common | {"use_dora": use_dora}
+        assert config.pop("target_modules") == sorted(re.sub(r"^\w+\.(text_model\.)?", "", key) for key in modules)
+        assert config == common | {"use_dora": use_dora}
     assert not adapters
     assert {key.partition(".lora_")[0] for key in keys if key.startswith("text_encoder.")} == {
         f"text_encoder.text_model.encoder.layers.{layer}.self_attn.q_proj" for layer in (0, 1)

@@ -280,7 +280,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_odd_folders(tmp_path, case, said):
-    make, refused, captions, told, left_out = FOLDERS[case]
+    make, refused, captions, logged, left_out = FOLDERS[case]
     folder, skipped = tmp_path / "set", []
     write(folder, good_png=picture())
     make(folder)
@@ -298,8 +298,8 @@ def test_odd_folders(tmp_path, case, said):
     dataset = read_records(folder, leave_out=(lambda *what: skipped.append(what)) if left_out else None)
     assert dataset["captions"][:] == captions
     assert not examine(dataset, range(len(dataset)))[1]
-    assert (told or "") in " ".join(said)
-    assert bool(said) == bool(told)
+    assert (logged or "") in " ".join(said)
+    assert bool(said) == bool(logged)
     assert [source.endswith(left_out) for source, _ in skipped] == ([True] if left_out else [])
 
 

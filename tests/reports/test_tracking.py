@@ -417,9 +417,9 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     assert shlex.split(said[0])[-1] == str(folder)
     wandb.teardown()  # flushes the file, as the end of a process does
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
-    told = capsys.readouterr().err
-    assert "rejected the run" in told
-    assert KEY not in told
+    err = capsys.readouterr().err
+    assert "rejected the run" in err
+    assert KEY not in err
 
 
 def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):

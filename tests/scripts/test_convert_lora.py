@@ -154,13 +154,13 @@ def test_the_unet_alone_is_a_folder_of_its_own(base, tmp_path):
 
 def test_headers_say_what_the_file_is_now(ours, tmp_path):
     convert(ours, tmp_path / "axes.safetensors", "--to", "kohya", "--rank", 2)
-    told = header_of(tmp_path / "axes.safetensors")
-    assert told.items() >= {
+    entries = header_of(tmp_path / "axes.safetensors")
+    assert entries.items() >= {
         "ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_module": "networks.lora", "ss_output_name": "axes",
         "modelspec.title": "axes", "modelspec.trigger_phrase": "sks", "ss_sd_model_name": "mini",
         "ss_base_model_version": "sd_v1",
     }.items()  # fmt: skip
-    assert not told.keys() & {*PRIVATE, "lora_adapter_metadata"}
+    assert not entries.keys() & {*PRIVATE, "lora_adapter_metadata"}
     convert(tmp_path / "axes.safetensors", tmp_path / "again.safetensors", "--to", "diffusers")
     assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
 
@@ -198,9 +198,9 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "sum.safetensors", wanted)
     ranks = {len(value) for key, value in load_file(tmp_path / "sum.safetensors").items() if ".lora_down." in key}
     assert ranks == {6, 8, 10}  # 4 + 2, 4 + 4, 4 + 2 + 4
-    told = header_of(tmp_path / "sum.safetensors")
-    assert (told["modelspec.merged_from"], told["ss_sd_model_name"]) == ("ours, other, third", "mini")
-    assert "modelspec.trigger_phrase" not in told
+    entries = header_of(tmp_path / "sum.safetensors")
+    assert (entries["modelspec.merged_from"], entries["ss_sd_model_name"]) == ("ours, other, third", "mini")
+    assert "modelspec.trigger_phrase" not in entries
     capsys.readouterr()
     convert(tmp_path / "sum.safetensors", tmp_path / "smaller.safetensors", "--rank", 7)
     assert 0 < float(re.search(r"rank 7: ([\d.]+)%", capsys.readouterr().out)[1]) < 30

@@ -110,9 +110,9 @@ def test_a_dry_run_reports_it(arguments, tmp_path):
     done = run_command(arguments(dry_run=True, num_validation_images=0))
     assert done.returncode == 0, done.stderr
     assert "in a training step of batch 2, and" in done.stdout
-    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
-    assert told["step"] > told["further_sample"] > 0
-    assert told["sample_pictures"] == 0
+    memory = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert memory["step"] > memory["further_sample"] > 0
+    assert memory["sample_pictures"] == 0
 
 
 @pytest.mark.long
