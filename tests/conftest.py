@@ -4,8 +4,10 @@ import functools
 import importlib
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,16 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
+def png_with_header(width, height, rows=b"\0"):
+    """Returns a PNG with a header that states this size, whatever the amount of data."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def with_red_and_blue_swapped():
     """Returns an ICC profile in which the first channel is blue and the third is red: sRGB with two tags renamed."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -135,12 +147,9 @@ def make_picture_set(records, *, resolution=32, sizes=None, captions=None, inter
     good, bad = examine(records, range(len(records)))
     assert not bad
     return PictureSet(
-        records,
-        [good[index] for index in range(len(records))],
-        sizes or [(resolution, resolution)] * len(records),
-        captions or records["captions"][:],
-        View(AugmentationSettings(**augmentation), interpolation),
-    )
+        records, [good[index] for index in range(len(records))], sizes or [(resolution, resolution)] * len(records),
+        captions or records["captions"][:], View(AugmentationSettings(**augmentation), interpolation),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -250,6 +259,23 @@ def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def start():
+    """Starts runs of the real command without the seconds of its imports."""
+    from quick_start import QuickStart
+
+    with QuickStart() as server:
+        yield server
+
+
+@pytest.fixture
+def make_unet(tiny_sd):
+    """Returns a function that returns the UNet of `tiny_sd` with adapters, see `unet_of`."""
+    from lean_steps import unet_of
+
+    return functools.partial(unet_of, tiny_sd)
+
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -297,6 +323,24 @@ def read_lora(folder):
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def read_header(path):
+    """Returns the header of a LoRA file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def assert_same_weights(first, second):
+    """Checks that the LoRAs of two runs are equal up to rounding."""
+    import torch
+
+    a, b = read_lora(first), read_lora(second)
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
+    assert difference < 1e-3 * torch.cat([a[k].flatten() for k in a]).norm()
 
 
 @functools.cache

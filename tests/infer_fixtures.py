@@ -52,22 +52,14 @@ def tiny_pipeline(tmp_path_factory):
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=96,
-    )
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, cross_attention_dim=96,
+    )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-    )
+        block_out_channels=(16, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=8, sample_size=64,
+    )  # fmt: skip
     return make_pipeline(vae, unet, make_text_encoder(tokenizer), tokenizer)
 
 

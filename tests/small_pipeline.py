@@ -31,38 +31,21 @@ def small_pipeline():
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=8)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )
-    )
+    )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     return StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
+        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )
+    )  # fmt: skip
 
 
 def trained(model, targets, **options):
@@ -74,6 +57,19 @@ def trained(model, targets, **options):
         if "lora_magnitude_vector" in name:
             parameter.data *= 1 + torch.rand(parameter.shape)
     return model.eval()
+
+
+def trained_models(base, options):
+    """Returns the UNet and the text encoder, each with an adapter."""
+    return {
+        "unet": trained(base.unet, UNET_TARGETS, **options),
+        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
+    }
+
+
+def adapters_of(models):
+    """Returns {component: (tensors of the adapter, its configuration)}."""
+    return {name: adapter(model) for name, model in models.items()}
 
 
 def adapter(model):

@@ -25,22 +25,11 @@ CELLS = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
 BIN = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
 # What a line begins with that starts the training, and the words that the flags follow.
 LAUNCHERS = (
-    "!uv run",
-    "uv run",
-    "accelerate launch",
-    "ACCELERATE_USE_CPU",
-    "hf jobs",
-    "sbatch",
-    "docker run",
-    '"${launcher',
-)
+    "!uv run", "uv run", "accelerate launch", "ACCELERATE_USE_CPU", "hf jobs", "sbatch", "docker run", '"${launcher',
+)  # fmt: skip
 STARTS = (
-    "train_text_to_image_lora.py",
-    "train-text-to-image-lora",
-    "train_text_to_image_lora",
-    "cloud/slurm.sh",
-    "lora",
-)
+    "train_text_to_image_lora.py", "train-text-to-image-lora", "train_text_to_image_lora", "cloud/slurm.sh", "lora",
+)  # fmt: skip
 
 
 def page(name):

@@ -76,7 +76,11 @@ def test_groups_order_and_wrapping_of_help_do_not_matter(checkout, compare):
 @pytest.mark.parametrize(
     ("item", "changes", "expected"),
     [
-        ("help", {"how large": "how wide"}, "train: help of --rank: 'how large it is (default: 4)' became 'how wide it is"),
+        (
+            "help",
+            {"how large": "how wide"},
+            "train: help of --rank: 'how large it is (default: 4)' became 'how wide it is",
+        ),
         ("help", {'"--rank", type=int': '"--rank", metavar="N"'}, "flag --rank: '--rank RANK' became '--rank N'"),
         ("help", {'"--rank"': '"--rang"'}, "train: flag --rank: only there before (and 9 more: "),
         ("help", {"(default: 4)": "(default: 8)"}, "(default: 4)' became 'how large it is (default: 8)'"),
@@ -106,7 +110,6 @@ def test_with_words_a_flag_that_is_gone_still_fails(checkout, compare, tmp_path)
     changes = {'"--rank"': '"--rang"'}
     words = ("--words", tmp_path / "words.txt")
     assert compare(checkout("a"), checkout("b", changes), "help", words=words)[0] == 1
-
 
 
 def test_a_run_that_was_begun_before_is_resumed_by_both(checkout, compare, tmp_path):
@@ -152,11 +155,8 @@ def test_an_item_that_is_not_there_is_refused(checkout, compare):
 
 
 HEADER = {
-    "format": "pt",
-    "ss_steps": "12",
-    "modelspec.date": "2026-01-01T00:00:00+00:00",
-    "ss_training_started_at": "1",
-}
+    "format": "pt", "ss_steps": "12", "modelspec.date": "2026-01-01T00:00:00+00:00", "ss_training_started_at": "1",
+}  # fmt: skip
 ABOUT = {
     "command": "accelerate launch x.py --rank 4 --seed 7",
     "settings": {"rank": 4},

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import words_of_run, write_pictures
 from PIL import Image
-from quick_start import QuickStart, assert_same_end, signal_before
+from quick_start import assert_same_end, signal_before
 from safetensors import safe_open
 
 from text_to_image_lora.errors import TrainingError
@@ -56,12 +56,6 @@ def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
 
 
 # Every place.
-
-
-@pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
 
 
 # Writes the paths that are opened for writing below a folder to a list, and half of what should be written to the nth.

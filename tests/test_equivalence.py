@@ -5,8 +5,7 @@ import io
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command, words_of_run, write_pictures
+from conftest import TORCHRUN, assert_same_weights, read_metrics, run_command, words_of_run, write_pictures
 
 
 def assert_same_run(first, second):
@@ -16,13 +15,6 @@ def assert_same_run(first, second):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(first, second)
-
-
-def assert_same_weights(first, second):
-    a, b = read_lora(first), read_lora(second)
-    assert a.keys() == b.keys()
-    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
-    assert difference < 1e-3 * torch.cat([a[k].flatten() for k in a]).norm()
 
 
 # An epoch has five steps of an effective batch of 4: ten samples of one shape (4, 4, 2), five of another (4, 1).

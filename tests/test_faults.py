@@ -65,12 +65,9 @@ def seen():
 
 
 STRAIGHT = dict(
-    max_train_steps=6,
-    center_crop=True,
-    checkpointing_steps=1,
-    checkpoints_total_limit=7,
+    max_train_steps=6, center_crop=True, checkpointing_steps=1, checkpoints_total_limit=7,
     validation_prompt="a red axe",
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +431,7 @@ def test_fault_07_snr_gamma_at_zero_terminal_snr(train, changed_model, seen, sch
 
 def test_fault_07_noise_can_not_be_predicted_at_zero_snr(train):
     """The run trains, but the last timestep learns nothing."""
-    with pytest.raises(InputError, match="needs --prediction_type v_prediction"):
+    with pytest.raises(InputError, match="--rescale_betas_zero_snr needs --prediction_type v_prediction"):
         train(rescale_betas_zero_snr=True)
 
 

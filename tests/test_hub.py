@@ -53,12 +53,8 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
     assert [(row["text"], row["output"]["url"]) for row in card["widget"]] == list(zip(PROMPTS, pictures))
     # There was more to upload by mistake.
     assert {path.name for path in out.iterdir()} >= {
-        "run.yaml",
-        "metrics.jsonl",
-        "checkpoint-2",
-        "wandb",
-        "validation",
-    }
+        "run.yaml", "metrics.jsonl", "checkpoint-2", "wandb", "validation",
+    }  # fmt: skip
     for method, path, headers, body in server.seen:
         assert method == "GET" or headers["Authorization"] == f"Bearer {SECRET}"
         assert {name.lower() for name, value in headers.items() if SECRET in value} <= {"authorization"}

@@ -125,13 +125,8 @@ def test_a_file_of_prompts(model, tmp_path):
     )
     pictures = draw(model, tmp_path / "file", "--num_images", 2, prompt=[tmp_path / "prompts.txt"])
     stems = [
-        f"{AXE}-seed3",
-        f"{AXE}-seed4",
-        "01-a-dog-seed5",
-        "01-a-dog-seed6",
-        "02-a-cat-1-seed0",
-        "02-a-cat-1-seed1",
-    ]
+        f"{AXE}-seed3", f"{AXE}-seed4", "01-a-dog-seed5", "01-a-dog-seed6", "02-a-cat-1-seed0", "02-a-cat-1-seed1",
+    ]  # fmt: skip
     assert [*pictures] == [f"{stem}.png" for stem in stems]
     negative = ["--negative_prompt", "blurry, dark", "--width", 32]
     axe = ["--num_inference_steps", 3, "--seed", 4]
@@ -189,9 +184,3 @@ def test_the_training_script_refuses_other_options(line, reason, arguments, tmp_
     (tmp_path / "prompts.txt").write_text(line)
     with pytest.raises(InputError, match=reason):
         train_script.parse_settings(arguments(validation_prompts=[tmp_path / "prompts.txt"]))
-
-
-# Pictures that say how they were drawn.
-
-
-# Types of flags.

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
-from quick_start import QuickStart, assert_same_end
+from quick_start import assert_same_end
 
 from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
@@ -45,12 +45,6 @@ FLAGS = dict(
     max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2, aspect_ratio_buckets=True, validation_split=0.34,
     validation_steps=3, use_ema=True, validation_prompt="a red axe", lora_dropout=0.1, random_flip=True,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

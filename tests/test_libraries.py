@@ -45,13 +45,8 @@ def test_what_trains_nothing_imports_nothing_of_the_page(tiny_sd, pictures, tmp_
         "assert not {'bokeh', 'text_to_image_lora.reports.report_page'} & sys.modules.keys()"
     )
     words = [
-        "--pretrained_model_name_or_path",
-        tiny_sd,
-        "--train_data_dir",
-        pictures,
-        "--output_dir",
-        tmp_path / "out",
-    ]
+        "--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", pictures, "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words), "--resolution", "32", flag],
         cwd=ROOT,

@@ -104,12 +104,9 @@ def test_the_installed_commands_train_and_draw_from_any_folder(installed, pictur
 @pytest.mark.long
 def test_an_installed_command_answers_bad_input_in_a_line(installed, tmp_path):
     done = subprocess.run(
-        [installed / "train-text-to-image-lora", "--rang", "4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [installed / "train-text-to-image-lora", "--rang", "4"], cwd=tmp_path, capture_output=True, text=True,
         timeout=60,
-    )
+    )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert "--rank" in done.stderr

@@ -360,13 +360,8 @@ def test_half_written_checkpoints_are_passed_over(train, two, tmp_path, capsys):
 
 
 FILES = [
-    "adapter.safetensors",
-    "optimizer.pt",
-    "ema.pt",
-    "state.json",
-    "manifest.json",
-    "pytorch_lora_weights.safetensors",
-]
+    "adapter.safetensors", "optimizer.pt", "ema.pt", "state.json", "manifest.json", "pytorch_lora_weights.safetensors",
+]  # fmt: skip
 FILES += ["best/pytorch_lora_weights.safetensors"]
 
 

@@ -12,17 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
-from quick_start import QuickStart, assert_same_end, signal_before
+from quick_start import assert_same_end, signal_before
 
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.training import interruption, launcher
 from text_to_image_lora.training.checkpoint import find_damage, read_state
-
-
-@pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
 
 
 # The request.

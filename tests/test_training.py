@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from conftest import read_lora, read_metrics
+from conftest import assert_same_weights, read_lora, read_metrics
 
 from text_to_image_lora.training.objective import Diffusion
 
 
-def assert_close(first, second):
-    a, b = read_lora(first), read_lora(second)
-    assert a.keys() == b.keys()
-    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
-    assert difference < 1e-3 * torch.cat([a[k].flatten() for k in a]).norm()
-
-
 def test_gradient_checkpointing_changes_nothing(train, tmp_path):
     plain = train(output_dir=tmp_path / "plain")
-    assert_close(plain, train(gradient_checkpointing=True, output_dir=tmp_path / "less memory"))
+    assert_same_weights(plain, train(gradient_checkpointing=True, output_dir=tmp_path / "less memory"))
 
 
 def test_the_launchers_accumulation_divides_no_gradient(train, tmp_path, monkeypatch):
@@ -43,14 +36,11 @@ def test_the_dropout_of_each_forward_pass_has_a_seed_of_its_own(train, monkeypat
 
 # The rate of each of six steps as a share of --learning_rate: warm-up over two, then the schedule's own course.
 SCHEDULES = {
-    "constant": [1, 1, 1, 1, 1, 1],
-    "constant_with_warmup": [0, 0.5, 1, 1, 1, 1],
-    "linear": [0, 0.5, 1, 0.75, 0.5, 0.25],
-    "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
-    "cosine_with_restarts": [0, 0.5, 1, 0.5, 1, 0.5],
-    "polynomial": [0, 0.5, 1, 0.75, 0.5, 0.25],
+    "constant": [1, 1, 1, 1, 1, 1], "constant_with_warmup": [0, 0.5, 1, 1, 1, 1],
+    "linear": [0, 0.5, 1, 0.75, 0.5, 0.25], "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
+    "cosine_with_restarts": [0, 0.5, 1, 0.5, 1, 0.5], "polynomial": [0, 0.5, 1, 0.75, 0.5, 0.25],
     "piecewise_constant": [1, 1, 0.1, 0.1, 0.01, 0.01],
-}
+}  # fmt: skip
 WARMED_UP = dict(max_train_steps=6, lr_warmup_steps=2, learning_rate=1e-2)
 
 

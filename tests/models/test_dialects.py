@@ -16,6 +16,7 @@ from small_pipeline import (
     TEXT_TARGETS,
     UNET_TARGETS,
     adapter,
+    adapters_of,
     assert_close,
     assert_differs,
     encode,
@@ -23,6 +24,7 @@ from small_pipeline import (
     predict,
     small_pipeline,
     trained,
+    trained_models,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -45,15 +47,7 @@ def base():
 @pytest.fixture(scope="module", params=[*ADAPTERS, "mixed"])
 def models(base, request):
     """Returns a UNet and a text encoder with adapters of every kind, linear and convolutional."""
-    options = MIXED if request.param == "mixed" else ADAPTERS[request.param]
-    return {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
-
-
-def adapters_of(models):
-    return {name: adapter(model) for name, model in models.items()}
+    return trained_models(base, MIXED if request.param == "mixed" else ADAPTERS[request.param])
 
 
 def assert_same_updates(loaded, models):

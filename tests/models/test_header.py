@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 import torch
-from conftest import train_script
+from conftest import read_header, train_script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,11 +21,6 @@ from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import header, kohya, lora_file
 from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
-
-
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def files_below(folder):
@@ -65,7 +60,7 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
     with safe_open(out / "red axes.safetensors", "pt") as file:
         alphas = {round(file.get_tensor(key).item(), 4) for key in file.keys() if key.endswith(".alpha")}  # noqa: SIM118
     assert alphas == {4.0, round(2**0.5, 4)}  # 2/sqrt(4) * 4; 1/sqrt(2) * 2
-    entries = header_of(out / "red axes.safetensors")
+    entries = read_header(out / "red axes.safetensors")
     assert entries.items() >= {
         "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_network_module": "networks.lora", "ss_network_dim": "4",
         "ss_network_alpha": "2.0", "ss_network_args": "{}", "ss_output_name": "red axes", "ss_steps": "4", "ss_epoch": "1",
@@ -83,14 +78,14 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
     shared = {
         key: value for key, value in entries.items() if key.startswith(("ss_", "modelspec.")) and key not in private
     }
-    own = header_of(out / lora_file.WEIGHTS_NAME)
+    own = read_header(out / lora_file.WEIGHTS_NAME)
     assert own.items() >= {key: value for key, value in shared.items() if key != "modelspec.hash_sha256"}.items()
     for path in files_below(out):
-        extra = private & header_of(out / path).keys()
+        extra = private & read_header(out / path).keys()
         assert extra == (
             private if path == "red axes.safetensors" else {"ss_tag_frequency"} if "step" in path else set()
         )
-        assert str(tmp_path) not in str(header_of(out / path))
+        assert str(tmp_path) not in str(read_header(out / path))
     assert json.loads(entries["ss_tag_frequency"])["red axes"]["sks"] == 5
     data = base64.b64decode(entries["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,"))
     shown = Image.open(io.BytesIO(data))
@@ -106,14 +101,14 @@ def test_kohyas_file_is_hashed_as_its_readers_do(tmp_path):
     key = next(iter(state_dict))
     state_dict |= {key: torch.randn(4, 100_000)}
     path = kohya.save_kohya(tmp_path / "a.safetensors", {"unet": (state_dict, config)}, {"ss_v2": "False", "x": "1"})
-    data, entries = path.read_bytes(), header_of(path)
+    data, entries = path.read_bytes(), read_header(path)
     body = data[8 + int.from_bytes(data[:8], "little") :]
     assert entries["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
     assert entries["modelspec.hash_sha256"] == f"0x{entries['sshs_model_hash']}"
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     lora_file.write_tensors(tmp_path / "b.safetensors", tensors, {"ss_v2": "True", "y": "2"})
-    again = header_of(tmp_path / "b.safetensors")
+    again = read_header(tmp_path / "b.safetensors")
     assert again["sshs_model_hash"] == entries["sshs_model_hash"]
     assert len(entries["sshs_legacy_hash"]) == len(again["sshs_legacy_hash"]) == 8
     assert entries["sshs_legacy_hash"] not in (again["sshs_legacy_hash"], hashlib.sha256(b"").hexdigest()[:8])
@@ -133,11 +128,11 @@ def test_the_same_run_gives_the_same_bytes_however_often_it_was_interrupted(trai
     assert {name: (out / name).read_bytes() for name in names} == first
     # A thumbnail that is asked for when all is drawn, and of a prompt that was not, is left out.
     train(kohya_extras=["thumbnail"], **flags | {"validation_prompt": "a blue whip"})
-    assert "modelspec.thumbnail" not in header_of(out / "out.safetensors")
+    assert "modelspec.thumbnail" not in read_header(out / "out.safetensors")
     # The flag can also come later, to a run that is done.
     (out / "out.safetensors").unlink()
     train(**flags)
-    assert header_of(out / "out.safetensors").keys() == header_of(out / lora_file.WEIGHTS_NAME).keys() - {
+    assert read_header(out / "out.safetensors").keys() == read_header(out / lora_file.WEIGHTS_NAME).keys() - {
         "lora_adapter_metadata"
     }
 
@@ -151,7 +146,7 @@ def test_no_header_tells_a_folder(train, tiny_sd, pictures, tmp_path, monkeypatc
         latent_cache_dir="secret/cache", output_kohya_format=True,
     )  # fmt: skip
     for name in ("axes.safetensors", lora_file.WEIGHTS_NAME):
-        entries = header_of(tmp_path / "secret" / "axes" / name)
+        entries = read_header(tmp_path / "secret" / "axes" / name)
         assert [key for key, value in entries.items() if "secret" in value or str(tmp_path) in value] == []
         assert (entries["ss_sd_model_name"], entries["train_data_dir"]) == ("model", "pictures")
 
@@ -172,7 +167,7 @@ def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
     said = capsys.readouterr().out
     assert "--use_dora: A1111 divides DoRA's magnitudes" in said
     assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
-    entries = header_of(out / "out.safetensors")
+    entries = read_header(out / "out.safetensors")
     assert entries["ss_network_module"] == "lycoris.kohya"
     assert json.loads(entries["ss_network_args"]) == {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 
@@ -252,13 +247,9 @@ def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
     wanted = lora_file.load_lora(first)[0]["unet"]
     for k, weights in enumerate((first / "axes.safetensors", tmp_path / "peft")):
         out = train(
-            lora_weights=weights,
-            rank=6,
-            lora_alpha=9,
-            learning_rate=1e-12,
-            adam_weight_decay=0,
+            lora_weights=weights, rank=6, lora_alpha=9, learning_rate=1e-12, adam_weight_decay=0,
             output_dir=tmp_path / str(k),
-        )
+        )  # fmt: skip
         got = lora_file.load_lora(out)[0]["unet"]
         assert modules_of(got) == modules_of(wanted)
         for module in modules_of(wanted):

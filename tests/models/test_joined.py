@@ -1,23 +1,17 @@
 """Joined projections of one input equal separate projections, on tiny UNets of diffusers."""
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
-from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
+from lean_steps import PLAIN, Operators, batch_of, lean_unet, train
 
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.joined import JoinedLinear, add_products, split_layers
 
 
 PRODUCTS = ("mm", "addmm_", "bmm", "baddbmm_")
-
-
-@pytest.fixture
-def make_unet(tiny_sd):
-    return functools.partial(unet_of, tiny_sd)
 
 
 def joined_of(unet):

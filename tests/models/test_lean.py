@@ -1,13 +1,12 @@
 """The lean forward pass equals that of peft, on tiny UNets of diffusers."""
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
+from lean_steps import PLAIN, Operators, batch_of, lean_unet, train
 from safetensors.torch import load_file
 
 from text_to_image_lora.models import lean, lora
@@ -17,11 +16,6 @@ from text_to_image_lora.training.settings import OptimizerSettings, ScheduleSett
 
 
 WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]
-
-
-@pytest.fixture
-def make_unet(tiny_sd):
-    return functools.partial(unet_of, tiny_sd)
 
 
 @pytest.mark.parametrize("flat", [True, False])

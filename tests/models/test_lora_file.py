@@ -91,15 +91,10 @@ def test_stable_diffusion_xl_reads_both_text_encoders(base, tmp_path):
     }
     lora_file.save_lora(tmp_path, {name: adapter(model) for name, model in models.items()}, TRAINING)
     pipe = StableDiffusionXLPipeline(
-        vae=base.vae,
-        text_encoder=copy.deepcopy(base.text_encoder),
-        text_encoder_2=copy.deepcopy(projecting),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=copy.deepcopy(base.unet),
-        scheduler=base.scheduler,
+        vae=base.vae, text_encoder=copy.deepcopy(base.text_encoder), text_encoder_2=copy.deepcopy(projecting),
+        tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, unet=copy.deepcopy(base.unet), scheduler=base.scheduler,
         add_watermarker=False,
-    )
+    )  # fmt: skip
     pipe.load_lora_weights(tmp_path, weight_name=lora_file.WEIGHTS_NAME)
     assert_differs(encode(projecting), encode(models["text_encoder_2"]))
     assert_close(encode(pipe.text_encoder_2), encode(models["text_encoder_2"]))
@@ -141,13 +136,8 @@ def test_header_speaks_of_every_component_and_of_the_training(base, tmp_path):
     assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]  # of what follows the first MiB
     assert not header
     common = {
-        "r": 4,
-        "lora_alpha": 4,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "lora_bias": False,
-    }
+        "r": 4, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_bias": False,
+    }  # fmt: skip
     for component, use_dora in (("unet", False), ("text_encoder", True)):
         config = {key.split(".")[1]: adapters.pop(key) for key in list(adapters) if key.split(".")[0] == component}
         modules = {key.partition(".lora_")[0] for key in keys if key.startswith(f"{component}.")}

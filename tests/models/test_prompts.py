@@ -26,14 +26,9 @@ def loaded(tiny_sd):
 
 def make_encoder(tokenizer, text_encoder, *, clip_skip=None, num_chunks=1, dtype=torch.float32, **options):
     return PromptEncoder(
-        STABLE_DIFFUSION,
-        (tokenizer,),
-        (text_encoder,),
-        clip_skip=clip_skip,
-        num_chunks=num_chunks,
-        dtype=dtype,
+        STABLE_DIFFUSION, (tokenizer,), (text_encoder,), clip_skip=clip_skip, num_chunks=num_chunks, dtype=dtype,
         **options,
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("clip_skip", [None, 0, 1, 2])

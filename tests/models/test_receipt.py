@@ -5,9 +5,15 @@ import time
 
 import pytest
 import torch
+from conftest import read_header
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from small_pipeline import ADAPTERS, TEXT_TARGETS, UNET_TARGETS, adapter, small_pipeline, trained
+from small_pipeline import (
+    ADAPTERS,
+    adapters_of,
+    small_pipeline,
+    trained_models,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from text_to_image_lora.errors import TrainingError
@@ -26,11 +32,8 @@ def base():
 
 def written(base, folder, options, rank=None):
     """Returns what was trained, the layers of the base model, our file, and kohya's file."""
-    models = {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
-    components = {name: adapter(model) for name, model in models.items()}
+    models = trained_models(base, options)
+    components = adapters_of(models)
     layers = {name: layer_shapes(model) for name, model in models.items()}
     ours = lora_file.save_lora(folder, components, {})
     return components, layers, ours, kohya.save_kohya(folder / "kohya.safetensors", components, {})
@@ -48,13 +51,6 @@ def change(path, edit):
     tensors = load_file(path)
     edited = edit(tensors, sorted(tensors))
     save_file({key: value.contiguous() for key, value in edited.items()}, path, read_header(path))
-
-
-def read_header(path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def without(tensors, pattern):

@@ -88,13 +88,8 @@ def test_the_newest_stack_draws_the_same(train, tmp_path):
 
     def draw(python, folder, *flags):
         command = [
-            python,
-            "infer.py",
-            "--pretrained_model_name_or_path",
-            base,
-            "--prompt",
-            "a red axe on a blue background",
-        ]
+            python, "infer.py", "--pretrained_model_name_or_path", base, "--prompt", "a red axe on a blue background",
+        ]  # fmt: skip
         command += ["--num_inference_steps", "6", "--seed", "1", "--output_dir", folder, *flags]
         subprocess.run([str(word) for word in command], cwd=ROOT, check=True, timeout=300)
         (path,) = folder.glob("*.png")

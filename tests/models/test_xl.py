@@ -120,12 +120,9 @@ def test_the_corner_is_that_of_the_mirrored_picture():
 def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, pictures, flip):
     """Computes time ids, both encodings and the prediction with stock classes, like diffusers' XL script."""
     out = train(
-        pretrained_model_name_or_path=tiny_xl,
-        train_batch_size=4,
-        max_train_steps=1,
-        center_crop=True,
+        pretrained_model_name_or_path=tiny_xl, train_batch_size=4, max_train_steps=1, center_crop=True,
         random_flip=flip,
-    )
+    )  # fmt: skip
     base = loading.find_base_model(str(tiny_xl))
     training_set = TrainingSet(make_picture_set(pictures, center_crop=True, random_flip=flip), base, Draws(0, 1000))
     sampler = make_batch_sampler(training_set.pictures, 0, Division(batch_size=4))

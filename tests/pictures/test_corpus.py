@@ -8,16 +8,14 @@ import io
 import json
 import os
 import shutil
-import struct
 import tempfile
 import unicodedata
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import read_records, with_red_and_blue_swapped
+from conftest import png_with_header, read_records, with_red_and_blue_swapped
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -37,27 +35,13 @@ def noise(mode="RGB", size=(48, 32)):
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
 
 
-def a_png(width, height, rows=b""):
-    """Returns a PNG with a header that states this size, and with any amount of data."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def animation(kind):
     frames = [Image.new("RGB", (48, 32), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     file = io.BytesIO()
     frames[0].save(
-        file,
-        kind,
-        save_all=True,
-        append_images=frames[1:],
-        duration=100,
+        file, kind, save_all=True, append_images=frames[1:], duration=100,
         **{"lossless": True} if kind == "WEBP" else {},
-    )
+    )  # fmt: skip
     return file.getvalue()
 
 
@@ -128,8 +112,8 @@ PICTURES = {
     "broken ICC profile": Odd(picture(icc_profile=b"no profile"), (200, 30, 60)),
     "a strip": Odd(picture(size=(1, 4000)), None, (1, 4000)),
     "one pixel": Odd(picture(size=(1, 1)), None, (1, 1)),
-    "decompression bomb": Odd(a_png(60000, 60000), refused="60000x60000 is more than the limit of 268,435,456 pixels"),
-    "less data than stated": Odd(a_png(48, 32, b"\0\0\0"), refused="it can't be decoded"),
+    "decompression bomb": Odd(png_with_header(60000, 60000), refused="60000x60000 is more than the limit of 268,435,456 pixels"),
+    "less data than stated": Odd(png_with_header(48, 32, b"\0\0\0"), refused="it can't be decoded"),
 }  # fmt: skip
 
 

@@ -309,11 +309,12 @@ def test_a_mask_that_is_a_link_out_of_the_folder(tmp_path, load, layout):
         load(folder, leave_out=print)
 
 
-def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said):
-    build(tmp_path / "set" / "train", "csv")
-    build(tmp_path / "set" / "test", "csv")
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Train", "Test")])
+def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said, train, test):
+    build(tmp_path / "set" / train, "csv")
+    build(tmp_path / "set" / test, "csv")
     assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its subfolder train, not on test"]
+    assert said == [f"{tmp_path}/set: training on its subfolder {train}, not on {test}"]
 
 
 def test_column_flags_without_a_table(tmp_path, load):
@@ -350,13 +351,6 @@ def test_a_link_to_a_folder_is_not_passed_over(tmp_path, load):
     (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="more: it is a link to a folder"):
         load(tmp_path / "set")
-
-
-def test_splits_in_capitals(tmp_path, load, said):
-    build(tmp_path / "set" / "Train", "csv")
-    build(tmp_path / "set" / "Test", "csv")
-    assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its subfolder Train, not on Test"]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV"])

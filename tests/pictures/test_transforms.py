@@ -2,12 +2,11 @@
 
 import io
 import math
-import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import png_with_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,15 +48,9 @@ def noise(width, height, mode="RGB"):
 
 # How a camera stores an upright picture under each value of EXIF's orientation tag (EXIF 2.3, 4.6.4.A).
 STORED = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, 1),
-    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, -1),
-}
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -161,16 +154,6 @@ def test_an_animation_is_its_first_frame():
 # What is no picture.
 
 
-def png_header(width, height):
-    """Returns a PNG file that states a size and contains almost no data."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -181,8 +164,8 @@ def png_header(width, height):
         (encoded(noise(64, 64), "JPEG")[:1000], "can't be decoded"),
         (encoded(noise(64, 64), "WEBP")[:1000], "can't be decoded"),
         (encoded(noise(64, 64), "GIF")[:1000], "can't be decoded"),
-        (png_header(2**16, 2**16), f"65536x65536 is more than the limit of {PIXEL_LIMIT:,} pixels"),
-        (png_header(100, 100), "can't be decoded"),
+        (png_with_header(2**16, 2**16), f"65536x65536 is more than the limit of {PIXEL_LIMIT:,} pixels"),
+        (png_with_header(100, 100), "can't be decoded"),
     ],
 )
 def test_unusable_files_are_told(data, reason):
@@ -339,14 +322,9 @@ def test_how_many_variations_hold_all_there_is():
 
 
 STRONG = AugmentationSettings(
-    random_flip=True,
-    random_rotation=180,
-    random_crop_scale=0.5,
-    random_brightness=0.5,
-    random_contrast=0.5,
-    random_saturation=0.5,
-    random_hue=0.5,
-)
+    random_flip=True, random_rotation=180, random_crop_scale=0.5, random_brightness=0.5, random_contrast=0.5,
+    random_saturation=0.5, random_hue=0.5,
+)  # fmt: skip
 
 
 @given(sides, sides, st.sampled_from([(24, 24), (40, 16), (16, 40)]), st.integers(0, 2**31), st.booleans())

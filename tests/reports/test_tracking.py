@@ -7,9 +7,8 @@ import shutil
 import socket
 import sqlite3
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import diffusers
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics, run_command, words_of_run, write_pictures
+from loopback_hub import serving
 from PIL import Image
 
 from scripts.comparing.wandb_record import history_of, read_wandb
@@ -62,12 +62,8 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def refusing_server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    server.seen = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Refusing) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -53,18 +53,8 @@ def test_medians_and_ratios_of_turns():
 @pytest.mark.long
 def test_steps_are_timed_beside_the_bare_unet_and_a_baseline(tiny_sd, tmp_path):
     words = [
-        "--model",
-        tiny_sd,
-        "--resolution",
-        32,
-        "--train_batch_size",
-        2,
-        "--rank",
-        2,
-        "--repeats",
-        1,
-        "--bare_unet",
-    ]
+        "--model", tiny_sd, "--resolution", 32, "--train_batch_size", 2, "--rank", 2, "--repeats", 1, "--bare_unet",
+    ]  # fmt: skip
     words += ["--short", 2, "--long", 4, "--json", tmp_path / "times.json", "--work_dir", tmp_path]
     words += ["--baseline", "train_text_to_image_lora.py"]
     words += ["--baseline_flags", "--report_to", "none", "--latent_cache_dir", tmp_path / "cache"]

@@ -7,15 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_header
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_pipeline import (
     ADAPTERS,
-    TEXT_TARGETS,
-    UNET_TARGETS,
     adapter,
+    adapters_of,
     assert_close,
     assert_differs,
     encode,
@@ -23,6 +21,7 @@ from small_pipeline import (
     predict,
     small_pipeline,
     trained,
+    trained_models,
 )
 
 from scripts import convert_lora
@@ -47,10 +46,7 @@ def base():
 
 def train(base, options, seed=None):
     """Returns the UNet and the text encoder with adapters; each seed gives them other weights."""
-    models = {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
+    models = trained_models(base, options)
     if seed is not None:
         torch.manual_seed(seed)
         for model in models.values():
@@ -63,21 +59,12 @@ def train(base, options, seed=None):
 @pytest.fixture
 def ours(base, tmp_path):
     """Returns the folder of a run: UNet and text encoder at rank 4 with alpha 6."""
-    lora_file.save_lora(tmp_path / "ours", components_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
+    lora_file.save_lora(tmp_path / "ours", adapters_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
     return tmp_path / "ours"
-
-
-def components_of(models):
-    return {name: adapter(model) for name, model in models.items()}
 
 
 def convert(*words):
     convert_lora.main(convert_lora.parse_args([*map(str, words)]))
-
-
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def updates_of(path):
@@ -100,7 +87,7 @@ def assert_equal_updates(path, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("way", ["kohya", "peft"])
 def test_there_and_back_again(base, tmp_path, way, options):
-    first = lora_file.save_lora(tmp_path / "a.safetensors", components_of(train(base, options)), HEADER)
+    first = lora_file.save_lora(tmp_path / "a.safetensors", adapters_of(train(base, options)), HEADER)
     between, back = tmp_path / {"kohya": "b.safetensors", "peft": "b"}[way], tmp_path / "c.safetensors"
     convert(first, between, "--to", way)
     convert(between, back, "--to", "diffusers")
@@ -117,8 +104,8 @@ def test_there_and_back_again(base, tmp_path, way, options):
 def test_true_alpha_comes_home(base, tmp_path, options):
     """Converts the file that training writes with kohya's names, with its own ranks and alphas."""
     models = train(base, options)
-    lora_file.save_lora(tmp_path / "ours.safetensors", components_of(models), {})
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    lora_file.save_lora(tmp_path / "ours.safetensors", adapters_of(models), {})
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "home.safetensors", "--to", "diffusers")
     assert_equal_updates(tmp_path / "home.safetensors", tmp_path / "ours.safetensors")
     pipe = pipeline_with(base)
@@ -130,7 +117,7 @@ def test_true_alpha_comes_home(base, tmp_path, options):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_peft_itself_reads_its_folders(base, tmp_path, options):
     models = train(base, options)
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "folder", "--to", "peft")
     pipe = pipeline_with(base)
     unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "folder" / "unet")
@@ -154,7 +141,7 @@ def test_the_unet_alone_is_a_folder_of_its_own(base, tmp_path):
 
 def test_headers_say_what_the_file_is_now(ours, tmp_path):
     convert(ours, tmp_path / "axes.safetensors", "--to", "kohya", "--rank", 2)
-    entries = header_of(tmp_path / "axes.safetensors")
+    entries = read_header(tmp_path / "axes.safetensors")
     assert entries.items() >= {
         "ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_module": "networks.lora", "ss_output_name": "axes",
         "modelspec.title": "axes", "modelspec.trigger_phrase": "sks", "ss_sd_model_name": "mini",
@@ -162,7 +149,7 @@ def test_headers_say_what_the_file_is_now(ours, tmp_path):
     }.items()  # fmt: skip
     assert not entries.keys() & {*PRIVATE, "lora_adapter_metadata"}
     convert(tmp_path / "axes.safetensors", tmp_path / "again.safetensors", "--to", "diffusers")
-    assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
+    assert "modelspec.trigger_phrase" in read_header(tmp_path / "again.safetensors")
 
 
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path, capsys):
@@ -188,7 +175,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path,
 
 def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_path, capsys):
     other, third = tmp_path / "other.safetensors", tmp_path / "third"
-    kohya.save_kohya(other, components_of(train(base, ADAPTERS["patterns"], seed=2)), {})
+    kohya.save_kohya(other, adapters_of(train(base, ADAPTERS["patterns"], seed=2)), {})
     lora_file.save_lora(third, {"unet": adapter(trained(base.unet, ["to_q"], lora_alpha=3))}, {})
     convert(f"{ours}:0.5", tmp_path / "sum.safetensors", "--merge", f"{other}:-2", third, "--to", "kohya")
     wanted = {}
@@ -198,7 +185,7 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "sum.safetensors", wanted)
     ranks = {len(value) for key, value in load_file(tmp_path / "sum.safetensors").items() if ".lora_down." in key}
     assert ranks == {6, 8, 10}  # 4 + 2, 4 + 4, 4 + 2 + 4
-    entries = header_of(tmp_path / "sum.safetensors")
+    entries = read_header(tmp_path / "sum.safetensors")
     assert (entries["modelspec.merged_from"], entries["ss_sd_model_name"]) == ("ours, other, third", "mini")
     assert "modelspec.trigger_phrase" not in entries
     capsys.readouterr()
@@ -228,10 +215,10 @@ def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
 
 def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, capsys):
     dora = tmp_path / "dora"
-    lora_file.save_lora(dora, components_of(train(base, ADAPTERS["dora"])), {})
+    lora_file.save_lora(dora, adapters_of(train(base, ADAPTERS["dora"])), {})
     convert(dora, tmp_path / "small.safetensors", "--rank", 2, "--to", "kohya")
     assert "DoRA: the loss above does not take into account the base weights" in capsys.readouterr().out
-    assert header_of(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
+    assert read_header(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
     one, two = (lora_file.load_lora(path)[0]["unet"] for path in (dora, tmp_path / "small.safetensors"))
     magnitudes = [key for key in one if "magnitude" in key]
     assert len(magnitudes) == 52

@@ -176,15 +176,8 @@ def test_checkpoints_lie_in_their_runs(tmp_path):
             self.given = given
 
     loras = {
-        "base": None,
-        "1": Given("run/epoch-0001"),
-        "2": Given("run/best"),
-        "3": Given("run"),
-        "4": Given("other"),
-    }
+        "base": None, "1": Given("run/epoch-0001"), "2": Given("run/best"), "3": Given("run"), "4": Given("other"),
+    }  # fmt: skip
     assert {label: str(run) for label, run in find_runs(loras).items()} == {
-        "1": "run",
-        "2": "run",
-        "3": "run",
-        "4": "other",
-    }
+        "1": "run", "2": "run", "3": "run", "4": "other",
+    }  # fmt: skip

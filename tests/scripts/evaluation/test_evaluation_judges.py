@@ -44,13 +44,8 @@ def test_the_form_in_which_clips_authors_published_how_it_takes_pictures(clip_mo
     """The config of openai/clip-vit-large-patch14 has a number where later models have a dict."""
     folder = shutil.copytree(clip_model, tmp_path / "clip")
     published = {
-        "crop_size": 224,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "resample": 3,
-        "size": 224,
-    }
+        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+    }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(published))
     how = judges.find_vision_model("--clip_model", str(folder), "clip")
     wanted = judges.PREPROCESSING["clip"]

@@ -44,12 +44,9 @@ def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
     scenes = model.held_out_scenes()
     scenes = [scenes[i] for i in np.random.default_rng(7).permutation(len(scenes))[:16]]
     images = draw_with(
-        load_pipeline(BASE),
-        [model.sentence_of(scene) for scene in scenes],
-        seed=7,
-        guidance_scale=guidance_scale,
+        load_pipeline(BASE), [model.sentence_of(scene) for scene in scenes], seed=7, guidance_scale=guidance_scale,
         num_inference_steps=30,
-    )
+    )  # fmt: skip
     judged = [judges.judge_colours(image) for image in images]
     assert np.mean([c.object == scene.colour for c, scene in zip(judged, scenes, strict=True)]) > 0.75
     assert np.mean([c.background == scene.background for c, scene in zip(judged, scenes, strict=True)]) > 0.75

@@ -11,14 +11,11 @@ def test_trials_of_several_seeds_are_one():
     losses = {(0, 4): 0.7, (1, 4): 0.8, (2, 4): 0.9, (0, 8): 0.6, (1, 8): 0.65, (2, 8): 0.1}
     rows = [
         {
-            "trial": i,
-            "state": "pruned" if key == (2, 8) else "complete",
-            results.METRIC: loss,
-            "seed": key[0],
+            "trial": i, "state": "pruned" if key == (2, 8) else "complete", results.METRIC: loss, "seed": key[0],
             "rank": key[1],
         }
         for i, (key, loss) in enumerate(losses.items())
-    ]
+    ]  # fmt: skip
     large, small = results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
     assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
     assert small[results.METRIC] == pytest.approx(0.625)
