@@ -190,7 +190,7 @@ def train_here(words):
         try:
             train_script.main(train_script.parse_settings(words))
         finally:
-            # Signals and Accelerate's state are the process's; each run is to find its own.
+            # Signal handlers and Accelerate's state belong to the process, and each run must start without them.
             interruption.stop_listening()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
@@ -289,7 +289,7 @@ THREADS = [
     (None, {"OMP_NUM_THREADS": "12"}, 12),
     (None, {"OMP_NUM_THREADS": "3,2"}, 6),
     (None, {"OMP_NUM_THREADS": ""}, 6),
-    # accelerate launch sets the 1; torchrun does with several processes.
+    # accelerate launch sets the variable to 1, and so does torchrun with several processes.
     (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 6),
     (None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3),
     (None, {"OMP_NUM_THREADS": "2", "ACCELERATE_MIXED_PRECISION": "no"}, 2),

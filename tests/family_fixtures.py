@@ -3,7 +3,8 @@
 import pytest
 
 
-WIDTHS, POOLED, NUMBER = (32, 64), 64, 8  # of XL's text encoders, of the pooled embedding, of each number's
+# The sizes of XL's text encoders, of the pooled embedding, and of each embedded number.
+WIDTHS, POOLED, NUMBER = (32, 64), 64, 8
 
 
 def tokenizers_of(folder):

@@ -17,7 +17,7 @@ from text_to_image_lora.drawing import pipeline
 
 
 PROMPT = "a red axe on a blue background"
-NAME = f"00-{PROMPT.replace(' ', '-')}-seed0"  # of its picture's file
+NAME = f"00-{PROMPT.replace(' ', '-')}-seed0"  # the name of the picture's file
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def library_settings():
     import transformers
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models wait for each other's threads on a busy machine
+    torch.set_num_threads(1)  # on a busy machine, the threads of tiny models wait for each other
     libraries = [module.utils.logging for module in (diffusers, transformers)]
     levels = [library.get_verbosity() for library in libraries]
     with mock.patch.dict(os.environ):
@@ -206,7 +206,7 @@ def write_controlnet(unet, folder):
     model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "controlnet_" in name and parameter.ndim > 1:  # they start as zeros
+            if "controlnet_" in name and parameter.ndim > 1:  # these weights are initially zero
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder

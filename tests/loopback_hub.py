@@ -178,12 +178,12 @@ def taken_for_the_hub(server):
     with pytest.MonkeyPatch.context() as patch:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         patch.setattr(constants, "ENDPOINT", endpoint)
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # made from the other when it is imported
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # computed from the other constant at import
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setenv("NO_PROXY", "*")
-        close_session()  # it reads the proxies when it is made
+        close_session()  # a session reads the proxy settings when it is created
         yield
     close_session()
 

@@ -43,7 +43,7 @@ def vae_to_ldm(folder):
     vae = load_file(next((folder / "vae").glob("*.safetensors")))
     vae = renamed(vae, vae_rules, "first_stage_model.")
     for key in vae:
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # they were convolutions once
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # older files have convolutions
             vae[key] = vae[key][:, :, None, None]
     return vae
 

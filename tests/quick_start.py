@@ -151,7 +151,7 @@ def become(words, log, before, environment):
     sys.argv = [str(SCRIPT), *words]
     sys.stdin = open(0)  # noqa: SIM115 (theirs for as long as the process lives)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
-    faulthandler.dump_traceback_later(100)  # where it hangs, for the log
+    faulthandler.dump_traceback_later(100)  # if the process hangs, the log shows where
     code = 0
     try:
         exec(before, {})

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-# The layers that training adapts, and two of other kinds.
+# The layers that are trained by default, and two others.
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # what --train_text_encoder adapts
 
-# Every way to have another scale than 1, and DoRA, whose norm depends on that scale.
+# Every way to have a scale other than 1, and DoRA, whose norm depends on the scale.
 ADAPTERS = {
     "alpha": {"lora_alpha": 6},
     "rslora": {"lora_alpha": 6, "use_rslora": True},

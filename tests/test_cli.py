@@ -29,7 +29,7 @@ from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
 
 
-# The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with what a person may write and what it means.
+# The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with a value as text and its meaning.
 UPSTREAM_FLAGS = {
     "pretrained_model_name_or_path": ("owner/model", "owner/model"),
     "revision": ("main", "main"),
@@ -83,14 +83,14 @@ UPSTREAM_FLAGS = {
     "rank": ("4", 4),
     "image_interpolation_mode": ("lanczos", "lanczos"),
 }
-# The four more of its train_text_to_image_lora_sdxl.py.
+# Four further flags of diffusers' train_text_to_image_lora_sdxl.py.
 UPSTREAM_FLAGS_OF_XL = {
     "pretrained_vae_model_name_or_path": ("madebyollin/sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix"),
     "train_text_encoder": (None, True),
     "debug_loss": (None, True),
     "enable_npu_flash_attention": (None, True),
 }
-# What each choice flag of diffusers takes beyond the value above; "tensorboard" and "comet_ml" depend on the machine.
+# Further values of flags with choices; "tensorboard" and "comet_ml" depend on the machine.
 UPSTREAM_CHOICES = {
     "lr_scheduler": ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
     "mixed_precision": ["no", "bf16"],
@@ -143,7 +143,7 @@ def test_a_command_written_for_diffusers_runs(train, tmp_path):
         max_train_steps=2,
     )  # fmt: skip
     assert [row["step"] for row in read_metrics(output_dir)] == [1, 2]
-    # scale_lr: 2 pictures x 2 accumulation; then the cosine is halfway.
+    # --scale_lr multiplies by 2 pictures and 2 accumulation steps; the cosine schedule is halfway.
     assert [row["lr"] for row in read_metrics(output_dir)] == pytest.approx([4e-4, 2e-4])
     assert read_lora(output_dir)
 
@@ -200,14 +200,14 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
     first = train(output_dir=tmp_path / "first", **options)
     wanted = train_script.parse_settings(arguments(output_dir=tmp_path / "first", **options))
     again = train_script.parse_settings([f"--config={first / 'run.yaml'}"])
-    assert again.run.seed is not None  # drawn, it stands in run.yaml
+    assert again.run.seed is not None  # a seed that was drawn at random is saved in run.yaml
     assert again.samples.texts == wanted.samples.texts == [options["validation_prompt"]]
     not_the_same = (
         "seed",
         "config",
         "validation_prompt",
         "validation_prompts",
-    )  # run.yaml has all prompts in the last
+    )  # run.yaml contains all prompts under the last flag
     again, wanted = (
         {k: v for k, v in flag_values(settings).items() if k not in not_the_same} for settings in (again, wanted)
     )
@@ -295,7 +295,7 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-# Each case as the command is started, but in one process: the imports that all need are the slowest part of an answer.
+# All cases run as the real command, but in one process, because imports take most of the time.
 ANSWER_ALL = """
 import contextlib, io, json, runpy, sys, time
 from pathlib import Path
@@ -535,7 +535,7 @@ def test_the_real_command_tells_nobody_the_token(real_run):
     done, output_dir = real_run
     files = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     tracked = b"".join(content for path, content in files.items() if path.suffix == ".wandb")
-    assert b"--hub_token=***" in tracked  # so W&B's file is searchable, and holds the command
+    assert b"--hub_token=***" in tracked  # shows that W&B's file can be searched, and contains the command
     assert [path for path, content in files.items() if b"never_to_be_seen" in content] == []
     assert "never_to_be_seen" not in done.stdout + done.stderr
 

@@ -23,7 +23,7 @@ SKY = yaml.safe_load((CLOUD / "sky.yaml").read_text(encoding="utf-8"))
 NOTEBOOK = json.loads((CLOUD / "colab.ipynb").read_text(encoding="utf-8"))
 CELLS = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
 BIN = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
-# What a line begins with that starts the training, and the words that the flags follow.
+# The first words of a line that starts the training, and the words after which its flags begin.
 LAUNCHERS = (
     "!uv run", "uv run", "accelerate launch", "ACCELERATE_USE_CPU", "hf jobs", "sbatch", "docker run", '"${launcher',
 )  # fmt: skip
@@ -248,7 +248,7 @@ def test_skypilot_reads_its_task(uv, tmp_path):
     home = {
         "HOME": str(tmp_path),
         "UV_CACHE_DIR": uv("cache", "dir").stdout.strip(),
-    }  # it writes into its user's folder
+    }  # it writes into the user's home folder
     done = uv(
         "run", "--no-project", "--with", PINS["skypilot"], "python", tmp_path / "read.py", CLOUD / "sky.yaml", env=home
     )  # fmt: skip

@@ -18,7 +18,7 @@ from uv_tool import PINS, copy_project, uv_of_the_session  # noqa: F401 (a fixtu
 MODEL = ROOT / "models" / "mini-sd"
 TOKEN = "hf_atokenofatest"
 SUBMIT, CLONE = re.findall(r"^hf jobs .*?(?=^```)", (ROOT / "cloud" / "hf_jobs.md").read_text(), re.M | re.S)
-# What stands for the notebook's cells that only Colab can run.
+# Replacements for the cells of the notebook that only Colab can run.
 REPLACED = {
     "project": "",
     "output": 'OUTPUT = "my lora"',
@@ -62,7 +62,7 @@ class Jobs(BaseHTTPRequestHandler):
 def submitted(line, repository, folder):
     """Runs a command of the page in an empty folder, and returns the request that arrives at the hub."""
     (folder / "here").mkdir()
-    # The client would first copy the folder into a bucket, and mount that one.
+    # The client would first copy the folder into a bucket and mount the bucket.
     line = line.replace("./pictures:/pictures", "hf://buckets/me/pictures:/pictures:ro")
     with serving(Jobs) as server:
         env = environment(

@@ -128,7 +128,7 @@ def test_help_shows_the_defaults_that_say_something(capsys):
     assert lines["--rank"] == "N dimension of the update matrices (default: 4)"
     assert lines["--seed"] == "N makes a run reproducible"
     assert lines["--max_grad_norm"] == "X clip the gradient (default: 1.0)"
-    assert lines["--negative_prompt"] == "NAME"  # and its help on a line of its own, without a default
+    assert lines["--negative_prompt"] == "NAME"  # its help is on a separate line, without a default
     assert "default: []" not in str(lines)
     assert "default: False" not in str(lines)
 

@@ -16,7 +16,7 @@ from scripts import compare_checkouts
 from scripts.comparing import differences, inputs, items, reading, texts
 
 
-# The two commands of a checkout, as small as can be: they say who they are, and leave it in their output folder.
+# Minimal versions of the two commands of a checkout, which print their name and write it into their output folder.
 TRAIN = """import argparse, pathlib, sys
 parser = argparse.ArgumentParser()
 group = parser.add_argument_group("LoRA")
@@ -151,7 +151,7 @@ def test_an_item_that_is_not_there_is_refused(checkout, compare):
         compare(checkout("a"), checkout("b"), "help", "wrongs")
 
 
-# What a training run leaves, and what of it may differ.
+# The files of a training run, and the parts that may differ.
 
 
 HEADER = {

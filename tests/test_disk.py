@@ -58,7 +58,7 @@ def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
 # Every place.
 
 
-# Writes the paths that are opened for writing below a folder to a list, and half of what should be written to the nth.
+# Lists the paths that are opened for writing below a folder, and writes only half of the data to the nth.
 WRITER = """
 import builtins, errno, io, json, os
 opened, real = [], io.open
@@ -102,7 +102,8 @@ def written(start, words, folder, nth):
     before = WRITER.format(folder=str(folder / "run"), record=str(folder / "record.json"), nth=nth)
     code, said = start(words, folder, before=before).wait()
     opened = json.loads((folder / "record.json").read_text())
-    return code, said, [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path) for path in opened]  # each has its own mark there
+    # The names of temporary files contain random digits.
+    return code, said, [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path) for path in opened]
 
 
 def assert_all_is_whole(folder):
@@ -150,7 +151,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
     for number in places(opened, resumed):
         site, folder = opened[number - 1], shutil.copytree(template, tmp_path / f"full-{number}")
         code, said, _ = written(start, words(folder), folder, number)
-        if site.endswith(("pictures-1.txt", ".report.html.tmp")):  # a list and a page that a run can do without
+        if site.endswith(("pictures-1.txt", ".report.html.tmp")):  # a run does not depend on this list and this page
             assert code == 0, said
             assert_same_end(undisturbed / "run" / "out", folder / "run" / "out")
             continue

@@ -19,7 +19,7 @@ LINKED = [
     *ROOT.glob("cloud/*.md"),
 ]
 LINKED += sorted(ROOT.glob("models/*/README.md"))
-# Flags that pages name and that are no command's of ours: of launchers, of other programs, and behind a prompt.
+# Flags on the pages that are not flags of our commands: of launchers, of other programs, and behind prompts.
 OF_OTHERS = set(
     """
     --config_file --multi_gpu --num_processes --machine_rank --num_machines --main_process_ip --main_process_port

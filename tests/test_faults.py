@@ -141,7 +141,7 @@ def snapshot(folder):
 
 def test_fault_01_clipping_clips(train, tmp_path):
     """The optimizer exhausts the iterator of parameters, so that no gradients are clipped."""
-    # lora_B starts at zero, and with Adam's epsilon at 1 a step is in proportion to the gradient.
+    # lora_B starts at zero, and with an epsilon of 1, Adam's step is proportional to the gradient.
     options = dict(adam_epsilon=1.0, adam_weight_decay=0, learning_rate=1.0, max_train_steps=1)
     norms, sizes = [], []
     for name, max_grad_norm in (("free", 0), ("loose", 1e9), ("tight", 1e-6)):
@@ -150,7 +150,7 @@ def test_fault_01_clipping_clips(train, tmp_path):
         sizes.append(sum(value.norm() for key, value in read_lora(output_dir).items() if "lora_B" in key))
     assert sizes[0] == sizes[1]
     assert sizes[2] < 1e-3 * sizes[0]
-    assert norms[0][0] == norms[1][0] == norms[2][0] > 1e-3  # logged as it was before clipping
+    assert norms[0][0] == norms[1][0] == norms[2][0] > 1e-3  # the logged norm is that before clipping
 
 
 def test_fault_02_every_sample_has_its_own_noise(straight):
@@ -160,7 +160,7 @@ def test_fault_02_every_sample_has_its_own_noise(straight):
     assert len(noise) == len(timesteps) == 12
     assert (torch.corrcoef(noise.flatten(1)) - torch.eye(12)).abs().max() < 0.5
     assert len(set(timesteps)) == 12
-    # A draw is that of (step, position), and no two ranks have the same positions.
+    # A draw depends on (step, position), and all ranks have different positions.
     options = dict(batch_size=2, accumulation=2, world_size=2, seed=0, num_steps=1)
     ranks = [batch_sampler(np.ones(8, int), rank=rank, **options) for rank in range(2)]
     positions = [sample.position for sampler in ranks for batch in sampler for sample in batch]
@@ -299,18 +299,19 @@ def test_fault_05_the_token_is_in_no_file(tracked_run, way):
     And fault 6: pictures are logged without a step, so that they appear beside the wrong metrics.
     """
     run = tracked_run(way)
-    assert run.uploads[0][2] == TOKEN  # so it was understood
-    wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
+    assert run.uploads[0][2] == TOKEN  # shows that the token was read
+    wandb.teardown()  # the process of W&B writes its file shortly after the end of a run
     files = snapshot(run.out)
     tracked = b"".join(content for name, content in files.items() if name.endswith(".wandb"))
-    assert str(run.out).encode() in tracked  # so the command can be read there
+    assert str(run.out).encode() in tracked  # shows that the file contains the command
     files["report.html"] = (run.out / "report.html").read_bytes()
     assert [name for name, content in files.items() if TOKEN.encode() in content] == []
     kinds = {".yaml", ".jsonl", ".safetensors", ".md", ".json", ".pt", ".wandb", ".png"}
     assert kinds <= {"." + name.rpartition(".")[2] for name in files}
     assert run.steps == [0, 1, 2]
     names = [path.name for path in run.out.glob("wandb/offline-run-*/files/media/images/samples/*.png")]
-    assert sorted(name.split("_")[1] for name in names) == ["0", "1", "1", "2", "2"]  # with the base's beside
+    # Beside the picture of the base model.
+    assert sorted(name.split("_")[1] for name in names) == ["0", "1", "1", "2", "2"]
 
 
 # 6: what is loaded, when, and who makes the pictures.
@@ -332,7 +333,7 @@ def test_fault_06_vae_and_text_encoder_run_once_and_leave(train, monkeypatch):
         kinds = (diffusers.AutoencoderKL, transformers.CLIPTextModel)
         return [thing for thing in gc.get_objects() if type(thing) in kinds]
 
-    others = models_in_memory()  # what other tests hold
+    others = models_in_memory()  # memory that other tests use
 
     family = families.STABLE_DIFFUSION
 
@@ -418,13 +419,14 @@ def test_fault_06_no_safety_checker_blackens_pictures(train, changed_model):
 )
 def test_fault_07_snr_gamma_at_zero_terminal_snr(train, changed_model, seen, scheduler, options):
     """The weight at SNR 0 is 0 / 0, and the SNR is computed from the schedule before it was rescaled."""
-    base = changed_model(scheduler=scheduler | {"num_train_timesteps": 2})  # so that every other sample is there
+    # The schedule has two timesteps, so that about every second sample has the last one.
+    base = changed_model(scheduler=scheduler | {"num_train_timesteps": 2})
     output_dir = train(pretrained_model_name_or_path=base, snr_gamma=5.0, max_train_steps=4, **options)
     assert all(np.isfinite(row["train_loss"]) for row in read_metrics(output_dir))
     assert all(value.isfinite().all() for value in read_lora(output_dir).values())
     at_zero = torch.cat([row.weights[torch.tensor(row.timesteps) == 1] for row in seen])
     assert len(at_zero)
-    # min(SNR, gamma) / SNR is 1 in the limit, min(SNR, gamma) / (SNR + 1) is 0; of a batch of 2 each has a half.
+    # In the limit, min(SNR, gamma) / SNR is 1 and min(SNR, gamma) / (SNR + 1) is 0; each sample is half of the batch.
     wanted = 0.5 if "trained_betas" in scheduler else 0.0
     assert at_zero.tolist() == pytest.approx([wanted] * len(at_zero), abs=1e-6)
 
@@ -457,7 +459,8 @@ def test_fault_09_transparent_is_white_and_sixteen_bit_keeps_its_range(straight,
             Image.alpha_composite(paper, image).convert("RGB").save(plain / path.name)
     first = train(train_data_dir=odd, output_dir=tmp_path / "a", center_crop=True)
     assert_equal_loras(first, train(train_data_dir=plain, output_dir=tmp_path / "b", center_crop=True))
-    assert distance(first, straight.out / "checkpoint-2") > 1e-3  # the colours, and those under it, as they are
+    # The stored colours, including those of transparent pixels.
+    assert distance(first, straight.out / "checkpoint-2") > 1e-3
 
 
 def test_fault_09_an_empty_caption_is_told_before_training(train, pictures, tmp_path, capsys):
@@ -569,7 +572,7 @@ def test_fault_12_a_cached_picture_keeps_its_caption(train, tmp_path):
     cached = train(cache_variations=1, output_dir=tmp_path / "cached", **options)
     live = train(cache_variations=0, output_dir=tmp_path / "live", **options)
     assert distance(cached, live) < 1e-3
-    # The same with captions that have moved to the next picture is another run.
+    # If each caption belongs to the next picture, it is another run.
     folder = tmp_path / "pictures"
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     texts = [row["text"] for row in rows]

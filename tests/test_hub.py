@@ -40,7 +40,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
             push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
             save_every_n_epochs=1, validation_steps=1, output_kohya_format=True,
         )  # fmt: skip
-    wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
+    wandb.teardown()  # the process of W&B writes its file shortly after the end of a run
     said = capfd.readouterr()
     assert "uploaded: " in said.out
     assert "/me/axes/commit/abc" in said.out
@@ -51,7 +51,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
         assert content == (out / name).read_bytes()
     card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert [(row["text"], row["output"]["url"]) for row in card["widget"]] == list(zip(PROMPTS, pictures))
-    # There was more to upload by mistake.
+    # The folder also contains files that must not be uploaded.
     assert {path.name for path in out.iterdir()} >= {
         "run.yaml", "metrics.jsonl", "checkpoint-2", "wandb", "validation",
     }  # fmt: skip
@@ -87,11 +87,11 @@ def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch,
     assert len(read_lora(out)) == 60
     assert len(read_metrics(out)) == 2
     assert (out / "checkpoint-2" / "state.json").is_file()
-    # The W&B run is a finished one, and the user is told where it is.
+    # The W&B run is finished, and its folder is logged.
     assert "wandb sync" in done.stdout
     (run,) = (out / "wandb").glob("offline-run-*")
     assert [record.exit.exit_code for record in read_wandb(run) if record.HasField("exit")] == [0]
-    # And the same command again uploads it, without training again.
+    # The next call of the command uploads it without training again.
     before = (out / "pytorch_lora_weights.safetensors").read_bytes()
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with serving(Hub) as server, taken_for_the_hub(server):
@@ -215,7 +215,7 @@ def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hu
     second = read_lora(tmp_path / "second")
     assert all(torch.equal(straight[key], second[key]) for key in straight)
     assert names_of(stored) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    # The token goes into the header that it is for, and nowhere else.
+    # The token is sent only in the authorization header.
     assert SECRET not in said.out + said.err
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path

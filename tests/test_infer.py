@@ -72,7 +72,7 @@ def test_picture_i_is_seed_plus_i(model, tmp_path):
     assert min(difference(a, b) for a, b in itertools.combinations(dogs, 2)) > 3
     for seed in (6, 9):
         (alone,) = draw(model, tmp_path / str(seed), *flags, seed, prompt=("a dog",)).values()
-        assert difference(dogs[seed - 5], alone) <= 1  # a batch of four rounds otherwise than a batch of one
+        assert difference(dogs[seed - 5], alone) <= 1  # a batch of four is rounded differently from a batch of one
 
 
 def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
@@ -148,7 +148,8 @@ def test_how_many_threads(cores, monkeypatch, wanted, threads):
     import torch
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))  # settled by then
+    # The number of threads is set before.
+    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))
     model = ["--pretrained_model_name_or_path", str(ROOT / "models" / "mini-sd")]
     with pytest.raises(KeyboardInterrupt):
         infer.main([*model, "--prompt", "a dog", "--device", "cpu", *wanted])
@@ -174,7 +175,7 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
     assert "carries more than weights (posix.mkdir)" in capsys.readouterr().err
     assert not (tmp_path / "hacked").exists()
 
-    # Layers that only the loaded model can tell of: diffusers by itself would warn and go on.
+    # Layers that do not exist in the loaded model: diffusers by itself would only log a warning.
     bad = flat(lora_weights)
     bad["unet.nowhere.to_q.lora_A.weight"] = bad.pop(next(iter(bad)))
     save_file(bad, tmp_path / "bad.safetensors")

@@ -100,7 +100,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         code, said = run(folder, killing(folder, nth))
         assert code == -signal.SIGKILL, (what, said)
         whole = [find_damage(path) is None for path in list_checkpoints(folder / "run" / "out")]
-        assert all(whole), what  # none is ever there in part
+        assert all(whole), what  # no file is ever incomplete
         code, said = run(folder)
         assert code == 0, (what, said)
         assert "Traceback" not in said

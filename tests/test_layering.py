@@ -19,7 +19,7 @@ FLOORS = {
     "drawing": 2,
     "training": 3,
     "reports": 4,
-}  # CONTRIBUTING.md draws the same house
+}  # as in CONTRIBUTING.md
 
 
 def parse(path):
@@ -66,7 +66,7 @@ def imports_of(tree, module=None):
             if top != PACKAGE.name:
                 others.add(top)
                 continue
-            while parts and ".".join(parts) not in MODULES:  # the last name may be a function's
+            while parts and ".".join(parts) not in MODULES:  # the last name may be that of a function
                 parts = parts[:-1]
             local.add(".".join(parts))
     return local, others
@@ -130,7 +130,7 @@ def test_nothing_imports_a_command():
 # Flags.
 
 
-# What takes all flags of a command: it puts a run together. Everything else takes its group of flags, or plain values.
+# Functions that assemble a run, and take all flags of a command. All others take a group of flags or plain values.
 ASSEMBLERS = {
     "command_line": "iterate_flags flag_values recorded_values hide_secrets",
     "drawing.grids": "make_grid",

@@ -18,7 +18,7 @@ def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
 
     assert rarely_needed.value == 3
     assert sys.modules["sys"] is sys
-    with hide_modules("rarely_needed"):  # what is imported already stays in sight
+    with hide_modules("rarely_needed"):  # modules that are already imported stay visible
         import rarely_needed  # noqa: F401
     del sys.modules["rarely_needed"]
 
@@ -64,7 +64,7 @@ def test_how_many_threads(cores, wanted, environment, threads):
 def test_cores_that_it_may_not_use_are_not_counted(cores, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
     assert num_cpu_threads(None, {}) == 2
-    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # where the machine doesn't tell
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # as on a machine where the number is unknown
     assert num_cpu_threads(None, {}) == 2
     monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS and Windows
     assert num_cpu_threads(None, {}) == 2 * CORES

@@ -55,7 +55,7 @@ def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path
     assert "resuming from out/checkpoint-2 (step 2)" in ends[0][1]
     assert (folders[0] / "out" / "checkpoint-4").is_dir()
     assert not list(folders[1].glob("out/checkpoint-*"))
-    # As two processes of one machine that are not stopped.
+    # The result equals that of two processes on one machine without an interruption.
     seed = yaml.safe_load((folders[0] / "out" / "run.yaml").read_text())["seed"]
     straight = arguments(output_dir=tmp_path / "straight", train_batch_size=1, max_train_steps=4, seed=seed)
     done = run_command(straight, launcher=TORCHRUN)

@@ -69,7 +69,7 @@ def test_the_mission(tiny_sd, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 x cpu (1 thread) in bfloat16" in done.stdout
 
-    # The same numbers in the file and in W&B; W&B has the pictures, at their steps, of both prompts.
+    # metrics.jsonl and W&B contain equal numbers; W&B has the pictures of both prompts at their steps.
     (run,) = (out / "wandb").glob("offline-run-*")
     history = history_of(read_wandb(run))
     rows = read_metrics(out)
@@ -89,7 +89,7 @@ def test_the_mission(tiny_sd, tmp_path):
                 assert sent.convert("RGB").tobytes() == kept.convert("RGB").tobytes()
     assert not any(name.startswith("samples/") for step in (1, 3) for name in history[step])
 
-    # The file gives what was trained, to stock diffusers, with alpha twice the rank.
+    # Stock diffusers predicts with the file what was trained, with alpha twice the rank.
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn(2, 4, 8, 8, generator=generator),
@@ -98,7 +98,8 @@ def test_the_mission(tiny_sd, tmp_path):
     )
     trained, plain = trained_output(tiny_sd, out / "checkpoint-4", inputs)
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()
-    with pytest.warns(FutureWarning, match="load_attn_procs"):  # diffusers 0.39 is the last that has it for LoRA
+    # diffusers 0.39 is the last version in which it loads a LoRA.
+    with pytest.warns(FutureWarning, match="load_attn_procs"):
         unet.load_attn_procs(out)
     with torch.no_grad():
         loaded = unet(*inputs).sample

@@ -25,7 +25,7 @@ from text_to_image_lora.training.run import adapt
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINES = {"xl": StableDiffusionXLPipeline, "2": StableDiffusionPipeline}
-# What stock diffusers needs beside the folder, and the modules of UNet and text encoders that are adapted.
+# Further options for stock diffusers, and the numbers of adapted modules of UNet and text encoders.
 OPTIONS = {"xl": {"add_watermarker": False}, "2": {"safety_checker": None}}
 COUNTS = {"xl": (170, 2 * 6 + 3 * 6), "2": (30, 3 * 6)}
 PROMPT = "a red axe"
@@ -88,7 +88,7 @@ def test_the_files_say_what_was_trained(family, base, run, capsys):
         header = file.metadata()
     adapters = json.loads(header["lora_adapter_metadata"])
     assert {adapters[f"{name}.lora_alpha"] for name in counts} == {2}
-    assert header["resolution"] == "32"  # the base's own: there was no --resolution
+    assert header["resolution"] == "32"  # the base model's resolution, because --resolution was not given
     wanted = {"xl": ("sdxl_base_v1-0", "False", "epsilon"), "2": ("sd_v2_v", "True", "v_prediction")}[family]
     assert (header["ss_base_model_version"], header["ss_v2"], header["prediction_type"]) == wanted
 

@@ -129,9 +129,9 @@ def test_bf16_loses_no_small_update(train, first_forward, tmp_path):
     start = {name: value for name, value in first_forward["start"].items() if "lora_A" in name}
     end = load_file(output_dir / "checkpoint-3" / "adapter.safetensors")
     a, b = (torch.cat([values[name].flatten() for name in start]) for values in (start, end))
-    assert (a != b).float().mean() > 0.5  # float32 itself rounds a few away
+    assert (a != b).float().mean() > 0.5  # even float32 loses a few updates
     assert (a - b).abs().max() < 3e-6
-    assert (a.bfloat16() != b.bfloat16()).float().mean() < 0.01  # so in bf16 it would have been lost
+    assert (a.bfloat16() != b.bfloat16()).float().mean() < 0.01  # shows that the update would be lost in bf16
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_8bit_adam": True}], ids=["DoRA", "8-bit Adam"])
@@ -171,7 +171,7 @@ def test_fp16_keeps_the_lora_in_float32_and_moves_it_as_float32_does(train, firs
     assert (first_forward["base"], first_forward["lora"]) == ({torch.float16}, {torch.float32})
     assert_float32(half / "checkpoint-4")
     a = moved(half, 4, first_forward["start"])
-    # The loss scale may have been too high for the first steps, which are then left out.
+    # The first steps are skipped if the loss scale is too high at first.
     assert 0.4 * b.norm() < a.norm() < 1.1 * b.norm()
 
 
@@ -258,7 +258,7 @@ def test_ten_steps_in_a_row_end_the_run(train, spoil, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 14))
 
 
-# What is written is what was trained, in stock diffusers.
+# Stock diffusers predicts with the file what was trained.
 
 
 @torch.no_grad()
@@ -276,7 +276,8 @@ def trained_prediction(tiny_sd, checkpoint, **options):
     return prediction(unet)
 
 
-@pytest.mark.filterwarnings("ignore:.*load_attn_procs:FutureWarning")  # deprecated in 0.39, which is pinned for it
+# Deprecated in 0.39, which is pinned for this method.
+@pytest.mark.filterwarnings("ignore:.*load_attn_procs:FutureWarning")
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rsLoRA", "DoRA"])
 def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options):
     """The file of diffusers' script has no alpha: if alpha differs from the rank, the reloaded LoRA has the wrong strength."""
@@ -290,6 +291,6 @@ def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options
         torch.testing.assert_close(prediction(pipeline.unet), base)
         reader(output_dir, weight_name="pytorch_lora_weights.safetensors")
         torch.testing.assert_close(prediction(pipeline.unet), wanted, atol=1e-5, rtol=1e-5)
-    # With the alpha lost it would be another model: the comparison sees that.
+    # The comparison detects a lost alpha.
     wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, lora_alpha=2, **options)
     assert (wanted - wrong).abs().max() > 1e-2

@@ -131,7 +131,7 @@ def test_the_bug_report_asks_for_what_is_needed():
     assert {*asked} == {"what-happened", "command", "output", "run-yaml", "versions"}
     assert all(item["attributes"]["label"] for item in asked.values())
     needless = {name for name, item in asked.items() if not item.get("validations", {}).get("required")}
-    assert needless == {"run-yaml"}  # a command that is refused writes none
+    assert needless == {"run-yaml"}  # a command with invalid flags writes no file
 
 
 def test_the_command_in_the_bug_report_prints_versions_and_machine(tmp_path):
@@ -174,7 +174,7 @@ def test_the_citation_agrees_with_the_project():
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-# Calls that run code which is in a file, or a shell; each is refused wherever it stands.
+# Calls that run code from a file, or a shell; they are not allowed anywhere.
 UNSAFE = {
     "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load",
     "yaml.unsafe_load", "yaml.full_load", "joblib.load", "pandas.read_pickle", "shutil.unpack_archive",

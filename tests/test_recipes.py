@@ -13,7 +13,7 @@ from test_mission import pokemon
 
 METADATA = ROOT / "metadata"
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-# What the machine here asks for; all else is as the recipe has it. The fixture `train` gives a tiny base at 32 pixels.
+# Flags for this machine; all others are those of the recipe. The fixture `train` uses a tiny base model at 32 pixels.
 SHORTENED = dict(train_batch_size=None, learning_rate=None, seed=None, max_train_steps=2, validation_steps=2)
 SHORTENED |= dict(mixed_precision="no", checkpointing_steps=2, num_validation_images=1, train_data_dir=None)
 OF_THE_FIXTURE = {"pretrained_model_name_or_path", "resolution", "output_dir", "train_data_dir", "validation_data_dir"}
@@ -48,7 +48,7 @@ def lay_out(folder, pictures, captions="none"):
 def check_what_is_left(out, name, changes):
     """Checks that the run had the settings of its recipe, trained to its end, and saved a LoRA."""
     wanted, had = yaml.safe_load(RECIPES[name].read_text()), yaml.safe_load((out / "run.yaml").read_text())
-    if "validation_prompt" in wanted:  # which run.yaml has among several
+    if "validation_prompt" in wanted:  # in run.yaml, this flag can have several values
         wanted["validation_prompts"] = [wanted.pop("validation_prompt")]
     changed = {flag for flag, value in changes.items() if value is not None} | OF_THE_FIXTURE
     kept = {flag: value for flag, value in wanted.items() if flag not in changed}
@@ -92,7 +92,7 @@ def test_a_painters_style_from_kohyas_folders(shortened, tmp_path):
     assert "pictures without a caption file, captioned with their folder's name: 2" in said
     assert "only 1 validation picture" in said
     assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
-    # Each checkpoint holds a LoRA to compare, as the page says.
+    # Each checkpoint contains a LoRA that can be compared, as the page says.
     assert read_lora(out / "checkpoint-2").keys() == read_lora(out).keys()
 
 

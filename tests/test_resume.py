@@ -77,7 +77,7 @@ def stopped(run, copy, step):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines[: step + 2])[:-20])  # the last was half written
+    (copy / "metrics.jsonl").write_text("".join(lines[: step + 2])[:-20])  # the last line is incomplete
     (copy / "pytorch_lora_weights.safetensors").unlink()
     return copy
 
@@ -242,7 +242,7 @@ def test_another_run_is_refused_with_what_differs(train, two, what):
 def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, tmp_path, component):
     """From another revision, or from --pretrained_vae_model_name_or_path; the weights differ by a hundredth."""
     model = shutil.copytree(tiny_sd, tmp_path / "model")
-    if component == "unet":  # the same from elsewhere is the same run
+    if component == "unet":  # equal weights from another place belong to the run
         train(
             pretrained_model_name_or_path=model, output_dir=shutil.copytree(two, tmp_path / "same"), max_train_steps=3
         )
@@ -303,7 +303,7 @@ def test_other_repeats_of_the_same_pictures_are_refused(train, tmp_path):
         (folder / row["file_name"]).with_suffix(".txt").write_text(row["text"])
     (folder / "metadata.jsonl").unlink()
     output_dir = train(train_data_dir=tmp_path / "set")
-    # The name after the repeats is nothing that is trained on.
+    # The name after the number of repeats does not affect training.
     folder = folder.rename(tmp_path / "set" / "1_whip")
     train(train_data_dir=tmp_path / "set")
     folder.rename(tmp_path / "set" / "3_whip")
@@ -321,7 +321,7 @@ def test_other_samples_an_epoch_are_refused(train, pictures):
     options = dict(balance="concept", concept_column="kind")
     sort_into("aaaabb")
     output_dir = train(**options)
-    sort_into("ccccdd")  # other names, the same samples
+    sort_into("ccccdd")  # other names, but equal samples
     train(**options)
     sort_into("aaaaba")
     assert re.search(ANOTHER_DATASET, assert_refused(train, output_dir, **options))
@@ -405,7 +405,8 @@ def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
     assert find_damage(path) is None
     DAMAGES[what](path / file)
-    named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
+    # A changed hash in the manifest damages the check of another file.
+    named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file
     assert find_damage(path).startswith(named)
     assert find_checkpoint(tmp_path, "latest") is None
     assert len(said) == 1
@@ -438,7 +439,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
     assert said.count(f"{out}/checkpoint-4: this checkpoint is damaged (") == 1
     assert f"resuming from {out}/checkpoint-2 (step 2)" in said
     assert_same_end(judged, out, 6)
-    assert find_damage(out / "checkpoint-4") is None  # written anew
+    assert find_damage(out / "checkpoint-4") is None  # written again
     best = [load_file(folder / "best" / "pytorch_lora_weights.safetensors") for folder in (judged, out)]
     assert_equal(*best)
 
@@ -447,7 +448,7 @@ def test_a_finished_run_says_how_to_go_on(train, two, capsys):
     before = read_lora(two)
     train()
     assert "finished at step 2; raise --max_train_steps to continue" in capsys.readouterr().out
-    train(max_train_steps=1)  # it has gone further
+    train(max_train_steps=1)  # fewer steps than the run has made
     assert "finished at step 2; raise" in capsys.readouterr().out
     assert_equal(read_lora(two), before)
     train(max_train_steps=3)

@@ -5,7 +5,7 @@ from conftest import read_lora, read_metrics, run_command, write_pictures
 
 
 RANK = 16
-# Of a transformer block of width d: 8 attention layers (keys and values of the second see 768) and 2 feed-forward ones.
+# A transformer block of width d has 8 attention layers (two of them with 768 inputs) and 2 feed-forward layers.
 PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((320, 5), (640, 5), (1280, 6)))
 
 

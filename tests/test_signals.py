@@ -58,7 +58,7 @@ def test_before_there_is_anything_to_keep_a_signal_stops_at_once(listening):
     with pytest.raises(Stopped, match="^SIGUSR1: stopped before the first step. Run the same command again") as caught:
         signal.raise_signal(signal.SIGUSR1)
     assert caught.value.exit_code == 75
-    assert not isinstance(caught.value, Exception)  # no library takes it for an error of its own
+    assert not isinstance(caught.value, Exception)  # so that libraries do not catch it as an error
 
 
 def test_after_the_work_a_signal_stops_at_once_again(listening):
@@ -155,7 +155,7 @@ def undisturbed(start, words, tmp_path_factory):
     return folder / "out"
 
 
-# Where it stops: (function that is called there, how often until then).
+# The places where the run stops: (function that is called there, number of the call).
 PLACES = {
     "caching pictures": ("training.caching.encode_latent_entries", 2),
     "caching captions": ("training.caching.encode_prompt_entries", 1),
@@ -218,7 +218,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
         f"train_text_to_image_lora.py: {reason}: stopped {where}. Run the same command again to resume. (exit code {code})"
     )
     assert not (out / "pytorch_lora_weights.safetensors").exists()
-    if place == "caching pictures":  # those of the first size
+    if place == "caching pictures":  # the pictures of the first size
         assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 1
     code, said = start(flags, tmp_path).wait()
     assert code == 0, said

@@ -25,16 +25,16 @@ def test_the_launchers_accumulation_divides_no_gradient(train, tmp_path, monkeyp
 def test_the_dropout_of_each_forward_pass_has_a_seed_of_its_own(train, monkeypatch):
     seeds, predict = [], Diffusion.weights
 
-    def look(*args, **settings):  # the last before the seed is set
+    def look(*args, **settings):  # the last call before the seed is set
         seeds.append(torch.initial_seed())
         return predict(*args, **settings)
 
     monkeypatch.setattr(Diffusion, "weights", look)
     train(lora_dropout=0.5, max_train_steps=4, train_batch_size=1, gradient_accumulation_steps=2)
-    assert len(set(seeds[1:])) == len(seeds) - 1 == 7  # each is that of the pass before
+    assert len(set(seeds[1:])) == len(seeds) - 1 == 7  # each value is that of the previous pass
 
 
-# The rate of each of six steps as a share of --learning_rate: warm-up over two, then the schedule's own course.
+# The learning rates of six steps, divided by --learning_rate: two steps of warmup, and then the schedule.
 SCHEDULES = {
     "constant": [1, 1, 1, 1, 1, 1], "constant_with_warmup": [0, 0.5, 1, 1, 1, 1],
     "linear": [0, 0.5, 1, 0.75, 0.5, 0.25], "cosine": [0, 0.5, 1, 0.853553, 0.5, 0.146447],
@@ -53,7 +53,8 @@ def test_schedules_and_their_warm_up(train, name):
 
 
 def test_a_usable_lora_every_so_many_epochs(train):
-    output_dir = train(max_train_steps=7, save_every_n_epochs=2)  # six pictures in twos: three steps an epoch
+    # Six pictures in batches of two: three steps per epoch.
+    output_dir = train(max_train_steps=7, save_every_n_epochs=2)
     assert sorted(path.name for path in output_dir.glob("epoch-*")) == ["epoch-0002"]
     early, late = read_lora(output_dir / "epoch-0002"), read_lora(output_dir)
     assert early.keys() == late.keys()
@@ -125,4 +126,4 @@ def test_a_huber_run_has_the_formulas_loss(train, tmp_path):
         for i, flags in enumerate([{}, *(dict(loss_type="huber", huber_c=c) for c in (1.0, 1e4))])
     )
     assert narrow < plain
-    assert wide == pytest.approx(plain, rel=1e-2)  # so wide that it is the square
+    assert wide == pytest.approx(plain, rel=1e-2)  # so large that the loss is the squared error

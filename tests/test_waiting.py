@@ -15,7 +15,7 @@ OPTIONS = [
     dict(mixed_precision="bf16", gradient_checkpointing=True, use_dora=True, lora_dropout=0.1),
     dict(perceptual_loss="self", timestep_sampling="logit_normal", loraplus_lr_ratio=4),
 ]
-# Operators whose result the host has to wait for, as their output is a number or has as many rows as there are ones.
+# Operators for which the host waits, because their output is a number, or because its size depends on the data.
 WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2"}
 
 
@@ -23,7 +23,7 @@ WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_sele
 def test_no_step_asks_for_a_number(train, monkeypatch, options):
     """Counts operators on a CPU in each step; the loader's random draws are made on the CPU ahead of the steps."""
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
-    monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that it is put back
+    monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that the original is restored
     counter = inside.Counter()
     counter.leave_out_loading()
     hook = register_optimizer_step_post_hook(counter.end_of_step)
@@ -33,9 +33,9 @@ def test_no_step_asks_for_a_number(train, monkeypatch, options):
     finally:
         hook.remove()
     assert len(counter.steps) == len(read_metrics(out)) == 6
-    for step in counter.steps[1:]:  # before the first, models are loaded
+    for step in counter.steps[1:]:  # the models are loaded before the first step
         waited_for = {name: step["operators"][name] for name in WAITING & step["operators"].keys()}
-        # What is reported of the step before is one tensor, read when the device has long been there.
+        # The reported values of the previous step are one tensor, which is read long after the device has computed it.
         assert waited_for == {}, waited_for
 
 

@@ -48,7 +48,7 @@ class Uv:
             "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "UV_PYTHON": "{}.{}".format(*sys.version_info),
         }
-        if found.split():  # uv reads none of pip's settings, and would fetch gigabytes of CUDA
+        if found.split():  # uv ignores pip's settings, and would download gigabytes of CUDA packages
             self.env |= {"UV_FIND_LINKS": ",".join(found.split()), "UV_CONSTRAINT": str(folder / "constraints.txt")}
 
     def __call__(self, *words, cwd=ROOT, env=None, timeout=900):

@@ -27,7 +27,7 @@ def kohya(lora_weights, tmp_path_factory):
         path = path.replace("text_encoder.", "te.", 1).replace(".", "_")
         leaf, strength = {"lora_A.weight": ("lora_down.weight", 1), "lora_B.weight": ("lora_up.weight", 2)}[leaf]
         weights[f"lora_{path}.{leaf}"] = value * strength
-        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # of rank 4
+        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # the rank is 4
     path = tmp_path_factory.mktemp("kohya") / "kohya.safetensors"
     save_file(weights, path, {"ss_clip_skip": "2", "ss_v2": "False"})
     return path

@@ -18,7 +18,7 @@ PICTURES = [
     (0.7, "dpm++", "DPMSolverMultistepScheduler"),
     (1.0, "euler_a", "EulerAncestralDiscreteScheduler"),
 ]
-# What somebody writes who has diffusers and the file alone.
+# The script of a user who has only diffusers and the file.
 STOCK = """
 import importlib, json, sys
 

@@ -8,7 +8,7 @@ from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import compiling
 
 
-# PyTorch's compiler uses what PyTorch itself calls old (torch.jit, objects of autograd.Function).
+# PyTorch's compiler uses features that PyTorch deprecates (torch.jit, objects of autograd.Function).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -33,7 +33,7 @@ def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compile
     assert found == pytest.approx(plain, rel=1e-4)
     assert not compiled_without_kernels["graph_break"]
     graphs = compiled_without_kernels["stats"]["unique_graphs"]
-    assert 0 < graphs <= 3  # a block's kinds, or the UNet; once in the trial, and the steps find them
+    assert 0 < graphs <= 3  # each kind of block, or the UNet, is compiled once, in the trial, and reused by the steps
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_compiled_for_this_machine(train, tmp_path, how, changes):
     flags = FLAGS | changes | dict(max_train_steps=20)
     plain = read_metrics(train(**flags, output_dir=tmp_path / "plain"))
     found = read_metrics(train(**flags, compile=how, output_dir=tmp_path / how))
-    # In bf16 fused kernels round elsewhere; a single norm may be 16% off, their mean was not 2%.
+    # In bf16, fused kernels round at other places; single norms differed by up to 16%, their mean by less than 2%.
     bounds = {"train_loss": (1e-4, 1e-4), "grad_norm": (1e-3, 1e-3)}
     if changes:
         bounds = {"train_loss": (0.01, 0.01), "grad_norm": (0.3, 0.03)}

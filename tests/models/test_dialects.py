@@ -90,7 +90,7 @@ def save_peft(models, folder):
 def test_kohya_has_the_same_updates(models, tmp_path):
     path = kohya.save_kohya(tmp_path / "axes.safetensors", adapters_of(models), {})
     tensors = load_file(path)
-    for name, model in models.items():  # as they were trained: nothing folded, nothing filled up
+    for name, model in models.items():  # unchanged: the scale is not folded into the weights, and ranks are not padded
         for key, value in adapter(model)[0].items():
             module, _, leaf = key.partition(".lora_")
             end = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight", "magnitude_vector": "dora_scale"}[
@@ -208,7 +208,7 @@ def sd15_of_kohya(rank):
             add(f"{name}_{attention}_to_k", context, width)
             add(f"{name}_{attention}_to_v", context, width)
             add(f"{name}_{attention}_to_out_0", width, width)
-        add(f"{name}_ff_net_0_proj", width, 8 * width)  # GEGLU: twice four times
+        add(f"{name}_ff_net_0_proj", width, 8 * width)  # GEGLU has two times four times the width
         add(f"{name}_ff_net_2", 4 * width, width)
     for layer in range(12):
         name = f"lora_te_text_model_encoder_layers_{layer}"
@@ -247,7 +247,7 @@ def test_sd15s_whole_geometry_by_kohyas_names(sd15):
         for leaf, shape in (("lora_down.weight", down), ("lora_up.weight", up), ("alpha", ()))
     }
     assert {value.item() for key, value in tensors.items() if key.endswith(".alpha")} == {8.0}
-    # And each name leads back to its layer.
+    # Each name is converted back to the name of its layer.
     back = {dialects.parse_key(f"{name}.alpha", "kohya")[:2] for name in table}
     layers = {(name, module) for name, (state, _) in states.items() for module in modules_of(state)}
     assert {(c, m.removeprefix("text_model.")) for c, m in back} == {
@@ -324,7 +324,7 @@ def test_what_does_not_fit_together_is_refused(base, tmp_path):
         lora_file.load_lora(tmp_path / "odd.safetensors")
 
 
-# What stock diffusers makes of such files by itself, so that a change upstream is seen.
+# How stock diffusers reads such files, so that a change of diffusers is noticed.
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def test_what_stock_diffusers_makes_of_kohyas_files(base, tmp_path, warnings_of_
         "filter out the keys associated to 'dora_scale`" in message for message in warnings_of_diffusers
     )
     assert (of_peft, of_diffusers) == (options is MIXED, "use_dora" in options)
-    tensors, _ = lora_file.as_diffusers(path)  # and so we read it
+    tensors, _ = lora_file.as_diffusers(path)  # and our reader reads it in this way
     pipe = pipeline_with(base)
     pipe.load_lora_weights(tensors)
     assert_close(predict(pipe.unet), predict(models["unet"]))

@@ -99,7 +99,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_xl, sto
         torch.testing.assert_close(cached["condition"][name], live["condition"][name])
     torch.testing.assert_close(prediction_of(cached), prediction_of(live))
 
-    # The same numbers in stock diffusers: its pipeline encodes the captions and numbers the pictures.
+    # The pipeline of stock diffusers gives equal tensors for the captions and the numbers of the pictures.
     embeds, _, pooled, _ = stock.encode_prompt(live["captions"], device="cpu", do_classifier_free_guidance=False)
     shown = [pictures.facts[sample.index] for sample in samples]
     corners = [(0, 8) if fact.width == 48 else (4, 0) for fact in shown]
@@ -116,7 +116,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_xl, sto
             noisy, live["timesteps"], embeds, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
         ).sample
     torch.testing.assert_close(prediction_of(cached), wanted)
-    # Each of the numbers counts.
+    # Each of the numbers has an effect.
     for name, value in cached["condition"].items():
         changed = cached | {"condition": cached["condition"] | {name: value + 1}}
         assert not torch.allclose(prediction_of(changed), wanted, atol=1e-4), name

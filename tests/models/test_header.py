@@ -92,7 +92,7 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
     assert (shown.format, shown.size) == ("JPEG", (32, 32))
     (drawn,) = (out / "validation" / "step-000004").glob("prompt-00-0.png")
     difference = np.asarray(shown.convert("RGB"), dtype=int) - np.asarray(Image.open(drawn), dtype=int)
-    assert abs(difference).mean() < 30  # noise, as a JPEG; another picture is 80 away
+    assert abs(difference).mean() < 30  # the difference caused by JPEG; other pictures differ by 80
 
 
 def test_kohyas_file_is_hashed_as_its_readers_do(tmp_path):
@@ -126,10 +126,10 @@ def test_the_same_run_gives_the_same_bytes_however_often_it_was_interrupted(trai
         (out / name).unlink()
     train(kohya_extras=["thumbnail", "tags"], **flags)
     assert {name: (out / name).read_bytes() for name in names} == first
-    # A thumbnail that is asked for when all is drawn, and of a prompt that was not, is left out.
+    # A thumbnail of a prompt that was never drawn is left out if it is requested after the run is finished.
     train(kohya_extras=["thumbnail"], **flags | {"validation_prompt": "a blue whip"})
     assert "modelspec.thumbnail" not in read_header(out / "out.safetensors")
-    # The flag can also come later, to a run that is done.
+    # The flag can also be added later, to a finished run.
     (out / "out.safetensors").unlink()
     train(**flags)
     assert read_header(out / "out.safetensors").keys() == read_header(out / lora_file.WEIGHTS_NAME).keys() - {
@@ -189,7 +189,7 @@ def test_extras_without_what_they_need_are_refused(flags, message):
 def test_the_name_is_the_folders(tmp_path):
     assert kohya.file_name(tmp_path / "axes/") == "axes.safetensors"
     assert kohya.file_name(tmp_path / "runs" / ".." / "axes", 500) == "axes-step000500.safetensors"
-    # Which diffusers would take for its own, and our file has.
+    # This entry is in our file only, because diffusers would interpret it.
     assert kohya.file_name(tmp_path / "pytorch_lora_weights") == "pytorch_lora_weights-kohya.safetensors"
 
 
@@ -216,7 +216,7 @@ def test_the_base_is_told_as_kohya_tells_it(family, prediction_type, architectur
     assert (entries["ss_v2"], entries["ss_sd_model_name"]) == (str(family is STABLE_DIFFUSION_2), "owner/model")
     assert entries["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
     assert ("uses v-prediction" in entries["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
-    assert "modelspec.date" not in entries  # of a run whose checkpoint doesn't say
+    assert "modelspec.date" not in entries  # the checkpoint of this run contains no date
     assert set(map(type, entries.values())) == {str}
 
 

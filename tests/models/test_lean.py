@@ -103,7 +103,7 @@ def test_peft_still_holds_saves_and_loads(make_unet, flat):
     assert all(torch.equal(v, lora.adapter_state(other)[0][n]) for n, v in lora.adapter_state(unet)[0].items())
     with torch.no_grad():
         torch.testing.assert_close(unet(*batch_of(9)).sample, other(*batch_of(9)).sample, rtol=1e-4, atol=1e-5)
-    # And after that it still trains what was loaded.
+    # The loaded weights are then trained further.
     expected, found = train(other, lora.trainable_parameters(other), 3), train(unet, parameters, 3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

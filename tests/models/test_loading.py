@@ -57,7 +57,8 @@ def test_find_a_folder(tiny_sd):
 
 
 def test_find_a_single_file(single_file, config_only):
-    assert loading.find_base_model(str(single_file)).image_factor == 64  # SD1.5's, where no configuration says other
+    # The default of SD1.5, if there is no configuration.
+    assert loading.find_base_model(str(single_file)).image_factor == 64
     base = loading.find_base_model(str(single_file), single_file_config=str(config_only))
     assert (base.kind, base.image_factor, base.cross_attention_dim) == ("file", 8, 96)
 
@@ -173,7 +174,7 @@ def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_pa
     assert same_weights(there.vae, here.vae)
     assert same_weights(there.denoiser, here.denoiser)
     assert there.scheduler_config == here.scheduler_config
-    # A VAE in a single file has no configuration of its own.
+    # A VAE in a single file has no configuration.
     assert same_weights(loading.load_components(base, pretrained_vae=str(single_file)).vae, here.vae)
 
 
@@ -215,7 +216,7 @@ def test_a_lightning_checkpoint_loads(tiny_sd, single_file, config_only, tmp_pat
     assert same_weights(vae, vae_2)
     assert same_weights(unet, unet_2)
     assert scheduler_config["_class_name"] == scheduler_config_2["_class_name"]
-    # The stand-ins are there for the loading only.
+    # The stand-ins for missing modules exist only while the file is loaded.
     assert LIGHTNING not in sys.modules
     with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
         torch.load(path, weights_only=True)
@@ -232,7 +233,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tiny_sd, single_file, config_onl
     assert "\n" not in str(error.value)
     assert not target.exists()
     torch.load(path, weights_only=False)
-    assert target.is_dir()  # so it was a working attack
+    assert target.is_dir()  # so the attack would work
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
@@ -248,7 +249,7 @@ def test_a_folder_with_weights_that_run_code_is_refused(tiny_sd, tmp_path, name)
     assert "\n" not in str(error.value)
     assert not target.exists()
     torch.load(pickled, weights_only=False)
-    assert target.is_dir()  # so it was a working attack
+    assert target.is_dir()  # so the attack would work
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_header_speaks_of_every_component_and_of_the_training(base, tmp_path):
     body = path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :]
     digest = hashlib.sha256(body).hexdigest()
     assert (header.pop("sshs_model_hash"), header.pop("modelspec.hash_sha256")) == (digest, f"0x{digest}")
-    assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]  # of what follows the first MiB
+    # A hash of the bytes after the first MiB.
+    assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]
     assert not header
     common = {
         "r": 4, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_bias": False,
@@ -192,7 +193,7 @@ def test_load_lora_reads_what_save_lora_wrote(base, tmp_path, options):
         assert {key.removeprefix("text_model.") for key in loaded[name]} == {
             key.removeprefix("text_model.") for key in given[0]
         }
-    # Written out again as it is, it is the same file: the names, the scale and the ranks hold.
+    # Saving the loaded tensors again gives an equal file, with equal names, scale and ranks.
     again = {name: (state_dict, LoraConfig(r=4, lora_alpha=4)) for name, state_dict in loaded.items()}
     assert lora_file.save_lora(tmp_path / "again", again, TRAINING).read_bytes() == path.read_bytes()
 

@@ -92,7 +92,7 @@ def test_a_text_encoder_in_training_has_gradients_and_its_own_precision(loaded):
 def test_the_identity_is_of_all_that_a_condition_depends_on(loaded, tiny_sd):
     tokenizer, text_encoder = loaded
     identity = make_encoder(*loaded).identity
-    assert make_encoder(*loaded, dtype=torch.bfloat16).identity == identity  # the cache has the dtype beside it
+    assert make_encoder(*loaded, dtype=torch.bfloat16).identity == identity  # the cache stores the dtype separately
     others = [make_encoder(*loaded, clip_skip=1), make_encoder(*loaded, num_chunks=2)]
     again = loading.load_components(loading.find_base_model(str(tiny_sd)))
     assert make_encoder(again.tokenizers[0], again.text_encoders[0]).identity == identity

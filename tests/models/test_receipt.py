@@ -190,7 +190,7 @@ def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path
     assert readers.has_the_geometry_of_a1111(flat)
     tensors = load_file(kohyas)
     assert len(readers.a1111(tensors, {}, flat)) == count
-    # Stable Diffusion 2's text encoder has the four of attention in one module.
+    # The text encoder of Stable Diffusion 2 has the four projections of attention in one module.
     fewer = without(tensors, "layers_3_self_attn_v_proj")
     assert len(readers.a1111(fewer, {}, flat)) == count - (4 if width == 1024 else 1)
     assert len(readers.comfyui(fewer, {}, flat)) == count - 1

@@ -50,7 +50,7 @@ def runs(train_in, tmp_path_factory):
     return folders["plain"], outs
 
 
-# Deprecated in 0.39, and gone after it: that is why 0.39 is pinned.
+# Deprecated in 0.39 and removed in 0.40, which is why 0.39 is pinned.
 @pytest.mark.filterwarnings("ignore:`load_attn_procs` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["plain", "clip_skip", "DoRA"])
 def test_stock_diffusers_draws_what_training_drew(runs, tiny_sd, name):
@@ -74,7 +74,7 @@ def test_stock_diffusers_draws_what_training_drew(runs, tiny_sd, name):
     ]
     assert abs(drawn[0] - pictures[0]).max() <= 1
     assert abs(drawn[1] - pictures[2]).max() <= 2
-    assert abs(pictures[2] - pictures[1]).max() > 3  # the text encoder's part is seen
+    assert abs(pictures[2] - pictures[1]).max() > 3  # the effect of the text encoder is visible
 
 
 @pytest.mark.skipif("NEWEST_PYTHON" not in os.environ, reason="`make test-newest` says where the newest stack is")
@@ -137,7 +137,7 @@ def test_each_has_its_learning_rate(runs):
     groups = torch.load(runs[1]["plain"] / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"][
         "param_groups"
     ]
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.08])  # times the batch
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.08])  # times the batch size
 
 
 def test_it_goes_on_where_it_stopped(train, tmp_path):

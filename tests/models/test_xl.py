@@ -59,7 +59,7 @@ def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
             lora.add_lora(xl[name], LoraSettings(rank=1, lora_alpha=1, target_modules=targets[name])) for name in xl
         ]
     assert counts == [722, 72, 192]
-    # Numbers in place of what has none.
+    # Random weights for models on the meta device.
     components = {
         name: ({key: torch.randn(value.shape) for key, value in state_dict.items()}, config)
         for name, (state_dict, config) in components_of(xl).items()
@@ -137,7 +137,7 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
         posterior = pipe.vae.encode(pixels).latent_dist
         latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * pipe.vae.config.scaling_factor
         noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
-        # Pictures of 40x32: resized they are as they were, and the middle begins 4 pixels from either side.
+        # Resizing does not change pictures of 40x32, and the centre crop begins 4 pixels from either side.
         time_ids = pipe._get_add_time_ids((32, 40), (0, 4), (32, 32), torch.float32, 64).expand(4, -1)
         assert torch.equal(batch["condition"]["time_ids"], time_ids)
         more = {"text_embeds": pooled, "time_ids": time_ids}
@@ -253,7 +253,7 @@ def test_a_single_file_says_that_it_predicts_v(tiny_xl, xl_file, train, tmp_path
     assert isinstance(pipe, StableDiffusionXLPipeline)
 
 
-# What does not go together.
+# Components of different families.
 
 
 def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, tmp_path):

@@ -37,7 +37,7 @@ def test_equal_is_the_same_file():
     a, b, c = random_pictures(3, np.random.default_rng(0))
     others = [a, b._replace(hash=a.hash), c, a, c, a]
     assert equal_pictures(others) == [[0, 3, 5], [2, 4]]
-    assert alike_pictures(others) == [[0, 1]]  # a file that is there again is no other one
+    assert alike_pictures(others) == [[0, 1]]  # a copy of a file is not another picture
     assert group_alike(others) == [0, 0, 2, 0, 2, 0]
 
 
@@ -82,7 +82,7 @@ def test_the_split_is_the_pictures_own():
     assert len({more[i].image_id for i in hold_out(more, 0.1)} & chosen) >= 8
     assert len(hold_out(images[:3], 0.01)) == 1
     assert hold_out(images[:1] * 5, 0.2) == []
-    # A crowd of alike pictures is too much of the whole; others are there.
+    # A large group of similar pictures would be too large a share, so other pictures are held out.
     crowd = [image._replace(hash=images[0].hash) for image in images[:60]] + images[60:]
     assert all(index >= 60 for index in hold_out(crowd, 0.1))
 

@@ -28,7 +28,7 @@ def test_edited_captions(tmp_path):
 @pytest.mark.parametrize(
     ("caption", "trigger", "expected"),
     [
-        ("two axes", "axe", "axe, two axes"),  # it is looked for as a word
+        ("two axes", "axe", "axe, two axes"),  # the trigger is found only as a whole word
         ("(AXE), big", "axe", "(AXE), big"),
         ("c++ code", "c++", "c++ code"),
         ("a cat", None, "a cat"),
@@ -110,7 +110,7 @@ def test_caption_dropout(make_set):
     dropped = [b["captions"] == "" for _, b in samples]
     assert 60 < sum(dropped) < 120
     assert all(b["captions"] == a["captions"] for (a, b), gone in zip(samples, dropped, strict=True) if not gone)
-    # What is dropped changes no other draw.
+    # Caption dropout changes no other draw.
     assert all((a["noise"] == b["noise"]).all() and a["timesteps"] == b["timesteps"] for a, b in samples)
     assert all((a["pixels"] == b["pixels"]).all() for a, b in samples)
 

@@ -274,11 +274,11 @@ def test_odd_folders(tmp_path, case, said):
         message = one_line(error)
         assert message.startswith(str(folder))
         assert refused in message
-        if left_out is None:  # nothing to go on with: --skip_bad_images doesn't help
+        if left_out is None:  # nothing is left to train on, even with --skip_bad_images
             with pytest.raises(InputError):
                 read_records(folder, leave_out=print)
             return
-    said.clear()  # what was logged before it was refused
+    said.clear()  # removes the messages before the error
     dataset = read_records(folder, leave_out=(lambda *what: skipped.append(what)) if left_out else None)
     assert dataset["captions"][:] == captions
     assert not examine(dataset, range(len(dataset)))[1]

@@ -27,7 +27,7 @@ def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
     (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:200])
     dataset = read_records(folder)
     (folder / "5.png").unlink()
-    for _ in range(2):  # what is bad stays bad
+    for _ in range(2):  # the second time, bad pictures are reported again
         good, bad = examine(dataset, range(6), tmp_path / "memo")
         assert good == {
             i: (image_id((folder / f"{i}.png").read_bytes()), *size, good[i].hash)

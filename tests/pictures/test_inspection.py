@@ -34,7 +34,7 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["pictures"] == 9
     assert [row["reason"] for row in report["left_out"]][0] == "'gone.png' does not exist"
     assert "it can't be decoded" in report["left_out"][1]["reason"]
-    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png of two rows
+    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png, which has two rows
     assert [["0.png" in a, "copy.png" in b] for a, b in report["equal"][:1]] == [[True, True]]
     assert [["1.png" in a, "again.jpg" in b] for a, b in report["alike"]] == [[True, True]]
     assert len(report["tokens"]["cut"]) == 1

@@ -173,7 +173,7 @@ def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
     ) as caught:
         load(tmp_path / "my_pictures")
     assert "\n" not in str(caught.value)
-    # Nor beside folders that are meant so, nor where one of them can't mean that.
+    # A folder beside it that has such a name changes nothing, and all folders must have such names.
     save_picture(tmp_path / "my_pictures" / "sks_dog" / "0.png", 1)
     with pytest.raises(InputError, match="have no captions"):
         load(tmp_path / "my_pictures")
@@ -365,7 +365,7 @@ def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, s
         f"{folder}: 1 picture has no row in a metadata file and will not be trained on; the first: "
         f"{folder}/validation/0.png"
     ]
-    # Without it, they are splits.
+    # Without the table, the folders are splits.
     said.clear()
     (folder / name).unlink()
     assert load(folder)["captions"][:] == [["beside, in train"]]

@@ -44,13 +44,13 @@ def test_a_mask_beside_its_picture(masked, said):
     dataset = read_records(masked)
     assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
     assert len(dataset) == 4
-    assert said == []  # a mask is no picture without a row
+    assert said == []  # a mask is not reported as a picture without a row
     pictures = make_picture_set(dataset, center_crop=True)
     assert (pictures.mask(0, 0, 4) == 1).all()
     mask = pictures.mask(1, 0, 4)
     assert (mask[:, :4] == 1).all()
     assert (mask[:, 4:] == 0).all()
-    # Caption files: the same.
+    # Caption files behave equally.
     for i in range(4):
         (masked / f"{i}.txt").write_text("a cat")
     (masked / "metadata.jsonl").unlink()
@@ -87,7 +87,7 @@ def test_a_broken_mask_is_told(train, masked):
 
 @pytest.mark.parametrize("layout", ["metadata", "caption_files"])
 def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
-    for name in ("11.mask.png", "one.mask.png"):  # slips for 1.mask.png
+    for name in ("11.mask.png", "one.mask.png"):  # typos of 1.mask.png
         half().save(masked / name)
     if layout == "caption_files":
         for i in range(4):
@@ -137,7 +137,8 @@ def test_masks_weight_what_is_learned(train, masked, tmp_path):
 
     def losses(name, **options):
         out = train(train_data_dir=masked, center_crop=True, output_dir=tmp_path / name, **options)
-        return [row["train_loss"] for row in read_metrics(out)]  # of two steps: each of the four pictures once
+        # Two steps, which train on each of the four pictures once.
+        return [row["train_loss"] for row in read_metrics(out)]
 
     cached = losses("cached")
     assert losses("live", cache_variations=0) == pytest.approx(cached, rel=1e-4)

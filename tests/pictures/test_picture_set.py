@@ -103,7 +103,7 @@ def test_a_picture_is_opened_once_for_its_variations(some, monkeypatch):
     monkeypatch.setattr(picture_set, "open_image", count)
     first = [some.pixels(index, k) for index in (0, 1) for k in range(4)]
     assert opened == [read_image_bytes(some.records[index]["image"]) for index in (0, 1)]
-    # Only the last one is kept, and it is nobody's to write on.
+    # Only the last picture is kept in memory, and it is read-only.
     first[-1][:] = 0
     assert some.pixels(1, 3).any()
     assert len(opened) == 2
@@ -181,7 +181,7 @@ class PixelsOf(torch.utils.data.Dataset):
 
 
 def test_a_loaders_workers_see_what_this_process_sees(some):
-    some.pixels(3, 0)  # one is open here
+    some.pixels(3, 0)  # one file is open here
     loader = torch.utils.data.DataLoader(
         PixelsOf(some), batch_size=None, num_workers=2, multiprocessing_context="fork"
     )

@@ -25,7 +25,7 @@ def test_other_captions_change_nothing_else(pictures):
     assert sorted(changed.column_names) == sorted(records.column_names)
     for name in set(records.column_names) - {"captions"}:
         assert changed[name][:] == records[name][:]
-    # What belongs to the user is read, never written to.
+    # The user's files are read-only.
     assert sorted(path.name for path in pictures.iterdir()) == [*(f"{i}.png" for i in range(6)), "metadata.jsonl"]
 
 

@@ -19,7 +19,7 @@ def test_comparison_sheet(count, columns, bands, side):
     tile = 256 if side == 64 else 512
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 20)}
     assert counts[255, 0, 0] == counts[0, 0, 255] == count * tile**2
-    # Red ends at the right margin, blue at the right and the lower one, and both margins are the same.
+    # Red ends at the right margin, blue at the right and the lower margin, and both margins are equal.
     red_box, blue_box = (sheet.getchannel(c).point(lambda value: 255 * (value == 0)).getbbox() for c in "BR")
     assert sheet.width - blue_box[2] == sheet.width - red_box[2] == sheet.height - blue_box[3]
     assert columns * tile < sheet.width < (columns + 2) * tile

@@ -37,7 +37,7 @@ def refusal(folder):
 
 
 def test_a_folder_for_each_class(tmp_path):
-    # The dataset itself may lie in a hidden folder; hidden folders in it are somebody's backup.
+    # The dataset itself may be in a hidden folder; hidden folders in it are taken for backups.
     folder = tmp_path / ".data" / "weapons"
     for kind in ("spear", "axe", ".ipynb_checkpoints", "__MACOSX"):
         write_pictures(folder / kind, count=1, captions=[f"a {kind}"])
@@ -122,14 +122,14 @@ def test_a_stored_dataset(stored, load, kind):
     assert [source.endswith(f"row {i}") for i, source in enumerate(dataset["source"])] == [True, True]
     assert load(folder, caption_column="zh_text")["captions"][:] == [["红猫"], ["蓝猫"]]
     assert load(folder, max_train_samples=1)["captions"][:] == [["a red cat"]]
-    # A user's dataset is read, never written to.
+    # The user's dataset is read-only.
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_columns_of_a_stored_dataset(stored, load):
     folder = stored("disk", image="photo", words=[["a", "b"], ["c", None]])
     assert load(folder)["captions"][:] == [["a", "b"], ["c"]]
-    # `image` is upstream's default, so it may be passed without meaning a name.
+    # `image` is the default of diffusers' script, so it may be passed although no column has this name.
     assert load(folder, image_column="image")[:] == load(folder, image_column="photo")[:]
     for options, wrong in (
         (dict(caption_column="txet"), "'txet' (--caption_column)"),
@@ -154,7 +154,7 @@ def test_a_row_without_a_caption_is_refused_or_left_out(stored, load, kind, empt
     left_out = []
     dataset = load(folder, leave_out=lambda *row: left_out.append(row))
     assert left_out == [(f"{folder}: row 1", "column 'text' is empty")]
-    # The rows that stay keep their pictures and numbers.
+    # The remaining rows keep their pictures and numbers.
     assert dataset["captions"][:] == [["a"], ["c"]]
     assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
     assert dataset["source"][:] == [f"{folder}: row 0", f"{folder}: row 2"]
@@ -273,7 +273,7 @@ def test_shards_of_webdataset(load, tmp_path):
     assert pictures_of(dataset) == [picture_bytes(colour) for colour in colours]
 
 
-# A stored dataset is somebody's data: what its cells name is opened only where it belongs to the dataset.
+# A stored dataset may come from anywhere, so files that its cells name are opened only inside the dataset.
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, mon
     assert left_out == [(f"{folder}: row {i}", reason) for i, reason in enumerate(expected, start=first)]
     assert dataset["captions"][:] == [[f"number {i}"] for i in range(first)]
     assert pictures_of(dataset) == [picture_bytes("blue")] + [picture_bytes("green")] * len(good)
-    # What may be named and is not there is told with the pictures that can't be read.
+    # A missing file that may be named is reported together with unreadable pictures.
     naming("parquet", named(str(folder / "gone.png")))
     assert len(load(folder)) == 2
 

@@ -46,7 +46,7 @@ def noise(width, height, mode="RGB"):
 
 # Orientation.
 
-# How a camera stores an upright picture under each value of EXIF's orientation tag (EXIF 2.3, 4.6.4.A).
+# How a camera stores an upright picture for each value of EXIF's orientation tag (EXIF 2.3, 4.6.4.A).
 STORED = {
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
     6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
@@ -64,7 +64,7 @@ def test_pictures_stand_upright(orientation, kind):
     assert (pixels_of(stored, kind, exif=exif, **options) == upright).all()
 
 
-# Transparency: what shows through is white, whatever colour hides there.
+# Transparency: transparent pixels become white, whatever colour is stored below them.
 
 
 @given(hidden=st.tuples(*[st.integers(0, 255)] * 3), alpha=st.integers(0, 255))
@@ -151,7 +151,7 @@ def test_an_animation_is_its_first_frame():
     assert (pixels_of(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (255, 0, 0)).all()
 
 
-# What is no picture.
+# Files that are not pictures.
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_unusable_files_are_told(data, reason):
     assert "\n" not in str(caught.value)
 
 
-# Resize, crop, flip: torchvision's Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip, as upstream has them.
+# Resize, crop, flip: Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip of torchvision, as in diffusers' script.
 
 sides = st.integers(1, 300)
 resolutions = st.sampled_from([8, 24, 64])
@@ -256,7 +256,7 @@ def test_square_pictures_have_one_crop(center_crop, random_flip, count):
     assert drawn == {Variation(0, 0, False), Variation(0, 0, True)} if count == 2 else {Variation(0, 0, False)}
 
 
-# Thin strips: resized whole, as other pictures are before they are cropped, they would take gigabytes.
+# Thin strips would take gigabytes if they were resized completely before they are cropped, like other pictures.
 
 STRIPS = [(1, 1000), (1000, 1), (3, 1500), (900, 37)]
 
@@ -304,7 +304,7 @@ def test_a_strip_is_never_enlarged_beyond_the_limit(monkeypatch, size):
     variation = draw_variation(*size, (512, 512), AugmentationSettings(center_crop=True), image_id="a", index=0)
     assert (apply_variation(image, variation, (512, 512)) == (200, 90, 40)).all()
     assert made == [(512, 512)]
-    # What is less thin is resized whole, as ever.
+    # Less thin pictures are resized completely.
     apply_variation(Image.new("RGB", (30, 600)), Variation(0, 0, False), (512, 512))
     assert made[1:] == [(512, 10240)]
 
@@ -360,13 +360,13 @@ def test_rotation_fills_no_corner(size, turn):
 
 def test_a_turn_is_anticlockwise_and_about_the_middle():
     image = Image.new("RGB", (46, 46), "white")
-    image.paste((255, 0, 0), (20, 0, 26, 23))  # a hand of a clock at twelve
+    image.paste((255, 0, 0), (20, 0, 26, 23))  # the hand of a clock at twelve
     turned = apply_variation(image, Variation(0, 0, False, turn=90.0), (46, 46))
     red = turned[..., 1] < 128
     ys, xs = np.nonzero(red)
     assert ys.min() >= 19
     assert ys.max() <= 26
-    assert xs.max() <= 24  # at nine now
+    assert xs.max() <= 24  # now at nine
 
 
 def test_colours_are_changed_as_pillow_changes_them():

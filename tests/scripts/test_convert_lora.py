@@ -94,7 +94,7 @@ def test_there_and_back_again(base, tmp_path, way, options):
     one, two = load_file(first), load_file(back)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
-    # And once more through the other one.
+    # Convert once more through the other formats.
     convert(between, tmp_path / "d", "--to", "peft")
     convert(tmp_path / "d", tmp_path / "e.safetensors", "--to", "kohya")
     assert_equal_updates(tmp_path / "e.safetensors", first)
@@ -124,7 +124,7 @@ def test_peft_itself_reads_its_folders(base, tmp_path, options):
     assert unet.peft_config["default"].base_model_name_or_path == "mini"
     assert_differs(predict(base.unet), predict(models["unet"]))
     assert_close(predict(unet.base_model), predict(models["unet"]))
-    if hasattr(pipe.text_encoder, "text_model"):  # a level that peft's names have, and transformers before 5.6
+    if hasattr(pipe.text_encoder, "text_model"):  # a level in the names of peft, and of transformers before 5.6
         text_encoder = PeftModel.from_pretrained(pipe.text_encoder, tmp_path / "folder" / "text_encoder")
         assert_close(encode(text_encoder.base_model), encode(models["text_encoder"]))
 

@@ -60,7 +60,7 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     assert {*scores["axe"]} == names | {"drift"}
     assert scores["axe"]["drift"]["mean"] > 1e-5
     assert scores["axe"]["held-out loss"]["mean"] != pytest.approx(1, abs=1e-3)
-    # At strength 0 a LoRA is the base, in every score.
+    # At strength 0, all scores of a LoRA are those of the base model.
     assert scores["epoch-0002"].pop("drift")["mean"] == pytest.approx(0, abs=1e-9)
     for name, value in scores["epoch-0002"].items():
         assert value["mean"] == pytest.approx(scores["base"][name]["mean"], abs=1e-6), name
@@ -87,7 +87,8 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     assert changed == {cut, again}
     assert json.loads((out / "evaluation.json").read_text())["recommendation"] == found["recommendation"]
 
-    run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))  # drawn otherwise: drawn anew
+    # Other settings, so all pictures are drawn again.
+    run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))
     assert "2/2 axe: drew 18 pictures (0 were already there)" in capsys.readouterr().out
     assert "nearest" not in json.loads((out / "evaluation.json").read_text())["scores"]["axe"]
 

@@ -16,7 +16,7 @@ WORKSHOP = ("draw", "make", "controlnet", "measure")
 STARTED_BY_PATH = {
     "inside.py": 2,
     "bare_unet.py": 2,
-}  # by the benchmarks, in a process of its own; depth below the root
+}  # {file that the benchmarks run in a separate process: its depth below the root}
 BELOW = {"sweeping": set(), "comparing": set(), "evaluation": {"mini_sd"}, "benchmarks": {"mini_sd"}, "mini_sd": set()}
 
 

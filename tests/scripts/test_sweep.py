@@ -23,7 +23,7 @@ from scripts.sweeping.study import make_sampler
 from text_to_image_lora.command_line import flag_values
 
 
-# Where it is the queue that is tested, and no training.
+# For tests of the queue without training.
 LAUNCHER = shlex.join([sys.executable, str(ROOT / "tests" / "sweep_launcher.py")])
 
 
@@ -178,13 +178,13 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tmp_
     assert trainings
     worker.kill()
     worker.wait()
-    # Where the tests run in a shell's background, SIGINT is ignored, and so it would be in what they start.
+    # If the tests run in the background of a shell, SIGINT is ignored, also by the processes that they start.
     listening = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     second = subprocess.Popen(
         command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, **listening
     )
     try:
-        assert second.stdout.readline().startswith("trial 1:")  # and not trial 0, which still trains
+        assert second.stdout.readline().startswith("trial 1:")  # trial 0 is not listed, because it still trains
         second.send_signal(signal.SIGINT)
         assert second.wait(timeout=60) == 130
         assert trainings[0].is_running()
@@ -223,7 +223,7 @@ flags:
     assert [row["state"] for row in rows] == ["complete"] * 3
     assert len({row["learning_rate"] for row in rows}) == 3
     assert all(1e-4 <= float(row["learning_rate"]) <= 1e-2 and 2 <= int(row["rank"]) <= 6 for row in rows)
-    for row in rows:  # what the table says is what was run
+    for row in rows:  # the table shows the values that were run
         words = shlex.split((tmp_path / "sweep" / f"trial-000{row['trial']}" / "command.txt").read_text())
         assert {"True": "--center_crop", "False": "--no-center_crop"}[row["center_crop"]] in words
         assert words[words.index("--rank") + 1] == row["rank"]
@@ -329,13 +329,13 @@ def test_a_trial_that_failed_is_tried_again_by_the_same_command(run_here, tmp_pa
     words = ["--launcher", LAUNCHER, "--sweep", "rank=2,4,8", "--flags", *flags_of()]
     assert "failed: the machine is broken" in run_here(folder, *words)
     assert {row["rank"]: row["state"] for row in rows_of(folder)} == {"2": "complete", "4": "fail", "8": "complete"}
-    assert run_here(folder, *words).count("failed: ") == 1  # it fails once more, once
+    assert run_here(folder, *words).count("failed: ") == 1  # the trial fails once more
     broken.unlink()
     run_here(folder, *words)
     assert [row["rank"] for row in rows_of(folder) if row["state"] == "complete"].count("4") == 1
     count = len(rows_of(folder))
     run_here(folder, *words)
-    assert len(rows_of(folder)) == count == 3  # the failed ones that were made up for are not shown
+    assert len(rows_of(folder)) == count == 3  # failed trials that later succeeded are not shown
     assert times_trained(folder) == {
         "trial-0000": 1, "trial-0001": 0, "trial-0002": 1, "trial-0003": 0, "trial-0004": 1
     }  # fmt: skip

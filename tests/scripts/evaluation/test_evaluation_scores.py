@@ -63,7 +63,7 @@ def test_the_distance_of_two_sets():
     assert found.mean() == pytest.approx(np.mean(within) + np.mean(without) - 2 * np.mean(across))
     same = np.array([scores.set_distance(of_one_kind(6, 3), of_one_kind(10)).mean() for _ in range(200)])
     assert abs(same.mean()) < 3 * same.std() / 200**0.5  # negative as often as positive
-    # As like each held-out picture as the others are, and all in one pose: the mean cosine doesn't tell, the distance does.
+    # Pictures in one pose that are as similar to each held-out picture: only the distance shows the difference.
     drawn, held_out = of_one_kind(30, 3), of_one_kind(40)
     copies = np.tile(scores.normalised(held_out.mean(axis=0)), (30, 3, 1))
     assert (copies @ held_out.mean(axis=0)).mean() > (drawn @ held_out.mean(axis=0)).mean()

@@ -16,12 +16,13 @@ def test_trials_of_several_seeds_are_one():
         }
         for i, (key, loss) in enumerate(losses.items())
     ]  # fmt: skip
-    large, small = results.over_seeds(rows, ["seed", "rank"])  # what lacks a seed comes last
+    large, small = results.over_seeds(rows, ["seed", "rank"])  # a trial without a seed comes last
     assert (small["rank"], small["seeds"], large["rank"], large["seeds"]) == (8, 2, 4, 3)
     assert small[results.METRIC] == pytest.approx(0.625)
     assert large["standard_error"] == pytest.approx(np.std([0.7, 0.8, 0.9], ddof=1) / 3**0.5)
     assert large["above_best"] is None
-    assert (small["above_best"], small["its_error"]) == pytest.approx((-0.125, 0.025))  # of the two seeds both have
+    # Only the two seeds that both have count.
+    assert (small["above_best"], small["its_error"]) == pytest.approx((-0.125, 0.025))
 
 
 def test_lists_are_values_over_seeds_too():
@@ -30,7 +31,7 @@ def test_lists_are_values_over_seeds_too():
         for seed, modules, loss in ((0, ["to_q"], 0.6), (1, ["to_q"], 0.8), (0, ["to_q", "to_k"], 0.5))
     ]
     first, second = results.over_seeds(rows, ["seed", "target_modules"])
-    assert (first["target_modules"], first["seeds"]) == (["to_q"], 2)  # the other may have had the easy seed
+    assert (first["target_modules"], first["seeds"]) == (["to_q"], 2)  # the other trial may have had an easier seed
     assert (second["above_best"], second["its_error"]) == (pytest.approx(-0.1), None)
 
 
