@@ -173,7 +173,7 @@ def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
     ) as caught:
         load(tmp_path / "my_pictures")
     assert "\n" not in str(caught.value)
-    # A folder beside it that has such a name changes nothing, and all folders must have such names.
+    # This is also so if a folder inside has such a name, or if another folder has none.
     save_picture(tmp_path / "my_pictures" / "sks_dog" / "0.png", 1)
     with pytest.raises(InputError, match="have no captions"):
         load(tmp_path / "my_pictures")
