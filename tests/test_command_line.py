@@ -114,7 +114,7 @@ def test_flags_are_not_abbreviated():
         (["--center_crop=1"], "--center_crop"),
     ],
 )
-def test_other_mistakes_are_told_with_their_flag(words, answer):
+def test_other_mistakes_are_reported_with_their_flag(words, answer):
     assert answer in refused(*words)
 
 
@@ -183,7 +183,7 @@ def test_an_empty_config_says_nothing(config):
         (b"rank: \xff\xfe", "it can't be read as YAML"),
     ],
 )
-def test_a_bad_config_is_told_with_its_name(config, tmp_path, text, answer):
+def test_a_bad_config_is_reported_with_its_name(config, tmp_path, text, answer):
     message = refused(config(text))
     assert answer in message
     assert message.startswith(str(tmp_path / "run.yaml"))

@@ -129,7 +129,7 @@ def test_what_a_commit_left_is_kept(checkout, compare):
     assert "(kept)" not in compare(a, b, "help")[1][0]
 
 
-def test_a_command_that_fails_is_told_with_its_reason(checkout, compare):
+def test_a_command_that_fails_is_reported_with_its_reason(checkout, compare):
     code, (line,) = compare(
         checkout("a"), checkout("b", {"given.output_dir.mkdir(": "sys.exit('no room') ("}), "plain"
     )
@@ -137,7 +137,7 @@ def test_a_command_that_fails_is_told_with_its_reason(checkout, compare):
     assert line.startswith("plain               FAILED after: no room (see ")
 
 
-def test_a_file_that_cannot_be_read_is_told(checkout, compare):
+def test_a_file_that_cannot_be_read_is_reported(checkout, compare):
     code, (line,) = compare(checkout("a"), checkout("b", {"words.txt": "about.json"}), "plain")
     assert code == 1
     assert "FAILED after: " in line

@@ -18,7 +18,7 @@ from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
-def test_a_disk_that_can_not_be_written_is_told_in_one_line(tmp_path, name):
+def test_a_disk_that_can_not_be_written_is_reported_in_one_line(tmp_path, name):
     import errno
 
     number = getattr(errno, name)
@@ -207,7 +207,7 @@ def test_a_small_disk(start, tiny_sd, tmp_path, kib):
 
 
 @pytest.mark.long
-def test_a_disk_that_can_only_be_read_is_told_before_anything_is_loaded(start, tiny_sd, tmp_path):
+def test_a_read_only_disk_is_reported_before_anything_is_loaded(start, tiny_sd, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", disk], capture_output=True).returncode:

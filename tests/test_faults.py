@@ -89,14 +89,14 @@ def straight(train_in, tmp_path_factory):
 def stopped(straight, arguments, train, tmp_path):
     """Returns `stopped(step, **flags)`, which copies the run as it was after that step, and resumes it."""
 
-    def go_on(step, **changes):
+    def resume(step, **changes):
         output_dir = tmp_path / f"from-{step}"
         for name in [f"checkpoint-{n}" for n in range(1, step + 1)]:
             shutil.copytree(straight.out / name, output_dir / name, dirs_exist_ok=True)
         flags = STRAIGHT | dict(train_data_dir=straight.folder / "pictures", output_dir=output_dir) | changes
         return train(**flags)
 
-    return go_on
+    return resume
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_fault_03_the_launchers_precision_keeps_the_lora_in_float32(train, tmp_p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where fp16 is fine")
-def test_fault_03_fp16_without_a_gpu_is_told(train, monkeypatch):
+def test_fault_03_fp16_without_a_gpu_is_refused(train, monkeypatch):
     """fp16 on a CPU is silently float32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(InputError, match="fp16 needs a GPU"):
@@ -192,7 +192,7 @@ def test_fault_03_fp16_without_a_gpu_is_told(train, monkeypatch):
 # 4: resuming; test_resume.py has more.
 
 
-def test_fault_04_resume_goes_on_in_the_epochs_order(straight, stopped, seen):
+def test_fault_04_a_resumed_run_continues_in_the_epochs_order(straight, stopped, seen):
     """The epoch starts again in a new order: some pictures come twice, others not at all."""
     assert "3 steps an epoch" in straight.said
     for step in (1, 5):
@@ -463,7 +463,7 @@ def test_fault_09_transparent_is_white_and_sixteen_bit_keeps_its_range(straight,
     assert distance(first, straight.out / "checkpoint-2") > 1e-3
 
 
-def test_fault_09_an_empty_caption_is_told_before_training(train, pictures, tmp_path, capsys):
+def test_fault_09_an_empty_caption_is_reported_before_training(train, pictures, tmp_path, capsys):
     """It raises an error in the middle of an epoch."""
     table = pictures / "metadata.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
@@ -483,7 +483,7 @@ def test_fault_09_an_empty_caption_is_told_before_training(train, pictures, tmp_
         assert "5 pictures" in capsys.readouterr().out
 
 
-def test_fault_09_a_caption_that_is_cut_is_told(straight, train, tmp_path, capsys):
+def test_fault_09_a_truncated_caption_is_reported(straight, train, tmp_path, capsys):
     """Captions of more than 77 tokens are truncated without a message."""
     folder = write_pictures(tmp_path / "long", captions=["a red axe " * 40, "a blue axe"])
     train(train_data_dir=folder, max_train_steps=1)
@@ -552,7 +552,7 @@ def test_fault_10_no_network_is_needed(straight):
     ("flag", "answer"),
     [("caption_column", r"there is no column 'txet' \(--caption_column\)"), ("image_column", "no column 'txet'")],
 )
-def test_fault_11_a_wrong_column_is_told_before_the_download(train, tmp_path, monkeypatch, flag, answer):
+def test_fault_11_a_wrong_column_is_reported_before_the_download(train, tmp_path, monkeypatch, flag, answer):
     """Gigabytes are downloaded before the error."""
     features = datasets.Features({"image": datasets.Image(), "en_text": datasets.Value("string")})
     builder = types.SimpleNamespace(info=datasets.DatasetInfo(features=features))

@@ -94,7 +94,7 @@ def test_several_processes_may_write_what_is_shared(tmp_path, folder):
     assert content(tmp_path) == {"thing/sub/file.txt" if folder else "thing": b"inner"}
 
 
-def test_a_shared_folder_that_cannot_be_put_in_place_is_told(tmp_path, monkeypatch):
+def test_a_shared_folder_that_cannot_be_put_in_place_is_reported(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("no room")
 

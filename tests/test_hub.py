@@ -64,7 +64,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_an_upload_that_breaks_down_is_told(train, tmp_path):
+def test_a_failed_upload_is_reported(train, tmp_path):
     fails = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
     with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), fails as caught:
         train(push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET)
@@ -167,7 +167,7 @@ def test_model_and_dataset_by_their_names_on_the_hub(tiny_sd, arguments, train, 
     assert all(torch.equal(a[key], c[key]) for key in a)
 
 
-def test_a_dataset_that_is_not_there_is_told_without_a_network(arguments, tmp_path):
+def test_a_missing_dataset_is_reported_without_a_network(arguments, tmp_path):
     """The client would retry for half a minute; nothing listens on port 9."""
     words = arguments(train_data_dir=None, dataset_name="nobody/nothing", output_dir=tmp_path / "out")
     done = run_command(words, env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=20)
@@ -198,7 +198,7 @@ def names_of(folder):
     return sorted(path.name for path in folder.glob("*checkpoint-*"))
 
 
-def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hub, tmp_path, capsys):
+def test_checkpoints_go_to_the_hub_and_a_new_machine_resumes_from_them(train, hub, tmp_path, capsys):
     """Both machines run one command; the first finds no checkpoint and starts."""
     words = CHECKPOINTS | dict(checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint=ADDRESS)
     train(output_dir=tmp_path / "first", **words | dict(max_train_steps=4))
@@ -253,7 +253,7 @@ def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, caps
         ("hf://owner/axes/checkpoint-7", "there is no such checkpoint. There are: checkpoint-2."),
     ],
 )
-def test_an_address_that_leads_nowhere_is_told(train, hub, tmp_path, address, message):
+def test_an_address_that_leads_nowhere_is_reported(train, hub, tmp_path, address, message):
     train(**CHECKPOINTS | dict(max_train_steps=2))
     with pytest.raises(InputError, match=re.escape(message)):
         train(resume_from_checkpoint=address, output_dir=tmp_path / "second")

@@ -156,7 +156,7 @@ def test_how_many_threads(cores, monkeypatch, wanted, threads):
     assert torch.get_num_threads() == threads
 
 
-def test_cut_prompt_is_told_and_bf16_draws(model, tmp_path, capsys):
+def test_a_truncated_prompt_is_reported_and_bf16_draws(model, tmp_path, capsys):
     pictures = draw(model, tmp_path, "--mixed_precision", "bf16", "--height", 32, prompt=("axe " * 80,))
     assert [picture.size for picture in pictures.values()] == [(64, 32)]
     assert "CLIP reads 77 of the 82 tokens" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def pid_of_rank(launcher, rank):
 
 
 @pytest.mark.long
-def test_a_worker_that_loads_data_and_dies_is_told(start, tiny_sd, pictures, tmp_path):
+def test_a_data_loader_worker_that_dies_is_reported(start, tiny_sd, pictures, tmp_path):
     import psutil
 
     words = words_of_run(

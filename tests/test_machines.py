@@ -46,7 +46,7 @@ def words_of(arguments, tmp_path, **changes):
 
 
 @pytest.mark.long
-def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path):
+def test_two_machines_without_a_shared_folder_resume_together(arguments, tmp_path):
     """Runs without --seed; only the first machine has a checkpoint, and both must resume from it."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for steps in (2, 4):

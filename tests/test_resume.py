@@ -115,7 +115,7 @@ def test_another_dropout_would_be_seen(train, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant_with_warmup"])
-def test_a_run_that_stopped_goes_on_with_its_schedule(train, tmp_path, scheduler):
+def test_a_resumed_run_continues_its_schedule(train, tmp_path, scheduler):
     """The run stopped after the checkpoint of step 3; of later steps, only lines of metrics.jsonl remain."""
     options = dict(max_train_steps=7, checkpointing_steps=3, lr_scheduler=scheduler, lr_warmup_steps=5)
     straight = train(output_dir=tmp_path / "one", **options)
@@ -125,7 +125,7 @@ def test_a_run_that_stopped_goes_on_with_its_schedule(train, tmp_path, scheduler
     assert len({row["lr"] for row in read_metrics(straight)}) > 5
 
 
-def test_a_killed_run_goes_on(arguments, train, tmp_path, capsys):
+def test_a_killed_run_can_be_resumed(arguments, train, tmp_path, capsys):
     """Kills the real command while it trains; resuming it gives the weights of an undisturbed run."""
     options = dict(max_train_steps=40, checkpointing_steps=2, checkpoints_total_limit=2)
     killed = tmp_path / "killed"
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on(arguments, train, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_two_processes_go_on_from_where_one_stopped(arguments, train, tmp_path):
+def test_two_processes_resume_where_one_stopped(arguments, train, tmp_path):
     """No rank has a random state that a checkpoint could lose."""
     options = dict(learning_rate=1e-3)
     straight = train(max_train_steps=4, train_batch_size=4, output_dir=tmp_path / "one", **options)
@@ -444,7 +444,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
     assert_equal(*best)
 
 
-def test_a_finished_run_says_how_to_go_on(train, two, capsys):
+def test_a_finished_run_says_how_to_continue(train, two, capsys):
     before = read_lora(two)
     train()
     assert "finished at step 2; raise --max_train_steps to continue" in capsys.readouterr().out

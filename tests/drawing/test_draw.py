@@ -52,7 +52,7 @@ def test_large_pictures_are_decoded_in_tiles(model, tmp_path, monkeypatch):
     assert difference(large, large_too) > 0
 
 
-def test_too_little_memory_is_told_in_one_line(model, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_reported_in_one_line(model, tmp_path, monkeypatch, capsys):
     def full(self, *args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -38,7 +38,7 @@ def stock(tiny_xl):
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2])
-def test_a_condition_has_the_shapes_that_are_told_before_it_is_made(tiny_sd, tiny_xl, num_chunks):
+def test_a_condition_has_the_shapes_that_were_predicted(tiny_sd, tiny_xl, num_chunks):
     for folder, family in ((tiny_sd, STABLE_DIFFUSION), (tiny_xl, STABLE_DIFFUSION_XL)):
         base = loading.find_base_model(str(folder))
         assert base.family is family

@@ -162,7 +162,7 @@ def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
         train(output_kohya_format=True, lora_alpha=1)
 
 
-def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
+def test_dora_with_kohyas_names_is_declared_as_lycoris(train, capsys):
     out = train(output_kohya_format=True, use_dora=True)
     said = capsys.readouterr().out
     assert "--use_dora: A1111 divides DoRA's magnitudes" in said
@@ -207,7 +207,7 @@ OF_A_RUN = {"resolution": "768", "learning_rate": "0.0001", "pretrained_model_na
         (STABLE_DIFFUSION_XL, "v_prediction", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
     ],
 )
-def test_the_base_is_told_as_kohya_tells_it(family, prediction_type, architecture, version):
+def test_the_base_model_is_described_as_kohya_does(family, prediction_type, architecture, version):
     entries = header.header_for_readers(
         OF_A_RUN | {"prediction_type": prediction_type}, name="axes", started_at=None, step=10, steps_per_epoch=4,
         num_pictures=7, names=family.kohya,

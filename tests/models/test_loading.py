@@ -77,7 +77,7 @@ def test_find_a_single_file(single_file, config_only):
         ("part", "part/unet/config.json: it can't be read"),
     ],
 )
-def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, message):
+def test_what_is_no_base_model_is_reported_in_one_line(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     for folder, index in (
         ("other", '{"_class_name": "StableDiffusion3Pipeline"}'),
@@ -256,7 +256,7 @@ def test_a_folder_with_weights_that_run_code_is_refused(tiny_sd, tmp_path, name)
     "what",
     ["lora", "no text encoder", "no unet", "cut", "empty", "unet weight", "vae weight", "text weight", "inpaint"],
 )
-def test_a_single_file_that_is_no_base_model_is_told_in_one_line(single_file, config_only, tmp_path, what):
+def test_a_single_file_that_is_no_base_model_is_reported_in_one_line(single_file, config_only, tmp_path, what):
     path, tensors = tmp_path / f"{what}.safetensors", load_file(single_file)
     if what == "lora":
         save_file({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.ones(4, 8)}, path)
@@ -292,7 +292,7 @@ def other_vae(folder, **changes):
 @pytest.mark.parametrize(
     "component", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"]
 )
-def test_a_folders_file_that_was_cut_is_told_in_one_line(tiny_sd, tmp_path, component):
+def test_a_truncated_file_of_a_folder_is_reported_in_one_line(tiny_sd, tmp_path, component):
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / f"{component}.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -329,7 +329,7 @@ def test_another_vae_may_be_a_single_file(tiny_sd, single_file, config_only, tmp
 
 
 @pytest.mark.parametrize("changes", [dict(latent_channels=16), dict(block_out_channels=(8, 8))], ids=str)
-def test_a_vae_whose_latents_do_not_fit_is_told(tiny_sd, tmp_path, changes):
+def test_a_vae_whose_latents_do_not_fit_is_reported(tiny_sd, tmp_path, changes):
     count = len(changes.get("block_out_channels", (8, 8, 8)))
     changes |= dict(down_block_types=("DownEncoderBlock2D",) * count, up_block_types=("UpDecoderBlock2D",) * count)
     other_vae(tmp_path / "vae", **changes)
@@ -338,7 +338,7 @@ def test_a_vae_whose_latents_do_not_fit_is_told(tiny_sd, tmp_path, changes):
     assert str(tmp_path / "vae") in str(error.value)
 
 
-def test_a_vae_that_is_not_there_is_told_by_its_name(tiny_sd):
+def test_a_missing_vae_is_reported_by_its_name(tiny_sd):
     with pytest.raises(InputError, match="^/gone/vae: ") as error:
         load(tiny_sd, pretrained_vae="/gone/vae")
     assert "\n" not in str(error.value)
@@ -351,7 +351,7 @@ def test_a_vae_that_is_not_there_is_told_by_its_name(tiny_sd):
         *((part, "weight") for part in ("unet", "vae", "text_encoder")),
     ],
 )
-def test_a_folder_that_lacks_something_is_told(tiny_sd, tmp_path, part, lost):
+def test_an_incomplete_folder_is_reported(tiny_sd, tmp_path, part, lost):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
     weights = list(folder.glob(f"{part}/*.safetensors"))
@@ -367,7 +367,7 @@ def test_a_folder_that_lacks_something_is_told(tiny_sd, tmp_path, part, lost):
     assert "\n" not in str(error.value)
 
 
-def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
+def test_sdxl_under_another_name_is_reported(tiny_sd, tmp_path):
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)

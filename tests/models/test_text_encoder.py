@@ -140,7 +140,7 @@ def test_each_has_its_learning_rate(runs):
     assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.08])  # times the batch size
 
 
-def test_it_goes_on_where_it_stopped(train, tmp_path):
+def test_it_can_be_resumed(train, tmp_path):
     options = dict(
         max_train_steps=4, checkpointing_steps=2, lora_dropout=0.3, validation_split=0.34, use_ema=True, **TEXT
     )
@@ -242,7 +242,7 @@ def test_it_starts_from_a_lora_of_both(runs, train, tmp_path):
         train(output_dir=tmp_path / "third", **options)
 
 
-def test_its_flags_without_it_are_told(train):
+def test_its_flags_without_it_are_reported(train):
     with pytest.raises(InputError, match="add --train_text_encoder"):
         train(text_encoder_rank=4)
     with pytest.raises(InputError, match="--text_encoder_lr 0: it must be more than 0"):

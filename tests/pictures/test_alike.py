@@ -112,7 +112,7 @@ def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others, sa
     ]
 
 
-def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
+def test_a_validation_folder_with_training_pictures_is_reported(pictures):
     pictures = make_picture_set(pictures)
     with pytest.raises(
         InputError, match="All training pictures look like validation pictures. Put different pictures"

@@ -19,7 +19,7 @@ def inspect(records, folder):
     return [good[index] for index in range(len(records))]
 
 
-def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
+def test_pictures_are_measured_and_bad_pictures_are_reported(tmp_path):
     folder = write_pictures(tmp_path / "set")
     Image.new("RGB", (7, 9)).save(folder / "1.png")
     (folder / "2.png").write_bytes(b"")
@@ -41,7 +41,7 @@ def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
     assert examine(dataset, [1], tmp_path / "memo")[0].keys() == {1}
 
 
-def test_a_row_without_picture_is_told(tmp_path):
+def test_a_row_without_picture_is_reported(tmp_path):
     import datasets
 
     dataset = datasets.Dataset.from_dict(

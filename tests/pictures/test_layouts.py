@@ -268,7 +268,7 @@ def test_accents_spelt_the_other_way(tmp_path, load, on_disk, in_row):
     assert load(tmp_path)["captions"][:] == [["a sword"]]
 
 
-def test_a_misspelt_name_is_told_with_the_nearest_there_is(tmp_path, load):
+def test_a_misspelt_name_is_reported_with_the_nearest_name(tmp_path, load):
     save_picture(tmp_path / "axe.PNG", 0)
     write("file_name,text\naxe.png,an axe\n", tmp_path / "metadata.csv")
     with pytest.raises(InputError, match=r"'axe\.png' does not exist \(there is 'axe\.PNG'\)"):

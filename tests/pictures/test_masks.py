@@ -79,14 +79,14 @@ def test_a_column_of_masks(tmp_path):
         read_records(folder, mask_column="where")
 
 
-def test_a_broken_mask_is_told(train, masked):
+def test_a_broken_mask_is_reported(train, masked):
     (masked / "1.mask.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"1\.png'?: its mask: it can't be decoded"):
         train(train_data_dir=masked)
 
 
 @pytest.mark.parametrize("layout", ["metadata", "caption_files"])
-def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
+def test_a_mask_without_a_picture_is_reported(masked, layout, said):
     for name in ("11.mask.png", "one.mask.png"):  # typos of 1.mask.png
         half().save(masked / name)
     if layout == "caption_files":
@@ -150,7 +150,7 @@ def test_masks_weight_what_is_learned(train, masked, tmp_path):
         assert a != pytest.approx(b, rel=1e-4)
 
 
-def test_an_empty_mask_is_told_or_left_out_with_its_picture(train, masked, capsys):
+def test_an_empty_mask_is_reported_or_left_out_with_its_picture(train, masked, capsys):
     """Also if the picture was examined without the mask: the list of known pictures is keyed by content."""
     (masked / "1.mask.png").unlink()
     train(train_data_dir=masked, max_train_steps=1, output_dir=masked.parent / "before")

@@ -168,7 +168,7 @@ def test_an_animation_is_its_first_frame():
         (png_with_header(100, 100), "can't be decoded"),
     ],
 )
-def test_unusable_files_are_told(data, reason):
+def test_unusable_files_are_reported(data, reason):
     with pytest.raises(ImageError) as caught:
         open_image(data)
     assert reason in str(caught.value)

@@ -182,7 +182,7 @@ def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
     assert "40x32 → 32x32" in finished.page.words
 
 
-def test_it_is_written_while_the_run_goes_on(finished):
+def test_it_is_written_during_the_run(finished):
     progress = [re.search(r"(Step \d of 6, not finished|Finished at step \d)\.", page)[1] for page in finished.pages]
     assert progress[0] == "Step 0 of 6, not finished"
     assert "Step 3 of 6, not finished" in progress

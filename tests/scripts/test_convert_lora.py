@@ -228,7 +228,7 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
             convert(*words)
 
 
-def test_equal_and_different_updates_are_told_apart():
+def test_equal_and_different_updates_are_distinguished():
     """The factors cancel to seven digits; compares with matrices computed in float64."""
     torch.manual_seed(0)
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)

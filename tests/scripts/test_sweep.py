@@ -386,7 +386,7 @@ def test_a_word_that_yaml_takes_for_false_is_asked_to_be_quoted(tmp_path):
     )
 
 
-def test_a_trial_that_stopped_in_time_is_gone_on_from(tmp_path):
+def test_a_trial_that_stopped_in_time_is_resumed(tmp_path):
     """--max_train_time and signals stop a trial with a checkpoint and exit code 75."""
     words = ["--sweep", "rank=2,4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=4)]
     done = run(tmp_path / "sweep", *words, SWEEP_STOPS_AT="2")

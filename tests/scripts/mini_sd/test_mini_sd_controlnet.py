@@ -33,7 +33,7 @@ def run(folder, output_dir, *flags):
     return controlnet.main(controlnet.parse_args([*few, *paths, *flags]))
 
 
-def test_stopped_and_gone_on_with_it_writes_the_weights_of_one_go(folder, tmp_path):
+def test_stopped_and_resumed_it_writes_the_weights_of_an_undisturbed_run(folder, tmp_path):
     assert run(folder, tmp_path / "straight") == 0
     (folder / "controlnet.pt").unlink()
     assert run(folder, tmp_path / "resumed", "--max_minutes", "0") == 75

@@ -59,7 +59,7 @@ def straight_and_resumed(train, path, monkeypatch):
 
 @pytest.mark.usefixtures("drawings")
 @pytest.mark.parametrize("name", ["vae", "decoder"])
-def test_the_autoencoder_goes_on_where_it_stopped(args, name, monkeypatch):
+def test_the_training_of_the_autoencoder_can_be_resumed(args, name, monkeypatch):
     def train():
         torch.manual_seed(0)
         vae = model.make_vae()
@@ -73,7 +73,7 @@ def test_the_autoencoder_goes_on_where_it_stopped(args, name, monkeypatch):
     assert any(key.startswith(("encoder.", "quant_conv")) for key in changed) == (name == "vae")
 
 
-def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
+def test_the_training_of_the_unet_can_be_resumed(args, tokenizer, monkeypatch):
     vae, latents = model.make_vae().eval(), torch.randn(8, model.LATENT_CHANNELS, 16, 16)
 
     def train():
