@@ -41,13 +41,11 @@ def tiny_sd(tmp_path_factory):
     """Saves a `StableDiffusionPipeline` with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
     from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-sd")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    tokenizer = write_tokenizer(folder / "words")
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,

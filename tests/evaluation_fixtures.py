@@ -9,13 +9,12 @@ import pytest
 def clip_model(tmp_path_factory):
     """Saves a CLIP model with one layer per encoder, and the tokenizer of the embedded base model."""
     import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel
 
     from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    tokenizer = write_tokenizer(folder / "words")
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -13,8 +13,7 @@ def tokenizers_of(folder):
 
     from scripts.mini_sd.model import write_tokenizer
 
-    write_tokenizer(folder / "words")
-    first = CLIPTokenizer.from_pretrained(folder / "words")
+    first = write_tokenizer(folder / "words")
     return first, CLIPTokenizer.from_pretrained(folder / "words", pad_token="!")
 
 

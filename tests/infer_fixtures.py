@@ -43,13 +43,10 @@ def library_settings():
 def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
     from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64), layers_per_block=1,

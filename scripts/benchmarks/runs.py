@@ -47,12 +47,10 @@ def sd15_models(tokenizer):
 def make_sd15(folder):
     """Saves a pipeline of SD1.5's configuration with random weights in float16, about 2 GB, and returns its folder."""
     import torch
-    from transformers import CLIPTokenizer
 
     from ..mini_sd.model import make_pipeline, write_tokenizer
 
-    write_tokenizer(folder.with_name("words"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
+    tokenizer = write_tokenizer(folder.with_name("words"))
     unet, vae, text_encoder = sd15_models(tokenizer)
     make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16).save_pretrained(folder)
     return folder

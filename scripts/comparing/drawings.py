@@ -39,5 +39,5 @@ DRAWINGS = {
 
 
 def lines_of(name):
-    """The complete lines of an item."""
+    """Returns the complete lines of an item."""
     return [f"{COMMON} {flags}" for flags in DRAWINGS[name].split("&&")]

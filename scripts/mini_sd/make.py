@@ -316,13 +316,11 @@ def train_unet(args, vae, latents, tokenizer, device):
 def main(args):
     import torch
     from diffusers.utils import logging
-    from transformers import CLIPTokenizer
 
     logging.set_verbosity_error()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_tokenizer(args.work_dir / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
+    tokenizer = write_tokenizer(args.work_dir / "tokenizer")
     torch.manual_seed(args.seed)
     vae = make_vae()
     if args.init_from is not None:

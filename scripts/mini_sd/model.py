@@ -67,7 +67,8 @@ def held_out_scenes(seed=0, share=0.15):
 
 
 def write_tokenizer(folder):
-    """Writes a CLIP tokenizer with a token for each word of the captions; it spells all other words."""
+    """Writes a CLIP tokenizer with a token for each word of the captions, which spells all other words, and returns it."""
+    from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -96,6 +97,7 @@ def write_tokenizer(folder):
             indent=2,
         )
     )  # fmt: skip
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def make_vae():

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, run_command, train_script
-from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
@@ -138,9 +137,9 @@ def sd15_configuration(tmp_path_factory):
     from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("sd15")
-    write_tokenizer(folder / "tokenizer")
+    tokenizer = write_tokenizer(folder / "tokenizer")
     with torch.device("meta"):
-        unet, vae, text_encoder = sd15_models(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+        unet, vae, text_encoder = sd15_models(tokenizer)
     for name, model in {"unet": unet, "vae": vae, "text_encoder": text_encoder}.items():
         model.config.save_pretrained(folder / name) if name == "text_encoder" else model.save_config(folder / name)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

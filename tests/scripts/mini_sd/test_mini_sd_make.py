@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from transformers import CLIPTokenizer
 
 from scripts.mini_sd import make, model, pictures
 from scripts.mini_sd.pipeline import load_pipeline
@@ -24,8 +23,7 @@ def args(tmp_path):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    model.write_tokenizer(tmp_path / "tokenizer")
-    return CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    return model.write_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture
