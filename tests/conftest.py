@@ -108,6 +108,16 @@ def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives",
     return load_records(ReadOptions(DataSettings(**flags), captions, cache_dir, archive_dir, leave_out))
 
 
+def refusal_of(function, *args, **kwargs):
+    """Returns the message of the `InputError` that a call raises, which must be one line."""
+    from text_to_image_lora.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.fixture
 def said():
     """Collects the messages that the package logs in a test."""

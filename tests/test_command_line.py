@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+from conftest import refusal_of
 
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError
@@ -35,10 +36,7 @@ def parse(*words):
 
 def refused(*words):
     """Returns the error message for these words, which has one line."""
-    with pytest.raises(InputError) as caught:
-        parse(*words)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal_of(parse, *words)
 
 
 # Numbers.

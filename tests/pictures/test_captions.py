@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_picture_set, read_metrics, read_records, write_pictures
+from conftest import make_picture_set, read_metrics, read_records, refusal_of, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.loading import find_base_model
 from text_to_image_lora.pictures.captions import edit_caption, tag_variations, vary_tags
 from text_to_image_lora.pictures.settings import CaptionSettings
@@ -192,9 +191,8 @@ def test_long_prompts_train_and_validate(train, tmp_path, capsys):
 def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
     """All prompts get as many chunks as the longest one, so a whole book as a caption would fill the memory."""
     folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
-    with pytest.raises(InputError) as caught:
-        train(train_data_dir=folder, long_prompts=True)
-    assert str(caught.value) == (
+    message = refusal_of(train, train_data_dir=folder, long_prompts=True)
+    assert message == (
         f"{folder}/metadata.jsonl:2: '1.png': its caption of 753 tokens would make every prompt 11 chunks long. Shorten "
         "it (the limit is 10 chunks), or remove --long_prompts."
     )

@@ -4,7 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from conftest import read_records, write_pictures
+from conftest import read_records, refusal_of, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -127,9 +127,8 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
     (pictures / "1.png").write_bytes(b"")
     (pictures / "4.png").write_text("words")
     records = read_records(pictures)
-    with pytest.raises(InputError) as caught:
-        usable(records, skip_bad_images=False)
-    assert str(caught.value) == (
+    message = refusal_of(usable, records, skip_bad_images=False)
+    assert message == (
         f"{pictures}/metadata.jsonl:2: '1.png': the file is empty (2 unusable pictures in total). Fix it, or pass "
         "--skip_bad_images to leave it out."
     )

@@ -324,9 +324,10 @@ def test_column_flags_without_a_table(tmp_path, load):
             load(folder, **options)
 
 
-def test_no_repeats(tmp_path, load):
-    save_picture(tmp_path / "0_dog" / "0.png", 0)
-    with pytest.raises(InputError, match="0 repeats"):
+@pytest.mark.parametrize(("name", "reason"), [("0_dog", "0 repeats"), ("2024_summer", "its name says 2024 repeats")])
+def test_a_number_that_is_no_number_of_repeats(tmp_path, load, name, reason):
+    save_picture(tmp_path / name / "0.png", 0)
+    with pytest.raises(InputError, match=reason):
         load(tmp_path)
 
 
@@ -337,12 +338,6 @@ def test_concepts_from_a_column(tmp_path, load):
     assert load(tmp_path, concept_column="kind")["concept"][:] == ["cats", "dogs"]
     with pytest.raises(InputError, match=r"no column 'knid' \(--concept_column\)"):
         load(tmp_path, concept_column="knid")
-
-
-def test_a_year_is_no_number_of_repeats(tmp_path, load):
-    save_picture(tmp_path / "2024_summer" / "0.png", 0)
-    with pytest.raises(InputError, match="its name says 2024 repeats"):
-        load(tmp_path)
 
 
 def test_a_link_to_a_folder_is_not_passed_over(tmp_path, load):
