@@ -1,15 +1,16 @@
-"""The dress of a command line: bounds, answers of one line, the help, and flags from a YAML file."""
+"""Command lines: bounds, error messages of one line, --help, and flags from a YAML file."""
 
 import argparse
 
 import pytest
+from conftest import refusal_of
 
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError
 
 
 def small_parser():
-    """A flag of each kind."""
+    """Returns a parser with a flag of each kind."""
     parser = Parser(description="A small command.")
     add = parser.add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
@@ -34,11 +35,8 @@ def parse(*words):
 
 
 def refused(*words):
-    """The one line that these words are answered with."""
-    with pytest.raises(InputError) as caught:
-        parse(*words)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    """Returns the error message for these words, which has one line."""
+    return refusal_of(parse, *words)
 
 
 # Numbers.
@@ -114,7 +112,7 @@ def test_flags_are_not_abbreviated():
         (["--center_crop=1"], "--center_crop"),
     ],
 )
-def test_other_mistakes_are_told_with_their_flag(words, answer):
+def test_other_mistakes_are_reported_with_their_flag(words, answer):
     assert answer in refused(*words)
 
 
@@ -128,7 +126,7 @@ def test_help_shows_the_defaults_that_say_something(capsys):
     assert lines["--rank"] == "N dimension of the update matrices (default: 4)"
     assert lines["--seed"] == "N makes a run reproducible"
     assert lines["--max_grad_norm"] == "X clip the gradient (default: 1.0)"
-    assert lines["--negative_prompt"] == "NAME"  # and its help on a line of its own, without a default
+    assert lines["--negative_prompt"] == "NAME"  # its help is on a separate line, without a default
     assert "default: []" not in str(lines)
     assert "default: False" not in str(lines)
 
@@ -183,7 +181,7 @@ def test_an_empty_config_says_nothing(config):
         (b"rank: \xff\xfe", "it can't be read as YAML"),
     ],
 )
-def test_a_bad_config_is_told_with_its_name(config, tmp_path, text, answer):
+def test_a_bad_config_is_reported_with_its_name(config, tmp_path, text, answer):
     message = refused(config(text))
     assert answer in message
     assert message.startswith(str(tmp_path / "run.yaml"))

@@ -1,4 +1,4 @@
-"""What the libraries load and say while they are imported, and how many threads they compute with."""
+"""What the libraries load and print while they are imported, and how many threads they use."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def test_a_hidden_module_is_found_again(tmp_path, monkeypatch):
 
     assert rarely_needed.value == 3
     assert sys.modules["sys"] is sys
-    with hide_modules("rarely_needed"):  # what is imported already stays in sight
+    with hide_modules("rarely_needed"):  # modules that are already imported stay visible
         import rarely_needed  # noqa: F401
     del sys.modules["rarely_needed"]
 
@@ -45,13 +45,8 @@ def test_what_trains_nothing_imports_nothing_of_the_page(tiny_sd, pictures, tmp_
         "assert not {'bokeh', 'text_to_image_lora.reports.report_page'} & sys.modules.keys()"
     )
     words = [
-        "--pretrained_model_name_or_path",
-        tiny_sd,
-        "--train_data_dir",
-        pictures,
-        "--output_dir",
-        tmp_path / "out",
-    ]
+        "--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", pictures, "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words), "--resolution", "32", flag],
         cwd=ROOT,
@@ -69,7 +64,7 @@ def test_how_many_threads(cores, wanted, environment, threads):
 def test_cores_that_it_may_not_use_are_not_counted(cores, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
     assert num_cpu_threads(None, {}) == 2
-    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # where the machine doesn't tell
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: None)  # as on a machine where the number is unknown
     assert num_cpu_threads(None, {}) == 2
     monkeypatch.delattr("os.sched_getaffinity", raising=False)  # macOS and Windows
     assert num_cpu_threads(None, {}) == 2 * CORES

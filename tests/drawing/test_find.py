@@ -1,4 +1,4 @@
-"""What a command names is found: LoRAs with their strengths, checkpoints, and pictures as people have them."""
+"""LoRAs with their strengths, checkpoints, and pictures in various formats are found."""
 
 import os
 import struct
@@ -35,7 +35,7 @@ def test_labels_of_checkpoints_are_as_short_as_tells_them_apart(write_lora, tmp_
 
 
 def png_of_16_bits(values):
-    """A greyscale PNG of 16 bits, which Pillow writes in other ways."""
+    """Returns a 16-bit greyscale PNG, which Pillow would write in another form."""
     rows = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in values)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", len(values[0]), len(values), 16, 0, 0, 0, 0))]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -46,7 +46,7 @@ def png_of_16_bits(values):
 
 
 def test_pictures_as_people_have_them(tmp_path):
-    """Turned by EXIF, with transparency, of 16 bits, moving: each as it is meant."""
+    """Pictures with EXIF rotation, transparency, 16 bits or several frames are read as they are meant to be seen."""
     turned = Image.Exif()
     turned[0x0112] = 6
     disk((32, 16), (0, 0)).save(tmp_path / "turned.png", exif=turned)
@@ -69,7 +69,7 @@ def test_pictures_as_people_have_them(tmp_path):
 
 @pytest.mark.parametrize("what", ["ICC profile", "float TIFF"])
 def test_a_picture_is_drawn_from_as_it_is_trained_on(model, tmp_path, what):
-    """An ICC profile is honoured, and the floats of a TIFF from 0 to 1 are not taken for numbers up to 255."""
+    """ICC profiles are applied, and float TIFFs with values from 0 to 1 are not read as values up to 255."""
     if what == "ICC profile":
         odd, meant = Image.new("RGB", (64, 64), (250, 30, 0)), Image.new("RGB", (64, 64), (0, 30, 250))
         odd.save(tmp_path / "odd.tiff", icc_profile=with_red_and_blue_swapped())

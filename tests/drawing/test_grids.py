@@ -1,4 +1,4 @@
-"""Which pictures a grid has, and where they lie on its sheets."""
+"""The pictures of a grid, and their places on its sheets."""
 
 from PIL import Image
 
@@ -28,7 +28,7 @@ def test_how_a_grid_lies():
 
 
 def test_a_sheet_shows_each_picture_in_its_place():
-    """Bands below each other, each with rows and columns in order; what the pictures start from comes first."""
+    """A sheet has bands with rows and columns in order; the input pictures come first."""
     axes = {
         "steps": cells("num_inference_steps", 1, 2),
         "seed": cells("seed", 1, 2, 3),

@@ -1,4 +1,4 @@
-"""What --dry_run and --preview_data tell of a dataset: what there is, what is wrong, what the model will see."""
+"""--dry_run and --preview_data report what a dataset contains, its problems, and what the model will see."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from text_to_image_lora.pictures.inspection import LISTED, describe, format_repo
 
 @pytest.fixture
 def motley(tmp_path):
-    """Six pictures: one of them twice, one twice in another size and format, one broken, one caption far too long."""
+    """Six pictures: one twice, one twice in different sizes and formats, one broken, one with too long a caption."""
     folder = write_pictures(tmp_path / "motley", count=6)
     shutil.copy(folder / "0.png", folder / "copy.png")
     Image.open(folder / "1.png").resize((80, 64)).convert("RGB").save(folder / "again.jpg", quality=85)
@@ -34,7 +34,7 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["pictures"] == 9
     assert [row["reason"] for row in report["left_out"]][0] == "'gone.png' does not exist"
     assert "it can't be decoded" in report["left_out"][1]["reason"]
-    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png of two rows
+    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png, which has two rows
     assert [["0.png" in a, "copy.png" in b] for a, b in report["equal"][:1]] == [[True, True]]
     assert [["1.png" in a, "again.jpg" in b] for a, b in report["alike"]] == [[True, True]]
     assert len(report["tokens"]["cut"]) == 1
@@ -65,7 +65,7 @@ def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
 
 
 def test_a_dry_run_by_the_command(arguments, tmp_path):
-    """With exit code 0 and nothing on stderr; the UNet isn't even looked at."""
+    """The exit code is 0 and stderr is empty; the UNet is not loaded."""
     base = tmp_path / "base"
     words = list(map(str, arguments()))
     place = words.index("--pretrained_model_name_or_path") + 1
@@ -118,7 +118,7 @@ def test_a_dry_run_refuses_the_captions_that_training_refuses(train, tmp_path):
 
 
 def test_the_report_on_a_set(pictures, tmp_path):
-    """Numbers of what there is, without a tokenizer too; the terminal shows the first few of each finding."""
+    """Counts what a set contains, also without a tokenizer; the terminal shows the first few of each finding."""
     sizes = [(64, 64)] + [(32, 32)] * 5
     both = make_picture_set(pictures, sizes=sizes, captions=[["a cat", "my cat"]] * 2 + [["a dog"]] * 4)
     left_out = [(f"{i}.png", "the file is empty") for i in range(LISTED + 2)]

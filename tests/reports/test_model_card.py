@@ -157,17 +157,10 @@ def test_card_shows_code_that_runs(tmp_path, monkeypatch, loader):
 def test_upload_sends_weights_card_and_pictures_only(tmp_path):
     wanted = {lora_file.WEIGHTS_NAME, "README.md", "image_0.png", "validation/image [1].png"}
     others = {
-        "checkpoint-5/" + lora_file.WEIGHTS_NAME,
-        "checkpoint-5/optimizer.bin",
-        "checkpoint-5/README.md",
-        "run.yaml",
-        "logs/events.out.tfevents",
-        "wandb/run-1/files/config.yaml",
-        "image_1.png",
-        "validation/image 1.png",
-        "validation/image_0.png",
-        ".cache.json",
-    }
+        "checkpoint-5/" + lora_file.WEIGHTS_NAME, "checkpoint-5/optimizer.bin", "checkpoint-5/README.md", "run.yaml",
+        "logs/events.out.tfevents", "wandb/run-1/files/config.yaml", "image_1.png", "validation/image 1.png",
+        "validation/image_0.png", ".cache.json",
+    }  # fmt: skip
     for name in wanted | others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(f"contents of {name}".encode())

@@ -1,4 +1,4 @@
-"""The converter as typed: between the formats and back, smaller ranks, sums, and bad input in one line."""
+"""The real convert_lora.py: between all formats, smaller ranks, sums, and invalid input in one line."""
 
 import re
 import subprocess
@@ -7,15 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_header
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_pipeline import (
     ADAPTERS,
-    TEXT_TARGETS,
-    UNET_TARGETS,
     adapter,
+    adapters_of,
     assert_close,
     assert_differs,
     encode,
@@ -23,6 +21,7 @@ from small_pipeline import (
     predict,
     small_pipeline,
     trained,
+    trained_models,
 )
 
 from scripts import convert_lora
@@ -46,11 +45,8 @@ def base():
 
 
 def train(base, options, seed=None):
-    """The UNet and the text encoder with adapters; a seed gives them other weights."""
-    models = {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
+    """Returns the UNet and the text encoder with adapters; each seed gives them other weights."""
+    models = trained_models(base, options)
     if seed is not None:
         torch.manual_seed(seed)
         for model in models.values():
@@ -62,26 +58,17 @@ def train(base, options, seed=None):
 
 @pytest.fixture
 def ours(base, tmp_path):
-    """A run's folder: UNet and text encoder at rank 4, alpha 6."""
-    lora_file.save_lora(tmp_path / "ours", components_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
+    """Returns the folder of a run: UNet and text encoder at rank 4 with alpha 6."""
+    lora_file.save_lora(tmp_path / "ours", adapters_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
     return tmp_path / "ours"
-
-
-def components_of(models):
-    return {name: adapter(model) for name, model in models.items()}
 
 
 def convert(*words):
     convert_lora.main(convert_lora.parse_args([*map(str, words)]))
 
 
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
 def updates_of(path):
-    """{(component, module): the whole update as a matrix} in float64."""
+    """Returns {(component, module): the complete update as a matrix} in float64."""
     found = {}
     for name, state_dict in lora_file.load_lora(path)[0].items():
         for module in modules_of(state_dict):
@@ -100,14 +87,14 @@ def assert_equal_updates(path, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("way", ["kohya", "peft"])
 def test_there_and_back_again(base, tmp_path, way, options):
-    first = lora_file.save_lora(tmp_path / "a.safetensors", components_of(train(base, options)), HEADER)
+    first = lora_file.save_lora(tmp_path / "a.safetensors", adapters_of(train(base, options)), HEADER)
     between, back = tmp_path / {"kohya": "b.safetensors", "peft": "b"}[way], tmp_path / "c.safetensors"
     convert(first, between, "--to", way)
     convert(between, back, "--to", "diffusers")
     one, two = load_file(first), load_file(back)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
-    # And once more through the other one.
+    # Convert once more through the other formats.
     convert(between, tmp_path / "d", "--to", "peft")
     convert(tmp_path / "d", tmp_path / "e.safetensors", "--to", "kohya")
     assert_equal_updates(tmp_path / "e.safetensors", first)
@@ -115,10 +102,10 @@ def test_there_and_back_again(base, tmp_path, way, options):
 
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_true_alpha_comes_home(base, tmp_path, options):
-    """From the file that training writes by kohya's names, with its own ranks and alphas."""
+    """Converts the file that training writes with kohya's names, with its own ranks and alphas."""
     models = train(base, options)
-    lora_file.save_lora(tmp_path / "ours.safetensors", components_of(models), {})
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    lora_file.save_lora(tmp_path / "ours.safetensors", adapters_of(models), {})
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "home.safetensors", "--to", "diffusers")
     assert_equal_updates(tmp_path / "home.safetensors", tmp_path / "ours.safetensors")
     pipe = pipeline_with(base)
@@ -130,14 +117,14 @@ def test_true_alpha_comes_home(base, tmp_path, options):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_peft_itself_reads_its_folders(base, tmp_path, options):
     models = train(base, options)
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "folder", "--to", "peft")
     pipe = pipeline_with(base)
     unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "folder" / "unet")
     assert unet.peft_config["default"].base_model_name_or_path == "mini"
     assert_differs(predict(base.unet), predict(models["unet"]))
     assert_close(predict(unet.base_model), predict(models["unet"]))
-    if hasattr(pipe.text_encoder, "text_model"):  # a level that peft's names have, and transformers before 5.6
+    if hasattr(pipe.text_encoder, "text_model"):  # a level in the names of peft, and of transformers before 5.6
         text_encoder = PeftModel.from_pretrained(pipe.text_encoder, tmp_path / "folder" / "text_encoder")
         assert_close(encode(text_encoder.base_model), encode(models["text_encoder"]))
 
@@ -154,19 +141,19 @@ def test_the_unet_alone_is_a_folder_of_its_own(base, tmp_path):
 
 def test_headers_say_what_the_file_is_now(ours, tmp_path):
     convert(ours, tmp_path / "axes.safetensors", "--to", "kohya", "--rank", 2)
-    told = header_of(tmp_path / "axes.safetensors")
-    assert told.items() >= {
+    entries = read_header(tmp_path / "axes.safetensors")
+    assert entries.items() >= {
         "ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_module": "networks.lora", "ss_output_name": "axes",
         "modelspec.title": "axes", "modelspec.trigger_phrase": "sks", "ss_sd_model_name": "mini",
         "ss_base_model_version": "sd_v1",
     }.items()  # fmt: skip
-    assert not told.keys() & {*PRIVATE, "lora_adapter_metadata"}
+    assert not entries.keys() & {*PRIVATE, "lora_adapter_metadata"}
     convert(tmp_path / "axes.safetensors", tmp_path / "again.safetensors", "--to", "diffusers")
-    assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
+    assert "modelspec.trigger_phrase" in read_header(tmp_path / "again.safetensors")
 
 
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path, capsys):
-    """Against the singular values of the whole matrices."""
+    """Compares with the singular values of the complete matrices."""
     convert(ours, tmp_path / "small.safetensors", "--rank", 2)
     said = capsys.readouterr().out
     whole, small = updates_of(ours), updates_of(tmp_path / "small.safetensors")
@@ -188,7 +175,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path,
 
 def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_path, capsys):
     other, third = tmp_path / "other.safetensors", tmp_path / "third"
-    kohya.save_kohya(other, components_of(train(base, ADAPTERS["patterns"], seed=2)), {})
+    kohya.save_kohya(other, adapters_of(train(base, ADAPTERS["patterns"], seed=2)), {})
     lora_file.save_lora(third, {"unet": adapter(trained(base.unet, ["to_q"], lora_alpha=3))}, {})
     convert(f"{ours}:0.5", tmp_path / "sum.safetensors", "--merge", f"{other}:-2", third, "--to", "kohya")
     wanted = {}
@@ -198,9 +185,9 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "sum.safetensors", wanted)
     ranks = {len(value) for key, value in load_file(tmp_path / "sum.safetensors").items() if ".lora_down." in key}
     assert ranks == {6, 8, 10}  # 4 + 2, 4 + 4, 4 + 2 + 4
-    told = header_of(tmp_path / "sum.safetensors")
-    assert (told["modelspec.merged_from"], told["ss_sd_model_name"]) == ("ours, other, third", "mini")
-    assert "modelspec.trigger_phrase" not in told
+    entries = read_header(tmp_path / "sum.safetensors")
+    assert (entries["modelspec.merged_from"], entries["ss_sd_model_name"]) == ("ours, other, third", "mini")
+    assert "modelspec.trigger_phrase" not in entries
     capsys.readouterr()
     convert(tmp_path / "sum.safetensors", tmp_path / "smaller.safetensors", "--rank", 7)
     assert 0 < float(re.search(r"rank 7: ([\d.]+)%", capsys.readouterr().out)[1]) < 30
@@ -218,7 +205,7 @@ def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
 
 
 def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
-    """An update that has hardly begun, below float16's smallest numbers."""
+    """The update is below the smallest numbers of float16."""
     state_dict, config = adapter(trained(base.unet, ["to_q"]))
     tiny = {key: value * (1e-8 if ".lora_B." in key else 1) for key, value in state_dict.items()}
     lora_file.save_lora(tmp_path, {"unet": (tiny, config)}, {})
@@ -228,10 +215,10 @@ def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
 
 def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, capsys):
     dora = tmp_path / "dora"
-    lora_file.save_lora(dora, components_of(train(base, ADAPTERS["dora"])), {})
+    lora_file.save_lora(dora, adapters_of(train(base, ADAPTERS["dora"])), {})
     convert(dora, tmp_path / "small.safetensors", "--rank", 2, "--to", "kohya")
     assert "DoRA: the loss above does not take into account the base weights" in capsys.readouterr().out
-    assert header_of(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
+    assert read_header(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
     one, two = (lora_file.load_lora(path)[0]["unet"] for path in (dora, tmp_path / "small.safetensors"))
     magnitudes = [key for key in one if "magnitude" in key]
     assert len(magnitudes) == 52
@@ -241,8 +228,8 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
             convert(*words)
 
 
-def test_equal_and_different_updates_are_told_apart():
-    """In factors that cancel to seven digits, against the matrices formed in float64."""
+def test_equal_and_different_updates_are_distinguished():
+    """The factors cancel to seven digits; compares with matrices computed in float64."""
     torch.manual_seed(0)
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     for a2, b2 in (

@@ -1,4 +1,4 @@
-"""What a sweep is to do: words and values of the command line, and the project's own files."""
+"""The settings of a sweep: words and values of the command line, and the bundled files."""
 
 from conftest import ROOT
 
@@ -14,7 +14,7 @@ def test_true_and_false_switch_and_are_names():
 
 
 def test_what_a_file_fixes_can_be_varied(tmp_path):
-    """With the project's own files; what the command line both fixes and varies is still refused."""
+    """Uses the bundled files; a flag that the command line both fixes and varies is refused."""
     for name in ("weapons", "creatures"):
         args = sweep.parse_args([
             str(ROOT / f"scripts/sweeps/{name}.yaml"), "--sweep_dir", str(tmp_path), "--sweep", "learning_rate=1e-3,5e-3"
@@ -26,7 +26,7 @@ def test_what_a_file_fixes_can_be_varied(tmp_path):
 
 
 def test_words_are_words_and_numbers_numbers():
-    """Not as YAML has it, to which `no` and `off` are false."""
+    """Unlike in YAML, `no` and `off` are not false."""
     assert parse_values("no,bf16") == ["no", "bf16"]
     assert parse_values("off,blocks") == ["off", "blocks"]
     assert parse_values("4,-1,1e-4,.5,2.") == [4, -1, 1e-4, 0.5, 2.0]
