@@ -26,6 +26,7 @@ from .model import (
     make_text_encoder,
     make_unet,
     make_vae,
+    save_small,
     sentence_of,
     to_tensor,
     write_tokenizer,
@@ -337,7 +338,7 @@ def main(args):
     prompts = [sentence_of(scenes[i]) for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
     sample_sheet(vae, unet, text_encoder, tokenizer, args.output_dir / "samples.png", prompts)
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
-    pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
+    save_small(pipeline, args.output_dir)
     count = sum(p.numel() for m in (vae, unet, text_encoder) for p in m.parameters())
     print(f"{args.output_dir}: {count / 1e6:.2f}M parameters", flush=True)
 

@@ -186,3 +186,17 @@ def make_pipeline(vae, unet, text_encoder, tokenizer):
         vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def save_small(pipeline, folder):
+    """Saves a pipeline with weights in float16 that is loaded in float32, as diffusers loads its own models.
+
+    transformers takes the precision of a model from its config.json if none is asked for, and diffusers does not. If the
+    text encoder's file said float16, `from_pretrained` would load the text encoder in another precision than the rest.
+    """
+    import torch
+
+    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

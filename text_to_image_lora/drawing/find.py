@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from ..models.loading import find_base_model
 from . import settings
 from .rows import Lora
 
+
+logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
@@ -155,8 +158,7 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not (path / PEFT_WEIGHTS_NAME).exists():
-        found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:3]) or "no LoRA files"
-        raise InputError(f"--lora {given} contains no {WEIGHTS_NAME} (found: {found}). Pass the LoRA file itself.")
+        path = _newest_of_run(path)
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
     if path.is_file() and path.suffix != ".safetensors":
@@ -167,6 +169,34 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         count = len(header.shapes)
         raise InputError(f"--lora {path} is not a LoRA file: none of its {count} keys contains 'lora'.")
     return lora._replace(shapes=header.shapes, header=header.strings)
+
+
+def _newest_of_run(folder):
+    """Returns the newest LoRA of a run that has no final LoRA yet, and logs which it is.
+
+    It is that of the latest step among the folders `checkpoint-N` and `epoch-N`. Raises `InputError` if there is none.
+    """
+    steps = {}
+    for place in folder.iterdir():
+        name, file = re.fullmatch(r"(checkpoint|epoch)-(\d+)", place.name), place / WEIGHTS_NAME
+        if name is None or not file.is_file():
+            continue
+        try:
+            step = read_header("--lora", file).strings.get("ss_steps", "")
+        except InputError as error:
+            logger.warning(f"{error} An older LoRA of the run is looked for.")
+            continue
+        # Files of diffusers' scripts do not record the step, but their checkpoints are named after it.
+        steps[file] = int(step) if step.isdecimal() else int(name[2]) * (name[1] == "checkpoint")
+    if not steps:
+        names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")[:3])
+        reason = f"contains no {WEIGHTS_NAME} (found: {names or 'no LoRA files'}). Pass the LoRA file itself."
+        raise InputError(f"--lora {folder} {reason}")
+    newest = max(steps, key=lambda file: (steps[file], file.stat().st_mtime))
+    logger.info(
+        f"--lora {folder}: the run has no final LoRA yet, so the newest is used, of step {steps[newest]}: {newest}"
+    )
+    return newest
 
 
 def find_loras(flags: settings.Model) -> tuple[Lora, ...]:

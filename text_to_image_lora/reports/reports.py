@@ -7,7 +7,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..command_line import recorded_values
 from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
@@ -188,12 +187,13 @@ class RunReports:
 
     def _write_card(self, kohya_file):
         settings, data = self.settings, self.settings.data
+        listed = model_card.settings_that_matter(settings) | {"hub_model_id": settings.sharing.hub_model_id}
         return model_card.write_model_card(
             self.output_dir, base_model=settings.base.pretrained_model_name_or_path,
             dataset_names=[data.dataset_name] if data.dataset_name else [*data.train_data_dir],
             pictures=sample_pictures.latest_images(self.output_dir, settings.samples.texts),
-            hyperparameters=recorded_values(settings), kohya_file=kohya_file and kohya_file.name,
-            family=self.run.base.family,
+            hyperparameters=listed, kohya_file=kohya_file and kohya_file.name, family=self.run.base.family,
+            result=model_card.describe_result(self.run.state.global_step, self.judge.validation),
         )  # fmt: skip
 
     def close(self) -> None:

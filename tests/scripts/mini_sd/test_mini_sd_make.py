@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from scripts.mini_sd import make, model, pictures
 from scripts.mini_sd.pipeline import load_pipeline
@@ -122,3 +124,25 @@ def test_held_out_captions_are_never_drawn_for_training(args):
     decorations = [scene.decoration for scene in drawn if scene.decoration]
     assert 0.35 < len(decorations) / len(drawn) < 0.55
     assert not any("pink" in decoration or "blossom" in decoration for decoration in decorations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_is_saved_small_and_loads_in_one_precision(args, tokenizer, tmp_path, dtype):
+    """As anybody loads it, who asks for no precision; whatever the precision was that it was trained in."""
+    parts = model.make_vae(), model.make_unet(), model.make_text_encoder(tokenizer)
+    pipeline = model.make_pipeline(*(part.to(dtype) for part in parts), tokenizer)
+    model.save_small(pipeline, tmp_path / "base")
+    check_precisions(tmp_path / "base")
+
+
+def test_the_committed_base_loads_in_one_precision():
+    check_precisions(BASE)
+
+
+def check_precisions(folder):
+    """Each weight file holds float16, and each model is loaded as float32."""
+    for path in folder.glob("*/*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {torch.float16}, path
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    loaded = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert loaded == dict.fromkeys(("vae", "unet", "text_encoder"), torch.float32)
