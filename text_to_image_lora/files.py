@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its clien
 # The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
 
 def format_bytes(count: float) -> str:
     """Formats a number of bytes: "12 MiB", "2.6 GiB"."""
@@ -30,6 +33,55 @@ def format_bytes(count: float) -> str:
 def counted(number: int, word: str) -> str:
     """Formats a number with its noun: "1 picture", "12,000 pictures"."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def printable(path: str | Path) -> str:
+    """Formats a path; bytes of its name that are not UTF-8 are written as `\\xe9`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def read_text(file: str | Path) -> str:
+    """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails."""
+    try:
+        data = Path(file).read_bytes()
+        return _decode(data)
+    except OSError as error:
+        raise InputError(f"{printable(file)}: it can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise InputError(f"{printable(file)}: it can't be read ({reason}). Save it again as UTF-8.") from error
+
+
+def _decode(data):
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is not None or b"\0" not in data:
+        return data.decode(encoding or "utf-8")
+    # UTF-16 without a mark: the high byte of Latin letters, spaces and line breaks is 0. Text in other scripts has few of
+    # these, but is hardly ever valid UTF-8.
+    if data.count(0) < len(data) / 4 and _is_utf8(data):
+        raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "it is NUL")
+    return data.decode("utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be")
+
+
+def _is_utf8(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Returns the paths that a pattern with `*`, `?` or `[...]` matches; a path that exists stands for itself.
+
+    The folders at the beginning of the pattern that exist are taken literally, so that their names may contain such
+    characters.
+    """
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    existing = next((str(path) for path in Path(pattern).parents if path.exists()), "")
+    rest = pattern[len(existing) :] if pattern.startswith(existing) else ""
+    return glob.glob(glob.escape(existing) + rest if rest else pattern)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,20 @@ from ..errors import InputError
 from ..files import reason_of, written_whole
 
 
-ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+OTHER_ARCHIVE_ENDINGS = (
+    ".rar",
+    ".7z",
+    ".tar.zst",
+    ".tar.lz",
+    ".tar.lzma",
+    ".cab",
+    ".iso",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+)
 BLOCK = 2**20
 # Limits on what an archive unpacks to: pictures are compressed already, so a larger ratio means a zip bomb.
 MOST_BYTES_PER_BYTE = 100
