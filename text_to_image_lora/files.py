@@ -19,8 +19,8 @@ from .errors import InputError, TrainingError
 HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
 # The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
 
 def format_bytes(count: float) -> str:
@@ -40,6 +40,15 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
+def has_utf8_name(path: str | Path) -> bool:
+    """Whether a path is valid Unicode. Arrow tables and JSON files can't store the name of any other file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_text(file: str | Path) -> str:
     """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails."""
     try:
@@ -54,13 +63,20 @@ def read_text(file: str | Path) -> str:
 
 def _decode(data):
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
-    if encoding is not None or b"\0" not in data:
-        return data.decode(encoding or "utf-8")
-    # UTF-16 without a mark: the high byte of Latin letters, spaces and line breaks is 0. Text in other scripts has few of
-    # these, but is hardly ever valid UTF-8.
-    if data.count(0) < len(data) / 4 and _is_utf8(data):
-        raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "it is NUL")
-    return data.decode("utf-16-le" if data[1::2].count(0) > data[::2].count(0) else "utf-16-be")
+    if encoding is not None:
+        return data.decode(encoding)
+
+    def count_controls(part):
+        return len(part) - len(part.translate(None, CONTROLS))
+
+    # UTF-16 without a mark: the high bytes of most alphabets are control characters, and those of spaces and line breaks are
+    # NUL. UTF-16 in Chinese has few of these, but is hardly ever valid UTF-8.
+    controls = count_controls(data)
+    if controls < max(len(data) / 4, 1) and (_is_utf8(data) or b"\0" not in data):
+        if b"\0" in data:
+            raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "it is NUL")
+        return data.decode()
+    return data.decode("utf-16-le" if count_controls(data[1::2]) > count_controls(data[::2]) else "utf-16-be")
 
 
 def _is_utf8(data):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import counted, printable, read_text
-from .names import METADATA_NAMES, CaptionFiles, is_mask, is_picture, mask_beside, reason_against
+from .names import METADATA_NAMES, CaptionFiles, has_caption_files, is_mask, is_picture, mask_beside, reason_against
 from .settings import LAYOUTS, CaptionSettings, DataSettings
 from .tables import nonempty_captions
 
@@ -52,8 +52,7 @@ def find_layout(folder: Path, files: list[Path], instance_prompt: str | None) ->
         return "metadata"
     if any(_is_kohya(parent, folder) for parent in parents):
         return "kohya"
-    caption_files = CaptionFiles(files)
-    if any(caption_files.beside(path) for path in pictures):
+    if has_caption_files(files):
         return "caption_files"
     if instance_prompt is not None:
         return "instance"
@@ -167,7 +166,7 @@ def read_folder(folder: Path, layout: str, files: list[Path], reading: ReadOptio
     for path in filter(is_picture, files):
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path}: it is a link out of the dataset folder. Copy the picture into it.")
-        reason, remedy, found = reason_against(path), "Rename it", None
+        reason, remedy, found = reason_against(path), "Rename it (for example with convmv)", None
         if reason is None:
             found, remedy = finder.find(path), "Write one"
             if found is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files import counted, printable
+from ..files import counted, has_utf8_name, printable
 from .archives import ARCHIVE_ENDINGS, OTHER_ARCHIVE_ENDINGS
 from .formats import PLUGINS, is_readable, missing_plugin
 
@@ -81,16 +81,12 @@ def find_files(folder: Path) -> Listing:
 def check_name(path: Path) -> None:
     """Raises `InputError` if the name of a file or folder is not valid Unicode, so that it could not be stored."""
     if reason := reason_against(path):
-        raise InputError(f"{printable(path)}: {reason}")
+        raise InputError(f"{printable(path)}: {reason}. Rename it, for example with convmv.")
 
 
 def reason_against(path: Path) -> str | None:
     """Returns why the name of a file can't be used, or None."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return "its name holds bytes that are not UTF-8. Rename it, for example with convmv."
-    return None
+    return None if has_utf8_name(path) else "its name holds bytes that are not UTF-8"
 
 
 def is_picture(path: Path) -> bool:
@@ -118,6 +114,12 @@ class CaptionFiles:
     def beside(self, picture: Path) -> Path | None:
         stem, _ = self._key(picture)
         return next((self.files[stem, ending] for ending in CAPTION_ENDINGS if (stem, ending) in self.files), None)
+
+
+def has_caption_files(files: list[Path]) -> bool:
+    """Whether a caption file lies beside any of the pictures."""
+    captions = CaptionFiles(files)
+    return any(captions.beside(path) for path in files if is_picture(path))
 
 
 def mask_beside(picture: Path, folder: Path) -> Path | None:

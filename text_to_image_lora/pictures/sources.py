@@ -15,7 +15,16 @@ from .archives import OTHER_ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
 from .layouts import REPEATS, ReadOptions, find_layout, read_folder
 from .metadata import read_metadata
-from .names import METADATA_NAMES, Listing, find_files, is_picture, other_tables, passed_over
+from .names import (
+    METADATA_NAMES,
+    Listing,
+    check_name,
+    find_files,
+    has_caption_files,
+    is_picture,
+    other_tables,
+    passed_over,
+)
 from .records import record_features, with_captions
 from .stored import OTHER_SPLITS, from_hub, from_stored, training_files
 
@@ -43,6 +52,7 @@ def load_records(reading: ReadOptions) -> Any:
     else:
         parts = []
         for source in map(Path, data.train_data_dir or [str(data.dataset_name)]):
+            check_name(source.absolute())
             folder = unpack(source, reading.archive_dir) if is_archive(source) else source
             parts.append(_from_folder(folder, reading))
     import datasets
@@ -77,12 +87,12 @@ def _from_folder(folder, reading):
     if chosen is not None:
         for line in passed_over(listing if chosen != "metadata" else listing.without_pictures()):
             logger.info(f"{folder}: {line}")
+        if chosen != "metadata" and (hint := _hint_at_table(files)) and not has_caption_files(files):
+            logger.info(f"{folder}: captions are not read from a table.{hint}")
         return _from_files(folder, chosen, files, reading)
     if on_disk or stored_files or (endings & {".parquet", ".arrow", ".tar"} and not has_pictures):
         return from_stored(folder, files, stored_files, on_disk, reading)
-    tables = other_tables(files)
-    hint = f" If {tables[0].name} holds the captions, {_as_metadata(tables[0])}." if tables else ""
-    hint += "".join(f" {line[0].upper()}{line[1:]}." for line in passed_over(listing))
+    hint = _hint_at_table(files) + "".join(f" {line[0].upper()}{line[1:]}." for line in passed_over(listing))
     if has_pictures:
         raise InputError(
             f"{folder}: the pictures have no captions. Add a metadata.csv with the columns file_name and text, or a .txt "
@@ -130,10 +140,13 @@ def _training_part(folder, listing):
     return folder, listing
 
 
-def _as_metadata(table):
-    ending = {".tsv": ".csv", ".xlsx": ".csv", ".json": ".jsonl"}.get(table.suffix.lower(), table.suffix.lower())
-    rows = ", with one object per line" if ending == ".jsonl" else ""
-    return f"save it as metadata{ending} with the columns file_name and text{rows}"
+def _hint_at_table(files):
+    """Returns how the captions of a table that is not named as a metadata file can be read, or "" without such a table."""
+    for table in other_tables(files):
+        ending = {".tsv": ".csv", ".xlsx": ".csv", ".json": ".jsonl"}.get(table.suffix.lower(), table.suffix.lower())
+        rows = ", one object per line" if ending == ".jsonl" else ""
+        return f" If {printable(table.name)} holds the captions, save it as metadata{ending} with the columns file_name and text{rows}."
+    return ""
 
 
 def _from_files(folder, layout, files, reading):
