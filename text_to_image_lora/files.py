@@ -97,6 +97,8 @@ def expand_pattern(pattern: str) -> list[str]:
         return [pattern]
     existing = next((str(path) for path in Path(pattern).parents if path.exists()), "")
     rest = pattern[len(existing) :] if pattern.startswith(existing) else ""
+    if rest and not glob.has_magic(rest):
+        return [pattern]
     return glob.glob(glob.escape(existing) + rest if rest else pattern)
 
 
