@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from text_to_image_lora.files import is_hub_id, reason_of, remove_folder, write_whole, written_whole
+from text_to_image_lora.files import expand_pattern, is_hub_id, reason_of, remove_folder, write_whole, written_whole
 
 
 def content(folder):
@@ -146,3 +146,20 @@ def test_hub_ids(name, tmp_path, monkeypatch):
 )
 def test_what_is_no_hub_id(name):
     assert not is_hub_id(name)
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "[x]/b", "a*b", "a?b", "plain"])
+def test_patterns_below_folders_whose_names_look_like_patterns(tmp_path, monkeypatch, folder):
+    names = ["epoch-1", "epoch-2", "best[1]", "x"]
+    for place in (folder, "a1", "x/b", "aXb"):
+        for name in names:
+            (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+    for start in (f"{tmp_path}/", ""):
+        monkeypatch.chdir(tmp_path)
+        here = f"{start}{folder}"
+        assert sorted(expand_pattern(f"{here}/epoch-*")) == [f"{here}/epoch-1", f"{here}/epoch-2"]
+        assert sorted(expand_pattern(f"{here}/epoch-[12]")) == [f"{here}/epoch-1", f"{here}/epoch-2"]
+        assert expand_pattern(f"{here}/best[1]") == [f"{here}/best[1]"]
+        assert expand_pattern(f"{here}/none-*") == []
+        assert expand_pattern(f"{here}/none") == [f"{here}/none"]
+    assert sorted(expand_pattern("*")) == sorted({folder.split("/")[0], "a1", "x", "aXb"})

@@ -109,6 +109,47 @@ def test_a_zip_with_links(tmp_path, refusal):
     assert "'0.png' is a link" in refusal(tmp_path / "a.zip")
 
 
+class Named(zipfile.ZipInfo):
+    """A member whose name is stored in an encoding, without the flag that says that it is UTF-8."""
+
+    encoding = "utf-8"
+
+    def _encodeFilenameFlags(self):
+        return self.filename.encode(self.encoding), 0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names", "found"),
+    [
+        ("utf-8", ["10_épée", "10_桜", "10_e\u0301"], None),
+        ("cp437", ["10_épée", "10_über", "10_ñ"], None),
+        ("cp1252", ["10_épée"], ["10_ΘpΘe"]),
+        ("shift_jis", ["10_日本"], ["10_ô·û{"]),
+    ],
+)
+def test_names_in_a_zip_that_do_not_say_their_encoding(tmp_path, folder, said, encoding, names, found):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for i, name in enumerate(names):
+            member = Named(f"{name}/0.png")
+            member.encoding = encoding
+            file.writestr(member, picture(i))
+    first = sorted(path.name for path in unpack(tmp_path / "a.zip", folder).iterdir())
+    assert first == sorted(found or names)
+    notes = [line for line in said if "its names are not in UTF-8" in line]
+    assert len(notes) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("names", [["café.png"], ["good.png", "10_café/a.png"], ["é/a.txt"]])
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_tar_whose_names_are_not_utf_8(tmp_path, refusal, ending, names):
+    mode = "w:gz" if ending == ".tar.gz" else "w"
+    with tarfile.open(tmp_path / f"a{ending}", mode, encoding="latin-1", format=tarfile.GNU_FORMAT) as file:
+        for name in names:
+            file.addfile(tarfile.TarInfo(name), io.BytesIO())
+    shown = names[-1].replace("é", "\\xe9")
+    assert f"the name of its member {shown} is not UTF-8" in refusal(tmp_path / f"a{ending}")
+
+
 def test_a_bomb(tmp_path, refusal):
     archive = pack(tmp_path / "a.zip", {"0.png": b"\0" * 2**27})
     assert archive.stat().st_size < 2**18

@@ -58,6 +58,45 @@ def test_folders_without_a_dataset(tmp_path):
     assert "no captions" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.rar", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("a.7Z", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("a.tar.zst", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("metadata.csv", "it is a file. Pass the folder that contains it: "),
+        ("0.png", "it is a file. Pass the folder that contains it: "),
+        ("train.parquet", "it is a file. Pass the folder that contains it: "),
+    ],
+)
+def test_files_that_are_passed_as_a_folder(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"x")
+    assert words in refusal(tmp_path / name)
+    with pytest.raises(InputError, match=words):
+        read_records(dataset_name=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("names", [("more.zip",), ("a.txz", "b.zip", "c.tgz", "d.zip"), ("a.rar", "b.7z", "c.zip")])
+def test_archives_inside_of_a_folder(tmp_path, said, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    ours, others = [n for n in names if n[-3:] not in ("rar", ".7z")], [n for n in names if n[-3:] in ("rar", ".7z")]
+    lines = [
+        f"{len(ours)} archive{'s' * (len(ours) > 1)} in it will not be read. Pass the archive{'s' * (len(ours) > 1)}: "
+    ]
+    lines[0] += " ".join(f"{tmp_path}/{name}" for name in ours[:3]) + (" ..." if len(ours) > 3 else "")
+    if others:
+        lines.append(f"2 archives in it can't be read (unpack it, or pack it as .zip); the first: {tmp_path}/a.rar")
+    assert all(line in refusal(tmp_path) for line in lines)
+    for layout in ("metadata", "instance"):
+        said.clear()
+        (tmp_path / "0.png").write_bytes(picture_bytes("red"))
+        if layout == "metadata":
+            (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,x\n")
+        assert len(read_records(tmp_path, dataset_layout=layout, instance_prompt="x")) == 1
+        assert said[: len(lines)] == [f"{tmp_path}: {line}" for line in lines]
+
+
 def test_max_train_samples_are_always_the_same(pictures):
     """The samples are those that diffusers' script draws with seed 0, for any seed of the run."""
     whole = read_records(pictures)
@@ -265,6 +304,121 @@ def test_shards_of_webdataset(load, tmp_path):
     dataset = load(folder)
     assert dataset["captions"][:] == [["cat 00"], ["cat 01"], ["cat 10"], ["cat 11"]]
     assert pictures_of(dataset) == [picture_bytes(colour) for colour in colours]
+
+
+def column_of_bytes(kind, values):
+    """A column as other programs than `datasets` write it: no description says that it holds pictures."""
+    import pyarrow
+
+    if kind == "bytes":
+        return pyarrow.array(values, pyarrow.binary())
+    if kind == "large bytes":
+        return pyarrow.array(values, pyarrow.large_binary())
+    kinds = (
+        (pyarrow.large_binary(), pyarrow.large_string()) if "large" in kind else (pyarrow.binary(), pyarrow.string())
+    )
+    names = ("bytes", "path") if "path" in kind else ("bytes",)
+    cells = [value and {name: value if name == "bytes" else "0.png" for name in names} for value in values]
+    return pyarrow.array(cells, pyarrow.struct(list(zip(names, kinds))))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "bytes, path", "large bytes, path", "struct of bytes"])
+@pytest.mark.parametrize("name", ["image", "foto"])
+def test_parquet_by_pyarrow(load, tmp_path, kind, name):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pixels = [picture_bytes("red"), picture_bytes("blue"), None]
+    columns = {name: column_of_bytes(kind, pixels), "text": ["a", "b", "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "train.parquet")
+    for options in ({}, {"image_column": name}):
+        dataset = load(folder, **options)
+        assert dataset["captions"][:] == [["a"], ["b"], ["c"]]
+        assert pictures_of(dataset.select([0, 1])) == pixels[:2]
+
+
+def test_parquet_by_pandas(load, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "set").mkdir()
+    red, blue = picture_bytes("red"), picture_bytes("blue")
+    rows = {"image": [{"bytes": red, "path": "0.png"}, {"bytes": blue, "path": "1.png"}], "mask": [blue, red]}
+    rows |= {"text": ["a", "b"], "zh_text": ["红", "蓝"]}
+    pandas.DataFrame(rows).to_parquet(tmp_path / "set" / "0.parquet")
+    dataset = load(tmp_path / "set", mask_column="mask")
+    assert pictures_of(dataset) == [red, blue]
+    assert [read_image_bytes(row["mask"]) for row in dataset] == [blue, red]
+
+
+def test_parquet_of_bytes_that_name_files_elsewhere(load, tmp_path):
+    """A path without bytes is checked as in a dataset that declares its pictures."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture_bytes("green"))
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    cells = pyarrow.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a"]}), folder / "0.parquet")
+    with pytest.raises(InputError, match="names a file outside of the dataset"):
+        load(folder)
+
+
+def test_a_parquet_file_of_names(load, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "0.png").write_bytes(picture_bytes("red"))
+    pyarrow.parquet.write_table(pyarrow.table({"file_name": ["0.png"], "text": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="no column with pictures.*save it as metadata.parquet"):
+        load(tmp_path)
+
+
+def test_the_caption_column_of_several_in_a_stored_dataset(stored, load, said):
+    folder = stored("parquet")
+    load(folder)
+    assert said == [f"{folder}: the captions are read from column 'en_text', not from zh_text (--caption_column)"]
+    load(folder, caption_column="zh_text")
+    assert len(said) == 1
+
+
+def test_why_every_row_of_a_stored_dataset_fails(stored, load):
+    folder = stored("disk", text=["", " "])
+    with pytest.raises(InputError) as caught:
+        load(folder, leave_out=lambda *row: None)
+    assert str(caught.value) == (
+        f"{folder}: it has no usable row. The first of 2 that are left out: row 0: column 'text' is empty."
+    )
+
+
+# Paths with characters that patterns are made of.
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[x]", "a*b", "a?b", "[!a]", "**"])
+@pytest.mark.parametrize("kind", ["parquet", "disk", "arrow", "tar", "csv"])
+def test_paths_with_characters_of_patterns(stored, load, tmp_path, name, kind, naming):
+    """Beside each are folders that the name would match as a pattern."""
+    for other in dict.fromkeys((name, "a1", "aXb", "x", "a*b", "q")):
+        place = tmp_path / "in" / other
+        if kind == "csv":
+            write_pictures(place, count=2, captions=[other])
+            continue
+        if kind == "tar":
+            place.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(place / "0.tar", "w") as file:
+                for ending, data in (("png", picture_bytes("red")), ("txt", other.encode())):
+                    member = tarfile.TarInfo(f"0.{ending}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+            continue
+        source = naming("arrow", named()) if kind == "arrow" else stored(kind, text=[other, other])
+        place.parent.mkdir(exist_ok=True)
+        source.rename(place)
+    dataset = load(tmp_path / "in" / name)
+    assert {*sum(dataset["captions"], [])} == {"number 0" if kind == "arrow" else name}
+    assert len(dataset) == (1 if kind in ("arrow", "tar") else 2)
 
 
 # A stored dataset may come from anywhere, so files that its cells name are opened only inside the dataset.

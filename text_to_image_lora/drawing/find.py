@@ -1,7 +1,6 @@
 """Finds and checks base models, LoRAs, VAEs, ControlNets and pictures before a model is loaded. Needs no torch."""
 
 import contextlib
-import glob
 import json
 import logging
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import hub_file, is_hub_id, reason_of
+from ..files import expand_pattern, hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
 from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
@@ -212,7 +211,7 @@ def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | No
 
     found = []
     for word in listed:
-        matches = [word] if word == "base" or Path(word).exists() or not glob.has_magic(word) else glob.glob(word)
+        matches = [word] if word == "base" else expand_pattern(word)
         if not matches:
             raise InputError(f"--grid checkpoint={word}: no file or folder matches this pattern.")
         found += sorted(matches, key=natural_order)

@@ -4,10 +4,10 @@ import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_text
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
 
@@ -56,10 +56,9 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
             prompts.append(parse_prompt(value, flag))
             continue
         try:
-            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise InputError(f"{flag} {value} can't be read: {reason}.") from error
+            lines = [line.strip() for line in read_text(value).splitlines()]
+        except InputError as error:
+            raise InputError(f"{flag} {error}") from error
         numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
         if not numbered:
             raise InputError(f"{flag} {value} is empty. Write one prompt per line.")

@@ -24,7 +24,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     def usable(records):
         good, bad = examine.examine(records, range(len(records)))
         left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
-        return examine.select_usable(records, good)
+        return examine.select_usable(records, good, bad)
 
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
