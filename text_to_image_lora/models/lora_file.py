@@ -144,8 +144,14 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def _one_rank(state_dict):
-    """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks."""
+    """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks.
+
+    If some layers have a bias, the others get a bias of zeros, because diffusers supports it for all or none.
+    """
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
+    if any(key.endswith(".lora_B.bias") for key in state_dict):
+        ups = {key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")}
+        state_dict = {f"{name}bias": value.new_zeros(len(value)) for name, value in ups.items()} | state_dict
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
             state_dict[key] = torch.cat([value, value.new_zeros(rank - len(value), *value.shape[1:])])
