@@ -78,13 +78,14 @@ def _is_plain(stored, component, rank, leaves, *_):
 def read_weights(lora: Lora) -> dict[str, Any] | None:
     """Reads a LoRA that stock diffusers does not read as {key in the files of this project: tensor}; otherwise None.
 
-    Raises `InputError` if the file is not a LoRA of a supported kind.
+    Raises `InputError` if the file is not a LoRA of a supported kind, or holds NaN or infinities.
     """
-    from ..models.lora_file import as_diffusers
+    from ..models.lora_file import as_diffusers, check_finite
 
-    if stock_reads(lora):
-        return None
     try:
+        if stock_reads(lora):
+            check_finite(lora.file)
+            return None
         return as_diffusers(lora.path)[0]
     except InputError as error:
         raise InputError(f"--lora {error}") from error

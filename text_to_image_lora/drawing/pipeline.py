@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ from ..errors import InputError
 from ..files import reason_of, written_whole
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
+from ..models.loading import load_text_encoder
+from ..models.modules import check_weights
 from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
 from .as_trained import AsTrained, in_words
@@ -32,6 +34,10 @@ PIPELINES = {
     "ControlNet": {"image": "control_image", "controlnet_conditioning_scale": "controlnet_scale"},
 }
 PIPELINES["ControlNetImg2Img"] = PIPELINES["ControlNet"] | PIPELINES["Img2Img"] | {"control_image": "control_image"}
+
+
+# {component of a pipeline: its name in messages}
+NAMES = dict.fromkeys(COMPONENTS, "text encoder") | {"unet": "UNet", "vae": "VAE", "controlnet": "ControlNet"}
 
 
 class Job(NamedTuple):
@@ -99,19 +105,27 @@ def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
     return Studio(pipe, family, PIPELINES[job.kind], scheduler_config, trained, encoder, job.given)
 
 
-def load_weights(model_class: Any, source: str, **options: Any) -> Any:
-    """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
+@contextlib.contextmanager
+def explaining(source: str, remedy: str = "") -> Iterator[None]:
+    """Turns the exceptions of a context that loads a model into an `InputError` with the model's path or hub id."""
     try:
-        if not Path(source).is_file():
-            return model_class.from_pretrained(source, **options)
-        with safe_to_read(source):
-            return model_class.from_single_file(source, **options)
+        yield
     except InputError:
         raise
+    except NotImplementedError as error:  # a weight without data was copied
+        raise InputError(f"{source} can't be loaded: some of its weights are missing. Download it again.") from error
     except Exception as error:  # the loaders raise many kinds of exceptions for broken files
-        remedy = " Where there is no hub, pass --single_file_config." if Path(source).is_file() else ""
-        reason = f"{type(error).__name__}: {str(error)[:300]}{remedy}"
-        raise InputError(f"{source} can't be loaded: {reason}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise InputError(f"{source} can't be loaded: {kind}{str(error)[:300]}{remedy}") from error
+
+
+def load_weights(model_class: Any, source: str, **options: Any) -> Any:
+    """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
+    if not Path(source).is_file():
+        with explaining(source):
+            return model_class.from_pretrained(source, **options)
+    with explaining(source, " Where there is no hub, pass --single_file_config."), safe_to_read(source):
+        return model_class.from_single_file(source, **options)
 
 
 def load_pipeline(job: Job, dtype: Any) -> Any:
@@ -132,10 +146,19 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
         options["vae"] = load_weights(diffusers.AutoencoderKL, vae, torch_dtype=dtype, **like)
     if job.controlnet is not None:
         options["controlnet"] = load_weights(diffusers.ControlNetModel, job.controlnet.source, torch_dtype=dtype)
+    if model.kind != "file":  # diffusers would not notice that a text encoder lacks weights
+        for row in model.family.text_encoders:
+            with explaining(model.source):
+                options[row.name] = load_text_encoder(model, row, dtype)
     options |= model.family.pipeline_options
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
     pipeline_class = getattr(diffusers, model.family.pipeline_of(job.kind))
     pipe = load_weights(pipeline_class, model.source, **options)
+    sources = {"vae": vae or model.source, "controlnet": job.controlnet and job.controlnet.source}
+    for name in (*COMPONENTS, *sources):
+        if pipe.components.get(name) is not None:
+            with explaining(sources.get(name) or model.source):
+                check_weights(NAMES[name], pipe.components[name])
     pipe.vae.enable_slicing()  # one picture at a time, because the decoder needs more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import reason_of
 from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
-from .families import STABLE_DIFFUSION, family_by_marks
-from .modules import place
+from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
+from .modules import check_weights, place
 from .single_files import SingleFile, look_into, safe_to_read
 
 
@@ -117,9 +117,7 @@ def load_components(
             _check_denoiser(base, loaded.vae, loaded.denoiser)
         named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
         for name, model in [*named, ("UNet", loaded.denoiser)]:
-            missing = [key for key, value in model.named_parameters() if value.is_meta]
-            if missing:  # diffusers only logs this and leaves the weights without data
-                raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+            check_weights(name, model)
     except (
         OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError, SingleFileComponentError,
     ) as error:  # fmt: skip
@@ -164,11 +162,7 @@ def _from_folder(base, dtype):
     tokenizers, text_encoders = [], []
     for row in family.text_encoders:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder=row.tokenizer, **options)
-        text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
-            base.source, subfolder=row.name, dtype=dtype, output_loading_info=True, **weights
-        )
-        if loading["missing_keys"]:  # transformers only logs this and initializes the weights randomly
-            raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
+        text_encoder = load_text_encoder(base, row, dtype)
         tokenizers.append(tokenizer)
         text_encoders.append(text_encoder)
     vae = diffusers.AutoencoderKL.from_pretrained(
@@ -176,6 +170,20 @@ def _from_folder(base, dtype):
     )
     scheduler_config: Any = diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, dict(scheduler_config))
+
+
+def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
+    """Loads a text encoder of a diffusers folder, local or from the hub; raises `ValueError` if weights are missing."""
+    import transformers
+
+    text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
+        base.source, subfolder=row.name, dtype=dtype, output_loading_info=True,
+        variant=base.variant, revision=base.revision, cache_dir=base.cache_dir,
+    )  # fmt: skip
+    # transformers only logs this and initializes the weights randomly.
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"the text encoder lacks {len(missing)} of its weights, the first: {missing[0]}")
+    return text_encoder
 
 
 def _dtype_in_file(base, component):

@@ -22,6 +22,7 @@ from .dialects import (
     open_safetensors,
     parse_key,
 )
+from .modules import non_finite
 
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which would take seconds to import
@@ -189,7 +190,17 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
                 components[name] = _folded(name, modules, config)
         except InputError as error:
             raise InputError(f"{path}: {error} {REMEDY}") from error
+        check_finite(path, tensors)
     return components, header
+
+
+def check_finite(path: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Raises `InputError` if tensors of a LoRA file (read from `path` if they are not given) hold NaN or infinities."""
+    if tensors is None:
+        with open_safetensors(path) as file:
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    if faults := non_finite(tensors.items()):
+        raise InputError(f"{path}: {faults}. Its training has diverged or the file is damaged: use an earlier one.")
 
 
 def _read_scales(path: Path, header: dict[str, str]) -> dict[str | None, Scale]:
