@@ -89,9 +89,9 @@ def settle_out(out, dialect):
     path = Path(out)
     if path.exists():
         raise InputError(f"{out}: it exists already. Name another OUT, or delete it first.")
-    if dialect == "peft" and path.suffix == ".safetensors":
+    if dialect == "peft" and path.suffix.lower() == ".safetensors":
         raise InputError(f"{out}: peft's format is a folder. Name one, or pass another --to.")
-    if dialect != "peft" and path.suffix != ".safetensors":
+    if dialect != "peft" and path.suffix.lower() != ".safetensors":
         raise InputError(f"{out}: name a .safetensors file, or pass --to peft for a folder.")
     return path
 

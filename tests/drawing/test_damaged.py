@@ -53,7 +53,9 @@ def test_a_base_model_with_damaged_weights_is_refused(model, refused, tmp_path, 
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     name = damage(folder / FILES[part][0], FILES[part][1], kind)
-    fault = f"the {part} lacks 1 of its weights, the first: " if kind == "missing" else f"the {part} is damaged: 1 of its "
+    fault = (
+        f"the {part} lacks 1 of its weights, the first: " if kind == "missing" else f"the {part} is damaged: 1 of its "
+    )
     line = refused(folder)
     assert line.startswith(f"infer.py: error: {folder} can't be loaded: {fault}")
     assert line.rstrip().endswith(name.removeprefix("text_model."))
@@ -104,7 +106,9 @@ def test_a_lora_that_is_not_finite_is_refused(model, lora_weights, refused, tmp_
 def test_another_vae_that_lacks_a_weight_is_refused(model, refused, tmp_path):
     shutil.copytree(os.path.join(model, "vae"), tmp_path / "vae")
     damage(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.weight", "missing")
-    assert f"{tmp_path / 'vae'} can't be loaded: the VAE lacks 1 of its weights" in refused(model, "--vae", tmp_path / "vae")
+    assert f"{tmp_path / 'vae'} can't be loaded: the VAE lacks 1 of its weights" in refused(
+        model, "--vae", tmp_path / "vae"
+    )
 
 
 def test_a_controlnet_that_lacks_a_weight_is_refused(model, controlnet, photo, refused, tmp_path):

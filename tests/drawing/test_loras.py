@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from infer_fixtures import difference, draw
 from safetensors.torch import save_file
 
 from text_to_image_lora.drawing import find, loras, pipeline
+from text_to_image_lora.models.dialects import WEIGHTS_NAME
 from text_to_image_lora.models.lora_file import ADAPTER_METADATA_KEY
 
 
@@ -71,7 +73,9 @@ def write_kind(tiny_pipeline, path, kind, strength):
                 module.bias = torch.nn.Parameter(own + scale * bias)
             module.weight.data = new
         if config is not None:
-            targets = sorted({key.partition(".lora_")[0].partition(".")[2] for key in tensors if key.startswith(f"{component}.")})
+            targets = sorted(
+                {key.partition(".lora_")[0].partition(".")[2] for key in tensors if key.startswith(f"{component}.")}
+            )
             header |= {f"{component}.{k}": v for k, v in (config | {"target_modules": targets}).items()}
     save_file(tensors, path, {"format": "pt"} | ({ADAPTER_METADATA_KEY: json.dumps(header)} if header else {}))
     return models
@@ -101,3 +105,11 @@ def test_stock_diffusers_reads_only_what_it_provably_reads_right(tiny_pipeline, 
     write_kind(tiny_pipeline, tmp_path / "lora.safetensors", kind, 1)
     lora = find.find_lora(str(tmp_path / "lora.safetensors"), 1.0, "lora0")
     assert loras.stock_reads(lora) == (kind in BY_STOCK)
+
+
+def test_a_lora_whose_name_is_in_capital_letters(model, lora, compared, tmp_path):
+    """diffusers itself would read such a file as a pickle."""
+    path = tmp_path / "AXE.SAFETENSORS"
+    path.write_bytes((Path(lora) / WEIGHTS_NAME).read_bytes())
+    (drawn,) = draw(model, tmp_path / "out", "--lora", path).values()
+    assert difference(drawn, compared[1]) <= 1

@@ -376,7 +376,9 @@ def test_a_base_model_that_is_not_finite_is_refused(tiny_sd, tmp_path, part, val
     for name in (first, second):
         tensors[name].view(-1)[0] = value
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"this model can't be loaded: .* 2 of its tensors are not finite, the first: "):
+    with pytest.raises(
+        InputError, match=r"this model can't be loaded: .* 2 of its tensors are not finite, the first: "
+    ):
         load(tmp_path / "model")
 
 

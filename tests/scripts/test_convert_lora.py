@@ -246,7 +246,10 @@ def test_a_single_lora_keeps_how_it_was_trained_through_all_formats(base, tmp_pa
         ({"prediction_type": "epsilon"}, "with prediction_type v_prediction, {b} with epsilon"),
         ({"rescale_betas_zero_snr": "False"}, "with rescale_betas_zero_snr True, {b} with False"),
         ({"clip_skip": None}, "with clip_skip 1, {b} with none"),
-        ({"pretrained_vae_model_name_or_path": "a/vae"}, "pretrained_vae_model_name_or_path other/vae, {b} with a/vae"),
+        (
+            {"pretrained_vae_model_name_or_path": "a/vae"},
+            "pretrained_vae_model_name_or_path other/vae, {b} with a/vae",
+        ),
         (dict.fromkeys(TRAINED) | {"modelspec.prediction_type": "epsilon"}, "v_prediction, {b} with epsilon"),
     ],
 )
@@ -276,11 +279,27 @@ def test_parts_of_two_families_are_not_added(tmp_path):
     write("text of sd1", text, 768, {"ss_base_model_version": "sd_v1"})
     write("text of xl", text, 768, {"ss_base_model_version": "sdxl_base_v1-0"})
     write("text of xl too", text, 768, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
-    for one, other in (("sd1", "sd2"), ("sd1", "xl"), ("sd2", "xl"), ("text of sd1", "text of xl"), ("sd1", "text of xl too")):
+    for one, other in (
+        ("sd1", "sd2"),
+        ("sd1", "xl"),
+        ("sd2", "xl"),
+        ("text of sd1", "text of xl"),
+        ("sd1", "text of xl too"),
+    ):
         with pytest.raises(InputError, match=r"Only LoRAs of the same family can be merged\."):
             convert(ones[one], tmp_path / "out.safetensors", "--merge", ones[other])
-    convert(ones["text of xl"], tmp_path / "out.safetensors", "--merge", ones["text of xl too"], ones["xl"], "--to", "kohya")
-    assert {key.partition("_text")[0] for key in load_file(tmp_path / "out.safetensors") if "text" in key} == {"lora_te1"}
+    convert(
+        ones["text of xl"],
+        tmp_path / "out.safetensors",
+        "--merge",
+        ones["text of xl too"],
+        ones["xl"],
+        "--to",
+        "kohya",
+    )
+    assert {key.partition("_text")[0] for key in load_file(tmp_path / "out.safetensors") if "text" in key} == {
+        "lora_te1"
+    }
 
 
 def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):

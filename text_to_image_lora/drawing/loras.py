@@ -14,7 +14,9 @@ from .rows import Lora
 
 
 # Keys that stock diffusers reads. transformers ignores the magnitudes of DoRA if their names lack `.weight`.
-STOCK_KEY = re.compile(rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)")
+STOCK_KEY = re.compile(
+    rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)"
+)
 
 
 def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
@@ -41,6 +43,8 @@ def stock_reads(lora: Lora) -> bool:
     """
     from ..models.lora_file import ADAPTER_METADATA_KEY
 
+    if lora.path.suffix != ".safetensors":  # diffusers would unpickle a file named X.SAFETENSORS
+        return False
     layers: dict[str, dict[str, set]] = {}  # {component: {layer: its tensors}}
     ranks: dict[str, set[int]] = {}
     for key, shape in lora.shapes.items():

@@ -124,8 +124,8 @@ def load_weights(model_class: Any, source: str, **options: Any) -> Any:
     if not Path(source).is_file():
         with explaining(source):
             return model_class.from_pretrained(source, **options)
-    with explaining(source, " Where there is no hub, pass --single_file_config."), safe_to_read(source):
-        return model_class.from_single_file(source, **options)
+    with explaining(source, " Where there is no hub, pass --single_file_config."), safe_to_read(source) as readable:
+        return model_class.from_single_file(readable, **options)
 
 
 def load_pipeline(job: Job, dtype: Any) -> Any:
@@ -140,6 +140,8 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
         library.utils.logging.disable_progress_bar()
     model, vae = job.base.model, job.as_trained.vae
     config, options = model.single_file_config, {"torch_dtype": dtype}
+    if vae is None and not model.has_vae:
+        raise InputError(f"{model.source}: it contains no VAE. Pass one with --vae.")
     if vae is not None:
         vae_config = config if model.kind == "file" else model.source
         like = {"config": vae_config, "subfolder": "vae"} if vae_config and Path(vae).is_file() else {}

@@ -101,7 +101,7 @@ def save_lora(
     a folded state dict.
     """
     path = Path(path_or_dir)
-    path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    path = path if path.suffix.lower() == ".safetensors" else path / WEIGHTS_NAME
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
     tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
     write_tensors(path, tensors, lora_file_metadata(folded, training))
@@ -151,7 +151,9 @@ def _one_rank(state_dict):
     """
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
     if any(key.endswith(".lora_B.bias") for key in state_dict):
-        ups = {key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")}
+        ups = {
+            key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")
+        }
         state_dict = {f"{name}bias": value.new_zeros(len(value)) for name, value in ups.items()} | state_dict
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
