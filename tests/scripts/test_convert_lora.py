@@ -208,6 +208,53 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "weak.safetensors", {k: v / 4 for k, v in updates_of(ours).items()})
 
 
+@pytest.mark.parametrize("rank", [3, 8, 40])
+def test_layers_that_are_narrower_than_the_rank(base, tmp_path, capsys, rank):
+    """conv_out has 4 outputs, to_q of the narrow level 8 inputs: sums of high ranks have more ranks than that."""
+    parts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        unet = trained(
+            base.unet, ["conv_out", "to_q", "conv1"], rank_pattern={"conv_out": 30, "to_q": 30, "conv1": 60}
+        )
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = torch.randn(parameter.shape)
+        parts.append(lora_file.save_lora(tmp_path / f"{seed}.safetensors", {"unet": adapter(unet)}, {}))
+    convert(parts[0], tmp_path / "whole.safetensors", "--merge", *parts[1:])
+    for to in ("kohya", "diffusers", "peft"):
+        out = tmp_path / (to if to == "peft" else f"{to}.safetensors")
+        convert(parts[0], out, "--merge", *parts[1:], "--rank", rank, "--to", to)
+        assert "module" in capsys.readouterr().out
+        whole, small = updates_of(tmp_path / "whole.safetensors"), updates_of(out)
+        assert small["unet", "conv_out"].shape[0] == 4
+        for place, update in whole.items():
+            lost = torch.linalg.svdvals(update)[rank:].norm().item()
+            assert (small[place] - update).norm().item() == pytest.approx(
+                lost, rel=1e-3, abs=1e-4 * update.norm().item()
+            )
+    ranks = {key: len(value) for key, value in load_file(tmp_path / "kohya.safetensors").items() if "lora_down" in key}
+    assert ranks["lora_unet_conv_out.lora_down.weight"] == min(rank, 4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dora_on_some_layers_is_only_written_where_it_can_be_read(base, tmp_path, count):
+    state_dict = lora_file.fold_scale(*adapter(trained(base.unet, ["to_q"], use_dora=True)))
+    magnitudes = [key for key in state_dict if key.endswith("magnitude_vector")]
+    partial = {key: value for key, value in state_dict.items() if key not in magnitudes[count:]}
+    kohya.save_kohya(tmp_path / "some.safetensors", {"unet": (partial, None)}, {})
+    before = sorted(tmp_path.iterdir())
+    for to in ("diffusers", "peft"):
+        with pytest.raises(InputError, match=f"{count} of the {len(magnitudes)} layers of unet have DoRA.*--to kohya"):
+            convert(
+                tmp_path / "some.safetensors", tmp_path / ("out" if to == "peft" else "out.safetensors"), "--to", to
+            )
+    assert sorted(tmp_path.iterdir()) == before
+    convert(tmp_path / "some.safetensors", tmp_path / "again.safetensors", "--to", "kohya", "--rank", 2)
+    again = lora_file.load_lora(tmp_path / "again.safetensors")[0]["unet"]
+    assert {key for key in again if "magnitude" in key} == {*magnitudes[:count]}
+
+
 TRAINED = {
     "pretrained_model_name_or_path": "base", "prediction_type": "v_prediction", "rescale_betas_zero_snr": "True",
     "long_prompts": "True", "num_chunks": "2", "clip_skip": "1", "pretrained_vae_model_name_or_path": "other/vae",

@@ -127,7 +127,7 @@ def kohya_tensors(
 
 def _kohya_name(component, module, names):
     """Returns kohya's name of a module, or None."""
-    whole = module if component == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+    whole = module if component == "unet" or module.startswith("text_") else f"text_model.{module}"
     if component not in names.prefixes or not LAYER.fullmatch(whole):
         return None
     name = whole.replace(".", "_")

@@ -36,7 +36,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     kind, folder = locate(name, single_file_config)
     single = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
     if kind == "folder":
-        check_variant(folder, variant)
+        check_variant(name, variant)
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.

@@ -102,6 +102,7 @@ def save_lora(
     """
     path = Path(path_or_dir)
     path = path if path.suffix.lower() == ".safetensors" else path / WEIGHTS_NAME
+    check_dora({name: state_dict for name, (state_dict, _) in components.items()})
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
     tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
     write_tensors(path, tensors, lora_file_metadata(folded, training))
@@ -145,16 +146,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def _one_rank(state_dict):
-    """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks.
-
-    If some layers have a bias, the others get a bias of zeros, because diffusers supports it for all or none.
-    """
+    """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks."""
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
-    if any(key.endswith(".lora_B.bias") for key in state_dict):
-        ups = {
-            key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")
-        }
-        state_dict = {f"{name}bias": value.new_zeros(len(value)) for name, value in ups.items()} | state_dict
+    state_dict = with_all_biases(state_dict)
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
             state_dict[key] = torch.cat([value, value.new_zeros(rank - len(value), *value.shape[1:])])
@@ -162,6 +156,26 @@ def _one_rank(state_dict):
             zeros = value.new_zeros(len(value), rank - value.shape[1], *value.shape[2:])
             state_dict[key] = torch.cat([value, zeros], dim=1)
     return state_dict
+
+
+def with_all_biases(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adds biases of zeros if only some layers have a bias, because peft supports it for all layers or none."""
+    if not any(key.endswith(".lora_B.bias") for key in state_dict):
+        return state_dict
+    ups = {key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")}
+    return {f"{name}bias": value.new_zeros(len(value)) for name, value in ups.items()} | state_dict
+
+
+def check_dora(components: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Raises `InputError` if only some layers of a component have DoRA, which peft supports for all layers or none."""
+    for name, state_dict in components.items():
+        layers = sum(key.endswith(".lora_A.weight") for key in state_dict)
+        with_dora = sum(key.endswith(".lora_magnitude_vector") for key in state_dict)
+        if with_dora not in (0, layers):
+            raise InputError(
+                f"{with_dora} of the {layers} layers of {name} have DoRA. diffusers and peft only read files in which all "
+                "layers of a component have it, or none. Pass --to kohya."
+            )
 
 
 def as_diffusers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..files import write_whole
-from .lora_file import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, write_tensors
+from .lora_file import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, check_dora, with_all_biases, write_tensors
 from .updates import modules_of
 
 
@@ -21,6 +21,8 @@ def save_peft(
     subfolders. The layers of text encoders have the names of transformers before 5.6. `header` becomes the metadata of the
     weights files, which peft ignores; its `ss_sd_model_name` is also in the configurations.
     """
+    check_dora(components)
+    components = {name: with_all_biases(state_dict) for name, state_dict in components.items()}
     folder = Path(folder)
     header = {key: value for key, value in header.items() if not key.endswith("token")}
     for name, state_dict in components.items():
