@@ -367,6 +367,22 @@ def test_an_incomplete_folder_is_reported(tiny_sd, tmp_path, part, lost):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_model_that_is_not_finite_is_refused(tiny_sd, tmp_path, part, value):
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    (path,) = (tmp_path / "model").glob(f"{part}/*.safetensors")
+    tensors = load_file(path)
+    first, second = sorted(key for key in tensors if key.endswith("weight"))[:2]
+    for name in (first, second):
+        tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"this model can't be loaded: .* 2 of its tensors are not finite, the first: "
+    ):
+        load(tmp_path / "model")
+
+
 def test_sdxl_under_another_name_is_reported(tiny_sd, tmp_path):
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"

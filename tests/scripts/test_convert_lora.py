@@ -195,6 +195,147 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "weak.safetensors", {k: v / 4 for k, v in updates_of(ours).items()})
 
 
+@pytest.mark.parametrize("rank", [3, 8, 40])
+def test_layers_that_are_narrower_than_the_rank(base, tmp_path, capsys, rank):
+    """conv_out has 4 outputs, to_q of the narrow level 8 inputs: sums of high ranks have more ranks than that."""
+    parts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        unet = trained(
+            base.unet, ["conv_out", "to_q", "conv1"], rank_pattern={"conv_out": 30, "to_q": 30, "conv1": 60}
+        )
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = torch.randn(parameter.shape)
+        parts.append(lora_file.save_lora(tmp_path / f"{seed}.safetensors", {"unet": adapter(unet)}, {}))
+    convert(parts[0], tmp_path / "whole.safetensors", "--merge", *parts[1:])
+    for to in ("kohya", "diffusers", "peft"):
+        out = tmp_path / (to if to == "peft" else f"{to}.safetensors")
+        convert(parts[0], out, "--merge", *parts[1:], "--rank", rank, "--to", to)
+        assert "module" in capsys.readouterr().out
+        whole, small = updates_of(tmp_path / "whole.safetensors"), updates_of(out)
+        assert small["unet", "conv_out"].shape[0] == 4
+        for place, update in whole.items():
+            lost = torch.linalg.svdvals(update)[rank:].norm().item()
+            assert (small[place] - update).norm().item() == pytest.approx(
+                lost, rel=1e-3, abs=1e-4 * update.norm().item()
+            )
+    ranks = {key: len(value) for key, value in load_file(tmp_path / "kohya.safetensors").items() if "lora_down" in key}
+    assert ranks["lora_unet_conv_out.lora_down.weight"] == min(rank, 4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dora_on_some_layers_is_only_written_where_it_can_be_read(base, tmp_path, count):
+    state_dict = lora_file.fold_scale(*adapter(trained(base.unet, ["to_q"], use_dora=True)))
+    magnitudes = [key for key in state_dict if key.endswith("magnitude_vector")]
+    partial = {key: value for key, value in state_dict.items() if key not in magnitudes[count:]}
+    kohya.save_kohya(tmp_path / "some.safetensors", {"unet": (partial, None)}, {})
+    before = sorted(tmp_path.iterdir())
+    for to in ("diffusers", "peft"):
+        with pytest.raises(InputError, match=f"{count} of the {len(magnitudes)} layers of unet have DoRA.*--to kohya"):
+            convert(
+                tmp_path / "some.safetensors", tmp_path / ("out" if to == "peft" else "out.safetensors"), "--to", to
+            )
+    assert sorted(tmp_path.iterdir()) == before
+    convert(tmp_path / "some.safetensors", tmp_path / "again.safetensors", "--to", "kohya", "--rank", 2)
+    again = lora_file.load_lora(tmp_path / "again.safetensors")[0]["unet"]
+    assert {key for key in again if "magnitude" in key} == {*magnitudes[:count]}
+
+
+TRAINED = {
+    "pretrained_model_name_or_path": "base", "prediction_type": "v_prediction", "rescale_betas_zero_snr": "True",
+    "long_prompts": "True", "num_chunks": "2", "clip_skip": "1", "pretrained_vae_model_name_or_path": "other/vae",
+}  # fmt: skip
+KEPT = TRAINED.items() - {("pretrained_model_name_or_path", "base")}
+
+
+def write_part(base, path, header, seed=0):
+    return lora_file.save_lora(path, adapters_of(train(base, {}, seed)), header)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
+def test_a_sum_keeps_how_all_its_parts_were_trained(base, tmp_path, capsys, to):
+    first = write_part(base, tmp_path / "a.safetensors", TRAINED)
+    second = write_part(base, tmp_path / "b.safetensors", TRAINED | {"num_chunks": "3", "learning_rate": "1"}, seed=1)
+    foreign = write_part(base, tmp_path / "c.safetensors", {"ss_network_dim": "4"}, seed=2)
+    out = tmp_path / ("out" if to == "peft" else "out.safetensors")
+    convert(first, out, "--merge", second, foreign, "--to", to)
+    header = read_header(out / "unet" / "adapter_model.safetensors" if to == "peft" else out)
+    assert header.items() >= (KEPT - {("num_chunks", "2")}) | {("num_chunks", "3")}
+    said = capsys.readouterr().out
+    words = "v-prediction, zero terminal SNR, long prompts, 3 chunks per prompt, clip skip 1, the VAE other/vae"
+    assert (f"The LoRA was trained with {words}. peft's format has no place" in said) == (to == "peft")
+
+
+def test_a_single_lora_keeps_how_it_was_trained_through_all_formats(base, tmp_path):
+    convert(write_part(base, tmp_path / "a.safetensors", TRAINED), tmp_path / "b", "--to", "peft")
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "--to", "kohya")
+    convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "--to", "diffusers")
+    assert read_header(tmp_path / "d.safetensors").items() >= KEPT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "with prediction_type v_prediction, {b} with epsilon"),
+        ({"rescale_betas_zero_snr": "False"}, "with rescale_betas_zero_snr True, {b} with False"),
+        ({"clip_skip": None}, "with clip_skip 1, {b} with none"),
+        (
+            {"pretrained_vae_model_name_or_path": "a/vae"},
+            "pretrained_vae_model_name_or_path other/vae, {b} with a/vae",
+        ),
+        (dict.fromkeys(TRAINED) | {"modelspec.prediction_type": "epsilon"}, "v_prediction, {b} with epsilon"),
+    ],
+)
+def test_parts_that_were_trained_differently_are_not_added(base, tmp_path, changes, message):
+    header = {key: value for key, value in (TRAINED | changes).items() if value is not None}
+    first = write_part(base, tmp_path / "a.safetensors", TRAINED)
+    second = write_part(base, tmp_path / "b.safetensors", header, seed=1)
+    with pytest.raises(InputError, match=re.escape(message.format(b=second))):
+        convert(first, tmp_path / "out.safetensors", "--merge", second)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_parts_of_two_families_are_not_added(tmp_path):
+    """Also where no layer of one has another shape in the other one: by their keys, their widths or their headers."""
+    ones = {}
+
+    def write(name, layer, width, header=None):
+        parts = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+        save_file(parts, tmp_path / f"{name}.safetensors", header)
+        ones[name] = tmp_path / f"{name}.safetensors"
+
+    down = "unet.down_blocks.1.attentions.0.transformer_blocks"
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    write("sd1", f"{down}.0.attn2.to_k", 768)
+    write("sd2", f"{down}.0.attn2.to_v", 1024)
+    write("xl", f"{down}.1.attn1.to_k", 640)
+    write("text of sd1", text, 768, {"ss_base_model_version": "sd_v1"})
+    write("text of xl", text, 768, {"ss_base_model_version": "sdxl_base_v1-0"})
+    write("text of xl too", text, 768, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
+    for one, other in (
+        ("sd1", "sd2"),
+        ("sd1", "xl"),
+        ("sd2", "xl"),
+        ("text of sd1", "text of xl"),
+        ("sd1", "text of xl too"),
+    ):
+        with pytest.raises(InputError, match=r"Only LoRAs of the same family can be merged\."):
+            convert(ones[one], tmp_path / "out.safetensors", "--merge", ones[other])
+    convert(
+        ones["text of xl"],
+        tmp_path / "out.safetensors",
+        "--merge",
+        ones["text of xl too"],
+        ones["xl"],
+        "--to",
+        "kohya",
+    )
+    assert {key.partition("_text")[0] for key in load_file(tmp_path / "out.safetensors") if "text" in key} == {
+        "lora_te1"
+    }
+
+
 def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
     for to, out in (("kohya", "a.safetensors"), ("diffusers", "b.safetensors"), ("peft", "c")):
         convert(ours, tmp_path / out, "--to", to, "--dtype", "float16")

@@ -16,6 +16,7 @@ from ..models.base_model import BaseModel
 from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
+from ..models.not_a_base import check_folder
 from . import settings
 from .rows import Lora
 
@@ -75,7 +76,7 @@ def hub_path(flag: str, name: str, file: str, revision: str | None = None) -> Pa
 
     Raises `InputError` if `name` is not a hub id, or if the download fails.
     """
-    if not is_hub_id(name) or name.endswith((".safetensors", ".ckpt")):
+    if not is_hub_id(name) or name.lower().endswith((".safetensors", ".ckpt")):
         raise InputError(f"{flag} {name} does not exist. Check the path (relative ones start from {Path.cwd()}).")
     try:
         return hub_file(name, file, revision=revision)
@@ -99,7 +100,7 @@ def find_base(flags: settings.Model) -> Base:
     """Finds the base model; raises `InputError` if it does not exist or its family is not supported."""
     name = str(flags.pretrained_model_name_or_path)
     path = Path(name)
-    if path.is_file() and path.suffix not in (".safetensors", ".ckpt"):
+    if path.is_file() and path.suffix.lower() not in (".safetensors", ".ckpt"):
         raise InputError(f"{MODEL_FLAG} {path}: a single file must be .safetensors or .ckpt.")
     if path.is_file() and flags.single_file_config is not None:
         _check_pipeline("--single_file_config", flags.single_file_config)
@@ -107,7 +108,7 @@ def find_base(flags: settings.Model) -> Base:
         _check_pipeline(MODEL_FLAG, path)
     elif not path.is_file():
         _check_pipeline(MODEL_FLAG, hub_path(MODEL_FLAG, name, "model_index.json", flags.revision).parent)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix.lower() == ".safetensors":
         read_header(MODEL_FLAG, path)
     config = flags.single_file_config and str(flags.single_file_config)
     model = find_base_model(name, revision=flags.revision, variant=flags.variant, single_file_config=config)
@@ -129,6 +130,7 @@ def find_base(flags: settings.Model) -> Base:
 
 def _check_pipeline(flag, folder):
     """Raises `InputError` unless the folder contains a pipeline of a supported family."""
+    check_folder(folder)
     try:
         class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError) as error:
@@ -160,7 +162,7 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         path = _newest_of_run(path)
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix.lower() != ".safetensors":
         raise InputError(f"--lora {path}: only .safetensors files are read, because other formats can contain code.")
     lora = Lora(given, path, scale, adapter, {}, {}, fixed)
     header = read_header("--lora", lora.file)
@@ -230,9 +232,9 @@ def vae_channels(source: str) -> int | None:
         return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(
             "latent_channels"
         )
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         read_header("--vae", path)
-    elif path.suffix not in (".ckpt", ".pt"):
+    elif path.suffix.lower() not in (".ckpt", ".pt"):
         raise InputError(f"--vae {source}: a single file must be .safetensors, .ckpt or .pt.")
     return None
 
