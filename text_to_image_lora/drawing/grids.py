@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..command_line import flag_values
+from ..command_line import flag_values, user_path
 from ..errors import InputError
 from .find import find_checkpoints
 from .prompts import Prompt, read_prompts
@@ -86,7 +86,7 @@ def read_grid(words: Iterable[str], by_flags: dict[str, list[Cell]], lora_scale:
         elif field == "prompt":
             axes[field] = prompt_cells(read_prompts("--grid prompt", values))
         elif field == "checkpoint":
-            found = find_checkpoints(values, lora_scale)
+            found = find_checkpoints([*map(user_path, values)], lora_scale)
             axes[field] = [Cell(label, {field: lora}, suffix=f"-{slug(label)}") for label, lora in found.items()]
         else:
             try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command_line import user_path
 from ..errors import InputError
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
@@ -56,7 +57,7 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
             prompts.append(parse_prompt(value, flag))
             continue
         try:
-            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
+            lines = [line.strip() for line in Path(user_path(value)).read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise InputError(f"{flag} {value} can't be read: {reason}.") from error
