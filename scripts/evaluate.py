@@ -76,7 +76,7 @@ def build_parser():
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models (default: bf16 on CUDA, otherwise no)")
     group("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest available)")
     group("--batch_size", type=at_least(1), help=f"pictures per batch (default: {BATCH_SIZE})")
-    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: the number of physical cores)")
+    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)")
     group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, sheets and pictures")
     # fmt: on
     return parser

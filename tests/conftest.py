@@ -270,12 +270,14 @@ THREADS = [
 
 @pytest.fixture
 def cores(monkeypatch):
-    """A machine of six physical cores with two threads each; the number of threads is put back."""
+    """An idle machine of six physical cores with two threads each, whose launcher sets OMP_NUM_THREADS itself; the number of threads is put back."""
     import torch
 
     before = torch.get_num_threads()
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2 * CORES if logical else CORES)
     monkeypatch.setattr("os.cpu_count", lambda: 2 * CORES)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("text_to_image_lora.libraries.launchers_environment", dict)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2 * CORES)), raising=False)
     yield
     torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config_file import Conflict, override_file, read_flags
+from .config_file import Conflict, Remark, override_file, read_flags
 from .errors import InputError
 
 
@@ -183,13 +183,14 @@ class Parser(argparse.ArgumentParser):
 
     `settings_class` is a frozen dataclass of groups of flags. A group is a frozen dataclass of fields made by `flag`, with
     a `title` for `--help` and, if its flags have to be checked together, `conflicts` (a tuple of `Conflict`) and a method
-    `check(settings)`.
+    `check(settings)`. Its `remarks` (a tuple of `Remark`) are logged.
     """
 
     def __init__(self, settings_class: Any = None, **options: Any):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | options)
         self.settings_class = settings_class
         self.conflicts: list[Conflict] = []
+        self.remarks: list[Remark] = []
         self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
         self.file_flags: dict[str, str] = {}  # {flag whose value is from the file of --config: the file}
         self.register("type", Path, lambda text: Path(user_path(text)))
@@ -197,6 +198,7 @@ class Parser(argparse.ArgumentParser):
             return
         groups: list[Any] = [field.type for field in dataclasses.fields(settings_class)]
         self.conflicts = [conflict for group in groups for conflict in getattr(group, "conflicts", ())]
+        self.remarks = [remark for group in groups for remark in getattr(group, "remarks", ())]
         by_title = {group.title: [] for group in groups}
         for group in groups:
             for field in dataclasses.fields(group):
@@ -215,8 +217,9 @@ class Parser(argparse.ArgumentParser):
             for name, group_class in classes.items()
         }
         settings = self.settings_class(**groups)
-        object.__setattr__(settings, "notes", self.notes)  # the classes of settings are frozen
         defaults = {name: self.get_default(name) for name in values}
+        remarks = [line for remark in self.remarks if (line := remark.line(values, defaults)) is not None]
+        object.__setattr__(settings, "notes", [*self.notes, *remarks])  # the classes of settings are frozen
         try:
             for conflict in self.conflicts:
                 if conflict.refusal is not None and conflict.applies(values, defaults):

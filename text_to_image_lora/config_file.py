@@ -143,3 +143,17 @@ def override_file(
             overridden[pair[1]] = pair[0]
             values[pair[1]] = defaults[pair[1]]
     return overridden
+
+
+class Remark(NamedTuple):
+    """A line to log if a flag differs from its default and other flags make it ineffective or harmful."""
+
+    flag: str
+    text: str  # follows the flag
+    applies: Callable[[Mapping[str, Any]], Any]  # to the values of all flags
+
+    def line(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+        """Returns the line, or None if there is nothing to say."""
+        value = values[self.flag]
+        said = value not in (None, defaults[self.flag]) and self.applies(values)
+        return f"--{self.flag} {self.text}" if said else None

@@ -122,7 +122,7 @@ class Machine:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest available device", recorded=False)
     compile: bool = flag(False, "compile the UNet's blocks with torch.compile: the first step takes a minute or more, and later steps are faster; useful for many pictures", recorded=False, action="store_true")
     offload: bool = flag(False, "keep each model on the GPU only while it is used: slower, for GPUs whose memory is too small for all models", recorded=False, action="store_true")
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: the number of physical cores, unless you set OMP_NUM_THREADS)", COUNT)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)", COUNT)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..command_line import COMPATIBILITY, above, at_least, between, duration, flag, from_up_to, to_seconds, user_path
-from ..config_file import Conflict
+from ..config_file import Conflict, Remark
 from ..errors import InputError
 from ..files import counted
 from ..models.compiling import OPTIONS as COMPILED
@@ -16,6 +16,7 @@ from .optimizers import OPTIMIZERS, check_optimizer
 
 
 ENDLESS_VARIATIONS_CACHED = 4
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 
 
@@ -33,7 +34,7 @@ class RunSettings:
     output_dir: str = flag("sd-model-finetuned-lora", "folder for the LoRA, checkpoints, sample pictures and metrics", user_path, may_change=True)
     seed: int | None = flag(None, "random seed, for reproducible runs (default: drawn at random and saved in run.yaml)", between(0, 2**63 - 1, int))
     max_train_time: str | None = flag(None, "maximum time for the whole command, such as 3h50m; the run stops early enough, with a checkpoint and exit code 75", duration, metavar="TIME", may_change=True)
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: the number of physical cores divided by the processes, unless you set OMP_NUM_THREADS)", at_least(1), may_change=True)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy, divided by the processes)", at_least(1), may_change=True)
     local_rank: int = flag(-1, "set by the launcher; not for users", int, may_change=True, recorded=False, title=COMPATIBILITY)
     # fmt: on
 
@@ -136,6 +137,13 @@ class OptimizerSettings:
             for name in ("text_encoder_lr", "loraplus_lr_ratio", "scale_lr")
         ),
     )  # fmt: skip
+    remarks: ClassVar = (
+        Remark(
+            "learning_rate", "is a factor of the learning rate that --optimizer prodigy finds itself, and should be near 1: leave it out",
+            lambda flags: _is_prodigy(flags) and not 0.1 <= flags["learning_rate"] <= 10,
+        ),
+        Remark("ema_decay", "has no effect without --use_ema", lambda flags: not flags["use_ema"]),
+    )  # fmt: skip
     # fmt: off
     optimizer: str | None = flag(None, "optimizer (default: adamw)", choices=[*OPTIMIZERS])
     optimizer_args: tuple[str, ...] = flag((), "further options of the optimizer, such as d_coef=0.5", nargs="+", metavar="KEY=VALUE", may_change=True)
@@ -185,6 +193,25 @@ class ScheduleSettings:
     conflicts: ClassVar = (
         Conflict("lr_warmup_steps", "lr_warmup_ratio", "Pass one of --lr_warmup_steps and --lr_warmup_ratio."),
     )
+    remarks: ClassVar = (
+        *(
+            Remark(
+                name, "has no effect with --lr_scheduler constant and piecewise_constant, which have no warmup; use "
+                "constant_with_warmup or another scheduler",
+                lambda flags, name=name: flags[name] and flags["lr_scheduler"] in WITHOUT_WARMUP,
+            )
+            for name in ("lr_warmup_steps", "lr_warmup_ratio")
+        ),
+        *(
+            Remark(
+                name, f"has no effect without --lr_scheduler {scheduler}",
+                lambda flags, scheduler=scheduler: flags["lr_scheduler"] != scheduler,
+            )
+            for name, scheduler in {
+                "lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial", "lr_step_rules": "piecewise_constant",
+            }.items()
+        ),
+    )  # fmt: skip
     # fmt: off
     lr_scheduler: str = flag("constant", "schedule of the learning rate", choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"], may_change=True)
     lr_warmup_steps: int | None = flag(None, "number of optimizer steps in which the learning rate rises from 0 (default: 500, but at most a tenth of the run)", at_least(0), may_change=True)
@@ -207,6 +234,17 @@ class ScheduleSettings:
                 f"--lr_scheduler polynomial: {warmup_steps} of {num_steps} steps are warmup. Use fewer warmup steps."
             )
         return warmup_steps
+
+    def describe_long_warmup(self, num_steps: int) -> str | None:
+        """Returns a line about warmup that does not end before the run, or None."""
+        warmup_steps = self.num_warmup_steps(num_steps)
+        if self.lr_scheduler in WITHOUT_WARMUP or warmup_steps < num_steps:
+            return None
+        flag = "lr_warmup_steps" if self.lr_warmup_ratio is None else "lr_warmup_ratio"
+        return (
+            f"--{flag}: the warmup of {counted(warmup_steps, 'step')} does not end in the run of "
+            f"{counted(num_steps, 'step')}, so the learning rate stays below --learning_rate; use fewer warmup steps"
+        )
 
     def check_rate(self, learning_rate: float) -> None:
         """Raises `InputError` for a learning rate below that at which diffusers' polynomial schedule ends."""
@@ -245,6 +283,17 @@ class LossSettings:
             "Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.",
         ),
     )  # fmt: skip
+    remarks: ClassVar = (
+        Remark("huber_c", "has no effect without --loss_type huber", lambda flags: flags["loss_type"] != "huber"),
+        Remark(
+            "perceptual_loss_weight", "has no effect without --perceptual_loss",
+            lambda flags: flags["perceptual_loss"] is None,
+        ),
+        Remark(
+            "perceptual_max_timestep", "has no effect without --perceptual_loss decoder",
+            lambda flags: flags["perceptual_loss"] != "decoder",
+        ),
+    )  # fmt: skip
     # fmt: off
     loss_type: str = flag("mse", "mse: mean squared error; huber: pseudo-Huber loss with a schedule, for datasets that contain bad pictures or captions", choices=["mse", "huber"])
     huber_c: float = flag(0.1, "width of --loss_type huber at the noisiest timestep", above(0))
@@ -269,6 +318,13 @@ class TimestepSettings:
     """The prediction type and the sampling of timesteps."""
 
     title: ClassVar = "timesteps"
+    remarks: ClassVar = tuple(
+        Remark(
+            name, f"has no effect without --timestep_sampling {scheme}",
+            lambda flags, scheme=scheme: flags["timestep_sampling"] != scheme,
+        )
+        for name, scheme in {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}.items()
+    )  # fmt: skip
     # fmt: off
     prediction_type: str | None = flag(None, "what the model predicts (default: that of the base model)", choices=["epsilon", "v_prediction"])
     rescale_betas_zero_snr: bool = flag(False, "rescale the noise schedule so that the last timestep is pure noise (zero terminal SNR); needs v_prediction")
