@@ -223,7 +223,7 @@ class Parser(argparse.ArgumentParser):
         try:
             for conflict in self.conflicts:
                 if conflict.refusal is not None and conflict.applies(values, defaults):
-                    raise InputError(conflict.refusal)
+                    raise InputError(conflict.refusal.format_map(values))
             for group in groups.values():
                 if hasattr(group, "check"):
                     group.check(settings)

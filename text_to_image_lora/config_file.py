@@ -99,7 +99,8 @@ class Conflict(NamedTuple):
     """Two flags that exclude each other, or of which one makes the other ineffective.
 
     If one of them is on the command line and the other in the file of --config, the latter is ignored. If both come from
-    the same place, the command is refused with the message `refusal`; without a message, both are accepted.
+    the same place, the command is refused with the message `refusal`, in which {flag} stands for the value of a
+    flag; without a message, both are accepted.
     """
 
     first: str

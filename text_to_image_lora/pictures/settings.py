@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..command_line import at_least, between, flag, from_up_to, user_path
-from ..config_file import Conflict
+from ..config_file import Conflict, Remark
 from ..errors import InputError
 from .buckets import Buckets, make_buckets, square
 
@@ -61,6 +61,13 @@ class CaptionSettings:
     """The captions and how they are edited."""
 
     title: ClassVar = "captions"
+    remarks: ClassVar = tuple(
+        Remark(
+            name, "has no effect without --shuffle_tags or --caption_tag_dropout",
+            lambda flags: not flags["shuffle_tags"] and not flags["caption_tag_dropout"],
+        )
+        for name in ("keep_tags", "tag_variations")
+    )  # fmt: skip
     # fmt: off
     instance_prompt: str | None = flag(None, "caption for all pictures that have none", may_change=True)
     caption_template: str = flag("{trigger} {class}", "caption for pictures in folders named [trigger]_[class]", may_change=True)
@@ -96,6 +103,13 @@ class ClassPictureSettings:
     """Class pictures, which preserve how the base model draws the class (prior preservation)."""
 
     title: ClassVar = "class pictures"
+    remarks: ClassVar = (
+        Remark(
+            "prior_loss_weight",
+            "has no effect without --class_data_dir",
+            lambda flags: flags["class_data_dir"] is None,
+        ),
+    )
     # fmt: off
     class_data_dir: str | None = flag(None, "pictures of the class in general, which are trained along with yours so that the model does not forget the class (prior preservation of DreamBooth)", user_path, metavar="FOLDER", may_change=True)
     class_prompt: str | None = flag(None, "caption for the pictures in --class_data_dir that have none", may_change=True)

@@ -117,13 +117,13 @@ class OptimizerSettings:
     title: ClassVar = "optimizer"
     conflicts: ClassVar = (
         Conflict(
-            "use_8bit_adam", "optimizer", "Pass one of --use_8bit_adam and --optimizer: both choose the optimizer.",
+            "use_8bit_adam", "optimizer", "Pass one of --use_8bit_adam and --optimizer {optimizer}.",
             lambda flags: flags["use_8bit_adam"] and flags["optimizer"] not in (None, "adamw8bit"),
         ),
         Conflict(
             "optimizer", "lr_scheduler",
-            "--optimizer schedulefree can only be combined with --lr_scheduler constant or constant_with_warmup. Leave the "
-            "scheduler out, or use another optimizer.",
+            "--optimizer schedulefree can't be combined with --lr_scheduler {lr_scheduler}. Leave the scheduler out, or use "
+            "another optimizer.",
             lambda flags: flags["optimizer"] == "schedulefree" and not flags["lr_scheduler"].startswith("constant"),
             one_way=True,
         ),
@@ -131,10 +131,13 @@ class OptimizerSettings:
         Conflict("optimizer", "learning_rate", clash=_is_prodigy, one_way=True),
         *(
             Conflict(
-                "optimizer", name, f"--optimizer prodigy finds a single learning rate itself. Leave --{name} out.",
+                "optimizer", name, f"--optimizer prodigy {reason}. Leave --{name} out.",
                 lambda flags, name=name: _is_prodigy(flags) and flags[name], one_way=True,
             )
-            for name in ("text_encoder_lr", "loraplus_lr_ratio", "scale_lr")
+            for name, reason in {
+                "loraplus_lr_ratio": "has a single learning rate", "text_encoder_lr": "has a single learning rate",
+                "scale_lr": "finds the learning rate itself",
+            }.items()
         ),
     )  # fmt: skip
     remarks: ClassVar = (
