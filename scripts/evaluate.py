@@ -61,9 +61,9 @@ def build_parser():
     group = parser.add_argument_group("pictures").add_argument
     group("--num_prompts", type=at_least(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
     group("--num_images", type=at_least(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
-    group("--seed", type=at_least(0), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
+    group("--seed", type=between(0, 2**63 - 1, int), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
     group("--resolution", type=at_least(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
-    group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
+    group("--num_inference_steps", type=SETTINGS["num_inference_steps"].parse, metavar="N", default=30, help="denoising steps")
     group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="classifier-free guidance scale: how strictly the prompts are followed")
     group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py (default: the base model's, with dpm++ in place of pndm)")
 

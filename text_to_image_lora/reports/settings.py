@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..command_line import at_least, between, flag, hub_id, user_path
 from ..config_file import Conflict
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
-from ..drawing.rows import OPTIONS_OF_PROMPTS, SETTINGS
+from ..drawing.rows import MOST_STEPS, OPTIONS_OF_PROMPTS, SETTINGS, Drawing, check_drawing
 from ..errors import InputError
 
 
@@ -81,7 +81,7 @@ class SampleSettings:
     validation_negative_prompt: str = flag("", "negative prompt for the sample pictures", may_change=True)
     num_validation_images: int = flag(4, "number of sample pictures per prompt; 0: draw none", at_least(0), may_change=True)
     validation_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the sample pictures; higher values follow the prompt more closely", at_least(0, float), may_change=True)
-    validation_inference_steps: int = flag(30, "number of denoising steps for the sample pictures", at_least(1), may_change=True)
+    validation_inference_steps: int = flag(30, "number of denoising steps for the sample pictures", between(1, MOST_STEPS, int), may_change=True)
     # fmt: on
 
     @functools.cached_property
@@ -106,6 +106,10 @@ class SampleSettings:
             raise InputError(
                 f"--{unknown[0]} after a prompt works only in infer.py. Sample pictures support {listed}."
             )
+        last = max(self.num_validation_images - 1, 0)
+        for prompt in self.prompts:
+            options = {"num_inference_steps": self.validation_inference_steps} | prompt.options
+            check_drawing(Drawing(**options | {"seed": prompt.options.get("seed", 0) + last}))
 
 
 @dataclass(frozen=True)
