@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
-from text_to_image_lora.command_line import Parser, at_least
+from text_to_image_lora.command_line import Parser, at_least, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models.dialects import check_lora
@@ -48,12 +48,18 @@ MERGED_KEYS = (
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
     add = parser.add_argument
-    add("lora", metavar="IN[:STRENGTH]", help="LoRA to read: .safetensors file or folder, in any of the formats")
-    add("out", metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
+    add(
+        "lora",
+        type=user_path,
+        metavar="IN[:STRENGTH]",
+        help="LoRA to read: .safetensors file or folder, in any of the formats",
+    )
+    add("out", type=user_path, metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
     add("--to", choices=DIALECTS, help="format to write (default: the format of IN)")
     add("--rank", type=at_least(1), help="reduce every module to at most this rank by SVD, and print the loss")
     add(
         "--merge",
+        type=user_path,
         nargs="+",
         default=[],
         metavar="LORA[:STRENGTH]",

@@ -310,12 +310,17 @@ THREADS = [
 
 @pytest.fixture
 def cores(monkeypatch):
-    """Simulates a machine with six physical cores and two threads per core; restores PyTorch's number of threads."""
+    """Simulates an idle machine with six physical cores and two threads per core, whose launcher sets OMP_NUM_THREADS.
+
+    Restores PyTorch's number of threads.
+    """
     import torch
 
     before = torch.get_num_threads()
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2 * CORES if logical else CORES)
     monkeypatch.setattr("os.cpu_count", lambda: 2 * CORES)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("text_to_image_lora.libraries.launchers_environment", dict)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2 * CORES)), raising=False)
     yield
     torch.set_num_threads(before)

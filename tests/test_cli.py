@@ -511,7 +511,7 @@ def test_a_run_says_only_what_is_its_own(real_run):
     starts = [
         "--hub_token: a launcher that fails prints its command, including the token. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
-        "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
+        "6 pictures, 3 steps an epoch, 3 steps (1 epoch); effective batch 2 on 1 x cpu (1 thread) in float32; ",
         "30 of 30 LoRA modules read back correctly from the diffusers file",
         f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
         f"report: {output_dir}/report.html",

@@ -86,7 +86,7 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
         "concept spear: 2 pictures, 5 samples per epoch",
         "concept whip: 1 picture, 5 samples per epoch",
         "what the model will see: ",
-        "8 pictures, 5 steps an epoch, 6 steps; effective batch 4 on ",
+        "8 pictures, 5 steps an epoch, 6 steps (1.2 epochs); effective batch 4 on ",
     ):
         assert one.said.count(line) == two.said.count(line) == 1
 

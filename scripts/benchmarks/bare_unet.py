@@ -73,7 +73,7 @@ def main(args):
     )
     dtype = dtype_of(args.mixed_precision)
     if device.type == "cpu":
-        torch.set_num_threads(num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ, alone=True))
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = find_base_model(args.pretrained_model_name_or_path)

@@ -219,7 +219,7 @@ def rates(precisions):
     )
     size = dict(side=8192, repeats=50)
     if device.type == "cpu":
-        torch.set_num_threads(num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ, alone=True))
         size = dict(side=2048, repeats=6)
     return {"machine": machine(device), "rates": {name: matrix_rate(name, device, **size) for name in precisions}}
 

@@ -10,6 +10,7 @@ from text_to_image_lora.drawing.find import find_base, find_checkpoints, vae_cha
 from text_to_image_lora.drawing.fits import check_fits
 from text_to_image_lora.drawing.pipeline import Job
 from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.drawing.rows import Drawing, check_drawing
 from text_to_image_lora.drawing.settings import Model
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable, expand_pattern
@@ -125,6 +126,7 @@ def check_flags(args):
         raise InputError("--validation_split is a fraction of --train_data_dir: add --train_data_dir.")
     if args.trigger_word is not None and not args.trigger_word.strip():
         raise InputError("--trigger_word is empty: pass the words that call the concept, or leave the flag out.")
+    check_drawing(Drawing(num_inference_steps=args.num_inference_steps, scheduler=args.scheduler))
     check_writable(args.output_dir, "--output_dir")
 
 
