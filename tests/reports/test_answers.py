@@ -1,12 +1,14 @@
 """The answer of a run's page, from metrics and files made by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
-from text_to_image_lora.reports import runs, stopping
+from text_to_image_lora.reports import report_page, runs, sample_pictures, stopping
 
 
 def write_run(folder, losses, *, held_out=4, patience=None, num_steps=36, finished=False):
@@ -96,3 +98,22 @@ def test_metrics_of_an_earlier_version_have_no_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answer = runs.make_answer(runs.read_run(tmp_path))
     assert answer.sentence == "Best at step 6, 10.0% below the base model's loss; still improving."
+
+
+def test_cards_of_equal_prompts_are_told_apart_by_their_options(tmp_path):
+    """By whatever differs: guidance, size, negative prompt; the seed stands there anyway."""
+    write_run(tmp_path, {0: 1.0})
+    (tmp_path / "about.json").unlink()
+    different = [
+        {"guidance_scale": "2.0"},
+        {"guidance_scale": "9.0"},
+        {"negative_prompt": "rust", "guidance_scale": "9.0"},
+    ]
+    pictures = {
+        f"prompt-{place:02d}-0": (Image.new("RGB", (8, 8)), {"prompt": "a red axe", "seed": 3} | options)
+        for place, options in enumerate(different)
+    }
+    sample_pictures.save_pictures(tmp_path / "validation" / "step-000006", pictures)
+    text = report_page.write_page(tmp_path).read_text(encoding="utf-8")
+    notes = re.findall(r'<span class="quiet">seed 3</span> <span class="quiet">([^<]*)</span>', text)
+    assert notes == ["guidance 2.0", "guidance 9.0", "guidance 9.0, without rust"]

@@ -3,15 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
 
+from ..drawing.rows import SETTINGS
 from ..errors import InputError
 from . import about, stopping
 from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
+
+
+OPTIONS = SETTINGS.keys() - {"prompt", "seed", "checkpoint"}  # of a sample picture
 
 
 class SavedSample(NamedTuple):
@@ -20,6 +24,7 @@ class SavedSample(NamedTuple):
     prompt: str
     seed: int | None  # None: the file does not record it
     path: Path
+    options: dict[str, str]  # {field of a drawing: words for people}, without prompt and seed
 
 
 class LoraFile(NamedTuple):
@@ -84,9 +89,12 @@ def read_pictures(folder: Path) -> dict[int, dict]:
         for path in sorted(place.glob("prompt-*.png")):
             with Image.open(path) as image:
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
+                options = {field: image.info[field] for field in OPTIONS if image.info.get(field)}
             seed = None if seed is None else int(seed)
             key = prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed
-            pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(prompt, seed, path)
+            pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(
+                prompt, seed, path, shown_options(options)
+            )
         if pictures:
             found[step_of(place)] = pictures
     return found
@@ -109,6 +117,15 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
                 folder / place / kohya.file_name(folder, step if place else None)
             )  # there may be files of other runs
             yield LoraFile(place, step, [path, *([kohyas] if kohyas.is_file() else [])])
+
+
+def shown_options(options: dict[str, Any]) -> dict[str, str]:
+    """Returns {field: words for people}, such as "guidance 9", for options of a prompt {field of a drawing: value}."""
+    labels = {field: SETTINGS[field].label or f"{SETTINGS[field].short} {{}}" for field in options}
+    return {
+        field: labels[field].format(f"{value:g}" if isinstance(value, float) else value)
+        for field, value in options.items()
+    }
 
 
 class Answer(NamedTuple):
