@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import make_picture_set, run_command, write_pictures
-from PIL import Image, ImageFont
+from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.inspection import LISTED, describe, format_report, wrapped
+from text_to_image_lora.pictures.inspection import CAPTION_WIDTH, LISTED, describe, format_report, preview_sheet
 
 
 @pytest.fixture
@@ -83,8 +83,10 @@ def test_a_dry_run_by_the_command(arguments, tmp_path):
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
     sheet_file = tmp_path / "sheet.png"
     train(dry_run=True, preview_data=sheet_file, random_flip=True, random_hue=0.1, cache_variations=3)
-    sheet = Image.open(sheet_file)
-    assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
+    with Image.open(sheet_file) as image:
+        sheet = image.convert("RGB")
+    # The tiles end at the margins, 34 pixels from the edges.
+    left, top = sheet.width - 34 - 2 * 200 + 8, sheet.height - 34 - 6 * 200 + 8
     expected = make_picture_set(pictures, random_flip=True, random_hue=0.1)
     rows = []
     for index in range(6):
@@ -92,7 +94,9 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
         rows += [
             row
             for row in range(6)
-            if (np.asarray(sheet.crop((208, 8 + 200 * row, 400, 200 + 200 * row))) == np.asarray(tile)).all()
+            if (
+                np.asarray(sheet.crop((left, top + 200 * row, left + 192, top + 192 + 200 * row))) == np.asarray(tile)
+            ).all()
         ]
     assert sorted(rows) == list(range(6))
 
@@ -104,7 +108,8 @@ def test_the_preview_makes_its_folder(train, tmp_path, capsys, dry_run):
     assert f"what the model will see: {sheet_file}\n" in capsys.readouterr().out
     with Image.open(sheet_file) as sheet:
         assert sheet.format == "JPEG"
-        assert sheet.size == (4 * 200 + 460, 6 * 200 + 8)
+        assert sheet.height > 6 * 192
+        assert sheet.width > 4 * 192
 
 
 def test_a_preview_that_is_a_folder_is_refused(train, tmp_path):
@@ -144,9 +149,15 @@ def test_the_report_on_a_set(pictures, tmp_path):
     assert not any("tokens" in line for line in lines)
 
 
-def test_captions_are_wrapped():
-    font = ImageFont.load_default(size=13)
-    lines = wrapped("a red axe on a blue background " * 3 + "x" * 200, font, 120)
-    assert " ".join(lines) == "a red axe on a blue background " * 3 + "x" * 200
-    assert all(font.getlength(line) <= 120 for line in lines[:-1])
-    assert lines[-1] == "x" * 200
+def test_the_preview_shows_each_variation_whole_and_the_caption_beside_it(pictures):
+    """Wide and tall pictures keep their shape, and a caption without spaces stays within its width."""
+    sizes = [(64, 32), (32, 64)] * 3
+    captions = [["x" * 200]] + [["an axe"]] * 5
+    found = make_picture_set(pictures, sizes=sizes, captions=captions)
+    plain, sheet = (preview_sheet(each, [0, 1], 2) for each in (make_picture_set(pictures, sizes=sizes), found))
+    assert plain.height == sheet.height
+    white = np.all(np.asarray(sheet) == 255, axis=-1)
+    left = sheet.width - (2 * 200 - 8) - 34  # of the first tile; 34 is the margin
+    assert white[: sheet.height // 2, left : left + 192].all(axis=1).sum() > 90  # above and below a wide picture
+    assert white[sheet.height // 2 :, left : left + 192].all(axis=0).sum() > 90  # beside a tall one
+    assert CAPTION_WIDTH >= left - 2 * 34 > CAPTION_WIDTH - 40

@@ -146,7 +146,8 @@ def test_what_it_leaves(tiny_sd, pictures, tmp_path):
     assert re.search("rank [24] did best|No run was better than the base model", page)
     assert all(f"trial-000{number}/report.html" in page for number in range(2))
     with Image.open(folder / "pictures.png") as sheet:
-        assert sheet.size == (300 + 2 * 150 + 6, 2 * 150 + 6)
+        assert sheet.width > 2 * 144
+        assert sheet.height > 2 * 144
 
 
 def test_two_workers_divide_the_trials(tmp_path):

@@ -89,8 +89,6 @@ class RunReports:
                 self.painter.draw(0)
         if step == 0:
             self.judge.validate(0, self.checkpoints.save_lora, is_base=self.settings.lora.lora_weights is None)
-        if self.judge.out_of_patience():
-            logger.info(f"finished at step {step}; raise --early_stopping_patience to continue")
 
     def begin(self) -> BaseException | None:
         """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again."""
@@ -168,8 +166,11 @@ class RunReports:
         """
         self.progress.close()
         files = []
-        if ending is None and (line := self.judge.summarize(self.run.state.global_step)) is not None:
-            logger.info(line)
+        if ending is None:
+            step = self.run.state.global_step
+            lines = (self.judge.describe_early_stop(step, self.run.num_steps), self.judge.summarize(step))
+            for line in filter(None, lines):
+                logger.info(line)
         if self.accelerator.is_main_process and isinstance(ending, NotANumberError):
             with self.learning.weights_for_use():
                 self.checkpoints.save_lora(self.output_dir / metrics.LAST_GOOD)

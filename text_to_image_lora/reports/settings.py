@@ -59,7 +59,7 @@ class ValidationSettings:
     validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", user_path, nargs="+", metavar="FOLDER", may_change=True)
     validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", at_least(0), may_change=True)
     validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", at_least(1), may_change=True)
-    early_stopping_patience: int | None = flag(None, "stop after N validations in a row without improvement (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
+    early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
     # fmt: on
 
     def due_after(self, step: int, steps_per_epoch: int) -> bool:
