@@ -98,7 +98,7 @@ FLAGS = dict(
 
 
 def written(start, words, folder, nth):
-    """Runs the command with a disk that is full at the nth file, and returns its exit code, its output, and the files written."""
+    """Runs the command with a disk that is full at the nth file, and returns its exit code, its output, and the files."""
     before = WRITER.format(folder=str(folder / "run"), record=str(folder / "record.json"), nth=nth)
     code, said = start(words, folder, before=before).wait()
     opened = json.loads((folder / "record.json").read_text())
@@ -121,7 +121,7 @@ def assert_all_is_whole(folder):
 def places(opened, resumed):
     """Returns numbers of files, from 1: the first write to each path, and the last write to metrics.jsonl.
 
-    For a new run, only files before its first step are returned; for a resumed run, only files after it.
+    For a new run, these are only files before its first step; for a resumed run, all files.
     """
     first = {path: number for number, path in reversed([*enumerate(opened, 1)])}
     numbers = sorted({*first.values(), max(k for k, path in enumerate(opened, 1) if path == "out/metrics.jsonl")})

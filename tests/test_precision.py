@@ -44,7 +44,7 @@ def first_forward():
 
 @pytest.mark.parametrize("said_by", ["flag", "launcher"])
 def test_a_dry_run_knows_the_precision(train, tmp_path, monkeypatch, said_by):
-    """bf16 takes half of the memory of float32, whether a flag or the launcher sets it."""
+    """In bf16, the cache takes half as much as in float32, whether a flag or the launcher sets the precision."""
     sizes = []
     for precision in ("no", "bf16"):
         if said_by == "launcher":

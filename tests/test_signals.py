@@ -307,7 +307,7 @@ def wait_for_step(folder, step, process):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_torchrun_hands_the_signal_on(words, tmp_path, name):
-    """Two processes stop after one step, and a resumed run ends like an undisturbed run."""
+    """Both processes stop after an equal number of steps, and a resumed run ends like an undisturbed run."""
     launcher = [*TORCHRUN[:3], "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *TORCHRUN[3:]]
     flags = words(tmp_path, train_batch_size=1)
     process = launched(flags, launcher, tmp_path)

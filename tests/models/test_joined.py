@@ -63,7 +63,7 @@ def test_what_is_trained_lies_in_one_order_joined_or_not(make_unet, flat, lora_p
 def test_a_step_launches_less(make_unet):
     """A self-attention launches 3 of 9 products forward and 5 of 15 backward; a cross-attention 3 of 6 each.
 
-    The input of the first self-attention needs no gradient, which saves two products per layer.
+    The input of the first self-attention needs no gradient, for which each layer would launch two products.
     """
     counts = []
     for unet in (make_unet(), by_itself(make_unet())):
