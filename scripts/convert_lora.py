@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from text_to_image_lora.command_line import Parser, at_least, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.errors import InputError, TrainingError
-from text_to_image_lora.models.dialects import check_lora
+from text_to_image_lora.models.dialects import PICKLES, check_lora, find_dialect
 
 
 DIALECTS = ("diffusers", "kohya", "peft")
@@ -88,6 +88,18 @@ def split_strength(text):
     if not Path(path).exists():
         raise InputError(f"{path}: there is no such file or folder.")
     return path, strength
+
+
+def dialect_of(path):
+    """Returns the dialect of a LoRA; raises `InputError` if it is not one."""
+    if Path(path).suffix.lower() not in PICKLES:
+        return check_lora(path)
+    from text_to_image_lora.models.lora_file import read_tensors
+
+    try:
+        return find_dialect(read_tensors(Path(path))[0])
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def settle_out(out, dialect):
@@ -199,7 +211,7 @@ def write(components, header, out, dialect, dtype):
 
 def main(args):
     sources = [split_strength(text) for text in (args.lora, *args.merge)]
-    dialects = [check_lora(path) for path, _ in sources]
+    dialects = [dialect_of(path) for path, _ in sources]
     dialect = args.to or dialects[0].removeprefix("old ")
     out = settle_out(args.out, dialect)
     components, headers = read(sources)

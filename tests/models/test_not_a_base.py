@@ -207,6 +207,8 @@ def test_shards_and_other_files_are_no_variants(copied):
     save_file(tensors, file.with_name("diffusion_pytorch_model-00001-of-00002.fp16.safetensors"))
     save_file(tensors, file.with_name("diffusion_pytorch_model.fp16-00001-of-00002.safetensors"))
     save_file(tensors, file.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    (folder / "safety_checker").mkdir()  # which is not loaded
+    (folder / "safety_checker" / "model.fp16.safetensors").write_bytes(b"")
     loading.find_base_model(str(folder))
     file.rename(file.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
     loading.find_base_model(str(folder))

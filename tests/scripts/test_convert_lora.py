@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_header
+from original_weights import Attack
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_pipeline import (
@@ -27,6 +28,7 @@ from small_pipeline import (
 from scripts import convert_lora
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import kohya, lora_file
+from text_to_image_lora.models.dialects import check_lora
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
 
 
@@ -400,7 +402,15 @@ BAD = {
         "{tmp}/cut.safetensors {tmp}/o.safetensors",
         "{tmp}/cut.safetensors: it can't be read as a safetensors",
     ),
-    "a pickle": ("{tmp}/pickle.pt {tmp}/o.safetensors", "{tmp}/pickle.pt: it can't be read as a safetensors file"),
+    "a pickle": (
+        "{tmp}/pickle.pt {tmp}/o.safetensors",
+        "{tmp}/pickle.pt: it is not a LoRA of Stable Diffusion: it contains",
+    ),
+    "a pickle with code": (
+        "{tmp}/evil.bin {tmp}/o.safetensors",
+        "{tmp}/evil.bin: it carries more than weights (posix.mkdir)",
+    ),
+    "no pickle": ("{tmp}/text.pt {tmp}/o.safetensors", "{tmp}/text.pt: it is not a whole torch checkpoint"),
     "no adapter": (
         "{tmp}/model.safetensors {tmp}/o.safetensors",
         "not a LoRA of Stable Diffusion: it contains conv_in.weight",
@@ -413,6 +423,8 @@ BAD = {
 def test_bad_input_is_reported_in_one_line_and_nothing_is_written(ours, tmp_path, words, message):
     (tmp_path / "cut.safetensors").write_bytes((ours / lora_file.WEIGHTS_NAME).read_bytes()[:-100])
     torch.save({"x": torch.ones(1)}, tmp_path / "pickle.pt")
+    torch.save({"x": Attack(str(tmp_path / "hacked"))}, tmp_path / "evil.bin")
+    (tmp_path / "text.pt").write_text("a text")
     save_file({"conv_in.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     odd = {f"{name}.lora_A.weight": torch.ones(2, 5), f"{name}.lora_B.weight": torch.ones(5, 2)}
@@ -423,6 +435,16 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(ours, tmp_path
         convert(*words.format(**places).split())
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["axe.pt", "axe.bin", "AXE.CKPT"])
+def test_a_pickled_lora_can_be_converted(ours, tmp_path, name):
+    tensors = load_file(ours / lora_file.WEIGHTS_NAME)
+    torch.save({"state_dict": tensors, "epoch": 3} if name == "AXE.CKPT" else tensors, tmp_path / name)
+    convert(tmp_path / name, tmp_path / "out.safetensors")
+    assert_equal_updates(tmp_path / "out.safetensors", ours)
+    with pytest.raises(InputError, match=r"Convert it: python scripts/convert_lora\.py IN OUT\.safetensors"):
+        check_lora(tmp_path / name)
 
 
 def run(*words):

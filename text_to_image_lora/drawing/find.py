@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import expand_pattern, hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
-from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
+from ..models.dialects import COMPONENTS, CONVERT, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
 from ..models.not_a_base import check_folder
@@ -163,7 +163,7 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
     if path.is_file() and path.suffix.lower() != ".safetensors":
-        raise InputError(f"--lora {path}: only .safetensors files are read, because other formats can contain code.")
+        raise InputError(f"--lora {path}: {CONVERT}")
     lora = Lora(given, path, scale, adapter, {}, {}, fixed)
     header = read_header("--lora", lora.file)
     if not any("lora" in key or "hada" in key or "lokr" in key for key in header.shapes):

@@ -23,6 +23,12 @@ REMEDY = (
     f"or a folder with {WEIGHTS_NAME} or {PEFT_WEIGHTS_NAME}."
 )
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+CONVERT = (
+    "only .safetensors files are read, because other formats can contain code. Convert it: "
+    "python scripts/convert_lora.py IN OUT.safetensors."
+)
+
 # Other kinds of adapters, by parts of keys that only they have.
 OTHER_ADAPTERS = {
     "LoHa": re.compile(r"\.hada_"),
@@ -117,6 +123,8 @@ def open_safetensors(path: str | Path, framework: str = "pt") -> Iterator[Any]:
 def check_lora(path: str | Path) -> str:
     """Returns the dialect of a LoRA by its keys, without torch; raises `InputError` if it is not a LoRA."""
     for file, _ in find_weight_files(path):
+        if file.suffix.lower() in PICKLES and file.is_file():
+            raise InputError(f"{file}: {CONVERT}")
         try:
             with open_safetensors(file, "np") as tensors:
                 keys = list(tensors.keys())

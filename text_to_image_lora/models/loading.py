@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of
-from .base_model import BaseModel, ConfigFiles, check_variant, find_families, find_family, from_hub, locate
+from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
 from .modules import check_weights, place
 from .not_a_base import check_index, check_task
 from .single_files import SingleFile, look_into, safe_to_read
+from .weights_files import check_variant, dtype_in_file, load_part
 
 
 class Components(NamedTuple):
@@ -164,9 +165,9 @@ def _from_folder(base, dtype):
     import transformers
 
     family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
-    denoiser = _with_variant(
+    denoiser = load_part(
         getattr(diffusers, family.denoiser_class), base, family.denoiser,
-        torch_dtype=_dtype_in_file(base, family.denoiser) or dtype,
+        torch_dtype=dtype_in_file(base, family.denoiser) or dtype,
     )  # fmt: skip
     tokenizers, text_encoders = [], []
     for row in family.text_encoders:
@@ -174,30 +175,9 @@ def _from_folder(base, dtype):
         text_encoder = load_text_encoder(base, row, dtype)
         tokenizers.append(tokenizer)
         text_encoders.append(text_encoder)
-    vae = _with_variant(diffusers.AutoencoderKL, base, "vae", torch_dtype=_dtype_in_file(base, "vae") or torch.float32)
+    vae = load_part(diffusers.AutoencoderKL, base, "vae", torch_dtype=dtype_in_file(base, "vae") or torch.float32)
     scheduler_config: Any = diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, dict(scheduler_config))
-
-
-def _variant_of(base, part):
-    """Returns the variant of a part of a model; None if its folder has only its usual files, as diffusers' pipelines do."""
-    variant = base.variant
-    if variant is None or base.kind != "folder":
-        return variant
-    names = [path.name for path in Path(base.source, part).glob("*")]
-    return variant if any(f".{variant}." in name or f".{variant}-" in name for name in names) else None
-
-
-def _with_variant(model_class, base, part, **options):
-    """Loads a part of a model in the variant, or from its usual files if there is no such variant of the part."""
-    options |= dict(subfolder=part, revision=base.revision, cache_dir=base.cache_dir)
-    variant = _variant_of(base, part)
-    try:
-        return model_class.from_pretrained(base.source, variant=variant, **options)
-    except OSError:
-        if variant is None or base.kind != "hub":
-            raise
-        return model_class.from_pretrained(base.source, **options)
 
 
 def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
@@ -205,37 +185,11 @@ def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
     import transformers
 
     model_class = getattr(transformers, row.model_class)
-    text_encoder, loading = _with_variant(model_class, base, row.name, dtype=dtype, output_loading_info=True)
+    text_encoder, loading = load_part(model_class, base, row.name, dtype=dtype, output_loading_info=True)
     # transformers only logs this and initializes the weights randomly.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the text encoder lacks {len(missing)} of its weights, the first: {missing[0]}")
     return text_encoder
-
-
-def _dtype_in_file(base, component):
-    """Returns the dtype of a model's safetensors files, in which they are mapped instead of copied; None if it is mixed."""
-    import torch
-    from safetensors import safe_open
-
-    folder = Path(base.source, component)
-    if base.kind == "hub":  # the part of it that was downloaded before
-        folder = from_hub(base.source, f"{component}/config.json", base.revision, base.cache_dir).parent
-    variant = f".{name}" if (name := _variant_of(base, component)) else ""
-    whole, stem = folder / f"diffusion_pytorch_model{variant}.safetensors", "diffusion_pytorch_model"
-    files = (
-        [whole] if whole.is_file() else [*folder.glob(f"{stem}{variant}-0*"), *folder.glob(f"{stem}-0*{variant}.*")]
-    )
-    kinds = set()
-    try:
-        for path in files:
-            with safe_open(path, "pt") as file:
-                names = file.keys()
-                kinds |= {file.get_slice(name).get_dtype() for name in names}
-    except Exception:  # noqa: BLE001 - loading the file reports what is wrong with it
-        return None
-    return (
-        {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(*kinds) if len(kinds) == 1 else None
-    )
 
 
 def empty_components(base: BaseModel, dtype: Any) -> Components:

@@ -15,6 +15,7 @@ from ..files import written_whole
 from .dialects import (
     COMPONENTS,
     PEFT_WEIGHTS_NAME,
+    PICKLES,
     REMEDY,
     WEIGHTS_NAME,
     find_dialect,
@@ -23,6 +24,7 @@ from .dialects import (
     parse_key,
 )
 from .modules import non_finite
+from .single_files import safe_to_read
 
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which would take seconds to import
@@ -197,9 +199,7 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
     components, header = {}, {}
     for path, component in find_weight_files(Path(path_or_dir)):
         try:
-            with open_safetensors(path) as file:
-                tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-                header = file.metadata() or {}
+            tensors, header = read_tensors(path)
             found, configs = _by_module(tensors, component), _read_scales(path, header)
             for name, modules in found.items():
                 config = configs.get(name, configs.get(None))
@@ -210,11 +210,20 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
     return components, header
 
 
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Reads ({key: tensor}, header) of a safetensors file or, without running its code, of a pickled state dict."""
+    if path.suffix.lower() not in PICKLES:
+        with open_safetensors(path) as file:
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
+    with safe_to_read(path):
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    return {key: loaded[key] for key in sorted(loaded) if isinstance(loaded[key], torch.Tensor)}, {}
+
+
 def check_finite(path: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Raises `InputError` if tensors of a LoRA file (read from `path` if they are not given) hold NaN or infinities."""
-    if tensors is None:
-        with open_safetensors(path) as file:
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    tensors = read_tensors(path)[0] if tensors is None else tensors
     if faults := non_finite(tensors.items()):
         raise InputError(f"{path}: {faults}. Its training has diverged or the file is damaged: use an earlier one.")
 

@@ -1,0 +1,83 @@
+"""The files with the weights of a diffusers model: their variants, such as fp16, and their dtype."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .base_model import BaseModel, from_hub
+from .dialects import COMPONENTS
+
+
+# The weights of a part of a diffusers model, of a variant such as fp16, in one file or as shards; two names of these.
+WEIGHTS_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<first>[A-Za-z]\w*))?(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<second>[A-Za-z]\w*))?\.(?:safetensors|bin)"
+)
+
+
+def check_variant(folder: str | Path, variant: str | None) -> None:
+    """Raises `InputError` if the weights of a diffusers folder only exist in other variants than this one.
+
+    A part of the model without files of the variant is loaded from its usual files, as diffusers' pipelines do.
+    """
+    parts: dict[str, set] = {}
+    for path in sorted(path for part in (*COMPONENTS, "vae") for path in Path(folder, part).glob("*")):
+        if match := WEIGHTS_FILE.fullmatch(path.name):
+            parts.setdefault(path.parent.name, set()).add(match["first"] or match["second"])
+    variants = sorted(set().union(*parts.values()) - {None})
+    if parts and variant is not None and variant not in variants:
+        there = f"Pass --variant {' or '.join(variants)}" if variants else "Omit --variant"
+        raise InputError(f"--variant {variant}: {folder} contains no weights of this variant. {there}.")
+    for part, own in parts.items():
+        if None not in own and variant not in own:
+            raise InputError(
+                f"{folder}: the weights of {part} are only there as a variant. Pass --variant {min(own)}."
+            )
+
+
+def variant_of(base: BaseModel, part: str) -> str | None:
+    """Returns the variant of a part of a model; None if its folder has only its usual files, as diffusers' pipelines do."""
+    variant = base.variant
+    if variant is None or base.kind != "folder":
+        return variant
+    names = [path.name for path in Path(base.source, part).glob("*")]
+    return variant if any(f".{variant}." in name or f".{variant}-" in name for name in names) else None
+
+
+def load_part(model_class: Any, base: BaseModel, part: str, **options: Any) -> Any:
+    """Loads a part of a model in the variant, or from its usual files if there is no such variant of the part."""
+    options |= dict(subfolder=part, revision=base.revision, cache_dir=base.cache_dir)
+    variant = variant_of(base, part)
+    try:
+        return model_class.from_pretrained(base.source, variant=variant, **options)
+    except OSError:
+        if variant is None or base.kind != "hub":
+            raise
+        return model_class.from_pretrained(base.source, **options)
+
+
+def dtype_in_file(base: BaseModel, component: str) -> Any:
+    """Returns the dtype of a model's safetensors files, in which they are mapped instead of copied; None if it is mixed."""
+    import torch
+    from safetensors import safe_open
+
+    folder = Path(base.source, component)
+    if base.kind == "hub":  # the part of it that was downloaded before
+        folder = from_hub(base.source, f"{component}/config.json", base.revision, base.cache_dir).parent
+    variant = f".{name}" if (name := variant_of(base, component)) else ""
+    whole, stem = folder / f"diffusion_pytorch_model{variant}.safetensors", "diffusion_pytorch_model"
+    files = (
+        [whole] if whole.is_file() else [*folder.glob(f"{stem}{variant}-0*"), *folder.glob(f"{stem}-0*{variant}.*")]
+    )
+    kinds = set()
+    try:
+        for path in files:
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                kinds |= {file.get_slice(name).get_dtype() for name in names}
+    except Exception:  # noqa: BLE001 - loading the file reports what is wrong with it
+        return None
+    return (
+        {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}.get(*kinds) if len(kinds) == 1 else None
+    )
