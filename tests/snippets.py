@@ -151,7 +151,7 @@ def _captions(path):
 
 
 MADE = {
-    **{name: lambda path: lay_out(path, creatures(12), "table") for name in ("PICTURES", "FOLDER", "class")},
+    **{name: lambda path: lay_out(path, creatures(20), "table") for name in ("PICTURES", "FOLDER", "class")},
     "mira": lambda path: lay_out(path, [(file, "1girl, smile, school uniform") for file, _ in creatures(8)], "files"),
     "my-dog": lambda path: lay_out(path, creatures(5)),
     "styles": _styles,
