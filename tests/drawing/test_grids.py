@@ -87,6 +87,8 @@ def test_file_names_are_short_enough_in_every_script(text, tmp_path):
         ),
         (dict(num_inference_steps=60), {"scheduler": ["ddim", "lcm"]}, "the sampler lcm does at most 50 steps."),
         (dict(scheduler="lcm"), {"num_inference_steps": [4, 51]}, "the sampler lcm does at most 50 steps."),
+        (dict(num_inference_steps=999), {}, r"the sampler dpm\+\+ does at most 998 steps."),
+        (dict(scheduler="ddim", num_inference_steps=1000), {}, "the sampler ddim does at most 999 steps."),
         (dict(seed=2**64 - 1), {}, "the seed of every picture must be from"),
         (dict(strength=0.01), {}, "strength 0.01 runs none of the 30 steps."),
     ],
@@ -98,6 +100,6 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(changes, grid,
 
 
 def test_what_samplers_can_do_is_planned():
-    for scheduler, steps in (("lcm", 50), ("ddim", 999), (None, 999)):
+    for scheduler, steps in (("lcm", 50), ("ddim", 999), ("euler", 1000), (None, 998)):
         drawing = Drawing(scheduler=scheduler, num_inference_steps=steps, seed=2**64 - 2)
         assert len(grids.plan(drawing, grids.arrange({}, [parse_prompt("a dog", "")], 2, []))) == 2

@@ -45,8 +45,8 @@ def test_a_file_that_is_not_there(value, tmp_path, monkeypatch):
             "it must be a whole number from -9223372036854775808 to 18446744073709551615",
         ),
         ("a dog --d -9223372036854775809", "it must be a whole number from"),
-        ("a dog --steps 1001", "it must be a whole number from 1 to 999"),
-        ("a dog --s 0", "it must be a whole number from 1 to 999"),
+        ("a dog --steps 1001", "it must be a whole number from 1 to 1000"),
+        ("a dog --s 0", "it must be a whole number from 1 to 1000"),
     ],
 )
 def test_options_that_nothing_can_draw(line, message):

@@ -55,3 +55,24 @@ def test_no_sampler_clips_latents():
     settings = {key: value for key, value in PNDM.items() if key != "clip_sample"}
     for name in SAMPLERS:
         assert not make_sampler(settings, name).config.get("clip_sample"), name
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_most_steps_of_a_sampler_give_numbers(name):
+    """With one more, some samplers raise an error, and others give NaN at their second step."""
+    config = PNDM | {"steps_offset": 1}
+
+    def begins(steps):
+        sampler = make_sampler(config, name)
+        try:
+            sampler.set_timesteps(steps)
+            x = torch.ones(1, 1, 1, 1)
+            for t in [*sampler.timesteps[:3]]:
+                x = sampler.step(x, t, sampler.scale_model_input(x, t)).prev_sample
+        except (ValueError, IndexError):
+            return False
+        return bool(x.isfinite().all())
+
+    most = SAMPLERS[name].max_steps
+    assert begins(most)
+    assert most == 1000 or not begins(most + 1)

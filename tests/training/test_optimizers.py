@@ -202,8 +202,8 @@ def test_an_optimizer_that_is_not_installed(monkeypatch):
         optimizers.check_optimizer("prodigy", [])
 
 
-def test_prodigy_starts_at_1_and_the_others_at_1e_4(train):
-    assert read_metrics(train(optimizer="prodigy", learning_rate=None))[0]["lr"] == 1.0
+def test_prodigy_starts_at_its_d0_and_the_others_at_1e_4(train):
+    assert read_metrics(train(optimizer="prodigy", learning_rate=None))[0]["lr"] == pytest.approx(1e-5)  # d0
     assert read_metrics(train(learning_rate=None, resume_from_checkpoint="none"))[0]["lr"] == 1e-4
 
 
@@ -240,14 +240,15 @@ def test_good_options_are_accepted(name, words):
 def test_prodigys_learning_rate_is_logged(train):
     """The product of the schedule and of the rate that Prodigy has found, which acts in the step."""
     out = train(
-        optimizer="prodigy", learning_rate=None, max_train_steps=8, checkpointing_steps=1, checkpoints_total_limit=9
-    )
+        optimizer="prodigy", optimizer_args=["d0=1e-9"], learning_rate=None, max_train_steps=8, checkpointing_steps=1,
+        checkpoints_total_limit=9,
+    )  # fmt: skip
     rates = [row["lr"] for row in read_metrics(out) if "lr" in row]
     found = [
         torch.load(out / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]["d"]
         for step in range(1, 8)
     ]
-    assert rates == pytest.approx([1e-5, *found])
+    assert rates == pytest.approx([1e-9, *found])
     assert rates[-1] > rates[0]
 
 

@@ -140,9 +140,10 @@ class Drawing(NamedTuple):
 def check_drawing(drawing: Drawing) -> None:
     """Raises `InputError` if the seed is out of range, or if the sampler can't do so many steps or can't do any of them."""
     steps, strength = drawing.num_inference_steps, drawing.strength
-    most = MOST_STEPS if drawing.scheduler is None else SAMPLERS[drawing.scheduler].max_steps
+    name = drawing.scheduler or "dpm++"  # which usually replaces the base model's, see `make_sampler`
+    most = SAMPLERS[name].max_steps
     if steps > most:
-        raise InputError(f"--num_inference_steps {steps}: the sampler {drawing.scheduler} does at most {most} steps.")
+        raise InputError(f"--num_inference_steps {steps}: the sampler {name} does at most {most} steps.")
     if strength is not None and int(steps * strength) < 1:
         remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
         raise InputError(f"strength {strength:g} runs none of the {steps} steps. {remedy}")

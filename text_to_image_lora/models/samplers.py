@@ -10,20 +10,20 @@ class Sampler(NamedTuple):
     scheduler: str  # the name of its class in diffusers
     changes: dict[str, Any]  # overrides of the base model's scheduler configuration
     name_in_a1111: str
-    max_steps: int = 999  # some samplers of diffusers fail at all 1,000 timesteps
+    max_steps: int = 1000  # with more, diffusers raises an error or draws NaN, for the usual `steps_offset` of 1
 
 
 SAMPLERS = {
-    "ddim": Sampler("DDIMScheduler", {"clip_sample": False}, "DDIM"),
-    "ddpm": Sampler("DDPMScheduler", {"clip_sample": False}, "DDPM"),
-    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
+    "ddim": Sampler("DDIMScheduler", {"clip_sample": False}, "DDIM", 999),
+    "ddpm": Sampler("DDPMScheduler", {"clip_sample": False}, "DDPM", 999),
+    "pndm": Sampler("PNDMScheduler", {"skip_prk_steps": True}, "PLMS", 999),
     "euler": Sampler("EulerDiscreteScheduler", {}, "Euler"),
     "euler_a": Sampler("EulerAncestralDiscreteScheduler", {}, "Euler a"),
     "heun": Sampler("HeunDiscreteScheduler", {}, "Heun"),
-    "dpm++": Sampler("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
+    "dpm++": Sampler("DPMSolverMultistepScheduler", {}, "DPM++ 2M", 998),
     "dpm++_karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "DPM++ 2M Karras"),
-    "unipc": Sampler("UniPCMultistepScheduler", {}, "UniPC"),
-    "lcm": Sampler("LCMScheduler", {}, "LCM", max_steps=50),
+    "unipc": Sampler("UniPCMultistepScheduler", {}, "UniPC", 998),
+    "lcm": Sampler("LCMScheduler", {}, "LCM", 50),
 }
 NO_ZERO_SNR = ("pndm", "heun")  # these schedulers of diffusers cannot start at zero terminal SNR
 
