@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from scripts.sweeping import results
 from scripts.sweeping.settings import SAMPLERS, SweepError, make_command, settle
-from scripts.sweeping.study import claim, has_result, open_study, suggest
+from scripts.sweeping.study import claim, describe_progress, has_result, open_study, suggest
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
@@ -78,23 +78,19 @@ def main(argv=None):
     refused = []
     while (claimed := claim(study, settings)) is not None:
         trial, lock = claimed
-        params = suggest(trial, settings["sweep"])
-        print(
-            f"trial {trial.number}: {' '.join(f'{key}={results.format_value(value)}' for key, value in params.items())}",
-            flush=True,
-        )
+        params, name = suggest(trial, settings["sweep"]), results.trial_dir("", trial.number)
+        values = " ".join(f"{key}={results.format_value(value)}" for key, value in params.items())
+        print(f"{describe_progress(study, settings, trial.number)} ({name}): {values}", flush=True)
         try:
             outcome = run_trial(study, settings, trial, params, lock)
         except Refused as error:
             outcome = str(error)
-            refused.append(f"trial {trial.number}: {outcome}")
+            refused.append(f"{name}: {outcome}")
         except StoppedItself as stopped:
-            print(
-                f"trial {trial.number}: stopped at a checkpoint; run the same command again to resume", file=sys.stderr
-            )
+            print(f"{name}: stopped at a checkpoint; run the same command again to resume", file=sys.stderr)
             sys.exit(stopped.args[0])
         lock.release()
-        print(f"trial {trial.number}: {outcome}", flush=True)
+        print(f"{name}: {outcome}", flush=True)
         if len(refused) == MOST_REFUSED and not has_result(study):
             break
     print("\n" + write_results(study, settings))

@@ -407,12 +407,26 @@ def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file
     assert find_damage(path).startswith(named)
     assert find_checkpoint(tmp_path, "latest") is None
-    assert len(said) == 1
     assert said[0].startswith(f"{path}: this checkpoint is damaged ({named}")
+    assert said[1:] == [f"{tmp_path}: none of its checkpoints is intact, so training starts over from the first step"]
     with pytest.raises(
         InputError, match=rf"checkpoint-4: this checkpoint is damaged \({named}.*\)\. Resume from another one\.$"
     ):
         find_checkpoint(tmp_path, "checkpoint-4")
+
+
+@pytest.mark.parametrize(("damaged", "found"), [((), "checkpoint-4"), (("4",), "checkpoint-2"), (("4", "2"), None)])
+def test_starting_over_is_said_if_no_checkpoint_is_intact(judged, tmp_path, said, damaged, found):
+    """Not if an earlier one is resumed, and not for a new run."""
+    assert find_checkpoint(tmp_path / "new", "latest") is None
+    assert said == []
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(judged / name, tmp_path / name)
+    for step in damaged:
+        (tmp_path / f"checkpoint-{step}" / "state.json").unlink()
+    path = find_checkpoint(tmp_path, "latest")
+    assert (None if path is None else path.name) == found
+    assert any("training starts over from the first step" in line for line in said) == (found is None)
 
 
 @pytest.mark.parametrize(

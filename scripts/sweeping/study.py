@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import statistics
 from pathlib import Path
+
+from text_to_image_lora.reports.progress import format_duration
 
 from .results import trial_dir
 from .settings import SweepError
@@ -108,6 +111,29 @@ def claim(study, settings):
         trial = study.ask()
         suggest(trial, settings["sweep"])
         return trial, acquire_lock(trial.number)
+
+
+def describe_progress(study, settings, number):
+    """Returns the place of a trial that begins, such as "trial 2 of 4, about 12 min left".
+
+    The time that is left includes this trial. It is estimated from the trials that are complete, and from the number of
+    trials that run at the same time.
+    """
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    ended = [trial for trial in trials if trial.state.is_finished()]
+    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+    begun = len(trials) - waiting
+    to_come = waiting if settings["sampler"] == "grid" else max(waiting, settings["num_trials"] - begun)
+    total = begun + to_come
+    place = sum(trial.number <= number for trial in trials if trial.state != TrialState.WAITING)
+    seconds = [trial.duration.total_seconds() for trial in ended if trial.state == TrialState.COMPLETE]
+    if not seconds:
+        return f"trial {place} of {total}"
+    running = max(begun - len(ended), 1)
+    left = statistics.median(seconds) * (total - len(ended)) / running
+    return f"trial {place} of {total}, about {format_duration(left)} left"
 
 
 def has_result(study):

@@ -116,4 +116,4 @@ def test_cards_of_equal_prompts_are_told_apart_by_their_options(tmp_path):
     sample_pictures.save_pictures(tmp_path / "validation" / "step-000006", pictures)
     text = report_page.write_page(tmp_path).read_text(encoding="utf-8")
     notes = re.findall(r'<span class="quiet">seed 3</span> <span class="quiet">([^<]*)</span>', text)
-    assert notes == ["guidance 2.0", "guidance 9.0", "guidance 9.0, without rust"]
+    assert notes == ["guidance 2.0", "guidance 9.0", "without rust, guidance 9.0"]

@@ -1,5 +1,6 @@
 """`metrics.jsonl` and the metrics of each step: complete lines, each written once, and no NaN."""
 
+import io
 import json
 import math
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
-from text_to_image_lora.reports import metrics
-from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics, format_duration, peak_memory_gib
+from text_to_image_lora.reports import curves, metrics, progress
+from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics
+from text_to_image_lora.reports.progress import Pauses, format_duration, peak_memory_gib
 
 
 @pytest.fixture
@@ -80,8 +82,7 @@ def reports(tmp_path, said):
         log=lambda values, step: logged.append((step, dict(values))),
     )  # fmt: skip
     accelerator = SimpleNamespace(device=torch.device("cpu"), trackers=[tracker])
-    progress = SimpleNamespace(set_postfix=lambda **shown: None, total=100)
-    made = StepMetrics(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), progress, tmp_path, "--lighter")
+    made = StepMetrics(accelerator, MetricsFile(tmp_path / "metrics.jsonl", 0), 100, tmp_path, "--lighter", Pauses())
     made.logged, made.said = logged, said
     return made
 
@@ -116,7 +117,7 @@ def test_a_step_is_written_while_the_next_one_runs(reports, tmp_path):
 def test_peak_memory_is_the_process_s_own():
     """It does not include the memory of the parent process."""
     held = np.ones(2**28)
-    code = "import torch; from text_to_image_lora.reports.metrics import peak_memory_gib as peak; print(peak(torch.device('cpu')))"
+    code = "import torch; from text_to_image_lora.reports.progress import peak_memory_gib as peak; print(peak(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 0.01 < float(done.stdout) < held.nbytes / 2**30
 
@@ -234,3 +235,75 @@ def test_a_slowdown_is_logged_once(reports, monkeypatch, full):
     )
     put_steps(reports, [0.1] * 5 + [0.9] * 20)
     assert len(reports.said) == 2
+
+
+@pytest.mark.parametrize(("first_step", "losses"), [(3, [1.0, 0.5, 0.25]), (2, [1.0, 0.5]), (0, [])])
+def test_the_smoothed_loss_of_a_resumed_run_goes_on(reports, tmp_path, first_step, losses):
+    """From the rows that are kept; skipped steps and validations have no part in it."""
+    put_losses(reports, [1.0, 0.5, 0.25])
+    reports.metrics_file.write(3, {"validation/loss": 9.0})
+    again = MetricsFile(tmp_path / "metrics.jsonl", first_step)
+    if losses:
+        assert again.smooth_loss == pytest.approx(curves.smooth(losses)[-1], rel=1e-4)
+    else:
+        assert again.smooth_loss is None
+    if first_step == 3:
+        assert again.smooth_loss == pytest.approx(reports.smooth_loss)
+
+
+def test_steps_that_were_skipped_are_not_in_the_smoothed_loss(reports, tmp_path):
+    put_losses(reports, [1.0, math.nan, 0.5])
+    assert MetricsFile(tmp_path / "metrics.jsonl", 3).smooth_loss == pytest.approx(0.975)
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "words"),
+    [
+        (("validation", ""), None, "2 s per step, 3 min for the remaining 90 steps, without the time of 5 validations; "),
+        (("validation", ""), 60, "2 s per step, 8 min for the remaining 90 steps and 5 validations (60 s each); "),
+        (
+            ("set", " of sample pictures"), 0.5,
+            "2 s per step, 3 min for the remaining 90 steps and 5 sets of sample pictures (0.5 s each); ",
+        ),
+    ],
+)  # fmt: skip
+def test_the_remaining_time_includes_the_pauses(reports, name, seconds, words):
+    """One of the base model tells how long a pause takes; the pause after step 10 is still to come there."""
+    reports.pace.pauses = pauses = Pauses([10, 30, 50, 70, 100], name)
+    if seconds is not None:
+        pauses.record(0, seconds)
+    put_steps(reports, [2] * 10)
+    assert reports.said[0].startswith(words)
+
+
+def test_pauses_are_counted_once():
+    pauses = Pauses([10, 20, 30])
+    assert [pauses.num_left(step) for step in (0, 10, 11, 30, 31)] == [3, 3, 2, 1, 0]
+    pauses.record(10, 4.0)
+    assert [pauses.num_left(step) for step in (10, 20, 30)] == [2, 2, 1]
+    assert pauses.seconds_left(10) == 8.0
+    assert pauses.describe(25) == " and 1 validation"
+
+
+def test_the_bar_leaves_pauses_out_of_the_speed_and_includes_them_in_the_rest(monkeypatch):
+    """Ten steps of a second, then a pause of a minute: as many steps a second as before, and the pauses are still to come."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.TrainingBar, "_time", lambda self: clock.now, raising=False)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: clock.now))
+    pauses = Pauses([10, 20])
+    bar = progress.TrainingBar(pauses, total=20, file=io.StringIO(), mininterval=0)
+    bar._time = lambda: clock.now
+    bar.start_t = bar.last_print_t = clock.now
+    for _ in range(10):
+        clock.now += 1
+        bar.update()
+    assert (bar.format_dict["left"], bar.format_dict["since"]) == ("00:10", "00:10")
+    clock.now += 60
+    pauses.record(10, 60)
+    bar.leave_out(60)
+    assert (bar.format_dict["left"], bar.format_dict["since"]) == ("01:10", "01:10")
+    clock.now += 1
+    bar.update()
+    assert bar.format_dict["rate"] == pytest.approx(1.0)
+    assert "11/20 [01:11<01:09" in str(bar)
+    bar.close()

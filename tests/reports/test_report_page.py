@@ -349,6 +349,22 @@ def test_the_command_writes_the_page_of_a_run_and_of_a_folder_of_runs(finished, 
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'both.html'}"
 
 
+def test_settings_are_written_as_flags_and_derived_ones_are_marked(finished):
+    """Lists are not Python's, and a value that the run computed is told from one that was given."""
+    text = (finished.out / report_page.FILE).read_text(encoding="utf-8")
+    rows = re.findall(
+        r'<tr><td>(\w[\w ]*)</td><td class="long">([^<]*)</td><td class="quiet">(derived)?</td></tr>', text
+    )
+    found = {name: (value, mark) for name, value, mark in rows}
+    assert found["rank"] == ("2", "")
+    assert found["skip_bad_images"] == ("true", "")
+    assert found["lora_alpha"] == ("2", "derived")
+    assert found["target_modules"] == ("to_q, to_k, to_v, to_out.0, ff.net.0.proj, ff.net.2", "derived")
+    assert found["max_train_steps"] == ("6", "")
+    assert found["lr_warmup_steps"][1] == "derived"
+    assert not [value for value, _ in found.values() if value.startswith("[") or value in ("True", "False")]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -102,8 +102,8 @@ def test_a_killed_sweep_ends_with_every_trial_done_once(tmp_path, trained):
     assert not (folder / "results.csv").exists()
     done = run(folder, *words)
     assert done.returncode == 0, done.stderr
-    assert "trial 0:" not in done.stdout
-    assert "trial 2: rank=4" in done.stdout
+    assert "(trial-0000):" not in done.stdout
+    assert re.search(r"trial 3 of 4(, about .* left)? \(trial-0002\): rank=4", done.stdout)
     rows = rows_of(folder)
     assert [row["state"] for row in rows] == ["complete"] * 4
     assert {(row["rank"], row["learning_rate"]) for row in rows} == {
@@ -163,7 +163,7 @@ def test_two_workers_divide_the_trials(tmp_path):
     outputs = [worker.communicate(timeout=300) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
     assert times_trained(folder) == {f"trial-{number:04d}": 1 for number in range(4)}
-    started = [sum(f"trial {number}: rank" in out for out, _ in outputs) for number in range(4)]
+    started = [sum(f"(trial-{number:04d}): rank" in out for out, _ in outputs) for number in range(4)]
     assert started == [1, 1, 1, 1]
     assert {row["state"] for row in rows_of(folder)} == {"complete"}
 
@@ -185,7 +185,7 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tmp_
         command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, **listening
     )
     try:
-        assert second.stdout.readline().startswith("trial 1:")  # trial 0 is not listed, because it still trains
+        assert "(trial-0001):" in second.stdout.readline()  # trial 0 is not listed, because it still trains
         second.send_signal(signal.SIGINT)
         assert second.wait(timeout=60) == 130
         assert trainings[0].is_running()
@@ -363,7 +363,7 @@ def test_a_launcher_that_says_2_ends_the_sweep(run_here, tmp_path):
     launcher.write_text("#!/bin/sh\necho 'train: --rank 0: it must be 1 or more.'\n"
                         "echo \"CalledProcessError: Command '...' returned non-zero exit status 2.\"\nexit 1\n")  # fmt: skip
     launcher.chmod(0o755)
-    with pytest.raises(SweepError, match="trial 0: can't be run: "):
+    with pytest.raises(SweepError, match="trial-0000: can't be run: "):
         run_here(tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of())
 
 
@@ -382,7 +382,7 @@ def test_a_trial_that_stopped_in_time_is_resumed(tmp_path):
     words = ["--sweep", "rank=2,4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=4)]
     done = run(tmp_path / "sweep", *words, SWEEP_STOPS_AT="2")
     assert done.returncode == 75, done.stderr
-    assert "trial 0: stopped at a checkpoint; run the same command again to resume" in done.stderr
+    assert "trial-0000: stopped at a checkpoint; run the same command again to resume" in done.stderr
     done = run(tmp_path / "sweep", *words)
     assert done.returncode == 0, done.stderr
     assert [(row["trial"], row["state"]) for row in rows_of(tmp_path / "sweep")] == [

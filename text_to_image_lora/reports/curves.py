@@ -48,11 +48,16 @@ def thin_out(curve: Curve) -> tuple[list[int], list[float]]:
     return steps.tolist(), [float(f"{value:.5g}") for value in values]
 
 
+def moving_average(average: float | None, value: float) -> float:
+    """Returns the exponential moving average after a further value; `average` is None before the first one."""
+    return value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
+
+
 def smooth(values: list[float]) -> list[float]:
     """Returns the exponential moving average that the progress bar shows."""
     averages, average = [], None
     for value in values:
-        average = value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
+        average = moving_average(average, value)
         averages.append(float(f"{average:.5g}"))
     return averages
 

@@ -4,18 +4,16 @@ import collections
 import json
 import logging
 import math
-import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ..errors import NotANumberError, Stopped
-from ..files import explaining_disk_errors, format_bytes, write_whole
+from ..files import explaining_disk_errors, write_whole
+from .curves import moving_average
 from .dashboard import log_numbers, log_results
+from .progress import Pace, Pauses, peak_memory_gib
 from .report_page import FILE as PAGE
 from .report_page import update_page
 
@@ -27,35 +25,18 @@ PAGE_PAUSE = 10  # seconds at least between two updates of the report page
 PAGE_SHARE = 20  # updates are at least this many times further apart than one takes
 
 
-def peak_memory_gib(device: Any) -> float:
-    """Returns the peak memory so far: of the GPU, or of this process on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / 2**30
-    if sys.platform == "linux":  # `getrusage` would include the peak of the parent process
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 2**20
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
 class MetricsFile:
     """`metrics.jsonl`, one JSON object per line, of a run that starts (0) or is resumed after `first_step`.
 
     Rows that will be written again are discarded: those after `first_step`, and its validation if "loss" is still `due`.
-    `discarded` is {step: number of rows}.
+    `discarded` is {step: number of rows}. `smooth_loss` is the moving average of the training loss of the rows that are
+    kept, or None.
     """
 
     def __init__(self, path: str | Path, first_step: int, due: Sequence[str] = ()):
         self.path = path = Path(path)
         self.discarded = collections.Counter()
+        self.smooth_loss: float | None = None
         if not path.exists():
             return
         kept, lines = [], path.read_text().splitlines(keepends=True)
@@ -69,6 +50,8 @@ class MetricsFile:
             validates_again = row["step"] == first_step and "loss" in due and VALIDATION_LOSS in row
             if 0 < first_step >= row["step"] and not validates_again:
                 kept.append(line)
+                if row.get("train_loss") is not None and not row.get("skipped"):
+                    self.smooth_loss = moving_average(self.smooth_loss, row["train_loss"])
             else:
                 self.discarded[row["step"]] += 1
         if kept != lines:
@@ -104,67 +87,6 @@ class AsyncNumbers:
         return self.values | (dict(zip(self.names, self.numbers.tolist())) if self.names else {})
 
 
-class Pace:
-    """Logs the speed of a run: the remaining time after ten steps, and a warning if steps become many times slower."""
-
-    NUM_FIRST_STEPS = 10  # after which the speed is logged
-    WINDOW = 200  # steps whose median is the usual time
-    SLOW_FACTOR = 4  # a step is slow if it takes this many times the median
-    FULL_PERCENT = 95  # use of the machine's memory from which it counts as full
-    MAX_SLOW_STEPS = 5  # in a row, before the warning
-
-    def __init__(self, device: Any, num_steps: int, remedy: str):
-        self.device, self.num_steps, self.remedy = device, num_steps, remedy
-        self.seconds = collections.deque(maxlen=self.WINDOW)
-        self.num_slow, self.warned = 0, False
-
-    def add(self, step: int, seconds: float) -> None:
-        """Adds the time of a training step, without validations, sample pictures and checkpoints."""
-        self.seconds.append(seconds)
-        if len(self.seconds) == self.NUM_FIRST_STEPS:
-            median, left = statistics.median(self.seconds), self.num_steps - step
-            memory = format_bytes(peak_memory_gib(self.device) * 2**30)
-            rest = f", {format_duration(median * left)} for the remaining {left} steps" if left else ""
-            logger.info(f"{median:.3g} s per step{rest}; peak memory so far: {memory}")
-            self.check_spill()
-        elif len(self.seconds) > self.NUM_FIRST_STEPS and not self.warned:
-            usual = statistics.median(self.seconds)
-            self.num_slow = self.num_slow + 1 if seconds > self.SLOW_FACTOR * usual else 0
-            if self.num_slow == self.MAX_SLOW_STEPS:
-                self.warned = True
-                first = step - self.num_slow + 1
-                slower = f"since step {first}, a step takes {seconds / usual:.0f} times as long as before"
-                if self.device.type == "cpu" and psutil.virtual_memory().percent < self.FULL_PERCENT:
-                    logger.info(f"{slower}: other programs are using this machine, or its clock rate was reduced")
-                    return
-                logger.info(
-                    f"{slower}: another program is using the device, or its memory is full. If it stays this slow, stop "
-                    f"with Ctrl-C and resume with {self.remedy}."
-                )
-
-    def check_spill(self) -> None:
-        """Warns if the driver lets the GPU use the machine's much slower memory, as drivers for Windows do."""
-        import torch
-
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            reserved = torch.cuda.memory_reserved(self.device)
-            if reserved > total:
-                self.warned = True
-                logger.info(
-                    f"the run uses {format_bytes(reserved)} of memory, but the GPU has only {format_bytes(total)}: the driver uses "
-                    f"system memory for the rest, which is many times slower. Stop with Ctrl-C and resume with {self.remedy}."
-                )
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a time as "40 s", "12 min" or "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 class StepMetrics:
     """Writes the metrics of a training step to metrics file, trackers and progress bar while the next step runs.
 
@@ -175,11 +97,16 @@ class StepMetrics:
     MAX_SKIPPED = 10  # skipped steps in a row that end the run
     FP16_WARM_UP = 16  # more skipped steps for fp16, whose loss scale starts at 2**16 and is halved at each
 
-    def __init__(self, accelerator: Any, metrics_file: MetricsFile | None, progress: Any, output_dir: Path, remedy):
-        self.accelerator, self.metrics_file, self.progress = accelerator, metrics_file, progress
-        self.output_dir, self.pace = output_dir, Pace(accelerator.device, progress.total, remedy)
+    def __init__(
+        self, accelerator: Any, metrics_file: MetricsFile | None, num_steps: int, output_dir: Path, remedy: str,
+        pauses: Pauses,
+    ):  # fmt: skip
+        self.accelerator, self.metrics_file = accelerator, metrics_file
+        self.progress: Any = None  # the bar, once the steps begin
+        self.output_dir, self.pace = output_dir, Pace(accelerator.device, num_steps, remedy, pauses)
         self.uses_grad_scaler = getattr(accelerator, "scaler", None) is not None
-        self.waiting, self.smooth_loss = None, None  # the (step, `AsyncNumbers`) to write, and the average loss
+        self.waiting = None  # the (step, `AsyncNumbers`) to write
+        self.smooth_loss = None if metrics_file is None else metrics_file.smooth_loss
         self.skipped, self.skipped_in_a_row = [], 0  # all steps that were skipped, and how many of them just now
         self.stop_requested, self.page_due = False, 0  # `page_due`: when the page may be written again
 
@@ -202,8 +129,9 @@ class StepMetrics:
         loss = values["train_loss"]
         if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
             self.skipped_in_a_row = 0
-            self.smooth_loss = loss if self.smooth_loss is None else 0.95 * self.smooth_loss + 0.05 * loss
-            self.progress.set_postfix(loss=f"{self.smooth_loss:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+            self.smooth_loss = moving_average(self.smooth_loss, loss)
+            if self.progress is not None:
+                self.progress.set_postfix(loss=f"{self.smooth_loss:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         else:
             self.count_skipped(step, values)
             values["skipped"] = 1

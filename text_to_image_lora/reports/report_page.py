@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from PIL import Image
@@ -17,7 +18,7 @@ from ..errors import InputError
 from ..files import reason_of, write_whole
 from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
-from .about import encode_image
+from .about import encode_image, shorten_paths
 from .curves import COLOURS, make_charts, make_comparison_charts
 from .numbers import FILE as METRICS
 from .runs import Answer, LoraFile, RecordedRun, make_answer, read_run
@@ -66,7 +67,7 @@ def write_page(output_dir: str | Path) -> Path:
         path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
-        versions=run.about.get("versions"), settings=run.settings, **samples,
+        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), **samples,
     )  # fmt: skip
     return path
 
@@ -99,6 +100,19 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         **_make_cards(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path
+
+
+def find_derived(run: RecordedRun) -> set[str]:
+    """Returns the names of the settings that are not flags of run.yaml, or that have another value there."""
+    flags = shorten_paths(run.flags)
+    return {name for name, value in run.settings.items() if flags.get(name) != value} if flags else set()
+
+
+def format_setting(value: Any) -> str:
+    """Formats the value of a setting as on the command line and in run.yaml."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(format_setting, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -249,6 +263,7 @@ def _render(path, template, *, charts, **values):
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["shown"] = format_setting
     page = environment.get_template(template).render(
         css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
@@ -14,6 +12,7 @@ from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
 from . import about, dashboard, metrics, model_card, sample_pictures, tracking
 from .checkpoints import Checkpoints
+from .progress import Pauses, TrainingBar
 from .validation_loss import Judge, LossMeter, MeasuredModels, ValidationSet
 
 
@@ -72,28 +71,43 @@ class RunReports:
         self.learning = checkpoints.learning
         self.judge, self.painter = judge, painter
         self.output_dir, self.clock = Path(settings.run.output_dir), 0.0
-        self.progress = tqdm(
-            total=run.num_steps, initial=run.state.global_step, desc="training",
-            disable=not accelerator.is_local_main_process,
-        )  # fmt: skip
+        self.progress: Any = None
+        self.pauses = self._plan_pauses()
         self.metrics = metrics.StepMetrics(
-            accelerator, metrics_file, self.progress, self.output_dir, ways_to_save_memory(settings)
+            accelerator, metrics_file, run.num_steps, self.output_dir, ways_to_save_memory(settings), self.pauses
         )
+
+    def _plan_pauses(self):
+        """Returns the `Pauses` of the whole run."""
+        steps = [step for step in range(1, self.run.num_steps + 1) if "loss" in self._due_after(step)]
+        if self.judge.held_out is None:
+            return Pauses(steps if self.painter.drawings else (), ("set", " of sample pictures"))
+        return Pauses(steps, ("validation", " with sample pictures" if self.painter.drawings else ""))
 
     def show_base(self, adapted: dict[str, Any]) -> None:
         """Validates the base model and draws its sample pictures, before the first step."""
         step = self.run.state.global_step
         with lora.without_adapters(*adapted.values()):
             self.judge.start()
+            began = time.time()
             if step == 0:
                 self.painter.draw(0)
         if step == 0:
             self.judge.validate(0, self.checkpoints.save_lora, is_base=self.settings.lora.lora_weights is None)
+            self.pauses.record(0, time.time() - began)
 
     def begin(self) -> BaseException | None:
-        """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again."""
+        """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again.
+
+        The bar of the training steps begins here, after the base model was validated.
+        """
         ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
         self.metrics.write_page()
+        if ending is None:
+            self.metrics.progress = self.progress = TrainingBar(
+                self.pauses, total=self.run.num_steps, initial=self.run.state.global_step, desc="training",
+                disable=not self.accelerator.is_local_main_process,
+            )  # fmt: skip
         self.clock = time.time()
         return ending
 
@@ -114,6 +128,7 @@ class RunReports:
         self.clock = now
         state.due, finished = self._due_after(state.global_step), state.global_step == self.run.num_steps
         checkpoint_due = self.checkpoints.due_after(state.global_step)
+        validated = "loss" in state.due
         pauses = bool(state.due or checkpoint_due)  # pauses do not count towards the speed of training
         if pauses or finished:
             self.metrics.flush()
@@ -131,6 +146,9 @@ class RunReports:
         if pauses:
             self.metrics.write_page()
             self.clock = time.time()
+            if validated:
+                self.pauses.record(state.global_step, self.clock - now)
+            self.progress.leave_out(self.clock - now)
         return ending
 
     def _due_after(self, step):
@@ -164,7 +182,8 @@ class RunReports:
 
         `started` is the time at which the command was started.
         """
-        self.progress.close()
+        if self.progress is not None:
+            self.progress.close()
         files = []
         if ending is None:
             step = self.run.state.global_step
@@ -179,7 +198,8 @@ class RunReports:
                 weights_file, kohya_file, verified = self.checkpoints.save_lora(self.output_dir)
             card = self._write_card(kohya_file)
             logger.info(verified)
-            logger.info(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s)")
+            since = " since the run was resumed" if self.run.resume_path is not None else ""
+            logger.info(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s{since})")
             files = [path.name for path in (weights_file, kohya_file) if path is not None]
         self.metrics.leave(ending)
         # The other processes wait until everything is written.

@@ -15,7 +15,7 @@ from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
 
 
-OPTIONS = SETTINGS.keys() - {"prompt", "seed", "checkpoint"}  # of a sample picture
+OPTIONS = [field for field in SETTINGS if field not in ("prompt", "seed", "checkpoint")]  # of a sample picture
 
 
 class SavedSample(NamedTuple):

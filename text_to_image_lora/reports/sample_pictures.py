@@ -27,6 +27,7 @@ from ..pictures.sheets import tell_apart
 from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
+from .progress import work_bar
 from .runs import shown_options, step_of
 
 
@@ -170,9 +171,16 @@ class Painter:
         images, vae, denoiser = {}, studio.pipe.vae, getattr(studio.pipe, studio.family.denoiser)
         vae_device = vae.device
         vae.to(process.device)
-        with evaluating(denoiser), in_its_precision(denoiser):
-            for batch in batches[process.process_index :: process.num_processes]:
-                drawn = draw_batch(studio, drawings, batch, _interrupt_if_asked)
+        mine = batches[process.process_index :: process.num_processes]
+        bar = work_bar(process, sum(batch.num_steps for batch in mine), "drawing sample pictures")
+
+        def after_step(pipe):
+            bar.update()
+            _interrupt_if_asked(pipe)
+
+        with evaluating(denoiser), in_its_precision(denoiser), bar:
+            for batch in mine:
+                drawn = draw_batch(studio, drawings, batch, after_step)
                 images |= {each.index: each.image for each in drawn}
                 if interruption.stop_requested():
                     break

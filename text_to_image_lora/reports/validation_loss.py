@@ -21,6 +21,7 @@ from ..training import interruption
 from ..training.objective import loss_of_samples
 from . import stopping
 from .dashboard import log_numbers
+from .progress import work_bar
 
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,10 @@ class LossMeter:
         def repeat(value):
             return value.to(device).expand(STRATA, *value.shape)
 
-        with evaluating(models.denoiser), self.accelerator.autocast():
-            for index in range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes):
+        mine = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
+        bar = work_bar(self.accelerator, len(mine), "validating")
+        with evaluating(models.denoiser), self.accelerator.autocast(), bar:
+            for index in mine:
                 if interruption.stop_requested():
                     break
                 row = validation_set[index]
@@ -113,6 +116,7 @@ class LossMeter:
                 model_pred = models.family.predict(models.denoiser, noisy_latents, timesteps, **condition)
                 target = models.diffusion.target(latents, noise, timesteps)
                 found[index] = loss_of_samples(model_pred, target, row.get("mask")).cpu().double().tolist()
+                bar.update()
         interruption.stop_together("in a validation")
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])

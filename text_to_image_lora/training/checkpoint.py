@@ -63,7 +63,13 @@ def find_checkpoint(output_dir: Path | str, wanted: str) -> Path | None:
     if wanted == "none":
         return None
     if wanted == "latest":
-        return find_newest_intact(list_checkpoints(output_dir))
+        checkpoints = list_checkpoints(output_dir)
+        newest = find_newest_intact(checkpoints)
+        if checkpoints and newest is None:
+            logger.info(
+                f"{output_dir}: none of its checkpoints is intact, so training starts over from the first step"
+            )
+        return newest
     for path in (Path(wanted), Path(output_dir) / Path(wanted).name):
         if _is_checkpoint(path):
             if (damage := find_damage(path)) is not None:

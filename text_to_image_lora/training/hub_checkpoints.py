@@ -88,7 +88,8 @@ def find_checkpoint(output_dir: Path | str, wanted: str, token: str | None) -> P
         if path is not None:
             return path
     if local is None:
-        logger.info(f"{wanted}: there is no checkpoint yet, so a new run begins")
+        state = "none of the checkpoints is intact" if names else "there is no checkpoint yet"
+        logger.info(f"{wanted}: {state}, so a new run begins")
     return local
 
 
