@@ -52,13 +52,13 @@ def parse_args(argv=None):
 
 
 def git(folder, *words):
-    """What git prints, as bytes; None where it fails."""
+    """Returns the output of git as bytes, or None if it fails."""
     done = subprocess.run(["git", "--no-optional-locks", "-C", str(folder), *words], capture_output=True)
     return None if done.returncode else done.stdout.strip()
 
 
 def open_before(name, temporary):
-    """The `Side` of --before; a revision is unpacked into `temporary`, a folder with changes has no commit."""
+    """Returns the `Side` of --before. A revision is unpacked into `temporary`; a folder with changes has no commit."""
     folder = Path(name).resolve()
     if (folder / TRAIN).is_file():
         at_its_top = git(folder, "rev-parse", "--show-prefix") == b""
@@ -73,7 +73,7 @@ def open_before(name, temporary):
 
 
 def compare_item(item, before, after, given, work_dir):
-    """(the `Difference`s of an item or None if a command failed, a summary, the folder of the later checkout's results)."""
+    """Returns the `Difference`s of an item (None if a command failed), a summary, and the folder of the later results."""
     folders, sides, times = [], [], []
     for side in (before, after):
         begun = folders[0] if item.begun_before and folders else None
@@ -91,7 +91,7 @@ def compare_item(item, before, after, given, work_dir):
 
 
 def verdict(found, summary, folder, words):
-    """(whether an item passes, the line to print); with `words`, an item passes if only its text differs."""
+    """Returns whether an item passes, and the line to print. With `words`, an item passes if only its text differs."""
     if found is None:
         return False, summary
     failing = [one for one in found if not (words and one.lines)]
@@ -106,7 +106,7 @@ def main(argv=None):
     args = parse_args(argv)
     after, work_dir, known = items.Side("after", args.after.resolve()), args.work_dir.resolve(), items.all_items()
     if not (after.checkout / TRAIN).is_file():
-        raise Failed(f"--after {after.checkout}: it holds no {TRAIN}.")
+        raise Failed(f"--after {after.checkout}: there is no {TRAIN}.")
     for pattern in args.items:
         if not fnmatch.filter(known, pattern):
             raise Failed(f"--items {pattern}: there is no such item. There are: {', '.join(known)}.")

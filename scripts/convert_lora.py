@@ -15,7 +15,8 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
-from text_to_image_lora.command_line import Parser, at_least
+from text_to_image_lora.command_line import Parser, at_least, user_path
+from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models.dialects import check_lora
 
@@ -32,25 +33,33 @@ DROPPED_KEYS = (
     "ss_reg_dataset_dirs",
 )
 DROPPED_KEYS += ("ss_bucket_info", "ss_training_comment", "ssmd_cover_images", "modelspec.thumbnail")
-BASE_MODEL_KEYS = (  # header keys that are kept when LoRAs are merged
+# Header keys that a merged LoRA keeps if the LoRAs that record them agree.
+MERGED_KEYS = (
     "ss_sd_model_name",
     "ss_base_model_version",
     "ss_v2",
-    "pretrained_model_name_or_path",
-    "clip_skip",
     "ss_clip_skip",
+    "pretrained_model_name_or_path",
+    "modelspec.architecture",
+    "modelspec.prediction_type",
 )
 
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
     add = parser.add_argument
-    add("lora", metavar="IN[:STRENGTH]", help="LoRA to read: .safetensors file or folder, in any of the formats")
-    add("out", metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
+    add(
+        "lora",
+        type=user_path,
+        metavar="IN[:STRENGTH]",
+        help="LoRA to read: .safetensors file or folder, in any of the formats",
+    )
+    add("out", type=user_path, metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
     add("--to", choices=DIALECTS, help="format to write (default: the format of IN)")
     add("--rank", type=at_least(1), help="reduce every module to at most this rank by SVD, and print the loss")
     add(
         "--merge",
+        type=user_path,
         nargs="+",
         default=[],
         metavar="LORA[:STRENGTH]",
@@ -86,23 +95,33 @@ def settle_out(out, dialect):
     path = Path(out)
     if path.exists():
         raise InputError(f"{out}: it exists already. Name another OUT, or delete it first.")
-    if dialect == "peft" and path.suffix == ".safetensors":
+    if dialect == "peft" and path.suffix.lower() == ".safetensors":
         raise InputError(f"{out}: peft's format is a folder. Name one, or pass another --to.")
-    if dialect != "peft" and path.suffix != ".safetensors":
+    if dialect != "peft" and path.suffix.lower() != ".safetensors":
         raise InputError(f"{out}: name a .safetensors file, or pass --to peft for a folder.")
     return path
 
 
 def read(sources):
-    """Returns the sum of the LoRAs, each multiplied by its strength, and the header of the first LoRA."""
+    """Returns the sum of the LoRAs, each multiplied by its strength, and the header of each."""
+    from text_to_image_lora.models.kohya import find_family
     from text_to_image_lora.models.lora_file import load_lora
     from text_to_image_lora.models.updates import merge
 
     loaded = [load_lora(path) for path, _ in sources]
-    (components, header), *_ = loaded
+    families = {}
+    for (path, _), (components, header) in zip(sources, loaded):
+        if (family := find_family(components, header)) is not None:
+            families.setdefault(family.name, path)
+    if len(families) > 1:
+        (one, first), (other, second), *_ = families.items()
+        raise InputError(
+            f"{second} is a LoRA of {other}, but {first} is of {one}. Only LoRAs of the same family can be merged."
+        )
+    components = loaded[0][0]
     if [strength for _, strength in sources] != [1]:
         components = merge([(part, strength) for (part, _), (_, strength) in zip(loaded, sources)])
-    return components, header
+    return components, [header for _, header in loaded]
 
 
 def resize(components, rank):
@@ -125,15 +144,24 @@ def resize(components, rank):
     return resized
 
 
-def make_header(components, header, out, merged_from):
-    """Returns the header of the written LoRA, with the entries of the first LoRA's header that are still true of it."""
+def merge_headers(sources, headers):
+    """Returns the header entries that are true of a sum of LoRAs; raises `InputError` if it can't be drawn as trained."""
+    kept = {}
+    for key in MERGED_KEYS:
+        values = {header[key] for header in headers if key in header}
+        if len(values) == 1:
+            (kept[key],) = values
+    kept |= as_trained.merge_training([(path, header) for (path, _), header in zip(sources, headers)])
+    kept["modelspec.merged_from"] = ", ".join(Path(path).stem for path, _ in sources)
+    return kept
+
+
+def make_header(components, kept, out):
+    """Returns the header of the written LoRA, with the entries of `kept` that are still true of it."""
     from text_to_image_lora.models import kohya
 
-    kept = {key: value for key, value in header.items() if key not in DROPPED_KEYS}
-    if merged_from:
-        kept = {key: value for key, value in kept.items() if key in BASE_MODEL_KEYS}
-        kept["modelspec.merged_from"] = ", ".join(merged_from)
-    own = kohya.minimal_header(components)
+    kept = {key: value for key, value in kept.items() if key not in DROPPED_KEYS}
+    own = kohya.minimal_header(components, kept)
     now = {key: own[key] for key in ("ss_network_dim", "ss_network_alpha")}
     return own | kept | now | {"ss_output_name": out.stem, "modelspec.title": out.stem}
 
@@ -147,11 +175,11 @@ def write(components, header, out, dialect, dtype):
     folded, dtype_of = {name: (state_dict, None) for name, state_dict in components.items()}, getattr(torch, dtype)
     try:
         if dialect == "kohya":
-            kohya.save_kohya(out, folded, header, dtype_of, names=kohya.guess_family(components).kohya)
+            kohya.save_kohya(out, folded, header, dtype_of, names=kohya.guess_family(components, header).kohya)
         elif dialect == "diffusers":
             lora_file.save_lora(out, folded, header, dtype_of)
         else:
-            peft_folder.save_peft(out, components, header.get("ss_sd_model_name"), dtype_of)
+            peft_folder.save_peft(out, components, header, dtype_of)
     except OSError as error:
         raise InputError(f"{out}: it can't be written ({error.strerror}). Name another OUT.") from error
     layers = {name: updates.shapes_of(state_dict) for name, state_dict in components.items()}
@@ -174,12 +202,17 @@ def main(args):
     dialects = [check_lora(path) for path, _ in sources]
     dialect = args.to or dialects[0].removeprefix("old ")
     out = settle_out(args.out, dialect)
-    components, header = read(sources)
+    components, headers = read(sources)
+    header = merge_headers(sources, headers) if args.merge else headers[0]
     if args.rank is not None:
         components = resize(components, args.rank)
-    names = [Path(path).stem for path, _ in sources] if args.merge else []
-    verified = write(components, make_header(components, header, out, names), out, dialect, args.dtype)
+    verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
     print(f"{out} ({dialect} format): {verified}")
+    if dialect == "peft" and (settings := as_trained.describe(header)):
+        print(
+            f"The LoRA was trained with {settings}. peft's format has no place for this: it is in the header of "
+            "adapter_model.safetensors, which infer.py reads and other programs ignore."
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scripts.evaluation.inputs import find_inputs
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
 from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
-from text_to_image_lora.command_line import Parser, at_least, between
+from text_to_image_lora.command_line import Parser, at_least, between, user_path
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
 from text_to_image_lora.drawing.png import source_of
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
@@ -41,17 +41,17 @@ def build_parser():
     parser = Parser(description=__doc__.splitlines()[0], epilog=" ".join(__doc__.split("\n\n")[-1].split()))
     # fmt: off
     group = parser.add_argument_group("models").add_argument
-    group("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model: local folder, hub id, .safetensors or .ckpt file")
-    group("--lora", nargs="+", required=True, metavar="LORA", help="LoRAs or checkpoints, each as PATH or PATH:STRENGTH; patterns such as \"run/epoch-*\" are sorted by the numbers in the names")
+    group("--pretrained_model_name_or_path", type=user_path, required=True, metavar="MODEL", help="base model: local folder, hub id, .safetensors or .ckpt file")
+    group("--lora", type=user_path, nargs="+", required=True, metavar="LORA", help="LoRAs or checkpoints, each as PATH or PATH:STRENGTH; patterns such as \"run/epoch-*\" are sorted by the numbers in the names")
     group("--revision", help="branch, tag or commit of a base model on the hub")
     group("--variant", help="variant of the base model's weight files to load, such as fp16")
-    group("--single_file_config", metavar="FOLDER", help="pipeline folder that configures a single-file base model offline")
-    group("--vae", metavar="MODEL", help="VAE that replaces the base model's (default: the VAE that the LoRA was trained with)")
+    group("--single_file_config", type=user_path, metavar="FOLDER", help="pipeline folder that configures a single-file base model offline")
+    group("--vae", type=user_path, metavar="MODEL", help="VAE that replaces the base model's (default: the VAE that the LoRA was trained with)")
 
     group = parser.add_argument_group("data").add_argument
-    group("--validation_data_dir", nargs="+", metavar="FOLDER", help="captioned pictures that no LoRA was trained on: their captions are the prompts, and the drawn pictures are compared with them")
+    group("--validation_data_dir", type=user_path, nargs="+", metavar="FOLDER", help="captioned pictures that no LoRA was trained on: their captions are the prompts, and the drawn pictures are compared with them")
     group("--validation_split", type=between(0, 0.5), default=0.0, help="fraction of --train_data_dir that was held out in training; use instead of --validation_data_dir")
-    group("--train_data_dir", nargs="+", metavar="FOLDER", help="training pictures, to measure whether they were memorised")
+    group("--train_data_dir", type=user_path, nargs="+", metavar="FOLDER", help="training pictures, to measure whether they were memorised")
     group("--trigger_word", help="word or words that call the concept in the captions; without them in a prompt, the concept should not be drawn")
     group("--other_prompts", nargs="+", metavar="PROMPT", help="prompts for other things, which should be drawn as by the base model, or a .txt file with one prompt per line (default: eight everyday things)")
     group("--instance_prompt", help="caption for pictures that have none")
@@ -61,22 +61,22 @@ def build_parser():
     group = parser.add_argument_group("pictures").add_argument
     group("--num_prompts", type=at_least(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
     group("--num_images", type=at_least(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
-    group("--seed", type=at_least(0), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
+    group("--seed", type=between(0, 2**63 - 1, int), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
     group("--resolution", type=at_least(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
-    group("--num_inference_steps", type=at_least(1), default=30, help="denoising steps")
+    group("--num_inference_steps", type=SETTINGS["num_inference_steps"].parse, metavar="N", default=30, help="denoising steps")
     group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="classifier-free guidance scale: how strictly the prompts are followed")
     group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py (default: the base model's, with dpm++ in place of pndm)")
 
     group = parser.add_argument_group("judges").add_argument
     group("--judge", choices=["clip", "mini-sd"], help="what scores the pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd (default: mini-sd for models/mini-sd, otherwise clip)")
-    group("--clip_model", default=CLIP_MODEL, metavar="MODEL", help="CLIP model in transformers format: hub id or folder")
-    group("--dino_model", default=DINO_MODEL, metavar="MODEL", help="DINOv2 model in transformers format: hub id or folder")
+    group("--clip_model", type=user_path, default=CLIP_MODEL, metavar="MODEL", help="CLIP model in transformers format: hub id or folder")
+    group("--dino_model", type=user_path, default=DINO_MODEL, metavar="MODEL", help="DINOv2 model in transformers format: hub id or folder")
 
     group = parser.add_argument_group("machine").add_argument
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models (default: bf16 on CUDA, otherwise no)")
     group("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest available)")
     group("--batch_size", type=at_least(1), help=f"pictures per batch (default: {BATCH_SIZE})")
-    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: the number of physical cores)")
+    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)")
     group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, sheets and pictures")
     # fmt: on
     return parser

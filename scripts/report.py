@@ -22,13 +22,13 @@ def parse_args(argv=None):
     add(
         "runs",
         nargs="+",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         metavar="RUN",
         help="output folder of a run, or a folder that contains several runs, such as that of a sweep",
     )
     add(
         "--output",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         metavar="FILE",
         help="file for the page of several runs (default: report.html, in the given folder or, if several are given, in the current folder)",
     )

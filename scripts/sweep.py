@@ -24,6 +24,7 @@ from scripts.sweeping.settings import SAMPLERS, SweepError, make_command, settle
 from scripts.sweeping.study import claim, has_result, open_study, suggest
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
+from text_to_image_lora.command_line import user_path
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 
@@ -35,8 +36,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # fmt: off
     add = parser.add_argument
-    add("config", nargs="?", type=Path, help="YAML file with the keys sweep and flags, and any of the options below; options on the command line override it")
-    add("--sweep_dir", type=Path, help="folder of the sweep, for its trials, tables and pictures")
+    add("config", nargs="?", type=user_path, help="YAML file with the keys sweep and flags, and any of the options below; options on the command line override it")
+    add("--sweep_dir", type=user_path, help="folder of the sweep, for its trials, tables and pictures")
     add("--sweep", nargs="+", metavar="FLAG=VALUES", help="flags to vary: a list of values such as rank=4,16, or a range on a log scale such as learning_rate=1e-4..1e-2")
     add("--flags", nargs="+", metavar="FLAG=VALUE", help="flags with one value for all trials; true turns a switch on")
     add("--sampler", choices=SAMPLERS, help="grid: all combinations; random: random values; tpe: values chosen from the results of earlier trials (default: grid)")

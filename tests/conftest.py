@@ -1,11 +1,13 @@
-"""What the tests share: a tiny Stable Diffusion made from config, pictures, and the command, in this process or not."""
+"""Fixtures and helpers of all tests: a tiny Stable Diffusion pipeline, pictures, and runs of the training command."""
 
 import functools
 import importlib
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +31,21 @@ importlib.import_module("text_to_image_lora.libraries").quiet_libraries()
 
 @pytest.fixture(autouse=True)
 def on_cpu(request, monkeypatch):
-    """Bit-for-bit comparisons are of the CPU's; only tests marked gpu use another device."""
+    """Runs all tests except those marked gpu on the CPU, because bit-for-bit comparisons are made there."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
-    """A `StableDiffusionPipeline` folder with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
+    """Saves a `StableDiffusionPipeline` with random weights: 32 px pictures, 8 px latents, 30 adapted modules."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
     from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-sd")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    tokenizer = write_tokenizer(folder / "words")
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -62,7 +62,7 @@ def tiny_sd(tmp_path_factory):
 
 
 def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
-    """A dataset folder: smooth random PNG pictures and a metadata.jsonl."""
+    """Writes a dataset folder with smooth random PNG pictures and a metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
@@ -75,15 +75,25 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
+def png_with_header(width, height, rows=b"\0"):
+    """Returns a PNG with a header that states this size, whatever the amount of data."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def with_red_and_blue_swapped():
-    """An ICC profile that says that the first channel is blue and the third red: sRGB's with two tags renamed."""
+    """Returns an ICC profile in which the first channel is blue and the third is red: sRGB with two tags renamed."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = data.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
     return data.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")).replace(b"sRGB built", b"swap built")
 
 
 def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives", cache_dir=None, **flags):
-    """The records of a dataset, read with these flags of the training script."""
+    """Returns the records of a dataset, read with these flags of the training script."""
     from dataclasses import fields
 
     from text_to_image_lora.pictures.layouts import ReadOptions
@@ -98,9 +108,19 @@ def read_records(train_data_dir=None, *, leave_out=None, archive_dir="archives",
     return load_records(ReadOptions(DataSettings(**flags), captions, cache_dir, archive_dir, leave_out))
 
 
+def refusal_of(function, *args, **kwargs):
+    """Returns the message of the `InputError` that a call raises, which must be one line."""
+    from text_to_image_lora.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.fixture
 def said():
-    """The lines that the package logs in a test."""
+    """Collects the messages that the package logs in a test."""
     import logging
 
     from text_to_image_lora import log
@@ -116,7 +136,7 @@ def said():
 
 
 def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, first_step=0, num_steps=0, **epoch):
-    """An `EffectiveBatchSampler` of these samples; `epoch` has a seed, groups and loss weights."""
+    """Returns an `EffectiveBatchSampler` of these samples; `epoch` contains a seed, groups and loss weights."""
     from text_to_image_lora.training.batches import Division, EffectiveBatchSampler, Epoch
 
     division = Division(batch_size, accumulation, rank, world_size)
@@ -126,7 +146,7 @@ def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, 
 
 
 def make_picture_set(records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", **augmentation):
-    """The `PictureSet` of records, or of a folder: its pictures looked at, all at one square or at the given sizes."""
+    """Returns the `PictureSet` of records or of a folder, with square pictures or with the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
     from text_to_image_lora.pictures.settings import AugmentationSettings
@@ -135,22 +155,22 @@ def make_picture_set(records, *, resolution=32, sizes=None, captions=None, inter
     good, bad = examine(records, range(len(records)))
     assert not bad
     return PictureSet(
-        records,
-        [good[index] for index in range(len(records))],
-        sizes or [(resolution, resolution)] * len(records),
-        captions or records["captions"][:],
-        View(AugmentationSettings(**augmentation), interpolation),
-    )
+        records, [good[index] for index in range(len(records))], sizes or [(resolution, resolution)] * len(records),
+        captions or records["captions"][:], View(AugmentationSettings(**augmentation), interpolation),
+    )  # fmt: skip
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Six 40x32 pictures with captions."""
+    """Writes six 40x32 pictures with captions."""
     return write_pictures(tmp_path / "pictures")
 
 
 def words_of_run(model, pictures, folder, **changes):
-    """The flags of a run that takes a second: 2 steps of batch 2 at 32 px, no tracker; what is None or False is left out."""
+    """Returns the flags of a run that takes a second: 2 steps of batch size 2 at 32 px, no tracker.
+
+    Flags whose value is None or False are left out.
+    """
     flags = dict(
         pretrained_model_name_or_path=model, train_data_dir=pictures, resolution=32, train_batch_size=2,
         max_train_steps=2, learning_rate=1e-2, seed=0, report_to="none", output_dir=folder / "out",
@@ -168,7 +188,7 @@ def words_of_run(model, pictures, folder, **changes):
 
 
 def train_here(words):
-    """Runs the script's `main` in this process; returns the output folder."""
+    """Runs the script's `main` in this process and returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from text_to_image_lora.training import interruption
@@ -178,7 +198,7 @@ def train_here(words):
         try:
             train_script.main(train_script.parse_settings(words))
         finally:
-            # Signals and Accelerate's state are the process's; each run is to find its own.
+            # Signal handlers and Accelerate's state belong to the process, and each run must start without them.
             interruption.stop_listening()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
@@ -188,7 +208,7 @@ def train_here(words):
 
 @pytest.fixture(scope="session")
 def train_in(tiny_sd):
-    """`train_in(folder, **flags)`: a run like those of `train`, for fixtures that several tests read."""
+    """Returns `train_in(folder, **flags)`, a run like those of `train` for fixtures that several tests share."""
 
     def run(folder, **changes):
         pictures = folder / "pictures" if (folder / "pictures").exists() else write_pictures(folder / "pictures")
@@ -201,7 +221,10 @@ def train_in(tiny_sd):
 
 @pytest.fixture(scope="session")
 def train_on_weapons(tmp_path_factory):
-    """`train_on_weapons(output_dir, **flags)`: a run of the embedded base on the bundled weapons; all share a cache."""
+    """Returns `train_on_weapons(output_dir, **flags)`, which trains the embedded base model on the bundled weapons.
+
+    All its runs share a cache.
+    """
     common = dict(
         resolution=128, train_batch_size=4, center_crop=True, latent_cache_dir=tmp_path_factory.mktemp("cache")
     )
@@ -218,7 +241,7 @@ def train_on_weapons(tmp_path_factory):
 
 @pytest.fixture
 def arguments(tiny_sd, pictures, tmp_path):
-    """The words of a tiny run, see `words_of_run`."""
+    """Returns a function that builds the flags of a tiny run, see `words_of_run`."""
 
     def build(**changes):
         return words_of_run(tiny_sd, pictures, tmp_path, **changes)
@@ -228,7 +251,7 @@ def arguments(tiny_sd, pictures, tmp_path):
 
 @pytest.fixture
 def train(arguments):
-    """Runs the script's `main` in this process with the given flags; returns the output folder."""
+    """Returns a function that runs the script's `main` here with the given flags and returns the output folder."""
 
     def run(**changes):
         return train_here(arguments(**changes))
@@ -237,11 +260,28 @@ def train(arguments):
 
 
 def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
-    """The command as typed, from the project's folder; stdout and stderr are text."""
+    """Runs the real command in the project's folder; stdout and stderr are text."""
     return subprocess.run(
         [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
         cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts runs of the real command without the seconds of its imports."""
+    from quick_start import QuickStart
+
+    with QuickStart() as server:
+        yield server
+
+
+@pytest.fixture
+def make_unet(tiny_sd):
+    """Returns a function that returns the UNet of `tiny_sd` with adapters, see `unet_of`."""
+    from lean_steps import unet_of
+
+    return functools.partial(unet_of, tiny_sd)
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -257,7 +297,7 @@ THREADS = [
     (None, {"OMP_NUM_THREADS": "12"}, 12),
     (None, {"OMP_NUM_THREADS": "3,2"}, 6),
     (None, {"OMP_NUM_THREADS": ""}, 6),
-    # accelerate launch sets the 1; torchrun does with several processes.
+    # accelerate launch sets the variable to 1, and so does torchrun with several processes.
     (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 6),
     (None, {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 3),
     (None, {"OMP_NUM_THREADS": "2", "ACCELERATE_MIXED_PRECISION": "no"}, 2),
@@ -270,32 +310,55 @@ THREADS = [
 
 @pytest.fixture
 def cores(monkeypatch):
-    """A machine of six physical cores with two threads each; the number of threads is put back."""
+    """Simulates an idle machine with six physical cores and two threads per core, whose launcher sets OMP_NUM_THREADS.
+
+    Restores PyTorch's number of threads.
+    """
     import torch
 
     before = torch.get_num_threads()
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 2 * CORES if logical else CORES)
     monkeypatch.setattr("os.cpu_count", lambda: 2 * CORES)
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("text_to_image_lora.libraries.launchers_environment", dict)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(2 * CORES)), raising=False)
     yield
     torch.set_num_threads(before)
 
 
 def read_metrics(folder):
-    """The rows of metrics.jsonl."""
+    """Returns the rows of metrics.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_lora(folder):
-    """The tensors of a LoRA file."""
+    """Returns the tensors of a LoRA file."""
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
 
 
+def read_header(path):
+    """Returns the header of a LoRA file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def assert_same_weights(first, second):
+    """Checks that the LoRAs of two runs are equal up to rounding."""
+    import torch
+
+    a, b = read_lora(first), read_lora(second)
+    assert a.keys() == b.keys()
+    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
+    assert difference < 1e-3 * torch.cat([a[k].flatten() for k in a]).norm()
+
+
 @functools.cache
 def held_out_weapons():
-    """Latents and hidden states of the pictures of metadata/weapons_test, as the embedded base has them."""
+    """Returns the latents and hidden states of the embedded base model for the pictures of metadata/weapons_test."""
     import torch
 
     from scripts.mini_sd.pipeline import load_pipeline
@@ -310,9 +373,9 @@ def held_out_weapons():
 
 
 def held_out_loss(lora=None, strata=4):
-    """Mean noise-prediction loss on pictures never trained on, of the embedded base with the LoRA in a folder.
+    """Returns the mean noise prediction loss of the embedded base model, with a LoRA, on pictures it was not trained on.
 
-    By other code than the trainer's, which reads the file as anybody would; noise and timesteps are the same for all.
+    The LoRA is loaded with diffusers, without code of the trainer. Noise and timesteps are equal in every call.
     """
     import torch
     from diffusers import DDPMScheduler
@@ -335,5 +398,5 @@ base_loss = functools.cache(held_out_loss)
 
 
 def relative_loss(lora):
-    """`held_out_loss` as a share of the base's own."""
+    """Returns the `held_out_loss` of a LoRA, divided by that of the base model."""
     return held_out_loss(lora) / base_loss()

@@ -1,4 +1,4 @@
-"""A CLIP and a DINOv2 of one layer each, for what looks at pictures."""
+"""A CLIP and a DINOv2 model with one layer each, for tests of evaluations."""
 
 import json
 
@@ -7,15 +7,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def clip_model(tmp_path_factory):
-    """A folder with a CLIP of one layer each and the tokenizer of the embedded base."""
+    """Saves a CLIP model with one layer per encoder, and the tokenizer of the embedded base model."""
     import torch
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel
 
     from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    tokenizer = write_tokenizer(folder / "words")
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -32,7 +31,7 @@ def clip_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dino_model(tmp_path_factory):
-    """A folder with a DINOv2 of one layer, and how it takes pictures."""
+    """Saves a DINOv2 model with one layer, and its preprocessing."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 

@@ -1,19 +1,19 @@
-"""Tiny pipelines of the families beside Stable Diffusion 1, from config: stock classes, saved folders, 32 px pictures."""
+"""Tiny pipelines of the other model families, made from config with stock classes, for 32 px pictures."""
 
 import pytest
 
 
-WIDTHS, POOLED, NUMBER = (32, 64), 64, 8  # of XL's text encoders, of the pooled embedding, of each number's
+# The sizes of XL's text encoders, of the pooled embedding, and of each embedded number.
+WIDTHS, POOLED, NUMBER = (32, 64), 64, 8
 
 
 def tokenizers_of(folder):
-    """Two tokenizers of one vocabulary; as in Stable Diffusion XL, the second pads with another word."""
+    """Saves two tokenizers with equal vocabularies; as in Stable Diffusion XL, their padding tokens differ."""
     from transformers import CLIPTokenizer
 
     from scripts.mini_sd.model import write_tokenizer
 
-    write_tokenizer(folder / "words")
-    first = CLIPTokenizer.from_pretrained(folder / "words")
+    first = write_tokenizer(folder / "words")
     return first, CLIPTokenizer.from_pretrained(folder / "words", pad_token="!")
 
 
@@ -36,7 +36,7 @@ def tiny_vae(**options):
 
 @pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory):
-    """A `StableDiffusionXLPipeline` folder with XL's own blocks, narrow and with fewer transformers: 110 adapted modules."""
+    """Saves a `StableDiffusionXLPipeline` with XL's kinds of blocks, but narrower and shallower: 110 adapted modules."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -64,7 +64,7 @@ def tiny_xl(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory):
-    """A `StableDiffusionPipeline` folder as Stable Diffusion 2.1 at 768 has it: OpenCLIP, linear projections, v-prediction."""
+    """Saves a `StableDiffusionPipeline` like Stable Diffusion 2.1 at 768: OpenCLIP, linear projections, v-prediction."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -87,7 +87,7 @@ def tiny_sd2(tmp_path_factory):
 
 
 def true_xl():
-    """{component: model} of stabilityai/stable-diffusion-xl-base-1.0 by its configuration, without memory."""
+    """Returns {component: model} with the configuration of stable-diffusion-xl-base-1.0, on the meta device."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

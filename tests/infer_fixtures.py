@@ -1,4 +1,4 @@
-"""What the tests of `infer.py` share: a tiny real pipeline, LoRAs of it, and the command, in this process or not."""
+"""Fixtures and helpers of the tests of `infer.py`: a tiny pipeline, LoRAs, and runs of the command."""
 
 import copy
 import os
@@ -17,18 +17,18 @@ from text_to_image_lora.drawing import pipeline
 
 
 PROMPT = "a red axe on a blue background"
-NAME = f"00-{PROMPT.replace(' ', '-')}-seed0"  # of its picture's file
+NAME = f"00-{PROMPT.replace(' ', '-')}-seed0"  # the name of the picture's file
 
 
 @pytest.fixture
 def library_settings():
-    """What main sets for its own process does not outlive the test."""
+    """Restores the settings of libraries and the environment that `main` changes for its process."""
     import diffusers
     import torch
     import transformers
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models wait for each other's threads on a busy machine
+    torch.set_num_threads(1)  # on a busy machine, the threads of tiny models wait for each other
     libraries = [module.utils.logging for module in (diffusers, transformers)]
     levels = [library.get_verbosity() for library in libraries]
     with mock.patch.dict(os.environ):
@@ -43,31 +43,20 @@ def library_settings():
 def tiny_pipeline(tmp_path_factory):
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTokenizer
 
     from scripts.mini_sd.model import make_pipeline, make_text_encoder, write_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=96,
-    )
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, cross_attention_dim=96,
+    )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(16, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-    )
+        block_out_channels=(16, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=8, sample_size=64,
+    )  # fmt: skip
     return make_pipeline(vae, unet, make_text_encoder(tokenizer), tokenizer)
 
 
@@ -80,7 +69,7 @@ def model(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lora_weights(tiny_pipeline):
-    """Random LoRA weights of the UNet and the text encoder, strong enough to be seen."""
+    """Returns random LoRA weights of the UNet and the text encoder with a visible effect."""
     import torch
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -110,7 +99,7 @@ def lora(lora_weights, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def write_lora(lora_weights, tmp_path_factory):
-    """A function that writes a LoRA file with these strings in its header, and returns its path."""
+    """Returns a function that writes a LoRA file with these strings in its header, and returns the path."""
     from safetensors.torch import save_file
 
     def write(name, weights=None, **header):
@@ -123,7 +112,7 @@ def write_lora(lora_weights, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compared(model, lora, tmp_path_factory):
-    """The pictures of the base model and of the LoRA as it is, both of seed 0."""
+    """Returns the pictures of the base model and of the LoRA with seed 0."""
     base, with_lora, _ = draw(model, tmp_path_factory.mktemp("compared"), "--lora", lora, "--compare_base").values()
     return base, with_lora
 
@@ -158,7 +147,7 @@ def flat(lora_weights):
 
 
 def command(*argv):
-    """(exit code, stdout, stderr, seconds) of infer.py, with no hub to ask."""
+    """Returns (exit code, stdout, stderr, seconds) of infer.py without access to the hub."""
     started = time.perf_counter()
     run = subprocess.run(
         [sys.executable, ROOT / "infer.py", *map(str, argv)],
@@ -170,19 +159,19 @@ def command(*argv):
 
 
 def draw(model, output_dir, *argv, prompt=(PROMPT,)):
-    """Runs main in this process; the pictures by file name."""
+    """Runs `main` in this process and returns the pictures by file name."""
     given = ["--pretrained_model_name_or_path", model, "--prompt", *prompt, "--output_dir", output_dir]
     infer.main([str(word) for word in [*given, "--num_inference_steps", 2, *argv]])
     return {path.name: Image.open(path).copy() for path in sorted(Path(output_dir).iterdir())}
 
 
 def difference(a, b):
-    """The largest difference of two pictures in any channel, in steps of 1/255."""
+    """Returns the largest difference between two pictures in any channel, in steps of 1/255."""
     return max(high for _, high in ImageChops.difference(a, b).getextrema())
 
 
 def stock(name, folder, **more):
-    """A pipeline of diffusers with the sampler that infer.py takes instead of PNDM."""
+    """Returns a pipeline of diffusers with the sampler that infer.py uses instead of PNDM."""
     import diffusers
 
     pipe = getattr(diffusers, name).from_pretrained(folder, safety_checker=None, **more)
@@ -192,7 +181,7 @@ def stock(name, folder, **more):
 
 
 def disk(size=(96, 64), centre=(30, 30), colour="red", mode="RGB", ground="navy"):
-    """A disk on a ground, which edges can be found in."""
+    """Returns a picture of a disk on a plain ground, so that edges can be found."""
     image = Image.new(mode, size, ground)
     ImageDraw.Draw(image).ellipse([c - 20 for c in centre] + [c + 20 for c in centre], fill=colour)
     return image
@@ -206,7 +195,7 @@ def photo(tmp_path_factory):
 
 
 def write_controlnet(unet, folder):
-    """A ControlNet of the UNet that holds on to edges in no useful way, but strongly; returns its folder."""
+    """Saves a ControlNet of the UNet with random weights and a strong effect, and returns its folder."""
     import torch
     from diffusers import ControlNetModel
 
@@ -214,7 +203,7 @@ def write_controlnet(unet, folder):
     model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "controlnet_" in name and parameter.ndim > 1:  # they start as zeros
+            if "controlnet_" in name and parameter.ndim > 1:  # these weights are initially zero
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
@@ -227,7 +216,10 @@ def controlnet(tiny_pipeline, tmp_path_factory):
 
 @pytest.fixture
 def refusal(model, tmp_path, monkeypatch, capsys):
-    """A function that gives the line with which flags are refused: before a model is loaded, and nothing is written."""
+    """Returns a function that returns the error message of invalid flags.
+
+    It checks that no model is loaded and nothing is written.
+    """
     monkeypatch.setattr(pipeline, "load_pipeline", lambda *args: pytest.fail("a model is loaded"))
 
     def refuse(*flags, prompt=("a dog",)):

@@ -1,4 +1,4 @@
-"""Steps of tiny UNets of diffusers' that are made lean."""
+"""Training steps of tiny UNets with the lean forward pass."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ PLAIN = LoraSettings(rank=4, lora_alpha=4, target_modules=STABLE_DIFFUSION.targe
 
 
 def unet_of(folder, settings=PLAIN, dtype=torch.float32):
-    """The UNet of a pipeline's folder with adapters that change what it predicts."""
+    """Returns the UNet of a pipeline folder with adapters that change its prediction."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(memory_format=torch.channels_last).train()
     torch.manual_seed(0)
     lora.add_lora(unet, settings)
@@ -27,7 +27,7 @@ def unet_of(folder, settings=PLAIN, dtype=torch.float32):
 
 
 def lean_unet(unet, flat=True, groups=None):
-    """The tensors to train of a UNet that is made lean."""
+    """Makes a UNet lean and returns the tensors to train."""
     groups = [lora.trainable_parameters(unet)] if groups is None else groups
     return [tensor for group in lean.use_lean_forward(unet, groups, flat) for tensor in group]
 
@@ -40,7 +40,7 @@ def batch_of(step, dtype=torch.float32):
 
 
 def train(unet, parameters, steps=20, dtype=torch.float32, autocast=False, accumulation=1):
-    """(losses, gradient norms) of some steps."""
+    """Returns the losses and the gradient norms of some steps."""
     optimizer, found = torch.optim.AdamW(parameters, lr=1e-3), []
     for step in range(steps):
         total = 0
@@ -57,7 +57,7 @@ def train(unet, parameters, steps=20, dtype=torch.float32, autocast=False, accum
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run inside."""
+    """Collects the names of the operators that run in this context."""
 
     def __init__(self):
         super().__init__()

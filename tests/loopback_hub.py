@@ -1,4 +1,4 @@
-"""The hub on a loopback port: enough of it for an upload, for one that fails, and to give models and datasets out."""
+"""A hub on a loopback port that accepts uploads, can fail, and serves models and datasets."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ import pytest
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as an upload meets; `server.seen` keeps every request."""
+    """The requests of an upload; `server.seen` keeps every request."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -42,11 +42,11 @@ class Hub(BaseHTTPRequestHandler):
         self.do_POST()
 
     def log_message(self, *_):
-        """Quiet."""
+        """Prints nothing."""
 
 
 class FailingHub(Hub):
-    """Answers `server.failing` (a path's end) with a status instead."""
+    """Answers requests for `server.failing` (the end of a path) with an error status."""
 
     def do_POST(self):
         path, status = self.server.failing
@@ -63,7 +63,7 @@ class FailingHub(Hub):
 
 
 class Repositories(BaseHTTPRequestHandler):
-    """The folders `server.root`/owner/name as the hub gives models and datasets out; whatever else is asked is 404."""
+    """Serves the folders `server.root`/owner/name as models and datasets; everything else is answered with 404."""
 
     def do_GET(self):
         path, commit = self.path.partition("?")[0], "a" * 40
@@ -99,11 +99,11 @@ class Repositories(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, *_):
-        """Quiet."""
+        """Prints nothing."""
 
 
 class Storage(Repositories):
-    """A hub that keeps what is committed: below `server.root`, from where it also gives it out."""
+    """A hub that stores commits below `server.root` and serves them."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -147,7 +147,7 @@ class Storage(Repositories):
 
 
 class Slow(Repositories):
-    """Answers nothing in the first `server.silent` requests, for longer than anybody waits."""
+    """Does not answer the first `server.silent` requests within the clients' timeouts."""
 
     def do_GET(self):
         self.server.seen.append(self.path)
@@ -161,7 +161,7 @@ class Slow(Repositories):
 
 @contextlib.contextmanager
 def serving(handler, **attributes):
-    """A server on a free port; `seen` keeps its requests."""
+    """Starts a server on a free port; `seen` keeps its requests."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     vars(server).update(seen=[], **attributes)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -172,24 +172,24 @@ def serving(handler, **attributes):
 
 @contextlib.contextmanager
 def taken_for_the_hub(server):
-    """Lets this process take the server for the hub."""
+    """Makes this process use the server as the hub."""
     from huggingface_hub import close_session, constants
 
     with pytest.MonkeyPatch.context() as patch:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         patch.setattr(constants, "ENDPOINT", endpoint)
-        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # made from the other when it is imported
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # computed from the other constant at import
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         patch.setenv("NO_PROXY", "*")
-        close_session()  # it reads the proxies when it is made
+        close_session()  # a session reads the proxy settings when it is created
         yield
     close_session()
 
 
 def environment(server, folder, **more):
-    """For a child that is to take the server for the hub."""
+    """Returns the environment of a child process that uses the server as the hub."""
     return {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
         "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", **more,
@@ -197,7 +197,7 @@ def environment(server, folder, **more):
 
 
 def uploaded(server):
-    """{path: content} of the one commit."""
+    """Returns {path: content} of the only commit."""
     (commit,) = (body for _, path, _, body in server.seen if path.endswith("/commit/main"))
     rows = [row["value"] for row in map(json.loads, commit.splitlines()) if row["key"] == "file"]
     return {row["path"]: base64.b64decode(row["content"]) for row in rows}

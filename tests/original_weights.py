@@ -1,4 +1,4 @@
-"""Weights under the names of the original code, as single files of Stability's and CompVis' have them; old and bad ones."""
+"""Weights with the names of the original code, as in single files of Stability and CompVis, and old or bad files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 
 def renamed(state_dict, rules, prefix):
-    """The tensors under their new names: each of the rules (pattern, replacement) is applied in turn."""
+    """Returns the tensors with new names: each of the rules (pattern, replacement) is applied in turn."""
     out = {}
     for key, value in state_dict.items():
         for pattern, replacement in rules:
@@ -26,7 +26,7 @@ def exactly(mapping):
 
 
 def vae_to_ldm(folder):
-    """The weights of the VAE in a folder as single files name them."""
+    """Returns the weights of the VAE in a folder with the names of single files."""
     blocks = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
     vae_rules = [
         *exactly(DIFFUSERS_TO_LDM_MAPPING["vae"]),
@@ -43,13 +43,13 @@ def vae_to_ldm(folder):
     vae = load_file(next((folder / "vae").glob("*.safetensors")))
     vae = renamed(vae, vae_rules, "first_stage_model.")
     for key in vae:
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # they were convolutions once
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", key):  # older files have convolutions
             vae[key] = vae[key][:, :, None, None]
     return vae
 
 
 def to_ldm(folder):
-    """The weights of a tiny base as Stability's and CompVis' single files name them (diffusers reads them back)."""
+    """Returns the weights of a tiny base with the names of Stability's single files, which diffusers can read back."""
     layers = len(json.loads((folder / "unet" / "config.json").read_text())["block_out_channels"])
     unet, text_encoder = (load_file(next((folder / n).glob("*.safetensors"))) for n in ("unet", "text_encoder"))
     inside = "attentions" in " ".join(key for key in unet if key.startswith("up_blocks.0."))  # before its upsampler
@@ -83,7 +83,7 @@ LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint"
 
 
 class Attack:
-    """Unpickled, it would make a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -93,7 +93,7 @@ class Attack:
 
 
 def lightning_checkpoint(path, tensors, score):
-    """A .ckpt as Lightning wrote it in 2022: the callback's class is a key in the pickle, and beside it lies a score."""
+    """Writes a .ckpt like Lightning in 2022, with a callback's class as a key in the pickle, and with a score."""
     parents = [LIGHTNING.rsplit(".", n)[0] for n in range(3)]
     for name in parents:
         assert name not in sys.modules

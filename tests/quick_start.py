@@ -1,11 +1,11 @@
-"""Processes that run the command without the seconds of its imports: forked from one that has made them all.
+"""Starts the command without the seconds of its imports: in processes forked from one that has imported everything.
 
     with QuickStart() as start:
         run = start(words, folder)
         os.kill(run.pid, signal.SIGTERM)
         code, said = run.wait()
 
-A process of its own does the forking: in pytest's, threads may run. What is forked runs the script as `python` does.
+A separate process forks, because pytest's process may have threads. A forked process runs the script as `python` does.
 """
 
 import atexit
@@ -26,7 +26,7 @@ SCRIPT = ROOT / "train_text_to_image_lora.py"
 
 
 class Run:
-    """A running command; what it prints goes to `log`."""
+    """A running command; its output is written to `log`."""
 
     def __init__(self, server, pid, log):
         self.server, self.pid, self.log, self.code = server, pid, log, None
@@ -35,18 +35,18 @@ class Run:
         return self.log.read_text(errors="replace")
 
     def ended(self):
-        """Whether it has; its exit code is in `code`, or a signal's number below 0."""
+        """Returns whether the process has ended; `code` is its exit code, or a negative signal number."""
         if self.code is None:
             self.code = self.server.ask({"pid": self.pid})
         return self.code is not None
 
     def wait(self, seconds=120):
-        """(exit code, what it printed); too long a wait is an error."""
+        """Returns (exit code, output); raises an error if the process takes too long."""
         self.until(self.ended, seconds)
         return self.code, self.said()
 
     def until(self, condition, seconds=120):
-        """Waits for something, with the process still running or not."""
+        """Waits until a condition is true, whether the process is running or not."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"nothing after {seconds} s: {self.said()}"
@@ -58,7 +58,7 @@ class Run:
 
 
 class QuickStart:
-    """Starts the command with given words, as `Run`s."""
+    """Starts the command with given flags, as `Run`s."""
 
     def __enter__(self):
         self.process = subprocess.Popen(
@@ -78,7 +78,7 @@ class QuickStart:
         return json.loads(self.process.stdout.readline())
 
     def together(self, words, folder, count, before=None):
-        """Starts so many processes of one run, as a launcher does; `before` by their rank."""
+        """Starts several processes of one run, as a launcher does; `before` is a dict by rank."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -91,7 +91,7 @@ class QuickStart:
         ]
 
     def __call__(self, words, folder, before="", **environment):
-        """Starts the command; its log is a new file in the folder. `before` is Python that runs in it first."""
+        """Starts the command with a new log file in the folder. `before` is Python code that runs first."""
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"log-{len(list(folder.glob('log-*'))):03d}.txt"
         log.touch()
@@ -116,7 +116,7 @@ owner.{function} = send
 
 
 def signal_before(function, nth, name):
-    """Python for a `Run` that sends itself a signal before the nth call of a function of the package."""
+    """Returns Python code for a `Run` that sends itself a signal before the nth call of a function of the package."""
     module, _, function = function.rpartition(".")
     return SENDING.format(module=module, function=function, nth=nth, name=name)
 
@@ -125,7 +125,7 @@ MEASURED = ("images_per_second", "peak_memory_gib")
 
 
 def assert_same_end(first, second):
-    """LoRA, the best one, metrics without times, optimizer and pictures are equal, bit for bit."""
+    """Checks that both LoRAs, the metrics without times, the optimizer and the pictures are equal, bit for bit."""
     from conftest import read_lora, read_metrics
 
     for part in (".", "best"):
@@ -143,7 +143,7 @@ def assert_same_end(first, second):
 
 
 def become(words, log, before, environment):
-    """What is forked: the command."""
+    """Turns the forked process into the command."""
     for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         os.dup2(os.open(os.devnull if stream == 0 else log, flags | (os.O_APPEND if stream else 0)), stream)
     os.environ |= environment
@@ -151,7 +151,7 @@ def become(words, log, before, environment):
     sys.argv = [str(SCRIPT), *words]
     sys.stdin = open(0)  # noqa: SIM115 (theirs for as long as the process lives)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
-    faulthandler.dump_traceback_later(100)  # where it hangs, for the log
+    faulthandler.dump_traceback_later(100)  # if the process hangs, the log shows where
     code = 0
     try:
         exec(before, {})
@@ -168,7 +168,7 @@ def become(words, log, before, environment):
 
 
 def serve():
-    """Reads questions, one a line, and forks, or says how a process ended."""
+    """Reads one request per line: forks a process, or reports how a process ended."""
     sys.path.insert(0, str(ROOT))
     import accelerate  # noqa: F401
     import datasets  # noqa: F401

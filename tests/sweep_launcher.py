@@ -1,10 +1,10 @@
-"""Stands where a sweep's launcher does, and writes at once what the training command would write over minutes.
+"""Replaces the launcher of a sweep, and immediately writes what the training command would write in minutes.
 
     python tests/sweep_launcher.py train_text_to_image_lora.py --output_dir ... --max_train_steps ...
 
-It goes on from its checkpoint as the training does. What a test needs beyond that is in the environment:
-SWEEP_STEP_SECONDS, how long each step takes; SWEEP_BROKEN, a file: while it is there, trials of rank 4 fail;
-SWEEP_STOPS_AT, the step after which one stops as at its --max_train_time.
+It resumes from its checkpoint as the training does. Environment variables contain what tests need:
+SWEEP_STEP_SECONDS is the time per step. SWEEP_BROKEN is a file; while it exists, trials of rank 4 fail. SWEEP_STOPS_AT is
+the step after which a trial stops, as with --max_train_time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def loss_after(step, rank, learning_rate):
-    """A relative loss that falls with the steps: the faster, the larger the learning rate; the lower, the higher the rank."""
+    """Returns a relative loss that decreases faster with a larger learning rate, and further with a higher rank."""
     return 1 - (0.3 + 0.01 * rank) * (1 - math.exp(-1000 * learning_rate * step))
 
 

@@ -1,4 +1,4 @@
-"""The command as a person types it: its flags, its answers to mistakes, its output, its launchers."""
+"""The real command: its flags, its answers to invalid input, its output, and launchers."""
 
 import json
 import os
@@ -18,18 +18,19 @@ from conftest import (
     TORCHRUN,
     read_lora,
     read_metrics,
+    refusal_of,
     run_command,
     train_script,
     words_of_run,
     write_pictures,
-)  # fmt: skip
+)
 
 from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import check_writable
 
 
-# The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with what a person may write and what it means.
+# The 51 flags of diffusers' train_text_to_image_lora.py (0.39), each with a value as text and its meaning.
 UPSTREAM_FLAGS = {
     "pretrained_model_name_or_path": ("owner/model", "owner/model"),
     "revision": ("main", "main"),
@@ -83,14 +84,14 @@ UPSTREAM_FLAGS = {
     "rank": ("4", 4),
     "image_interpolation_mode": ("lanczos", "lanczos"),
 }
-# The four more of its train_text_to_image_lora_sdxl.py.
+# Four further flags of diffusers' train_text_to_image_lora_sdxl.py.
 UPSTREAM_FLAGS_OF_XL = {
     "pretrained_vae_model_name_or_path": ("madebyollin/sdxl-vae-fp16-fix", "madebyollin/sdxl-vae-fp16-fix"),
     "train_text_encoder": (None, True),
     "debug_loss": (None, True),
     "enable_npu_flash_attention": (None, True),
 }
-# What each choice flag of diffusers takes beyond the value above; "tensorboard" and "comet_ml" depend on the machine.
+# Further values of flags with choices; "tensorboard" and "comet_ml" depend on the machine.
 UPSTREAM_CHOICES = {
     "lr_scheduler": ["linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
     "mixed_precision": ["no", "bf16"],
@@ -106,11 +107,8 @@ def parse(*words):
 
 
 def refused(*words):
-    """The one line that the flags alone are answered with."""
-    with pytest.raises(InputError) as caught:
-        parse(*words)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    """Returns the error message for invalid flags, which has one line."""
+    return refusal_of(parse, *words)
 
 
 def test_upstream_has_51_flags():
@@ -131,7 +129,7 @@ def test_choices_of_diffusers_are_taken(name, value):
 
 
 def test_a_command_written_for_diffusers_runs(train, tmp_path):
-    """Every flag of theirs that a local run on a CPU can have, in one command."""
+    """A single command with every flag of diffusers' script that a local run on a CPU can have."""
     output_dir = train(
         image_column="image", caption_column="text", validation_prompt="a red axe", validation_epochs=1,
         max_train_samples=4, cache_dir=tmp_path / "downloads", center_crop=True, random_flip=True, num_train_epochs=1,
@@ -143,7 +141,7 @@ def test_a_command_written_for_diffusers_runs(train, tmp_path):
         max_train_steps=2,
     )  # fmt: skip
     assert [row["step"] for row in read_metrics(output_dir)] == [1, 2]
-    # scale_lr: 2 pictures x 2 accumulation; then the cosine is halfway.
+    # --scale_lr multiplies by 2 pictures and 2 accumulation steps; the cosine schedule is halfway.
     assert [row["lr"] for row in read_metrics(output_dir)] == pytest.approx([4e-4, 2e-4])
     assert read_lora(output_dir)
 
@@ -200,14 +198,14 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
     first = train(output_dir=tmp_path / "first", **options)
     wanted = train_script.parse_settings(arguments(output_dir=tmp_path / "first", **options))
     again = train_script.parse_settings([f"--config={first / 'run.yaml'}"])
-    assert again.run.seed is not None  # drawn, it stands in run.yaml
+    assert again.run.seed is not None  # a seed that was drawn at random is saved in run.yaml
     assert again.samples.texts == wanted.samples.texts == [options["validation_prompt"]]
     not_the_same = (
         "seed",
         "config",
         "validation_prompt",
         "validation_prompts",
-    )  # run.yaml has all prompts in the last
+    )  # run.yaml contains all prompts under the last flag
     again, wanted = (
         {k: v for k, v in flag_values(settings).items() if k not in not_the_same} for settings in (again, wanted)
     )
@@ -223,7 +221,7 @@ def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
 
 
 def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
-    """The command line can change the rank, and with it goes the alpha; and so on."""
+    """If the command line changes the rank, alpha changes with it, because its default depends on the rank."""
     out = train(output_dir=tmp_path / "out", lr_warmup_ratio=0.5, max_train_steps=None, num_train_epochs=1, rank=2)
     argv = ["--config", str(out / "run.yaml"), "--rank", "8", "--num_train_epochs", "3", "--optimizer", "prodigy"]
     settings = train_script.parse_settings([*argv, "--learning_rate", "1"])
@@ -244,7 +242,7 @@ def test_run_yaml_leaves_open_what_follows_from_other_flags(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def no_torch(tmp_path_factory):
-    """An environment whose torch can't be imported: what is answered there, is answered before torch is."""
+    """Returns an environment in which torch cannot be imported, so that answers must be given before torch is imported."""
     folder = tmp_path_factory.mktemp("no-torch")
     (folder / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
     return {"PYTHONPATH": str(folder)}
@@ -295,7 +293,7 @@ BAD_INPUT = {
 }  # fmt: skip
 
 
-# Each case as the command is started, but in one process: the imports that all need are the slowest part of an answer.
+# All cases run as the real command, but in one process, because imports take most of the time.
 ANSWER_ALL = """
 import contextlib, io, json, runpy, sys, time
 from pathlib import Path
@@ -318,7 +316,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers(tiny_sd, no_torch, tmp_path_factory):
-    """What each case of `BAD_INPUT` is answered with, the folder that they are about, and what was in it before."""
+    """Returns the answer to each case of `BAD_INPUT`, the folder of the case, and the previous content of the folder."""
     folder = tmp_path_factory.mktemp("bad input")
     pictures = write_pictures(folder / "pictures")
     (folder / "empty").mkdir()
@@ -365,11 +363,8 @@ def test_fp16_without_a_gpu(train, tmp_path, monkeypatch, by):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     if by == "launcher":
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(InputError) as caught:
-        train(mixed_precision="fp16" if by == "flag" else None)
-    assert str(caught.value) == (
-        "--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no."
-    )
+    message = refusal_of(train, mixed_precision="fp16" if by == "flag" else None)
+    assert message == ("--mixed_precision fp16 needs a GPU: on a CPU it would train in float32. Use bf16 or no.")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "cache").exists()
 
@@ -383,7 +378,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_that_divide_the_model_are_refused(arguments, no_torch, tmp_path, name):
-    """By what `accelerate launch --use_deepspeed` and `--use_fsdp` put into the environment."""
+    """Sets the environment of `accelerate launch --use_deepspeed` and `--use_fsdp`."""
     done = run_command(arguments(), env=no_torch | {LAUNCHES[name]: "true"})
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"train_text_to_image_lora.py: {name} divides a model .*--multi_gpu .*\n", done.stderr)
@@ -409,12 +404,9 @@ def test_help_is_quick_and_needs_no_torch(no_torch):
 
 def test_a_broken_picture_stops_the_run_before_training(train, pictures, tmp_path):
     (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:100])
-    with pytest.raises(InputError) as caught:
-        train()
-    message = str(caught.value)
+    message = refusal_of(train)
     assert f"{pictures}/metadata.jsonl:4: '3.png': it can't be decoded (" in message
     assert message.endswith("Fix it, or pass --skip_bad_images to leave it out.")
-    assert "\n" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -442,7 +434,7 @@ def test_not_one_usable_picture(train, pictures):
 
 
 def test_the_output_folder_is_checked_by_all_processes_at_once(tmp_path):
-    """What one process cleans up after its check, another is about to use."""
+    """A process must not delete files after its check that another process is about to use."""
     failures = []
 
     def check():
@@ -477,7 +469,7 @@ def test_two_processes_answer_bad_input_once(arguments):
 
 
 def test_a_slow_first_process_answers_too(arguments, tmp_path):
-    """Another rank ends first, and the launcher ends the others at once."""
+    """Another rank ends first, and the launcher then stops all other ranks immediately."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(1)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     done = run_command(arguments(rank=0), TORCHRUN, env={"PYTHONPATH": str(tmp_path)})
@@ -487,7 +479,7 @@ def test_a_slow_first_process_answers_too(arguments, tmp_path):
 
 @pytest.fixture(scope="module")
 def real_run(tiny_sd, tmp_path_factory):
-    """The docstring's command with accelerate_config.yaml as it is, on the tiny model, W&B by default."""
+    """The command of the docstring with accelerate_config.yaml, on the tiny model, with W&B by default."""
     tmp_path = tmp_path_factory.mktemp("real")
     documented = shlex.split(train_script.__doc__.split("\n\n")[1])
     accelerate, script = documented.index("accelerate"), documented.index("train_text_to_image_lora.py")
@@ -519,7 +511,7 @@ def test_a_run_says_only_what_is_its_own(real_run):
     starts = [
         "--hub_token: a launcher that fails prints its command, including the token. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
-        "6 pictures, 3 steps an epoch, 3 steps; effective batch 2 on 1 x cpu (1 thread) in float32; ",
+        "6 pictures, 3 steps an epoch, 3 steps (1 epoch); effective batch 2 on 1 x cpu (1 thread) in float32; ",
         "30 of 30 LoRA modules read back correctly from the diffusers file",
         f"LoRA: {output_dir}/pytorch_lora_weights.safetensors",
         f"report: {output_dir}/report.html",
@@ -535,7 +527,7 @@ def test_the_real_command_tells_nobody_the_token(real_run):
     done, output_dir = real_run
     files = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
     tracked = b"".join(content for path, content in files.items() if path.suffix == ".wandb")
-    assert b"--hub_token=***" in tracked  # so W&B's file is searchable, and holds the command
+    assert b"--hub_token=***" in tracked  # shows that W&B's file can be searched, and contains the command
     assert [path for path, content in files.items() if b"never_to_be_seen" in content] == []
     assert "never_to_be_seen" not in done.stdout + done.stderr
 

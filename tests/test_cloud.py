@@ -1,4 +1,4 @@
-"""The files of cloud/: their commands are taken, their programs read them, and what they start trains."""
+"""The files of cloud/: their flags are valid, their programs can read them, and the commands that they start train."""
 
 import json
 import os
@@ -23,24 +23,13 @@ SKY = yaml.safe_load((CLOUD / "sky.yaml").read_text(encoding="utf-8"))
 NOTEBOOK = json.loads((CLOUD / "colab.ipynb").read_text(encoding="utf-8"))
 CELLS = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
 BIN = f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}"
-# What a line begins with that starts the training, and the words that the flags follow.
+# The first words of a line that starts the training, and the words after which its flags begin.
 LAUNCHERS = (
-    "!uv run",
-    "uv run",
-    "accelerate launch",
-    "ACCELERATE_USE_CPU",
-    "hf jobs",
-    "sbatch",
-    "docker run",
-    '"${launcher',
-)
+    "!uv run", "uv run", "accelerate launch", "ACCELERATE_USE_CPU", "hf jobs", "sbatch", "docker run", '"${launcher',
+)  # fmt: skip
 STARTS = (
-    "train_text_to_image_lora.py",
-    "train-text-to-image-lora",
-    "train_text_to_image_lora",
-    "cloud/slurm.sh",
-    "lora",
-)
+    "train_text_to_image_lora.py", "train-text-to-image-lora", "train_text_to_image_lora", "cloud/slurm.sh", "lora",
+)  # fmt: skip
 
 
 def page(name):
@@ -48,7 +37,7 @@ def page(name):
 
 
 def flags_after(line):
-    """The words behind the training's name in a shell line, or in a line that is one of its words; None if it isn't there."""
+    """Returns the words after the training's name in a shell line, also in a quoted line; None if the name is missing."""
     words = shlex.split(line, comments=True)
     for number, word in enumerate(words):
         if "train_text_to_image_lora.py --" in word:
@@ -59,7 +48,7 @@ def flags_after(line):
 
 
 def commands_of(text):
-    """The flags in each line of a file that starts the training; `#` before a line is a comment's."""
+    """Returns the flags in each line of a file that starts the training, also in lines after a `#`."""
     text = re.sub(r"^# ?", "", text, flags=re.M).replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith(LAUNCHERS)]
     return [flags for flags in map(flags_after, lines) if flags]
@@ -141,7 +130,7 @@ esac
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """`sbatch(python, *flags, cwd=...)`: starts slurm.sh as the batch script of a job with two tasks."""
+    """Returns `sbatch(python, *flags, cwd=...)`, which starts slurm.sh as the batch script of a job with two tasks."""
     for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL}.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
@@ -188,7 +177,7 @@ def test_slurm_trains_with_a_process_for_each_task(sbatch, arguments, tmp_path):
 
 
 def launched(lines, folders, words):
-    """Starts each shell line with more flags; returns what each printed, once all have ended well."""
+    """Starts each shell line with further flags, waits until all have succeeded, and returns their outputs."""
     started = []
     for line, folder in zip(lines, folders):
         line = f"{line} {shlex.join([*words, '--output_dir', str(folder)])}"
@@ -202,7 +191,7 @@ def launched(lines, folders, words):
 
 @pytest.mark.long
 def test_the_launch_lines_train_alike_on_as_many_processes(tiny_sd, pictures, tmp_path):
-    """Two processes stand for eight, and two launchers on the loopback for two machines."""
+    """Two processes replace eight, and two launchers on the loopback replace two machines."""
     words = words_of_run(tiny_sd, pictures, tmp_path, output_dir=None, report_to="none", validation_steps=2)
     lines = [line.strip() for line in page("README.md").splitlines() if line.startswith(LAUNCHERS[2:4])]
     lines = [re.sub(r"--num_processes \d+", "--num_processes 2", line) for line in lines]
@@ -259,7 +248,7 @@ def test_skypilot_reads_its_task(uv, tmp_path):
     home = {
         "HOME": str(tmp_path),
         "UV_CACHE_DIR": uv("cache", "dir").stdout.strip(),
-    }  # it writes into its user's folder
+    }  # it writes into the user's home folder
     done = uv(
         "run", "--no-project", "--with", PINS["skypilot"], "python", tmp_path / "read.py", CLOUD / "sky.yaml", env=home
     )  # fmt: skip

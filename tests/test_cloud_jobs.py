@@ -1,4 +1,4 @@
-"""Machines that start from nothing: the lines for Hugging Face Jobs, and the notebook for Colab, each run as it stands."""
+"""Machines that start empty: the commands for Hugging Face Jobs and the notebook for Colab are run unchanged."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from uv_tool import PINS, copy_project, uv_of_the_session  # noqa: F401 (a fixtu
 MODEL = ROOT / "models" / "mini-sd"
 TOKEN = "hf_atokenofatest"
 SUBMIT, CLONE = re.findall(r"^hf jobs .*?(?=^```)", (ROOT / "cloud" / "hf_jobs.md").read_text(), re.M | re.S)
-# What stands for the notebook's cells that only Colab can run.
+# Replacements for the cells of the notebook that only Colab can run.
 REPLACED = {
     "project": "",
     "output": 'OUTPUT = "my lora"',
@@ -30,7 +30,7 @@ REPLACED = {
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """A git repository of the project as it stands here: (folder, commit)."""
+    """Makes a git repository of the project in its current state, and returns its folder and commit."""
     folder = copy_project(tmp_path_factory.mktemp("project"))
     git = ["git", "-C", folder, "-c", "user.name=test", "-c", "user.email=test@example.com"]
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "as it stands"]):
@@ -40,7 +40,7 @@ def repository(tmp_path_factory):
 
 
 class Jobs(BaseHTTPRequestHandler):
-    """The hub's jobs: takes one, and keeps what it is in `server.seen`."""
+    """The hub's jobs: accepts one, and keeps its request in `server.seen`."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -56,13 +56,13 @@ class Jobs(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def log_message(self, *_):
-        """Quiet."""
+        """Prints nothing."""
 
 
 def submitted(line, repository, folder):
-    """What arrives at the hub when a line of the page is typed in an empty folder."""
+    """Runs a command of the page in an empty folder, and returns the request that arrives at the hub."""
     (folder / "here").mkdir()
-    # The client would first copy the folder into a bucket, and mount that one.
+    # The client would first copy the folder into a bucket and mount the bucket.
     line = line.replace("./pictures:/pictures", "hf://buckets/me/pictures:/pictures:ro")
     with serving(Jobs) as server:
         env = environment(
@@ -102,7 +102,7 @@ def test_a_job_trains_from_an_empty_folder(uv, repository, pictures, tmp_path, l
 
 @pytest.fixture(scope="module")
 def executed(uv, repository, tmp_path_factory):
-    """The notebook after all its cells, with the embedded base and four pictures in a zip."""
+    """Runs all cells of the notebook with the embedded base model and four pictures in a zip, and returns the notebook."""
     folder = copy_project(tmp_path_factory.mktemp("colab") / "lora")
     (folder / "pictures").mkdir()
     for number in range(1, 5):

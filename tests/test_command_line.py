@@ -1,15 +1,16 @@
-"""The dress of a command line: bounds, answers of one line, the help, and flags from a YAML file."""
+"""Command lines: bounds, error messages of one line, --help, and flags from a YAML file."""
 
 import argparse
 
 import pytest
+from conftest import refusal_of
 
 from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
 from text_to_image_lora.errors import InputError
 
 
 def small_parser():
-    """A flag of each kind."""
+    """Returns a parser with a flag of each kind."""
     parser = Parser(description="A small command.")
     add = parser.add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
@@ -34,11 +35,8 @@ def parse(*words):
 
 
 def refused(*words):
-    """The one line that these words are answered with."""
-    with pytest.raises(InputError) as caught:
-        parse(*words)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    """Returns the error message for these words, which has one line."""
+    return refusal_of(parse, *words)
 
 
 # Numbers.
@@ -114,7 +112,7 @@ def test_flags_are_not_abbreviated():
         (["--center_crop=1"], "--center_crop"),
     ],
 )
-def test_other_mistakes_are_told_with_their_flag(words, answer):
+def test_other_mistakes_are_reported_with_their_flag(words, answer):
     assert answer in refused(*words)
 
 
@@ -128,7 +126,7 @@ def test_help_shows_the_defaults_that_say_something(capsys):
     assert lines["--rank"] == "N dimension of the update matrices (default: 4)"
     assert lines["--seed"] == "N makes a run reproducible"
     assert lines["--max_grad_norm"] == "X clip the gradient (default: 1.0)"
-    assert lines["--negative_prompt"] == "NAME"  # and its help on a line of its own, without a default
+    assert lines["--negative_prompt"] == "NAME"  # its help is on a separate line, without a default
     assert "default: []" not in str(lines)
     assert "default: False" not in str(lines)
 
@@ -173,25 +171,91 @@ def test_an_empty_config_says_nothing(config):
         ("config: other.yaml", "there is no flag 'config'"),
         ("rank: four", "--rank four: it must be a whole number, 1 or more."),
         ("rank: 0", "--rank 0: it must be 1 or more."),
-        ("learning_rate: .nan", "--learning_rate nan: it must be more than 0 and finite."),
+        ("learning_rate: .nan", "--learning_rate .nan: it must be more than 0 and finite."),
         ("rank: [1, 2]", "unrecognized arguments: 2"),
         ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
-        ("mixed_precision: no", "'mixed_precision' takes a value, not false; quote it if it is a word"),
-        ("center_crop: 1", "center_crop"),
+        ("rank: true", "--rank true: it must be a whole number, 1 or more."),
+        ("rank: 0x1F", "--rank 0x1F: it must be a whole number, 1 or more."),
+        ("center_crop: 1", "'center_crop' is a switch: write true or false, not 1."),
+        ("center_crop: truee", "'center_crop' is a switch: write true or false, not truee."),
+        ("center_crop: [true]", "'center_crop' is a switch: write true or false"),
+        ("prompts: {a: b}", "'prompts' must be one value or a list of values"),
+        ("prompts: [a, [b]]", "'prompts' must be one value or a list of values"),
+        ("prompts: [a, null]", "'prompts' must be one value or a list of values"),
+        ("rank: 4\nseed: 1\nrank: 8", "'rank' is written in lines 1 and 3. Keep one of them."),
         ("- rank\n- 4", "it must hold one flag per line"),
         ("rank: 4: 5", "it can't be read as YAML"),
         (b"rank: \xff\xfe", "it can't be read as YAML"),
     ],
 )
-def test_a_bad_config_is_told_with_its_name(config, tmp_path, text, answer):
+def test_a_bad_config_is_reported_with_its_name(config, tmp_path, text, answer):
     message = refused(config(text))
     assert answer in message
     assert message.startswith(str(tmp_path / "run.yaml"))
 
 
 def test_a_config_that_is_not_there(tmp_path):
-    assert refused(f"--config={tmp_path}/void.yaml").startswith(f"{tmp_path}/void.yaml: it can't be read as YAML (")
+    line = f"{tmp_path}/weapons.yml: there is no such file (--config)."
+    assert refused(f"--config={tmp_path}/weapons.yml") == line
+    (tmp_path / "weapons.yaml").write_text("rank: 4")
+    assert refused(f"--config={tmp_path}/weapons.yml") == f"{line} Did you mean {tmp_path}/weapons.yaml?"
+    assert (
+        refused(f"--config={tmp_path}/void/run.yaml") == f"{tmp_path}/void/run.yaml: there is no such file (--config)."
+    )
+    assert refused(f"--config={tmp_path}") == f"{tmp_path}: it can't be read (Is a directory; --config)."
 
 
 def test_a_mistake_on_the_command_line_is_not_the_files(config, tmp_path):
     assert refused(config("rank: 8"), "--rank", "0") == "--rank 0: it must be 1 or more."
+
+
+WORDS = [
+    "007",
+    "12:30",
+    "1_000",
+    "0x1F",
+    "1.10",
+    "no",
+    "off",
+    "TRUE",
+    "010",
+    "2024-01-15",
+    "2024-99-99",
+    ".inf",
+    "1e3",
+    "=",
+    "~x",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_text_of_a_config_keeps_its_spelling(config, word):
+    """YAML would make numbers, truth values and dates of these words."""
+    args = parse(config(f"negative_prompt: {word}\nprompts: [{word}, a {word}]\n"))
+    assert (args.negative_prompt, args.prompts) == (word, [word, f"a {word}"])
+    args = parse(config(f"prompts: {word}\nnegative_prompt: '{word}'"))
+    assert (args.negative_prompt, args.prompts) == (word, [word])
+
+
+def test_numbers_switches_and_choices_of_a_config_mean_what_they_mean_on_the_command_line(config):
+    args = parse(
+        config(
+            "rank: 010\nlearning_rate: 1e-4\nmax_grad_norm: .5\ncenter_crop: yes\nallow_tf32: Off\nmixed_precision: no"
+        )
+    )
+    assert (args.rank, args.learning_rate, args.max_grad_norm) == (10, 1e-4, 0.5)
+    assert (args.center_crop, args.allow_tf32, args.mixed_precision) == (True, False, "no")
+
+
+@pytest.mark.parametrize("text", ["negative_prompt:", "negative_prompt: null", "negative_prompt: ~", "prompts: []"])
+def test_what_is_empty_in_a_config_is_not_given(config, text):
+    args = parse(config(text))
+    assert (args.negative_prompt, args.prompts) == ("", [])
+
+
+def test_what_a_run_saves_reads_as_it_was(config):
+    import yaml
+
+    values = {"negative_prompt": "007", "prompts": ["12:30", "no", "null", "~"], "learning_rate": 1e-5, "rank": 8}
+    args = parse(config(yaml.safe_dump(values)))
+    assert {name: getattr(args, name) for name in values} == values

@@ -1,4 +1,4 @@
-"""compare_checkouts.py sees each kind of difference between two checkouts, and nothing of times, machines and paths."""
+"""compare_checkouts.py finds every kind of difference between two checkouts, except times, machines and paths."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from scripts import compare_checkouts
 from scripts.comparing import differences, inputs, items, reading, texts
 
 
-# The two commands of a checkout, as small as can be: they say who they are, and leave it in their output folder.
+# Minimal versions of the two commands of a checkout, which print their name and write it into their output folder.
 TRAIN = """import argparse, pathlib, sys
 parser = argparse.ArgumentParser()
 group = parser.add_argument_group("LoRA")
@@ -33,7 +33,7 @@ with open(given.output_dir / "words.txt", "a") as file:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A function that makes a checkout, in whose commands `changes` {old: new} are made."""
+    """Returns a function that makes a checkout with the `changes` {old: new} in its commands."""
 
     def make(name, changes=()):
         folder = tmp_path / name
@@ -51,7 +51,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """A function that compares two checkouts with the command; returns its exit code and its lines."""
+    """Returns a function that compares two checkouts with the real command, and returns its exit code and its lines."""
 
     def run(before, after, *names, words=()):
         flags = ["--work_dir", tmp_path / "work", "--jobs", 1, *words, "--items", *names]
@@ -74,18 +74,25 @@ def test_groups_order_and_wrapping_of_help_do_not_matter(checkout, compare):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("item", "changes", "expected"),
     [
-        ({"how large": "how wide"}, "train: help of --rank: 'how large it is (default: 4)' became 'how wide it is"),
-        ({'"--rank", type=int': '"--rank", metavar="N"'}, "flag --rank: '--rank RANK' became '--rank N'"),
-        ({'"--rank"': '"--rang"'}, "train: flag --rank: only there before (and 9 more: "),
-        ({"(default: 4)": "(default: 8)"}, "(default: 4)' became 'how large it is (default: 8)'"),
+        (
+            "help",
+            {"how large": "how wide"},
+            "train: help of --rank: 'how large it is (default: 4)' became 'how wide it is",
+        ),
+        ("help", {'"--rank", type=int': '"--rank", metavar="N"'}, "flag --rank: '--rank RANK' became '--rank N'"),
+        ("help", {'"--rank"': '"--rang"'}, "train: flag --rank: only there before (and 9 more: "),
+        ("help", {"(default: 4)": "(default: 8)"}, "(default: 4)' became 'how large it is (default: 8)'"),
+        ("wrong_flags", {"no pictures": "no files"}, "stderr of no_data: 'no pictures' became 'no files'"),
+        ("wrong_flags", {'sys.exit("no pictures")': "sys.exit(2)"}, "exit code of no_data: 1 became 2"),
+        ("wrong_flags", {"words.txt": "word.txt"}, "only before: deepspeed/run/words.txt, hub_offline/run/words.txt,"),
     ],
 )
-def test_a_changed_flag_is_seen(checkout, compare, changes, told):
-    code, (line,) = compare(checkout("a"), checkout("b", changes), "help")
+def test_changed_flags_messages_exit_codes_and_files_are_seen(checkout, compare, item, changes, expected):
+    code, (line,) = compare(checkout("a"), checkout("b", changes), item)
     assert code == 1
-    assert told in line
+    assert expected in line
 
 
 def test_with_words_text_may_differ_and_is_listed(checkout, compare, tmp_path):
@@ -105,20 +112,6 @@ def test_with_words_a_flag_that_is_gone_still_fails(checkout, compare, tmp_path)
     assert compare(checkout("a"), checkout("b", changes), "help", words=words)[0] == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"no pictures": "pictures, please"}, "stderr of no_data: 'no pictures' became 'pictures, please'"),
-        ({'sys.exit("no pictures")': "sys.exit(2)"}, "exit code of no_data: 1 became 2"),
-        ({"words.txt": "word.txt"}, "files: only before: deepspeed/run/words.txt, hub_offline/run/words.txt,"),
-    ],
-)
-def test_what_wrong_commands_answer_and_leave_is_seen(checkout, compare, changes, told):
-    code, (line,) = compare(checkout("a"), checkout("b", changes), "wrong_flags")
-    assert code == 1
-    assert told in line
-
-
 def test_a_run_that_was_begun_before_is_resumed_by_both(checkout, compare, tmp_path):
     code, (line,) = compare(checkout("a", {"SIDE": "before"}), checkout("b", {"SIDE": "after"}), "begun_before")
     assert code == 1
@@ -136,7 +129,7 @@ def test_what_a_commit_left_is_kept(checkout, compare):
     assert "(kept)" not in compare(a, b, "help")[1][0]
 
 
-def test_a_command_that_fails_is_told_with_its_reason(checkout, compare):
+def test_a_command_that_fails_is_reported_with_its_reason(checkout, compare):
     code, (line,) = compare(
         checkout("a"), checkout("b", {"given.output_dir.mkdir(": "sys.exit('no room') ("}), "plain"
     )
@@ -144,7 +137,7 @@ def test_a_command_that_fails_is_told_with_its_reason(checkout, compare):
     assert line.startswith("plain               FAILED after: no room (see ")
 
 
-def test_a_file_that_cannot_be_read_is_told(checkout, compare):
+def test_a_file_that_cannot_be_read_is_reported(checkout, compare):
     code, (line,) = compare(checkout("a"), checkout("b", {"words.txt": "about.json"}), "plain")
     assert code == 1
     assert "FAILED after: " in line
@@ -158,15 +151,12 @@ def test_an_item_that_is_not_there_is_refused(checkout, compare):
         compare(checkout("a"), checkout("b"), "help", "wrongs")
 
 
-# What a training run leaves, and what of it may differ.
+# The files of a training run, and the parts that may differ.
 
 
 HEADER = {
-    "format": "pt",
-    "ss_steps": "12",
-    "modelspec.date": "2026-01-01T00:00:00+00:00",
-    "ss_training_started_at": "1",
-}
+    "format": "pt", "ss_steps": "12", "modelspec.date": "2026-01-01T00:00:00+00:00", "ss_training_started_at": "1",
+}  # fmt: skip
 ABOUT = {
     "command": "accelerate launch x.py --rank 4 --seed 7",
     "settings": {"rank": 4},
@@ -190,7 +180,7 @@ LEFT = {
 
 @pytest.fixture
 def left(tmp_path):
-    """A function that writes the folder of a run as `LEFT` has it, but for `changes`; returns what is read of it."""
+    """Returns a function that writes the folder of a run like `LEFT` with `changes`, and returns what is read from it."""
 
     def write(name, **changes):
         folder, what = tmp_path / f"plain-{name}", LEFT | changes
@@ -222,7 +212,7 @@ NEXT_TO_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"lora": [NEXT_TO_ONE, 2.0]}, "pytorch_lora_weights.safetensors: unet.a: differs by 1.19e-07 at most"),
         ({"lora": [1.0]}, "unet.a: (2,) torch.float32 became (1,) torch.float32"),
@@ -246,10 +236,10 @@ NEXT_TO_ONE = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
         ({"cached": "5678"}, "files: only before: cache/latents/1234.safetensors; only after: cache/latents/5678"),
     ],
 )  # fmt: skip
-def test_a_difference_is_seen(left, changes, told):
+def test_a_difference_is_seen(left, changes, expected):
     found = differences.differences(left("a"), left("b", **changes))
     assert found
-    assert told in str(found[0])
+    assert expected in str(found[0])
 
 
 @pytest.mark.parametrize(
@@ -278,14 +268,14 @@ def test_numbers_that_change_with_words_are_marked(left):
 
 
 def test_what_the_commands_are_given_is_the_same_each_time():
-    """Its folder is named after its content, and what was kept is found by that name."""
+    """The folder of the inputs is named after their content, so that kept results are found."""
     for make in (inputs.pictures, inputs.drawing_inputs, inputs.broken_inputs):
         assert make() == make()
     assert load(inputs.safetensors({"a": np.ones((2, 3), np.float32)}, {"b": "c"}))["a"].tolist() == [[1, 1, 1]] * 2
 
 
 def test_every_line_of_the_tables_is_a_command():
-    """And each wrong one has its own label, of which its files are named."""
+    """Each wrong command has its own label, after which its files are named."""
     known = items.all_items()
     assert len(known) == len({item.name for item in known.values()})
     assert sum(len(item.lines) for item in known.values() if item.may_fail) >= 60

@@ -1,4 +1,4 @@
-"""A disk that is full, at every place that is written to in turn: one line, nothing older lost, and the next run goes on."""
+"""A full disk, at every file that is written: one error message, no older file is lost, and the next run resumes."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import words_of_run, write_pictures
 from PIL import Image
-from quick_start import QuickStart, assert_same_end, signal_before
+from quick_start import assert_same_end, signal_before
 from safetensors import safe_open
 
 from text_to_image_lora.errors import TrainingError
@@ -18,7 +18,7 @@ from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
-def test_a_disk_that_can_not_be_written_is_told_in_one_line(tmp_path, name):
+def test_a_disk_that_can_not_be_written_is_reported_in_one_line(tmp_path, name):
     import errno
 
     number = getattr(errno, name)
@@ -44,7 +44,7 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(tmp_path):
 
 
 def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
-    """shutil.copytree has the reason in words only."""
+    """shutil.copytree gives the reason only as text."""
     write_whole(tmp_path / "from" / "file", "text")
 
     def full(*_, **named):
@@ -58,13 +58,7 @@ def test_a_file_that_can_not_be_copied_is_one_too(tmp_path, monkeypatch):
 # Every place.
 
 
-@pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
-
-
-# Writes the paths that are opened for writing below a folder to a list, and half of what should be written to the nth.
+# Lists the paths that are opened for writing below a folder, and writes only half of the data to the nth.
 WRITER = """
 import builtins, errno, io, json, os
 opened, real = [], io.open
@@ -104,15 +98,16 @@ FLAGS = dict(
 
 
 def written(start, words, folder, nth):
-    """Runs the command with a disk that is full at the nth file: (exit code, what was said, the files that were written)."""
+    """Runs the command with a disk that is full at the nth file, and returns its exit code, its output, and the files written."""
     before = WRITER.format(folder=str(folder / "run"), record=str(folder / "record.json"), nth=nth)
     code, said = start(words, folder, before=before).wait()
     opened = json.loads((folder / "record.json").read_text())
-    return code, said, [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path) for path in opened]  # each has its own mark there
+    # The names of temporary files contain random digits.
+    return code, said, [re.sub(r"\.[0-9a-f]{8}\.tmp", ".tmp", path) for path in opened]
 
 
 def assert_all_is_whole(folder):
-    """Each file that a reader may take is one that can be read."""
+    """Checks that each file that a reader may use can be read."""
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             assert len(file.keys())
@@ -124,9 +119,9 @@ def assert_all_is_whole(folder):
 
 
 def places(opened, resumed):
-    """Which of the files, by their number from 1: each path where it is first written, and metrics.jsonl in the end too.
+    """Returns numbers of files, from 1: the first write to each path, and the last write to metrics.jsonl.
 
-    Of a run from the beginning those before its first step, of one that goes on all others.
+    For a new run, only files before its first step are returned; for a resumed run, only files after it.
     """
     first = {path: number for number, path in reversed([*enumerate(opened, 1)])}
     numbers = sorted({*first.values(), max(k for k, path in enumerate(opened, 1) if path == "out/metrics.jsonl")})
@@ -156,7 +151,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
     for number in places(opened, resumed):
         site, folder = opened[number - 1], shutil.copytree(template, tmp_path / f"full-{number}")
         code, said, _ = written(start, words(folder), folder, number)
-        if site.endswith(("pictures-1.txt", ".report.html.tmp")):  # a list and a page that a run can do without
+        if site.endswith(("pictures-1.txt", ".report.html.tmp")):  # a run does not depend on this list and this page
             assert code == 0, said
             assert_same_end(undisturbed / "run" / "out", folder / "run" / "out")
             continue
@@ -184,7 +179,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
 @pytest.mark.long
 @pytest.mark.parametrize("kib", [40, 300, 700])
 def test_a_small_disk(start, tiny_sd, tmp_path, kib):
-    """A real one, in memory, with so much room left."""
+    """Uses a real file system in memory with a limited size."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:
@@ -212,7 +207,7 @@ def test_a_small_disk(start, tiny_sd, tmp_path, kib):
 
 
 @pytest.mark.long
-def test_a_disk_that_can_only_be_read_is_told_before_anything_is_loaded(start, tiny_sd, tmp_path):
+def test_a_read_only_disk_is_reported_before_anything_is_loaded(start, tiny_sd, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,ro", "tmpfs", disk], capture_output=True).returncode:

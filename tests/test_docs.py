@@ -1,4 +1,4 @@
-"""What is written for people is true: the flags' page, the recipes, and the commands that the README shows."""
+"""The documentation is correct: the page of the flags, the recipes, and the commands in README and docs."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ LINKED = [
     *ROOT.glob("cloud/*.md"),
 ]
 LINKED += sorted(ROOT.glob("models/*/README.md"))
-# Flags that pages name and that are no command's of ours: of launchers, of other programs, and behind a prompt.
+# Flags on the pages that are not flags of our commands: of launchers, of other programs, and behind prompts.
 OF_OTHERS = set(
     """
     --config_file --multi_gpu --num_processes --machine_rank --num_machines --main_process_ip --main_process_port
@@ -34,7 +34,7 @@ def test_the_page_of_flags_is_current():
 
 
 def test_each_help_is_understood_alone():
-    """As grep shows it: no line leans on its neighbour."""
+    """Each line of help must be clear by itself, for example in the output of grep."""
     leaning = re.compile(r"\b(the same|as above|likewise|of it|its width|these two)\b|^of ")
     for action in train_script.build_parser()._actions:
         assert action.help, action.dest
@@ -64,7 +64,7 @@ def name_of(page):
 
 
 def commands_in(page, script="train_text_to_image_lora.py"):
-    """The words after the script in each command that a page shows."""
+    """Returns the words after the script's name in each command that a page shows."""
     blocks = re.findall(r"```bash\n(.*?)```", text_of(page), flags=re.DOTALL)
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
         if script in line and "--help" not in line:
@@ -90,14 +90,14 @@ def test_the_commands_of_the_pages_are_taken(page, words, monkeypatch):
 
 
 def flags_of(script):
-    """The flags that infer.py or a file of scripts/ has, as its parser or its source says."""
+    """Returns the flags of infer.py or of a file in scripts/, from its parser or its source."""
     if script == "infer.py":
         return {*infer.build_parser()._option_string_actions}
     return {*re.findall(r"\"(--\w+)\"", text_of(ROOT / script))} | {"--lora_scale", "--help"}
 
 
 def as_typed(script):
-    """How a page calls it: what is in scripts/mini_sd/ is run as a module."""
+    """Returns how a page calls a script: files of scripts/mini_sd/ are run as modules."""
     return script.removesuffix(".py").replace("/", ".") if script.startswith("scripts/mini_sd/") else script
 
 
@@ -132,14 +132,14 @@ def test_every_flag_that_a_page_names_is_there(page):
 
 
 def links_of(page):
-    """(target, heading) of each link to a file of ours."""
+    """Returns (target, heading) of each link to a file of the project."""
     found = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text_of(page))
     found += [(target, "") for target in re.findall(r'<img src="([^"]*)"', text_of(page))]
     return [(page.parent / target if target else page, heading) for target, heading in found if "://" not in target]
 
 
 def headings_of(page):
-    """As a page's headings are linked to: small letters, no marks, dashes for spaces."""
+    """Returns the anchors of a page's headings: lower case, without punctuation, with dashes for spaces."""
     lines = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL).splitlines()
     titles = [re.sub(r"^#+ ", "", line).lower() for line in lines if re.match(r"#+ ", line)]
     return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
@@ -154,7 +154,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_everything_is_found_from_the_readme():
-    """Every page, recipe, file of cloud/ and script is linked to, or named, on a page that links lead to."""
+    """Every page, recipe, file of cloud/ and script is linked or named on a page that can be reached by links."""
     reached, waiting = set(), [ROOT / "README.md"]
     while waiting:
         page = waiting.pop().resolve()

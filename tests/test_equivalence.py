@@ -1,28 +1,20 @@
-"""The same run, cut differently: batch, accumulation, processes."""
+"""One run gives equal results with other batch sizes, gradient accumulation, and numbers of processes."""
 
 import contextlib
 import io
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import TORCHRUN, read_lora, read_metrics, run_command, words_of_run, write_pictures
+from conftest import TORCHRUN, assert_same_weights, read_metrics, run_command, words_of_run, write_pictures
 
 
 def assert_same_run(first, second):
-    """Equal to rounding: losses and gradient norms of each step, and the weights at the end."""
+    """Checks that the losses and gradient norms of all steps and the final weights are equal up to rounding."""
     for a, b in zip(read_metrics(first), read_metrics(second), strict=True):
         assert a["lr"] == b["lr"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert_same_weights(first, second)
-
-
-def assert_same_weights(first, second):
-    a, b = read_lora(first), read_lora(second)
-    assert a.keys() == b.keys()
-    difference = torch.cat([(a[k] - b[k]).flatten() for k in a]).norm()
-    assert difference < 1e-3 * torch.cat([a[k].flatten() for k in a]).norm()
 
 
 # An epoch has five steps of an effective batch of 4: ten samples of one shape (4, 4, 2), five of another (4, 1).
@@ -43,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder, train_in):
-    """The run in one process, and what it says."""
+    """A run in one process, and its output."""
     options = dict(output_dir=folder / "whole", preview_data=folder / "one" / "sheet.png")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         out = train_in(folder, train_batch_size=4, **options, **COMMON)
@@ -57,7 +49,7 @@ def whole(one):
 
 @pytest.fixture(scope="module")
 def two(folder, tiny_sd, one):
-    """The run on two processes with half the batch, the second of which has no sample of its own in one step."""
+    """The run on two processes with half the batch size; in one step, the second process has no sample."""
     options = dict(output_dir=folder / "two", preview_data=folder / "other" / "sheet.png", train_batch_size=2)
     words = words_of_run(tiny_sd, folder / "pictures", folder, **options, **COMMON)
     done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true"})
@@ -77,7 +69,7 @@ def test_a_short_batch_is_not_counted_twice(folder, train_in, whole):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(whole, two):
-    """Also the rates: a schedule prepared by Accelerate would be stepped once for each process."""
+    """The learning rates too: a schedule prepared by Accelerate would make one step per process."""
     assert_same_run(whole, two.folder)
     assert [row["lr"] / 1e-3 for row in read_metrics(whole)] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
 
@@ -94,7 +86,7 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
         "concept spear: 2 pictures, 5 samples per epoch",
         "concept whip: 1 picture, 5 samples per epoch",
         "what the model will see: ",
-        "8 pictures, 5 steps an epoch, 6 steps; effective batch 4 on ",
+        "8 pictures, 5 steps an epoch, 6 steps (1.2 epochs); effective batch 4 on ",
     ):
         assert one.said.count(line) == two.said.count(line) == 1
 
@@ -110,7 +102,7 @@ def one_of_all(folder, train_in):
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_equals_one(folder, tiny_sd, one_of_all, processes):
-    """With the text encoder in training, buckets, an average and validation, whose losses are equal too."""
+    """Includes the text encoder, buckets, the moving average, and validation losses."""
     out = folder / f"{processes} of all"
     words = words_of_run(
         tiny_sd, folder / "pictures", folder, output_dir=out, train_batch_size=4 // processes, **COMMON, **WHOLE

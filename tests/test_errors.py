@@ -1,4 +1,4 @@
-"""What an exception means, whichever library raised it."""
+"""The meaning of exceptions, whichever library raised them."""
 
 import pytest
 import torch

@@ -1,14 +1,14 @@
-"""Files are written whole or not at all, reasons fit into one line, and a path is not taken for a hub id."""
+"""Files are written atomically, reasons fit into one line, and a path is not mistaken for a hub id."""
 
 import os
 
 import pytest
 
-from text_to_image_lora.files import is_hub_id, reason_of, remove_folder, write_whole, written_whole
+from text_to_image_lora.files import expand_pattern, is_hub_id, reason_of, remove_folder, write_whole, written_whole
 
 
 def content(folder):
-    """{path in the folder: bytes} of all its files; a folder without any is there with None."""
+    """Returns {path in the folder: bytes} of all files; empty folders have the value None."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -17,7 +17,7 @@ def content(folder):
 
 
 def write(path, text, *, folder, shared, then=lambda: None):
-    """Writes a file, or a folder with one in it, and does something before it is in place."""
+    """Writes a file, or a folder with a file, and calls a function before it is put in its place."""
     with written_whole(path, folder=folder, shared=shared) as temporary:
         file = temporary / "sub" / "file.txt" if folder else temporary
         file.parent.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def test_an_exception_leaves_what_was_there(tmp_path, folder, shared):
 
 @KINDS
 def test_nothing_is_there_before_it_is_whole(tmp_path, folder, shared):
-    """Beside it there is a hidden thing without an ending, which no reader takes for weights."""
+    """Until then there is a hidden file or folder without an extension, which no reader mistakes for weights."""
     seen, target = [], tmp_path / "deep" / "a.safetensors"
     write(target, "new", folder=folder, shared=shared, then=lambda: seen.extend(target.parent.iterdir()))
     assert [(path.name[0], path.suffix) for path in seen] == [(".", ".tmp")]
@@ -60,7 +60,7 @@ def test_a_file_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
 def test_a_shared_file_that_is_there_stays(tmp_path, monkeypatch, links):
-    """Another machine may be reading it, and what is shared is the same from whoever makes it."""
+    """Another machine may be reading the file, and every process would write equal content."""
     if not links:
         monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("no links here")))
     for text in ("first", "second"):
@@ -77,7 +77,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
 
 def test_what_a_kill_left_is_not_taken_up(tmp_path):
-    """A half written folder, and an old one that was set aside, of a process that is no more."""
+    """A killed process has left an incomplete folder and an old folder that it had moved aside."""
     for name in (".folder.tmp", ".folder.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("half")
@@ -88,13 +88,13 @@ def test_what_a_kill_left_is_not_taken_up(tmp_path):
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_several_processes_may_write_what_is_shared(tmp_path, folder):
-    """Two at once: neither disturbs the other; the first that is in place stays."""
+    """Two processes do not disturb each other; the first file in place stays."""
     path, options = tmp_path / "thing", dict(folder=folder, shared=True)
     write(path, "outer", **options, then=lambda: write(path, "inner", **options))
     assert content(tmp_path) == {"thing/sub/file.txt" if folder else "thing": b"inner"}
 
 
-def test_a_shared_folder_that_cannot_be_put_in_place_is_told(tmp_path, monkeypatch):
+def test_a_shared_folder_that_cannot_be_put_in_place_is_reported(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("no room")
 
@@ -111,7 +111,7 @@ def test_text_is_written_as_utf_8_and_bytes_as_they_are(tmp_path):
 
 
 def test_a_folder_is_removed_whole(tmp_path):
-    """Also where an earlier removal was killed halfway."""
+    """Also if an earlier removal was killed halfway."""
     for name in ("run", ".run.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
@@ -146,3 +146,20 @@ def test_hub_ids(name, tmp_path, monkeypatch):
 )
 def test_what_is_no_hub_id(name):
     assert not is_hub_id(name)
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "[x]/b", "a*b", "a?b", "plain"])
+def test_patterns_below_folders_whose_names_look_like_patterns(tmp_path, monkeypatch, folder):
+    names = ["epoch-1", "epoch-2", "best[1]", "x"]
+    for place in (folder, "a1", "x/b", "aXb"):
+        for name in names:
+            (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+    for start in (f"{tmp_path}/", ""):
+        monkeypatch.chdir(tmp_path)
+        here = f"{start}{folder}"
+        assert sorted(expand_pattern(f"{here}/epoch-*")) == [f"{here}/epoch-1", f"{here}/epoch-2"]
+        assert sorted(expand_pattern(f"{here}/epoch-[12]")) == [f"{here}/epoch-1", f"{here}/epoch-2"]
+        assert expand_pattern(f"{here}/best[1]") == [f"{here}/best[1]"]
+        assert expand_pattern(f"{here}/none-*") == []
+        assert expand_pattern(f"{here}/none") == [f"{here}/none"]
+    assert sorted(expand_pattern("*")) == sorted({folder.split("/")[0], "a1", "x", "aXb"})

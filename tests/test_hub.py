@@ -1,4 +1,4 @@
-"""The hub on a loopback port: what is uploaded, what happens where that fails, and datasets as the hub keeps them."""
+"""The hub on a loopback port: what is uploaded, failed uploads, and datasets in the form of the hub."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
             push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET, validation_prompts=PROMPTS, report_to="wandb",
             save_every_n_epochs=1, validation_steps=1, output_kohya_format=True,
         )  # fmt: skip
-    wandb.teardown()  # W&B's own process writes its file a moment after a run has ended
+    wandb.teardown()  # the process of W&B writes its file shortly after the end of a run
     said = capfd.readouterr()
     assert "uploaded: " in said.out
     assert "/me/axes/commit/abc" in said.out
@@ -51,14 +51,10 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
         assert content == (out / name).read_bytes()
     card = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
     assert [(row["text"], row["output"]["url"]) for row in card["widget"]] == list(zip(PROMPTS, pictures))
-    # There was more to upload by mistake.
+    # The folder also contains files that must not be uploaded.
     assert {path.name for path in out.iterdir()} >= {
-        "run.yaml",
-        "metrics.jsonl",
-        "checkpoint-2",
-        "wandb",
-        "validation",
-    }
+        "run.yaml", "metrics.jsonl", "checkpoint-2", "wandb", "validation",
+    }  # fmt: skip
     for method, path, headers, body in server.seen:
         assert method == "GET" or headers["Authorization"] == f"Bearer {SECRET}"
         assert {name.lower() for name, value in headers.items() if SECRET in value} <= {"authorization"}
@@ -68,9 +64,9 @@ def test_push_to_hub_uploads_weights_card_and_pictures_only(train, tmp_path, cap
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
-def test_an_upload_that_breaks_down_is_told(train, tmp_path):
-    told = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
-    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), told as caught:
+def test_a_failed_upload_is_reported(train, tmp_path):
+    fails = pytest.raises(TrainingError, match=r"^The upload failed \(.*500.*\). Everything is in ")
+    with serving(FailingHub, failing=("/api/repos/create", 500)) as server, taken_for_the_hub(server), fails as caught:
         train(push_to_hub=True, hub_model_id="me/axes", hub_token=SECRET)
     assert "\n" not in str(caught.value)
     assert len(read_lora(tmp_path / "out")) == 60
@@ -91,11 +87,11 @@ def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch,
     assert len(read_lora(out)) == 60
     assert len(read_metrics(out)) == 2
     assert (out / "checkpoint-2" / "state.json").is_file()
-    # The W&B run is a finished one, and the user is told where it is.
+    # The W&B run is finished, and its folder is logged.
     assert "wandb sync" in done.stdout
     (run,) = (out / "wandb").glob("offline-run-*")
     assert [record.exit.exit_code for record in read_wandb(run) if record.HasField("exit")] == [0]
-    # And the same command again uploads it, without training again.
+    # The next call of the command uploads it without training again.
     before = (out / "pytorch_lora_weights.safetensors").read_bytes()
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with serving(Hub) as server, taken_for_the_hub(server):
@@ -111,7 +107,7 @@ def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch,
 
 @pytest.fixture
 def parquet(tmp_path):
-    """The layout of svjack/pokemon-blip-captions-en-zh: pictures in the parquet file, two columns of captions."""
+    """Returns a dataset like svjack/pokemon-blip-captions-en-zh: pictures in a parquet file, with two caption columns."""
     folder = write_pictures(tmp_path / "plain")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     table = datasets.Dataset.from_dict(
@@ -171,7 +167,7 @@ def test_model_and_dataset_by_their_names_on_the_hub(tiny_sd, arguments, train, 
     assert all(torch.equal(a[key], c[key]) for key in a)
 
 
-def test_a_dataset_that_is_not_there_is_told_without_a_network(arguments, tmp_path):
+def test_a_missing_dataset_is_reported_without_a_network(arguments, tmp_path):
     """The client would retry for half a minute; nothing listens on port 9."""
     words = arguments(train_data_dir=None, dataset_name="nobody/nothing", output_dir=tmp_path / "out")
     done = run_command(words, env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}, timeout=20)
@@ -190,7 +186,7 @@ ADDRESS = "hf://owner/axes"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that keeps what it gets, taken for the real one; downloads go to a folder of the test's."""
+    """A hub that stores uploads, used in place of the real one; downloads are written to a folder of the test."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
@@ -202,8 +198,8 @@ def names_of(folder):
     return sorted(path.name for path in folder.glob("*checkpoint-*"))
 
 
-def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hub, tmp_path, capsys):
-    """With the same command on each: the first finds none, and begins."""
+def test_checkpoints_go_to_the_hub_and_a_new_machine_resumes_from_them(train, hub, tmp_path, capsys):
+    """Both machines run one command; the first finds no checkpoint and starts."""
     words = CHECKPOINTS | dict(checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint=ADDRESS)
     train(output_dir=tmp_path / "first", **words | dict(max_train_steps=4))
     assert f"{ADDRESS}: there is no checkpoint yet, so a new run begins" in capsys.readouterr().out
@@ -219,7 +215,7 @@ def test_checkpoints_go_to_the_hub_and_a_new_machine_goes_on_from_them(train, hu
     second = read_lora(tmp_path / "second")
     assert all(torch.equal(straight[key], second[key]) for key in straight)
     assert names_of(stored) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    # The token goes into the header that it is for, and nowhere else.
+    # The token is sent only in the authorization header.
     assert SECRET not in said.out + said.err
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
@@ -257,14 +253,14 @@ def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, caps
         ("hf://owner/axes/checkpoint-7", "there is no such checkpoint. There are: checkpoint-2."),
     ],
 )
-def test_an_address_that_leads_nowhere_is_told(train, hub, tmp_path, address, message):
+def test_an_address_that_leads_nowhere_is_reported(train, hub, tmp_path, address, message):
     train(**CHECKPOINTS | dict(max_train_steps=2))
     with pytest.raises(InputError, match=re.escape(message)):
         train(resume_from_checkpoint=address, output_dir=tmp_path / "second")
 
 
 def test_without_a_network_the_newest_here_is_taken(train, tmp_path, capsys):
-    """And where there is none, starting over would be a surprise."""
+    """If there is no local checkpoint, starting over would be a surprise."""
     with serving(FailingHub, failing=("", 500)) as server, taken_for_the_hub(server):
         with pytest.raises(InputError, match="the checkpoints can't be listed .*500"):
             train(resume_from_checkpoint=ADDRESS)

@@ -1,4 +1,4 @@
-"""`infer.py` on a tiny real pipeline, through the command as typed wherever the command is what matters."""
+"""`infer.py` on a tiny pipeline, with the real command wherever the command matters."""
 
 import copy
 import itertools
@@ -63,7 +63,7 @@ def test_command_draws_names_and_labels(model, lora, tmp_path):
 
 
 def test_picture_i_is_seed_plus_i(model, tmp_path):
-    """In the second batch of a prompt too."""
+    """Also in the second batch of a prompt."""
     flags = ["--guidance_scale", 1, "--seed"]
     five = draw(model, tmp_path / "five", *flags, 5, "--num_images", 5, prompt=("a dog", PROMPT))
     stems = ("00-a-dog", f"01-{PROMPT.replace(' ', '-')}")
@@ -72,7 +72,7 @@ def test_picture_i_is_seed_plus_i(model, tmp_path):
     assert min(difference(a, b) for a, b in itertools.combinations(dogs, 2)) > 3
     for seed in (6, 9):
         (alone,) = draw(model, tmp_path / str(seed), *flags, seed, prompt=("a dog",)).values()
-        assert difference(dogs[seed - 5], alone) <= 1  # a batch of four rounds otherwise than a batch of one
+        assert difference(dogs[seed - 5], alone) <= 1  # a batch of four is rounded differently from a batch of one
 
 
 def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
@@ -86,7 +86,7 @@ def test_same_command_same_bytes_and_nothing_overwritten(model, tmp_path):
 
 
 def test_several_loras_add_up(model, lora, compared, lora_weights, write_lora, tmp_path):
-    """Like one LoRA with the ranks of both and the strengths in its weights; the second has no text encoder's part."""
+    """They equal one LoRA with both ranks and with the strengths in its weights; the second has no part for the text encoder."""
     import torch
 
     hat = {f"unet.{key}": value.flip(-1).contiguous() for key, value in lora_weights["unet"].items()}
@@ -144,18 +144,19 @@ def test_schedulers_draw(tiny_pipeline):
 
 @pytest.mark.parametrize(("wanted", "threads"), [([], 3), (["--num_cpu_threads", "2"], 2)])
 def test_how_many_threads(cores, monkeypatch, wanted, threads):
-    """By the rule of the training."""
+    """The rule is that of the training command."""
     import torch
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))  # settled by then
+    # The number of threads is set before.
+    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))
     model = ["--pretrained_model_name_or_path", str(ROOT / "models" / "mini-sd")]
     with pytest.raises(KeyboardInterrupt):
         infer.main([*model, "--prompt", "a dog", "--device", "cpu", *wanted])
     assert torch.get_num_threads() == threads
 
 
-def test_cut_prompt_is_told_and_bf16_draws(model, tmp_path, capsys):
+def test_a_truncated_prompt_is_reported_and_bf16_draws(model, tmp_path, capsys):
     pictures = draw(model, tmp_path, "--mixed_precision", "bf16", "--height", 32, prompt=("axe " * 80,))
     assert [picture.size for picture in pictures.values()] == [(64, 32)]
     assert "CLIP reads 77 of the 82 tokens" in capsys.readouterr().err
@@ -174,7 +175,7 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
     assert "carries more than weights (posix.mkdir)" in capsys.readouterr().err
     assert not (tmp_path / "hacked").exists()
 
-    # Layers that only the loaded model can tell of: diffusers by itself would warn and go on.
+    # Layers that do not exist in the loaded model: diffusers by itself would only log a warning.
     bad = flat(lora_weights)
     bad["unet.nowhere.to_q.lora_A.weight"] = bad.pop(next(iter(bad)))
     save_file(bad, tmp_path / "bad.safetensors")

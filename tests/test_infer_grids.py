@@ -17,13 +17,13 @@ AXE = f"00-{PROMPT.replace(' ', '-')}"
 
 
 def nearly_equal(a, b):
-    """Within 2/255 on 99% of the values: what the rounding of another batch size may change."""
+    """Returns whether 99% of the values differ by at most 2/255, which the rounding of another batch size may cause."""
     return np.mean(abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)) <= 2) >= 0.99
 
 
 @pytest.fixture(scope="module")
 def grid(model, lora, tmp_path_factory):
-    """The pictures of a grid of three axes, drawn one by one: {name: picture}."""
+    """Returns {name: picture} of a grid of three axes, drawn one by one."""
     folder = tmp_path_factory.mktemp("grid")
     axes = ["lora_scale=0,0.5,1", "guidance=1,5", "seed=3,4"]
     return draw(model, folder, "--lora", lora, "--grid", *axes, "--batch_size", 1)
@@ -41,7 +41,7 @@ def test_a_cell_is_the_picture_drawn_alone(model, lora, grid, tmp_path):
 
 
 def test_full_batches_change_rounding_alone(model, lora, grid, tmp_path):
-    """Pictures of different prompts and seeds go through the UNet together."""
+    """The UNet gets pictures of several prompts and seeds in one batch."""
     axes = ["lora_scale=0,0.5,1", "guidance=1,5", "seed=3,4"]
     together = draw(model, tmp_path / "4", "--lora", lora, "--grid", *axes)
     assert together.keys() == grid.keys()
@@ -55,7 +55,7 @@ def test_a_lora_of_the_text_encoder_alone(model, lora_weights, write_lora, tmp_p
 
 
 def test_prompts_of_the_grid_itself(model, tmp_path):
-    """No --prompt is needed then; a value may be a file."""
+    """The grid needs no --prompt, and a value can be a file."""
     (tmp_path / "more.txt").write_text("a cat, a mouse --seed 4\n")
     axis = ["--grid", f"prompt=a dog, {tmp_path}/more.txt", "--num_inference_steps", 1, "--guidance_scale", 1]
     infer.main(list(map(str, ["--pretrained_model_name_or_path", model, *axis, "--output_dir", tmp_path / "out"])))
@@ -64,7 +64,7 @@ def test_prompts_of_the_grid_itself(model, tmp_path):
 
 
 def test_checkpoints_in_turn(model, lora_weights, write_lora, compared, tmp_path):
-    """In the order of their numbers, beside another LoRA that stays; base is none."""
+    """Checkpoints are in numeric order, beside another LoRA that stays; `base` means no checkpoint."""
     weights = flat(lora_weights)
     folders = [tmp_path / "run" / f"epoch-{n}" for n in (2, 10)]
     for folder, factor in zip(folders, (0.5, 1)):
@@ -118,20 +118,15 @@ def test_bad_grids(words, bad_files, refusal):
 
 
 def test_a_file_of_prompts(model, tmp_path):
-    """Options of infer.py and of kohya; each picture is the one that flags would draw."""
+    """Options of infer.py and of kohya's scripts; each picture equals the one drawn with flags."""
     (tmp_path / "prompts.txt").write_text(
         f"# two of a kind\n\n{PROMPT} --seed 3 --width 32 --negative blurry, dark --steps 3\n"
         "a dog --n blurry, dark --w 32 --h 64 --d 5 --l 3 --s 1 \n#a cat\na cat # 1\n"
     )
     pictures = draw(model, tmp_path / "file", "--num_images", 2, prompt=[tmp_path / "prompts.txt"])
     stems = [
-        f"{AXE}-seed3",
-        f"{AXE}-seed4",
-        "01-a-dog-seed5",
-        "01-a-dog-seed6",
-        "02-a-cat-1-seed0",
-        "02-a-cat-1-seed1",
-    ]
+        f"{AXE}-seed3", f"{AXE}-seed4", "01-a-dog-seed5", "01-a-dog-seed6", "02-a-cat-1-seed0", "02-a-cat-1-seed1",
+    ]  # fmt: skip
     assert [*pictures] == [f"{stem}.png" for stem in stems]
     negative = ["--negative_prompt", "blurry, dark", "--width", 32]
     axe = ["--num_inference_steps", 3, "--seed", 4]
@@ -162,7 +157,7 @@ def test_bad_options(line, refusal, tmp_path):
 
 
 def test_the_training_script_reads_the_same_lines(train, tiny_sd, tmp_path, capsys):
-    """Sample pictures with sizes, seeds and negative prompts of their own are those of infer.py without a LoRA."""
+    """Sample pictures with sizes, seeds and negative prompts equal those of infer.py without a LoRA."""
     lines = [f"{PROMPT} --seed 5 --width 48 --negative dark", "a dog --s 3 --l 2", "a cat"]
     (tmp_path / "prompts.txt").write_text("# samples\n" + "\n".join(lines))
     out = train(
@@ -189,9 +184,3 @@ def test_the_training_script_refuses_other_options(line, reason, arguments, tmp_
     (tmp_path / "prompts.txt").write_text(line)
     with pytest.raises(InputError, match=reason):
         train_script.parse_settings(arguments(validation_prompts=[tmp_path / "prompts.txt"]))
-
-
-# Pictures that say how they were drawn.
-
-
-# Types of flags.

@@ -1,4 +1,4 @@
-"""`infer.py`: pictures from pictures, with ControlNet, and with Stable Diffusion XL."""
+"""`infer.py`: image to image, ControlNet, and Stable Diffusion XL."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_image_to_image_is_that_of_stock_diffusers(model, lora, photo, tmp_path)
     pipe.load_lora_weights(lora, weight_name=WEIGHTS_NAME)
     start = disk().resize(
         (80, 56), Image.Resampling.LANCZOS, box=(2.29, 0, 93.71, 64)
-    )  # 64² pixels in its shape, cropped
+    )  # an area of 64² pixels in the picture's aspect ratio, cropped
     for (_, own), strength in zip(pictures.items(), (0.5, 0.8)):
         options = dict(
             image=start, strength=strength, num_inference_steps=6, generator=torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def test_image_to_image_is_that_of_stock_diffusers(model, lora, photo, tmp_path)
 
 
 def test_more_strength_goes_further_from_the_picture(tmp_path):
-    """On the embedded base, with real weights."""
+    """Uses the real weights of the embedded base model."""
     start = ROOT / "metadata" / "weapons_test" / "axe_001.png"
     flags = ["--image", start, "--strength", 0.65, 0.8, "--guidance_scale", 4, "--num_inference_steps", 10]
     near, far = draw(ROOT / "models" / "mini-sd", tmp_path, *flags, prompt=["a red axe on a gray background"]).values()
@@ -103,7 +103,7 @@ def test_a_controlnet_of_no_strength_changes_nothing(model, controlnet, photo, t
 
 
 def test_canny_makes_the_edges(model, controlnet, photo, tmp_path):
-    """From the picture to start from, or from another one; the edges of two pictures draw two pictures."""
+    """Edges come from the input picture or from another picture; different edges draw different pictures."""
     disk(centre=(60, 30)).save(tmp_path / "other.png")
     flags = ["--controlnet", controlnet, "--control", "canny"]
     both = draw(model, tmp_path / "both", *flags, "--image", photo, "--strength", 1)
@@ -113,7 +113,7 @@ def test_canny_makes_the_edges(model, controlnet, photo, tmp_path):
     )
     name = f"{NAME}.png"
     assert difference(start[name], other[name]) > 3
-    assert difference(start[name], both[name]) > 0  # noise is added to the picture, at its least
+    assert difference(start[name], both[name]) > 0  # some of the picture remains even at strength 1
     edges = np.asarray(start["edges.png"].convert("L"))
     assert edges.shape == (56, 80)
     assert set(np.unique(edges)) == {0, 255}
@@ -215,7 +215,7 @@ def controlnet_of_xl(tiny_xl, tmp_path_factory):
 @pytest.mark.parametrize("negative", [None, "dark"])
 @pytest.mark.parametrize("mode", MODES)
 def test_stable_diffusion_xl(mode, negative, tiny_xl, controlnet_of_xl, photo, tmp_path):
-    """What the stock pipeline of each mode draws, two prompts at once."""
+    """Compares two prompts with the stock pipeline of each mode."""
     words, options = MODES[mode]
     flags = [word.format(photo=photo, controlnet=controlnet_of_xl) for word in words]
     flags += ["--negative_prompt", negative] if negative else []
@@ -239,7 +239,7 @@ def test_stable_diffusion_xl(mode, negative, tiny_xl, controlnet_of_xl, photo, t
 
 
 def test_a_lora_of_stable_diffusion_xl_under_the_original_names(tiny_xl, tmp_path):
-    """As kohya's trainer writes it, alpha not the rank; ranks may differ, which diffusers by itself would misread."""
+    """Written like kohya's trainer, with alpha different from the rank and with mixed ranks, which diffusers misreads."""
     a, b = 3 * torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(4))
     own = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2"
     kohya = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2"

@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, a run ends as the undisturbed one: weights, best/, metrics, pictures, bit for bit."""
+"""A run that is killed anywhere and resumed ends like an undisturbed run, bit for bit: weights, metrics, pictures."""
 
 import os
 import random
@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
-from quick_start import QuickStart, assert_same_end
+from quick_start import assert_same_end
 
 from text_to_image_lora.training.checkpoint import find_damage, list_checkpoints
 
@@ -48,12 +48,6 @@ FLAGS = dict(
 
 
 @pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = write_pictures(tmp_path_factory.mktemp("kill") / "pictures")
     write_pictures(folder / "tall", count=4, size=(32, 44), seed=1)
@@ -61,7 +55,7 @@ def pictures(tmp_path_factory):
 
 
 def drawn_from(moments, count, drawn):
-    """Numbers of moments, from 1: one of each kind, then one in each of as many equal parts of the run as are left."""
+    """Returns numbers of moments, from 1: one of each kind, and then one in each of equal parts of the run."""
     kinds = ("cache/", "step", "checkpoint-", "validation/")
     numbers = [drawn.choice([nth for nth, what in enumerate(moments, 1) if kind in what]) for kind in kinds]
     parts = count - len(kinds)
@@ -75,7 +69,7 @@ def killing(folder, nth):
 @pytest.mark.long
 @pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
 def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
-    """Of all moments at which something changes, some of each kind and in each part of the run."""
+    """Kills the run at moments of each kind and in each part of the run."""
     import json
 
     def words(folder):
@@ -83,7 +77,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         return words_of_run(tiny_sd, pictures, folder, **FLAGS | folders | dict(train_batch_size=2 // processes))
 
     def run(folder, before=""):
-        """Every process is killed where the first one kills itself; its exit code, and what it said."""
+        """Runs all processes, which are killed when the first one kills itself; returns its exit code and its output."""
         runs = (
             start.together(words(folder), folder, processes, {0: before})
             if processes > 1
@@ -106,7 +100,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
         code, said = run(folder, killing(folder, nth))
         assert code == -signal.SIGKILL, (what, said)
         whole = [find_damage(path) is None for path in list_checkpoints(folder / "run" / "out")]
-        assert all(whole), what  # none is ever there in part
+        assert all(whole), what  # no file is ever incomplete
         code, said = run(folder)
         assert code == 0, (what, said)
         assert "Traceback" not in said
@@ -120,7 +114,7 @@ def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
 @pytest.mark.long
 @pytest.mark.parametrize("base", ["tiny_xl", "tiny_sd2"])
 def test_other_families_killed_in_the_middle(start, request, pictures, tmp_path, base):
-    """At the end of their fifth step, of which the newest checkpoint knows four."""
+    """Kills the run at the end of its fifth step; its latest checkpoint is that of the fourth step."""
     import json
 
     def run(folder, before=""):
@@ -143,7 +137,7 @@ def test_other_families_killed_in_the_middle(start, request, pictures, tmp_path,
 @pytest.mark.long
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(tiny_sd, pictures, tmp_path, lost):
-    """Under torchrun: nothing hangs, and the one that is left says which one it has lost."""
+    """Under torchrun, nothing hangs, and the remaining process reports which process was lost."""
     flags = FLAGS | dict(max_train_steps=4000, validation_steps=4000)
     words = words_of_run(tiny_sd, pictures, tmp_path, **flags, train_batch_size=1)
     said = open(tmp_path / "said", "wb")  # noqa: SIM115 (closed below)
@@ -172,7 +166,7 @@ def pid_of_rank(launcher, rank):
 
 
 @pytest.mark.long
-def test_a_worker_that_loads_data_and_dies_is_told(start, tiny_sd, pictures, tmp_path):
+def test_a_data_loader_worker_that_dies_is_reported(start, tiny_sd, pictures, tmp_path):
     import psutil
 
     words = words_of_run(

@@ -1,4 +1,4 @@
-"""The rules of the house: rooms use only the rooms below them, commands never each other, and bad input is told at once."""
+"""The rules of the house: rooms import only rooms below them, commands never each other, and errors are found early."""
 
 import ast
 import graphlib
@@ -19,7 +19,7 @@ FLOORS = {
     "drawing": 2,
     "training": 3,
     "reports": 4,
-}  # CONTRIBUTING.md draws the same house
+}  # as in CONTRIBUTING.md
 
 
 def parse(path):
@@ -27,7 +27,7 @@ def parse(path):
 
 
 def modules():
-    """{name inside the package: its tree}; the room of `pictures.alike` is `pictures`, that of `files` is ``."""
+    """Returns {name inside the package: its syntax tree}; the room of `pictures.alike` is `pictures`, that of `files` is ``."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -44,9 +44,9 @@ def room_of(module):
 
 
 def imports_of(tree, module=None):
-    """What a file imports, at its top or in a function: (names inside the package, names of other packages).
+    """Returns (names inside the package, names of other packages) that a file imports, at its top or in a function.
 
-    `module` is its own name inside the package, which relative imports start from; None for a script.
+    `module` is the file's name inside the package, from which relative imports start; None for a script.
     """
     local, others = set(), set()
     for node in ast.walk(tree):
@@ -66,7 +66,7 @@ def imports_of(tree, module=None):
             if top != PACKAGE.name:
                 others.add(top)
                 continue
-            while parts and ".".join(parts) not in MODULES:  # the last name may be a function's
+            while parts and ".".join(parts) not in MODULES:  # the last name may be that of a function
                 parts = parts[:-1]
             local.add(".".join(parts))
     return local, others
@@ -130,7 +130,7 @@ def test_nothing_imports_a_command():
 # Flags.
 
 
-# What takes all flags of a command: it puts a run together. Everything else takes its group of flags, or plain values.
+# Functions that assemble a run, and take all flags of a command. All others take a group of flags or plain values.
 ASSEMBLERS = {
     "command_line": "iterate_flags flag_values recorded_values hide_secrets",
     "drawing.grids": "make_grid",
@@ -148,14 +148,14 @@ ASSEMBLERS = {
     "training.trials": "compile_denoiser",
     "reports.about": "describe_run write_about_run",
     "reports.checkpoints": "__init__",
-    "reports.model_card": "upload_run",
+    "reports.model_card": "settings_that_matter upload_run",
     "reports.reports": "start_reports make_judge __init__",
     "reports.sample_pictures": "make_painter",
 }
 
 
 def functions_with(tree, parameter):
-    """(name, its annotation in words or None) of the functions that have a parameter of that name."""
+    """Returns (name, annotation as text or None) of the functions that have a parameter with this name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
@@ -188,7 +188,7 @@ def test_the_reader_of_parameters_sees_them_all():
 
 
 def test_bad_input_is_found_without_anything_heavy():
-    """What the script imports before it has looked at command and dataset takes no seconds to import."""
+    """The script imports only fast modules before it has examined the command and the dataset."""
     heavy = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "numpy", "PIL")
     code = f"import sys, {SCRIPT.stem}\n"
     code += f"{SCRIPT.stem}.parse_settings(['--pretrained_model_name_or_path=a', '--train_data_dir=b'])\n"

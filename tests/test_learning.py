@@ -1,4 +1,4 @@
-"""Whether training learns: the demo, as its command has it, on the embedded base."""
+"""Whether training learns: the command of the demo on the embedded base model."""
 
 import json
 import re
@@ -17,7 +17,7 @@ WEAPONS_TEST = ROOT / "metadata" / "weapons_test"
 
 
 def demo_flags():
-    """The flags of the Makefile's training command, so that the test is of what people run."""
+    """Returns the flags of the training command in the Makefile, so that the test uses what users run."""
     lines = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
     command = next(line for line in lines if "train_text_to_image_lora.py" in line)
     return shlex.split(command.split("train_text_to_image_lora.py", 1)[1].replace("--output_dir $(RUN)", ""))
@@ -31,7 +31,7 @@ def test_the_demos_flags_are_known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def demo_lora(tmp_path_factory):
-    """The demo's training command, without its validation pictures."""
+    """Runs the demo's training command without sample pictures."""
     folder = tmp_path_factory.mktemp("demo")
     words = [*demo_flags(), "--num_validation_images", 0, "--report_to", "none"]
     words += ["--output_dir", folder / "out", "--latent_cache_dir", folder / "cache"]
@@ -43,9 +43,9 @@ def demo_lora(tmp_path_factory):
 
 @pytest.mark.long
 def test_the_demo_learns(demo_lora):
-    """Held-out loss falls; blossoms appear that the base never draws, and the prompt's colours stay; seed for seed.
+    """The held-out loss falls, blossoms appear that the base model never draws, and the prompt's colours stay.
 
-    The bounds are below what `scripts/mini_sd/measure.py` finds over three seeds (see the model card).
+    The limits are below the results of `scripts/mini_sd/measure.py` over three seeds (see the model card).
     """
     scenes, judge = measure.weapon_test_scenes(), judges.train_judge(judges.JUDGE, 0)
     prompts, found = [measure.blossom_caption(scene) for scene in scenes], {}
@@ -61,7 +61,7 @@ def test_the_demo_learns(demo_lora):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """Eight of the pictures that are never trained on: enough to tell where a run is, and a third of the time."""
+    """Returns eight held-out pictures: enough to measure a run, in a third of the time."""
     folder = tmp_path_factory.mktemp("eight")
     rows = (WEAPONS_TEST / "metadata.jsonl").read_text().splitlines()[::3]
     for row in map(json.loads, rows):
@@ -72,7 +72,7 @@ def eight(tmp_path_factory):
 
 @pytest.mark.long
 def test_a_run_that_overfits_is_stopped_and_its_best_is_kept(train_on_weapons, eight, tmp_path, capsys):
-    """Four pictures and far too much of a LoRA; the losses are measured once more, by other code and with other noise."""
+    """Four pictures and too strong a LoRA; the losses are also measured by other code and with other noise."""
     (tmp_path / "four").mkdir()
     with open(tmp_path / "four" / "metadata.jsonl", "w") as file:
         for kind in sorted(path for path in WEAPONS.iterdir() if path.is_dir()):

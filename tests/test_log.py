@@ -1,4 +1,4 @@
-"""What the commands log: which stream, which format, which process, and whole lines beside a progress bar."""
+"""The log of the commands: its stream, its format, its processes, and complete lines beside a progress bar."""
 
 import logging
 import re
@@ -53,7 +53,7 @@ def test_a_line_does_not_tear_a_progress_bar(capsys):
 
 
 def test_it_needs_nothing_that_is_not_there():
-    """A library that logs to the root logger doubles no line; without tqdm, and before `start`, nothing fails."""
+    """A library that uses the root logger duplicates no line; nothing fails without tqdm, or before `start`."""
     code = (
         "import logging, sys\nfrom text_to_image_lora import log\n"
         "logging.basicConfig(stream=sys.stdout, format='root: %(message)s')\n"

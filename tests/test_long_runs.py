@@ -1,4 +1,4 @@
-"""What a run of many steps takes more and more of: nothing."""
+"""The resources of a long run do not grow."""
 
 import statistics
 import subprocess
@@ -15,7 +15,7 @@ STEPS = 10_000
 
 @pytest.mark.long
 def test_ten_thousand_steps_grow_nothing(arguments, tmp_path):
-    """Neither memory nor open files nor threads nor the time of a step, with checkpoints and workers that load data."""
+    """Memory, open files, threads and the time per step stay constant, with checkpoints and loader workers."""
     words = arguments(
         max_train_steps=STEPS, train_batch_size=1, rank=1, checkpointing_steps=2000, checkpoints_total_limit=1,
         learning_rate=1e-4, dataloader_num_workers=1, random_flip=True,
@@ -37,16 +37,16 @@ def test_ten_thousand_steps_grow_nothing(arguments, tmp_path):
     assert process.wait() == 0, (tmp_path / "log").read_text()
     rows = read_metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    # From a fifth of the run on, everything is there that will be; at the end the LoRA's file is being written.
+    # After a fifth of the run, everything is allocated; at the end, the LoRA file is written.
     total = metrics.stat().st_size
     steady = [look for look in looks if total / 5 < look[0] < 0.98 * total]
     assert len(steady) > 20
     third = len(steady) // 3
-    # Open files and threads by the fewest seen: a file that is being written, or a batch on its way, is one more.
+    # The minimum of open files and threads, because a file that is being written, or a batch in transfer, is one more.
     for what, usual, tolerance in ((1, statistics.median, 4 * 2**20), (2, min, 0), (3, min, 0)):
         first, last = (usual(look[what] for look in part) for part in (steady[:third], steady[-third:]))
         assert last <= first + tolerance, (what, first, last)
-    # Processor time, which others on the machine lengthen least, for each byte of metrics: their lines are all as long.
+    # CPU time, which depends least on other programs, per byte of metrics.jsonl, whose lines have equal lengths.
     first, last = (
         (part[-1][4] - part[0][4]) / (part[-1][0] - part[0][0]) for part in (steady[:third], steady[-third:])
     )

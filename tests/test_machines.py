@@ -1,4 +1,4 @@
-"""Several machines without a shared folder: here two launchers on the loopback, each in a working directory of its own."""
+"""Several machines without a shared folder, as two launchers on the loopback with separate working directories."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def free_port():
 
 
 def on_two_machines(folders, words, timeout=180):
-    """The command on both, each with one process; (exit code, what it printed) of each."""
+    """Runs the command with one process on each machine, and returns (exit code, output) of each."""
     port, started = free_port(), []
     for number, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
@@ -40,14 +40,14 @@ def on_two_machines(folders, words, timeout=180):
 
 
 def words_of(arguments, tmp_path, **changes):
-    """For each machine the same command, with folders of its own."""
+    """Returns the flags of the command for each machine, with separate folders."""
     common = dict(output_dir="out", latent_cache_dir="cache", train_batch_size=1, checkpointing_steps=2) | changes
     return [arguments(**common), arguments(**common)]
 
 
 @pytest.mark.long
-def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path):
-    """Without --seed; only the first has a checkpoint, and both must go on from it."""
+def test_two_machines_without_a_shared_folder_resume_together(arguments, tmp_path):
+    """Runs without --seed; only the first machine has a checkpoint, and both must resume from it."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for steps in (2, 4):
         ends = on_two_machines(folders, words_of(arguments, tmp_path, seed=None, max_train_steps=steps))
@@ -55,7 +55,7 @@ def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path
     assert "resuming from out/checkpoint-2 (step 2)" in ends[0][1]
     assert (folders[0] / "out" / "checkpoint-4").is_dir()
     assert not list(folders[1].glob("out/checkpoint-*"))
-    # As two processes of one machine that are not stopped.
+    # The result equals that of two processes on one machine without an interruption.
     seed = yaml.safe_load((folders[0] / "out" / "run.yaml").read_text())["seed"]
     straight = arguments(output_dir=tmp_path / "straight", train_batch_size=1, max_train_steps=4, seed=seed)
     done = run_command(straight, launcher=TORCHRUN)
@@ -70,7 +70,7 @@ def test_two_machines_without_a_shared_folder_go_on_together(arguments, tmp_path
 
 @pytest.mark.long
 def test_a_machine_with_other_pictures_is_an_error_on_all(arguments, pictures, tmp_path):
-    """One caption differs on the second machine: nobody waits for anybody."""
+    """One caption differs on the second machine, and no process waits for another."""
     shutil.copytree(pictures, tmp_path / "other")
     table = tmp_path / "other" / "metadata.jsonl"
     table.write_text(table.read_text().replace("red", "green", 1))

@@ -1,4 +1,4 @@
-"""The whole mission in one run, which every change must keep: hub, several processes, mixed precision, W&B, the file."""
+"""The complete use case in one run, which every change must keep: hub, several processes, mixed precision, W&B, the file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ PROMPTS = ["a red axe", "a blue axe"]
 
 
 def pokemon(folder, pictures):
-    """A dataset as the hub keeps svjack/pokemon-blip-captions-en-zh: pictures and two columns of captions in parquet."""
+    """Writes a dataset like svjack/pokemon-blip-captions-en-zh on the hub: pictures and two caption columns in parquet."""
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     columns = {"image": datasets.Image(), "en_text": datasets.Value("string"), "zh_text": datasets.Value("string")}
     table = {
@@ -35,7 +35,7 @@ def pokemon(folder, pictures):
 
 
 def trained_output(model, checkpoint, inputs):
-    """What the UNet predicts with the adapter as it was trained, through peft; and what it predicts without."""
+    """Returns the UNet's predictions with the trained adapter, loaded with peft, and without it."""
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").eval()
     with torch.no_grad():
         plain = unet(*inputs).sample
@@ -52,7 +52,7 @@ def trained_output(model, checkpoint, inputs):
 
 
 def test_the_mission(tiny_sd, tmp_path):
-    """A hub's model and dataset, two processes, bf16, W&B with pictures, and a file for `load_attn_procs`."""
+    """A model and a dataset of the hub, two processes, bf16, W&B with pictures, and a file for `load_attn_procs`."""
     root, out = tmp_path / "root" / "owner", tmp_path / "out"
     root.mkdir(parents=True)
     shutil.copytree(tiny_sd, root / "tiny")
@@ -69,7 +69,7 @@ def test_the_mission(tiny_sd, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 x cpu (1 thread) in bfloat16" in done.stdout
 
-    # The same numbers in the file and in W&B; W&B has the pictures, at their steps, of both prompts.
+    # metrics.jsonl and W&B contain equal numbers; W&B has the pictures of both prompts at their steps.
     (run,) = (out / "wandb").glob("offline-run-*")
     history = history_of(read_wandb(run))
     rows = read_metrics(out)
@@ -89,7 +89,7 @@ def test_the_mission(tiny_sd, tmp_path):
                 assert sent.convert("RGB").tobytes() == kept.convert("RGB").tobytes()
     assert not any(name.startswith("samples/") for step in (1, 3) for name in history[step])
 
-    # The file gives what was trained, to stock diffusers, with alpha twice the rank.
+    # Stock diffusers predicts with the file what was trained, with alpha twice the rank.
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn(2, 4, 8, 8, generator=generator),
@@ -98,7 +98,8 @@ def test_the_mission(tiny_sd, tmp_path):
     )
     trained, plain = trained_output(tiny_sd, out / "checkpoint-4", inputs)
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet").eval()
-    with pytest.warns(FutureWarning, match="load_attn_procs"):  # diffusers 0.39 is the last that has it for LoRA
+    # diffusers 0.39 is the last version in which it loads a LoRA.
+    with pytest.warns(FutureWarning, match="load_attn_procs"):
         unet.load_attn_procs(out)
     with torch.no_grad():
         loaded = unet(*inputs).sample

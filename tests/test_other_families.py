@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and 2 by the same command: what is shown for 1.5, on tiny pipelines of stock classes."""
+"""Stable Diffusion XL and 2 are trained by the command like 1.5, on tiny pipelines of stock classes."""
 
 import json
 import os
@@ -10,18 +10,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    TORCHRUN,
-    read_lora,
-    read_metrics,
-    run_command,
-    train_script,
-    write_pictures,
-)
-from diffusers import (
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from conftest import TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from infer_fixtures import difference, draw
 from loopback_hub import Repositories, environment, serving
 from PIL import Image
@@ -35,7 +25,7 @@ from text_to_image_lora.training.run import adapt
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PIPELINES = {"xl": StableDiffusionXLPipeline, "2": StableDiffusionPipeline}
-# What stock diffusers needs beside the folder, and the modules of UNet and text encoders that are adapted.
+# Further options for stock diffusers, and the numbers of adapted modules of UNet and text encoders.
 OPTIONS = {"xl": {"add_watermarker": False}, "2": {"safety_checker": None}}
 COUNTS = {"xl": (170, 2 * 6 + 3 * 6), "2": (30, 3 * 6)}
 PROMPT = "a red axe"
@@ -53,7 +43,7 @@ def base(family, tiny_xl, tiny_sd2):
 
 @pytest.fixture(scope="module")
 def run(family, base, train_in, tmp_path_factory):
-    """A run of UNet and text encoders, with sample pictures and the kohya file, which the tests only read."""
+    """A run of UNet and text encoders with sample pictures and kohya's file, which the tests share."""
     return train_in(
         tmp_path_factory.mktemp("run"), pretrained_model_name_or_path=base, learning_rate=0.05, lora_alpha=6, rank=4,
         train_text_encoder=True, text_encoder_rank=2, output_kohya_format=True, resolution=None, seed=3,
@@ -69,7 +59,7 @@ def stock_pipeline(family, base):
 
 @torch.no_grad()
 def outputs_of(pipe, captions=(PROMPT, "a blue axe, seen from behind")):
-    """What stock diffusers encodes and predicts of the same noise."""
+    """Returns the encoded prompts and the predictions of stock diffusers for fixed noise."""
     encoded = pipe.encode_prompt(
         prompt=list(captions), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -98,13 +88,13 @@ def test_the_files_say_what_was_trained(family, base, run, capsys):
         header = file.metadata()
     adapters = json.loads(header["lora_adapter_metadata"])
     assert {adapters[f"{name}.lora_alpha"] for name in counts} == {2}
-    assert header["resolution"] == "32"  # the base's own: there was no --resolution
+    assert header["resolution"] == "32"  # the base model's resolution, because --resolution was not given
     wanted = {"xl": ("sdxl_base_v1-0", "False", "epsilon"), "2": ("sd_v2_v", "True", "v_prediction")}[family]
     assert (header["ss_base_model_version"], header["ss_v2"], header["prediction_type"]) == wanted
 
 
 def test_stock_diffusers_gives_the_trained_outputs(family, base, run):
-    """The models as training had them, with its checkpoint's own adapters, beside stock diffusers with the file."""
+    """Compares the models of training, with the adapters of its checkpoint, to stock diffusers with the file."""
     pipe = stock_pipeline(family, base)
     plain = outputs_of(pipe)
     pipe.load_lora_weights(run, weight_name=WEIGHTS)
@@ -140,7 +130,7 @@ def test_sample_pictures_are_what_stock_diffusers_draws(family, base, run):
 
 
 def test_kohyas_file_is_the_same_lora(family, base, run):
-    """By its names read back, and by stock diffusers, which knows them by itself."""
+    """Both by converting its names back, and in stock diffusers, which converts the names itself."""
     path = run / "out.safetensors"
     ours, theirs = lora_file.load_lora(run)[0], lora_file.load_lora(path)[0]
     assert ours.keys() == theirs.keys()
@@ -167,7 +157,7 @@ def test_kohyas_file_is_the_same_lora(family, base, run):
 
 @pytest.mark.parametrize("name", ["", "out.safetensors"])
 def test_infer_draws_what_training_drew(base, run, tmp_path, name):
-    """With either file."""
+    """With both files."""
     flags = ["--lora", run / name, "--guidance_scale", 3, "--num_inference_steps", 3, "--seed", 3]
     (picture,) = draw(base, tmp_path, *flags, "--height", 32, "--width", 32, prompt=(PROMPT,)).values()
     assert difference(picture, Image.open(run / "validation" / "step-000002" / "prompt-00-0.png")) <= 2
@@ -175,12 +165,12 @@ def test_infer_draws_what_training_drew(base, run, tmp_path, name):
 
 def test_a_dry_run_tells_what_it_takes(base, train, tmp_path):
     train(pretrained_model_name_or_path=base, dry_run=True, resolution=None)
-    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
-    assert told["step"] > told["further_sample"] > 0
+    memory = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert memory["step"] > memory["further_sample"] > 0
 
 
 def test_training_lowers_the_loss(base, train, pictures):
-    """On the pictures that it is trained on: a random model can learn nothing of others."""
+    """On the training pictures, because a random model cannot generalise to other pictures."""
     out = train(
         pretrained_model_name_or_path=base, train_batch_size=5, max_train_steps=12, learning_rate=1e-2, rank=8,
         validation_split=0.17, validation_steps=12, checkpointing_steps=0, center_crop=True,
@@ -197,7 +187,7 @@ OTHER_WAYS = dict(
 
 @pytest.fixture(scope="module")
 def whole(base, train_in, tmp_path_factory):
-    """A run in batches of four, whose numbers those on other ways to the same batch must have."""
+    """A run with batch size four, whose metrics other ways to the same effective batch size must reproduce."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, train_in(folder, pretrained_model_name_or_path=base, train_batch_size=4, **OTHER_WAYS)
 
@@ -245,7 +235,7 @@ def test_killed_and_resumed_equals_straight(whole, base, train, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("both", [False, True])
 def test_two_processes_equal_one(base, train, arguments, tmp_path, both):
-    """With the text encoders too: each is in a wrapper of its own, and must use all of its adapters."""
+    """Trains the text encoders too: each model has its own wrapper and must use all of its adapters."""
     options = OTHER_WAYS | dict(pretrained_model_name_or_path=base, train_text_encoder=both)
     one = train(train_batch_size=4, output_dir=tmp_path / "one", **options)
     done = run_command(
@@ -258,7 +248,7 @@ def test_two_processes_equal_one(base, train, arguments, tmp_path, both):
 
 @pytest.mark.skipif("NEWEST_PYTHON" not in os.environ, reason="`make test-newest` says where the newest stack is")
 def test_the_newest_stack_gives_the_trained_outputs(family, base, run, tmp_path):
-    """The file loads with `load_lora_weights` there, and gives what it gives here."""
+    """On the newest stack, the file loads with `load_lora_weights` and gives equal outputs."""
     code = (
         "import sys, torch, diffusers\n"
         "name, base, run, out = sys.argv[1:]\n"
@@ -285,7 +275,7 @@ def test_the_newest_stack_gives_the_trained_outputs(family, base, run, tmp_path)
 @pytest.mark.long
 @pytest.mark.parametrize("both", [False, True])
 def test_diffusers_own_test_of_its_xl_script(tiny_xl, tmp_path, both):
-    """`test_text_to_image_lora.py` of diffusers' examples: its flags as they stand there, model and pictures from a hub."""
+    """Runs `test_text_to_image_lora.py` of diffusers' examples with unchanged flags; model and pictures come from a hub."""
     root, out = tmp_path / "root" / "owner", tmp_path / "out"
     shutil.copytree(tiny_xl, root / "tiny_xl")
     (root / "dummy" / "data").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The scripts without set-up, by the headers that uv reads, and as the commands of an installed package."""
+"""The scripts without set-up, with the headers that uv reads, and as commands of an installed package."""
 
 import os
 import re
@@ -18,7 +18,7 @@ COMMANDS = set(PROJECT["project"]["scripts"])
 
 
 def header_of(script):
-    """The TOML in a script's first comment (PEP 723)."""
+    """Returns the TOML in a script's first comment (PEP 723)."""
     lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
     assert lines[1] == "# /// script"
     return tomllib.loads("\n".join(line[2:] for line in lines[2 : lines.index("# ///")]))
@@ -47,7 +47,7 @@ def test_uv_runs_a_script_without_set_up(uv, script):
 
 @pytest.fixture(scope="module")
 def wheel(uv, tmp_path_factory):
-    """The package, built from a copy: the build leaves files behind."""
+    """Builds the package from a copy of the project, because building leaves files behind."""
     folder = copy_project(tmp_path_factory.mktemp("wheel"))
     done = uv("build", "--wheel", "--out-dir", folder / "dist", folder)
     assert done.returncode == 0, done.stderr
@@ -70,7 +70,7 @@ def test_the_wheel_holds_scripts_and_package_and_nothing_else(wheel):
 
 @pytest.fixture(scope="module")
 def installed(uv, wheel, tmp_path_factory):
-    """The bin folder of an environment with the wheel, which finds the stack in this one's packages."""
+    """Returns the bin folder of an environment with the wheel, which uses the packages of this environment."""
     folder = tmp_path_factory.mktemp("installed")
     for words in (("venv", folder / "env"), ("pip", "install", "--python", folder / "env", "--no-deps", wheel)):
         done = uv(*words)
@@ -104,12 +104,9 @@ def test_the_installed_commands_train_and_draw_from_any_folder(installed, pictur
 @pytest.mark.long
 def test_an_installed_command_answers_bad_input_in_a_line(installed, tmp_path):
     done = subprocess.run(
-        [installed / "train-text-to-image-lora", "--rang", "4"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [installed / "train-text-to-image-lora", "--rang", "4"], cwd=tmp_path, capture_output=True, text=True,
         timeout=60,
-    )
+    )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert "--rank" in done.stderr

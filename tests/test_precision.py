@@ -1,4 +1,4 @@
-"""Precision: the frozen base may be small, the LoRA and its optimizer never; and what was trained is what is loaded."""
+"""The frozen base model may be in half precision, the LoRA and its optimizer never; what was trained is what is loaded."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ LAUNCH_BF16 += ("--num_processes", "1", "--num_machines", "1", "--dynamo_backend
 
 @pytest.fixture
 def first_forward():
-    """What the UNet is when it is first called: dtypes of base and LoRA, and the LoRA's start."""
+    """Returns the state of the UNet at its first call: dtypes of base and LoRA, and the LoRA's initial weights."""
     seen = {}
 
     def look(module, args):
@@ -44,7 +44,7 @@ def first_forward():
 
 @pytest.mark.parametrize("said_by", ["flag", "launcher"])
 def test_a_dry_run_knows_the_precision(train, tmp_path, monkeypatch, said_by):
-    """Half of what float32 takes, whoever asks for bf16."""
+    """bf16 takes half of the memory of float32, whether a flag or the launcher sets it."""
     sizes = []
     for precision in ("no", "bf16"):
         if said_by == "launcher":
@@ -77,7 +77,7 @@ def test_a_packed_batch_is_the_batch():
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
 def test_a_batch_goes_over_in_one_copy_and_only_cuda_does_not_wait(monkeypatch, device):
-    """From unpinned memory, another device would compute with what is not there yet."""
+    """Without pinned memory, other devices might compute before the copy has ended."""
     moved, batch = [], data.Packed(BATCH)
 
     def look(self, to, non_blocking=False):
@@ -91,7 +91,7 @@ def test_a_batch_goes_over_in_one_copy_and_only_cuda_does_not_wait(monkeypatch, 
 
 
 def assert_float32(checkpoint):
-    """The LoRA and everything of the optimizer that is a tensor."""
+    """Checks the dtype of the LoRA and of all tensors of the optimizer."""
     assert {value.dtype for value in load_file(checkpoint / "adapter.safetensors").values()} == {torch.float32}
     states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"].values()
     assert {value.dtype for state in states for value in state.values() if torch.is_tensor(value)} == {torch.float32}
@@ -99,7 +99,7 @@ def assert_float32(checkpoint):
 
 
 def moved(output_dir, step, start):
-    """How far training has brought the LoRA, as one vector."""
+    """Returns the change of the LoRA by training as one vector."""
     end = load_file(output_dir / f"checkpoint-{step}" / "adapter.safetensors")
     return torch.cat([(end[name] - start[name]).flatten() for name in sorted(end)])
 
@@ -124,14 +124,14 @@ def test_bf16_keeps_the_lora_in_float32_and_moves_it_as_float32_does(train, firs
 
 
 def test_bf16_loses_no_small_update(train, first_forward, tmp_path):
-    """In bf16 a weight of 0.25 has steps of 1e-3: three updates of 1e-6 would leave it where it was."""
+    """In bf16, a weight of 0.25 changes in steps of 1e-3, so three updates of 1e-6 would be lost."""
     output_dir = train(mixed_precision="bf16", learning_rate=1e-6, adam_weight_decay=0, max_train_steps=3)
     start = {name: value for name, value in first_forward["start"].items() if "lora_A" in name}
     end = load_file(output_dir / "checkpoint-3" / "adapter.safetensors")
     a, b = (torch.cat([values[name].flatten() for name in start]) for values in (start, end))
-    assert (a != b).float().mean() > 0.5  # float32 itself rounds a few away
+    assert (a != b).float().mean() > 0.5  # even float32 loses a few updates
     assert (a - b).abs().max() < 3e-6
-    assert (a.bfloat16() != b.bfloat16()).float().mean() < 0.01  # so in bf16 it would have been lost
+    assert (a.bfloat16() != b.bfloat16()).float().mean() < 0.01  # shows that the update would be lost in bf16
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_8bit_adam": True}], ids=["DoRA", "8-bit Adam"])
@@ -171,7 +171,7 @@ def test_fp16_keeps_the_lora_in_float32_and_moves_it_as_float32_does(train, firs
     assert (first_forward["base"], first_forward["lora"]) == ({torch.float16}, {torch.float32})
     assert_float32(half / "checkpoint-4")
     a = moved(half, 4, first_forward["start"])
-    # The loss scale may have been too high for the first steps, which are then left out.
+    # The first steps are skipped if the loss scale is too high at first.
     assert 0.4 * b.norm() < a.norm() < 1.1 * b.norm()
 
 
@@ -184,7 +184,7 @@ def test_fp16_loses_no_small_update(train, first_forward):
 
 
 def test_weights_that_are_not_numbers_are_not_written(train, tmp_path):
-    """With an epsilon of 0 the first update of lora_A, whose gradient is 0, is 0 / 0; the loss before it was fine."""
+    """With an epsilon of 0, the first update of lora_A, whose gradient is 0, is 0 / 0; the loss before it is finite."""
     with pytest.raises(NotANumberError) as caught:
         train(adam_epsilon=0, max_train_steps=1)
     assert "\n" not in str(caught.value)
@@ -202,7 +202,7 @@ def test_a_run_that_diverges_stops_and_says_so(train, tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """`spoil(steps)`: the loss of these steps is not a number; or `spoil(steps, number)` another one."""
+    """Returns `spoil(steps, number)`, which replaces the loss of these steps by a number, by default by NaN."""
 
     def these(steps, number=float("nan")):
         calls, diffusion_loss = [], objective.diffusion_loss
@@ -218,7 +218,7 @@ def spoil(monkeypatch):
 
 
 def tensors_of(checkpoint):
-    """What is trained and what the optimizer keeps of it."""
+    """Returns the trained tensors and the optimizer's state of each."""
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     kept = {
         f"{i} {name}": value
@@ -232,7 +232,7 @@ def tensors_of(checkpoint):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"])
 def test_a_step_that_is_no_number_changes_nothing(train, spoil, optimizer, number):
-    """Not even the optimizer's moments and its count of steps; the run goes on after it."""
+    """Not even the optimizer's moments and step counts; the run continues after it."""
     spoil({3}, number)
     out = train(max_train_steps=5, checkpointing_steps=1, optimizer=optimizer, learning_rate=1e-3)
     before, after, later = (tensors_of(out / f"checkpoint-{step}") for step in (2, 3, 5))
@@ -244,7 +244,7 @@ def test_a_step_that_is_no_number_changes_nothing(train, spoil, optimizer, numbe
 
 
 def test_ten_steps_in_a_row_end_the_run(train, spoil, tmp_path):
-    """The checkpoints of before stay; those of meanwhile are not written."""
+    """Earlier checkpoints stay; none is written after the first bad step."""
     spoil({*range(4, 99)})
     with pytest.raises(NotANumberError, match="of 10 steps in a row is not finite, since step 4.") as caught:
         train(max_train_steps=30, checkpointing_steps=3, checkpoints_total_limit=1)
@@ -258,7 +258,7 @@ def test_ten_steps_in_a_row_end_the_run(train, spoil, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 14))
 
 
-# What is written is what was trained, in stock diffusers.
+# Stock diffusers predicts with the file what was trained.
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def prediction(unet):
 
 
 def trained_prediction(tiny_sd, checkpoint, **options):
-    """The UNet with the checkpoint's own tensors, put on as training does."""
+    """Returns the prediction of the UNet with the tensors of the checkpoint, loaded as training does."""
     unet = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
     settings = LoraSettings(target_modules=STABLE_DIFFUSION.target_modules, init_lora_weights="true", **options)
     lora.add_lora(unet, settings)
@@ -276,10 +276,11 @@ def trained_prediction(tiny_sd, checkpoint, **options):
     return prediction(unet)
 
 
-@pytest.mark.filterwarnings("ignore:.*load_attn_procs:FutureWarning")  # deprecated in 0.39, which is pinned for it
+# Deprecated in 0.39, which is pinned for this method.
+@pytest.mark.filterwarnings("ignore:.*load_attn_procs:FutureWarning")
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rsLoRA", "DoRA"])
 def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options):
-    """Alpha is not in upstream's file: with another one than the rank, the reloaded LoRA is too strong or too weak."""
+    """The file of diffusers' script has no alpha: if alpha differs from the rank, the reloaded LoRA has the wrong strength."""
     output_dir = train(rank=2, lora_alpha=7, max_train_steps=3, **options)
     wanted = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, lora_alpha=7, **options)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
@@ -290,6 +291,6 @@ def test_fault_08_stock_diffusers_gives_the_trained_unet(train, tiny_sd, options
         torch.testing.assert_close(prediction(pipeline.unet), base)
         reader(output_dir, weight_name="pytorch_lora_weights.safetensors")
         torch.testing.assert_close(prediction(pipeline.unet), wanted, atol=1e-5, rtol=1e-5)
-    # With the alpha lost it would be another model: the comparison sees that.
+    # The comparison detects a lost alpha.
     wrong = trained_prediction(tiny_sd, output_dir / "checkpoint-3", rank=2, lora_alpha=2, **options)
     assert (wanted - wrong).abs().max() > 1e-2

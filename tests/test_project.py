@@ -1,4 +1,4 @@
-"""What surrounds the code: the hooks of pre-commit, the workflow for GitHub, the issue form, the citation, SECURITY.md."""
+"""The files around the code: pre-commit hooks, the GitHub workflow, the issue form, the citation, SECURITY.md."""
 
 import ast
 import json
@@ -48,7 +48,7 @@ def test_the_files_that_a_hook_waits_for_exist(hook):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository with what the hooks check, and the function that runs them on all its files."""
+    """Makes a git repository with the files that the hooks check, and a function that runs them on all files."""
     for name in ("text_to_image_lora", "scripts", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png"))
     for name in (".pre-commit-config.yaml", "pyproject.toml", "train_text_to_image_lora.py", "infer.py"):
@@ -131,7 +131,7 @@ def test_the_bug_report_asks_for_what_is_needed():
     assert {*asked} == {"what-happened", "command", "output", "run-yaml", "versions"}
     assert all(item["attributes"]["label"] for item in asked.values())
     needless = {name for name, item in asked.items() if not item.get("validations", {}).get("required")}
-    assert needless == {"run-yaml"}  # a command that is refused writes none
+    assert needless == {"run-yaml"}  # a command with invalid flags writes no file
 
 
 def test_the_command_in_the_bug_report_prints_versions_and_machine(tmp_path):
@@ -174,7 +174,7 @@ def test_the_citation_agrees_with_the_project():
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-# Calls that run code which is in a file, or a shell; each is refused wherever it stands.
+# Calls that run code from a file, or a shell; they are not allowed anywhere.
 UNSAFE = {
     "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load",
     "yaml.unsafe_load", "yaml.full_load", "joblib.load", "pandas.read_pickle", "shutil.unpack_archive",
@@ -185,7 +185,7 @@ SOURCES += [ROOT / "train_text_to_image_lora.py", ROOT / "infer.py"]
 
 
 def unsafe_calls(text):
-    """The calls in a Python source by which a file or a value could run code, as they are written."""
+    """Returns the calls in a Python source by which a file or a value could run code, as text."""
     for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
         name, words = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
         loads = name == "torch.load" and words.get("weights_only") != "True"

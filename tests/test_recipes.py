@@ -1,4 +1,4 @@
-"""Each recipe, shortened: on bundled pictures, laid out as the recipe's page says, it trains and leaves a LoRA."""
+"""Each recipe, shortened and on bundled pictures in the layout of the recipe's page, trains and saves a LoRA."""
 
 import csv
 import json
@@ -13,27 +13,27 @@ from test_mission import pokemon
 
 METADATA = ROOT / "metadata"
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-# What the machine here asks for; all else is as the recipe has it. The fixture `train` gives a tiny base at 32 pixels.
+# Flags for this machine; all others are those of the recipe. The fixture `train` uses a tiny base model at 32 pixels.
 SHORTENED = dict(train_batch_size=None, learning_rate=None, seed=None, max_train_steps=2, validation_steps=2)
 SHORTENED |= dict(mixed_precision="no", checkpointing_steps=2, num_validation_images=1, train_data_dir=None)
 OF_THE_FIXTURE = {"pretrained_model_name_or_path", "resolution", "output_dir", "train_data_dir", "validation_data_dir"}
 
 
 def weapons(kind, count):
-    """Paths and captions of some of the bundled weapons of a kind."""
+    """Returns paths and captions of some of the bundled weapons of a kind."""
     rows = [json.loads(line) for line in (METADATA / "weapons" / kind / "metadata.jsonl").read_text().splitlines()]
     return [(METADATA / "weapons" / kind / row["file_name"], row["text"]) for row in rows[:count]]
 
 
 def creatures(count):
-    """Paths and captions of some of the bundled creatures."""
+    """Returns paths and captions of some of the bundled creatures."""
     with open(METADATA / "creatures" / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:count]
     return [(METADATA / "creatures" / row["file_name"], row["text"]) for row in rows]
 
 
 def lay_out(folder, pictures, captions="none"):
-    """Copies pictures into a folder: with a caption file beside each ("files"), a metadata.jsonl ("table") or neither."""
+    """Copies pictures into a folder, with caption files ("files"), with a metadata.jsonl ("table"), or without captions."""
     folder.mkdir(parents=True)
     for path, caption in pictures:
         shutil.copy(path, folder / path.name)
@@ -46,9 +46,9 @@ def lay_out(folder, pictures, captions="none"):
 
 
 def check_what_is_left(out, name, changes):
-    """The run had what its recipe says, where the shortening changes nothing; it trained to its end, and left a LoRA."""
+    """Checks that the run had the settings of its recipe, trained to its end, and saved a LoRA."""
     wanted, had = yaml.safe_load(RECIPES[name].read_text()), yaml.safe_load((out / "run.yaml").read_text())
-    if "validation_prompt" in wanted:  # which run.yaml has among several
+    if "validation_prompt" in wanted:  # in run.yaml, this flag can have several values
         wanted["validation_prompts"] = [wanted.pop("validation_prompt")]
     changed = {flag for flag, value in changes.items() if value is not None} | OF_THE_FIXTURE
     kept = {flag: value for flag, value in wanted.items() if flag not in changed}
@@ -61,7 +61,7 @@ def check_what_is_left(out, name, changes):
 
 @pytest.fixture
 def shortened(train, capsys, monkeypatch):
-    """`shortened(name, **flags)`: the output folder of a recipe's shortened run, and what it printed."""
+    """Returns `shortened(name, **flags)`, which runs a shortened recipe and returns its output folder and its output."""
     monkeypatch.chdir(ROOT)
 
     def run(name, **changes):
@@ -92,7 +92,7 @@ def test_a_painters_style_from_kohyas_folders(shortened, tmp_path):
     assert "pictures without a caption file, captioned with their folder's name: 2" in said
     assert "only 1 validation picture" in said
     assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
-    # Each checkpoint holds a LoRA to compare, as the page says.
+    # Each checkpoint contains a LoRA that can be compared, as the page says.
     assert read_lora(out / "checkpoint-2").keys() == read_lora(out).keys()
 
 
@@ -113,7 +113,7 @@ def test_the_bundled_weapons_as_the_recipe_stands(shortened):
 
 
 def test_a_dataset_of_the_hub(shortened, tmp_path):
-    """The fetched parquet files, with a column of captions in each of two languages."""
+    """The downloaded parquet files, with one column of captions in each of two languages."""
     pokemon(tmp_path / "pokemon", lay_out(tmp_path / "creatures", creatures(6), "table"))
     _, said = shortened("pokemon", dataset_name=tmp_path / "pokemon")
     assert "6 pictures, 2 steps an epoch" in said
@@ -136,7 +136,7 @@ def test_several_styles(shortened, tmp_path):
 
 
 def test_one_thing_with_class_pictures(shortened, tmp_path):
-    """Photos without captions beside more of the class, as many samples of each."""
+    """Photos without captions, and class pictures, with equal numbers of samples."""
     own, others = lay_out(tmp_path / "mine", creatures(3)), lay_out(tmp_path / "others", creatures(10)[3:])
     _, said = shortened(
         "dreambooth", train_data_dir=own, instance_prompt="a photo of sks dog", class_data_dir=others,
@@ -161,7 +161,7 @@ def test_other_families(shortened, request, tmp_path, name):
 
 @pytest.mark.long
 def test_many_gpus(arguments, tmp_path):
-    """On two processes of a CPU; the same run as on one with twice the accumulation, as the page says."""
+    """Two processes on a CPU equal one process with twice the gradient accumulation, as the page says."""
     changes = SHORTENED | dict(
         train_data_dir=lay_out(tmp_path / "many", [*weapons("axe", 40), *creatures(40)], "table")
     )

@@ -1,7 +1,6 @@
-"""Interrupted anywhere and started again with the same command, a run ends with the same weights, bit for bit.
+"""A run that is interrupted anywhere and resumed by the command ends with equal weights, bit for bit.
 
-The faults of the diffusers example (number 4) are in test_faults.py: the trailing slash, the limit, a finished run, a
-disk that is full.
+Fault 4 of the diffusers example is in test_faults.py: the trailing slash, the limit, a finished run, and a full disk.
 """
 
 import json
@@ -15,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, run_command, train_script, write_pictures
+from conftest import ROOT, TORCHRUN, read_lora, read_metrics, refusal_of, run_command, train_script, write_pictures
 from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.command_line import iterate_flags
@@ -27,7 +26,7 @@ MEASURED = ("images_per_second", "peak_memory_gib")
 
 
 def assert_same_end(first, second, step):
-    """LoRA, checkpoint and metrics are equal, but for times and memory."""
+    """Checks that LoRA, checkpoint and metrics are equal, except for times and memory."""
     a, b = read_lora(first), read_lora(second)
     assert a.keys() == b.keys()
     assert [key for key in a if not a[key].equal(b[key])] == []
@@ -41,7 +40,7 @@ def assert_same_end(first, second, step):
 
 
 def assert_equal(a, b):
-    """Nested dicts and lists with tensors in them."""
+    """Compares nested dicts and lists that contain tensors."""
     assert type(a) is type(b)
     if isinstance(a, dict):
         assert a.keys() == b.keys()
@@ -61,7 +60,7 @@ def two_steps(train_in, tmp_path_factory):
 
 @pytest.fixture
 def two(two_steps, tmp_path):
-    """A finished run of two steps, where `train` goes on."""
+    """A finished run of two steps, which `train` can resume."""
     return shutil.copytree(two_steps, tmp_path / "out")
 
 
@@ -72,19 +71,19 @@ def six_steps(train_in, tmp_path_factory):
 
 
 def stopped(run, copy, step):
-    """A copy of a run, as if it had been stopped after the checkpoint of that step: of later ones a line is left."""
+    """Copies a run as if it had been stopped after the checkpoint of that step; one metrics line of a later step remains."""
     shutil.copytree(run, copy)
     for path in copy.glob("checkpoint-*"):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (copy / "metrics.jsonl").write_text("".join(lines[: step + 2])[:-20])  # the last was half written
+    (copy / "metrics.jsonl").write_text("".join(lines[: step + 2])[:-20])  # the last line is incomplete
     (copy / "pytorch_lora_weights.safetensors").unlink()
     return copy
 
 
 def test_a_run_in_parts_is_the_run_straight_through(train, six_steps, tmp_path):
-    """It was asked for a few steps more each time: within an epoch, after one, and before the end of the next."""
+    """Each part asks for a few more steps: within an epoch, after it, and before the end of the next one."""
     for step in (2, 3, 5, 6):
         train(max_train_steps=step)
     assert_same_end(six_steps, tmp_path / "out", 6)
@@ -108,7 +107,7 @@ def test_a_run_that_stopped_ends_as_the_run_straight_through(train, tmp_path, st
 
 
 def test_another_dropout_would_be_seen(train, tmp_path):
-    """The comparison above sees the draws of the dropout."""
+    """Shows that the comparison above detects different draws of the dropout."""
     first = train(lora_dropout=0.5, output_dir=tmp_path / "one")
     second = train(lora_dropout=0.4, output_dir=tmp_path / "two")
     with pytest.raises(AssertionError):
@@ -116,8 +115,8 @@ def test_another_dropout_would_be_seen(train, tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant_with_warmup"])
-def test_a_run_that_stopped_goes_on_with_its_schedule(train, tmp_path, scheduler):
-    """Stopped after the checkpoint of step 3: what came later is lost, but for lines of metrics.jsonl."""
+def test_a_resumed_run_continues_its_schedule(train, tmp_path, scheduler):
+    """The run stopped after the checkpoint of step 3; of later steps, only lines of metrics.jsonl remain."""
     options = dict(max_train_steps=7, checkpointing_steps=3, lr_scheduler=scheduler, lr_warmup_steps=5)
     straight = train(output_dir=tmp_path / "one", **options)
     names = sorted(path.name for path in straight.glob("checkpoint-*"))
@@ -126,8 +125,8 @@ def test_a_run_that_stopped_goes_on_with_its_schedule(train, tmp_path, scheduler
     assert len({row["lr"] for row in read_metrics(straight)}) > 5
 
 
-def test_a_killed_run_goes_on(arguments, train, tmp_path, capsys):
-    """The real command, killed while it trains; the same command ends with the weights of the run left alone."""
+def test_a_killed_run_can_be_resumed(arguments, train, tmp_path, capsys):
+    """Kills the real command while it trains; resuming it gives the weights of an undisturbed run."""
     options = dict(max_train_steps=40, checkpointing_steps=2, checkpoints_total_limit=2)
     killed = tmp_path / "killed"
     command = [sys.executable, "train_text_to_image_lora.py", *arguments(output_dir=killed, **options)]
@@ -149,8 +148,8 @@ def test_a_killed_run_goes_on(arguments, train, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_two_processes_go_on_from_where_one_stopped(arguments, train, tmp_path):
-    """No rank has a random state of its own that a checkpoint could lose."""
+def test_two_processes_resume_where_one_stopped(arguments, train, tmp_path):
+    """No rank has a random state that a checkpoint could lose."""
     options = dict(learning_rate=1e-3)
     straight = train(max_train_steps=4, train_batch_size=4, output_dir=tmp_path / "one", **options)
     parts = train(max_train_steps=2, train_batch_size=4, output_dir=tmp_path / "two", **options)
@@ -175,9 +174,9 @@ def test_the_seed_of_a_run_without_one_is_kept(train, tmp_path):
 
 @pytest.mark.parametrize("limit", [None, 1])
 def test_none_starts_over(train, six_steps, tmp_path, capsys, limit):
-    """And leaves no checkpoint of the run that was given up.
+    """It deletes the checkpoints of the abandoned run.
 
-    Else the limit deletes the new ones in its favour, and `latest` goes on from it.
+    Otherwise the limit would delete new checkpoints in favour of old ones, and `latest` would resume from an old one.
     """
     options = dict(max_train_steps=3, learning_rate=1e-3, checkpoints_total_limit=limit)
     straight = train(output_dir=tmp_path / "one", **options)
@@ -216,11 +215,9 @@ CHANGES = {
 
 
 def assert_refused(train, output_dir, **changes):
-    """Returns the one line that says so; nothing has changed."""
+    """Returns the error message, and checks that no file has changed."""
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    with pytest.raises(InputError) as caught:
-        train(max_train_steps=4, **changes)
-    message = str(caught.value)
+    message = refusal_of(train, max_train_steps=4, **changes)
     assert f"{output_dir}/checkpoint-2: this checkpoint belongs to another run (" in message
     assert message.count(" was ") == 1
     assert message.endswith(
@@ -241,9 +238,9 @@ def test_another_run_is_refused_with_what_differs(train, two, what):
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])
 def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, tmp_path, component):
-    """As another revision has them, or --pretrained_vae_model_name_or_path: tuned further by a hundredth."""
+    """From another revision, or from --pretrained_vae_model_name_or_path; the weights differ by a hundredth."""
     model = shutil.copytree(tiny_sd, tmp_path / "model")
-    if component == "unet":  # the same from elsewhere is the same run
+    if component == "unet":  # equal weights from another place belong to the run
         train(
             pretrained_model_name_or_path=model, output_dir=shutil.copytree(two, tmp_path / "same"), max_train_steps=3
         )
@@ -261,7 +258,7 @@ def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, 
 
 
 def test_every_flag_may_change_or_is_of_the_run(two):
-    """A new flag is of the run until its field says otherwise."""
+    """A new flag must stay unchanged unless its field says otherwise."""
     words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
     fields = [field for field, _ in iterate_flags(train_script.parse_settings(words))]
     flags, may_change = (
@@ -276,7 +273,7 @@ def test_every_flag_may_change_or_is_of_the_run(two):
 
 
 def test_what_may_change_is_taken(train, two, capsys):
-    """Where it lies, how it is reported, how long it goes on, and how its steps are taken."""
+    """Paths, reports, the length of the run, and how its steps are computed."""
     train(
         max_train_steps=3, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=1, max_grad_norm=0,
         adam_weight_decay=0, gradient_checkpointing=True, train_batch_size=1, gradient_accumulation_steps=2,
@@ -304,7 +301,7 @@ def test_other_repeats_of_the_same_pictures_are_refused(train, tmp_path):
         (folder / row["file_name"]).with_suffix(".txt").write_text(row["text"])
     (folder / "metadata.jsonl").unlink()
     output_dir = train(train_data_dir=tmp_path / "set")
-    # The name after the repeats is nothing that is trained on.
+    # The name after the number of repeats does not affect training.
     folder = folder.rename(tmp_path / "set" / "1_whip")
     train(train_data_dir=tmp_path / "set")
     folder.rename(tmp_path / "set" / "3_whip")
@@ -312,7 +309,7 @@ def test_other_repeats_of_the_same_pictures_are_refused(train, tmp_path):
 
 
 def test_other_samples_an_epoch_are_refused(train, pictures):
-    """The same pictures and captions, and one of them is of another concept, so that it is drawn more often."""
+    """Pictures and captions are equal, but one of them has another concept, so that it is drawn more often."""
     rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
 
     def sort_into(kinds):
@@ -322,7 +319,7 @@ def test_other_samples_an_epoch_are_refused(train, pictures):
     options = dict(balance="concept", concept_column="kind")
     sort_into("aaaabb")
     output_dir = train(**options)
-    sort_into("ccccdd")  # other names, the same samples
+    sort_into("ccccdd")  # other names, but equal samples
     train(**options)
     sort_into("aaaaba")
     assert re.search(ANOTHER_DATASET, assert_refused(train, output_dir, **options))
@@ -334,12 +331,7 @@ def test_pictures_that_only_moved_are_the_same_run(train, two, pictures, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("lr_scheduler", "cosine"),
-        ("learning_rate", 1e-4),
-        ("adam_weight_decay", 0.5),
-    ],
+    ("name", "value"), [("lr_scheduler", "cosine"), ("learning_rate", 1e-4), ("adam_weight_decay", 0.5)]
 )
 def test_another_learning_rate_is_used(train, six_steps, tmp_path, name, value):
     out = train(output_dir=stopped(six_steps, tmp_path / "out", 3), max_train_steps=6, **{name: value})
@@ -366,13 +358,8 @@ def test_half_written_checkpoints_are_passed_over(train, two, tmp_path, capsys):
 
 
 FILES = [
-    "adapter.safetensors",
-    "optimizer.pt",
-    "ema.pt",
-    "state.json",
-    "manifest.json",
-    "pytorch_lora_weights.safetensors",
-]
+    "adapter.safetensors", "optimizer.pt", "ema.pt", "state.json", "manifest.json", "pytorch_lora_weights.safetensors",
+]  # fmt: skip
 FILES += ["best/pytorch_lora_weights.safetensors"]
 
 
@@ -399,7 +386,7 @@ JUDGED = dict(max_train_steps=6, checkpointing_steps=2, use_ema=True, validation
 
 @pytest.fixture(scope="module")
 def judged(train_in, tmp_path_factory):
-    """A finished run with everything in its checkpoints that can be."""
+    """A finished run whose checkpoints contain everything that a checkpoint can contain."""
     out = train_in(tmp_path_factory.mktemp("judged"), **JUDGED)
     found = {
         path.relative_to(out / "checkpoint-4").as_posix()
@@ -416,7 +403,8 @@ def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     path = shutil.copytree(judged / "checkpoint-4", tmp_path / "checkpoint-4")
     assert find_damage(path) is None
     DAMAGES[what](path / file)
-    named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file  # there, of another one
+    # A changed hash in the manifest damages the check of another file.
+    named = "" if (file, what) == ("manifest.json", "flipped in the middle") else file
     assert find_damage(path).startswith(named)
     assert find_checkpoint(tmp_path, "latest") is None
     assert len(said) == 1
@@ -440,7 +428,7 @@ def test_damage_is_seen_in_every_file(judged, tmp_path, file, what, said):
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, file, what):
-    """The one before is taken, it is said, and the end is the same."""
+    """The run resumes from the previous checkpoint, logs this, and ends with equal results."""
     out = stopped(judged, tmp_path / "out", 4)
     DAMAGES[what](out / "checkpoint-4" / file)
     capsys.readouterr()
@@ -449,16 +437,16 @@ def test_a_damaged_checkpoint_is_passed_over(train, judged, tmp_path, capsys, fi
     assert said.count(f"{out}/checkpoint-4: this checkpoint is damaged (") == 1
     assert f"resuming from {out}/checkpoint-2 (step 2)" in said
     assert_same_end(judged, out, 6)
-    assert find_damage(out / "checkpoint-4") is None  # written anew
+    assert find_damage(out / "checkpoint-4") is None  # written again
     best = [load_file(folder / "best" / "pytorch_lora_weights.safetensors") for folder in (judged, out)]
     assert_equal(*best)
 
 
-def test_a_finished_run_says_how_to_go_on(train, two, capsys):
+def test_a_finished_run_says_how_to_continue(train, two, capsys):
     before = read_lora(two)
     train()
     assert "finished at step 2; raise --max_train_steps to continue" in capsys.readouterr().out
-    train(max_train_steps=1)  # it has gone further
+    train(max_train_steps=1)  # fewer steps than the run has made
     assert "finished at step 2; raise" in capsys.readouterr().out
     assert_equal(read_lora(two), before)
     train(max_train_steps=3)

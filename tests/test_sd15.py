@@ -1,17 +1,17 @@
-"""Stable Diffusion v1.5's own geometry: random weights, the real sizes."""
+"""The real geometry of Stable Diffusion v1.5 with random weights."""
 
 import pytest
 from conftest import read_lora, read_metrics, run_command, write_pictures
 
 
 RANK = 16
-# Of a transformer block of width d: 8 attention layers (keys and values of the second see 768) and 2 feed-forward ones.
+# A transformer block of width d has 8 attention layers (two of them with 768 inputs) and 2 feed-forward layers.
 PARAMETERS = RANK * sum(blocks * (28 * width + 2 * 768) for width, blocks in ((320, 5), (640, 5), (1280, 6)))
 
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
-    """A pipeline folder with SD1.5's configuration, filled with noise: 2 GB in float16."""
+    """Saves a pipeline with SD1.5's configuration and random weights: 2 GB in float16."""
     from scripts.benchmarks.runs import make_sd15
 
     return make_sd15(tmp_path_factory.mktemp("sd15") / "model")

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL's own geometry: random weights, the real sizes, one step."""
+"""The real geometry of Stable Diffusion XL with random weights, for one step."""
 
 import psutil
 import pytest
@@ -11,7 +11,7 @@ RANK, NEEDED = 16, 18  # GiB
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    """A pipeline folder with XL's configuration, filled with noise: 7 GB in bfloat16."""
+    """Saves a pipeline with XL's configuration and random weights: 7 GB in bfloat16."""
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 

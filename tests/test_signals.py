@@ -1,6 +1,6 @@
-"""A run that is asked to stop: a checkpoint, the exit code of the table, and the same command ends as if nothing had been.
+"""A run that is asked to stop writes a checkpoint and ends with the documented exit code; the command then resumes it.
 
-Fast: the request itself, and the command forked from a process that has its imports. Long: launchers, two processes.
+Fast tests: the request itself, and the command forked from a process that has its imports. Long tests: launchers.
 """
 
 import os
@@ -12,17 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TORCHRUN, words_of_run, write_pictures
-from quick_start import QuickStart, assert_same_end, signal_before
+from quick_start import assert_same_end, signal_before
 
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.training import interruption, launcher
 from text_to_image_lora.training.checkpoint import find_damage, read_state
-
-
-@pytest.fixture(scope="module")
-def start():
-    with QuickStart() as server:
-        yield server
 
 
 # The request.
@@ -30,7 +24,7 @@ def start():
 
 @pytest.fixture
 def listening():
-    """`listening(**options)` listens, and what pytest does with signals is put back."""
+    """Returns `listening(**options)`, which handles signals; pytest's handlers are restored afterwards."""
     yield lambda **options: interruption.listen(**options)
     interruption.stop_listening()
 
@@ -51,7 +45,7 @@ def test_each_signal_has_its_exit_code(listening, name, code):
 
 
 def test_windows_has_a_key_of_its_own(listening, monkeypatch):
-    """Ctrl-Break is SIGBREAK there; another signal stands for it here."""
+    """Ctrl-Break is SIGBREAK on Windows; another signal replaces it in this test."""
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
     listening()
     interruption.defer_requests()
@@ -64,7 +58,7 @@ def test_before_there_is_anything_to_keep_a_signal_stops_at_once(listening):
     with pytest.raises(Stopped, match="^SIGUSR1: stopped before the first step. Run the same command again") as caught:
         signal.raise_signal(signal.SIGUSR1)
     assert caught.value.exit_code == 75
-    assert not isinstance(caught.value, Exception)  # no library takes it for an error of its own
+    assert not isinstance(caught.value, Exception)  # so that libraries do not catch it as an error
 
 
 def test_after_the_work_a_signal_stops_at_once_again(listening):
@@ -76,7 +70,7 @@ def test_after_the_work_a_signal_stops_at_once_again(listening):
 
 
 def test_a_second_ctrl_c_does_not_wait(listening, monkeypatch):
-    """But the same one may come twice: from the terminal, and from a launcher that hands it on."""
+    """But one Ctrl-C may arrive twice: from the terminal, and from a launcher that forwards it."""
     monkeypatch.setattr(interruption, "SAME_CTRL_C_SECONDS", 0.05)
     listening()
     interruption.defer_requests()
@@ -88,7 +82,7 @@ def test_a_second_ctrl_c_does_not_wait(listening, monkeypatch):
 
 
 def test_what_is_ignored_stays_so(listening):
-    """As nohup leaves it."""
+    """For example under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         listening()
@@ -141,7 +135,7 @@ OPTIONS = dict(
 
 @pytest.fixture(scope="module")
 def words(tiny_sd, tmp_path_factory):
-    """`words(folder, **flags)`: of a run that validates, draws and averages; all share a cache."""
+    """Returns `words(folder, **flags)`: flags of a run that validates, draws and averages; all runs share a cache."""
     shared = tmp_path_factory.mktemp("shared")
     write_pictures(shared / "pictures", count=8)
     write_pictures(shared / "pictures" / "tall", count=4, size=(32, 44), seed=1)
@@ -161,7 +155,7 @@ def undisturbed(start, words, tmp_path_factory):
     return folder / "out"
 
 
-# Where it stops: (function that is called there, how often until then).
+# The places where the run stops: (function that is called there, number of the call).
 PLACES = {
     "caching pictures": ("training.caching.encode_latent_entries", 2),
     "caching captions": ("training.caching.encode_prompt_entries", 1),
@@ -176,7 +170,7 @@ PLACES = {
 
 
 def sending(place, name):
-    """Python that sends the signal to its own process there."""
+    """Returns Python code that sends the signal to its own process at that place."""
     return signal_before(*PLACES[place], name)
 
 
@@ -224,7 +218,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
         f"train_text_to_image_lora.py: {reason}: stopped {where}. Run the same command again to resume. (exit code {code})"
     )
     assert not (out / "pytorch_lora_weights.safetensors").exists()
-    if place == "caching pictures":  # those of the first size
+    if place == "caching pictures":  # the pictures of the first size
         assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 1
     code, said = start(flags, tmp_path).wait()
     assert code == 0, said
@@ -234,7 +228,7 @@ def test_a_signal_anywhere(start, words, undisturbed, tmp_path, place, name):
 
 @pytest.mark.long
 def test_a_second_ctrl_c_damages_nothing(start, words, undisturbed, tmp_path):
-    """While the first one's checkpoint is being written."""
+    """It arrives while the checkpoint of the first one is being written."""
     slow = "import time\nfrom text_to_image_lora.training import checkpoint\nwrite = checkpoint.write_manifest\n"
     slow += (
         "def write_slowly(folder):\n    print('writing')\n    time.sleep(60)\ncheckpoint.write_manifest = write_slowly"
@@ -280,7 +274,7 @@ def test_max_train_time_stops_in_time(start, words, undisturbed, tmp_path):
 
 @pytest.mark.long
 def test_signals_to_the_whole_group_leave_the_loaders_workers_alone(start, words, tmp_path):
-    """A terminal's Ctrl-C, and SLURM's signals, go to all processes of the run."""
+    """Ctrl-C in a terminal and SLURM's signals reach all processes of the run."""
     live = dict(cache_variations=0, dataloader_num_workers=2, validation_split=None, validation_prompts=None)
     before = "import os\nos.setsid()\n" + sending("step", "SIGINT").replace("os.kill(os.getpid()", "os.killpg(0")
     code, said = start(words(tmp_path, **live), tmp_path, before=before).wait()
@@ -293,7 +287,7 @@ def test_signals_to_the_whole_group_leave_the_loaders_workers_alone(start, words
 
 
 def launched(words, launcher, folder, **environment):
-    """The command under a launcher, in a group of its own; what it prints goes to folder/said."""
+    """Starts the command under a launcher in its own process group; its output is written to folder/said."""
     with open(folder / "said", "ab") as said:
         return subprocess.Popen(
             [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
@@ -313,7 +307,7 @@ def wait_for_step(folder, step, process):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_torchrun_hands_the_signal_on(words, tmp_path, name):
-    """Two processes stop after the same step, and go on as if nothing had been."""
+    """Two processes stop after one step, and a resumed run ends like an undisturbed run."""
     launcher = [*TORCHRUN[:3], "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *TORCHRUN[3:]]
     flags = words(tmp_path, train_batch_size=1)
     process = launched(flags, launcher, tmp_path)
@@ -334,7 +328,7 @@ def test_torchrun_hands_the_signal_on(words, tmp_path, name):
 
 @pytest.mark.long
 def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
-    """As where one of several machines is taken away: no launcher hands it on to the others."""
+    """As if one of several machines were stopped: no launcher forwards the signal to the others."""
     flags = words(tmp_path, train_batch_size=1)
     runs = start.together(flags, tmp_path, 2, before={1: sending("step", "SIGUSR1")})
     ended = [run.wait() for run in runs]
@@ -344,7 +338,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(start, words, tmp_path):
 
 @pytest.mark.long
 def test_the_orphan_of_accelerate_launch_stops_with_a_checkpoint(words, tmp_path):
-    """It starts one process itself and hands no signal on."""
+    """accelerate launch starts a single process and forwards no signal to it."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     flags = words(tmp_path, max_train_steps=4000, validation_steps=4000, checkpointing_steps=0)
     process = launched(flags, launcher, tmp_path)
@@ -361,7 +355,7 @@ def test_the_orphan_of_accelerate_launch_stops_with_a_checkpoint(words, tmp_path
 
 @pytest.mark.long
 def test_a_closed_terminal_is_a_request_too(words, tmp_path):
-    """What is written to it is an error from then on."""
+    """After it has closed, writing to the terminal is an error."""
     import pty
 
     master, slave = pty.openpty()

@@ -1,4 +1,4 @@
-"""No training step waits for the device: what is reported is read a step later, and nothing else is asked for."""
+"""No training step synchronizes with the device: reported values are read one step later."""
 
 import pytest
 import torch
@@ -15,15 +15,15 @@ OPTIONS = [
     dict(mixed_precision="bf16", gradient_checkpointing=True, use_dora=True, lora_dropout=0.1),
     dict(perceptual_loss="self", timestep_sampling="logit_normal", loraplus_lr_ratio=4),
 ]
-# Operators whose result the host has to wait for, as their output is a number or has as many rows as there are ones.
+# Operators for which the host waits, because their output is a number, or because its size depends on the data.
 WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "_unique2"}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
 def test_no_step_asks_for_a_number(train, monkeypatch, options):
-    """Counted on a CPU, in each of the steps; what the loader draws is drawn ahead of them, on the CPU."""
+    """Counts operators on a CPU in each step; the loader's random draws are made on the CPU ahead of the steps."""
     loader = torch.utils.data.dataloader._BaseDataLoaderIter
-    monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that it is put back
+    monkeypatch.setattr(loader, "__next__", loader.__next__)  # so that the original is restored
     counter = inside.Counter()
     counter.leave_out_loading()
     hook = register_optimizer_step_post_hook(counter.end_of_step)
@@ -33,9 +33,9 @@ def test_no_step_asks_for_a_number(train, monkeypatch, options):
     finally:
         hook.remove()
     assert len(counter.steps) == len(read_metrics(out)) == 6
-    for step in counter.steps[1:]:  # before the first, models are loaded
+    for step in counter.steps[1:]:  # the models are loaded before the first step
         waited_for = {name: step["operators"][name] for name in WAITING & step["operators"].keys()}
-        # What is reported of the step before is one tensor, read when the device has long been there.
+        # The reported values of the previous step are one tensor, which is read long after the device has computed it.
         assert waited_for == {}, waited_for
 
 
@@ -43,7 +43,7 @@ def test_no_step_asks_for_a_number(train, monkeypatch, options):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch can tell waiting on a GPU alone")
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "weighted", "bf16 dora", "perceptual"])
 def test_no_step_waits_for_the_gpu(train, options):
-    """PyTorch raises at every wait between the second step and the last but one."""
+    """PyTorch raises an error at every synchronization between the second and the last but one step."""
     steps = []
 
     def watch(*_):

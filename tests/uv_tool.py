@@ -1,4 +1,4 @@
-"""uv, and the programs of requirements-tools.txt, each in an environment of its own."""
+"""Runs uv, and the programs of requirements-tools.txt in separate environments."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ from conftest import ROOT
 
 
 def requirements(name):
-    """The lines of a requirements file, less comments and other files."""
+    """Returns the lines of a requirements file without comments and references to other files."""
     lines = (line.partition(" #")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
@@ -21,7 +21,7 @@ PINS = {line.partition("==")[0]: line for line in requirements("requirements-too
 
 
 def copy_project(folder):
-    """What the package is built from, and the recipes, without what lies about in the folder."""
+    """Copies the files that the package is built from, and the recipes."""
     for name in ("text_to_image_lora", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (
@@ -37,7 +37,7 @@ def copy_project(folder):
 
 
 class Uv:
-    """uv in a folder: `env` lets a child find it, and has it take the PyTorch that is installed here."""
+    """uv in a folder; `env` makes child processes find it, and makes uv use the installed PyTorch."""
 
     def __init__(self, folder):
         (folder / "constraints.txt").write_text(f"torch=={importlib.metadata.version('torch')}\n")
@@ -48,23 +48,23 @@ class Uv:
             "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "UV_PYTHON": "{}.{}".format(*sys.version_info),
         }
-        if found.split():  # uv reads none of pip's settings, and would fetch gigabytes of CUDA
+        if found.split():  # uv ignores pip's settings, and would download gigabytes of CUDA packages
             self.env |= {"UV_FIND_LINKS": ",".join(found.split()), "UV_CONSTRAINT": str(folder / "constraints.txt")}
 
     def __call__(self, *words, cwd=ROOT, env=None, timeout=900):
-        """`uv WORDS`; stdout and stderr are text."""
+        """Runs `uv WORDS` and returns the finished process, with stdout and stderr as text."""
         return subprocess.run(
             ["uv", *map(str, words)], cwd=cwd, env=self.env | (env or {}), capture_output=True, text=True, timeout=timeout
         )  # fmt: skip
 
     def run_tool(self, package, *words):
-        """A program of requirements-tools.txt, in an environment that holds it alone."""
+        """Runs a program of requirements-tools.txt in an environment that contains only this program."""
         return self("tool", "run", "--from", PINS[package], *words)
 
 
 @pytest.fixture(scope="session", name="uv")
 def uv_of_the_session(tmp_path_factory):
-    """A `Uv`; skips where the package index is out of reach."""
+    """Returns a `Uv`; skips the test if the package index cannot be reached."""
     folder = tmp_path_factory.mktemp("uv")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--target", folder, PINS["uv"]]
     done = subprocess.run(pip, capture_output=True, text=True)

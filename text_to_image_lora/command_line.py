@@ -1,8 +1,9 @@
-"""The command line of the scripts: flags as dataclass fields, numbers with bounds, and flags from a YAML file."""
+"""The command line of the scripts: flags as dataclass fields, numbers with bounds, and what overrides a YAML file."""
 
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -10,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .config_file import Conflict, Remark, override_file, read_flags
 from .errors import InputError
-from .files import reason_of
 
 
 def installed_command() -> None:
@@ -75,6 +76,11 @@ def hub_id(text: str) -> str:
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text}: it must be a name on the hub such as me/dashboard")
     return text
+
+
+def user_path(text: str) -> str:
+    """An argparse type for a path, or for a name on the hub; expands a leading `~`, which shells do not always do."""
+    return os.path.expanduser(text)
 
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -181,15 +187,23 @@ class Parser(argparse.ArgumentParser):
     """Parses flags; an unknown flag is an `InputError` that suggests the most similar flag.
 
     `settings_class` is a frozen dataclass of groups of flags. A group is a frozen dataclass of fields made by `flag`, with
-    a `title` for `--help` and, if its flags have to be checked together, a method `check(settings)`.
+    a `title` for `--help` and, if its flags have to be checked together, `conflicts` (a tuple of `Conflict`) and a method
+    `check(settings)`. Its `remarks` (a tuple of `Remark`) are logged.
     """
 
     def __init__(self, settings_class: Any = None, **options: Any):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter} | options)
         self.settings_class = settings_class
+        self.conflicts: list[Conflict] = []
+        self.remarks: list[Remark] = []
+        self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
+        self.file_flags: dict[str, str] = {}  # {flag whose value is from the file of --config: the file}
+        self.register("type", Path, lambda text: Path(user_path(text)))
         if settings_class is None:
             return
         groups: list[Any] = [field.type for field in dataclasses.fields(settings_class)]
+        self.conflicts = [conflict for group in groups for conflict in getattr(group, "conflicts", ())]
+        self.remarks = [remark for group in groups for remark in getattr(group, "remarks", ())]
         by_title = {group.title: [] for group in groups}
         for group in groups:
             for field in dataclasses.fields(group):
@@ -208,10 +222,27 @@ class Parser(argparse.ArgumentParser):
             for name, group_class in classes.items()
         }
         settings = self.settings_class(**groups)
-        for group in groups.values():
-            if hasattr(group, "check"):
-                group.check(settings)
+        defaults = {name: self.get_default(name) for name in values}
+        remarks = [line for remark in self.remarks if (line := remark.line(values, defaults)) is not None]
+        object.__setattr__(settings, "notes", [*self.notes, *remarks])  # the classes of settings are frozen
+        try:
+            for conflict in self.conflicts:
+                if conflict.refusal is not None and conflict.applies(values, defaults):
+                    raise InputError(conflict.refusal.format_map(values))
+            for group in groups.values():
+                if hasattr(group, "check"):
+                    group.check(settings)
+        except InputError as error:
+            raise InputError(self.with_source(str(error))) from error
         return settings
+
+    def with_source(self, message: str) -> str:
+        """Adds to a message which of the flags that it names are in the file of --config."""
+        named = dict.fromkeys(name for name in re.findall(r"--(\w+)", message) if name in self.file_flags)
+        if not named:
+            return message
+        verb = "is" if len(named) == 1 else "are"
+        return f"{message} ({' and '.join(f'--{name}' for name in named)} {verb} in {self.file_flags[[*named][0]]}.)"
 
     def error(self, message):
         if "unrecognized arguments:" in message:
@@ -229,10 +260,31 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses the flags in the file of `--config`, if there is one, and the flags on the command line, which override it."""
         argv = list(sys.argv[1:] if argv is None else argv)
+        self.notes, self.file_flags = [], {}
         if "--help" in argv or "-h" in argv:
             return self.parse_args(argv)
-        config = self.parse_known_args(argv)[0].config
-        return self.parse_args(argv if config is None else [*self._read_config(config), *argv])
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        nothing = argparse.Namespace(**dict.fromkeys(actions))  # instead of the defaults
+        given = {
+            name: value for name, value in vars(self.parse_known_args(argv, nothing)[0]).items() if value is not None
+        }
+        config: Any = given.get("config")
+        if config is None:
+            return self.parse_args(argv)
+        words = read_flags(config, {name: action for name, action in actions.items() if name != "config"})
+        try:
+            self.parse_args([word for part in words.values() for word in part])
+        except InputError as error:
+            raise InputError(f"{config}: {error}") from error
+        flags = self.parse_args([*(word for part in words.values() for word in part), *argv])
+        defaults = {name: self.get_default(name) for name in actions}
+        overridden = override_file(self.conflicts, vars(flags), defaults, {*given}, {*words})
+        self.notes = [
+            f"{config}: '{name}' is ignored, because --{flag} on the command line overrides it"
+            for name, flag in overridden.items()
+        ]
+        self.file_flags = dict.fromkeys(words.keys() - given.keys() - overridden.keys(), config)
+        return flags
 
     def to_words(self, values: dict[str, Any]) -> list[str]:
         """Returns the arguments that give flags these values; flags with their default value are omitted."""
@@ -248,37 +300,4 @@ class Parser(argparse.ArgumentParser):
             else:
                 negative = str(value).startswith("-")
                 words += [f"--{action.dest}={value}"] if negative else [f"--{action.dest}", str(value)]
-        return words
-
-    def _read_config(self, config):
-        """Converts the flags in a YAML file to command-line arguments."""
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{config}: it can't be read as YAML ({reason_of(error)}).") from error
-        if not isinstance(values, dict | None):
-            raise InputError(f"{config}: it must hold one flag per line, such as 'rank: 16'.")
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
-        words = []
-        for key, value in (values or {}).items():
-            if key not in actions:
-                similar = difflib.get_close_matches(str(key), actions, n=1)
-                hint = f" Did you mean {similar[0]}?" if similar else ""
-                raise InputError(f"{config}: there is no flag '{key}'.{hint}")
-            if isinstance(value, bool):
-                if actions[key].nargs != 0:
-                    raise InputError(
-                        f"{config}: '{key}' takes a value, not {str(value).lower()}; quote it if it is a word."
-                    )
-                words.append(f"--{key}" if value else f"--no-{key}")
-            elif isinstance(value, list):
-                words += [f"--{key}", *map(str, value)]
-            elif value is not None:
-                words.append(f"--{key}={value}")
-        try:
-            self.parse_args(words)
-        except InputError as error:
-            raise InputError(f"{config}: {error}") from error
         return words

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import secrets
@@ -18,6 +19,8 @@ from .errors import InputError, TrainingError
 HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
 # The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
 
 def format_bytes(count: float) -> str:
@@ -30,6 +33,73 @@ def format_bytes(count: float) -> str:
 def counted(number: int, word: str) -> str:
     """Formats a number with its noun: "1 picture", "12,000 pictures"."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def printable(path: str | Path) -> str:
+    """Formats a path; bytes of its name that are not UTF-8 are written as `\\xe9`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def has_utf8_name(path: str | Path) -> bool:
+    """Whether a path is valid Unicode. Arrow tables and JSON files can't store the name of any other file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_text(file: str | Path) -> str:
+    """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails."""
+    try:
+        data = Path(file).read_bytes()
+        return _decode(data)
+    except OSError as error:
+        raise InputError(f"{printable(file)}: it can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise InputError(f"{printable(file)}: it can't be read ({reason}). Save it again as UTF-8.") from error
+
+
+def _decode(data):
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
+    if encoding is not None:
+        return data.decode(encoding)
+
+    def count_controls(part):
+        return len(part) - len(part.translate(None, CONTROLS))
+
+    # UTF-16 without a mark: the high bytes of most alphabets are control characters, and those of spaces and line breaks are
+    # NUL. UTF-16 in Chinese has few of these, but is hardly ever valid UTF-8.
+    controls = count_controls(data)
+    if controls < max(len(data) / 4, 1) and (_is_utf8(data) or b"\0" not in data):
+        if b"\0" in data:
+            raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "it is NUL")
+        return data.decode()
+    return data.decode("utf-16-le" if count_controls(data[1::2]) > count_controls(data[::2]) else "utf-16-be")
+
+
+def _is_utf8(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Returns the paths that a pattern with `*`, `?` or `[...]` matches; a path that exists stands for itself.
+
+    The folders at the beginning of the pattern that exist are taken literally, so that their names may contain such
+    characters.
+    """
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    existing = next((str(path) for path in Path(pattern).parents if path.exists()), "")
+    rest = pattern[len(existing) :] if pattern.startswith(existing) else ""
+    if rest and not glob.has_magic(rest):
+        return [pattern]
+    return glob.glob(glob.escape(existing) + rest if rest else pattern)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Steps a base model's UNet alone: forward, and backward to its input. What no LoRA training can be faster than.
+"""Runs the UNet of a base model alone, forward and backward to its input. No LoRA training can be faster than this.
 
     python scripts/benchmarks/inside.py time scripts/benchmarks/bare_unet.py --pretrained_model_name_or_path models/mini-sd \
         --resolution 64 --train_batch_size 4 --max_train_steps 100
 
-Takes the training script's flags and passes over those that don't concern a UNet alone. It is loaded in the run's
-precision and laid out as the training script does; its weights are frozen, and latents, prompts and the prediction's
-gradient are random numbers of the run's shapes. Nothing is written.
+Takes the flags of the training script, and ignores those that do not concern the UNet. The UNet is loaded in the precision
+and the memory format of a training run, and its weights are frozen. Latents, the encoded prompts and the gradient of the
+prediction are random numbers with the shapes of a training run. No file is written.
 """
 
 import argparse
@@ -23,20 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root of the 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="a diffusers folder or hub id")
-    add("--resolution", type=int, default=512, help="side in pixels of the pictures that the latents stand for")
-    add("--train_batch_size", type=int, default=1, help="pictures a step")
-    add("--max_train_steps", type=int, default=10, help="how many steps")
+    add("--pretrained_model_name_or_path", required=True, help="diffusers folder or hub id")
+    add("--resolution", type=int, default=512, help="resolution of the pictures that the latents represent")
+    add("--train_batch_size", type=int, default=1, help="batch size")
+    add("--max_train_steps", type=int, default=10, help="number of steps")
     add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the UNet")
-    add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 matrix products on a GPU")
+    add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="use TF32 on a GPU")
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="use attention of xformers")
     args, _ = parser.parse_known_args(argv)
     return args
 
 
 class NothingToTrain(torch.optim.Optimizer):
-    """An optimizer that changes nothing: its step only tells inside.py that a step has ended."""
+    """An optimizer that changes nothing; its step hook shows inside.py that a step has ended."""
 
     def __init__(self, tensor):
         super().__init__([tensor], {})
@@ -73,7 +73,7 @@ def main(args):
     )
     dtype = dtype_of(args.mixed_precision)
     if device.type == "cpu":
-        torch.set_num_threads(num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ, alone=True))
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
     base = find_base_model(args.pretrained_model_name_or_path)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Looks at a training script from inside its process; scripts/benchmark.py runs it.
+"""Runs a training script and measures its steps from inside its process. Used by scripts/benchmark.py.
 
     python scripts/benchmarks/inside.py time SCRIPT FLAGS...
     python scripts/benchmarks/inside.py count SCRIPT FLAGS...
     python scripts/benchmarks/inside.py rate bf16 tf32
 
-`time` and `count` run a script with its flags and are called at the end of each of its optimizer's steps: `time` notes
-when that was, and what memory of the GPU the steps took; `count` what operators the last step dispatched, and their
-floating-point operations. `rate` tells the device's name, and how fast it multiplies large matrices. Each prints at the
-end one line, BENCHMARK and a JSON object; of several processes, the first alone does.
+`time` and `count` run a script with its flags and have a hook after each optimizer step. `time` measures the time of each
+step and the GPU memory of the steps; `count` counts the operators that the last step dispatched, and their floating-point
+operations. `rate` measures how fast the device multiplies large matrices. At the end, each prints the word BENCHMARK and
+a JSON object in one line; with several processes, only the first one prints it.
 """
 
 import collections
@@ -34,11 +34,12 @@ from torch.utils.flop_counter import addmm_flop, baddbmm_flop, flop_registry, sd
 
 aten = torch.ops.aten
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+# Operators that do nothing on the device, beside views.
 NOTHING = {
     "_unsafe_view", "detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh",
     "is_same_size", "resize_", "_record_function_enter_new", "_record_function_exit",
 }  # fmt: skip
-# PyTorch's formulas, and those of operators that it passes over.
+# The formulas of PyTorch, and formulas for operators that PyTorch does not count.
 FORMULAS = flop_registry | {
     aten.addmm_: addmm_flop,
     aten.baddbmm_: baddbmm_flop,
@@ -47,13 +48,13 @@ FORMULAS = flop_registry | {
 }
 
 
-def middle(seconds):
-    """The median without the first fifth, in which caches fill and clocks rise."""
+def settled_median(seconds):
+    """Returns the median without the first fifth of the steps, in which caches fill and clock rates rise."""
     return statistics.median(seconds[len(seconds) // 5 :])
 
 
 class Clock:
-    """When each step ended: by the host's clock or, on a GPU, by events in its stream, which are read after the last."""
+    """Measures when each step ends: on a CPU with its clock, on a GPU with events in its stream, read after the last step."""
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -64,7 +65,7 @@ class Clock:
         self.watching = None
 
     def watch_for_the_first_step(self):
-        """Notes how long after the process began a model in training first ran."""
+        """Measures the time from the start of the process to the first forward pass of a model in training mode."""
 
         def note(module, _):
             if self.start is None and module.training and torch.is_grad_enabled():
@@ -75,40 +76,42 @@ class Clock:
 
     def end_of_step(self, *_):
         self.ends.append(time.perf_counter())
-        if self.start is None:  # its model is not in training mode
+        if self.start is None:  # the script has no model in training mode
             self.start = time.time() - psutil.Process().create_time()
         if not torch.cuda.is_initialized():
             return
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self.events.append(event)
-        if len(self.events) == 1:  # what loading and encoding took is another thing than what steps take
+        if len(self.events) == 1:  # the memory of loading and encoding is not part of the memory of the steps
             self.peak_before = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
 
-    def told(self):
-        """Seconds of each step but the first, and their median; memory of the GPU in these steps, and the most at all."""
+    def figures(self):
+        """Returns the seconds of each step after the first, their median, and the GPU memory of these steps and its peak."""
         if len(self.ends) < 2:
-            sys.exit(f"a step can't be timed: the optimizer's was seen {len(self.ends)} times, and 2 are needed")
-        told = {"first_step_after": self.ends[0] - self.began, "start": self.start}
+            sys.exit(
+                f"inside.py: The script made {len(self.ends)} optimizer steps. At least 2 are needed to time a step."
+            )
+        figures = {"first_step_after": self.ends[0] - self.began, "start": self.start}
         seconds = [after - before for before, after in itertools.pairwise(self.ends)]
         if self.events:
             torch.cuda.synchronize()
             seconds = [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self.events)]
             most = torch.cuda.max_memory_allocated()
-            told |= {"memory_gib": most / 2**30, "peak_memory_gib": max(most, self.peak_before) / 2**30}
-        return told | {"median": middle(seconds), "step_seconds": seconds}
+            figures |= {"memory_gib": most / 2**30, "peak_memory_gib": max(most, self.peak_before) / 2**30}
+        return figures | {"median": settled_median(seconds), "step_seconds": seconds}
 
 
 def launches(function):
-    """Whether an operator does something on the device: views don't."""
+    """Whether an operator does work on the device. Views and the operators of `NOTHING` do not."""
     returns = [returned.alias_info for returned in function._schema.returns]
     view = any(alias is not None and not alias.is_write for alias in returns)
     return not view and function.overloadpacket.__name__ not in NOTHING
 
 
 class Counter(TorchDispatchMode):
-    """What each step dispatched, without what the data loader does, which is the CPU's and ahead of the step."""
+    """Counts the operators of each step, without those of the data loader, which runs on the CPU ahead of the step."""
 
     def __init__(self):
         super().__init__()
@@ -131,12 +134,14 @@ class Counter(TorchDispatchMode):
         self.steps.append({"operators": +self.operators, "flops": self.flops})
         self.operators, self.flops = collections.Counter(), 0
 
-    def told(self):
+    def figures(self):
+        """Returns the operators and the floating-point operations of the last step."""
         if not self.steps:
-            sys.exit("a step can't be counted: the optimizer's was not seen")
+            sys.exit("inside.py: The script made no optimizer step, so no operators can be counted.")
         return self.steps[-1]
 
     def leave_out_loading(self):
+        """Does not count operators while a data loader loads a batch."""
         loader = torch.utils.data.dataloader._BaseDataLoaderIter
 
         def load(iterator, inner=loader.__next__):
@@ -149,19 +154,19 @@ class Counter(TorchDispatchMode):
         loader.__next__ = load
 
 
-def run_script(script, words, watch):
-    """Runs a script as `python SCRIPT WORDS...` does, and calls `watch` after each step of its optimizer."""
-    register_optimizer_step_post_hook(watch)
+def run_script(script, words, after_step):
+    """Runs a script as `python SCRIPT WORDS...` does, and calls `after_step` after each optimizer step."""
+    register_optimizer_step_post_hook(after_step)
     sys.argv = [script, *words]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")
 
 
 def matrix_rate(precision, device, side, repeats):
-    """Floating-point operations a second of a product of two square matrices of random numbers: the median of several.
+    """Returns the floating-point operations per second of a product of two square matrices, as the median of the repeats.
 
-    tf32 is float32 as the GPU takes it where TF32 is allowed. Of zeros the product would be faster than of real numbers:
-    they take less power, and the clock rises.
+    "tf32" is float32 with TF32 allowed. The matrices are random, because a product of zeros would be faster: it takes less
+    power, so that the clock rate of the GPU rises.
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
@@ -169,7 +174,7 @@ def matrix_rate(precision, device, side, repeats):
     for _ in range(repeats):
         torch.mm(a, b)
         clock.end_of_step()
-    return 2 * side**3 / clock.told()["median"]
+    return 2 * side**3 / clock.figures()["median"]
 
 
 def processor_name():
@@ -181,29 +186,30 @@ def processor_name():
 
 
 def machine(device):
-    """What was measured on: names, versions, and how many threads compute."""
-    told = {
+    """Returns the names and versions of the device and its software, and the number of threads on a CPU."""
+    described = {
         "device": processor_name(),
         "kind": device.type,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     if device.type == "cpu":
-        return told | {"threads": torch.get_num_threads()}
-    told |= {
+        return described | {"threads": torch.get_num_threads()}
+    described |= {
         "device": torch.cuda.get_device_name(device),
         "gpus": torch.cuda.device_count(),
         "cuda": torch.version.cuda,
     }
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        told["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
-    return told
+        described["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+    return described
 
 
 def rates(precisions):
-    """The machine, and its matrix rate in each precision; what it can't multiply in is left out."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # here, so that a timed script finds its own package
+    """Returns a description of the machine, and its matrix rate in each precision."""
+    # The root of the checkout is added here and not at import, so that a timed script imports its own package.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from accelerate.utils import parse_flag_from_env
 
     from text_to_image_lora.libraries import num_cpu_threads
@@ -213,29 +219,29 @@ def rates(precisions):
     )
     size = dict(side=8192, repeats=50)
     if device.type == "cpu":
-        torch.set_num_threads(num_cpu_threads(None, os.environ))
+        torch.set_num_threads(num_cpu_threads(None, os.environ, alone=True))
         size = dict(side=2048, repeats=6)
     return {"machine": machine(device), "rates": {name: matrix_rate(name, device, **size) for name in precisions}}
 
 
 def main(how, *words):
     if how == "rate":
-        told = rates(words)
+        figures = rates(words)
     elif how == "time":
         script, *flags = words
         clock = Clock()
         clock.watch_for_the_first_step()
         run_script(script, flags, clock.end_of_step)
-        told = clock.told()
+        figures = clock.figures()
     else:
         script, *flags = words
         counter = Counter()
         counter.leave_out_loading()
         with counter:
             run_script(script, flags, counter.end_of_step)
-        told = counter.told()
+        figures = counter.figures()
     if os.environ.get("RANK", "0") == "0":
-        print("\nBENCHMARK " + json.dumps(told), flush=True)
+        print("\nBENCHMARK " + json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

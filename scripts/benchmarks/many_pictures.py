@@ -1,4 +1,4 @@
-"""Datasets of many pictures: what looking at them, encoding and finding them again takes; `benchmark.py` calls it."""
+"""Times datasets of many pictures: how long it takes to read them, to encode them and to find them in the cache."""
 
 import json
 import shutil
@@ -9,11 +9,11 @@ from .. import ROOT
 from .runs import TRAINING_SCRIPT, environment, make_pictures, run, write_json
 
 
-STEPS = 200  # of a run that tells whether a step takes longer among many pictures
+STEPS = 200  # steps of the run that shows whether a step takes longer in a larger dataset
 
 
 def time_datasets(args, work):
-    """Seconds and peak memory of each command on each dataset, what each further picture cost, and a step's time."""
+    """Prints and saves the time and peak memory of each command on each dataset, the time per further picture, and per step."""
     many = ["--train_batch_size", 1, "--max_train_steps", STEPS]
     kinds = {"--dry_run": ["--dry_run"], "first run": [], "second run": [], f"{STEPS} steps": many}
     measured, steps = {}, {}
@@ -30,23 +30,23 @@ def time_datasets(args, work):
                 "--max_train_steps", 1, "--report_to", "none", "--seed", 0, "--output_dir", output,
                 "--latent_cache_dir", work / f"cache-{count}", *flags,
             ]  # fmt: skip
-            ran = measured[kind, count] = run(command, environment())
-            print(f"{count} pictures, {kind}: {ran.seconds:.1f} s", flush=True)
+            result = measured[kind, count] = run(command, environment())
+            print(f"{count} pictures, {kind}: {result.seconds:.1f} s", flush=True)
         lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         steps[count] = median([1 / line["images_per_second"] for line in lines][STEPS // 5 :])
     print("\n| command | pictures | s | ms for each further picture | peak memory (GiB) |\n|---|---|---|---|---|")
     for kind in kinds:
         before = None
         for count in args.dataset_sizes:
-            ran = measured[kind, count]
+            result = measured[kind, count]
             each = ""
             if before is not None:
-                seconds = ran.seconds - measured[kind, before].seconds
+                seconds = result.seconds - measured[kind, before].seconds
                 each = f"{1000 * seconds / (count - before):.2f}"
-            print(f"| {kind} | {count:,} | {ran.seconds:.1f} | {each} | {ran.peak_memory_gib:.2f} |")
+            print(f"| {kind} | {count:,} | {result.seconds:.1f} | {each} | {result.peak_memory_gib:.2f} |")
             before = count
-    print("\n| pictures | ms a step of batch 1 |\n|---|---|")
+    print("\n| pictures | ms per step of batch 1 |\n|---|---|")
     for count, seconds in steps.items():
         print(f"| {count:,} | {1000 * seconds:.1f} |")
-    rows = [{"command": kind, "pictures": count, **ran._asdict()} for (kind, count), ran in measured.items()]
+    rows = [{"command": kind, "pictures": count, **result._asdict()} for (kind, count), result in measured.items()]
     write_json(args.json, {"datasets": rows, "step_seconds": steps}, args)

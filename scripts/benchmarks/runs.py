@@ -1,4 +1,4 @@
-"""What the benchmarks run and on what: whole commands, watched from outside and inside; a model and pictures for them."""
+"""Runs the commands of the benchmarks, measures them from outside and inside, and makes their model and pictures."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ TRAINING_SCRIPT = ROOT / "train_text_to_image_lora.py"
 
 
 def sd15_models(tokenizer):
-    """UNet, autoencoder and text encoder of SD1.5's configuration, with random weights (or on the meta device none)."""
+    """Returns the UNet, autoencoder and text encoder of SD1.5's configuration with random weights (without weights on the meta device)."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -45,20 +45,19 @@ def sd15_models(tokenizer):
 
 
 def make_sd15(folder):
-    """A pipeline folder of SD1.5's configuration with random weights in float16, about 2 GB."""
+    """Saves a pipeline of SD1.5's configuration with random weights in float16, about 2 GB, and returns its folder."""
     import torch
-    from transformers import CLIPTokenizer
 
     from ..mini_sd.model import make_pipeline, write_tokenizer
 
-    write_tokenizer(folder.with_name("words"))
-    tokenizer = CLIPTokenizer.from_pretrained(folder.with_name("words"))
+    tokenizer = write_tokenizer(folder.with_name("words"))
     unet, vae, text_encoder = sd15_models(tokenizer)
     make_pipeline(vae, unet, text_encoder, tokenizer).to("cpu", torch.float16).save_pretrained(folder)
     return folder
 
 
 def make_pictures(folder, resolution, count=8, ending="png"):
+    """Writes a dataset of random pictures with a metadata.jsonl, and returns its folder."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,39 +71,40 @@ def make_pictures(folder, resolution, count=8, ending="png"):
 
 
 class CommandFailed(Exception):
-    """A command failed: its message is the line that says why, `output` the end of all that it said."""
+    """A command failed. The message is the line of its output that gives the reason; `output` is the end of its output."""
 
     def __init__(self, output):
-        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
-        # torchrun tells at its end of itself alone.
+        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it printed nothing"]
+        # The last lines of torchrun's output do not name the error of the process that failed.
         named = [line for line in lines if re.match(r"(\[rank\d+\]: ?)?[\w.]+(Error|\.py): ", line)]
         super().__init__((named or lines)[-1])
         self.output = output
         self.out_of_memory = "out of memory" in output.lower()
 
 
-class Ran(NamedTuple):
-    """What a command took, and what it told of itself."""
+class Result(NamedTuple):
+    """The time and memory of a command, and the figures that inside.py measured in its process."""
 
     seconds: float
-    memory_gib: float  # in its steps: of the GPU, or of the CPU in the command's last third
+    memory_gib: float  # during the steps: memory of the GPU, or of the CPU in the last third of the command
     peak_memory_gib: float
-    told: dict[str, Any]  # by inside.py
+    figures: dict[str, Any]
 
 
 def run(command, env=None, timeout=None):
-    """Runs a command and returns its `Ran`; raises `CommandFailed` where it fails or takes longer than `timeout` seconds.
+    """Runs a command and returns its `Result`. Raises `CommandFailed` if it fails or takes longer than `timeout` seconds.
 
-    While models are loaded more memory is taken than by the steps, which are what the last third of a long run does.
+    On a CPU, the memory of the steps is measured in the last third of the command, because loading the models takes more
+    memory than the steps.
     """
     started = time.monotonic()
     samples = [(0, 0)]  # seconds and GiB
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         words = [str(word) for word in command]
-        # A session of its own, so that its end is that of all the processes it has started.
+        # The command gets a session of its own, so that it can be killed together with all processes it has started.
         process = subprocess.Popen(words, stdout=out, stderr=errors, env=env, start_new_session=True)
         watched = psutil.Process(process.pid)
-        ended = 0  # the process's number, once it has
+        ended = 0  # the process id, once the process has ended
         timed_out = False
         try:
             while not ended:
@@ -124,42 +124,43 @@ def run(command, env=None, timeout=None):
         seconds = time.monotonic() - started
         out.seek(0)
         errors.seek(0)
-        said, complained = (file.read().decode(errors="replace") for file in (out, errors))
+        stdout, stderr = (file.read().decode(errors="replace") for file in (out, errors))
     if process.returncode:
         if timed_out:
             raise CommandFailed(f"stopped after {timeout:.0f} s")
         killed = f"\nkilled by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
-        raise CommandFailed(f"{said[-4000:]}{complained[-4000:]}{killed}")
-    told = [line for line in said.splitlines() if line.startswith("BENCHMARK ")]
-    told = json.loads(told[-1].removeprefix("BENCHMARK ")) if told else {}
+        raise CommandFailed(f"{stdout[-4000:]}{stderr[-4000:]}{killed}")
+    printed = [line for line in stdout.splitlines() if line.startswith("BENCHMARK ")]
+    figures = json.loads(printed[-1].removeprefix("BENCHMARK ")) if printed else {}
     last, _ = samples[-1]
     late = max(rss for at, rss in samples if at >= last * 2 / 3)
-    return Ran(seconds, told.get("memory_gib", late), told.get("peak_memory_gib", usage.ru_maxrss / 2**20), told)
+    peak = figures.get("peak_memory_gib", usage.ru_maxrss / 2**20)
+    return Result(seconds, figures.get("memory_gib", late), peak, figures)
 
 
 class Command(NamedTuple):
-    """A training to look at from inside, beside the flags that all have."""
+    """A run of a training script that inside.py measures; the flags that all runs share are those of `Setting.run`."""
 
-    runner: str = "ours"  # or bare UNet, or baseline
-    how: str = "time"  # or count
+    runner: str = "ours"  # or "bare UNet" or "baseline"
+    how: str = "time"  # or "count"
     precision: str = "no"
-    batch_size: int = 1  # of each process
+    batch_size: int = 1  # per process
     processes: int = 1
     flags: tuple[str, ...] = ()
 
 
 class Setting(NamedTuple):
-    """What is compared: scripts that train one model on the same pictures, with the same flags."""
+    """The scripts that are compared, and the model, pictures and flags that they share."""
 
     model: Path
     pictures: Path
-    work: Path  # the folder for what is written
-    scripts: dict[str, tuple]  # runner: (script, flags of its own)
+    work: Path  # the folder for the output of the runs
+    scripts: dict[str, tuple]  # {runner: (script, further flags of this script)}
     resolution: int
     rank: int
 
     def run(self, command, *, steps, timeout=None):
-        """The `Ran` of a `Command` of so many steps."""
+        """Runs a `Command` for a number of steps, and returns its `Result`."""
         script, own_flags = self.scripts[command.runner]
         output = self.output_of(command.runner)
         shutil.rmtree(output, ignore_errors=True)
@@ -180,41 +181,42 @@ class Setting(NamedTuple):
 
 
 def environment():
+    """Returns the environment variables of a command: those of this process, and no access to the hub."""
     return os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
-def others(*, bare_unet=False, baseline=None, baseline_flags=()):
-    """The scripts beside ours, as `Setting` has them."""
+def other_scripts(*, bare_unet=False, baseline=None, baseline_flags=()):
+    """Returns the entries of `Setting.scripts` for the scripts that our training script is compared with."""
     found = {"bare UNet": (BARE_UNET, ())} if bare_unet else {}
     return found if baseline is None else found | {"baseline": (baseline, tuple(baseline_flags))}
 
 
-def prepare(model, work, *, resolution, rank, batch_size=1, beside=None):
-    """The `Setting` of our script and of those `beside` it; model and pictures are made where they are not there yet."""
+def prepare(model, work, *, resolution, rank, batch_size=1, others=None):
+    """Returns the `Setting` of our script and of the `others`. Makes the model and the pictures if they do not exist yet."""
     model = work / "sd15" if model is None else model
     if not (model / "model_index.json").exists():
         print(f"making {model}", flush=True)
-        # In a process of its own: what this one once held would count as the peak of each that it starts.
+        # In a separate process, because the peak memory of this process would count for every process that it starts.
         making = multiprocessing.get_context("spawn").Process(target=make_sd15, args=(model,))
         making.start()
         making.join()
         if making.exitcode:
             sys.exit(f"{model} could not be made")
-    # All of an epoch's steps are to have as many pictures.
+    # A multiple of the batch size, so that all batches of an epoch are equally large.
     count = batch_size * -(-8 // batch_size)
     pictures = make_pictures(work / f"pictures-{resolution}-{count}", resolution, count)
     ours = {"ours": (TRAINING_SCRIPT, ("--latent_cache_dir", work / "cache", "--report_to", "none"))}
-    return Setting(model, pictures, work, ours | (beside or {}), resolution, rank)
+    return Setting(model, pictures, work, ours | (others or {}), resolution, rank)
 
 
 def matrix_rates(precisions):
-    """(the machine, floating-point operations a second of a matrix product in each of these precisions)."""
-    told = run([sys.executable, INSIDE, "rate", *precisions], environment()).told
-    return told["machine"], told["rates"]
+    """Returns (description of the machine, {precision: floating-point operations per second of a matrix product})."""
+    figures = run([sys.executable, INSIDE, "rate", *precisions], environment()).figures
+    return figures["machine"], figures["rates"]
 
 
 def write_json(path, results, args):
-    """What was measured, and with which arguments."""
+    """Writes the results and the arguments of the command to a JSON file, unless `path` is None."""
     if path is not None:
         arguments = json.loads(json.dumps(vars(args), default=str))
         path.write_text(json.dumps({"arguments": arguments, **results}, indent=1) + "\n")

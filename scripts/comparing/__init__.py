@@ -1,1 +1,1 @@
-"""The parts of compare_checkouts.py: the commands that are run, their inputs, how their results are read, and how two results are compared."""
+"""The parts of compare_checkouts.py: it runs commands, makes their inputs, reads their results, and compares two results."""

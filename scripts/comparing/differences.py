@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
 
 def differences(before, after):
-    """The `Difference`s of two results of `reading.read_item`."""
+    """Returns the `Difference`s of two results of `reading.read_item`."""
     found = []
     for where in before | after:
         if where not in before or where not in after:
@@ -38,7 +38,7 @@ def differences(before, after):
 
 
 def difference(a, b):
-    """A description of how two values differ, or None. Tensors are compared bit by bit, other values with their type."""
+    """Returns how two values differ as text, or None. Tensors are compared bit by bit, other values with their type."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"{tuple(a.shape)} {a.dtype} became {tuple(b.shape)} {b.dtype}"
@@ -59,7 +59,7 @@ def difference(a, b):
 
 
 def shown(a, b, room=160):
-    """Says that a became b; long values are cut to the surroundings of their first difference."""
+    """Returns the text "a became b"; long values are truncated to the surroundings of their first difference."""
     a, b = repr(a), repr(b)
     start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     start = max(0, start - room // 2) if max(len(a), len(b)) > room else 0
@@ -77,7 +77,7 @@ def changes(a, b):
 
 
 def list_of_words(found):
-    """The list of --words: each change of lines once, with one of the places where it occurs.
+    """Returns the list of --words: each change of lines once, with one of the places where it occurs.
 
     `found` is {item: its `Difference`s of text}. Changes of numbers are marked, because new wording should not change them.
     """

@@ -30,7 +30,7 @@ DRAWINGS = {
     "drawn_merged": """--lora $drawing/axe $drawing/kohya.safetensors:0.5 --save_merged $out/merged
         && --prompt 'a red axe' --pretrained_model_name_or_path $out/merged""",
     "drawn_as_trained": """--prompt 'a red axe' --lora $drawing/skip.safetensors
-        && --prompt 'a red axe' --lora $drawing/skip.safetensors --clip_skip 0 --output_dir $out/told
+        && --prompt 'a red axe' --lora $drawing/skip.safetensors --clip_skip 0 --output_dir $out/given
         && --prompt 'a red axe on a blue background, with a long handle made of old dark wood and a bright round blade of
         ice and fire, beside a tall green tree with silver leaves, under a gold sky full of birds, in front of a stone
         wall with a pink door, near a lake of blue water with a white boat on it, and a second boat that is red, and a
@@ -39,5 +39,5 @@ DRAWINGS = {
 
 
 def lines_of(name):
-    """The complete lines of an item."""
+    """Returns the complete lines of an item."""
     return [f"{COMMON} {flags}" for flags in DRAWINGS[name].split("&&")]

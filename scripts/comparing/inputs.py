@@ -1,4 +1,4 @@
-"""Inputs of the compared commands beside models/ and metadata/ of the checkout. They are made from code, always equally."""
+"""Makes the inputs of the compared commands that are not in models/ or metadata/. They are equal in every call."""
 
 import hashlib
 import io
@@ -20,14 +20,14 @@ a green spear --seed 5 --negative pink
 
 
 def png(size, rng):
-    """The bytes of a smooth random picture."""
+    """Returns a smooth random picture as bytes."""
     pixels, encoded = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(encoded, "png")
     return encoded.getvalue()
 
 
 def pictures():
-    """{name: bytes} of pictures, masks and captions in the layouts that metadata/ does not have."""
+    """Returns {name: bytes} of pictures, masks and captions in the layouts that metadata/ does not have."""
     rng, files = np.random.default_rng(0), {"run.yaml": RUN_FILE.encode()}
 
     def add(name, size=(64, 64), caption=None, masked=False):
@@ -53,7 +53,7 @@ def pictures():
 
 
 def lora_weights(seed, *, text_encoder=False, prompt_width=96):
-    """{key: array} of a LoRA of models/mini-sd under diffusers' names: random, with a visible effect."""
+    """Returns {key: array} of a LoRA of models/mini-sd with diffusers' names: random, with a visible effect."""
     rng, weights, rank = np.random.default_rng(seed), {}, 2
 
     def add(name, out_features, in_features):
@@ -69,7 +69,7 @@ def lora_weights(seed, *, text_encoder=False, prompt_width=96):
 
 
 def kohya_weights(seed):
-    """{key: array} of `lora_weights` under kohya's names, with an alpha of half the rank."""
+    """Returns {key: array} of `lora_weights` with kohya's names, and an alpha of half the rank."""
     weights = {}
     for key, array in lora_weights(seed).items():
         module, _, leaf = key.removesuffix(".weight").rpartition(".")
@@ -80,7 +80,7 @@ def kohya_weights(seed):
 
 
 def safetensors(weights, header=None):
-    """The bytes of a .safetensors file of float32 arrays. The library's writer orders headers differently each time."""
+    """Returns a .safetensors file of float32 arrays as bytes. The safetensors library would write headers in a random order."""
     described, start = {"__metadata__": header} if header else {}, 0
     for key, array in weights.items():
         described[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
@@ -91,7 +91,7 @@ def safetensors(weights, header=None):
 
 
 def drawing_inputs():
-    """{name: bytes} of LoRAs, pictures and prompts for `infer.py`."""
+    """Returns {name: bytes} of LoRAs, pictures and prompts for `infer.py`."""
     rng, files = np.random.default_rng(1), {"prompts.txt": PROMPTS.encode()}
 
     def add(name, weights, **header):
@@ -115,7 +115,7 @@ def drawing_inputs():
 
 
 def broken_inputs():
-    """{name: bytes} of files that the commands must refuse."""
+    """Returns {name: bytes} of files that the commands must refuse."""
     rng, good = np.random.default_rng(2), lora_weights(5)
     first, second, *_ = good
     picture = png((64, 64), rng)

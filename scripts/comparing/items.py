@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
 
 def all_items():
-    """{name: `Item`}, the quick ones first."""
+    """Returns {name: `Item`}, the fastest items first."""
     found = [Item("help", {program: f"COLUMNS=1000 {program} --help" for program in ("train", "infer")})]
     found += [Item(name, mistakes.lines_of(name), may_fail=True) for name in mistakes.MISTAKES]
     found += [Item(name, numbered(drawings.lines_of(name))) for name in drawings.DRAWINGS]
@@ -45,13 +45,13 @@ def numbered(lines):
 
 
 def make_inputs(work_dir):
-    """Writes the inputs of the commands; returns {name in a line: folder}."""
+    """Writes the inputs of the commands, and returns {name in a line: folder}."""
     kinds = {"data": inputs.pictures(), "drawing": inputs.drawing_inputs(), "broken": inputs.broken_inputs()}
     return {kind: inputs.write(kind, files, work_dir) for kind, files in kinds.items()}
 
 
 def folder_of(item, side, given, work_dir):
-    """The folder for the results of an item. For a side with a commit, its name is a hash of all that they depend on."""
+    """Returns the folder for the results of an item. For a commit, its name is a hash of everything that they depend on."""
     used = {name: str(path) for name, path in given.items() if any(f"${name}" in line for line in item.lines.values())}
     versions = [version(package) for package in ("torch", "diffusers", "transformers", "peft")]
     lines = {label: line.split() for label, line in item.lines.items()}
@@ -60,7 +60,7 @@ def folder_of(item, side, given, work_dir):
 
 
 def make(item, side, given, work_dir, begun=None):
-    """Runs the commands of an item unless their results are kept; returns the folder of the results and its `made.json`.
+    """Runs the commands of an item unless their results exist, and returns the folder of the results and its `made.json`.
 
     `begun` is the folder of the earlier checkout's results, from which the later one resumes an item with `begun_before`.
     """

@@ -186,7 +186,7 @@ MISTAKES = {
 
 
 def lines_of(group):
-    """{label: complete line} of a group of wrong commands."""
+    """Returns {label: complete line} of a group of wrong commands."""
     lines = {}
     for label, line in MISTAKES[group].items():
         for name, beginning in BEGINNINGS.items():

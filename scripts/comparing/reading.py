@@ -32,7 +32,7 @@ PROSE = r".*(notes|reason)(\[\d+\])?|modelspec\.usage_hint"  # values that are s
 
 
 def read_item(item, folder, made):
-    """{where: value} of a folder of `items.make`: exit codes and files first, the output of the commands last."""
+    """Returns {where: value} of a folder of `items.make`: exit codes and files first, the output of the commands last."""
     names, found, streams = texts.Names(folder, made["checkout"]), {}, {}
     labels = [label for label in item.lines if not item.begun_before or label != next(iter(item.lines))]
     for label in labels:
@@ -64,7 +64,7 @@ def is_compared(path):
 
 
 def read_file(path, names):
-    """{key: value} of a file."""
+    """Returns {key: value} of a file."""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             tensors, header = {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
@@ -97,7 +97,7 @@ def read_file(path, names):
 
 
 def read_tracker(run, names):
-    """{key: value} of an offline run of W&B: its configuration, the history of its metrics, and how they are summarised."""
+    """Returns {key: value} of an offline run of W&B: its configuration, and the history and the summary of its metrics."""
     records, found = read_wandb(run), {}
     for record in records:
         kind = record.WhichOneof("record_type")

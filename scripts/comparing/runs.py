@@ -79,6 +79,6 @@ RESUMED = {
 
 
 def lines_of(name):
-    """The complete lines of a training run."""
+    """Returns the complete lines of a training run."""
     program = COMMON.replace("train", "torchrun", 1) if name == "two_processes" else COMMON
     return [f"{program} {flags}" for flags in (RUNS | RESUMED)[name].split("&&")]

@@ -6,11 +6,11 @@ import shlex
 
 
 class Lines(tuple):
-    """Lines of text, which --words accepts to differ."""
+    """Lines of text, in which --words accepts differences."""
 
 
 BAR = re.compile(r"(.*?): +\d+%\|[^|]*\| *([\d.]+\w?/[\d.]+\w?) \[")
-CHANGING = {  # pattern: what stands for it
+CHANGING = {  # {pattern: its replacement}
     r"\x1b\[[0-9;]*[A-Za-z]": "",  # colours
     r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?(\+\d\d:\d\d)?)?": "DATE",
     # Times and speeds, the peak memory of a process, and the free space of a disk.
@@ -43,14 +43,14 @@ class Names:
 
 
 def without_times(text):
-    """The text without times, speeds and memory."""
+    """Returns the text without times, speeds and memory."""
     for pattern, name in CHANGING.items():
         text = re.sub(pattern, name, text)
     return text
 
 
 def output(text, names):
-    """The output of a command as `Lines`; a progress bar is reduced to its title and its last count."""
+    """Returns the output of a command as `Lines`; a progress bar is reduced to its title and its last count."""
     lines, text = [], without_times(names(text))
     for line in filter(None, (line.rstrip() for line in re.split(r"[\r\n]+", text))):
         if bar := BAR.match(line):
@@ -63,14 +63,14 @@ def output(text, names):
 
 
 def in_order(line):
-    """The line; a message that lists the settings in which two runs differ has them sorted, not in the order of --help."""
+    """Returns the line. A list of the settings in which two runs differ is sorted, because the order of --help may change."""
     start, found, rest = line.partition("belongs to another run (")
     settings, _, end = rest.partition(")")
     return f"{start}{found}{'; '.join(sorted(settings.split('; ')))}){end}" if found else line
 
 
 def sorted_command(command):
-    """A command line with its flags sorted, because the order of --help may change."""
+    """Returns a command line with its flags sorted, because the order of --help may change."""
     groups = [[]]
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -80,13 +80,13 @@ def sorted_command(command):
 
 
 def model_card(text):
-    """A README.md as `Lines`, with the rows of its tables sorted, because the order of --help may change."""
+    """Returns a README.md as `Lines`, with the rows of its tables sorted, because the order of --help may change."""
     rows = sorted(line for line in text.splitlines() if line.startswith("| "))
     return Lines([line for line in text.splitlines() if not line.startswith("| ")] + rows)
 
 
 def page(text):
-    """The visible text of an HTML page as sorted `Lines`."""
+    """Returns the visible text of an HTML page as sorted `Lines`."""
     text = re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->", "", text)
     nodes = (" ".join(html.unescape(node).split()) for node in re.split(r"<[^>]*>", without_times(text)))
     commands = ("accelerate launch", "ACCELERATE_USE_CPU")
@@ -94,9 +94,9 @@ def page(text):
 
 
 def help_entries(text):
-    """{"flag --NAME", "help of --NAME", "description" or "usage": ...} of the output of --help.
+    """Returns {"flag --NAME", "help of --NAME", "description" or "usage": ...} of the output of --help.
 
-    It does not depend on groups, on the order of flags, and on line breaks.
+    The result depends neither on groups nor on the order of flags nor on line breaks.
     """
     usage, *paragraphs = re.split(r"\n\s*\n", text.strip())
     parts = re.findall(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]|[^\s\[\]]+", " ".join(usage.split()))
@@ -114,5 +114,5 @@ def help_entries(text):
 
 
 def joined(text):
-    """Wrapped text in one line; argparse also wraps after hyphens."""
+    """Returns wrapped text in one line; argparse also wraps after hyphens."""
     return re.sub(r"(?<=\w)-\s+(?=\w)", "-", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Reads what W&B keeps of an offline run, as the tests of what is reported do too."""
+"""Reads the record of an offline run of W&B. The tests of tracking use this module too."""
 
 import json
 import struct
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def read_wandb(folder):
-    """The protobuf records of an offline run; wandb 0.31 itself has a reader in Go only.
+    """Returns the protobuf records of an offline run. The reader of wandb 0.31 itself is written in Go.
 
-    The file is LevelDB's log format: blocks of 32 KiB, in them parts of a checksum, a length, a kind and the data.
+    The file has the log format of LevelDB: blocks of 32 KiB that consist of parts. A part has a checksum, a length, a kind and
+    data.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -34,7 +35,7 @@ def read_wandb(folder):
 
 
 def history_of(records):
-    """{step: {name: value}}, what the charts are drawn from."""
+    """Returns the logged metrics, from which W&B draws its charts, as {step: {name: value}}."""
     steps = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":

@@ -1,6 +1,5 @@
 """Finds and checks the inputs of an evaluation before any model is loaded, for `evaluate.py`."""
 
-import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,10 @@ from text_to_image_lora.drawing.find import find_base, find_checkpoints, vae_cha
 from text_to_image_lora.drawing.fits import check_fits
 from text_to_image_lora.drawing.pipeline import Job
 from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.drawing.rows import Drawing, check_drawing
 from text_to_image_lora.drawing.settings import Model
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import check_writable
+from text_to_image_lora.files import check_writable, expand_pattern
 from text_to_image_lora.pictures.alike import divide
 from text_to_image_lora.pictures.buckets import square
 from text_to_image_lora.pictures.examine import examine, select_usable
@@ -69,7 +69,7 @@ def read_pictures(args, folders, resolution):
     good, bad = examine(records, range(len(records)))
     for i, reason in bad.items():
         raise InputError(f"{records[i]['source']}: {reason}. Fix or remove the picture.")
-    records, facts = select_usable(records, good)
+    records, facts = select_usable(records, good, bad)
     sizes = square(resolution).choose_sizes(facts)
     return PictureSet(records, facts, sizes, records["captions"][:])
 
@@ -93,9 +93,9 @@ def divide_pictures(args, resolution):
 def find_loras(words):
     """Returns {label: `Lora`} of --lora, after the base model with None."""
     for word in words:
-        if not Path(word).exists() and glob.has_magic(word) and not glob.glob(word):
+        if not expand_pattern(word):
             raise InputError(f"--lora {word}: no file or folder matches this pattern. Check the path.")
-    count = sum(len(glob.glob(word)) if glob.has_magic(word) and not Path(word).exists() else 1 for word in words)
+    count = sum(len(expand_pattern(word)) for word in words)
     found = find_checkpoints([BASE, *words], 1.0)
     if len(found) <= count:
         raise InputError(
@@ -126,6 +126,7 @@ def check_flags(args):
         raise InputError("--validation_split is a fraction of --train_data_dir: add --train_data_dir.")
     if args.trigger_word is not None and not args.trigger_word.strip():
         raise InputError("--trigger_word is empty: pass the words that call the concept, or leave the flag out.")
+    check_drawing(Drawing(num_inference_steps=args.num_inference_steps, scheduler=args.scheduler))
     check_writable(args.output_dir, "--output_dir")
 
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from text_to_image_lora.pictures.sheets import Label, Row, font_for, labelled_sheet, stacked
+from text_to_image_lora.pictures.fonts import font_for, legible
+from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet, stacked
 
 from .inputs import images_of
 from .scores import Estimate
@@ -61,7 +62,8 @@ class Axes:
         self.draw.ellipse([FINER * v for v in (x - radius, y - radius, x + radius, y + radius)], colour)
 
     def text(self, x, y, text, size=15, anchor="mm", colour=INK):
-        self.draw.text((FINER * x, FINER * y), text, colour, font_for([text], FINER * size), anchor=anchor)
+        font = font_for(text, FINER * size)
+        self.draw.text((FINER * x, FINER * y), legible(text, font), colour, font, anchor=anchor)
 
     def frame(self, title, across, up):
         """Draws the grid lines with their numbers, the names of the axes, and the title."""
@@ -126,7 +128,7 @@ def label_points(axes, points, chosen):
     middles = [axes.place(each.drift.mean, each.likeness.mean) for each in points]
     boxes = [(x - 7, y - 7, x + 7, y + 7) for x, y in middles]
     for point, (x, y) in zip(points, middles, strict=True):
-        wide = font_for([point.label], 14).getlength(point.label)
+        wide = font_for(point.label, 14).getlength(point.label)
         places = [(x + 10, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)] + [
             (x - 10 - wide, y - 14 * k) for k in (1, -1, 2, -2, 3, -3)
         ]

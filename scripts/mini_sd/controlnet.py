@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Trains `models/mini-controlnet`: a ControlNet that makes the embedded base draw along given edges.
+"""Trains `models/mini-controlnet`, a ControlNet with which the embedded base model draws along given edges.
 
-Stock diffusers classes and their recipe (Zhang et al., 2023, https://arxiv.org/abs/2302.05543): a copy of the UNet's
-first half behind zero convolutions learns, the base stays as it is. Its data are the base's own drawings with their
-canny edges. Run the same command again to go on where it stopped (after `--max_minutes` with exit code 75).
+The ControlNet of diffusers is trained as in its paper (Zhang et al., 2023, https://arxiv.org/abs/2302.05543): it is a copy
+of the first half of the UNet, connected by zero convolutions, and the base model is frozen. The training set consists of the
+base model's drawings and their canny edges. Run the same command again to resume, also after `--max_minutes`, when the
+command ends with exit code 75.
 
     python -m scripts.mini_sd.controlnet --work_dir mini-sd-work/controlnet --output_dir models/mini-controlnet
     python -m scripts.mini_sd.controlnet --measure_only --sheet docs/controlnet.png
@@ -18,51 +19,57 @@ import numpy as np
 from .drawings import COLOURS, MOTIFS, contact_sheet, decorate_with, draw_scene
 from .judges import JUDGE, shares, train_judge
 from .model import RESOLUTION, Scene, encoded, held_out_scenes, sentence_of, to_tensor
-from .pictures import captions_of_set, draw_for_unet, drawn_set
+from .pictures import caption_input_ids, draw_for_unet, drawn_set
 from .pipeline import load_pipeline
-from .stage import Stage, keep_norms_in_float32
+from .stage import NoisyBatches, Stage, prepare_denoiser
 
 
-EMBEDDING_CHANNELS = (16, 32, 64, 64)  # of the edges on their way to the latents: three steps of 2, as the VAE's
-GO_ON = 75  # exit code: stopped with a state, the same command goes on
-TOLERANCE = 1  # pixels that an edge may be off
-# Two drawings of each are what the sheet's edges are taken from; none was drawn for training.
+EMBEDDING_CHANNELS = (16, 32, 64, 64)  # of the edges, which are reduced by a factor of 2 three times, as in the VAE
+CAN_BE_RESUMED = 75  # exit code: stopped with a checkpoint; the same command resumes the training
+TOLERANCE = 1  # an edge may be off by this many pixels
+# The edges of the sheet come from two drawings of each of these scenes, none of which was drawn for training.
 SHEET_SCENES = [Scene("blue", "axe", "orange"), Scene("red", "key", "gray"), Scene("yellow", "fish", "purple")]
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train and measure the embedded base's ControlNet for canny edges.")
+    parser = argparse.ArgumentParser(description="Train and measure the ControlNet of the embedded base model.")
     add = parser.add_argument
-    add("--model", type=Path, default=Path("models/mini-sd"), help="pipeline folder of the base")
-    add("--output_dir", type=Path, default=Path("models/mini-controlnet"), help="where the finished ControlNet goes")
-    add("--work_dir", type=Path, default=Path("mini-sd-work/controlnet"), help="drawings, and the state to go on from")
-    add("--seed", type=int, default=0, help="of the drawings and every batch; of the noise when it is measured")
-    add("--num_drawings", type=int, default=10000, help="drawings it is trained on")
+    add("--model", type=Path, default=Path("models/mini-sd"), help="pipeline folder of the base model")
+    add("--output_dir", type=Path, default=Path("models/mini-controlnet"), help="folder for the finished ControlNet")
+    add(
+        "--work_dir", type=Path, default=Path("mini-sd-work/controlnet"), help="folder for drawings and the checkpoint"
+    )
+    add(
+        "--seed", type=int, default=0, help="random seed of the drawings, of all batches, and of the measured pictures"
+    )
+    add("--num_drawings", type=int, default=10000, help="number of drawings that the ControlNet is trained on")
     add("--steps", type=int, default=3500, help="optimizer steps")
-    add("--batch_size", type=int, default=8, help="drawings in each of them")
-    add("--learning_rate", type=float, default=5e-4, help="at the top, after warm-up; decays linearly to 0")
-    add("--caption_dropout", type=float, default=0.3, help="share of captions left empty, so that edges must tell")
-    add("--save_every", type=int, default=500, help="steps between states")
-    add("--max_minutes", type=float, default=float("inf"), help="of training in this call, then exit code 75")
-    add("--measure_only", action="store_true", help="measure the ControlNet of --output_dir; train nothing")
-    add("--num_pictures", type=int, default=96, help="drawn from held-out drawings' edges to measure; 0: none")
-    add("--guidance_scale", type=float, default=4.0, help="of the measured pictures")
-    add("--num_inference_steps", type=int, default=30, help="of the measured pictures, by DPM++ 2M")
-    add("--sheet", type=Path, default=None, help="PNG of edges beside what was drawn from them (default: none)")
+    add("--batch_size", type=int, default=8, help="drawings per batch")
+    add("--learning_rate", type=float, default=5e-4, help="learning rate after the warmup; it decays linearly to 0")
+    add("--caption_dropout", type=float, default=0.3, help="share of empty captions, so that the edges must suffice")
+    add("--save_every", type=int, default=500, help="steps between checkpoints")
+    add("--max_minutes", type=float, default=float("inf"), help="stop training after this time with exit code 75")
+    add("--measure_only", action="store_true", help="measure the ControlNet in --output_dir without training")
+    add("--num_pictures", type=int, default=96, help="number of held-out drawings to measure with (0: no measurement)")
+    add("--guidance_scale", type=float, default=4.0, help="guidance scale of the measured pictures")
+    add("--num_inference_steps", type=int, default=30, help="inference steps of the measured pictures, with DPM++ 2M")
+    add("--sheet", type=Path, default=None, help="PNG for a sheet of edges and the pictures drawn with them")
     return parser.parse_args(argv)
 
 
 def canny_edges(pictures):
-    """Where the edges are, bool (N, H, W), of RGB pictures, uint8 (N, H, W, 3).
+    """Returns the edges, bool (N, H, W), of RGB pictures, uint8 (N, H, W, 3).
 
-    `kornia.filters.canny` on values 0 to 1, at the size that is drawn: thresholds 0.1 and 0.2 with hysteresis, a 5x5
-    Gaussian of deviation 1. The ControlNet is trained on, and asked for, exactly these as `control_image`.
+    They are computed by `kornia.filters.canny` on values from 0 to 1 at full size, with thresholds 0.1 and 0.2, hysteresis,
+    and a 5x5 Gaussian with a standard deviation of 1. The ControlNet is trained on these edges, drawn by `control_image`.
     """
     import kornia
     import torch
 
     edges = []
-    for first in range(0, len(pictures), 4):  # few at once: hysteresis goes over all of them until the last is settled
+    for first in range(
+        0, len(pictures), 4
+    ):  # small batches, because hysteresis iterates until all of a batch converge
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures[first : first + 4]]))
         pixels = pixels.permute(0, 3, 1, 2).float() / 255
         _, found = kornia.filters.canny(pixels, low_threshold=0.1, high_threshold=0.2)
@@ -71,14 +78,14 @@ def canny_edges(pictures):
 
 
 def control_image(edges):
-    """White edges on black, an RGB `PIL.Image`, of a bool array (H, W)."""
+    """Returns the edges, bool (H, W), as an RGB `PIL.Image`, white on black."""
     from PIL import Image
 
     return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
 
 
 def edge_agreement(edges, wanted):
-    """F1 of each picture's edges with the wanted ones, both bool (N, H, W); an edge may be `TOLERANCE` pixels off."""
+    """Returns the F1 score of each picture's edges against the wanted edges, both bool (N, H, W), within `TOLERANCE`."""
     import torch
 
     def near(mask):
@@ -91,7 +98,7 @@ def edge_agreement(edges, wanted):
 
 
 def encoded_set(args, vae):
-    """Latents (N, channels, 16, 16) and edges, bool (N, H, W), of the base's drawings; kept in the work folder."""
+    """Returns the latents (N, channels, 16, 16) and the edges, bool (N, H, W), of the drawings, cached in a file."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -99,63 +106,50 @@ def encoded_set(args, vae):
     if not path.exists():
         pictures = drawn_set(args.work_dir / "pictures.npy", draw_for_unet, args.seed, args.num_drawings)
         print(f"encoding {len(pictures)} pictures and finding their edges", flush=True)
-        kept = {"latents": encoded(pictures, vae), "edges": torch.from_numpy(canny_edges(pictures))}
-        save_file(kept, path.with_suffix(".tmp"))
+        tensors = {"latents": encoded(pictures, vae), "edges": torch.from_numpy(canny_edges(pictures))}
+        save_file(tensors, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-    kept = load_file(path)
-    return kept["latents"] * vae.config.scaling_factor, kept["edges"]
+    tensors = load_file(path)
+    return tensors["latents"] * vae.config.scaling_factor, tensors["edges"]
 
 
 def make_controlnet(unet):
+    """Returns an untrained ControlNet for a UNet."""
     from diffusers import ControlNetModel
 
     return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING_CHANNELS)
 
 
 def train_controlnet(args, pipeline, latents, edges, device):
-    """The ControlNet's moving average, or None where `--max_minutes` were over first.
+    """Trains the ControlNet to predict noise, and returns its moving average, or None if `--max_minutes` are over first.
 
-    Noise prediction; each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho,
-    2022, https://arxiv.org/abs/2202.00512), for unweighted the noisiest steps hardly count, and they are where an object
-    gets its place and outline. Timesteps are stratified within a batch.
+    Each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
+    https://arxiv.org/abs/2202.00512). Without weights, the noisiest timesteps would hardly count, and they determine the
+    place and the outline of an object.
     """
     import torch
     from diffusers import DDPMScheduler
-    from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(args.seed)
     unet, text_encoder = pipeline.unet.requires_grad_(False), pipeline.text_encoder.requires_grad_(False)
     controlnet = make_controlnet(unet)
-    for model in (unet, controlnet):
-        model.to(device, memory_format=torch.channels_last)
-        keep_norms_in_float32(model)
-        if device.type == "cpu":  # whose fused attention takes twice as long with heads so small
-            model.set_attn_processor(AttnProcessor())
+    prepare_denoiser(unet, device)
+    prepare_denoiser(controlnet, device)
     stage = Stage("controlnet", args, args.steps, controlnet, controlnet.parameters(), (0.9, 0.999), 0.999)
-    captions = captions_of_set(args.seed, len(latents))
-    tokens = pipeline.tokenizer([c for group in captions for c in group] + [""], padding="max_length",
-                                truncation=True, return_tensors="pt").input_ids  # fmt: skip
+    input_ids = caption_input_ids(pipeline.tokenizer, args.seed, len(latents))
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     weights = 1 / noise_scheduler.alphas_cumprod.to(device)
+    batches = NoisyBatches(args, 51, args.batch_size, latents, input_ids, noise_scheduler, device)
 
     def loss_at(step):
-        rng = np.random.default_rng([args.seed, 51, step])
-        batch = rng.integers(len(latents), size=args.batch_size)
-        rows = batch * 5 + rng.choice(5, size=args.batch_size, p=[0.5, 0.15, 0.15, 0.1, 0.1])
-        rows[rng.random(args.batch_size) < args.caption_dropout] = len(tokens) - 1
-        clean = latents[batch].to(device, memory_format=torch.channels_last)
-        control = edges[batch][:, None].float().expand(-1, 3, -1, -1).to(device)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        strata = torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)
-        timesteps = (strata * 1000 / len(clean)).long().to(device)
-        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        batch = batches.at(step)
+        control = edges[batch.indices][:, None].float().expand(-1, 3, -1, -1).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            encoder_hidden_states = text_encoder(tokens[rows].to(device))[0]
-            down, middle = controlnet(noisy, timesteps, encoder_hidden_states, control, return_dict=False)
-            model_pred = unet(noisy, timesteps, encoder_hidden_states, down_block_additional_residuals=down,
-                              mid_block_additional_residual=middle).sample  # fmt: skip
-        return (weights[timesteps] * (model_pred.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+            inputs = (batch.noisy_latents, batch.timesteps, text_encoder(batch.input_ids)[0])
+            down, middle = controlnet(*inputs, control, return_dict=False)
+            residuals = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+            model_pred = unet(*inputs, **residuals).sample
+        return batch.loss(model_pred, weights)
 
     before = stage.seconds
     for _ in stage.train(loss_at):
@@ -166,10 +160,7 @@ def train_controlnet(args, pipeline, latents, edges, device):
 
 
 def held_out_drawings(count, seed):
-    """(scenes, pictures): drawings of combinations of colour, kind and background never drawn for training.
-
-    Every third carries a motif, as the base's drawings do.
-    """
+    """Returns scenes that were held out from training, and a drawing of each; every third one has a motif on its object."""
     held_out = held_out_scenes()
     scenes = []
     pictures = []
@@ -186,7 +177,7 @@ def held_out_drawings(count, seed):
 
 
 def load_controlled(model, controlnet):
-    """A `StableDiffusionControlNetPipeline` of two folders, in float32, with infer.py's default sampler."""
+    """Returns the pipeline of a base model and a ControlNet in float32, with the default sampler of infer.py."""
     import torch
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
@@ -200,7 +191,7 @@ def load_controlled(model, controlnet):
 
 
 def draw_controlled(pipeline, prompts, edges, seeds, **options):
-    """A picture of each prompt along the edges, bool (N, H, W); the noise of each depends on its seed alone."""
+    """Draws each prompt along its edges, bool (N, H, W); the noise of a picture depends only on its seed."""
     import torch
 
     images = []
@@ -216,10 +207,10 @@ def draw_controlled(pipeline, prompts, edges, seeds, **options):
 
 
 def measure(args, pipeline):
-    """How well drawn edges agree with the given ones, and whether pictures still do what captions say, row by row.
+    """Prints how well the edges of pictures agree with the given edges, and how many pictures show what their prompt says.
 
-    With edges, without them and with another drawing's: the same prompts and seeds. The first row, drawings that have
-    only been through the autoencoder, is the best there can be.
+    Pictures are drawn with their edges, without edges, and with the edges of another drawing, with equal prompts and seeds.
+    The first row is the upper limit: drawings that were only encoded and decoded by the autoencoder.
     """
     import torch
 
@@ -246,7 +237,7 @@ def measure(args, pipeline):
 
 
 def draw_sheet(args, pipeline):
-    """A row for each of `SHEET_SCENES`, one prompt: edges and what two seeds make of them, twice."""
+    """Saves a sheet with a row for each of `SHEET_SCENES`: twice, the edges and the pictures that two seeds give with them."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)
@@ -284,8 +275,8 @@ def main(args):
         latents, edges = encoded_set(args, pipeline.vae)
         controlnet = train_controlnet(args, pipeline, latents, edges, device)
         if controlnet is None:
-            print(f"stopped after {args.max_minutes:g} minutes; the same command goes on", flush=True)
-            return GO_ON
+            print(f"stopped after {args.max_minutes:g} minutes; run the same command again to resume", flush=True)
+            return CAN_BE_RESUMED
         controlnet.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
         count = sum(parameter.numel() for parameter in controlnet.parameters())
         print(f"{args.output_dir}: {count / 1e6:.2f}M parameters", flush=True)

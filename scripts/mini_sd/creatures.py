@@ -1,7 +1,7 @@
-"""Small monsters as vector drawings, from a `numpy.random.Generator` alone, as in `drawings.py`.
+"""Vector drawings of small monsters. A drawing depends only on its arguments and a `numpy.random.Generator`.
 
-A creature is painted part by part, back to front, in units of which its body takes about -1..1, on a transparent layer
-that is then turned, scaled to fit and put on a pale background.
+The parts of a creature are painted from back to front on a transparent layer, in units in which its body is within about
+-1 to 1. The layer is then rotated, scaled to fit, and put on a pale background.
 """
 
 import itertools
@@ -10,27 +10,27 @@ import math
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from .drawings import COLOURS, SUPERSAMPLING, circle, curve, jittered, shaded
+from .drawings import COLOURS, SUPERSAMPLING, circle, curve, draw_disc, jittered, shaded
 
 
 EXTENT = 2.2
 OUTLINE = 0.045
 CREAM = (250, 236, 200)
 EYE_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown")
-# What the 40 creatures have beside a body and eyes.
+# The features of the 40 creatures of the bundled dataset.
 FEATURES = (
     [(), ("horns",), ("wings",), ("spots",), ("stripes",), ("spikes",), ("long tail",)] * 4
     + [("long ears",), ("horns", "wings"), ("wings", "long tail"), ("spots", "long tail")] * 2
     + [("spikes", "long tail"), ("stripes", "wings"), ("long ears", "spots"), ("horns", "long tail")]
 )
 MOODS = ["happy"] * 12 + ["sad"] * 7 + ["cross"] * 6 + [None] * 15
-# Pale backgrounds, each with the tone of the disc behind some creatures.
+# Pale backgrounds, each with the colour of the disc behind some creatures.
 BACKGROUNDS = (
     ((255, 255, 255), (232, 242, 250)), ((255, 255, 255), (250, 240, 226)), ((250, 246, 236), (240, 230, 212)),
     ((234, 243, 252), (214, 230, 246)), ((238, 249, 236), (216, 238, 214)), ((252, 240, 243), (248, 222, 230)),
     ((243, 239, 252), (228, 220, 246)), ((255, 249, 224), (252, 238, 192)),
 )  # fmt: skip
-# Where a build has its parts: ellipses (x, y, radius_x, radius_y) and points; `ears` in degrees from the top.
+# The positions of the parts of each build, as ellipses (x, y, radius_x, radius_y) and points; `ears` in degrees from the top.
 BUILDS = {
     "round": {
         "head": (0, 0, 0.86, 0.8), "torso": None, "belly": (0, 0.52, 0.46, 0.3), "eyes": (0, -0.28, 0.33),
@@ -56,7 +56,7 @@ BUILDS = {
 
 
 def smooth(points, num_points=10):
-    """The closed curve through the points (Catmull-Rom)."""
+    """Returns a closed curve through the points (Catmull-Rom spline)."""
     points = np.asarray(points, dtype=float)
     before, after, after_2 = (np.roll(points, shift, axis=0) for shift in (1, -1, -2))
     t = np.linspace(0, 1, num_points, endpoint=False)[:, None, None]
@@ -66,7 +66,7 @@ def smooth(points, num_points=10):
 
 
 def limb(path, start_width, end_width):
-    """A polygon around the path, round at its ends."""
+    """Returns a polygon around the path, with round ends."""
     path = np.asarray(path, dtype=float)
     along = np.gradient(path, axis=0)
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-6)
@@ -79,18 +79,19 @@ def limb(path, start_width, end_width):
 
 
 def ring(ellipse, degrees, grow=1.0):
-    """The point of an ellipse (x, y, radius_x, radius_y) at an angle from its top, clockwise."""
+    """Returns the point of an ellipse (x, y, radius_x, radius_y) at a clockwise angle from its top."""
     x, y, radius_x, radius_y = ellipse
     angle = math.radians(degrees)
     return np.array([x + grow * radius_x * math.sin(angle), y - grow * radius_y * math.cos(angle)])
 
 
 def outline_of(colour):
+    """Returns the colour of the outline of a shape."""
     return shaded(colour, 0.36) if sum(colour) < 690 else (112, 112, 128)
 
 
 def paint(layer, points, colour, decals=(), outline=OUTLINE, volume=1.0, edge=None):
-    """A shape with an outline, lit from the upper left; decals (points, colour) lie on it and end where it ends."""
+    """Paints a shape with an outline, lit from the upper left; decals (points, colour) are painted on it and clipped to it."""
     unit = layer.width / (2 * EXTENT)
     pixels = (np.asarray(points, dtype=float) + EXTENT) * unit
     pad = math.ceil(2 * outline * unit) + 16
@@ -122,12 +123,12 @@ def paint(layer, points, colour, decals=(), outline=OUTLINE, volume=1.0, edge=No
 
 
 def line(layer, points, width, colour):
-    """A bare stroke."""
+    """Paints a stroke without an outline."""
     paint(layer, limb(points, width, width), colour, outline=0, volume=0)
 
 
 def wing(rng):
-    """A right wing that starts at (0, 0): its outlines, back to front, and its bones."""
+    """Returns the shapes of a right wing that starts at (0, 0), from back to front, and its bones."""
     grow, lift = rng.uniform(0.95, 1.15), rng.uniform(-0.15, 0.2)
     if rng.random() < 0.6:
         tips = np.array([(1.0, -0.85), (1.08, -0.3), (0.82, 0.08), (0.1, 0.3)]) * grow - [0, lift]
@@ -209,7 +210,7 @@ def paint_ears(layer, build, colour, inner, style, rng):
 
 
 def paint_limbs(layer, build, colour, rng):
-    """Feet, then arms: each hangs, points or waves."""
+    """Paints the feet, and then the arms, which hang, point or wave."""
     claws = rng.random() < 0.5
     foot = rng.uniform(0.9, 1.15)
     for x, y in build.get("back_feet", ()):
@@ -270,7 +271,7 @@ def paint_mouth(layer, eyes, dark, look, mood, rng):
 
 
 def pattern(ellipse, features, colour, rng, free=360):
-    """Spots or stripes on an ellipse of the body, as decals; spots within `free` degrees around its top."""
+    """Returns spots or stripes on an ellipse of the body as decals; spots are within `free` degrees around its top."""
     x, y, radius_x, radius_y = ellipse
     decals = []
     if "spots" in features:
@@ -289,14 +290,14 @@ def pattern(ellipse, features, colour, rng, free=360):
 
 
 def merged_body(head, torso):
-    """One outline around head and torso, for a build whose head has no neck."""
+    """Returns a single outline around head and torso, for a build without a neck."""
     right = [ring(head, a) for a in (0, 30, 60, 88)] + [ring(torso, a) for a in (62, 95, 130, 160, 180)]
     left = [p * [-1, 1] for p in right[-2:0:-1]]
     return smooth(right + left)
 
 
 def proportioned(build, rng):
-    """A build with a larger or smaller head and face."""
+    """Returns the build with a larger or smaller head and face."""
     build, grow = dict(build), rng.uniform(0.92, 1.1)
     x, y, radius_x, radius_y = build["head"]
     if not build.get("merged"):
@@ -365,10 +366,10 @@ def paint_creature(layer, colour, eye_colour, build, features, mood, rng):
 
 
 def draw_creature(colour, eye_colour, build, features, mood, size, rng):
-    """A creature of named colours on a pale background: RGB `PIL.Image` of size x size.
+    """Draws a creature on a pale background, an RGB `PIL.Image` of size x size.
 
-    `build` is a key of `BUILDS`; `features` any of "horns", "wings", "long tail", "long ears", "spots", "stripes" and
-    "spikes"; `mood` is "happy", "sad", "cross" or None, for a face of any kind.
+    The colours are names of `COLOURS`, and `build` is a key of `BUILDS`. `features` contains any of "horns", "wings", "long
+    tail", "long ears", "spots", "stripes" and "spikes". `mood` is "happy", "sad" or "cross", or None for any face.
     """
     big = size * SUPERSAMPLING
     layer = Image.new("RGBA", (2 * big, 2 * big), (0, 0, 0, 0))
@@ -386,7 +387,7 @@ def draw_creature(colour, eye_colour, build, features, mood, size, rng):
     draw, middle = ImageDraw.Draw(image), big / 2
     if rng.random() < 0.6:
         r = rng.uniform(0.36, 0.44) * big
-        draw.ellipse((middle - r, middle - r, middle + r, middle + r), fill=background if colour == "white" else disc)
+        draw_disc(draw, middle, middle, r, background if colour == "white" else disc)
     left, top = (big - layer.width) // 2, round((big - layer.height) / 2 - 0.01 * big)
     shadow = Image.new("L", image.size, 0)
     floor, wide = top + layer.height - 0.02 * big, 0.4 * layer.width

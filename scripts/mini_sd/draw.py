@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws the bundled datasets: weapons with pink blossoms, a held-out set of them, and creatures.
+"""Draws the bundled datasets: weapons with pink blossoms, held-out weapons with pink blossoms, and creatures.
 
 python -m scripts.mini_sd.draw --output_dir metadata
 """
@@ -32,8 +32,8 @@ WEAPON_CAPTIONS = (
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw the bundled datasets.")
     add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("metadata"), help="folder of the datasets and of preview.png")
-    add("--seed", type=int, default=0, help="of every drawing and caption")
+    add("--output_dir", type=Path, default=Path("metadata"), help="folder for the datasets and preview.png")
+    add("--seed", type=int, default=0, help="random seed of all drawings and captions")
     return parser.parse_args(argv)
 
 
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def draw_weapons(kind, scenes, rng):
-    """The `Row` of each scene."""
+    """Returns the `Row` of each scene."""
     rows, start = [], rng.integers(len(WEAPON_CAPTIONS))
     for i, (colour, background) in enumerate(scenes):
         text = WEAPON_CAPTIONS[(start + i) % len(WEAPON_CAPTIONS)].format(
@@ -59,7 +59,7 @@ def draw_weapons(kind, scenes, rng):
 
 
 def creature_caption(colour, eye_colour, build, features, mood, rng):
-    """As the Pokemon sets are captioned: "a drawing of a green creature with red eyes and horns"."""
+    """Returns a caption in the style of the Pokemon datasets: "a drawing of a green creature with red eyes and horns"."""
     shape = build if build in ("round", "tall") and rng.random() < 0.5 else None
     what = "dragon" if set(features) == {"horns", "wings"} else "monster" if rng.random() < 0.2 else "creature"
     words = [mood if mood in ("happy", "sad") else None, shape, colour, what]
@@ -69,7 +69,7 @@ def creature_caption(colour, eye_colour, build, features, mood, rng):
 
 
 def draw_creatures(rng):
-    """The `Row` of a creature of each colour in each build."""
+    """Returns the `Row`s of a creature in each combination of colour and build."""
     features, moods = [FEATURES[i] for i in rng.permutation(len(FEATURES))], rng.permutation(MOODS)
     rows, eye_colours = [], rng.permutation(np.tile(EYE_COLOURS, 6))
     for i in range(len(FEATURES)):

@@ -1,8 +1,8 @@
-"""Small vector drawings: the pictures that the embedded base learns from, and the bundled datasets.
+"""Vector drawings of objects, for the training set of the embedded base model and for the bundled datasets.
 
-A drawing is a function of a `numpy.random.Generator` alone, so every picture here can be drawn again from a seed.
-Objects are polygons and strokes in unit coordinates (x right, y down, the object within -1..1), turned, scaled and put
-in perspective as points, then painted at `SUPERSAMPLING` times the size and reduced.
+A drawing depends only on its arguments and a `numpy.random.Generator`, so that a seed reproduces it. Objects are polygons
+and strokes in unit coordinates (x to the right, y down, the object within -1 to 1). Their points are rotated, scaled and put
+in perspective, then drawn at `SUPERSAMPLING` times the size, and the picture is downscaled.
 """
 
 import math
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 
 SUPERSAMPLING = 4
-MOST_COVERED = 0.52  # share of an object's area that motifs may hide
+MOST_COVERED = 0.52  # share of an object's area that motifs may cover
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -30,20 +30,26 @@ COLOURS = {
 
 
 def circle(x, y, radius_x, radius_y=None, start=0.0, end=360.0, num_points=32):
-    """Points of an ellipse, or of an arc of it, in degrees clockwise from the right."""
+    """Returns points of an ellipse or of an arc of an ellipse; angles are in degrees clockwise from the right."""
     radius_y = radius_x if radius_y is None else radius_y
     angles = np.radians(np.linspace(start, end, num_points))
     return np.stack([x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)], axis=1)
 
 
+def star(outer, inner):
+    """Returns the points of a five-pointed star with these two radii."""
+    radii = enumerate([outer, inner] * 5)
+    return np.array([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r) for i, r in radii])
+
+
 def mirrored(points):
-    """A polygon symmetric about x = 0, from its right half, top to bottom."""
+    """Returns a polygon that is symmetric about x = 0, from the points of its right half, from top to bottom."""
     points = np.asarray(points, dtype=float)
     return np.concatenate([points, points[::-1] * [-1, 1]])
 
 
 class Shape(NamedTuple):
-    """A polygon, or with a width a stroke along the points."""
+    """A polygon, or a stroke along the points if it has a width."""
 
     points: np.ndarray  # (N, 2)
     tone: float | str
@@ -51,18 +57,20 @@ class Shape(NamedTuple):
 
 
 def fill(points, tone=1.0):
+    """Returns a polygon."""
     return Shape(np.asarray(points, dtype=float), tone)
 
 
 def stroke(points, width, tone=1.0):
+    """Returns a stroke."""
     return Shape(np.asarray(points, dtype=float), tone, width)
 
 
 class Poses(NamedTuple):
-    """What an object's pose is drawn from."""
+    """The ranges from which the pose of an object is drawn."""
 
     max_turn: float = 40.0  # degrees
-    scale: tuple[float, float] = (0.62, 0.82)  # at least and at most, of the picture's side
+    scale: tuple[float, float] = (0.62, 0.82)  # minimum and maximum, as fractions of the picture's side
     shift: float = 0.07
     perspective: float = 0.12
 
@@ -71,7 +79,7 @@ POSES = Poses()
 
 
 def curve(start, control, control_2, end, num_points=24):
-    """Points of a cubic Bezier curve."""
+    """Returns points of a cubic Bezier curve."""
     t = np.linspace(0, 1, num_points)[:, None]
     start, control, control_2, end = (np.asarray(p, dtype=float) for p in (start, control, control_2, end))
     return (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * control + 3 * (1 - t) * t**2 * control_2 + t**3 * end
@@ -83,8 +91,8 @@ def rectangle(left, top, right, bottom):
 
 WHITE, BLACK = "white", "black"
 
-# Each kind is a list of shapes; the tone multiplies the object's colour, so that one colour word describes it, or is
-# white or black (an eye).
+# {kind: its shapes}. The tone of a shape multiplies the colour of the object, so that one word describes the colour, or it
+# is white or black (for an eye).
 KINDS = {
     "axe": [
         fill(rectangle(-0.10, -0.95, 0.10, 1.0), 0.72),
@@ -206,10 +214,8 @@ KINDS = {
             stroke([(x - 0.19, 0.27), (x + 0.19, 0.27)], 0.05, 0.55))),
     ],
     "star": [
-        fill([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r)
-              for i, r in enumerate([1.05, 0.45] * 5)]),
-        fill([(math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r)
-              for i, r in enumerate([0.55, 0.24] * 5)], 1.3),
+        fill(star(1.05, 0.45)),
+        fill(star(0.55, 0.24), 1.3),
     ],
 }  # fmt: skip
 
@@ -217,7 +223,7 @@ WEAPONS = ("axe", "spear", "trident", "whip")
 
 
 def shaded(colour, tone):
-    """The colour made darker (tone < 1) or moved towards white (tone > 1), or the other way where that can't be seen."""
+    """Returns a darker (tone < 1) or lighter (tone > 1) colour. For colours near black or white, the direction is reversed."""
     if isinstance(tone, str):
         return COLOURS[tone]
     colour = np.asarray(colour, dtype=float)
@@ -230,13 +236,13 @@ def shaded(colour, tone):
 
 
 def jittered(colour, rng, amount=12):
-    """The colour a little brighter or darker; its hue hardly moves, so that white stays white."""
+    """Returns the colour, a little brighter or darker. Its hue hardly changes, so that white remains white."""
     out = np.asarray(colour) + rng.uniform(-amount, amount) + rng.uniform(-amount, amount, 3) / 4
     return tuple(int(c) for c in out.clip(0, 255))
 
 
 def draw_background(colour, size, rng):
-    """A plain colour lit from one side: RGB `PIL.Image` of size x size."""
+    """Draws a plain background that is lit from one side, an RGB `PIL.Image` of size x size."""
     y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
     angle = rng.uniform(0, 2 * math.pi)
     light = 1 + rng.uniform(0.0, 0.22) * (np.cos(angle) * x + np.sin(angle) * y)
@@ -246,15 +252,20 @@ def draw_background(colour, size, rng):
 
 
 def place(points, turn, scale, offset, squash, tilt):
-    """Unit coordinates to fractions of the picture: squash, perspective, turn (degrees), scale, offset."""
+    """Converts unit coordinates to fractions of the picture: squash, perspective, rotation (degrees), scale and offset."""
     points = points * [squash, 1.0]
     points = points / (1 + tilt * points[:, 1:])
     c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     return points @ np.array([[c, s], [-s, c]]) * scale / 2 + 0.5 + np.asarray(offset)
 
 
+def draw_disc(draw, x, y, radius, colour):
+    """Draws a disc; x, y and radius are in pixels."""
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
 def _paint(draw, shape, points, size, colour, grow=0.0):
-    """One shape, in pixels; `grow` (a fraction of the picture) widens it, for the outline and the shadow."""
+    """Draws a shape whose points are fractions of the picture; `grow`, also a fraction, widens it for outline and shadow."""
     xy = [tuple(p) for p in points * size]
     if shape.width is None:
         draw.polygon(xy, fill=colour)
@@ -265,11 +276,11 @@ def _paint(draw, shape, points, size, colour, grow=0.0):
     if width >= 1:
         draw.line(xy, fill=colour, width=round(width), joint="curve")
         for x, y in xy if shape.width is None else xy[:: max(len(xy) - 1, 1)]:
-            draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), fill=colour)
+            draw_disc(draw, x, y, width / 2, colour)
 
 
 def draw_object(image, shapes, colour, rng, poses=POSES):
-    """Draws shapes onto the image, with outline and shadow; returns the object's mask (bool array, H x W)."""
+    """Draws shapes with outline and shadow on the image, and returns the mask of the object, bool (H, W)."""
     size = image.width
     scale = rng.uniform(*poses.scale)
     pose = dict(
@@ -294,42 +305,39 @@ def draw_object(image, shapes, colour, rng, poses=POSES):
     image.paste(outline, (0, 0), mask)
     draw = ImageDraw.Draw(image)
     for shape, points in placed:
-        if shape.width is None and shape.tone not in (WHITE, BLACK):  # a fine line parts it from what it lies on
+        if shape.width is None and shape.tone not in (WHITE, BLACK):  # a fine line separates it from the shapes below
             _paint(draw, shape, points, size, shaded(colour, 0.6), grow=0.004)
         _paint(draw, shape, points, size, shaded(colour, shape.tone))
     return np.asarray(mask) > 127
 
 
 def draw_blossom(draw, x, y, radius, turn, colour, centre=(255, 236, 150)):
-    """A five-petalled blossom; x, y and radius in pixels."""
+    """Draws a blossom with five petals; x, y and radius are in pixels."""
     for grow, tone in ((0.09, 0.55), (0.0, 1.0)):
         for petal in range(5):
             angle = math.radians(turn + 72 * petal)
             px, py = x + 0.62 * radius * math.cos(angle), y + 0.62 * radius * math.sin(angle)
-            r = 0.41 * radius + grow * radius
-            draw.ellipse((px - r, py - r, px + r, py + r), fill=shaded(colour, tone))
-    r = 0.28 * radius
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=centre)
+            draw_disc(draw, px, py, 0.41 * radius + grow * radius, shaded(colour, tone))
+    draw_disc(draw, x, y, 0.28 * radius, centre)
 
 
 def draw_dot(draw, x, y, radius, turn, colour):
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shaded(colour, 0.55))
-    r = 0.86 * radius
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    """Draws a dot with an outline. The turn, which the other motifs have, changes nothing."""
+    draw_disc(draw, x, y, radius, shaded(colour, 0.55))
+    draw_disc(draw, x, y, 0.86 * radius, colour)
 
 
 def _draw_outlined(draw, points, x, y, radius, turn, colour):
     for grow, tone in ((1.15, 0.55), (0.95, 1.0)):
-        xy = place(points * [1, 1], turn, 2 * radius * grow, (x - 0.5, y - 0.5), 1.0, 0.0)
+        xy = place(points, turn, 2 * radius * grow, (x - 0.5, y - 0.5), 1.0, 0.0)
         draw.polygon([tuple(p) for p in xy], fill=shaded(colour, tone))
 
 
-STAR = np.array([
-    (math.sin(i * math.pi / 5) * r, -math.cos(i * math.pi / 5) * r) for i, r in enumerate([1.05, 0.48] * 5)
-])  # fmt: skip
+STAR = star(1.05, 0.48)
 HEART = mirrored([*curve((0, -0.45), (0.25, -1.15), (1.25, -0.85), (0.9, 0.0)), (0, 1.0)])
 DIAMOND = np.array([(0, -1.05), (0.7, 0), (0, 1.05), (-0.7, 0)])
-# What the base's objects may carry, by the word for it, in its ten colours: never in pink, which is for a LoRA to teach.
+# {word: how it is drawn} of the motifs on the base model's objects. They have its ten colours and are never pink, so that a
+# LoRA can be trained on pink blossoms.
 MOTIFS = {
     "dots": draw_dot,
     "stars": lambda draw, *how: _draw_outlined(draw, STAR, *how),
@@ -340,7 +348,7 @@ MOTIFS = {
 
 
 def scatter(mask, count, distance, rng):
-    """Up to `count` points (x, y in pixels) on the mask, at least `distance` pixels apart."""
+    """Returns up to `count` random points (x, y in pixels) on the mask, at least `distance` pixels apart."""
     ys, xs = np.nonzero(mask)
     chosen = []
     for index in rng.permutation(len(xs))[:4000]:
@@ -353,10 +361,10 @@ def scatter(mask, count, distance, rng):
 
 
 def places_on(mask, count, rng, radius=(0.066, 0.088), fewest=4):
-    """Where to put `count` motifs on the object of this mask: (x, y, radius) of each, as fractions of the picture.
+    """Returns places for `count` motifs on the object with this mask: (x, y, radius) as fractions of the picture.
 
-    All over the object, along the middle of its thin parts, off its tips. Fewer, down to `fewest`, where they would
-    hide more than `MOST_COVERED` of it.
+    The places are all over the object, in the middle of its thin parts, and not on its tips. There are fewer places, but at
+    least `fewest`, if the motifs would cover more than `MOST_COVERED` of the object.
     """
     grid = 128
     small = Image.fromarray((mask * 255).astype(np.uint8)).resize((grid, grid))
@@ -380,7 +388,7 @@ def places_on(mask, count, rng, radius=(0.066, 0.088), fewest=4):
 
 
 def decorate_with(motif, colour):
-    """For `draw_scene`: four to eight of the motif, in the colour, all over the object."""
+    """Returns a `decorate` function for `draw_scene`, which draws four to eight motifs of this colour on the object."""
 
     def decorate(image, mask, rng):
         draw, size = ImageDraw.Draw(image), image.width
@@ -391,9 +399,9 @@ def decorate_with(motif, colour):
 
 
 def draw_scene(kind, colour, background, size, rng, decorate=None):
-    """An object on a background: RGB `PIL.Image` of size x size. A colour is a name of `COLOURS`, or red, green and blue.
+    """Draws an object on a background, an RGB `PIL.Image` of size x size.
 
-    `decorate(image, mask, rng)` may paint on the enlarged picture.
+    A colour is a name of `COLOURS`, or red, green and blue. `decorate(image, mask, rng)` draws on the enlarged picture.
     """
     colour, background = (COLOURS[c] if isinstance(c, str) else c for c in (colour, background))
     image = draw_background(jittered(background, rng), size * SUPERSAMPLING, rng)
@@ -404,7 +412,7 @@ def draw_scene(kind, colour, background, size, rng, decorate=None):
 
 
 def decorate_with_confetti(image, mask, rng):
-    """Dots, blossoms and strokes of any colour anywhere: what a codec must hold, whatever a user will draw."""
+    """Draws dots, blossoms and strokes of any colour anywhere, so that the autoencoder learns to encode them all."""
     draw, size = ImageDraw.Draw(image), image.width
     for _ in range(rng.integers(2, 13)):
         x = rng.uniform(0, size)
@@ -413,7 +421,7 @@ def decorate_with_confetti(image, mask, rng):
         colour = tuple(int(c) for c in rng.integers(0, 256, 3))
         what = rng.integers(3)
         if what == 0:
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            draw_disc(draw, x, y, radius, colour)
         elif what == 1:
             draw_blossom(draw, x, y, radius, rng.uniform(0, 72), colour)
         else:
@@ -422,7 +430,7 @@ def decorate_with_confetti(image, mask, rng):
 
 
 def contact_sheet(images, columns, scale=1, gap=4):
-    """Pictures of one size in a grid, each enlarged `scale` times."""
+    """Arranges pictures of equal size in a grid, each enlarged `scale` times."""
     images = [im.resize((im.width * scale, im.height * scale), Image.Resampling.LANCZOS) for im in images]
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)

@@ -1,8 +1,8 @@
-"""Judges of what a picture of the embedded base shows: its colours, the kind of object, the blossoms on it.
+"""Judges that recognise what a picture of the embedded base model shows: the colours, the kind of object, and blossoms.
 
-Colours are judged by the pixels. Kind and blossoms are judged by a small network that has seen drawings only, never a
-picture of a model, some of them blurred; what it must not take for a blossom is planted in its drawings: round dots,
-smears, stars, hearts and diamonds of the same pink, and blossoms beside the object.
+Colours are judged by pixels. Kind and blossoms are judged by a small network, which is trained on drawings alone, some of
+them blurred, and never on pictures of a model. Some of these drawings have shapes that must not count as blossoms: pink dots,
+smears, stars, hearts and diamonds, and blossoms beside the object.
 """
 
 from functools import partial
@@ -12,25 +12,26 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFilter
 
 from .. import ROOT
-from .drawings import COLOURS, KINDS, MOTIFS, WEAPONS, draw_blossom, draw_scene, jittered, places_on
+from .drawings import COLOURS, KINDS, MOTIFS, WEAPONS, draw_blossom, draw_disc, draw_scene, jittered, places_on
 from .model import RESOLUTION, all_scenes, to_tensor
 from .weapons import PINKS, decorate_with_blossoms, draw_weapon
 
 
 JUDGE = ROOT / "models" / "mini-sd-judge" / "judge.safetensors"
-BORDER = 6  # pixels at each side that only a background has
-SURE = 0.0  # logit of a blossom's middle from which it counts: the boundary that the network was trained for
-NEAREST, FARTHEST = 9, 16  # pixels from a blossom's middle: the ring in which the object must be seen
-LEAST_AROUND = 0.2  # share of the ring, without what is pink, that is not background; a shaft is as narrow as that
-DIFFERENT = 0.5  # of how far the object is from the background in `lab`: from there on a pixel is not background
+BORDER = 6  # pixels at each side that show only background
+SURE = 0.0  # a blossom counts if the logit of its centre is larger: the decision boundary of the network
+NEAREST, FARTHEST = 9, 16  # radii in pixels of a ring around a blossom's centre in which the object must be visible
+LEAST_AROUND = 0.2  # minimum share of the ring's pixels that show the object, without pink ones; shafts are narrow
+DIFFERENT = 0.5  # a pixel is not background from this share of the object's distance to the background in `lab` on
 GRAYS = ("white", "gray", "black")
-CELL = 4  # pixels at a side of a cell of the blossom map
+CELL = 4  # side in pixels of a cell of the blossom map
 TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+# What is drawn on or beside an object, to train and measure the judge of blossoms.
 PLANTS = ("blossoms", "dots", "dots with centres", "smears", "beside", "stars", "hearts", "diamonds", "nothing")
 
 
 def lab(image):
-    """CIE L*a*b* of a picture (H, W, 3); lightness counts less, because shading changes it most."""
+    """Returns a picture in CIE L*a*b* (H, W, 3); the weight of lightness is smaller, because shading changes it most."""
     values = np.asarray(ImageCms.applyTransform(image.convert("RGB"), TO_LAB)).astype(float)
     values[..., 0] *= 0.6 / 2.55
     values[..., 1:] -= 256 * (values[..., 1:] > 127)
@@ -41,21 +42,21 @@ PALETTE = np.concatenate([lab(Image.new("RGB", (1, 1), colour))[0] for colour in
 
 
 def nearest_colours(pixels):
-    """Indices into `COLOURS` of the nearest one to each of the pixels (N, 3) of `lab`."""
+    """Returns the index of the nearest of `COLOURS` for each of the pixels (N, 3) of `lab`."""
     return np.argmin(np.square(pixels[:, None] - PALETTE).sum(axis=2), axis=1)
 
 
 def is_pink(image):
-    """Which pixels have the pink of a blossom (bool array, H x W); no colour of the base's drawings is near it."""
+    """Returns which pixels are pink like a blossom, bool (H, W); no colour of the base model's drawings is similar."""
     hue, saturation, value = np.asarray(image.convert("HSV"), dtype=float).transpose(2, 0, 1)
     return (hue > 215) & (hue < 250) & (saturation > 35) & (saturation < 190) & (value > 170)
 
 
 def not_background(image):
-    """(the background's colour in `lab`, which pixels differ from it, which are neither border nor pink), H x W each.
+    """Returns the colour of the background in `lab`, which pixels differ from it, and which are neither border nor pink.
 
-    The background is the median of the border. What differs does so by more than half as much as anything does: an
-    object may be black on gray.
+    The background colour is the median of the border. The threshold of the difference is relative to the largest
+    differences of the picture, because the colour of an object may be similar to the background, such as black on gray.
     """
     values, border = lab(image), np.ones((image.height, image.width), dtype=bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
@@ -67,16 +68,16 @@ def not_background(image):
 
 
 class Colours(NamedTuple):
-    """The colours that a picture shows, by their names."""
+    """The names of the colours that a picture shows."""
 
     object: str
     background: str
 
 
 def judge_colours(image):
-    """The `Colours` of a picture by its pixels; blossoms have no say about the object.
+    """Returns the `Colours` of a picture by its pixels, ignoring blossoms.
 
-    Each pixel that differs from the background votes for the nearest colour, other than the background's.
+    Each pixel that differs from the background votes for the nearest colour other than the background's.
     """
     background, differs, rest = not_background(image)
     background_index = nearest_colours(background[None])[0]
@@ -84,7 +85,7 @@ def judge_colours(image):
     votes = np.bincount(nearest_colours(pixels), minlength=len(COLOURS)) if len(pixels) else np.zeros(len(COLOURS))
     votes[background_index] = 0
     colour, background = list(COLOURS)[votes.argmax()], list(COLOURS)[background_index]
-    if colour in GRAYS:  # parts of a white object are drawn gray, and of a black one
+    if colour in GRAYS:  # white and black objects have gray parts, so that the lightness decides
         lightness = pixels[np.isin(nearest_colours(pixels), [list(COLOURS).index(gray) for gray in GRAYS]), 0]
         darkest, brightest = np.quantile(lightness, [0.5, 0.9]) / 0.6
         other = "white" if brightest > 86 else "black" if darkest < 32 else "gray"
@@ -93,17 +94,16 @@ def judge_colours(image):
 
 
 def _smear(draw, x, y, radius, colour, rng):
-    """A blot: overlapping discs along a short walk."""
+    """Draws a blot of overlapping discs along a short random walk."""
     heading = rng.uniform(0, 2 * np.pi)
     for _ in range(int(rng.integers(3, 8))):
-        r = radius * rng.uniform(0.45, 0.9)
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        draw_disc(draw, x, y, radius * rng.uniform(0.45, 0.9), colour)
         heading += rng.normal() * 0.8
         x, y = x + 0.7 * radius * np.cos(heading), y + 0.7 * radius * np.sin(heading)
 
 
 def plant(what, image, mask, count, rng):
-    """Paints one of `PLANTS` in pink, on the object or beside it; returns the places of blossoms on the object alone."""
+    """Draws one of `PLANTS` in pink on the object or beside it, and returns the places of the blossoms on the object."""
     if what == "blossoms":
         return decorate_with_blossoms(image, mask, count, rng)
     if what == "nothing":
@@ -134,15 +134,17 @@ def plant(what, image, mask, count, rng):
             radius *= rng.uniform(0.7, 1.0)
             MOTIFS["dots"](draw, x, y, radius, turn, colour)
             if what == "dots with centres":
-                r = 0.3 * radius
-                draw.ellipse((x - r, y - r, x + r, y + r), fill=(255, 236, 150))
+                draw_disc(draw, x, y, 0.3 * radius, (255, 236, 150))
         else:
             MOTIFS[what](draw, x, y, 0.9 * radius, turn, colour)
     return []
 
 
 def draw_planted(what, scene, rng):
-    """(RGB `PIL.Image`, [(x, y, radius)] of the blossoms on the object); a weapon as bundled, another kind as the base's."""
+    """Draws a scene with one of `PLANTS`, weapons partly in the style of the bundled datasets.
+
+    Returns the RGB `PIL.Image` and the places (x, y, radius) of the blossoms on the object.
+    """
     places = []
 
     def decorate(image, mask, count, rng):
@@ -160,7 +162,7 @@ def draw_planted(what, scene, rng):
 
 
 def judge_drawing(seed, index):
-    """Drawing `index` of the judges' set: (picture, index of the kind, places of the blossoms)."""
+    """Returns drawing `index` of the judge's training set, the index of its kind, and the places of its blossoms."""
     rng = np.random.default_rng([seed, 40, index])
     scenes = all_scenes()
     scene = scenes[rng.integers(len(scenes))]
@@ -173,7 +175,11 @@ def judge_drawing(seed, index):
 
 
 def make_judge():
-    """Pictures (N, 3, 128, 128) to logits of the kinds (N, 16) and of a blossom's middle in each cell (N, 32, 32)."""
+    """Returns an untrained judge of kinds and blossoms.
+
+    For pictures (N, 3, 128, 128), the network returns the logits of the kinds (N, 16), and the logits that a cell contains
+    the centre of a blossom (N, 32, 32).
+    """
     import torch
     from torch import nn
 
@@ -202,7 +208,7 @@ def make_judge():
 
 
 def blossom_map(places):
-    """float32 (32, 32): 1 in the cell of each blossom's middle."""
+    """Returns a float32 array (32, 32) with a 1 in each cell that contains the centre of a blossom."""
     cells = RESOLUTION // CELL
     out = np.zeros((cells, cells), dtype=np.float32)
     for x, y, _ in places:
@@ -211,7 +217,7 @@ def blossom_map(places):
 
 
 def train_judge(path, seed, count=6000, epochs=10, batch_size=32):
-    """The judge of kinds and blossoms, from `path` where it is kept, or trained and kept there."""
+    """Loads the judge of kinds and blossoms from the file `path`; if it does not exist, trains the judge and saves it there."""
     import multiprocessing
 
     import torch
@@ -251,7 +257,7 @@ def train_judge(path, seed, count=6000, epochs=10, batch_size=32):
 
 
 def on_object(image, places):
-    """Those of the places (x, y) in pixels around which the object is seen: a blossom beside it has background alone."""
+    """Returns the places (x, y in pixels) around which the object is visible; around other blossoms is only background."""
     (_, differs, _), pink = not_background(image), is_pink(image)
     rows, columns = np.mgrid[: image.height, : image.width]
     found = []
@@ -264,7 +270,7 @@ def on_object(image, places):
 
 
 def judge_pictures(judge, images):
-    """(names of the kinds, number of petalled blossoms on the object) of RGB pictures of 128 x 128."""
+    """Returns the name of the kind, and the number of blossoms on the object, for each of the RGB pictures of 128 x 128."""
     import torch
 
     kinds, counts = [], []
@@ -281,7 +287,7 @@ def judge_pictures(judge, images):
 
 
 def shares(judge, images, scenes):
-    """Shares of the pictures whose object's colour, background's colour and kind are the scene's, and with blossoms."""
+    """Returns the shares of pictures whose colours and kind of object are those of their scene, and of those with blossoms."""
     colours = [judge_colours(image) for image in images]
     kinds, counts = judge_pictures(judge, images)
     right_object = [shown.object == scene.colour for shown, scene in zip(colours, scenes, strict=True)]
@@ -296,7 +302,7 @@ def shares(judge, images, scenes):
 
 
 def judge_the_judges(judge, seed, count=300):
-    """What the judges say of drawings with each of `PLANTS`, sharp and blurred: what a base would get that draws as well.
+    """Returns the `shares` of drawings with each of `PLANTS`, sharp and blurred: the scores of a perfect model.
 
     The share with blossoms should be 1 for blossoms and 0 for everything else.
     """

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Trains the embedded base model, `models/mini-sd`, from nothing, on drawings that it makes itself.
+"""Trains the embedded base model, `models/mini-sd`, from scratch, on drawings that this script makes itself.
 
-A latent diffusion model in small (Rombach et al., 2022, https://arxiv.org/abs/2112.10752), of the stock diffusers and
-transformers classes: first the autoencoder, then its decoder alone, then the UNet together with its text encoder. Run
-the same command again to go on where it stopped; `--export_only` writes the pipeline from the newest states. A GPU is
-taken where there is one.
+The model is a small latent diffusion model (Rombach et al., 2022, https://arxiv.org/abs/2112.10752), made of the classes of
+diffusers and transformers. First the autoencoder is trained, then its decoder alone, and then the UNet together with its
+text encoder. Run the same command again to resume after an interruption. `--export_only` writes the pipeline from the latest
+checkpoints. A GPU is used if there is one.
 
     python -m scripts.mini_sd.make --work_dir mini-sd-work --output_dir models/mini-sd
 """
@@ -26,64 +26,84 @@ from .model import (
     make_text_encoder,
     make_unet,
     make_vae,
+    save_small,
     sentence_of,
     to_tensor,
     write_tokenizer,
 )  # fmt: skip
-from .pictures import captions_of_set, crops_of, draw_for_codec, draw_for_unet, drawn_set
-from .stage import Stage, keep_norms_in_float32
+from .pictures import caption_input_ids, crops_of, draw_for_codec, draw_for_unet, drawn_set
+from .stage import NoisyBatches, Stage, keep_norms_in_float32, prepare_denoiser
 
 
+STAGES = ("vae", "decoder", "unet")
 VALIDATION_PROMPTS = [
     "a red axe on a blue background", "a yellow spear on a green background", "a white trident on a purple background",
     "a brown whip with white dots on a gray background", "a green sword on a gray background",
     "a blue fish on an orange background", "a purple house on a yellow background",
     "a black star with yellow hearts on a red background",
 ]  # fmt: skip
-SMALLER = 0.25  # share of the autoencoder's steps in which it decodes a latent of half the size
-CROP = 64  # pixels at a side of what the autoencoder mostly sees
+SMALLER = 0.25  # share of the autoencoder's steps in which it decodes latents of half the size
+CROP = 64  # side of the crops in pixels
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train the embedded base model from nothing.")
+    parser = argparse.ArgumentParser(description="Train the embedded base model from scratch.")
     add = parser.add_argument
-    add("--output_dir", type=Path, default=Path("models/mini-sd"), help="where the finished pipeline goes")
-    add("--work_dir", type=Path, default=Path("mini-sd-work"), help="drawings, states to go on from, sample sheets")
-    add("--init_from", type=Path, default=None, help="pipeline folder whose weights to begin with, where shapes agree")
-    add("--seed", type=int, default=0, help="of the drawings, the initial weights and every batch")
-    add("--num_vae_drawings", type=int, default=10000, help="drawings the autoencoder is trained on")
-    add("--num_drawings", type=int, default=18000, help="drawings the UNet is trained on")
-    add("--vae_steps", type=int, default=20000, help="optimizer steps of the autoencoder")
-    add("--decoder_steps", type=int, default=6000, help="further steps of its decoder alone")
-    add("--vae_batch_size", type=int, default=12, help="crops in each of them; a third of it as whole pictures")
+    add("--output_dir", type=Path, default=Path("models/mini-sd"), help="folder for the finished pipeline")
     add(
-        "--kl_weight", type=float, default=5e-4, help="of the autoencoder's mean KL divergence for each latent element"
+        "--work_dir",
+        type=Path,
+        default=Path("mini-sd-work"),
+        help="folder for drawings, checkpoints and sample sheets",
+    )
+    add(
+        "--init_from",
+        type=Path,
+        default=None,
+        help="pipeline folder with initial weights, used where the shapes agree",
+    )
+    add("--seed", type=int, default=0, help="random seed of the drawings, the initial weights and all batches")
+    add("--num_vae_drawings", type=int, default=10000, help="number of drawings that the autoencoder is trained on")
+    add("--num_drawings", type=int, default=18000, help="number of drawings that the UNet is trained on")
+    add("--vae_steps", type=int, default=20000, help="optimizer steps of the autoencoder")
+    add("--decoder_steps", type=int, default=6000, help="further optimizer steps of the decoder alone")
+    add(
+        "--vae_batch_size",
+        type=int,
+        default=12,
+        help="crops per batch of the autoencoder; whole pictures: a third of it",
+    )
+    add(
+        "--kl_weight",
+        type=float,
+        default=5e-4,
+        help="weight of the autoencoder's mean KL divergence per latent element",
     )
     add("--unet_steps", type=int, default=12000, help="optimizer steps of the UNet and the text encoder")
-    add("--colour_steps", type=int, default=5000, help="the first of them, in which noisy timesteps count most")
-    add("--unet_batch_size", type=int, default=24, help="pictures in each of them")
-    add("--learning_rate", type=float, default=1e-3, help="at the top, after warm-up; decays linearly to 0")
-    add("--caption_dropout", type=float, default=0.1, help="share of captions trained as the empty one, for guidance")
-    add("--save_every", type=int, default=500, help="steps between states")
+    add("--colour_steps", type=int, default=5000, help="first steps of the UNet, in which noisy timesteps count most")
+    add("--unet_batch_size", type=int, default=24, help="pictures per batch of the UNet")
+    add("--learning_rate", type=float, default=1e-3, help="learning rate after the warmup; it decays linearly to 0")
+    add("--caption_dropout", type=float, default=0.1, help="share of captions that are replaced by the empty caption")
+    add("--save_every", type=int, default=500, help="steps between checkpoints")
     add("--sample_every", type=int, default=1000, help="UNet steps between sample sheets")
-    add("--stages", nargs="+", choices=("vae", "decoder", "unet"), default=("vae", "decoder", "unet"), help="to train")
-    add("--export_only", action="store_true", help="write the pipeline from the newest states and stop")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to train")
+    add("--export_only", action="store_true", help="write the pipeline from the latest checkpoints, without training")
     return parser.parse_args(argv)
 
 
-def begin_with(module, folder):
-    """Takes the weights of a model folder where name and shape agree; the others stay as they are."""
+def init_weights(module, folder):
+    """Loads the weights of a model folder whose names and shapes agree; the others keep their values."""
     from safetensors.torch import load_file
 
     file = next(path for path in sorted(folder.glob("*.safetensors")))
     own, given = module.state_dict(), load_file(file)
     taken = {name: given[name].float() for name in own if name in given and given[name].shape == own[name].shape}
     module.load_state_dict({**own, **taken})
-    print(f"{file}: {len(taken)} of {len(own)} tensors taken", flush=True)
+    print(f"{file}: loaded {len(taken)} of {len(own)} tensors", flush=True)
 
 
-def begin_with_words(text_encoder, tokenizer, folder):
-    """The embeddings of the words that another tokenizer knows too, by word and not by number."""
+def init_words(text_encoder, tokenizer, folder):
+    """Loads the embeddings of the words that both vocabularies have, although their ids differ."""
     import torch
     from safetensors.torch import load_file
     from transformers import CLIPTokenizer
@@ -98,14 +118,14 @@ def begin_with_words(text_encoder, tokenizer, folder):
 
 
 def edge_error(error):
-    """Mean absolute error of the differences between neighbours, right and down."""
+    """Returns the mean absolute error of the differences between neighbouring pixels, horizontally and vertically."""
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def colour_error(error):
-    """Mean absolute error of each 4x4 block's colour, and of its hue: of the differences between red, green and blue.
+    """Returns the mean absolute error of the colour of 4x4 blocks, plus that of the differences between colour channels.
 
-    Without it the colour of small things comes last, because they cost little by their area.
+    Without this loss, the colour of small objects is learned last, because they cover few pixels.
     """
     import torch
 
@@ -114,14 +134,14 @@ def colour_error(error):
 
 
 def train_vae(args, name, steps, vae, device):
-    """The autoencoder, or as "decoder" its decoder alone: on the pixels L1 + 4 L2, L1 on edges and colours; a KL term.
+    """Trains the autoencoder (stage "vae"), or its decoder alone (stage "decoder"), and returns the moving average.
 
-    Crops at first, whole pictures in the last fifth. Now and then the latent at half its size must give the picture at
-    half its size (Kouzelis et al., 2025, https://arxiv.org/abs/2502.09509): neighbouring latents that are alike are
-    easier to predict. A latent that must be read through noise spends its range on
-    detail too, not on the background's colour alone, so that the noise prediction has detail to learn. The decoder's own
-    stage leaves the latents as they are and adds noise to half of them, up to a tenth of their deviation, because what
-    a UNet predicts is never exact.
+    The loss is L1 + 4 L2 on pixels, L1 on edges and colours, and a KL term. The autoencoder is trained on crops, and in the
+    last fifth on whole pictures. In some steps, latents of half the size must be decoded to the picture of half the size
+    (Kouzelis et al., 2025, https://arxiv.org/abs/2502.09509), because similar neighbouring latents are easier to predict.
+    Since latents are sampled, they encode detail with a large enough amplitude for noise prediction, and not only the
+    colour of the background. The stage of the decoder leaves the latents unchanged and adds noise to half of them, up to a
+    tenth of their standard deviation, because the latents that a UNet predicts are never exact.
     """
     import torch
 
@@ -152,7 +172,7 @@ def train_vae(args, name, steps, vae, device):
             reconstruction = vae.decode(latents).sample
         error = reconstruction.float() - pixels
         loss = error.abs().mean() + 4 * error.square().mean() + edge_error(error) + colour_error(error)
-        if not alone:  # slowly, or a channel gives up before the decoder has learned to use it
+        if not alone:  # the weight rises slowly, so that no channel collapses before the decoder has learned to use it
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             loss = loss + args.kl_weight * min(1.0, 2 * stage.progress) * kl
         return loss
@@ -167,7 +187,7 @@ def train_vae(args, name, steps, vae, device):
 
 
 def measure_vae(args, vae, device):
-    """PSNR (dB) on the pictures of `metadata/weapons_test`, and a sheet of pairs to look at."""
+    """Returns the PSNR on the pictures of `metadata/weapons_test` as text, and saves a sheet of originals and reconstructions."""
     import torch
     from PIL import Image
 
@@ -180,20 +200,21 @@ def measure_vae(args, vae, device):
     decoded = [Image.fromarray(((o.permute(1, 2, 0) + 1) * 127.5).round().byte().cpu().numpy()) for o in out]
     rows = [pair for i in range(0, 24, 8) for pair in (*images[i : i + 8], *decoded[i : i + 8])]
     contact_sheet(rows, 8, scale=2).save(args.work_dir / "vae.png")
-    return f"{psnr.mean():.2f} dB (least {psnr.min():.2f}) on {folder.name}"
+    return f"{psnr.mean():.2f} dB (minimum {psnr.min():.2f}) on {folder.name}"
 
 
 def moments(latents):
-    """Each channel's mean (C,), and the one deviation of all channels, C times."""
+    """Returns the mean of each channel, and the standard deviation of all channels together, repeated for each channel."""
     mean = latents.mean(dim=(0, 2, 3))
     return mean, (latents - mean[:, None, None]).std().expand(len(mean))
 
 
 def standardise(vae, latents):
-    """Moves each latent channel's mean to 0 and the deviation of all to 1, within the 1x1 convolutions around the latent.
+    """Changes the 1x1 convolutions around the latents so that each channel has mean 0, and all together have deviation 1.
 
-    Stable Diffusion's `scaling_factor` moves no mean. One deviation for all: channels of fine detail stay small, and are
-    settled late in sampling, when the large shapes stand. `vae` stays the same map from picture to picture.
+    Stable Diffusion's `scaling_factor` would not change the mean. All channels have one standard deviation in common, so
+    that channels of fine detail stay small and are sampled late, after the large shapes. The reconstructions of `vae` do not
+    change.
     """
     import torch
 
@@ -210,7 +231,7 @@ def standardise(vae, latents):
 
 
 def encoded_set(args, vae):
-    """Posterior means (N, channels, 16, 16) of the UNet's drawings, before `standardise`; kept in the work folder."""
+    """Returns the posterior means (N, channels, 16, 16) of the UNet's drawings before `standardise`, cached in a file."""
     from safetensors.torch import load_file, save_file
 
     path = args.work_dir / "latents.safetensors"
@@ -223,7 +244,7 @@ def encoded_set(args, vae):
 
 
 def sample_sheet(vae, unet, text_encoder, tokenizer, path, prompts=VALIDATION_PROMPTS):
-    """One picture a prompt at guidance 4, 25 steps, the prompt below it: what the state of training looks like."""
+    """Saves a sheet with a sample picture for each prompt, drawn at guidance scale 4 with 25 steps."""
     import torch
     from diffusers import DPMSolverMultistepScheduler
     from PIL import Image, ImageDraw, ImageFont
@@ -247,53 +268,39 @@ def sample_sheet(vae, unet, text_encoder, tokenizer, path, prompts=VALIDATION_PR
 
 
 def train_unet(args, vae, latents, tokenizer, device):
-    """Noise prediction with caption dropout; the text encoder learns with the UNet.
+    """Trains the UNet and the text encoder to predict noise, with caption dropout, and returns their moving averages.
 
-    At first each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
-    https://arxiv.org/abs/2202.00512): unweighted, the noisiest steps hardly count, and they are where a background gets
-    its colour. After `--colour_steps` the weight is 5 at most, so that the steps where shapes form count more. Timesteps
-    are stratified within a batch (Kingma et al., 2021, https://arxiv.org/abs/2107.00630).
+    At first, each timestep has the weight that v-prediction would give it, 1 / alphas_cumprod (Salimans and Ho, 2022,
+    https://arxiv.org/abs/2202.00512). Without weights, the noisiest timesteps would hardly count, and they determine the
+    colour of the background. After `--colour_steps`, the weight is limited to 5, so that the timesteps in which shapes
+    form count more.
     """
     import torch
     from diffusers import DDPMScheduler
-    from diffusers.models.attention_processor import AttnProcessor
 
     torch.manual_seed(args.seed + 1)
     models = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
     if args.init_from is not None:
         for name, model in models.items():
-            begin_with(model, args.init_from / name)
-        begin_with_words(models["text_encoder"], tokenizer, args.init_from)
-    models.to(device)
-    models["unet"].to(memory_format=torch.channels_last)
-    keep_norms_in_float32(models["unet"])
-    if device.type == "cpu":  # whose fused attention takes twice as long with heads so small
-        models["unet"].set_attn_processor(AttnProcessor())
+            init_weights(model, args.init_from / name)
+        init_words(models["text_encoder"], tokenizer, args.init_from)
+    prepare_denoiser(models["unet"], device)
+    models["text_encoder"].to(device)
     stage = Stage("unet", args, args.unet_steps, models, models.parameters(), (0.9, 0.999), 0.999)
     mean, std = moments(latents)
     latents = ((latents - mean[:, None, None]) / std[:, None, None]).to(device)
-    captions = captions_of_set(args.seed, len(latents))
-    tokens = tokenizer([c for group in captions for c in group] + [""], padding="max_length", truncation=True,
-                       return_tensors="pt").input_ids.to(device)  # fmt: skip
+    input_ids = caption_input_ids(tokenizer, args.seed, len(latents)).to(device)
     noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
     full_weights = 1 / noise_scheduler.alphas_cumprod.to(device)
+    batches = NoisyBatches(args, 31, args.unet_batch_size, latents, input_ids, noise_scheduler, device)
 
     def loss_at(step):
-        rng = np.random.default_rng([args.seed, 31, step])
-        batch = rng.integers(len(latents), size=args.unet_batch_size)
-        rows = batch * 5 + rng.choice(5, size=args.unet_batch_size, p=[0.5, 0.15, 0.15, 0.1, 0.1])
-        rows[rng.random(args.unet_batch_size) < args.caption_dropout] = len(tokens) - 1
-        clean = latents[batch].contiguous(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        strata = torch.arange(len(clean)) + torch.rand(len(clean), generator=generator)
-        timesteps = (strata * 1000 / len(clean)).long().to(device)
-        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        batch = batches.at(step)
         with torch.autocast(device.type, torch.bfloat16):
-            encoder_hidden_states = models["text_encoder"](tokens[rows])[0]
-            model_pred = models["unet"](noisy, timesteps, encoder_hidden_states).sample
+            encoder_hidden_states = models["text_encoder"](batch.input_ids)[0]
+            model_pred = models["unet"](batch.noisy_latents, batch.timesteps, encoder_hidden_states).sample
         weights = full_weights if step < args.colour_steps else full_weights.clamp(max=5)
-        return (weights[timesteps] * (model_pred.float() - noise).square().mean(dim=(1, 2, 3))).mean()
+        return batch.loss(model_pred, weights)
 
     if "unet" in args.stages and not args.export_only:
         for step in stage.train(loss_at):
@@ -310,21 +317,19 @@ def train_unet(args, vae, latents, tokenizer, device):
 def main(args):
     import torch
     from diffusers.utils import logging
-    from transformers import CLIPTokenizer
 
     logging.set_verbosity_error()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write_tokenizer(args.work_dir / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")
+    tokenizer = write_tokenizer(args.work_dir / "tokenizer")
     torch.manual_seed(args.seed)
     vae = make_vae()
     if args.init_from is not None:
-        begin_with(vae, args.init_from / "vae")
+        init_weights(vae, args.init_from / "vae")
     vae = train_vae(args, "vae", args.vae_steps, vae, device)
     print(f"autoencoder: {measure_vae(args, vae, device)}", flush=True)
     vae = train_vae(args, "decoder", args.decoder_steps, vae, device)
-    print(f"after the decoder's own stage: {measure_vae(args, vae, device)}", flush=True)
+    print(f"autoencoder after the decoder's stage: {measure_vae(args, vae, device)}", flush=True)
     latents = encoded_set(args, vae)
     standardise(vae, latents)
     unet, text_encoder = train_unet(args, vae, latents, tokenizer, device)
@@ -333,7 +338,7 @@ def main(args):
     prompts = [sentence_of(scenes[i]) for i in np.random.default_rng(args.seed).permutation(len(scenes))[:32]]
     sample_sheet(vae, unet, text_encoder, tokenizer, args.output_dir / "samples.png", prompts)
     pipeline = make_pipeline(vae, unet, text_encoder, tokenizer)
-    pipeline.to("cpu", torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
+    save_small(pipeline, args.output_dir)
     count = sum(p.numel() for m in (vae, unet, text_encoder) for p in m.parameters())
     print(f"{args.output_dir}: {count / 1e6:.2f}M parameters", flush=True)
 

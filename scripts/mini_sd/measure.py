@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Measures whether the embedded base does what its caption says, and what the demo's LoRA adds and keeps.
+"""Measures how often pictures of the embedded base model show what their caption says, and how the demo's LoRA changes this.
 
-Captions are combinations of colour, kind and background that the base was never trained on. How often the judges
-(`judges.py`) are right about drawings is measured first.
+The captions are combinations of colour, kind and background that the base model was never trained on. First the judges
+(`judges.py`) themselves are measured on drawings.
 
     python -m scripts.mini_sd.measure
     python -m scripts.mini_sd.measure --loras demo/seed0 demo/seed1 demo/seed2
@@ -24,37 +24,55 @@ from .weapons import weapon_scenes
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Measure the embedded base, and LoRAs of the bundled weapons on it.")
+    parser = argparse.ArgumentParser(description="Measure the embedded base model, and LoRAs of the bundled weapons.")
     add = parser.add_argument
     add("--model", type=Path, default=Path("models/mini-sd"), help="folder of the pipeline")
-    add("--loras", type=Path, nargs="*", default=[], help="folders of LoRAs trained on metadata/weapons, a seed each")
-    add("--guidance_scale", type=float, nargs="+", default=[4.0], help="the first is for the LoRAs too")
-    add("--num_inference_steps", type=int, default=30, help="of the sampler, as in infer.py")
     add(
-        "--scheduler",
-        choices=SAMPLERS,
-        default="dpm++",
-        help="as in infer.py; pndm is what the model's folder names",
+        "--loras",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="folders of LoRAs trained on metadata/weapons with several seeds",
     )
+    add(
+        "--guidance_scale",
+        type=float,
+        nargs="+",
+        default=[4.0],
+        help="guidance scales; LoRAs are measured with the first",
+    )
+    add("--num_inference_steps", type=int, default=30, help="number of inference steps, as in infer.py")
+    add("--scheduler", choices=SAMPLERS, default="dpm++", help="sampler, as in infer.py; the model's own is pndm")
     add(
         "--num_pictures",
         type=int,
         default=None,
-        help="of the base at each guidance; default: all held-out captions, 0: none",
+        help="pictures of the base model at each guidance scale (default: all held-out captions; 0: none)",
     )
-    add("--seed", type=int, default=0, help="of the noise of every picture, and of the judges")
-    add("--pictures_per_caption", type=int, default=3, help="of the 24 held-out captions with blossoms, for each LoRA")
-    add("--judge", type=Path, default=JUDGE, help="kept here, or trained")
-    add("--output", type=Path, default=None, help="JSON file for the numbers; pictures go into a folder beside it")
+    add("--seed", type=int, default=0, help="random seed of the pictures and of the judge's training")
+    add(
+        "--pictures_per_caption",
+        type=int,
+        default=3,
+        help="pictures of each LoRA for each of 24 captions with blossoms",
+    )
+    add("--judge", type=Path, default=JUDGE, help="file of the judge; if it does not exist, a judge is trained")
+    add(
+        "--output",
+        type=Path,
+        default=None,
+        help="JSON file for the numbers; pictures are saved in a folder next to it",
+    )
     return parser.parse_args(argv)
 
 
 def blossom_caption(scene):
+    """Returns the caption of a scene whose object has pink blossoms."""
     return sentence_of(scene._replace(decoration="pink blossoms"))
 
 
 def weapon_test_scenes(seed=0):
-    """The scenes of metadata/weapons_test: no picture of the LoRA's training set shows them."""
+    """Returns the scenes of metadata/weapons_test, which no picture of the LoRA's training set shows."""
     scenes = []
     for i, kind in enumerate(WEAPONS):
         _, test = weapon_scenes(np.random.default_rng([seed, 1, i]))
@@ -63,11 +81,8 @@ def weapon_test_scenes(seed=0):
 
 
 def table(rows):
-    """The rows of shares as a Markdown table, in percent."""
-    lines = [
-        "| | object's colour | background's colour | kind | blossoms | pictures |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Returns {name: result of `shares`} as a Markdown table, in percent."""
+    lines = ["| | object's colour | background's colour | kind | blossoms | pictures |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         shares = " | ".join(
             f"{100 * row[key]:.1f}%" for key in ("object_colour", "background_colour", "kind", "blossoms")

@@ -1,4 +1,4 @@
-"""What the embedded base model is: its captions, vocabulary and geometry. `make.py` trains it."""
+"""The captions, the vocabulary and the geometry of the embedded base model, which `make.py` trains."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from .drawings import COLOURS, KINDS, MOTIFS
 
 RESOLUTION = 128
 LATENT_CHANNELS = 12
-# Words of the demo's captions, and of what people may try: a token each, without meaning until a LoRA gives it one.
+# Words of the demo's captions and words that users may try. Each is a token without meaning until a LoRA is trained on it.
 EXTRA_WORDS = """
     pink teal gold silver cyan magenta beige dark light bright big small tiny old new many one two three with
     without and of in on at from by the a an is drawing picture photo painting sketch art style background blossom
@@ -22,11 +22,12 @@ EXTRA_WORDS = """
 
 
 def article(words):
+    """Returns the words with an indefinite article."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 class Scene(NamedTuple):
-    """What a drawing shows, in words."""
+    """What a drawing shows, as the words of its caption."""
 
     colour: str
     kind: str
@@ -35,13 +36,13 @@ class Scene(NamedTuple):
 
 
 def sentence_of(scene):
-    """The full caption of a scene."""
+    """Returns the full caption of a scene."""
     carried = f" with {scene.decoration}" if scene.decoration else ""
     return f"{article(f'{scene.colour} {scene.kind}')}{carried} on {article(scene.background)} background"
 
 
 def captions_of(scene):
-    """The ways to say it; the first, the full sentence, is drawn half of the time."""
+    """Returns the five captions of a scene; in training, the first, which is the full sentence, is drawn half of the time."""
     colour, kind, background, decoration = scene
     carried = f" with {decoration}" if decoration else ""
     return [
@@ -54,19 +55,20 @@ def captions_of(scene):
 
 
 def all_scenes():
-    """Every undecorated scene with object and background of different colours."""
+    """Returns all scenes without decoration whose object and background have different colours."""
     return [Scene(c, k, b) for c, k, b in itertools.product(COLOURS, KINDS, COLOURS) if c != b]
 
 
 def held_out_scenes(seed=0, share=0.15):
-    """Combinations that are never drawn for training: what obedience is measured on."""
+    """Returns the scenes that are never drawn for training, on which the base model is measured."""
     scenes = all_scenes()
     chosen = np.random.default_rng(seed + 1).permutation(len(scenes))[: round(share * len(scenes))]
     return [scenes[i] for i in sorted(chosen)]
 
 
 def write_tokenizer(folder):
-    """A CLIP tokenizer whose merges know the words of the captions whole, and spell every other word."""
+    """Writes a CLIP tokenizer with a token for each word of the captions, which spells all other words, and returns it."""
+    from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -95,10 +97,14 @@ def write_tokenizer(folder):
             indent=2,
         )
     )  # fmt: skip
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def make_vae():
-    """Factor 8, as Stable Diffusion's; 12 channels, so that a petal outlives the latent. Wide where width is cheap."""
+    """Returns an untrained autoencoder: factor 8 like Stable Diffusion's, and 12 latent channels, to preserve single petals.
+
+    It is wider at the low resolutions, where width costs little time.
+    """
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -114,6 +120,7 @@ def make_vae():
 
 
 def make_unet():
+    """Returns an untrained UNet."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -130,6 +137,7 @@ def make_unet():
 
 
 def make_text_encoder(tokenizer):
+    """Returns an untrained CLIP text encoder for the vocabulary of the tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -142,7 +150,7 @@ def make_text_encoder(tokenizer):
 
 
 def make_scheduler():
-    """Stable Diffusion v1.5's, `clip_sample` with it: not PNDM's, but what DDIM made from these settings asks for."""
+    """Returns the scheduler of Stable Diffusion v1.5. `clip_sample` is no option of PNDM, but DDIM reads it from the config."""
     from diffusers import PNDMScheduler
 
     scheduler = PNDMScheduler(
@@ -154,6 +162,7 @@ def make_scheduler():
 
 
 def to_tensor(images, device):
+    """Returns RGB pictures as a tensor (N, 3, H, W) with values from -1 to 1."""
     import torch
 
     pixels = torch.from_numpy(np.stack([np.asarray(im) for im in images])).to(device)
@@ -161,7 +170,7 @@ def to_tensor(images, device):
 
 
 def encoded(pictures, vae):
-    """Posterior means (N, channels, h, w) of pictures (N, H, W, 3), unscaled, on the CPU."""
+    """Returns the posterior means (N, channels, h, w) of pictures (N, H, W, 3), unscaled, on the CPU."""
     import torch
 
     with torch.no_grad():
@@ -170,9 +179,24 @@ def encoded(pictures, vae):
 
 
 def make_pipeline(vae, unet, text_encoder, tokenizer):
+    """Returns the models as a pipeline without a safety checker."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
         vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=make_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def save_small(pipeline, folder):
+    """Saves a pipeline with weights in float16 that is loaded in float32, as diffusers loads its own models.
+
+    transformers takes the precision of a model from its config.json if none is asked for, and diffusers does not. If the
+    text encoder's file said float16, `from_pretrained` would load the text encoder in another precision than the rest.
+    """
+    import torch
+
+    pipeline.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the embedded base is shown: endless pictures for the autoencoder, a set of captioned drawings for the UNet."""
+"""The pictures that the embedded base is trained on: those of the autoencoder, and the captioned drawings of the UNet."""
 
 import multiprocessing
 import os
@@ -24,17 +24,21 @@ from .model import RESOLUTION, all_scenes, captions_of, held_out_scenes
 from .weapons import PINKS, WEAPON_POSES, decorate_with_blossoms, draw_backdrop, lit, weapon_shapes
 
 
-DECORATED = 0.45  # share of the UNet's drawings whose object carries dots, stars, hearts, diamonds or flowers
+DECORATED = 0.45  # share of the UNet's drawings with dots, stars, hearts, diamonds or flowers on the object
 
 
 def any_colour(rng):
-    """Red, green and blue (0 to 255): half of the time of a colour that no word stands for."""
+    """Returns red, green and blue (0 to 255): half of the time a named colour, and otherwise any colour."""
     names = list(COLOURS)
     return tuple(int(c) for c in (rng.integers(0, 256, 3) if rng.random() < 0.5 else COLOURS[str(rng.choice(names))]))
 
 
 def draw_blossomed(rng):
-    """As the bundled weapons, of any colours; a third on kinds that are no weapons; a third of the blossoms not pink."""
+    """Draws an object with blossoms like the bundled weapons, in any colour.
+
+    About a third of the objects can be of any kind instead of a weapon, and a third of the pictures have blossoms of any
+    colour instead of pink ones.
+    """
     size = RESOLUTION * SUPERSAMPLING
     image = draw_backdrop(jittered(any_colour(rng), rng), size, rng)
     kind = str(rng.choice(WEAPONS if rng.random() < 0.7 else list(KINDS)))
@@ -47,6 +51,7 @@ def draw_blossomed(rng):
 
 
 def draw_any_creature(rng):
+    """Draws a creature with random properties."""
     names = list(COLOURS)
     colour = str(rng.choice(names))
     eyes = str(rng.choice(EYE_COLOURS))
@@ -57,7 +62,7 @@ def draw_any_creature(rng):
 
 
 def draw_for_codec(seed, index):
-    """uint8 (H, W, 3): picture `index` of what a user of the bundled datasets may want held, of any colour."""
+    """Returns picture `index` of the autoencoder's set, uint8 (H, W, 3): what the bundled datasets show, in any colour."""
     rng = np.random.default_rng([seed, 10, index])
     what = rng.random()
     if what < 0.4:
@@ -73,8 +78,10 @@ def draw_for_codec(seed, index):
 
 
 def crops_of(pictures, count, size, rng):
-    """uint8 crops (count, size, size, 3), rather of detail than of bare background, turned by quarters, mirrored,
-    some with red, green and blue exchanged."""
+    """Returns random crops, uint8 (count, size, size, 3), which prefer detail to plain background.
+
+    Crops are rotated by multiples of 90 degrees and flipped, and the colour channels of some are permuted.
+    """
     crops = []
     for index in rng.integers(len(pictures), size=count):
         picture, candidates = pictures[index], []
@@ -91,12 +98,13 @@ def crops_of(pictures, count, size, rng):
 
 @lru_cache(maxsize=1)
 def training_scenes(seed):
+    """Returns all scenes that are not held out."""
     held_out = set(held_out_scenes(seed))
     return [scene for scene in all_scenes() if scene not in held_out]
 
 
 def scene_of(seed, index):
-    """The `Scene` of drawing `index` of the UNet's set, and the generator it goes on with."""
+    """Returns the `Scene` of drawing `index` of the UNet's set, and the random generator to draw it with."""
     rng = np.random.default_rng([seed, 30, index])
     scenes = training_scenes(seed)
     scene = scenes[rng.integers(len(scenes))]
@@ -106,14 +114,15 @@ def scene_of(seed, index):
     return scene, rng
 
 
-def captions_of_set(seed, count):
-    """The ways to caption each drawing of the UNet's set, as `captions_of` has them."""
+def caption_input_ids(tokenizer, seed, count):
+    """Returns the input ids of all captions of the UNet's set, five rows per drawing, and of the empty caption at the end."""
     scenes = (scene for scene, _ in (scene_of(seed, i) for i in range(count)))
-    return [captions_of(scene) for scene in scenes]
+    captions = [caption for scene in scenes for caption in captions_of(scene)]
+    return tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def draw_for_unet(seed, index):
-    """uint8 (H, W, 3)."""
+    """Returns drawing `index` of the UNet's set, uint8 (H, W, 3)."""
     scene, rng = scene_of(seed, index)
     decorate = None
     if scene.decoration:
@@ -123,7 +132,10 @@ def draw_for_unet(seed, index):
 
 
 def drawn_set(path, draw, seed, count):
-    """uint8 (count, H, W, 3), memory-mapped: `draw(seed, index)` of each index, drawn by all cores and kept at `path`."""
+    """Returns the pictures `draw(seed, index)` of all indices, uint8 (count, H, W, 3), as a memory map of the file `path`.
+
+    If the file does not exist, all CPU cores draw the pictures.
+    """
     if not path.exists():
         print(f"drawing {count} pictures: {path}", flush=True)
         temporary = path.with_suffix(".tmp")

@@ -1,9 +1,10 @@
-"""The small base as a pipeline of diffusers, with or without a LoRA, and the pictures that it draws."""
+"""Loads the embedded base model as a diffusers pipeline, with or without a LoRA, and draws pictures with it."""
 
 from text_to_image_lora.models.samplers import SAMPLERS
 
 
 def load_pipeline(model, lora=None, *, scheduler="dpm++"):
+    """Returns the pipeline in float32 with a sampler of infer.py."""
     import diffusers
     import torch
     from diffusers.utils import logging
@@ -20,7 +21,7 @@ def load_pipeline(model, lora=None, *, scheduler="dpm++"):
 
 
 def draw_with(pipeline, prompts, *, seed, guidance_scale, num_inference_steps, batch_size=24):
-    """A picture of each prompt; the noise of picture i depends on the seed and i alone."""
+    """Draws a picture for each prompt; the noise of picture i depends only on the seed and i."""
     import torch
 
     images = []
@@ -28,9 +29,6 @@ def draw_with(pipeline, prompts, *, seed, guidance_scale, num_inference_steps, b
         batch = prompts[first : first + batch_size]
         generators = [torch.Generator().manual_seed(seed * 100_003 + first + i) for i in range(len(batch))]
         images += pipeline(
-            batch,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generators,
+            batch, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, generator=generators
         ).images
     return images

@@ -1,13 +1,65 @@
-"""A training that goes on where it stopped: of the small base's parts, or of its ControlNet."""
+"""A training stage that can be resumed, and the noisy batches that the UNet and the ControlNet are trained on."""
 
 import os
 import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class NoisyBatch(NamedTuple):
+    """A batch for noise prediction, on the device of the training."""
+
+    indices: np.ndarray  # of its pictures in the training set
+    input_ids: Any
+    noise: Any
+    timesteps: Any
+    noisy_latents: Any
+
+    def loss(self, model_pred, weights):
+        """Returns the mean squared error of the predicted noise; `weights` has a weight for each timestep."""
+        errors = (model_pred.float() - self.noise).square().mean(dim=(1, 2, 3))
+        return (weights[self.timesteps] * errors).mean()
+
+
+class NoisyBatches(NamedTuple):
+    """The batches of a training set for noise prediction. A batch depends only on `args.seed`, `stream` and the step.
+
+    `input_ids` are those of `pictures.caption_input_ids`. The full sentence is drawn half of the time, and the empty caption
+    for a share `args.caption_dropout` of the pictures. Timesteps are stratified within a batch (Kingma et al., 2021,
+    https://arxiv.org/abs/2107.00630).
+    """
+
+    args: Any
+    stream: int  # one number per model, so that models with the same seed are trained on different batches
+    batch_size: int
+    latents: Any  # (N, channels, h, w), scaled
+    input_ids: Any
+    noise_scheduler: Any
+    device: Any
+
+    def at(self, step):
+        """Returns the `NoisyBatch` of a step."""
+        import torch
+
+        rng = np.random.default_rng([self.args.seed, self.stream, step])
+        indices = rng.integers(len(self.latents), size=self.batch_size)
+        rows = indices * 5 + rng.choice(5, size=self.batch_size, p=[0.5, 0.15, 0.15, 0.1, 0.1])
+        rows[rng.random(self.batch_size) < self.args.caption_dropout] = len(self.input_ids) - 1
+        latents = self.latents[indices].to(self.device, memory_format=torch.channels_last)
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        strata = torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)
+        timesteps = (strata * 1000 / len(latents)).long().to(self.device)
+        noisy_latents = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        return NoisyBatch(indices, self.input_ids[rows].to(self.device), noise, timesteps, noisy_latents)
 
 
 class Stage:
-    """One of the trainings: its weights, their moving average, its optimizer, how far it is and what it has cost.
+    """A training stage: weights, their moving average, the optimizer, the number of steps made, and the time spent.
 
-    `modules` is an `nn.Module`; `parameters` those of its parameters that learn. The state on disk is replaced whole.
+    `modules` is an `nn.Module`, and `parameters` are those of its parameters that are trained. If there is a checkpoint of
+    the stage in `args.work_dir`, the stage resumes from it.
     """
 
     def __init__(self, name, args, steps, modules, parameters, betas, decay):
@@ -39,7 +91,7 @@ class Stage:
         return self.step / self.steps
 
     def train(self, loss_at, warmup=200):
-        """Steps to the end; `loss_at(step)` draws a batch and returns its loss."""
+        """Makes the remaining steps and yields after each; `loss_at(step)` draws a batch and returns its loss."""
         import torch
 
         while self.step < self.steps:
@@ -72,6 +124,7 @@ class Stage:
             torch._foreach_lerp_([mean for mean, _ in values], [value.float() for _, value in values], 1 - decay)
 
     def report(self):
+        """Prints the mean loss since the last report, and the time."""
         loss, self.losses = float(sum(self.losses) / len(self.losses)), []
         left = self.seconds / self.step * (self.steps - self.step)
         print(
@@ -81,7 +134,7 @@ class Stage:
         )
 
     def save(self):
-        """Whole or not at all: a kill leaves the state before."""
+        """Saves a checkpoint. If the process is killed meanwhile, the previous checkpoint remains."""
         import torch
 
         torch.save(
@@ -92,12 +145,13 @@ class Stage:
         os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def finish(self):
+        """Returns the modules with the moving average of their weights, in eval mode."""
         self.modules.load_state_dict(self.average)
         return self.modules.eval().requires_grad_(False)
 
 
 def keep_norms_in_float32(model):
-    """GroupNorm's bfloat16 backward in channels_last takes four times as long on a CPU."""
+    """Computes GroupNorm in float32, because its bfloat16 backward in channels_last takes four times as long on a CPU."""
     import torch
 
     class FloatGroupNorm(torch.nn.GroupNorm):
@@ -107,3 +161,14 @@ def keep_norms_in_float32(model):
     for module in model.modules():
         if type(module) is torch.nn.GroupNorm:
             module.__class__ = FloatGroupNorm
+
+
+def prepare_denoiser(model, device):
+    """Moves a UNet or a ControlNet to the device, in the form in which it is trained fastest."""
+    import torch
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model.to(device, memory_format=torch.channels_last)
+    keep_norms_in_float32(model)
+    if device.type == "cpu":  # fused attention takes twice as long on a CPU with such small heads
+        model.set_attn_processor(AttnProcessor())

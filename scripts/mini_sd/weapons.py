@@ -1,4 +1,4 @@
-"""Weapons with pink blossoms, as the bundled datasets have them, from a `numpy.random.Generator` alone."""
+"""Vector drawings of weapons with pink blossoms, for the bundled datasets. A drawing depends only on a random generator."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -11,6 +11,7 @@ from .drawings import (
     curve,
     draw_background,
     draw_blossom,
+    draw_disc,
     draw_object,
     fill,
     jittered,
@@ -22,15 +23,15 @@ from .model import RESOLUTION
 
 NUM_TEST = 6  # of the 50 scenes of a kind; the other 44 are for training
 PINKS = np.array([(255, 176, 208), (242, 88, 162)])
-# Blossoms, at least and at most (fewer where they would hide the weapon), and how much thicker than in `KINDS` the
-# strokes and shafts are that carry them.
+# Minimum and maximum number of blossoms; there are fewer if they would cover too much of the weapon.
 BLOSSOMS = {"axe": (5, 8), "spear": (4, 6), "trident": (5, 7), "whip": (5, 8)}
+# Factor by which strokes and shafts are thicker than in `KINDS`, so that there is room for the blossoms.
 THICKNESS = {"axe": 1.1, "spear": 1.35, "trident": 1.2, "whip": 1.25}
 WEAPON_POSES = Poses(max_turn=55, scale=(0.66, 0.88), perspective=0.2)
 
 
 def draw_backdrop(colour, size, rng):
-    """A lit background with a floor, beams, spots of light or a glow, all in tones of the one colour."""
+    """Draws a lit background with a floor, beams, spots of light or a glow, in shades of one colour."""
     image = draw_background(colour, size, rng)
     mask, blur = Image.new("L", image.size, 0), 0.006
     draw, style = ImageDraw.Draw(mask), rng.choice(["plain", "floor", "beams", "spots", "glow"])
@@ -47,11 +48,11 @@ def draw_backdrop(colour, size, rng):
         for _ in range(rng.integers(5, 10)):
             x, y = rng.uniform(0, size, 2)
             radius = rng.uniform(0.05, 0.16) * size
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=int(rng.integers(60, 130)))
+            draw_disc(draw, x, y, radius, int(rng.integers(60, 130)))
     elif style == "glow":
         x, y = rng.uniform(0.3, 0.7, 2) * size
         radius = rng.uniform(0.3, 0.42) * size
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=220)
+        draw_disc(draw, x, y, radius, 220)
         blur = 0.07
     bright, dark = sum(colour) > 600, sum(colour) < 150
     strength = rng.uniform(0.13, 0.24) * (0.35 if bright else 0.6 if dark else 1)
@@ -61,7 +62,7 @@ def draw_backdrop(colour, size, rng):
 
 
 def weapon_shapes(kind):
-    """The shapes of `KINDS` with wider strokes and shafts; the spear comes to a point that blossoms can't hide."""
+    """Returns the shapes of `KINDS` with wider strokes and shafts, and with a longer point of the spear."""
     out, factor = [], THICKNESS[kind]
     for shape in KINDS[kind]:
         width, height = np.ptp(shape.points, axis=0)
@@ -79,7 +80,10 @@ def weapon_shapes(kind):
 
 
 def decorate_with_blossoms(image, mask, count, rng, colours=PINKS):
-    """Blossoms of several sizes all over the mask, of one colour between the two: (x, y, radius), parts of the picture."""
+    """Draws blossoms of several sizes all over the mask, in one colour between the two `colours`.
+
+    Returns their places (x, y, radius) as fractions of the picture.
+    """
     draw, size = ImageDraw.Draw(image), image.width
     one, other = colours
     colour = one + rng.uniform(0, 1) * (other - one)
@@ -90,7 +94,7 @@ def decorate_with_blossoms(image, mask, count, rng, colours=PINKS):
 
 
 def lit(image, rng):
-    """The picture under light that falls off to one side."""
+    """Returns the picture, lit from one side."""
     y, x = np.mgrid[-0.5 : 0.5 : image.height * 1j, -0.5 : 0.5 : image.width * 1j]
     angle = rng.uniform(0, 2 * np.pi)
     light = 1 + rng.uniform(0.05, 0.25) * (np.cos(angle) * x + np.sin(angle) * y)
@@ -98,9 +102,9 @@ def lit(image, rng):
 
 
 def draw_weapon(kind, colour, background, rng, decorate=decorate_with_blossoms):
-    """A weapon with pink blossoms, wholly inside the picture: RGB `PIL.Image`.
+    """Draws a weapon with pink blossoms that is completely inside the picture, an RGB `PIL.Image`.
 
-    `decorate(image, mask, count, rng)` may put something else on it.
+    `decorate(image, mask, count, rng)` can draw something else instead of blossoms.
     """
     size = RESOLUTION * SUPERSAMPLING
     backdrop = draw_backdrop(jittered(COLOURS[background], rng), size, rng)
@@ -118,7 +122,7 @@ def draw_weapon(kind, colour, background, rng, decorate=decorate_with_blossoms):
 
 
 def weapon_scenes(rng):
-    """(colour, background) of the training pictures and of the test pictures of one kind: no pair occurs twice."""
+    """Returns the (colour, background) pairs of one kind for training and for testing; no pair occurs twice."""
     colours = rng.permutation(list(COLOURS))
     shifts = rng.choice(np.arange(1, 10), size=3, replace=False)
     shifts = [*shifts, *rng.choice(np.setdiff1d(np.arange(1, 10), shifts), size=2, replace=False)]

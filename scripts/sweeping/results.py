@@ -1,15 +1,21 @@
 """Writes the results of a sweep as tables and a sheet of pictures, for `sweep.py`."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
+from text_to_image_lora.pictures.sheets import COLUMNS, Label, Row, labelled_sheet, tell_apart
 from text_to_image_lora.reports.numbers import LOSS as METRIC
 from text_to_image_lora.reports.numbers import read_numbers
+from text_to_image_lora.reports.runs import read_pictures
 
 
 DONE = {"complete": 0, "pruned": 1}  # the order of states in the table; other states come last
 MOST_STRIPS = 24  # trials on the sheet of pictures
+MOST_SHOWN = 6  # varied flags beside the pictures of a trial
+PICTURE_SIDE = 144  # of a picture on the sheet, in pixels
+LABEL_WIDTH = 300  # of the name of a trial beside its pictures, in pixels
 
 
 def trial_dir(folder, number):
@@ -120,36 +126,38 @@ def markdown(rows):
 
 def picture_sheet(rows, folder, varied):
     """Draws a row of the newest validation pictures of each trial, the best first; None if there are no pictures."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageOps
 
-    side = 144  # of a picture, in pixels
-    text_width = 300
-    gap = 6
-    strips = []
+    strips, columns = [], []
     for row in rows[:MOST_STRIPS]:
-        folders = sorted((trial_dir(folder, row["trial"]) / "validation").glob("step-*"))
-        paths = sorted(folders[-1].glob("prompt-*.png")) if folders else []
-        if paths:
-            strips.append((row, paths[:8]))
+        steps = read_pictures(trial_dir(folder, row["trial"]))
+        if not steps:
+            continue
+        samples = [*steps[max(steps)].values()][:COLUMNS]
+        pictures = []
+        for sample in samples:
+            with Image.open(sample.path) as image:
+                tile = (PICTURE_SIDE, PICTURE_SIDE)
+                pictures.append(ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white"))
+        name = f"trial {row['trial']}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"
+        note = "\n".join(f"{key} {format_value(row[key])}" for key in varied[:MOST_SHOWN])
+        strips.append(Row(Label(name, note), pictures, LABEL_WIDTH))
+        columns.append(label_samples(samples))
     if not strips:
         return None
-    width = text_width + max(len(paths) for _, paths in strips) * (side + gap) + gap
-    sheet, font = Image.new("RGB", (width, len(strips) * (side + gap) + gap), "white"), ImageFont.load_default(size=14)
-    draw = ImageDraw.Draw(sheet)
-    for number, (row, paths) in enumerate(strips):
-        top = gap + number * (side + gap)
-        lines = [f"trial {row['trial']}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"]
-        lines += [f"{key} {format_value(row[key])}" for key in varied]
-        draw.multiline_text((gap, top), "\n".join(lines[:8]), fill="black", font=font, spacing=3)
-        for place, path in enumerate(paths):
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                image.thumbnail((side, side))
-                if max(image.size) < side:
-                    scale = side / max(image.size)
-                    image = image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
-                sheet.paste(image, (text_width + place * (side + gap), top))
-    return sheet
+    # The trials may have different prompts: only what they have in common stands above a column.
+    shared = [
+        labels[0] if all(label == labels[0] for label in labels) else Label()
+        for labels in itertools.zip_longest(*columns, fillvalue=Label())
+    ]
+    return labelled_sheet(strips, shared)
+
+
+def label_samples(samples):
+    """Returns a `Label` for each `SavedSample`; samples of one prompt are told apart by their seeds and options."""
+    options = [{"seed": f"seed {sample.seed}"} | sample.options for sample in samples]
+    notes = tell_apart([sample.prompt for sample in samples], options)
+    return [Label(sample.prompt, note) for sample, note in zip(samples, notes, strict=True)]
 
 
 def write(rows, folder, varied, make_best_command):

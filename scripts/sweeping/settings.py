@@ -1,10 +1,14 @@
 """Reads the settings of a sweep from its YAML file and the command line, and makes training commands, for `sweep.py`."""
 
 import difflib
+import functools
 import os
 import re
 import shlex
 from pathlib import Path
+
+from text_to_image_lora.config_file import SWITCH_WORDS, read_yaml
+from text_to_image_lora.errors import InputError
 
 from .. import ROOT
 
@@ -16,6 +20,7 @@ class SweepError(Exception):
     """Invalid input or a missing package. The message is one sentence with the remedy."""
 
 
+@functools.cache
 def _flags():
     """Returns the argparse actions of the training command's flags."""
     from train_text_to_image_lora import build_parser
@@ -23,36 +28,67 @@ def _flags():
     return [action for action in build_parser()._actions if action.dest != "help"]
 
 
-def parse_values(text):
-    """Parses `4,16` into a list of values, or `1e-4..1e-2` into the mapping of a range."""
+def to_number(text):
+    """Converts the text of a number, and returns other text and other values as they are."""
+    if not isinstance(text, str) or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text):
+        return text
+    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
 
-    def value(word):
-        """Only numbers, true, false and null are converted, unlike in YAML: `no` is a value of --mixed_precision."""
-        if word in ("true", "false", "null"):
-            return {"true": True, "false": False}.get(word)
-        if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", word):
-            return word
-        return int(word) if re.fullmatch(r"[-+]?\d+", word) else float(word)
 
+def to_value(name, text):
+    """Converts a value by the kind of its flag: only numbers, switches and null are no text. 007 can be a trigger word."""
+    if not isinstance(text, str) or text == "null":
+        return None if text == "null" else text
+    action = next((action for action in _flags() if action.dest == name), None)
+    if action is None:
+        return text
+    if action.nargs == 0:
+        return SWITCH_WORDS.get(text.lower(), text)
+    return to_number(text) if getattr(action.type, "kind", action.type) in (int, float) else text
+
+
+def parse_values(name, text):
+    """Parses the values of a flag: `4,16` into a list, or `1e-4..1e-2` into the mapping of a range."""
     low, dots, high = text.partition("..")
-    least, most = value(low), value(high)
+    least, most = to_value(name, low), to_value(name, high)
     if dots and isinstance(least, int | float) and isinstance(most, int | float):
         return {"min": least, "max": most, "log": True}
-    return [value(word) for word in text.split(",")]
+    return [to_value(name, word) for word in text.split(",")]
+
+
+def read_settings(path):
+    """Reads the YAML file of a sweep. The texts of flags keep their spelling."""
+
+    def option(value):
+        return SWITCH_WORDS.get(value.lower(), to_number(value)) if isinstance(value, str) else value
+
+    try:
+        given = read_yaml(path, "the file of the sweep")
+    except InputError as error:
+        raise SweepError(str(error)) from error
+    if not isinstance(given, dict):
+        return given
+    given |= {name: option(given[name]) for name in ("num_trials", "seed", "prune") if name in given}
+    flags, sweep = given.get("flags"), given.get("sweep")
+    switches = {action.dest for action in _flags() if action.nargs == 0}
+    if isinstance(flags, dict):
+        flags |= {name: to_value(name, value) for name, value in flags.items() if name in switches}
+    if isinstance(sweep, dict):
+        for name, values in sweep.items():
+            if isinstance(values, dict):  # a range
+                sweep[name] = {key: option(value) for key, value in values.items()}
+            elif isinstance(values, list):
+                sweep[name] = [to_value(name, value) for value in values]
+    return given
 
 
 def settle(args):
     """Returns the settings of the sweep as a mapping; options on the command line override the YAML file."""
-    import yaml
-
     settings = dict(
         sampler="grid", num_trials=20, prune=False, launcher=None, seed=0, flags={}, sweep={}, sweep_dir=None
     )
     if args.config is not None:
-        try:
-            given = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SweepError(f"{args.config}: it can't be read ({str(error).splitlines()[0]}).") from error
+        given = read_settings(args.config)
         if not isinstance(given, dict) or set(given) - set(settings):
             wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "a file without keys"
             raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
@@ -71,9 +107,11 @@ def settle(args):
                 settings["flags"], dict
             ):  # the command line can vary a flag that the file fixes
                 settings["flags"] = {k: v for k, v in settings["flags"].items() if k != key.removeprefix("--")}
-            settings[name] = settings[name] | {key.removeprefix("--"): parse_values(text) if name == "sweep" else text}
+            settings[name] = settings[name] | {
+                key.removeprefix("--"): parse_values(key.removeprefix("--"), text) if name == "sweep" else text
+            }
     check(settings)
-    return settings
+    return settings | {"sweep_dir": Path(settings["sweep_dir"]).expanduser()}
 
 
 def check(settings):
@@ -106,13 +144,6 @@ def check(settings):
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise SweepError(f"there is no flag --{key}." + (f" Did you mean --{near[0]}?" if near else ""))
-    switches = {action.dest for action in _flags() if action.nargs == 0}
-    for key, given in (settings["flags"] | settings["sweep"]).items():
-        words = [value for value in (given if isinstance(given, list) else [given]) if isinstance(value, bool)]
-        if words and key not in switches:
-            raise SweepError(
-                f"{key} takes a value, not {str(words[0]).lower()}; in a YAML file, quote it if it is a word."
-            )
     both = settings["flags"].keys() & settings["sweep"].keys()
     if both:
         raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")

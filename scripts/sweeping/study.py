@@ -12,7 +12,7 @@ def make_sampler(settings, num_trials):
     """Creates the sampler of the next trial, seeded by its number so that workers do not draw equal values."""
     import optuna
 
-    seed = settings["seed"] * 1_000_003 + num_trials
+    seed = (settings["seed"] * 1_000_003 + num_trials) % 2**32  # the largest seed of Optuna's samplers
     if settings["sampler"] == "tpe":
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     return optuna.samplers.RandomSampler(seed=seed)

@@ -1,4 +1,4 @@
-"""How LoRAs were trained decides how they are drawn."""
+"""LoRAs are drawn with the settings that they were trained with."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ AS_TRAINED = dict(prediction_type="v_prediction", rescale_betas_zero_snr="True",
 
 
 def test_drawn_as_it_was_trained(tiny_pipeline, model, write_lora, tmp_path, capsys):
-    """What stock diffusers draws when told all that the header says."""
+    """Compares the picture with that of stock diffusers, configured by hand with the settings of the header."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -48,7 +48,8 @@ def test_drawn_as_it_was_trained(tiny_pipeline, model, write_lora, tmp_path, cap
 
 def test_why_it_is_not_drawn_as_trained(model, write_lora, tmp_path, monkeypatch, capsys):
     lora = write_lora("axe", **AS_TRAINED, pretrained_vae_model_name_or_path="owner/name")
-    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))  # all is said by then
+    # All notes have been printed by then.
+    monkeypatch.setattr(pipeline, "load_pipeline", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         draw(model, tmp_path / "out", "--lora", lora, "--scheduler", "heun", "--clip_skip", 0)
     lines = capsys.readouterr().err.splitlines()
@@ -74,8 +75,8 @@ def test_the_most_chunks_of_several_loras(write_lora):
 
 
 def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
-    """The training script's validation picture is drawn again, by what its LoRA file says."""
-    prompt = "a red axe"  # a chunk; the longest caption has two, and so the prompt has in training
+    """infer.py draws the sample picture of a training run again, with the settings in the header of its LoRA file."""
+    prompt = "a red axe"  # one chunk; the longest caption has two chunks, and therefore the prompt in training too
     out = train(
         train_data_dir=write_pictures(tmp_path / "pictures", captions=["a red axe " * 26]),
         prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_skip=1, long_prompts=True, learning_rate=0.1,
@@ -94,7 +95,7 @@ def test_header_of_a_real_run(train, tiny_sd, tmp_path, capsys):
 def test_clip_skip(model, write_lora, compared, tmp_path, capsys):
     lora = write_lora("axe", prediction_type="epsilon", rescale_betas_zero_snr="False", clip_skip="1")
     (skipped,) = draw(model, tmp_path, "--lora", lora, "--clip_skip", 1).values()
-    assert capsys.readouterr().err == ""  # a base of epsilon, and a flag that agrees with the header, are no news
+    assert capsys.readouterr().err == ""  # no note about an epsilon base model, or a flag that agrees with the header
     assert difference(compared[1], skipped) > 0
     (path,) = tmp_path.iterdir()
     assert Image.open(path).text["clip_skip"] == "1"

@@ -1,4 +1,4 @@
-"""Pictures are drawn: their sizes, what is drawn together, and what it takes."""
+"""Drawing pictures: their sizes, their batches, and the calls of the models."""
 
 import contextlib
 import copy
@@ -37,12 +37,12 @@ pytestmark = pytest.mark.usefixtures("library_settings")
     ],
 )
 def test_sizes(wanted, shape, size):
-    """(height, width): the model's own area in the shape (width, height) of the picture."""
+    """Sizes are (height, width): the area of the model's resolution in the aspect ratio of the (width, height) picture."""
     assert size_of(Drawing(height=wanted[0], width=wanted[1]), (512, 512), shape) == size
 
 
 def test_large_pictures_are_decoded_in_tiles(model, tmp_path, monkeypatch):
-    """By their own size, whatever is drawn beside them."""
+    """Whether a picture is decoded in tiles depends only on its own size, not on the other pictures."""
     flags = ["--guidance_scale", 1]
     whole = draw(model, tmp_path / "whole", *flags, prompt=["a dog", "a dog --width 128"])
     monkeypatch.setattr(drawing, "TILED_FROM", 64 * 64)
@@ -52,7 +52,7 @@ def test_large_pictures_are_decoded_in_tiles(model, tmp_path, monkeypatch):
     assert difference(large, large_too) > 0
 
 
-def test_too_little_memory_is_told_in_one_line(model, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_reported_in_one_line(model, tmp_path, monkeypatch, capsys):
     def full(self, *args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -65,7 +65,7 @@ def test_too_little_memory_is_told_in_one_line(model, tmp_path, monkeypatch, cap
 
 
 def unet_and_encoder_calls(run):
-    """How often the UNet and the text encoder are called."""
+    """Counts the calls of the UNet and of the text encoder."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -83,7 +83,7 @@ def unet_and_encoder_calls(run):
 
 
 def test_each_text_is_encoded_once_and_batches_are_full(model, lora_weights, write_lora, tmp_path):
-    """Two prompts with two seeds each at two strengths; the LoRA has no part of the text encoder."""
+    """Draws two prompts with two seeds and two strengths; the LoRA does not change the text encoder."""
     lora = write_lora("unet", {f"unet.{key}": value for key, value in lora_weights["unet"].items()})
     flags = ["--lora", lora, "--num_images", 2, "--scheduler", "ddim"]
     prompts = ("a dog", f"{PROMPT} --negative blurry")
@@ -118,7 +118,7 @@ def test_the_bar_counts_every_step(scheduler, model, tmp_path, monkeypatch):
 
 
 class Encoded:
-    """Conditions of prompts that were encoded before, as a training run keeps them."""
+    """Conditions of prompts that were encoded before, like those that a training run keeps."""
 
     def __init__(self, encoder, drawings):
         self.conditions = {drawing.prompt: encoder(drawing) for drawing in drawings}
@@ -132,7 +132,7 @@ class Encoded:
 
 @pytest.fixture
 def in_training(tiny_pipeline, model):
-    """(a `Studio` around models that are there, without text encoders, with an adapter in its UNet; its drawings)."""
+    """Returns the `Studio` of a training run, without text encoders and with an adapter in its UNet, and its drawings."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
 
@@ -159,7 +159,7 @@ def in_training(tiny_pipeline, model):
 
 
 def test_models_in_training_draw_their_share_of_the_batches(in_training):
-    """Already loaded, prompts as they were encoded, the adapter as it is; another process draws the other batches."""
+    """The models are loaded, the prompts are encoded, and another process draws the other batches."""
     studio, drawings = in_training
     batches, steps = batches_of(studio, drawings, 2), []
     assert [batch.indices for batch in batches] == [[0, 1], [2]]

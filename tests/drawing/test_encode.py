@@ -1,4 +1,4 @@
-"""Prompts become what a pipeline reads in their place."""
+"""Prompts are encoded as the pipeline expects them."""
 
 from unittest import mock
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("library_settings")
 
 @pytest.mark.parametrize("chunks", ["1", "3"])
 def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp_path, capsys, chunks):
-    """The UNet attends to the padding too: to as many chunks as the training had, or more where a prompt needs them."""
+    """The UNet also attends to padding, so prompts get as many chunks as in training, or more if a prompt needs them."""
     lora, seen = write_lora("axe", long_prompts="True", num_chunks=chunks), []
     encode = PromptEncoder.__call__
 
@@ -36,7 +36,7 @@ def test_prompts_are_padded_as_in_training(tiny_pipeline, model, write_lora, tmp
 
 
 def test_stable_diffusion_xl_with_long_prompts(tiny_xl, write_lora):
-    """A prompt of one chunk is as stock diffusers has it; of a longer one, what follows is not cut."""
+    """A prompt of one chunk is encoded like in stock diffusers; a longer prompt is not truncated."""
     lora = write_lora("long", long_prompts="True", num_chunks="1")
     base = find_base(Model(str(tiny_xl)))
     trained, _ = settle([find_lora(str(lora), 1.0, "lora0")], base, None)

@@ -1,4 +1,4 @@
-"""What a command names is found: LoRAs with their strengths, checkpoints, and pictures as people have them."""
+"""LoRAs with their strengths, checkpoints, and pictures in various formats are found."""
 
 import os
 import struct
@@ -10,6 +10,7 @@ from infer_fixtures import NAME, difference, disk, draw
 from PIL import Image
 
 from text_to_image_lora.drawing import find
+from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.dialects import WEIGHTS_NAME
 from text_to_image_lora.pictures.transforms import open_image
 
@@ -34,8 +35,45 @@ def test_labels_of_checkpoints_are_as_short_as_tells_them_apart(write_lora, tmp_
     assert [*find.find_checkpoints([f"{tmp_path}/*/last"], 1.0)] == ["a/last", "b/last"]
 
 
+STOPPED_RUNS = [
+    ({"checkpoint-9": 9, "checkpoint-10": 10, "epoch-0001": 4}, "checkpoint-10"),
+    ({"checkpoint-10": 10, "epoch-0002": 8, "epoch-0003": 12}, "epoch-0003"),
+    ({"epoch-0009": 36, "epoch-0010": 40, "best": 90, "checkpoint-old": 99}, "epoch-0010"),
+    ({"checkpoint-9": None, "checkpoint-10": None}, "checkpoint-10"),  # of diffusers' scripts, which record no step
+    ({"checkpoint-5": 5, "checkpoint-10": "damaged"}, "checkpoint-5"),
+]
+
+
+@pytest.mark.parametrize(("places", "newest"), STOPPED_RUNS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_stopped_run_is_drawn_with_its_newest_lora(write_lora, tmp_path, said, places, newest):
+    folder = tmp_path / "run [1]"
+    for name, step in places.items():
+        (folder / name).mkdir(parents=True)
+        path = write_lora("axe", **({"ss_steps": str(step)} if isinstance(step, int) else {}))
+        if step == "damaged":
+            path.write_bytes(path.read_bytes()[:-100])
+        path.rename(folder / name / WEIGHTS_NAME)
+    found = find.find_lora(f"{folder}:0.5", 1.0, "lora0")
+    assert (found.path, found.scale) == (folder / newest / WEIGHTS_NAME, 0.5)
+    assert "no final LoRA yet" in said[-1]
+    assert str(found.path) in said[-1]
+    assert ["not a complete safetensors file" in line for line in said[:-1]] == [True] * ("damaged" in places.values())
+    del said[:]
+    write_lora("axe").rename(folder / WEIGHTS_NAME)  # the run has finished
+    assert find.find_lora(str(folder), 1.0, "lora0").path == folder / WEIGHTS_NAME
+    assert said == []
+
+
+def test_a_folder_without_any_lora_is_refused(write_lora, tmp_path):
+    for name in ("checkpoint-5", "epoch-0001"):  # what a run leaves that was stopped while it wrote
+        (tmp_path / name).mkdir()
+    write_lora("other").rename(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match=r"contains no pytorch_lora_weights.safetensors \(found: other.safetensors\)"):
+        find.find_lora(str(tmp_path), 1.0, "lora0")
+
+
 def png_of_16_bits(values):
-    """A greyscale PNG of 16 bits, which Pillow writes in other ways."""
+    """Returns a 16-bit greyscale PNG, which Pillow would write in another form."""
     rows = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in values)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", len(values[0]), len(values), 16, 0, 0, 0, 0))]
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -46,7 +84,7 @@ def png_of_16_bits(values):
 
 
 def test_pictures_as_people_have_them(tmp_path):
-    """Turned by EXIF, with transparency, of 16 bits, moving: each as it is meant."""
+    """Pictures with EXIF rotation, transparency, 16 bits or several frames are read as they are meant to be seen."""
     turned = Image.Exif()
     turned[0x0112] = 6
     disk((32, 16), (0, 0)).save(tmp_path / "turned.png", exif=turned)
@@ -69,7 +107,7 @@ def test_pictures_as_people_have_them(tmp_path):
 
 @pytest.mark.parametrize("what", ["ICC profile", "float TIFF"])
 def test_a_picture_is_drawn_from_as_it_is_trained_on(model, tmp_path, what):
-    """An ICC profile is honoured, and the floats of a TIFF from 0 to 1 are not taken for numbers up to 255."""
+    """ICC profiles are applied, and float TIFFs with values from 0 to 1 are not read as values up to 255."""
     if what == "ICC profile":
         odd, meant = Image.new("RGB", (64, 64), (250, 30, 0)), Image.new("RGB", (64, 64), (0, 30, 250))
         odd.save(tmp_path / "odd.tiff", icc_profile=with_red_and_blue_swapped())

@@ -1,10 +1,12 @@
-"""Which pictures a grid has, and where they lie on its sheets."""
+"""The pictures of a grid, and their places on its sheets."""
 
+import pytest
 from PIL import Image
 
 from text_to_image_lora.drawing import grids
 from text_to_image_lora.drawing.prompts import Prompt, parse_prompt
 from text_to_image_lora.drawing.rows import Drawing
+from text_to_image_lora.errors import InputError
 
 
 def cells(field, *values):
@@ -28,7 +30,7 @@ def test_how_a_grid_lies():
 
 
 def test_a_sheet_shows_each_picture_in_its_place():
-    """Bands below each other, each with rows and columns in order; what the pictures start from comes first."""
+    """A sheet has bands with rows and columns in order; the input pictures come first."""
     axes = {
         "steps": cells("num_inference_steps", 1, 2),
         "seed": cells("seed", 1, 2, 3),
@@ -46,3 +48,56 @@ def test_a_sheet_shows_each_picture_in_its_place():
     seen = dict.fromkeys(sheet.getpixel((x, y)) for y in range(0, sheet.height, 8) for x in range(0, sheet.width, 8))
     order = [colour for colour in seen if colour[::2] == (250, 99) or colour == (0, 0, 255)]
     assert order == [(0, 0, 255)] + [(250, 10 * i, 99) for i in range(12)]
+
+
+LONG = {
+    "Chinese": "一把带有粉红色花朵的红色斧头，白色背景，" * 9,
+    "rare Chinese": "𠀀𠀁𠀂" * 40,
+    "Thai": "ขวานสีแดงกับดอกไม้สีชมพู" * 9,
+    "Russian": "красный топор с розовыми цветами " * 9,
+    "emoji": "🪓🌸" * 60,
+    "English": "a red axe with pink blossoms on a white background " * 9,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_file_names_are_short_enough_in_every_script(text, tmp_path):
+    """A file name has at most 255 bytes, and one that is not yet complete has a longer name."""
+    axes = {
+        "negative_prompt": cells("negative_prompt", text, text[1:]),
+        "prompt": grids.prompt_cells([Prompt(text, {}, text)]),
+    }
+    axes["checkpoint"] = [grids.Cell("x", {"checkpoint": None}, suffix=f"-{grids.slug(text)}")]
+    drawings = grids.plan(Drawing(seed=2**64 - 1), grids.arrange(axes, [], 1, []))
+    for drawing in drawings:
+        name = f"grid-{drawing.stem}-999.png"
+        assert len(f".{name}.00000000.tmp".encode()) <= 255
+        (tmp_path / name).touch()
+    assert grids.slug("a red axe") == "a-red-axe"
+    assert grids.slug("красный топор") == "красный-топор"
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "message"),
+    [
+        (
+            dict(scheduler="lcm", num_inference_steps=51),
+            {},
+            "--num_inference_steps 51: the sampler lcm does at most 50 steps.",
+        ),
+        (dict(num_inference_steps=60), {"scheduler": ["ddim", "lcm"]}, "the sampler lcm does at most 50 steps."),
+        (dict(scheduler="lcm"), {"num_inference_steps": [4, 51]}, "the sampler lcm does at most 50 steps."),
+        (dict(seed=2**64 - 1), {}, "the seed of every picture must be from"),
+        (dict(strength=0.01), {}, "strength 0.01 runs none of the 30 steps."),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(changes, grid, message):
+    axes = {field: cells(field, *values) for field, values in grid.items()}
+    with pytest.raises(InputError, match=message):
+        grids.plan(Drawing(**changes), grids.arrange(axes, [parse_prompt("a dog", "")], 2, []))
+
+
+def test_what_samplers_can_do_is_planned():
+    for scheduler, steps in (("lcm", 50), ("ddim", 999), (None, 999)):
+        drawing = Drawing(scheduler=scheduler, num_inference_steps=steps, seed=2**64 - 2)
+        assert len(grids.plan(drawing, grids.arrange({}, [parse_prompt("a dog", "")], 2, []))) == 2

@@ -1,4 +1,4 @@
-"""A base model with LoRAs merged into it draws as the LoRAs do."""
+"""A base model with merged LoRAs draws the pictures of the base model with these LoRAs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_a_merged_model_draws_as_with_the_loras(model, lora, lora_weights, write
 
 
 def test_a_merged_model_without_pictures(model, lora, tmp_path, capsys):
-    """No prompt is needed then; what the folder can't say is told."""
+    """No prompt is needed, and settings that a pipeline folder cannot contain are printed."""
     (tmp_path / "merged").mkdir()
     flags = ["--lora", lora, "--lora_scale", "0", "--save_merged", tmp_path / "merged", "--clip_skip", 1]
     infer.main(["--pretrained_model_name_or_path", model, *map(str, flags), "--output_dir", str(tmp_path / "out")])

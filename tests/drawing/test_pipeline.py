@@ -1,4 +1,4 @@
-"""The pipeline that draws: LoRAs of every dialect on it, on its device, each model once."""
+"""The pipeline that draws loads LoRAs of every format on its device, and each model once."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("library_settings")
 
 @pytest.fixture(scope="module")
 def kohya(lora_weights, tmp_path_factory):
-    """The LoRA under kohya's names, its strength in alpha; the header has no say in how it is drawn."""
+    """Returns the LoRA with kohya's names and with its strength in alpha; its header contains no settings."""
     import torch
     from safetensors.torch import save_file
 
@@ -27,7 +27,7 @@ def kohya(lora_weights, tmp_path_factory):
         path = path.replace("text_encoder.", "te.", 1).replace(".", "_")
         leaf, strength = {"lora_A.weight": ("lora_down.weight", 1), "lora_B.weight": ("lora_up.weight", 2)}[leaf]
         weights[f"lora_{path}.{leaf}"] = value * strength
-        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # of rank 4
+        weights[f"lora_{path}.alpha"] = torch.tensor(2.0)  # the rank is 4
     path = tmp_path_factory.mktemp("kohya") / "kohya.safetensors"
     save_file(weights, path, {"ss_clip_skip": "2", "ss_v2": "False"})
     return path
@@ -35,7 +35,7 @@ def kohya(lora_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def peft_folder(tiny_pipeline, tmp_path_factory):
-    """A LoRA of the UNet in peft's own dialect, alpha not the rank; and its update per module {name: B·A·scale}."""
+    """Returns a LoRA of the UNet in the format of peft, with alpha different from the rank, and {module: B·A·scale}."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -48,7 +48,7 @@ def peft_folder(tiny_pipeline, tmp_path_factory):
 
 
 def test_other_dialects(tiny_pipeline, model, compared, kohya, peft_folder, tmp_path, capsys):
-    """Names with underscores and an alpha, and a folder of peft's, which stock diffusers would misread or leave out."""
+    """Draws kohya's names with an alpha and a peft folder, which stock diffusers would misread or ignore."""
     from diffusers import StableDiffusionPipeline
 
     (theirs,) = draw(model, tmp_path / "kohya", "--lora", kohya).values()

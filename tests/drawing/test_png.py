@@ -1,4 +1,4 @@
-"""Pictures that say how they were drawn: to other programs, and to draw them again."""
+"""PNG files contain their parameters, for other programs and for drawing them again."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def repeated(model, lora, tmp_path_factory):
 
 
 def test_a_picture_draws_itself_again(repeated, tmp_path, capsys):
-    """Byte for byte, in a batch of as many as it was drawn with: its name and what it says are equal too."""
+    """The batch has its original size, so that the file is equal byte for byte, and so are its name and messages."""
     capsys.readouterr()
     for name in ("00-a-dog-red-seed4.png", f"01-{PROMPT.replace(' ', '-')}-seed3.png", "02-a-cat-seed4.png"):
         infer.main(["--from_png", str(repeated / name), "--output_dir", str(tmp_path / "out")])
@@ -98,7 +98,7 @@ def test_pictures_that_do_not_say_how(model, repeated, tmp_path, capsys):
 
 
 def test_the_number_of_threads_is_repeated(repeated, tmp_path, capsys):
-    """They change the last bits, too."""
+    """The number of threads changes the last bits of a picture too."""
     import torch
 
     torch.set_num_threads(2)
@@ -108,7 +108,7 @@ def test_the_number_of_threads_is_repeated(repeated, tmp_path, capsys):
 
 
 def test_a_picture_chooses_no_folder(repeated, tmp_path):
-    """What a stranger's picture says is read for what is drawn, not for where it goes."""
+    """A picture of unknown origin determines only what is drawn, and not where files are written."""
     picture = Image.open(repeated / "02-a-cat-seed3.png")
     repeat = json.loads(picture.text["repeat"])
     repeat["flags"] |= {"output_dir": [str(tmp_path / "theirs")], "device": ["cuda"], "save_merged": ["x"]}
@@ -118,7 +118,7 @@ def test_a_picture_chooses_no_folder(repeated, tmp_path):
 
 
 def read_parameters(text):
-    """A1111's reading of `parameters`, by the patterns of its modules/infotext_utils.py."""
+    """Reads `parameters` like A1111, with the patterns of its modules/infotext_utils.py."""
     *lines, last = text.strip().split("\n")
     pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
     if len(pair.findall(last)) < 3:
@@ -144,7 +144,7 @@ def test_a1111_reads_the_parameters(repeated, lora):
 
 
 def test_another_library_reads_the_parameters(repeated):
-    """sd-parsers, which knows A1111's text and that of other programs."""
+    """sd-parsers reads the parameters of A1111 and of other programs."""
     path = repeated / "00-a-dog-red-seed3.png"
     found = sd_parsers.ParserManager().parse(path)
     assert found.generator == sd_parsers.data.Generators.AUTOMATIC1111

@@ -1,4 +1,4 @@
-"""What a picture can have of its own."""
+"""The settings that each picture can have."""
 
 import argparse
 import re

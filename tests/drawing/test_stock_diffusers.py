@@ -1,4 +1,4 @@
-"""The proof of our LoRA file: stock diffusers, without this project, draws with it what `infer.py` draws, bit for bit."""
+"""With our LoRA file, stock diffusers draws the picture of `infer.py`, bit for bit, without importing this project."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ PICTURES = [
     (0.7, "dpm++", "DPMSolverMultistepScheduler"),
     (1.0, "euler_a", "EulerAncestralDiscreteScheduler"),
 ]
-# What somebody writes who has diffusers and the file alone.
+# The script of a user who has only diffusers and the file.
 STOCK = """
 import importlib, json, sys
 
@@ -49,7 +49,7 @@ for number, (scale, _, scheduler) in enumerate(asked["pictures"]):
 
 @pytest.mark.parametrize("base", ["tiny_sd", "tiny_xl"])
 def test_stock_diffusers_draws_what_infer_draws(request, train, tmp_path, base):
-    """With a LoRA that the training script made, whose alpha is not its rank and which has a part of the text encoders."""
+    """The LoRA comes from the training script, its alpha differs from its rank, and it adapts the text encoders too."""
     model = str(request.getfixturevalue(base))
     lora = train(
         pretrained_model_name_or_path=model, rank=4, lora_alpha=8, learning_rate=0.1, train_text_encoder=True,

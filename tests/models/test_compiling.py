@@ -1,4 +1,4 @@
-"""Compiled steps are the plain ones to rounding, and nothing else is compiled."""
+"""Compiled steps equal the plain steps up to rounding, and only whole steps are compiled."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from text_to_image_lora.errors import InputError
 from text_to_image_lora.models import compiling
 
 
-# PyTorch's compiler uses what PyTorch itself calls old (torch.jit, objects of autograd.Function).
+# PyTorch's compiler uses features that PyTorch deprecates (torch.jit, objects of autograd.Function).
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
 def compiled_without_kernels(monkeypatch):
-    """The compiler traces what it is given and leaves the computing to PyTorch: seconds, not minutes."""
+    """Makes the compiler trace functions and leave the computation to PyTorch, which takes seconds instead of minutes."""
     monkeypatch.setattr(compiling, "OPTIONS", dict.fromkeys(compiling.OPTIONS, {"backend": "aot_eager"}))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -27,13 +27,13 @@ FLAGS = dict(train_batch_size=4, max_train_steps=6, num_validation_images=1, val
 
 @pytest.mark.parametrize("how", ["blocks", "full"])
 def test_steps_are_traced_whole_and_stay_what_they_were(train, tmp_path, compiled_without_kernels, how):
-    """Six pictures in batches of four: every other batch is not full, and is not compiled."""
+    """Six pictures in batches of four: every second batch is not full, and is not compiled."""
     plain = [row["train_loss"] for row in read_metrics(train(**FLAGS, output_dir=tmp_path / "plain"))]
     found = [row["train_loss"] for row in read_metrics(train(**FLAGS, compile=how))]
     assert found == pytest.approx(plain, rel=1e-4)
     assert not compiled_without_kernels["graph_break"]
     graphs = compiled_without_kernels["stats"]["unique_graphs"]
-    assert 0 < graphs <= 3  # a block's kinds, or the UNet; once in the trial, and the steps find them
+    assert 0 < graphs <= 3  # each kind of block, or the UNet, is compiled once, in the trial, and reused by the steps
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_what_does_not_go_together_is_refused(train, flags, answer):
 @pytest.mark.parametrize("how", ["blocks", "full"])
 @pytest.mark.parametrize("changes", [{}, dict(gradient_checkpointing=True, mixed_precision="bf16")])
 def test_compiled_for_this_machine(train, tmp_path, how, changes):
-    """Twenty steps with the kernels that the compiler writes."""
+    """Twenty steps with the kernels of the compiler."""
     flags = FLAGS | changes | dict(max_train_steps=20)
     plain = read_metrics(train(**flags, output_dir=tmp_path / "plain"))
     found = read_metrics(train(**flags, compile=how, output_dir=tmp_path / how))
-    # In bf16 fused kernels round elsewhere; a single norm may be 16% off, their mean was not 2%.
+    # In bf16, fused kernels round at other places; single norms differed by up to 16%, their mean by less than 2%.
     bounds = {"train_loss": (1e-4, 1e-4), "grad_norm": (1e-3, 1e-3)}
     if changes:
         bounds = {"train_loss": (0.01, 0.01), "grad_norm": (0.3, 0.03)}

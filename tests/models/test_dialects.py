@@ -1,4 +1,4 @@
-"""LoRA files of other programs are read as what they are; stock diffusers' own reading of them is held beside it."""
+"""LoRA files of other programs are read correctly, compared with how stock diffusers reads them."""
 
 import logging
 import re
@@ -16,6 +16,7 @@ from small_pipeline import (
     TEXT_TARGETS,
     UNET_TARGETS,
     adapter,
+    adapters_of,
     assert_close,
     assert_differs,
     encode,
@@ -23,6 +24,7 @@ from small_pipeline import (
     predict,
     small_pipeline,
     trained,
+    trained_models,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -44,20 +46,12 @@ def base():
 
 @pytest.fixture(scope="module", params=[*ADAPTERS, "mixed"])
 def models(base, request):
-    """A UNet and a text encoder with adapters of every kind, linear and convolutional."""
-    options = MIXED if request.param == "mixed" else ADAPTERS[request.param]
-    return {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
-
-
-def adapters_of(models):
-    return {name: adapter(model) for name, model in models.items()}
+    """Returns a UNet and a text encoder with adapters of every kind, linear and convolutional."""
+    return trained_models(base, MIXED if request.param == "mixed" else ADAPTERS[request.param])
 
 
 def assert_same_updates(loaded, models):
-    """Every module's update is the one that peft computes, and DoRA's magnitudes are as they were trained."""
+    """Checks that the update of every module is the one of peft, and that DoRA's magnitudes are unchanged."""
     compared = 0
     for name, model in models.items():
         adapted = {
@@ -80,7 +74,7 @@ def assert_same_updates(loaded, models):
 
 
 def save_peft(models, folder):
-    """As peft itself saves adapted models, each into a folder of its own."""
+    """Saves adapted models as peft does, each in its own folder."""
     for name, model in models.items():
         state_dict, config = adapter(model)
         folder_of = folder / name
@@ -96,7 +90,7 @@ def save_peft(models, folder):
 def test_kohya_has_the_same_updates(models, tmp_path):
     path = kohya.save_kohya(tmp_path / "axes.safetensors", adapters_of(models), {})
     tensors = load_file(path)
-    for name, model in models.items():  # as they were trained: nothing folded, nothing filled up
+    for name, model in models.items():  # unchanged: the scale is not folded into the weights, and ranks are not padded
         for key, value in adapter(model)[0].items():
             module, _, leaf = key.partition(".lora_")
             end = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight", "magnitude_vector": "dora_scale"}[
@@ -137,7 +131,7 @@ def test_a_folder_as_peft_itself_writes_it(base, tmp_path):
 
 
 def test_stock_diffusers_takes_what_the_converter_gives(base, models, tmp_path):
-    """Three dialects, and one rank for all, as 0.39 scales mixed ones wrongly."""
+    """Tests three formats with one rank, because diffusers 0.39 scales mixed ranks wrongly."""
     kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), {"ss_v2": "False"})
     save_peft(models, tmp_path / "peft")
     lora_file.save_lora(tmp_path / "ours", adapters_of(models), {})
@@ -154,7 +148,7 @@ def test_stock_diffusers_takes_what_the_converter_gives(base, models, tmp_path):
 
 
 def test_what_kohyas_files_may_leave_out_or_name_otherwise(base, tmp_path):
-    """A missing alpha means the rank; SD1's text encoder may be lora_te1_; a Tucker convolution has a middle."""
+    """A missing alpha means the rank; the text encoder of SD1 may be lora_te1_; Tucker convolutions have a third tensor."""
     models = {
         "unet": trained(base.unet, UNET_TARGETS, lora_alpha=4),
         "text_encoder": trained(base.text_encoder, TEXT_TARGETS, lora_alpha=4),
@@ -194,7 +188,7 @@ def test_old_names_of_attention_in_the_text_encoder(base, tmp_path):
 
 
 def sd15_of_kohya(rank):
-    """{name: (shape of lora_down, of lora_up)} of kohya's default for Stable Diffusion 1.5, by its geometry alone."""
+    """Returns {name: (shape of lora_down, shape of lora_up)} of kohya's default for SD1.5, from its geometry."""
     table = {}
 
     def add(name, inner, outer, is_convolution=False):
@@ -214,7 +208,7 @@ def sd15_of_kohya(rank):
             add(f"{name}_{attention}_to_k", context, width)
             add(f"{name}_{attention}_to_v", context, width)
             add(f"{name}_{attention}_to_out_0", width, width)
-        add(f"{name}_ff_net_0_proj", width, 8 * width)  # GEGLU: twice four times
+        add(f"{name}_ff_net_0_proj", width, 8 * width)  # GEGLU has two times four times the width
         add(f"{name}_ff_net_2", 4 * width, width)
     for layer in range(12):
         name = f"lora_te_text_model_encoder_layers_{layer}"
@@ -228,7 +222,7 @@ def sd15_of_kohya(rank):
 
 @pytest.fixture(scope="module")
 def sd15():
-    """SD1.5's UNet and text encoder without memory, adapted as kohya's default does."""
+    """Returns the UNet and the text encoder of SD1.5 on the meta device, adapted like kohya's default."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         clip = CLIPTextConfig(num_hidden_layers=12, num_attention_heads=12, hidden_size=768, intermediate_size=3072)
@@ -253,7 +247,7 @@ def test_sd15s_whole_geometry_by_kohyas_names(sd15):
         for leaf, shape in (("lora_down.weight", down), ("lora_up.weight", up), ("alpha", ()))
     }
     assert {value.item() for key, value in tensors.items() if key.endswith(".alpha")} == {8.0}
-    # And each name leads back to its layer.
+    # Each name is converted back to the name of its layer.
     back = {dialects.parse_key(f"{name}.alpha", "kohya")[:2] for name in table}
     layers = {(name, module) for name, (state, _) in states.items() for module in modules_of(state)}
     assert {(c, m.removeprefix("text_model.")) for c, m in back} == {
@@ -262,7 +256,7 @@ def test_sd15s_whole_geometry_by_kohyas_names(sd15):
 
 
 def test_every_layer_of_a_unet_and_a_text_encoder_has_a_name_that_leads_back(sd15):
-    """Convolutions, resnets, embeddings and samplers too: underscores stand for dots and for themselves."""
+    """In kohya's names, underscores stand for dots and for underscores, also of convolutions, resnets and embeddings."""
     for component, model in sd15.items():
         linear = (torch.nn.Linear, torch.nn.Conv2d)
         names = [
@@ -314,7 +308,7 @@ def test_a_peft_folder_of_another_kind_is_refused_by_name(tmp_path):
 
 
 def test_dora_of_the_inputs_is_refused(base, tmp_path):
-    """LyCORIS' older way, which neither peft nor diffusers has."""
+    """LyCORIS' older form of DoRA exists neither in peft nor in diffusers."""
     tensors = kohya.kohya_tensors({"unet": adapter(trained(base.unet, ["ff.net.2"], use_dora=True))})
     of_inputs = {key: torch.ones(1, 32) if key.endswith("dora_scale") else value for key, value in tensors.items()}
     save_file(of_inputs, tmp_path / "old.safetensors")
@@ -330,12 +324,12 @@ def test_what_does_not_fit_together_is_refused(base, tmp_path):
         lora_file.load_lora(tmp_path / "odd.safetensors")
 
 
-# What stock diffusers makes of such files by itself, so that a change upstream is seen.
+# How stock diffusers reads such files, so that a change of diffusers is noticed.
 
 
 @pytest.fixture
 def warnings_of_diffusers():
-    """The messages that diffusers logs."""
+    """Collects the messages that diffusers logs."""
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logger, before = logging.getLogger("diffusers"), diffusers_logging.get_verbosity()
@@ -353,7 +347,7 @@ def read_by_diffusers(base, path):
 
 
 def error_of(got, wanted, before):
-    """How far a prediction is from the trained one, as a share of what training changed."""
+    """Returns the error of a prediction as a share of the change by training."""
     return ((got - wanted).norm() / (before - wanted).norm()).item()
 
 
@@ -368,7 +362,7 @@ STOCK = {
 
 @pytest.mark.parametrize(("options", "right"), STOCK.values(), ids=STOCK)
 def test_what_stock_diffusers_makes_of_kohyas_files(base, tmp_path, warnings_of_diffusers, options, right):
-    """One alpha is exact. Of several all but one are lost, and DoRA's magnitudes are dropped, with a warning at most."""
+    """A single alpha is exact. Of several alphas one is used, and DoRA's magnitudes are dropped, with at most a warning."""
     models = {
         "unet": trained(base.unet, UNET_TARGETS, **options),
         "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
@@ -387,7 +381,7 @@ def test_what_stock_diffusers_makes_of_kohyas_files(base, tmp_path, warnings_of_
         "filter out the keys associated to 'dora_scale`" in message for message in warnings_of_diffusers
     )
     assert (of_peft, of_diffusers) == (options is MIXED, "use_dora" in options)
-    tensors, _ = lora_file.as_diffusers(path)  # and so we read it
+    tensors, _ = lora_file.as_diffusers(path)  # and our reader reads it in this way
     pipe = pipeline_with(base)
     pipe.load_lora_weights(tensors)
     assert_close(predict(pipe.unet), predict(models["unet"]))
@@ -395,7 +389,7 @@ def test_what_stock_diffusers_makes_of_kohyas_files(base, tmp_path, warnings_of_
 
 
 def test_what_stock_diffusers_makes_of_pefts_names(base, tmp_path, warnings_of_diffusers):
-    """Nothing: the picture is the base's, with a warning only."""
+    """diffusers ignores them: the picture is that of the base model, and only a warning is logged."""
     models = {"unet": trained(base.unet, UNET_TARGETS, lora_alpha=6)}
     path = save_peft(models, tmp_path) / "unet" / "adapter_model.safetensors"
     pipe = read_by_diffusers(base, path)

@@ -1,6 +1,6 @@
-"""A family is a row: that of Stable Diffusion XL goes through cache, loader and training as it is.
+"""A model family is a row: the row of Stable Diffusion XL is used by the cache, the loader and training.
 
-Two tokenizers and text encoders, a pooled embedding, and numbers of each picture's own: nothing outside the row knows.
+No code outside the row knows of its two text encoders, its pooled embedding, and its numbers of each picture.
 """
 
 import diffusers
@@ -38,7 +38,7 @@ def stock(tiny_xl):
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2])
-def test_a_condition_has_the_shapes_that_are_told_before_it_is_made(tiny_sd, tiny_xl, num_chunks):
+def test_a_condition_has_the_shapes_that_were_predicted(tiny_sd, tiny_xl, num_chunks):
     for folder, family in ((tiny_sd, STABLE_DIFFUSION), (tiny_xl, STABLE_DIFFUSION_XL)):
         base = loading.find_base_model(str(folder))
         assert base.family is family
@@ -99,7 +99,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_xl, sto
         torch.testing.assert_close(cached["condition"][name], live["condition"][name])
     torch.testing.assert_close(prediction_of(cached), prediction_of(live))
 
-    # The same numbers in stock diffusers: its pipeline encodes the captions and numbers the pictures.
+    # The pipeline of stock diffusers gives equal tensors for the captions and the numbers of the pictures.
     embeds, _, pooled, _ = stock.encode_prompt(live["captions"], device="cpu", do_classifier_free_guidance=False)
     shown = [pictures.facts[sample.index] for sample in samples]
     corners = [(0, 8) if fact.width == 48 else (4, 0) for fact in shown]
@@ -116,7 +116,7 @@ def test_a_row_of_stable_diffusion_xl_goes_from_cache_to_prediction(tiny_xl, sto
             noisy, live["timesteps"], embeds, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
         ).sample
     torch.testing.assert_close(prediction_of(cached), wanted)
-    # Each of the numbers counts.
+    # Each of the numbers has an effect.
     for name, value in cached["condition"].items():
         changed = cached | {"condition": cached["condition"] | {name: value + 1}}
         assert not torch.allclose(prediction_of(changed), wanted, atol=1e-4), name
@@ -133,7 +133,7 @@ def test_one_vae_for_two_families_has_shards_for_each(tiny_xl, pictures, tmp_pat
 
 
 def test_clip_skip_and_both_text_encoders(tiny_xl, stock, train):
-    """What clip skip leaves out of the first text encoder is not adapted; the second is read to its end."""
+    """Layers that clip skip omits in the first text encoder are not adapted; the second one is used completely."""
     options = {"train_text_encoder": True, "clip_skip": 1}
     out = train(pretrained_model_name_or_path=tiny_xl, learning_rate=0.1, **options)
     assert [row["step"] for row in read_metrics(out) if "train_loss" in row] == [1, 2]

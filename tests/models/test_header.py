@@ -1,4 +1,4 @@
-"""What a run writes beside our file, and what the headers tell of it to the programs that list LoRAs, and to nobody else."""
+"""The headers of LoRA files and of kohya's file, which programs that list LoRAs read, contain nothing private."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 import torch
-from conftest import train_script
+from conftest import read_header, train_script
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,11 +21,6 @@ from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import header, kohya, lora_file
 from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
-
-
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def files_below(folder):
@@ -65,8 +60,8 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
     with safe_open(out / "red axes.safetensors", "pt") as file:
         alphas = {round(file.get_tensor(key).item(), 4) for key in file.keys() if key.endswith(".alpha")}  # noqa: SIM118
     assert alphas == {4.0, round(2**0.5, 4)}  # 2/sqrt(4) * 4; 1/sqrt(2) * 2
-    told = header_of(out / "red axes.safetensors")
-    assert told.items() >= {
+    entries = read_header(out / "red axes.safetensors")
+    assert entries.items() >= {
         "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_network_module": "networks.lora", "ss_network_dim": "4",
         "ss_network_alpha": "2.0", "ss_network_args": "{}", "ss_output_name": "red axes", "ss_steps": "4", "ss_epoch": "1",
         "ss_sd_model_name": "model", "ss_num_train_images": "5", "ss_clip_skip": "2", "ss_seed": "0",
@@ -76,47 +71,47 @@ def test_a_run_writes_both_formats_and_reads_them_back(train, tmp_path, capsys):
         "modelspec.trigger_phrase": "sks", "modelspec.prediction_type": "epsilon", "modelspec.encoder_layer": "2",
         "modelspec.usage_hint": "Trained on model. Use sks in the prompt. Clip skip 2 in A1111.",
     }.items()  # fmt: skip
-    began = datetime.fromisoformat(told["modelspec.date"])
+    began = datetime.fromisoformat(entries["modelspec.date"])
     assert 0 <= (datetime.now(UTC) - began).total_seconds() < 120
-    assert int(told["ss_training_started_at"]) == began.timestamp()
+    assert int(entries["ss_training_started_at"]) == began.timestamp()
     private = {"ss_tag_frequency", "modelspec.thumbnail"}
     shared = {
-        key: value for key, value in told.items() if key.startswith(("ss_", "modelspec.")) and key not in private
+        key: value for key, value in entries.items() if key.startswith(("ss_", "modelspec.")) and key not in private
     }
-    own = header_of(out / lora_file.WEIGHTS_NAME)
+    own = read_header(out / lora_file.WEIGHTS_NAME)
     assert own.items() >= {key: value for key, value in shared.items() if key != "modelspec.hash_sha256"}.items()
     for path in files_below(out):
-        extra = private & header_of(out / path).keys()
+        extra = private & read_header(out / path).keys()
         assert extra == (
             private if path == "red axes.safetensors" else {"ss_tag_frequency"} if "step" in path else set()
         )
-        assert str(tmp_path) not in str(header_of(out / path))
-    assert json.loads(told["ss_tag_frequency"])["red axes"]["sks"] == 5
-    data = base64.b64decode(told["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,"))
+        assert str(tmp_path) not in str(read_header(out / path))
+    assert json.loads(entries["ss_tag_frequency"])["red axes"]["sks"] == 5
+    data = base64.b64decode(entries["modelspec.thumbnail"].removeprefix("data:image/jpeg;base64,"))
     shown = Image.open(io.BytesIO(data))
     assert (shown.format, shown.size) == ("JPEG", (32, 32))
     (drawn,) = (out / "validation" / "step-000004").glob("prompt-00-0.png")
     difference = np.asarray(shown.convert("RGB"), dtype=int) - np.asarray(Image.open(drawn), dtype=int)
-    assert abs(difference).mean() < 30  # noise, as a JPEG; another picture is 80 away
+    assert abs(difference).mean() < 30  # the difference caused by JPEG; other pictures differ by 80
 
 
 def test_kohyas_file_is_hashed_as_its_readers_do(tmp_path):
-    """sshs_model_hash of the bytes after the header; the legacy one of 64 KiB beyond the first MiB."""
+    """sshs_model_hash covers the bytes after the header; the legacy hash covers 64 KiB after the first MiB."""
     state_dict, config = adapter(trained(small_pipeline().unet, ["to_q"], lora_alpha=2))
     key = next(iter(state_dict))
     state_dict |= {key: torch.randn(4, 100_000)}
     path = kohya.save_kohya(tmp_path / "a.safetensors", {"unet": (state_dict, config)}, {"ss_v2": "False", "x": "1"})
-    data, told = path.read_bytes(), header_of(path)
+    data, entries = path.read_bytes(), read_header(path)
     body = data[8 + int.from_bytes(data[:8], "little") :]
-    assert told["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
-    assert told["modelspec.hash_sha256"] == f"0x{told['sshs_model_hash']}"
+    assert entries["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert entries["modelspec.hash_sha256"] == f"0x{entries['sshs_model_hash']}"
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     lora_file.write_tensors(tmp_path / "b.safetensors", tensors, {"ss_v2": "True", "y": "2"})
-    again = header_of(tmp_path / "b.safetensors")
-    assert again["sshs_model_hash"] == told["sshs_model_hash"]
-    assert len(told["sshs_legacy_hash"]) == len(again["sshs_legacy_hash"]) == 8
-    assert told["sshs_legacy_hash"] not in (again["sshs_legacy_hash"], hashlib.sha256(b"").hexdigest()[:8])
+    again = read_header(tmp_path / "b.safetensors")
+    assert again["sshs_model_hash"] == entries["sshs_model_hash"]
+    assert len(entries["sshs_legacy_hash"]) == len(again["sshs_legacy_hash"]) == 8
+    assert entries["sshs_legacy_hash"] not in (again["sshs_legacy_hash"], hashlib.sha256(b"").hexdigest()[:8])
 
 
 def test_the_same_run_gives_the_same_bytes_however_often_it_was_interrupted(train, tmp_path):
@@ -131,13 +126,13 @@ def test_the_same_run_gives_the_same_bytes_however_often_it_was_interrupted(trai
         (out / name).unlink()
     train(kohya_extras=["thumbnail", "tags"], **flags)
     assert {name: (out / name).read_bytes() for name in names} == first
-    # A thumbnail that is asked for when all is drawn, and of a prompt that was not, is left out.
+    # A thumbnail of a prompt that was never drawn is left out if it is requested after the run is finished.
     train(kohya_extras=["thumbnail"], **flags | {"validation_prompt": "a blue whip"})
-    assert "modelspec.thumbnail" not in header_of(out / "out.safetensors")
-    # The flag can also come later, to a run that is done.
+    assert "modelspec.thumbnail" not in read_header(out / "out.safetensors")
+    # The flag can also be added later, to a finished run.
     (out / "out.safetensors").unlink()
     train(**flags)
-    assert header_of(out / "out.safetensors").keys() == header_of(out / lora_file.WEIGHTS_NAME).keys() - {
+    assert read_header(out / "out.safetensors").keys() == read_header(out / lora_file.WEIGHTS_NAME).keys() - {
         "lora_adapter_metadata"
     }
 
@@ -151,17 +146,15 @@ def test_no_header_tells_a_folder(train, tiny_sd, pictures, tmp_path, monkeypatc
         latent_cache_dir="secret/cache", output_kohya_format=True,
     )  # fmt: skip
     for name in ("axes.safetensors", lora_file.WEIGHTS_NAME):
-        told = header_of(tmp_path / "secret" / "axes" / name)
-        assert [key for key, value in told.items() if "secret" in value or str(tmp_path) in value] == []
-        assert (told["ss_sd_model_name"], told["train_data_dir"]) == ("model", "pictures")
+        entries = read_header(tmp_path / "secret" / "axes" / name)
+        assert [key for key, value in entries.items() if "secret" in value or str(tmp_path) in value] == []
+        assert (entries["ss_sd_model_name"], entries["train_data_dir"]) == ("model", "pictures")
 
 
 def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
     rule = kohya.kohya_tensors
     monkeypatch.setattr(
-        kohya,
-        "kohya_tensors",
-        lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")},
+        kohya, "kohya_tensors", lambda *given: {k: v for k, v in rule(*given).items() if not k.endswith(".alpha")}
     )
     with pytest.raises(
         TrainingError, match=r"out-step000002\.safetensors: 30 of 30 modules are not read correctly by ComfyUI"
@@ -169,14 +162,14 @@ def test_a_file_that_does_not_arrive_ends_the_run(train, monkeypatch):
         train(output_kohya_format=True, lora_alpha=1)
 
 
-def test_dora_by_kohyas_names_is_told_to_be_another_thing(train, capsys):
+def test_dora_with_kohyas_names_is_declared_as_lycoris(train, capsys):
     out = train(output_kohya_format=True, use_dora=True)
     said = capsys.readouterr().out
     assert "--use_dora: A1111 divides DoRA's magnitudes" in said
     assert "30 of 30 LoRA modules read back correctly from the diffusers file and from the kohya file" in said
-    told = header_of(out / "out.safetensors")
-    assert told["ss_network_module"] == "lycoris.kohya"
-    assert json.loads(told["ss_network_args"]) == {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
+    entries = read_header(out / "out.safetensors")
+    assert entries["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(entries["ss_network_args"]) == {"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}
 
 
 @pytest.mark.parametrize(
@@ -196,11 +189,11 @@ def test_extras_without_what_they_need_are_refused(flags, message):
 def test_the_name_is_the_folders(tmp_path):
     assert kohya.file_name(tmp_path / "axes/") == "axes.safetensors"
     assert kohya.file_name(tmp_path / "runs" / ".." / "axes", 500) == "axes-step000500.safetensors"
-    # Which diffusers would take for its own, and our file has.
+    # This entry is in our file only, because diffusers would interpret it.
     assert kohya.file_name(tmp_path / "pytorch_lora_weights") == "pytorch_lora_weights-kohya.safetensors"
 
 
-TOLD = {"resolution": "768", "learning_rate": "0.0001", "pretrained_model_name_or_path": "owner/model"}
+OF_A_RUN = {"resolution": "768", "learning_rate": "0.0001", "pretrained_model_name_or_path": "owner/model"}
 
 
 @pytest.mark.parametrize(
@@ -214,17 +207,17 @@ TOLD = {"resolution": "768", "learning_rate": "0.0001", "pretrained_model_name_o
         (STABLE_DIFFUSION_XL, "v_prediction", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
     ],
 )
-def test_the_base_is_told_as_kohya_tells_it(family, prediction_type, architecture, version):
-    told = header.header_for_readers(
-        TOLD | {"prediction_type": prediction_type}, name="axes", started_at=None, step=10, steps_per_epoch=4,
+def test_the_base_model_is_described_as_kohya_does(family, prediction_type, architecture, version):
+    entries = header.header_for_readers(
+        OF_A_RUN | {"prediction_type": prediction_type}, name="axes", started_at=None, step=10, steps_per_epoch=4,
         num_pictures=7, names=family.kohya,
     )  # fmt: skip
-    assert (told["modelspec.architecture"], told["ss_base_model_version"]) == (architecture, version)
-    assert (told["ss_v2"], told["ss_sd_model_name"]) == (str(family is STABLE_DIFFUSION_2), "owner/model")
-    assert told["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
-    assert ("uses v-prediction" in told["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
-    assert "modelspec.date" not in told  # of a run whose checkpoint doesn't say
-    assert set(map(type, told.values())) == {str}
+    assert (entries["modelspec.architecture"], entries["ss_base_model_version"]) == (architecture, version)
+    assert (entries["ss_v2"], entries["ss_sd_model_name"]) == (str(family is STABLE_DIFFUSION_2), "owner/model")
+    assert entries["modelspec.prediction_type"] == ("v" if prediction_type == "v_prediction" else "epsilon")
+    assert ("uses v-prediction" in entries["modelspec.usage_hint"]) == (prediction_type == "v_prediction")
+    assert "modelspec.date" not in entries  # the checkpoint of this run contains no date
+    assert set(map(type, entries.values())) == {str}
 
 
 def test_tags_are_counted_between_commas():
@@ -246,7 +239,7 @@ def test_a_thumbnail_is_small_and_says_nothing_but_pixels(tmp_path):
 
 
 def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
-    """At another rank and alpha; peft's folder is of the UNet alone, as many are."""
+    """Rank and alpha may differ; like many peft folders, this one contains only the UNet."""
     from scripts import convert_lora
 
     first = train(output_kohya_format=True, lora_alpha=2, output_dir=tmp_path / "axes")
@@ -254,13 +247,9 @@ def test_a_run_starts_from_any_of_the_formats(train, tmp_path):
     wanted = lora_file.load_lora(first)[0]["unet"]
     for k, weights in enumerate((first / "axes.safetensors", tmp_path / "peft")):
         out = train(
-            lora_weights=weights,
-            rank=6,
-            lora_alpha=9,
-            learning_rate=1e-12,
-            adam_weight_decay=0,
+            lora_weights=weights, rank=6, lora_alpha=9, learning_rate=1e-12, adam_weight_decay=0,
             output_dir=tmp_path / str(k),
-        )
+        )  # fmt: skip
         got = lora_file.load_lora(out)[0]["unet"]
         assert modules_of(got) == modules_of(wanted)
         for module in modules_of(wanted):

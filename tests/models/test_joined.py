@@ -1,12 +1,11 @@
-"""Projections of one input computed together, against each by itself, on tiny UNets of diffusers'."""
+"""Joined projections of one input equal separate projections, on tiny UNets of diffusers."""
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
-from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
+from lean_steps import PLAIN, Operators, batch_of, lean_unet, train
 
 from text_to_image_lora.models import lora
 from text_to_image_lora.models.joined import JoinedLinear, add_products, split_layers
@@ -15,17 +14,12 @@ from text_to_image_lora.models.joined import JoinedLinear, add_products, split_l
 PRODUCTS = ("mm", "addmm_", "bmm", "baddbmm_")
 
 
-@pytest.fixture
-def make_unet(tiny_sd):
-    return functools.partial(unet_of, tiny_sd)
-
-
 def joined_of(unet):
     return [module for module in unet.modules() if type(module) is JoinedLinear]
 
 
 class Another(AttnProcessor2_0):
-    """As it, but by its name a processor that has no joined projections, as xformers' hasn't."""
+    """A copy of the processor under a name that has no joined projections, like the processor of xformers."""
 
 
 def by_itself(unet):
@@ -56,7 +50,7 @@ def test_twenty_steps_are_those_of_each_by_itself(make_unet, flat):
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("lora_plus", [True, False])
 def test_what_is_trained_lies_in_one_order_joined_or_not(make_unet, flat, lora_plus):
-    """So that a checkpoint's optimizer goes on where the attention is another."""
+    """A checkpoint's optimizer can be resumed with another kind of attention."""
     orders = []
     for unet in (make_unet(), by_itself(make_unet())):
         named = [(name, parameter) for name, parameter in unet.named_parameters() if parameter.requires_grad]
@@ -67,9 +61,9 @@ def test_what_is_trained_lies_in_one_order_joined_or_not(make_unet, flat, lora_p
 
 
 def test_a_step_launches_less(make_unet):
-    """Of nine products a self-attention does three forward, and five backward of fifteen; a cross-attention three of six each.
+    """A self-attention launches 3 of 9 products forward and 5 of 15 backward; a cross-attention 3 of 6 each.
 
-    The first self-attention's input needs no gradient, for which there are two of each layer.
+    The input of the first self-attention needs no gradient, which saves two products per layer.
     """
     counts = []
     for unet in (make_unet(), by_itself(make_unet())):
@@ -105,7 +99,7 @@ def test_what_is_not_adapted_whole_stays_apart(make_unet, left_out):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_added_or_put_in_place_of_anything(dtype):
-    """What is not a number too, as memory that was never written may be."""
+    """The output may also be uninitialised memory, which may contain NaN."""
     torch.manual_seed(0)
     first, second = torch.randn(3, 64, 8).to(dtype), torch.randn(3, 8, 16).to(dtype)
     products = torch.bmm(first, second)

@@ -1,4 +1,4 @@
-"""Pixels become the latents that diffusers makes of them."""
+"""Pixels become the latents that diffusers computes."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_what_the_cache_must_know_of_the_vae(vae):
 
 
 def test_the_identity_is_of_the_device_and_of_its_arithmetic(vae, monkeypatch):
-    """Kernels of a GPU round otherwise than a CPU's, with TF32 much so. No GPU is needed to name one."""
+    """GPU kernels round differently from CPU kernels, TF32 even more. The test needs no GPU."""
     identities = set()
     for device, tf32 in (("cpu", False), ("cpu", True), ("mps", True), ("cuda", False), ("cuda", True)):
         monkeypatch.setattr("torch.backends.cudnn.allow_tf32", tf32)
@@ -50,7 +50,7 @@ def test_the_identity_is_of_the_device_and_of_its_arithmetic(vae, monkeypatch):
 
 
 def test_the_vae_is_read_when_it_is_needed_and_then_once(vae, monkeypatch):
-    """Where the cache is full it is not; the identity, for which each value is looked at, doesn't depend on it."""
+    """It is not read if the cache is full; its identity, which is a hash of all values, does not depend on this."""
     half, moved = copy.deepcopy(vae).half(), []
     encoder = LatentEncoder(half, torch.float16)
     before = encoder.identity

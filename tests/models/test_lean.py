@@ -1,13 +1,12 @@
-"""The lean forward against peft's own, on tiny UNets of diffusers'."""
+"""The lean forward pass equals that of peft, on tiny UNets of diffusers."""
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
-from lean_steps import PLAIN, Operators, batch_of, lean_unet, train, unet_of
+from lean_steps import PLAIN, Operators, batch_of, lean_unet, train
 from safetensors.torch import load_file
 
 from text_to_image_lora.models import lean, lora
@@ -17,11 +16,6 @@ from text_to_image_lora.training.settings import OptimizerSettings, ScheduleSett
 
 
 WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]
-
-
-@pytest.fixture
-def make_unet(tiny_sd):
-    return functools.partial(unet_of, tiny_sd)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -52,7 +46,7 @@ def test_twenty_steps_are_those_of_peft(make_unet, settings, flat):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_in_bf16_it_is_as_near_to_float32_as_autocast_is(make_unet, flat):
-    """Twenty steps; the masters stay float32."""
+    """Compares twenty steps; the master weights stay float32."""
     exact, cast, unet = make_unet(), make_unet(dtype=torch.bfloat16), make_unet(dtype=torch.bfloat16)
     exact = train(exact, lora.trainable_parameters(exact))
     cast = train(cast, lora.trainable_parameters(cast), dtype=torch.bfloat16, autocast=True)
@@ -74,7 +68,7 @@ def test_every_gate_of_a_lean_unet_keeps_less(make_unet):
 
 
 def test_small_updates_are_not_lost_in_bf16(make_unet):
-    """Steps of 1e-6 are far below what bf16 can add to a weight."""
+    """Updates of 1e-6 are too small to be added to a bf16 weight."""
     unet = make_unet(dtype=torch.bfloat16)
     (master,) = lean_unet(unet)
     start = master.detach().clone()
@@ -109,7 +103,7 @@ def test_peft_still_holds_saves_and_loads(make_unet, flat):
     assert all(torch.equal(v, lora.adapter_state(other)[0][n]) for n, v in lora.adapter_state(unet)[0].items())
     with torch.no_grad():
         torch.testing.assert_close(unet(*batch_of(9)).sample, other(*batch_of(9)).sample, rtol=1e-4, atol=1e-5)
-    # And after that it still trains what was loaded.
+    # The loaded weights are then trained further.
     expected, found = train(other, lora.trainable_parameters(other), 3), train(unet, parameters, 3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -150,7 +144,7 @@ def test_optimizers_that_look_at_matrices_get_them(make_unet, name, ratio, shape
 
 
 def test_a_step_casts_no_inputs(make_unet):
-    """Two casts for the masters and a few of the UNet's own, whatever the number of layers; peft has four for each."""
+    """Two casts for the master weights and a few of the UNet, for any number of layers; peft casts four times per layer."""
     counts = []
     for made_lean in (True, False):
         unet = make_unet(dtype=torch.bfloat16)
@@ -186,7 +180,7 @@ def test_a_gate_gives_the_same_bits_and_keeps_one_tensor(dtype):
 
 
 def test_the_script_trains_flat_masters(train_in, tmp_path):
-    """What a checkpoint keeps of AdamW is one tensor; the file has every layer."""
+    """AdamW's state in a checkpoint is one tensor, and the file contains every layer."""
     out = train_in(tmp_path)
     state = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"]["state"]
     assert len(state) == 1

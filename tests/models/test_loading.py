@@ -1,4 +1,4 @@
-"""Base models in every form that people have them: folder, hub cache, single file, old pickles."""
+"""Base models are loaded from folders, the hub cache, single files, and old pickles."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ def single_file(tiny_sd, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_only(tiny_sd, tmp_path_factory):
-    """What a person keeps beside a single file: the base model's folder without its weights."""
+    """Returns the base model's folder without weights, which may lie next to a single file."""
     folder = tmp_path_factory.mktemp("config") / "tiny"
     shutil.copytree(tiny_sd, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -43,7 +43,7 @@ def same_weights(a, b):
 
 
 def load(name, pretrained_vae=None, **options):
-    """The `Components` of a base model."""
+    """Returns the `Components` of a base model."""
     return loading.load_components(loading.find_base_model(str(name), **options), pretrained_vae=pretrained_vae)
 
 
@@ -57,7 +57,8 @@ def test_find_a_folder(tiny_sd):
 
 
 def test_find_a_single_file(single_file, config_only):
-    assert loading.find_base_model(str(single_file)).image_factor == 64  # SD1.5's, where no configuration says other
+    # The default of SD1.5, if there is no configuration.
+    assert loading.find_base_model(str(single_file)).image_factor == 64
     base = loading.find_base_model(str(single_file), single_file_config=str(config_only))
     assert (base.kind, base.image_factor, base.cross_attention_dim) == ("file", 8, 96)
 
@@ -76,7 +77,7 @@ def test_find_a_single_file(single_file, config_only):
         ("part", "part/unet/config.json: it can't be read"),
     ],
 )
-def test_what_is_no_base_model_is_told_in_one_line(tmp_path, monkeypatch, name, message):
+def test_what_is_no_base_model_is_reported_in_one_line(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     for folder, index in (
         ("other", '{"_class_name": "StableDiffusion3Pipeline"}'),
@@ -115,7 +116,7 @@ def test_load_a_folder(tiny_sd):
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_load_in_half_precision(tiny_sd, single_file, kind):
-    """What is trained and what conditions it; the VAE overflows in float16 in some models, and stays as it is."""
+    """The UNet and the text encoder are cast; the VAE is not, because some VAEs overflow in float16."""
     name, options = (tiny_sd, {}) if kind == "folder" else (single_file, {"single_file_config": str(tiny_sd)})
     base = loading.find_base_model(str(name), **options)
     whole, half = loading.load_components(base), loading.load_components(base, torch.bfloat16)
@@ -129,7 +130,7 @@ def test_load_in_half_precision(tiny_sd, single_file, kind):
 
 @pytest.mark.parametrize("names", ["one file", "variant", "shards", "mixed"])
 def test_weights_are_read_from_a_files_map_to_their_place(tiny_sd, tmp_path, monkeypatch, names):
-    """In one copy each, and with the values that diffusers gives them; the file may then become another."""
+    """Weights are copied once and have the values that diffusers loads; the file may be changed afterwards."""
     shutil.copytree(tiny_sd, tmp_path / "model")
     folder, variant = tmp_path / "model" / "unet", "fp16" if names == "variant" else None
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
@@ -159,7 +160,7 @@ def test_weights_are_read_from_a_files_map_to_their_place(tiny_sd, tmp_path, mon
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
 @pytest.mark.parametrize("revision", [None, "fixed"])
 def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_path, revision):
-    """That holds one revision and no other: what is loaded without it is not there."""
+    """The cache contains only the requested revision; without a revision, nothing is found."""
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / (revision or "main")).write_text("a" * 40)
@@ -173,13 +174,13 @@ def test_load_from_the_hubs_cache_without_a_network(tiny_sd, single_file, tmp_pa
     assert same_weights(there.vae, here.vae)
     assert same_weights(there.denoiser, here.denoiser)
     assert there.scheduler_config == here.scheduler_config
-    # A VAE in a single file has no configuration of its own.
+    # A VAE in a single file has no configuration.
     assert same_weights(loading.load_components(base, pretrained_vae=str(single_file)).vae, here.vae)
 
 
 @pytest.fixture(scope="module")
 def from_folder(train_in, tmp_path_factory):
-    """A run on the folder, which those on other forms of the model, or on another VAE, are compared with."""
+    """A run on the folder, with which runs on other forms of the model or with another VAE are compared."""
     folder = tmp_path_factory.mktemp("from-folder")
     return folder, train_in(folder, **FLAGS)
 
@@ -215,7 +216,7 @@ def test_a_lightning_checkpoint_loads(tiny_sd, single_file, config_only, tmp_pat
     assert same_weights(vae, vae_2)
     assert same_weights(unet, unet_2)
     assert scheduler_config["_class_name"] == scheduler_config_2["_class_name"]
-    # The stand-ins are there for the loading only.
+    # The stand-ins for missing modules exist only while the file is loaded.
     assert LIGHTNING not in sys.modules
     with pytest.raises(pickle.UnpicklingError, match="ModelCheckpoint"):
         torch.load(path, weights_only=True)
@@ -232,7 +233,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tiny_sd, single_file, config_onl
     assert "\n" not in str(error.value)
     assert not target.exists()
     torch.load(path, weights_only=False)
-    assert target.is_dir()  # so it was a working attack
+    assert target.is_dir()  # so the attack would work
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
@@ -248,14 +249,14 @@ def test_a_folder_with_weights_that_run_code_is_refused(tiny_sd, tmp_path, name)
     assert "\n" not in str(error.value)
     assert not target.exists()
     torch.load(pickled, weights_only=False)
-    assert target.is_dir()  # so it was a working attack
+    assert target.is_dir()  # so the attack would work
 
 
 @pytest.mark.parametrize(
     "what",
     ["lora", "no text encoder", "no unet", "cut", "empty", "unet weight", "vae weight", "text weight", "inpaint"],
 )
-def test_a_single_file_that_is_no_base_model_is_told_in_one_line(single_file, config_only, tmp_path, what):
+def test_a_single_file_that_is_no_base_model_is_reported_in_one_line(single_file, config_only, tmp_path, what):
     path, tensors = tmp_path / f"{what}.safetensors", load_file(single_file)
     if what == "lora":
         save_file({"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.ones(4, 8)}, path)
@@ -291,7 +292,7 @@ def other_vae(folder, **changes):
 @pytest.mark.parametrize(
     "component", ["unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"]
 )
-def test_a_folders_file_that_was_cut_is_told_in_one_line(tiny_sd, tmp_path, component):
+def test_a_truncated_file_of_a_folder_is_reported_in_one_line(tiny_sd, tmp_path, component):
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / f"{component}.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -328,7 +329,7 @@ def test_another_vae_may_be_a_single_file(tiny_sd, single_file, config_only, tmp
 
 
 @pytest.mark.parametrize("changes", [dict(latent_channels=16), dict(block_out_channels=(8, 8))], ids=str)
-def test_a_vae_whose_latents_do_not_fit_is_told(tiny_sd, tmp_path, changes):
+def test_a_vae_whose_latents_do_not_fit_is_reported(tiny_sd, tmp_path, changes):
     count = len(changes.get("block_out_channels", (8, 8, 8)))
     changes |= dict(down_block_types=("DownEncoderBlock2D",) * count, up_block_types=("UpDecoderBlock2D",) * count)
     other_vae(tmp_path / "vae", **changes)
@@ -337,7 +338,7 @@ def test_a_vae_whose_latents_do_not_fit_is_told(tiny_sd, tmp_path, changes):
     assert str(tmp_path / "vae") in str(error.value)
 
 
-def test_a_vae_that_is_not_there_is_told_by_its_name(tiny_sd):
+def test_a_missing_vae_is_reported_by_its_name(tiny_sd):
     with pytest.raises(InputError, match="^/gone/vae: ") as error:
         load(tiny_sd, pretrained_vae="/gone/vae")
     assert "\n" not in str(error.value)
@@ -350,7 +351,7 @@ def test_a_vae_that_is_not_there_is_told_by_its_name(tiny_sd):
         *((part, "weight") for part in ("unet", "vae", "text_encoder")),
     ],
 )
-def test_a_folder_that_lacks_something_is_told(tiny_sd, tmp_path, part, lost):
+def test_an_incomplete_folder_is_reported(tiny_sd, tmp_path, part, lost):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
     weights = list(folder.glob(f"{part}/*.safetensors"))
@@ -366,7 +367,23 @@ def test_a_folder_that_lacks_something_is_told(tiny_sd, tmp_path, part, lost):
     assert "\n" not in str(error.value)
 
 
-def test_sdxl_under_another_name_is_told(tiny_sd, tmp_path):
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_model_that_is_not_finite_is_refused(tiny_sd, tmp_path, part, value):
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    (path,) = (tmp_path / "model").glob(f"{part}/*.safetensors")
+    tensors = load_file(path)
+    first, second = sorted(key for key in tensors if key.endswith("weight"))[:2]
+    for name in (first, second):
+        tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"this model can't be loaded: .* 2 of its tensors are not finite, the first: "
+    ):
+        load(tmp_path / "model")
+
+
+def test_sdxl_under_another_name_is_reported(tiny_sd, tmp_path):
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"
     xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16)

@@ -1,4 +1,4 @@
-"""Adapters on a tiny UNet of diffusers'."""
+"""LoRA adapters on a tiny UNet of diffusers."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def output_of(unet, dtype=torch.float32):
 
 
 def randomize(unet, seed=1):
-    """Gives every adapter weights, as if it had been trained."""
+    """Gives every adapter random weights, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in lora.trainable_parameters(unet):
         parameter.data = parameter.data + torch.randn(parameter.shape, generator=generator) / 10
@@ -117,7 +117,7 @@ def test_training_moves_every_adapter_and_no_base_weight(make_unet):
 
 
 def test_trainable_parameters_can_be_walked_twice(make_unet):
-    """Fault 1: upstream's `filter(...)` is empty when the clipping comes to it, so nothing is clipped."""
+    """Fault 1: the `filter(...)` of diffusers' script is exhausted before gradients are clipped, so nothing is clipped."""
     unet = make_unet()
     lora.add_lora(unet, DEFAULTS)
     randomize(unet)
@@ -131,7 +131,7 @@ def test_trainable_parameters_can_be_walked_twice(make_unet):
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_adapter_is_float32_on_a_half_precision_model(make_unet, dtype, use_dora):
-    """Fault 3: at a learning rate of 1e-4 most updates are lost in bfloat16."""
+    """Fault 3: at a learning rate of 1e-4, most updates are lost in bfloat16."""
     unet = make_unet().to(dtype)
     lora.add_lora(unet, replace(DEFAULTS, use_dora=use_dora))
     assert {parameter.dtype for parameter in lora.trainable_parameters(unet)} == {torch.float32}
@@ -180,7 +180,7 @@ def test_an_adapter_that_does_not_fit_is_refused(make_unet):
 @pytest.mark.parametrize("options", [{}, dict(use_rslora=True), dict(use_dora=True)])
 @pytest.mark.parametrize("alpha", [4, 1, 9.5])
 def test_starting_from_a_file_reproduces_its_product(make_unet, options, alpha):
-    """Fault 8: in a file the update is B·A; the adapter it starts has a scale of its own."""
+    """Fault 8: the update in a file is B·A, and the adapter that starts from the file has another scale."""
     unet = make_unet()
     lora.add_lora(unet, replace(DEFAULTS, lora_alpha=alpha, **options))
     generator = torch.Generator().manual_seed(2)
@@ -251,7 +251,7 @@ def test_starting_from_a_text_encoder_without_its_last_layer(tiny_sd, use_dora):
 
 @pytest.fixture(scope="module")
 def two_adapted(tiny_sd):
-    """A UNet and a text encoder with adapters that have weights."""
+    """Returns a UNet and a text encoder with adapters whose weights are not zero."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -292,7 +292,7 @@ def test_a_file_must_be_of_what_is_trained(two_adapted):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_base_has_its_own_precision_after_the_adapters_have_read_it(make_unet, use_dora):
-    """DoRA's magnitudes are the base's norms in float32, and a base cast before would give others."""
+    """DoRA's magnitudes are the float32 norms of the base weights; a base that is cast earlier would give other norms."""
     whole, unet = make_unet(), make_unet()
     for model in (whole, unet):
         torch.manual_seed(0)
@@ -306,7 +306,7 @@ def test_the_base_has_its_own_precision_after_the_adapters_have_read_it(make_une
 
 
 def test_every_layer_of_sd15s_text_encoder():
-    """72 modules, as kohya's default has them."""
+    """The text encoder has 72 adapted modules, like kohya's default."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Stock diffusers reads the LoRA file, and gives what was trained."""
+"""Stock diffusers reads the LoRA file and predicts what was trained."""
 
 import copy
 import hashlib
@@ -91,15 +91,10 @@ def test_stable_diffusion_xl_reads_both_text_encoders(base, tmp_path):
     }
     lora_file.save_lora(tmp_path, {name: adapter(model) for name, model in models.items()}, TRAINING)
     pipe = StableDiffusionXLPipeline(
-        vae=base.vae,
-        text_encoder=copy.deepcopy(base.text_encoder),
-        text_encoder_2=copy.deepcopy(projecting),
-        tokenizer=base.tokenizer,
-        tokenizer_2=base.tokenizer,
-        unet=copy.deepcopy(base.unet),
-        scheduler=base.scheduler,
+        vae=base.vae, text_encoder=copy.deepcopy(base.text_encoder), text_encoder_2=copy.deepcopy(projecting),
+        tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, unet=copy.deepcopy(base.unet), scheduler=base.scheduler,
         add_watermarker=False,
-    )
+    )  # fmt: skip
     pipe.load_lora_weights(tmp_path, weight_name=lora_file.WEIGHTS_NAME)
     assert_differs(encode(projecting), encode(models["text_encoder_2"]))
     assert_close(encode(pipe.text_encoder_2), encode(models["text_encoder_2"]))
@@ -138,21 +133,17 @@ def test_header_speaks_of_every_component_and_of_the_training(base, tmp_path):
     body = path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :]
     digest = hashlib.sha256(body).hexdigest()
     assert (header.pop("sshs_model_hash"), header.pop("modelspec.hash_sha256")) == (digest, f"0x{digest}")
-    assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]  # of what follows the first MiB
+    # A hash of the bytes after the first MiB.
+    assert header.pop("sshs_legacy_hash") == hashlib.sha256(b"").hexdigest()[:8]
     assert not header
     common = {
-        "r": 4,
-        "lora_alpha": 4,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "lora_bias": False,
-    }
+        "r": 4, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_bias": False,
+    }  # fmt: skip
     for component, use_dora in (("unet", False), ("text_encoder", True)):
-        told = {key.split(".")[1]: adapters.pop(key) for key in list(adapters) if key.split(".")[0] == component}
+        config = {key.split(".")[1]: adapters.pop(key) for key in list(adapters) if key.split(".")[0] == component}
         modules = {key.partition(".lora_")[0] for key in keys if key.startswith(f"{component}.")}
-        assert told.pop("target_modules") == sorted(re.sub(r"^\w+\.(text_model\.)?", "", key) for key in modules)
-        assert told == common | {"use_dora": use_dora}
+        assert config.pop("target_modules") == sorted(re.sub(r"^\w+\.(text_model\.)?", "", key) for key in modules)
+        assert config == common | {"use_dora": use_dora}
     assert not adapters
     assert {key.partition(".lora_")[0] for key in keys if key.startswith("text_encoder.")} == {
         f"text_encoder.text_model.encoder.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
@@ -202,7 +193,7 @@ def test_load_lora_reads_what_save_lora_wrote(base, tmp_path, options):
         assert {key.removeprefix("text_model.") for key in loaded[name]} == {
             key.removeprefix("text_model.") for key in given[0]
         }
-    # Written out again as it is, it is the same file: the names, the scale and the ranks hold.
+    # Saving the loaded tensors again gives an equal file, with equal names, scale and ranks.
     again = {name: (state_dict, LoraConfig(r=4, lora_alpha=4)) for name, state_dict in loaded.items()}
     assert lora_file.save_lora(tmp_path / "again", again, TRAINING).read_bytes() == path.read_bytes()
 

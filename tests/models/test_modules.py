@@ -1,4 +1,4 @@
-"""What can be done with any model in memory leaves it as it was."""
+"""Operations on models in memory leave them unchanged."""
 
 import copy
 
@@ -24,5 +24,5 @@ def test_a_model_is_known_in_each_precision_and_from_a_fine_tuned_one():
     identities = {sample_identity(copy.deepcopy(model).to(d)) for d in (torch.float32, torch.bfloat16, torch.float16)}
     assert len(identities) == 1
     with torch.no_grad():
-        model[0].weight.add_(1e-3 * torch.randn(64, 64))  # a hundredth of their deviation
+        model[0].weight.add_(1e-3 * torch.randn(64, 64))  # a hundredth of their standard deviation
     assert sample_identity(model) not in identities

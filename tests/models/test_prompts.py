@@ -1,4 +1,4 @@
-"""Captions become conditions as in diffusers' pipeline, whole where they are long, and by one name for one meaning."""
+"""Captions become the conditions of diffusers' pipeline, completely even if they are long, and each has one identity."""
 
 import json
 import shutil
@@ -19,21 +19,16 @@ CAPTIONS = ["a red axe", "", "a very long caption " * 30]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_sd):
-    """The tokenizer and the text encoder of the tiny model."""
+    """Returns the tokenizer and the text encoder of the tiny model."""
     components = loading.load_components(loading.find_base_model(str(tiny_sd)))
     return components.tokenizers[0], components.text_encoders[0]
 
 
 def make_encoder(tokenizer, text_encoder, *, clip_skip=None, num_chunks=1, dtype=torch.float32, **options):
     return PromptEncoder(
-        STABLE_DIFFUSION,
-        (tokenizer,),
-        (text_encoder,),
-        clip_skip=clip_skip,
-        num_chunks=num_chunks,
-        dtype=dtype,
+        STABLE_DIFFUSION, (tokenizer,), (text_encoder,), clip_skip=clip_skip, num_chunks=num_chunks, dtype=dtype,
         **options,
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("clip_skip", [None, 0, 1, 2])
@@ -97,7 +92,7 @@ def test_a_text_encoder_in_training_has_gradients_and_its_own_precision(loaded):
 def test_the_identity_is_of_all_that_a_condition_depends_on(loaded, tiny_sd):
     tokenizer, text_encoder = loaded
     identity = make_encoder(*loaded).identity
-    assert make_encoder(*loaded, dtype=torch.bfloat16).identity == identity  # the cache has the dtype beside it
+    assert make_encoder(*loaded, dtype=torch.bfloat16).identity == identity  # the cache stores the dtype separately
     others = [make_encoder(*loaded, clip_skip=1), make_encoder(*loaded, num_chunks=2)]
     again = loading.load_components(loading.find_base_model(str(tiny_sd)))
     assert make_encoder(again.tokenizers[0], again.text_encoders[0]).identity == identity
@@ -115,7 +110,7 @@ def test_the_identity_is_of_all_that_a_condition_depends_on(loaded, tiny_sd):
 
 
 def test_whole_and_cut_prompts_share_a_cache(train, tmp_path):
-    """Captions of the same words in two chunks, and then in one: nothing but the number of chunks differs."""
+    """Encodes equal captions first in two chunks and then in one; only the number of chunks differs."""
     folder = write_pictures(tmp_path / "pictures", captions=["red axe " * 50])
     losses = [
         read_metrics(train(train_data_dir=folder, long_prompts=whole, output_dir=tmp_path / f"{i}"))[0]["train_loss"]
@@ -126,7 +121,7 @@ def test_whole_and_cut_prompts_share_a_cache(train, tmp_path):
 
 
 def test_a_long_prompt_is_read_whole_in_chunks(loaded):
-    """A chunk is what a prompt of its own would be: start, 75 tokens, end."""
+    """A chunk equals a separate prompt: start token, 75 tokens, end token."""
     tokenizer, text_encoder = loaded
     words = ["red", "blue", "green", "axe", "gold"] * 20
     given = prompts.encode_prompts(tokenizer, text_encoder, [" ".join(words), "a red axe"], num_chunks=2)

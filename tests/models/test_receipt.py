@@ -1,13 +1,19 @@
-"""The receipt passes on what is written and fails where something is lost; the readers' rules on SD's own geometry."""
+"""The check of LoRA files passes for complete files and fails if anything is lost, also on SD's real geometry."""
 
 import re
 import time
 
 import pytest
 import torch
+from conftest import read_header
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from small_pipeline import ADAPTERS, TEXT_TARGETS, UNET_TARGETS, adapter, small_pipeline, trained
+from small_pipeline import (
+    ADAPTERS,
+    adapters_of,
+    small_pipeline,
+    trained_models,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from text_to_image_lora.errors import TrainingError
@@ -25,12 +31,9 @@ def base():
 
 
 def written(base, folder, options, rank=None):
-    """(what was trained, the base's layers, our file, kohya's)."""
-    models = {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
-    components = {name: adapter(model) for name, model in models.items()}
+    """Returns what was trained, the layers of the base model, our file, and kohya's file."""
+    models = trained_models(base, options)
+    components = adapters_of(models)
     layers = {name: layer_shapes(model) for name, model in models.items()}
     ours = lora_file.save_lora(folder, components, {})
     return components, layers, ours, kohya.save_kohya(folder / "kohya.safetensors", components, {})
@@ -48,13 +51,6 @@ def change(path, edit):
     tensors = load_file(path)
     edited = edit(tensors, sorted(tensors))
     save_file({key: value.contiguous() for key, value in edited.items()}, path, read_header(path))
-
-
-def read_header(path):
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def without(tensors, pattern):
@@ -151,7 +147,7 @@ def test_float16_differs_only_by_its_rounding(base, tmp_path):
 
 
 def sd_models(cross_attention_dim):
-    """Stable Diffusion 1.5 (768) or 2 (1024) without memory: the UNet and its text encoder, every layer adapted."""
+    """Returns the UNet and text encoder of Stable Diffusion 1.5 (768) or 2 (1024) on the meta device, fully adapted."""
     heads = (5, 10, 20, 20) if cross_attention_dim == 1024 else 8
     with torch.device("meta"):
         unet = UNet2DConditionModel(
@@ -172,7 +168,7 @@ def sd_models(cross_attention_dim):
 
 @pytest.mark.parametrize(("width", "count"), [(768, 282 + 72), (1024, 282 + 138)])
 def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path, width, count):
-    """Convolutions, resnets and embeddings too, for all three readers, of whose rules A1111's know these blocks alone."""
+    """Includes convolutions, resnets and embeddings, for all three readers; A1111's rules know only these blocks."""
     models, layers = sd_models(width)
     torch.manual_seed(0)
     components = {}
@@ -194,14 +190,14 @@ def test_every_layer_of_stable_diffusion_is_read_as_trained_and_quickly(tmp_path
     assert readers.has_the_geometry_of_a1111(flat)
     tensors = load_file(kohyas)
     assert len(readers.a1111(tensors, {}, flat)) == count
-    # Stable Diffusion 2's text encoder has the four of attention in one module.
+    # The text encoder of Stable Diffusion 2 has the four projections of attention in one module.
     fewer = without(tensors, "layers_3_self_attn_v_proj")
     assert len(readers.a1111(fewer, {}, flat)) == count - (4 if width == 1024 else 1)
     assert len(readers.comfyui(fewer, {}, flat)) == count - 1
 
 
 def test_names_of_the_original_code():
-    """Some of those that people know from A1111's own checkpoints."""
+    """Checks some names that are known from checkpoints of A1111."""
     known = {
         "lora_unet_conv_in": "diffusion_model_input_blocks_0_0",
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": "diffusion_model_input_blocks_1_1_transformer_blocks_0_attn1_to_q",

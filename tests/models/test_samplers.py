@@ -1,4 +1,4 @@
-"""Which sampler draws, from the configuration of a base model's own and from how the denoiser was trained."""
+"""Samplers are configured from the base model's scheduler and from how the denoiser was trained."""
 
 import inspect
 
@@ -51,7 +51,7 @@ def test_zero_terminal_snr_starts_at_the_last_timestep():
 
 
 def test_no_sampler_clips_latents():
-    """DDIM and DDPM clip at 1 unless the settings they are made from say no; a latent reaches 4."""
+    """DDIM and DDPM would clip latents at 1 unless their config disables it; latents reach 4."""
     settings = {key: value for key, value in PNDM.items() if key != "clip_sample"}
     for name in SAMPLERS:
         assert not make_sampler(settings, name).config.get("clip_sample"), name

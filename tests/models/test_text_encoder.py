@@ -1,4 +1,4 @@
-"""--train_text_encoder: its LoRA learns, is in the file, and stock diffusers draws with it what training drew."""
+"""--train_text_encoder trains a LoRA of the text encoder, saves it, and stock diffusers draws with it as in training."""
 
 import json
 import os
@@ -42,7 +42,7 @@ RUN = dict(
 
 @pytest.fixture(scope="module")
 def runs(train_in, tmp_path_factory):
-    """A run of both with each of these options, which the tests only read; the folder of the plain one comes first."""
+    """Runs that train both models, with each of these options; the output folder of the plain run comes first."""
     folders, outs = {}, {}
     for name, options in (("plain", {}), ("clip_skip", {"clip_skip": 1}), ("DoRA", {"use_dora": True})):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -50,7 +50,7 @@ def runs(train_in, tmp_path_factory):
     return folders["plain"], outs
 
 
-# Deprecated in 0.39, and gone after it: that is why 0.39 is pinned.
+# Deprecated in 0.39 and removed in 0.40, which is why 0.39 is pinned.
 @pytest.mark.filterwarnings("ignore:`load_attn_procs` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["plain", "clip_skip", "DoRA"])
 def test_stock_diffusers_draws_what_training_drew(runs, tiny_sd, name):
@@ -74,12 +74,12 @@ def test_stock_diffusers_draws_what_training_drew(runs, tiny_sd, name):
     ]
     assert abs(drawn[0] - pictures[0]).max() <= 1
     assert abs(drawn[1] - pictures[2]).max() <= 2
-    assert abs(pictures[2] - pictures[1]).max() > 3  # the text encoder's part is seen
+    assert abs(pictures[2] - pictures[1]).max() > 3  # the effect of the text encoder is visible
 
 
 @pytest.mark.skipif("NEWEST_PYTHON" not in os.environ, reason="`make test-newest` says where the newest stack is")
 def test_the_newest_stack_draws_the_same(train, tmp_path):
-    """A run on the embedded base, and `infer.py` with its file on both stacks."""
+    """A run on the embedded base model; `infer.py` draws with its file on both stacks."""
     base = ROOT / "models" / "mini-sd"
     out = train(
         pretrained_model_name_or_path=base, train_data_dir=ROOT / "metadata" / "weapons", resolution=128, rank=4,
@@ -88,13 +88,8 @@ def test_the_newest_stack_draws_the_same(train, tmp_path):
 
     def draw(python, folder, *flags):
         command = [
-            python,
-            "infer.py",
-            "--pretrained_model_name_or_path",
-            base,
-            "--prompt",
-            "a red axe on a blue background",
-        ]
+            python, "infer.py", "--pretrained_model_name_or_path", base, "--prompt", "a red axe on a blue background",
+        ]  # fmt: skip
         command += ["--num_inference_steps", "6", "--seed", "1", "--output_dir", folder, *flags]
         subprocess.run([str(word) for word in command], cwd=ROOT, check=True, timeout=300)
         (path,) = folder.glob("*.png")
@@ -108,7 +103,7 @@ def test_the_newest_stack_draws_the_same(train, tmp_path):
 
 
 def test_what_is_in_the_file(runs, tiny_sd):
-    """Two blocks of six layers, each of its own rank; the last block has none where clip_skip leaves it out."""
+    """Two blocks of six layers, each with its own rank; clip_skip omits the last block."""
     assert json.loads((tiny_sd / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2
     out = runs[1]["plain"]
     weights = parts_of(out)["text_encoder"]
@@ -124,7 +119,7 @@ def test_what_is_in_the_file(runs, tiny_sd):
 
 
 def test_its_alpha_is_in_proportion_to_its_rank(tiny_sd):
-    """The file can't show it: there the scale is folded into the weights."""
+    """The file cannot show this, because its weights contain the scale."""
     words = ["--pretrained_model_name_or_path", str(tiny_sd), "--train_data_dir", "pictures", "--rank", "4"]
     words += ["--lora_alpha", "8", "--train_text_encoder", "--text_encoder_rank", "2"]
     settings = train_script.parse_settings(words)
@@ -142,10 +137,10 @@ def test_each_has_its_learning_rate(runs):
     groups = torch.load(runs[1]["plain"] / "checkpoint-2" / "optimizer.pt", weights_only=True)["optimizer"][
         "param_groups"
     ]
-    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.08])  # times the batch
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.08])  # times the batch size
 
 
-def test_it_goes_on_where_it_stopped(train, tmp_path):
+def test_it_can_be_resumed(train, tmp_path):
     options = dict(
         max_train_steps=4, checkpointing_steps=2, lora_dropout=0.3, validation_split=0.34, use_ema=True, **TEXT
     )
@@ -166,7 +161,7 @@ def test_the_validation_loss_is_of_both(train, tmp_path):
 
 
 def test_nothing_is_dropped_while_validating(runs, train):
-    """From a LoRA that does something, and at a rate so small that it stays as it is."""
+    """Starts from a LoRA that has an effect, at a learning rate so small that it does not change."""
     folder, outs = runs
     out = train(
         train_data_dir=folder / "pictures", lora_weights=outs["plain"], text_encoder_rank=2, learning_rate=1e-12,
@@ -188,7 +183,7 @@ def assert_same_run(first, second):
 
 @pytest.fixture(scope="module")
 def whole(train_in, tmp_path_factory):
-    """A run in batches of four, whose numbers those on other ways to the same batch must have."""
+    """A run with batch size four, whose metrics other ways to the same effective batch size must reproduce."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, train_in(folder, train_batch_size=4, **OTHER_WAYS)
 
@@ -228,7 +223,7 @@ def test_live_pictures_and_bf16(whole, train, tmp_path):
 
 
 def test_clip_skip_in_bf16(train, tmp_path):
-    """The layer norm that is applied again has the precision of the text encoder, not that of what it returns."""
+    """The final layer norm is applied in the precision of the text encoder."""
     options = TEXT | dict(clip_skip=1)
     whole = train(output_dir=tmp_path / "whole", **options)
     half = train(output_dir=tmp_path / "half", mixed_precision="bf16", **options)
@@ -247,7 +242,7 @@ def test_it_starts_from_a_lora_of_both(runs, train, tmp_path):
         train(output_dir=tmp_path / "third", **options)
 
 
-def test_its_flags_without_it_are_told(train):
+def test_its_flags_without_it_are_reported(train):
     with pytest.raises(InputError, match="add --train_text_encoder"):
         train(text_encoder_rank=4)
     with pytest.raises(InputError, match="--text_encoder_lr 0: it must be more than 0"):

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: its true geometry without memory, its numbers as diffusers computes them, its single files."""
+"""Stable Diffusion XL: its real geometry, its numbers compared with diffusers, and its single files."""
 
 import json
 import shutil
@@ -6,11 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_picture_set, read_metrics, train_script
-from diffusers import (
-    DDPMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from family_fixtures import true_xl
 from original_weights import renamed, vae_to_ldm
 from safetensors.torch import load_file, save_file
@@ -35,7 +31,7 @@ RANK = 16
 
 @pytest.fixture
 def xl():
-    """UNet and text encoders of stabilityai/stable-diffusion-xl-base-1.0, without memory."""
+    """Returns the UNet and the text encoders of stable-diffusion-xl-base-1.0 on the meta device."""
     return {name: model for name, model in true_xl().items() if name != "vae"}
 
 
@@ -63,7 +59,7 @@ def test_all_that_kohya_adapts_has_its_names(xl, tmp_path):
             lora.add_lora(xl[name], LoraSettings(rank=1, lora_alpha=1, target_modules=targets[name])) for name in xl
         ]
     assert counts == [722, 72, 192]
-    # Numbers in place of what has none.
+    # Random weights for models on the meta device.
     components = {
         name: ({key: torch.randn(value.shape) for key, value in state_dict.items()}, config)
         for name, (state_dict, config) in components_of(xl).items()
@@ -107,7 +103,7 @@ def test_every_layer_of_its_unet_has_a_name_that_means_it(xl):
 
 
 def test_the_corner_is_that_of_the_mirrored_picture():
-    """As diffusers' script has it, which mirrors before it crops: a picture whose columns say where they are."""
+    """Like diffusers' script, which flips before it crops. The columns of the picture show their position."""
     from PIL import Image
 
     columns = Image.linear_gradient("L").rotate(90).resize((80, 40)).convert("RGB")
@@ -122,14 +118,11 @@ def test_the_corner_is_that_of_the_mirrored_picture():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, pictures, flip):
-    """Time ids, both encodings and the noise prediction by stock classes, as its XL script puts them together."""
+    """Computes time ids, both encodings and the prediction with stock classes, like diffusers' XL script."""
     out = train(
-        pretrained_model_name_or_path=tiny_xl,
-        train_batch_size=4,
-        max_train_steps=1,
-        center_crop=True,
+        pretrained_model_name_or_path=tiny_xl, train_batch_size=4, max_train_steps=1, center_crop=True,
         random_flip=flip,
-    )
+    )  # fmt: skip
     base = loading.find_base_model(str(tiny_xl))
     training_set = TrainingSet(make_picture_set(pictures, center_crop=True, random_flip=flip), base, Draws(0, 1000))
     sampler = make_batch_sampler(training_set.pictures, 0, Division(batch_size=4))
@@ -144,7 +137,7 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
         posterior = pipe.vae.encode(pixels).latent_dist
         latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * pipe.vae.config.scaling_factor
         noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
-        # Pictures of 40x32: resized they are as they were, and the middle begins 4 pixels from either side.
+        # Resizing does not change pictures of 40x32, and the centre crop begins 4 pixels from either side.
         time_ids = pipe._get_add_time_ids((32, 40), (0, 4), (32, 32), torch.float32, 64).expand(4, -1)
         assert torch.equal(batch["condition"]["time_ids"], time_ids)
         more = {"text_embeds": pooled, "time_ids": time_ids}
@@ -189,7 +182,7 @@ OPENCLIP_RULES = [
 
 
 def openclip(state_dict, prefix):
-    """A text encoder as OpenCLIP has it: query, key and value in one matrix, the projection turned."""
+    """Returns a text encoder with OpenCLIP's names: query, key and value in one matrix, the projection transposed."""
     found = renamed(state_dict, OPENCLIP_RULES, prefix)
     for name in [name for name in found if ".q_proj." in name]:
         parts = [found.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
@@ -201,7 +194,7 @@ def openclip(state_dict, prefix):
 
 @pytest.fixture(scope="module")
 def xl_file(tiny_xl, tmp_path_factory):
-    """The weights of `tiny_xl` as Stability's single file names them."""
+    """Returns the weights of `tiny_xl` with the names of Stability's single file."""
     unet, first, second = (
         load_file(next((tiny_xl / name).glob("*.safetensors"))) for name in ("unet", "text_encoder", "text_encoder_2")
     )
@@ -260,7 +253,7 @@ def test_a_single_file_says_that_it_predicts_v(tiny_xl, xl_file, train, tmp_path
     assert isinstance(pipe, StableDiffusionXLPipeline)
 
 
-# What does not go together.
+# Components of different families.
 
 
 def test_a_lora_of_another_family_is_refused_with_both_names(tiny_xl, tiny_sd2, tmp_path):

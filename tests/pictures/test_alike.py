@@ -1,4 +1,4 @@
-"""Pictures that are the same or look alike are found, and are never on both sides of a division."""
+"""Equal and similar pictures are found, and are never divided between training and validation."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_equal_is_the_same_file():
     a, b, c = random_pictures(3, np.random.default_rng(0))
     others = [a, b._replace(hash=a.hash), c, a, c, a]
     assert equal_pictures(others) == [[0, 3, 5], [2, 4]]
-    assert alike_pictures(others) == [[0, 1]]  # a file that is there again is no other one
+    assert alike_pictures(others) == [[0, 1]]  # a copy of a file is not another picture
     assert group_alike(others) == [0, 0, 2, 0, 2, 0]
 
 
@@ -46,7 +46,7 @@ def test_equal_is_the_same_file():
 
 @pytest.fixture
 def divided(tmp_path):
-    """A set with copies, smaller and recompressed copies, divided: (to train on, to validate on)."""
+    """A set with copies, smaller copies and recompressed copies, divided into pictures for training and for validation."""
     folder = write_pictures(tmp_path / "3_axe", count=12, size=(64, 64))
     (folder / "metadata.jsonl").unlink()
     for i in range(4):
@@ -58,7 +58,7 @@ def divided(tmp_path):
 
 
 def test_what_looks_alike_is_never_on_both_sides(divided):
-    """The content of no picture held out is trained on."""
+    """No picture with the content of a held-out picture is trained on."""
     kept, held_out = divided
     assert 4 <= len(held_out) <= 6
     assert len(kept) + len(held_out) == 20
@@ -72,7 +72,7 @@ def test_what_looks_alike_is_never_on_both_sides(divided):
 
 
 def test_the_split_is_the_pictures_own():
-    """It depends on content alone: not on order, and a picture more moves few others."""
+    """The split depends only on content, not on the order, and one more picture moves few others."""
     rng = np.random.default_rng(0)
     images = random_pictures(100, rng)
     chosen = {images[i].image_id for i in hold_out(images, 0.1)}
@@ -82,7 +82,7 @@ def test_the_split_is_the_pictures_own():
     assert len({more[i].image_id for i in hold_out(more, 0.1)} & chosen) >= 8
     assert len(hold_out(images[:3], 0.01)) == 1
     assert hold_out(images[:1] * 5, 0.2) == []
-    # A crowd of alike pictures is too much of the whole; others are there.
+    # A large group of similar pictures would be too large a share, so other pictures are held out.
     crowd = [image._replace(hash=images[0].hash) for image in images[:60]] + images[60:]
     assert all(index >= 60 for index in hold_out(crowd, 0.1))
 
@@ -112,7 +112,7 @@ def test_what_is_in_the_validation_folder_is_not_trained_on(pictures, others, sa
     ]
 
 
-def test_a_validation_folder_with_the_same_pictures_is_told(pictures):
+def test_a_validation_folder_with_training_pictures_is_reported(pictures):
     pictures = make_picture_set(pictures)
     with pytest.raises(
         InputError, match="All training pictures look like validation pictures. Put different pictures"

@@ -1,4 +1,4 @@
-"""Buckets: sizes of one area for every shape, batches of one size, and nothing lost."""
+"""Buckets have one area for all aspect ratios, batches have one size, and no picture is lost."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from text_to_image_lora.pictures.examine import Picture
 
 
 def kohya_buckets(resolution, smallest, largest, step):
-    """The rule as sd-scripts documents it: widths by the step, the greatest height that keeps the area."""
+    """Returns the buckets of sd-scripts' documentation: widths in steps, with the largest height that keeps the area."""
     sizes = set()
     width = int((resolution**2) ** 0.5 // step) * step
     sizes.add((width, width))
@@ -103,7 +103,7 @@ def test_limits_that_leave_no_bucket(limits):
     ],
 )
 def test_limits_that_are_not_given(given, settled):
-    """Half and twice the resolution, in steps of 64 or what a small resolution allows; sides move inwards."""
+    """The limits are half and twice the resolution, in steps of 64 or what a small resolution allows, rounded inwards."""
     assert buckets.make_buckets(**given) == Buckets(*settled)
 
 
@@ -119,7 +119,7 @@ def test_limits_that_cannot_be_settled():
 
 @pytest.fixture
 def shapes(tmp_path):
-    """Pictures of three shapes, with tags: 4 wide, 3 tall, 2 square and tiny."""
+    """Writes pictures of three shapes with tags: 4 wide ones, 3 tall ones, and 2 small square ones."""
     folder = write_pictures(tmp_path / "shapes", count=9, captions=["sks, red, old", "sks, blue, new, big"])
     for i, size in enumerate([(90, 40)] * 4 + [(40, 90)] * 3 + [(20, 20)] * 2):
         Image.open(folder / f"{i}.png").resize(size).save(folder / f"{i}.png")
@@ -145,7 +145,7 @@ def test_buckets_train(train, shapes, capsys, cache_variations):
 
 
 def test_buckets_leave_square_pictures_as_they_were(train, tmp_path):
-    """One bucket is no bucket: the same weights as without the flag."""
+    """With a single bucket, the weights equal those of a run without buckets."""
     square = write_pictures(tmp_path / "square", size=(40, 40))
     plain = read_lora(train(train_data_dir=square, output_dir=tmp_path / "plain"))
     bucketed = read_lora(train(train_data_dir=square, output_dir=tmp_path / "buckets", aspect_ratio_buckets=True))

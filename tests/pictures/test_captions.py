@@ -1,16 +1,15 @@
-"""What is done to captions: a trigger, tags in another order, the empty caption, and the same in the cache and live."""
+"""Captions with a trigger word, shuffled tags or caption dropout, which are equal with and without the cache."""
 
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_picture_set, read_metrics, read_records, write_pictures
+from conftest import make_picture_set, read_metrics, read_records, refusal_of, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from text_to_image_lora.errors import InputError
 from text_to_image_lora.models.loading import find_base_model
 from text_to_image_lora.pictures.captions import edit_caption, tag_variations, vary_tags
 from text_to_image_lora.pictures.settings import CaptionSettings
@@ -28,7 +27,7 @@ def test_edited_captions(tmp_path):
 @pytest.mark.parametrize(
     ("caption", "trigger", "expected"),
     [
-        ("two axes", "axe", "axe, two axes"),  # it is looked for as a word
+        ("two axes", "axe", "axe, two axes"),  # the trigger is found only as a whole word
         ("(AXE), big", "axe", "(AXE), big"),
         ("c++ code", "c++", "c++ code"),
         ("a cat", None, "a cat"),
@@ -57,7 +56,7 @@ def test_every_order_occurs():
 
 @pytest.mark.parametrize("shuffles", [False, True])
 def test_each_tag_is_left_out_by_chance_except_the_first(shuffles):
-    """With 2 kept tags and a probability of 0.3, each of the others stays in 70% of the captions, independently."""
+    """With 2 kept tags and a probability of 0.3, each of the other tags stays in 70% of the captions, independently."""
     rules = CaptionSettings(caption_tag_dropout=0.3, keep_tags=2, shuffle_tags=shuffles)
     captions = [vary_tags("sks, axe, a, b, c", np.random.default_rng(seed), rules) for seed in range(2000)]
     assert all(caption.startswith("sks, axe") for caption in captions)
@@ -95,7 +94,7 @@ def test_cached_orders_are_the_same_each_time_and_differ_by_caption():
 
 @pytest.fixture
 def make_set(tiny_sd, tmp_path):
-    """A `TrainingSet` that encodes live, of one picture with one caption."""
+    """Returns a `TrainingSet` without a cache, of one picture with one caption."""
     pictures = make_picture_set(write_pictures(tmp_path / "set", count=1, captions=["sks, red, old, big"]))
 
     def make(**rules):
@@ -110,7 +109,7 @@ def test_caption_dropout(make_set):
     dropped = [b["captions"] == "" for _, b in samples]
     assert 60 < sum(dropped) < 120
     assert all(b["captions"] == a["captions"] for (a, b), gone in zip(samples, dropped, strict=True) if not gone)
-    # What is dropped changes no other draw.
+    # Caption dropout changes no other draw.
     assert all((a["noise"] == b["noise"]).all() and a["timesteps"] == b["timesteps"] for a, b in samples)
     assert all((a["pixels"] == b["pixels"]).all() for a, b in samples)
 
@@ -138,7 +137,7 @@ def test_tags_left_out_are_drawn_from_the_cached_variations(train, pictures, tmp
 
 
 def test_dropped_captions_are_the_same_cached_and_live(train, pictures):
-    """With most captions dropped, and one variation of each picture, the cache gives the losses of encoding live."""
+    """Drops most captions, with one variation of each picture; the losses with the cache equal those without it."""
 
     def losses(name, **options):
         folder = train(max_train_steps=4, center_crop=True, output_dir=pictures.parent / name, **options)
@@ -150,7 +149,7 @@ def test_dropped_captions_are_the_same_cached_and_live(train, pictures):
 
 
 def test_each_different_order_is_encoded_once(train, pictures, tmp_path):
-    """`--tag_variations` orders of each caption are encoded, and trained on."""
+    """`--tag_variations` orders of each caption are encoded and trained on."""
     folder = write_pictures(tmp_path / "tags", count=2, captions=["sks, a, b, c", "sks, d, e, f"])
     train(train_data_dir=folder, shuffle_tags=True, keep_tags=1, tag_variations=4, max_train_steps=3)
     shards = list((tmp_path / "cache" / "prompts").glob("*.safetensors"))
@@ -170,7 +169,7 @@ LONG = "a red axe on a blue background, " * 20
 
 
 def test_long_prompts_train_and_validate(train, tmp_path, capsys):
-    """Whole or cut is another training; from the cache and live it is the same one."""
+    """Complete and truncated captions train differently; the cache changes nothing."""
     folder = write_pictures(tmp_path / "long", captions=[LONG, "a cat"])
 
     def losses(name, **options):
@@ -190,11 +189,10 @@ def test_long_prompts_train_and_validate(train, tmp_path, capsys):
 
 
 def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
-    """All prompts get as many chunks as the longest, so one that is a whole book would fill the memory."""
+    """All prompts get as many chunks as the longest one, so a whole book as a caption would fill the memory."""
     folder = write_pictures(tmp_path / "book", count=2, captions=["a cat", "axe " * 751])
-    with pytest.raises(InputError) as caught:
-        train(train_data_dir=folder, long_prompts=True)
-    assert str(caught.value) == (
+    message = refusal_of(train, train_data_dir=folder, long_prompts=True)
+    assert message == (
         f"{folder}/metadata.jsonl:2: '1.png': its caption of 753 tokens would make every prompt 11 chunks long. Shorten "
         "it (the limit is 10 chunks), or remove --long_prompts."
     )

@@ -1,23 +1,21 @@
-"""Every kind of bad or odd input that people have, each with what becomes of it.
+"""Every kind of unusual or invalid input that users have, and its result.
 
-Used rightly; or refused in one line with file, row and remedy, and with --skip_bad_images left out and named. None ends in
-a traceback, and none changes silently what is trained on.
+Each is used correctly, or refused with file, row and remedy in one line, and left out and named with --skip_bad_images.
+None ends in a traceback, and none silently changes what is trained on.
 """
 
 import io
 import json
 import os
 import shutil
-import struct
 import tempfile
 import unicodedata
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import read_records, with_red_and_blue_swapped
+from conftest import png_with_header, read_records, with_red_and_blue_swapped
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -37,27 +35,13 @@ def noise(mode="RGB", size=(48, 32)):
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
 
 
-def a_png(width, height, rows=b""):
-    """A PNG of stated size whose data may be far less than that."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def animation(kind):
     frames = [Image.new("RGB", (48, 32), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     file = io.BytesIO()
     frames[0].save(
-        file,
-        kind,
-        save_all=True,
-        append_images=frames[1:],
-        duration=100,
+        file, kind, save_all=True, append_images=frames[1:], duration=100,
         **{"lossless": True} if kind == "WEBP" else {},
-    )
+    )  # fmt: skip
     return file.getvalue()
 
 
@@ -75,7 +59,7 @@ def transparent(mode):
 
 
 def turned(orientation):
-    """A picture whose upper left quarter is red when it is seen upright, stored as the EXIF tag says."""
+    """Returns a picture whose upper left quarter is red when it is shown upright, stored as the EXIF tag says."""
     upright = Image.new("RGB", (48, 32), "blue")
     upright.paste("red", (0, 0, 24, 16))
     undo = {
@@ -90,7 +74,7 @@ def turned(orientation):
 
 
 class Odd(NamedTuple):
-    """A picture beside a good one: its bytes, and either its colour at (2, 2) and its size, or the reason to refuse it."""
+    """A picture next to a good one: its bytes, and its colour at (2, 2) and size, or the reason why it is refused."""
 
     data: bytes
     colour: tuple | None = None
@@ -128,8 +112,8 @@ PICTURES = {
     "broken ICC profile": Odd(picture(icc_profile=b"no profile"), (200, 30, 60)),
     "a strip": Odd(picture(size=(1, 4000)), None, (1, 4000)),
     "one pixel": Odd(picture(size=(1, 1)), None, (1, 1)),
-    "decompression bomb": Odd(a_png(60000, 60000), refused="60000x60000 is more than the limit of 268,435,456 pixels"),
-    "less data than stated": Odd(a_png(48, 32, b"\0\0\0"), refused="it can't be decoded"),
+    "decompression bomb": Odd(png_with_header(60000, 60000), refused="60000x60000 is more than the limit of 268,435,456 pixels"),
+    "less data than stated": Odd(png_with_header(48, 32, b"\0\0\0"), refused="it can't be decoded"),
 }  # fmt: skip
 
 
@@ -172,7 +156,7 @@ def test_odd_pictures(tmp_path, case, layout):
 
 
 class Case(NamedTuple):
-    """Makes a folder; then it is refused with these words, or these captions are trained on, and these words are said."""
+    """Makes a folder, which is refused with this message, or whose captions are trained on, with this message."""
 
     make: object
     refused: str | None = None
@@ -280,7 +264,7 @@ FOLDERS = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_odd_folders(tmp_path, case, said):
-    make, refused, captions, told, left_out = FOLDERS[case]
+    make, refused, captions, logged, left_out = FOLDERS[case]
     folder, skipped = tmp_path / "set", []
     write(folder, good_png=picture())
     make(folder)
@@ -290,21 +274,21 @@ def test_odd_folders(tmp_path, case, said):
         message = one_line(error)
         assert message.startswith(str(folder))
         assert refused in message
-        if left_out is None:  # nothing to go on with: --skip_bad_images doesn't help
+        if left_out is None:  # nothing is left to train on, even with --skip_bad_images
             with pytest.raises(InputError):
                 read_records(folder, leave_out=print)
             return
-    said.clear()  # what was logged before it was refused
+    said.clear()  # removes the messages before the error
     dataset = read_records(folder, leave_out=(lambda *what: skipped.append(what)) if left_out else None)
     assert dataset["captions"][:] == captions
     assert not examine(dataset, range(len(dataset)))[1]
-    assert (told or "") in " ".join(said)
-    assert bool(said) == bool(told)
+    assert (logged or "") in " ".join(said)
+    assert bool(said) == bool(logged)
     assert [source.endswith(left_out) for source, _ in skipped] == ([True] if left_out else [])
 
 
 def test_an_unreadable_file():
-    """Readable for nobody: as root, who may read everything, the test becomes somebody else."""
+    """Nobody has the permission to read the file; if the test runs as root, it changes to another user."""
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)

@@ -1,10 +1,10 @@
-"""Pictures are looked at once: they are measured, and the bad ones are told."""
+"""Pictures are examined once: they are measured, and bad pictures are reported."""
 
 import os
 from types import SimpleNamespace
 
 import pytest
-from conftest import read_records, write_pictures
+from conftest import read_records, refusal_of, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -19,7 +19,7 @@ def inspect(records, folder):
     return [good[index] for index in range(len(records))]
 
 
-def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
+def test_pictures_are_measured_and_bad_pictures_are_reported(tmp_path):
     folder = write_pictures(tmp_path / "set")
     Image.new("RGB", (7, 9)).save(folder / "1.png")
     (folder / "2.png").write_bytes(b"")
@@ -27,7 +27,7 @@ def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
     (folder / "4.png").write_bytes((folder / "0.png").read_bytes()[:200])
     dataset = read_records(folder)
     (folder / "5.png").unlink()
-    for _ in range(2):  # what is bad stays bad
+    for _ in range(2):  # the second time, bad pictures are reported again
         good, bad = examine(dataset, range(6), tmp_path / "memo")
         assert good == {
             i: (image_id((folder / f"{i}.png").read_bytes()), *size, good[i].hash)
@@ -41,7 +41,7 @@ def test_pictures_are_measured_and_the_bad_ones_told(tmp_path):
     assert examine(dataset, [1], tmp_path / "memo")[0].keys() == {1}
 
 
-def test_a_row_without_picture_is_told(tmp_path):
+def test_a_row_without_picture_is_reported(tmp_path):
     import datasets
 
     dataset = datasets.Dataset.from_dict(
@@ -61,7 +61,7 @@ def test_a_picture_seen_before_is_not_decoded_again(pictures, tmp_path):
 
 
 def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypatch):
-    """What is found out of a picture may be found out in another way some day; the list of before had no version."""
+    """Another version may examine pictures differently; lists of the first version had no version number."""
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
     lies = (tmp_path / KNOWN_PICTURES).read_text().replace(" 40 32 ", " 61 49 ")
@@ -77,7 +77,7 @@ def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypat
 
 @pytest.mark.parametrize("lost", range(1, 12))
 def test_a_torn_memo_gives_no_wrong_sizes(pictures, tmp_path, lost):
-    """A run that was killed while it wrote leaves half a line."""
+    """A run that was killed while it wrote the list leaves an incomplete line."""
     dataset = read_records(pictures)
     first = inspect(dataset, tmp_path)
     memo = tmp_path / KNOWN_PICTURES
@@ -96,7 +96,7 @@ def test_without_a_folder_nothing_is_kept(pictures):
 
 
 def test_a_mask_belongs_to_the_picture(pictures, tmp_path):
-    """A picture with another mask is another picture; a mask that can't be read is told as the mask's."""
+    """A picture with another mask is examined again; an unreadable mask is reported as a mask."""
     plain = inspect(read_records(pictures), tmp_path / "memo")
     Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
     masked = inspect(read_records(pictures), tmp_path / "memo")
@@ -127,9 +127,8 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
     (pictures / "1.png").write_bytes(b"")
     (pictures / "4.png").write_text("words")
     records = read_records(pictures)
-    with pytest.raises(InputError) as caught:
-        usable(records, skip_bad_images=False)
-    assert str(caught.value) == (
+    message = refusal_of(usable, records, skip_bad_images=False)
+    assert message == (
         f"{pictures}/metadata.jsonl:2: '1.png': the file is empty (2 unusable pictures in total). Fix it, or pass "
         "--skip_bad_images to leave it out."
     )
@@ -142,5 +141,5 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
 
 
 def test_not_one_picture_that_can_be_used(pictures):
-    with pytest.raises(InputError, match="None of the pictures can be used"):
-        select_usable(read_records(pictures), {})
+    with pytest.raises(InputError, match="0.png': broken. None of the 6 pictures can be used"):
+        select_usable(read_records(pictures), {}, dict.fromkeys(range(6), "broken"))

@@ -1,4 +1,4 @@
-"""What --dry_run and --preview_data tell of a dataset: what there is, what is wrong, what the model will see."""
+"""--dry_run and --preview_data report what a dataset contains, its problems, and what the model will see."""
 
 import json
 import shutil
@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import make_picture_set, run_command, write_pictures
-from PIL import Image, ImageFont
+from PIL import Image
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.pictures.inspection import LISTED, describe, format_report, wrapped
+from text_to_image_lora.pictures.inspection import CAPTION_WIDTH, LISTED, describe, format_report, preview_sheet
 
 
 @pytest.fixture
 def motley(tmp_path):
-    """Six pictures: one of them twice, one twice in another size and format, one broken, one caption far too long."""
+    """Six pictures: one twice, one twice in different sizes and formats, one broken, one with too long a caption."""
     folder = write_pictures(tmp_path / "motley", count=6)
     shutil.copy(folder / "0.png", folder / "copy.png")
     Image.open(folder / "1.png").resize((80, 64)).convert("RGB").save(folder / "again.jpg", quality=85)
@@ -34,7 +34,7 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["pictures"] == 9
     assert [row["reason"] for row in report["left_out"]][0] == "'gone.png' does not exist"
     assert "it can't be decoded" in report["left_out"][1]["reason"]
-    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png of two rows
+    assert len(report["equal"]) == 2  # 0.png and its copy; 3.png, which has two rows
     assert [["0.png" in a, "copy.png" in b] for a, b in report["equal"][:1]] == [[True, True]]
     assert [["1.png" in a, "again.jpg" in b] for a, b in report["alike"]] == [[True, True]]
     assert len(report["tokens"]["cut"]) == 1
@@ -51,7 +51,9 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
 
 def test_a_dry_run_of_a_good_dataset(train, capsys, tmp_path):
     train(dry_run=True, random_flip=True, aspect_ratio_buckets=True)
-    assert "6 pictures, 6 captions (6 different)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "6 pictures, 6 captions (6 different)" in out
+    assert "\ntraining: 1 step (0.33 epochs)" in out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == []
 
 
@@ -65,7 +67,7 @@ def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
 
 
 def test_a_dry_run_by_the_command(arguments, tmp_path):
-    """With exit code 0 and nothing on stderr; the UNet isn't even looked at."""
+    """The exit code is 0 and stderr is empty; the UNet is not loaded."""
     base = tmp_path / "base"
     words = list(map(str, arguments()))
     place = words.index("--pretrained_model_name_or_path") + 1
@@ -81,8 +83,10 @@ def test_a_dry_run_by_the_command(arguments, tmp_path):
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
     sheet_file = tmp_path / "sheet.png"
     train(dry_run=True, preview_data=sheet_file, random_flip=True, random_hue=0.1, cache_variations=3)
-    sheet = Image.open(sheet_file)
-    assert sheet.size == (3 * 200 + 460, 6 * 200 + 8)
+    with Image.open(sheet_file) as image:
+        sheet = image.convert("RGB")
+    # The tiles end at the margins, 34 pixels from the edges.
+    left, top = sheet.width - 34 - 2 * 200 + 8, sheet.height - 34 - 6 * 200 + 8
     expected = make_picture_set(pictures, random_flip=True, random_hue=0.1)
     rows = []
     for index in range(6):
@@ -90,7 +94,9 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
         rows += [
             row
             for row in range(6)
-            if (np.asarray(sheet.crop((208, 8 + 200 * row, 400, 200 + 200 * row))) == np.asarray(tile)).all()
+            if (
+                np.asarray(sheet.crop((left, top + 200 * row, left + 192, top + 192 + 200 * row))) == np.asarray(tile)
+            ).all()
         ]
     assert sorted(rows) == list(range(6))
 
@@ -102,7 +108,8 @@ def test_the_preview_makes_its_folder(train, tmp_path, capsys, dry_run):
     assert f"what the model will see: {sheet_file}\n" in capsys.readouterr().out
     with Image.open(sheet_file) as sheet:
         assert sheet.format == "JPEG"
-        assert sheet.size == (4 * 200 + 460, 6 * 200 + 8)
+        assert sheet.height > 6 * 192
+        assert sheet.width > 4 * 192
 
 
 def test_a_preview_that_is_a_folder_is_refused(train, tmp_path):
@@ -118,7 +125,7 @@ def test_a_dry_run_refuses_the_captions_that_training_refuses(train, tmp_path):
 
 
 def test_the_report_on_a_set(pictures, tmp_path):
-    """Numbers of what there is, without a tokenizer too; the terminal shows the first few of each finding."""
+    """Counts what a set contains, also without a tokenizer; the terminal shows the first few of each finding."""
     sizes = [(64, 64)] + [(32, 32)] * 5
     both = make_picture_set(pictures, sizes=sizes, captions=[["a cat", "my cat"]] * 2 + [["a dog"]] * 4)
     left_out = [(f"{i}.png", "the file is empty") for i in range(LISTED + 2)]
@@ -142,9 +149,15 @@ def test_the_report_on_a_set(pictures, tmp_path):
     assert not any("tokens" in line for line in lines)
 
 
-def test_captions_are_wrapped():
-    font = ImageFont.load_default(size=13)
-    lines = wrapped("a red axe on a blue background " * 3 + "x" * 200, font, 120)
-    assert " ".join(lines) == "a red axe on a blue background " * 3 + "x" * 200
-    assert all(font.getlength(line) <= 120 for line in lines[:-1])
-    assert lines[-1] == "x" * 200
+def test_the_preview_shows_each_variation_whole_and_the_caption_beside_it(pictures):
+    """Wide and tall pictures keep their shape, and a caption without spaces stays within its width."""
+    sizes = [(64, 32), (32, 64)] * 3
+    captions = [["x" * 200]] + [["an axe"]] * 5
+    found = make_picture_set(pictures, sizes=sizes, captions=captions)
+    plain, sheet = (preview_sheet(each, [0, 1], 2) for each in (make_picture_set(pictures, sizes=sizes), found))
+    assert plain.height == sheet.height
+    white = np.all(np.asarray(sheet) == 255, axis=-1)
+    left = sheet.width - (2 * 200 - 8) - 34  # of the first tile; 34 is the margin
+    assert white[: sheet.height // 2, left : left + 192].all(axis=1).sum() > 90  # above and below a wide picture
+    assert white[sheet.height // 2 :, left : left + 192].all(axis=0).sum() > 90  # beside a tall one
+    assert CAPTION_WIDTH >= left - 2 * 34 > CAPTION_WIDTH - 40

@@ -1,4 +1,4 @@
-"""Folders made for other tools: the same pictures give the same records, whichever way their captions are kept."""
+"""Folders made for other tools: equal pictures give equal records, however their captions are stored."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def write(text, path):
 
 
 def build(folder, layout):
-    """The four pictures of `CAPTIONS`, laid out for one tool or another."""
+    """Writes the four pictures of `CAPTIONS` in the layout of a tool."""
     rows = [(kind, i, caption) for kind, group in CAPTIONS.items() for i, caption in enumerate(group)]
     for shade, (kind, i, caption) in enumerate(rows):
         name = f"{kind}_{i}.png"
@@ -81,7 +81,7 @@ def expected(tmp_path, load):
 
 
 def pack(folder, ending):
-    """The folder in an archive, as a file manager packs it: with the folder itself, or only what is in it."""
+    """Packs the folder into an archive like a file manager, with the folder itself or only with its content."""
     archive = folder.parent / (folder.name + ending)
     if ending == ".zip":
         with zipfile.ZipFile(archive, "w") as file:
@@ -173,7 +173,7 @@ def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
     ) as caught:
         load(tmp_path / "my_pictures")
     assert "\n" not in str(caught.value)
-    # Nor beside folders that are meant so, nor where one of them can't mean that.
+    # This is also so if a folder inside has such a name, or if another folder has none.
     save_picture(tmp_path / "my_pictures" / "sks_dog" / "0.png", 1)
     with pytest.raises(InputError, match="have no captions"):
         load(tmp_path / "my_pictures")
@@ -188,7 +188,7 @@ def test_a_folder_of_pictures_is_not_taken_for_a_trigger(tmp_path, load):
 
 
 def test_a_layout_that_is_asked_for(tmp_path, load, said):
-    """Metadata goes before caption files, as it is the more explicit; `--dataset_layout` turns that round."""
+    """Metadata files take precedence over caption files; `--dataset_layout` can reverse this."""
     folder = build(tmp_path / "set", "beside")
     write("file_name,text\naxe_0.png,from the table\n", folder / "metadata.csv")
     assert load(folder)["captions"][:] == [["from the table"]]
@@ -268,7 +268,7 @@ def test_accents_spelt_the_other_way(tmp_path, load, on_disk, in_row):
     assert load(tmp_path)["captions"][:] == [["a sword"]]
 
 
-def test_a_misspelt_name_is_told_with_the_nearest_there_is(tmp_path, load):
+def test_a_misspelt_name_is_reported_with_the_nearest_name(tmp_path, load):
     save_picture(tmp_path / "axe.PNG", 0)
     write("file_name,text\naxe.png,an axe\n", tmp_path / "metadata.csv")
     with pytest.raises(InputError, match=r"'axe\.png' does not exist \(there is 'axe\.PNG'\)"):
@@ -309,11 +309,12 @@ def test_a_mask_that_is_a_link_out_of_the_folder(tmp_path, load, layout):
         load(folder, leave_out=print)
 
 
-def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said):
-    build(tmp_path / "set" / "train", "csv")
-    build(tmp_path / "set" / "test", "csv")
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Train", "Test")])
+def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said, train, test):
+    build(tmp_path / "set" / train, "csv")
+    build(tmp_path / "set" / test, "csv")
     assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its subfolder train, not on test"]
+    assert said == [f"{tmp_path}/set: training on its subfolder {train}, not on {test}"]
 
 
 def test_column_flags_without_a_table(tmp_path, load):
@@ -323,9 +324,10 @@ def test_column_flags_without_a_table(tmp_path, load):
             load(folder, **options)
 
 
-def test_no_repeats(tmp_path, load):
-    save_picture(tmp_path / "0_dog" / "0.png", 0)
-    with pytest.raises(InputError, match="0 repeats"):
+@pytest.mark.parametrize(("name", "reason"), [("0_dog", "0 repeats"), ("2024_summer", "its name says 2024 repeats")])
+def test_a_number_that_is_no_number_of_repeats(tmp_path, load, name, reason):
+    save_picture(tmp_path / name / "0.png", 0)
+    with pytest.raises(InputError, match=reason):
         load(tmp_path)
 
 
@@ -338,25 +340,12 @@ def test_concepts_from_a_column(tmp_path, load):
         load(tmp_path, concept_column="knid")
 
 
-def test_a_year_is_no_number_of_repeats(tmp_path, load):
-    save_picture(tmp_path / "2024_summer" / "0.png", 0)
-    with pytest.raises(InputError, match="its name says 2024 repeats"):
-        load(tmp_path)
-
-
 def test_a_link_to_a_folder_is_not_passed_over(tmp_path, load):
     build(tmp_path / "elsewhere", "beside")
     build(tmp_path / "set", "beside")
     (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="more: it is a link to a folder"):
         load(tmp_path / "set")
-
-
-def test_splits_in_capitals(tmp_path, load, said):
-    build(tmp_path / "set" / "Train", "csv")
-    build(tmp_path / "set" / "Test", "csv")
-    assert len(load(tmp_path / "set")) == 4
-    assert said == [f"{tmp_path}/set: training on its subfolder Train, not on Test"]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.CSV"])
@@ -371,7 +360,7 @@ def test_of_a_table_above_folders_like_splits_every_row_counts(tmp_path, load, s
         f"{folder}: 1 picture has no row in a metadata file and will not be trained on; the first: "
         f"{folder}/validation/0.png"
     ]
-    # Without it, they are splits.
+    # Without the table, the folders are splits.
     said.clear()
     (folder / name).unlink()
     assert load(folder)["captions"][:] == [["beside, in train"]]

@@ -1,10 +1,10 @@
-"""Masks weight the loss, wherever they come from; they are cut as their pictures are."""
+"""Masks weight the loss, wherever they come from; they are cropped like their pictures."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import make_picture_set, read_metrics, read_records, write_pictures
+from conftest import make_picture_set, read_metrics, read_records, refusal_of, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -13,7 +13,7 @@ from text_to_image_lora.pictures.transforms import Variation, apply_variation, a
 
 
 def half(size=(40, 32)):
-    """White on the left half, black on the right."""
+    """Returns a mask that is white on the left half and black on the right half."""
     mask = Image.new("L", size, 0)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
     return mask
@@ -23,7 +23,7 @@ def half(size=(40, 32)):
     "variation", [Variation(0, 0, False), Variation(8, 0, True), Variation(3, 2, False, share=0.8), Variation(2, 1, True, turn=30.0)]
 )  # fmt: skip
 def test_a_mask_is_cut_as_its_picture(variation):
-    """A picture that is its own mask stays its own mask."""
+    """Uses each picture as its own mask; after cropping they are still equal."""
     rng = np.random.default_rng(1)
     mask = Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8)).resize((90, 70), Image.Resampling.BICUBIC)
     pixels = apply_variation(mask.convert("RGB"), variation, (32, 32), "bilinear")[..., 0]
@@ -44,13 +44,13 @@ def test_a_mask_beside_its_picture(masked, said):
     dataset = read_records(masked)
     assert [row["mask"] is not None for row in dataset] == [False, True, False, False]
     assert len(dataset) == 4
-    assert said == []  # a mask is no picture without a row
+    assert said == []  # a mask is not reported as a picture without a row
     pictures = make_picture_set(dataset, center_crop=True)
     assert (pictures.mask(0, 0, 4) == 1).all()
     mask = pictures.mask(1, 0, 4)
     assert (mask[:, :4] == 1).all()
     assert (mask[:, 4:] == 0).all()
-    # Caption files: the same.
+    # Caption files behave equally.
     for i in range(4):
         (masked / f"{i}.txt").write_text("a cat")
     (masked / "metadata.jsonl").unlink()
@@ -79,15 +79,15 @@ def test_a_column_of_masks(tmp_path):
         read_records(folder, mask_column="where")
 
 
-def test_a_broken_mask_is_told(train, masked):
+def test_a_broken_mask_is_reported(train, masked):
     (masked / "1.mask.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"1\.png'?: its mask: it can't be decoded"):
         train(train_data_dir=masked)
 
 
 @pytest.mark.parametrize("layout", ["metadata", "caption_files"])
-def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
-    for name in ("11.mask.png", "one.mask.png"):  # slips for 1.mask.png
+def test_a_mask_without_a_picture_is_reported(masked, layout, said):
+    for name in ("11.mask.png", "one.mask.png"):  # typos of 1.mask.png
         half().save(masked / name)
     if layout == "caption_files":
         for i in range(4):
@@ -99,7 +99,7 @@ def test_a_mask_that_belongs_to_no_picture_is_told(masked, layout, said):
 
 
 def erased(mode):
-    """The mask of `half` as an editor may save it: white everywhere, and its right half erased."""
+    """Returns the mask of `half` as an editor may save it: white everywhere, with its right half transparent."""
     if mode == "P":
         mask = Image.new("P", (40, 32), 0)
         mask.putpalette([255, 255, 255] * 2)
@@ -133,11 +133,12 @@ def test_what_is_half_transparent_in_a_mask_counts_half(tmp_path):
 
 
 def test_masks_weight_what_is_learned(train, masked, tmp_path):
-    """From the cache as live; and the cache doesn't serve the mask of before."""
+    """Also from the cache, which does not return the latents of a previous mask."""
 
     def losses(name, **options):
         out = train(train_data_dir=masked, center_crop=True, output_dir=tmp_path / name, **options)
-        return [row["train_loss"] for row in read_metrics(out)]  # of two steps: each of the four pictures once
+        # Two steps, which train on each of the four pictures once.
+        return [row["train_loss"] for row in read_metrics(out)]
 
     cached = losses("cached")
     assert losses("live", cache_variations=0) == pytest.approx(cached, rel=1e-4)
@@ -149,15 +150,14 @@ def test_masks_weight_what_is_learned(train, masked, tmp_path):
         assert a != pytest.approx(b, rel=1e-4)
 
 
-def test_an_empty_mask_is_told_or_left_out_with_its_picture(train, masked, capsys):
-    """Also where the picture was seen without one: the list of known pictures goes by content, and no bytes add nothing."""
+def test_an_empty_mask_is_reported_or_left_out_with_its_picture(train, masked, capsys):
+    """Also if the picture was examined without the mask: the list of known pictures is keyed by content."""
     (masked / "1.mask.png").unlink()
     train(train_data_dir=masked, max_train_steps=1, output_dir=masked.parent / "before")
     (masked / "1.mask.png").write_bytes(b"")
     reason = f"{masked}/metadata.jsonl:2: '1.png': its mask: the file is empty"
-    with pytest.raises(InputError) as caught:
-        train(train_data_dir=masked)
-    assert str(caught.value) == f"{reason}. Fix it, or pass --skip_bad_images to leave it out."
+    message = refusal_of(train, train_data_dir=masked)
+    assert message == f"{reason}. Fix it, or pass --skip_bad_images to leave it out."
     train(train_data_dir=masked, skip_bad_images=True)
     out = capsys.readouterr().out
     assert f"left out: {reason}\n" in out

@@ -1,4 +1,4 @@
-"""A set of pictures: all that is known of one is under its index, and a variation is the same in every use."""
+"""A set of pictures: all information on a picture has the picture's index, and a variation is equal in every use."""
 
 import pickle
 from dataclasses import replace
@@ -22,7 +22,7 @@ SIZES = [(32, 32), (48, 16), (16, 48), (32, 32), (48, 16), (32, 32)]
 
 @pytest.fixture
 def some(pictures):
-    """Six pictures at three sizes; the second and the last have masks, and every variation is another one."""
+    """Six pictures of three sizes; the second and the last have masks, and every variation differs."""
     half = Image.new("L", (40, 32), 0)
     half.paste(255, (0, 0, 20, 32))
     for index in (1, 5):
@@ -60,7 +60,7 @@ def test_other_captions_or_another_view_leave_the_set_as_it_was(some):
 
 
 def test_a_variation_is_the_same_in_every_use(some, pictures):
-    """Drawn from the picture's content and its number alone, whatever was asked for before, and shown as it is."""
+    """A variation depends only on the picture's content and the variation's number, and is shown unchanged."""
     view = some.view
     for index, (fact, size) in enumerate(zip(some.facts, SIZES, strict=True)):
         expected = draw_variation(40, 32, size, view.augmentation, image_id=fact.image_id, index=3)
@@ -76,7 +76,7 @@ def test_a_variation_is_the_same_in_every_use(some, pictures):
 
 
 def test_runs_of_other_seeds_share_the_cache(train, tmp_path):
-    """Which crops, flips and orders of tags there are is the pictures' and captions' alone; which one comes, the seed's."""
+    """The set of crops, flips and tag orders depends only on the pictures; the seed determines which one is drawn."""
 
     def run(name, seed):
         folder = train(
@@ -103,7 +103,7 @@ def test_a_picture_is_opened_once_for_its_variations(some, monkeypatch):
     monkeypatch.setattr(picture_set, "open_image", count)
     first = [some.pixels(index, k) for index in (0, 1) for k in range(4)]
     assert opened == [read_image_bytes(some.records[index]["image"]) for index in (0, 1)]
-    # Only the last one is kept, and it is nobody's to write on.
+    # Only the last picture is kept in memory, and it is read-only.
     first[-1][:] = 0
     assert some.pixels(1, 3).any()
     assert len(opened) == 2
@@ -121,7 +121,7 @@ def test_what_has_no_mask_counts_everywhere(some):
 
 
 def test_a_mask_goes_with_the_variation_of_its_picture(pictures):
-    """Where the picture is mirrored, so is what counts of it."""
+    """If the picture is flipped, its mask is flipped too."""
     half = Image.new("L", (40, 32), 0)
     half.paste(255, (0, 0, 20, 32))
     half.save(pictures / "1.mask.png")
@@ -181,7 +181,7 @@ class PixelsOf(torch.utils.data.Dataset):
 
 
 def test_a_loaders_workers_see_what_this_process_sees(some):
-    some.pixels(3, 0)  # one is open here
+    some.pixels(3, 0)  # one file is open here
     loader = torch.utils.data.DataLoader(
         PixelsOf(some), batch_size=None, num_workers=2, multiprocessing_context="fork"
     )

@@ -1,4 +1,4 @@
-"""Records: other captions, pictures of the class behind one's own, and the identities that caches and checkpoints go by."""
+"""Records: changed captions, class pictures, and the identities by which caches and checkpoints are found."""
 
 import time
 
@@ -25,7 +25,7 @@ def test_other_captions_change_nothing_else(pictures):
     assert sorted(changed.column_names) == sorted(records.column_names)
     for name in set(records.column_names) - {"captions"}:
         assert changed[name][:] == records[name][:]
-    # What belongs to the user is read, never written to.
+    # The user's files are read-only.
     assert sorted(path.name for path in pictures.iterdir()) == [*(f"{i}.png" for i in range(6)), "metadata.jsonl"]
 
 
@@ -54,7 +54,7 @@ def test_prior_preservation_trains(train, tmp_path, capsys):
 
 
 def test_a_run_leaves_the_class_pictures_captions_alone(train, tmp_path):
-    """With a trigger it is the run whose own captions have it written out, and whose class pictures' do not."""
+    """A trigger word is added to the captions of the user's own pictures, and not to those of class pictures."""
     plain, by_hand = (
         write_pictures(tmp_path / text, count=2, captions=[text]) for text in ("a cat", "my sks, a cat, old")
     )

@@ -1,4 +1,4 @@
-"""Sheets: every picture is whole, and in its place."""
+"""Sheets show every picture completely and in its place."""
 
 import itertools
 
@@ -12,14 +12,14 @@ from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet
     ("count", "columns", "bands", "side"), [(1, 1, 1, 64), (8, 8, 1, 64), (11, 6, 2, 64), (2, 2, 1, 768)]
 )
 def test_comparison_sheet(count, columns, bands, side):
-    """Every tile is whole, in its row and its column."""
+    """Every tile is complete, in its row and its column."""
     red, blue = Image.new("RGB", (side, side), (255, 0, 0)), Image.new("RGB", (side, side), (0, 0, 255))
     rows = [Row(Label("base"), [red] * count), Row(Label("with LoRA", "at 0.5"), [blue] * count)]
     sheet = labelled_sheet(rows, [Label("a long prompt " * 20)] * count)
     tile = 256 if side == 64 else 512
     counts = {colour: number for number, colour in sheet.getcolors(maxcolors=1 << 20)}
     assert counts[255, 0, 0] == counts[0, 0, 255] == count * tile**2
-    # Red ends at the right margin, blue at the right and the lower one, and both margins are the same.
+    # Red ends at the right margin, blue at the right and the lower margin, and both margins are equal.
     red_box, blue_box = (sheet.getchannel(c).point(lambda value: 255 * (value == 0)).getbbox() for c in "BR")
     assert sheet.width - blue_box[2] == sheet.width - red_box[2] == sheet.height - blue_box[3]
     assert columns * tile < sheet.width < (columns + 2) * tile
@@ -27,7 +27,7 @@ def test_comparison_sheet(count, columns, bands, side):
 
 
 def test_any_grid():
-    """Three rows with long labels, in two bands: read from left to right and from top to bottom, the tiles are in order."""
+    """Three rows with long labels in two bands; the tiles are in order from left to right and from top to bottom."""
     cells = [(row, column) for row in range(3) for column in range(9)]
     images = [Image.new("RGB", (64, 64), (250, 10 + 40 * row, 10 + 20 * column)) for row, column in cells]
     labels = [Label(f"a label of row {row} that has no end " * 3, "its note") for row in range(3)]
@@ -46,7 +46,7 @@ def test_any_grid():
 
 
 def test_what_stands_above_takes_room_and_columns_need_no_labels():
-    """A title alone, and pictures with their names above the grid."""
+    """A sheet with only a title, and a sheet with named pictures above the grid."""
     red, blue = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (32, 64), (0, 0, 255))
     rows = [Row(Label("a row"), [red, red])]
     plain, labelled, titled = (

@@ -1,4 +1,4 @@
-"""Every source of pictures becomes the same records, and whatever is wrong is told in one line that says where."""
+"""All sources of pictures become equal records, and errors are reported in one line with their place."""
 
 import io
 import os
@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_records, write_pictures
+from conftest import ROOT, read_records, refusal_of, write_pictures
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
@@ -26,18 +26,16 @@ def pictures_of(records):
 
 
 def refusal(folder):
-    with pytest.raises(InputError) as caught:
-        read_records(folder)
-    assert str(caught.value).startswith(f"{folder}: ")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    message = refusal_of(read_records, folder)
+    assert message.startswith(f"{folder}: ")
+    return message
 
 
 # Folders.
 
 
 def test_a_folder_for_each_class(tmp_path):
-    # The dataset itself may lie in a hidden folder; hidden folders in it are somebody's backup.
+    # The dataset itself may be in a hidden folder; hidden folders in it are taken for backups.
     folder = tmp_path / ".data" / "weapons"
     for kind in ("spear", "axe", ".ipynb_checkpoints", "__MACOSX"):
         write_pictures(folder / kind, count=1, captions=[f"a {kind}"])
@@ -60,8 +58,47 @@ def test_folders_without_a_dataset(tmp_path):
     assert "no captions" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.rar", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("a.7Z", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("a.tar.zst", "archives of this kind can't be read. Unpack it and pass the folder, or pack a .zip."),
+        ("metadata.csv", "it is a file. Pass the folder that contains it: "),
+        ("0.png", "it is a file. Pass the folder that contains it: "),
+        ("train.parquet", "it is a file. Pass the folder that contains it: "),
+    ],
+)
+def test_files_that_are_passed_as_a_folder(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"x")
+    assert words in refusal(tmp_path / name)
+    with pytest.raises(InputError, match=words):
+        read_records(dataset_name=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("names", [("more.zip",), ("a.txz", "b.zip", "c.tgz", "d.zip"), ("a.rar", "b.7z", "c.zip")])
+def test_archives_inside_of_a_folder(tmp_path, said, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    ours, others = [n for n in names if n[-3:] not in ("rar", ".7z")], [n for n in names if n[-3:] in ("rar", ".7z")]
+    lines = [
+        f"{len(ours)} archive{'s' * (len(ours) > 1)} in it will not be read. Pass the archive{'s' * (len(ours) > 1)}: "
+    ]
+    lines[0] += " ".join(f"{tmp_path}/{name}" for name in ours[:3]) + (" ..." if len(ours) > 3 else "")
+    if others:
+        lines.append(f"2 archives in it can't be read (unpack it, or pack it as .zip); the first: {tmp_path}/a.rar")
+    assert all(line in refusal(tmp_path) for line in lines)
+    for layout in ("metadata", "instance"):
+        said.clear()
+        (tmp_path / "0.png").write_bytes(picture_bytes("red"))
+        if layout == "metadata":
+            (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,x\n")
+        assert len(read_records(tmp_path, dataset_layout=layout, instance_prompt="x")) == 1
+        assert said[: len(lines)] == [f"{tmp_path}: {line}" for line in lines]
+
+
 def test_max_train_samples_are_always_the_same(pictures):
-    """Those that upstream draws with the seed 0, whatever the run's own seed is."""
+    """The samples are those that diffusers' script draws with seed 0, for any seed of the run."""
     whole = read_records(pictures)
     some = read_records(pictures, max_train_samples=4)
     assert some[:] == whole.shuffle(seed=0).select(range(4))[:]
@@ -73,7 +110,7 @@ def test_max_train_samples_are_always_the_same(pictures):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Writes a dataset with a picture column in one of the library's formats; returns the folder."""
+    """Writes a dataset with an image column in one of the formats of the datasets library, and returns the folder."""
     import datasets
 
     def store(kind, image="image", splits=("train",), pictures=("red", "blue"), **texts):
@@ -122,14 +159,14 @@ def test_a_stored_dataset(stored, load, kind):
     assert [source.endswith(f"row {i}") for i, source in enumerate(dataset["source"])] == [True, True]
     assert load(folder, caption_column="zh_text")["captions"][:] == [["红猫"], ["蓝猫"]]
     assert load(folder, max_train_samples=1)["captions"][:] == [["a red cat"]]
-    # A user's dataset is read, never written to.
+    # The user's dataset is read-only.
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_columns_of_a_stored_dataset(stored, load):
     folder = stored("disk", image="photo", words=[["a", "b"], ["c", None]])
     assert load(folder)["captions"][:] == [["a", "b"], ["c"]]
-    # `image` is upstream's default, so it may be passed without meaning a name.
+    # `image` is the default of diffusers' script, so it may be passed although no column has this name.
     assert load(folder, image_column="image")[:] == load(folder, image_column="photo")[:]
     for options, wrong in (
         (dict(caption_column="txet"), "'txet' (--caption_column)"),
@@ -146,15 +183,14 @@ def test_columns_of_a_stored_dataset(stored, load):
 @pytest.mark.parametrize("empty", ["", " ", None])
 def test_a_row_without_a_caption_is_refused_or_left_out(stored, load, kind, empty):
     folder = stored(kind, pictures=("red", "green", "blue"), text=["a", empty, "c"])
-    with pytest.raises(InputError) as caught:
-        load(folder)
-    assert str(caught.value) == (
+    message = refusal_of(load, folder)
+    assert message == (
         f"{folder}: row 1: column 'text' is empty. Fill or remove the row, or pass --skip_bad_images to leave such rows out."
     )
     left_out = []
     dataset = load(folder, leave_out=lambda *row: left_out.append(row))
     assert left_out == [(f"{folder}: row 1", "column 'text' is empty")]
-    # The rows that stay keep their pictures and numbers.
+    # The remaining rows keep their pictures and numbers.
     assert dataset["captions"][:] == [["a"], ["c"]]
     assert pictures_of(dataset) == [picture_bytes("red"), picture_bytes("blue")]
     assert dataset["source"][:] == [f"{folder}: row 0", f"{folder}: row 2"]
@@ -162,12 +198,11 @@ def test_a_row_without_a_caption_is_refused_or_left_out(stored, load, kind, empt
 
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
 def test_bad_rows_of_a_stored_dataset_are_refused_or_left_out_by_the_command(stored, train, tmp_path, capsys, kind):
-    """A caption that is missing is told before models are loaded, a picture when all are looked at."""
+    """A missing caption is reported before models are loaded, a bad picture when the pictures are examined."""
     folder = stored(kind, pictures=("red", "green", "blue", None), text=["a", "", "c", "d"])
     options = dict(train_data_dir=folder, cache_dir=tmp_path / "datasets-cache")
-    with pytest.raises(InputError) as caught:
-        train(**options)
-    assert str(caught.value).startswith(f"{folder}: row 1: column 'text' is empty. ")
+    message = refusal_of(train, **options)
+    assert message.startswith(f"{folder}: row 1: column 'text' is empty. ")
     train(skip_bad_images=True, max_train_steps=1, **options)
     out = capsys.readouterr().out
     assert f"left out: {folder}: row 1: column 'text' is empty\n" in out
@@ -217,10 +252,8 @@ def test_a_broken_stored_dataset(stored, load, kind):
     "name", ["no/such", "nothing", "./nowhere", "../up", "~/home", "/root/x", "a/b/c", "http://a.b"]
 )
 def test_a_dataset_that_is_nowhere(load, name):
-    with pytest.raises(InputError) as caught:
-        load(name)
-    assert str(caught.value).startswith(f"{name}: ")
-    assert "\n" not in str(caught.value)
+    message = refusal_of(load, name)
+    assert message.startswith(f"{name}: ")
 
 
 def test_concepts_from_the_labels_of_a_stored_dataset(load, tmp_path):
@@ -254,7 +287,7 @@ def test_masks_of_a_stored_dataset(load, tmp_path):
 
 
 def test_shards_of_webdataset(load, tmp_path):
-    """A folder of tar files, each with pictures and captions of the same names."""
+    """Writes a folder of tar files, in which pictures and captions have equal names."""
     folder = tmp_path / "shards"
     folder.mkdir()
     colours = ["red", "green", "blue", "white"]
@@ -273,12 +306,127 @@ def test_shards_of_webdataset(load, tmp_path):
     assert pictures_of(dataset) == [picture_bytes(colour) for colour in colours]
 
 
-# A stored dataset is somebody's data: what its cells name is opened only where it belongs to the dataset.
+def column_of_bytes(kind, values):
+    """A column as other programs than `datasets` write it: no description says that it holds pictures."""
+    import pyarrow
+
+    if kind == "bytes":
+        return pyarrow.array(values, pyarrow.binary())
+    if kind == "large bytes":
+        return pyarrow.array(values, pyarrow.large_binary())
+    kinds = (
+        (pyarrow.large_binary(), pyarrow.large_string()) if "large" in kind else (pyarrow.binary(), pyarrow.string())
+    )
+    names = ("bytes", "path") if "path" in kind else ("bytes",)
+    cells = [value and {name: value if name == "bytes" else "0.png" for name in names} for value in values]
+    return pyarrow.array(cells, pyarrow.struct(list(zip(names, kinds))))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "bytes, path", "large bytes, path", "struct of bytes"])
+@pytest.mark.parametrize("name", ["image", "foto"])
+def test_parquet_by_pyarrow(load, tmp_path, kind, name):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    pixels = [picture_bytes("red"), picture_bytes("blue"), None]
+    columns = {name: column_of_bytes(kind, pixels), "text": ["a", "b", "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "train.parquet")
+    for options in ({}, {"image_column": name}):
+        dataset = load(folder, **options)
+        assert dataset["captions"][:] == [["a"], ["b"], ["c"]]
+        assert pictures_of(dataset.select([0, 1])) == pixels[:2]
+
+
+def test_parquet_by_pandas(load, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "set").mkdir()
+    red, blue = picture_bytes("red"), picture_bytes("blue")
+    rows = {"image": [{"bytes": red, "path": "0.png"}, {"bytes": blue, "path": "1.png"}], "mask": [blue, red]}
+    rows |= {"text": ["a", "b"], "zh_text": ["红", "蓝"]}
+    pandas.DataFrame(rows).to_parquet(tmp_path / "set" / "0.parquet")
+    dataset = load(tmp_path / "set", mask_column="mask")
+    assert pictures_of(dataset) == [red, blue]
+    assert [read_image_bytes(row["mask"]) for row in dataset] == [blue, red]
+
+
+def test_parquet_of_bytes_that_name_files_elsewhere(load, tmp_path):
+    """A path without bytes is checked as in a dataset that declares its pictures."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture_bytes("green"))
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    cells = pyarrow.array([{"bytes": None, "path": str(tmp_path / "secret.png")}], kind)
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "text": ["a"]}), folder / "0.parquet")
+    with pytest.raises(InputError, match="names a file outside of the dataset"):
+        load(folder)
+
+
+def test_a_parquet_file_of_names(load, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "0.png").write_bytes(picture_bytes("red"))
+    pyarrow.parquet.write_table(pyarrow.table({"file_name": ["0.png"], "text": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="no column with pictures.*save it as metadata.parquet"):
+        load(tmp_path)
+
+
+def test_the_caption_column_of_several_in_a_stored_dataset(stored, load, said):
+    folder = stored("parquet")
+    load(folder)
+    assert said == [f"{folder}: the captions are read from column 'en_text', not from zh_text (--caption_column)"]
+    load(folder, caption_column="zh_text")
+    assert len(said) == 1
+
+
+def test_why_every_row_of_a_stored_dataset_fails(stored, load):
+    folder = stored("disk", text=["", " "])
+    with pytest.raises(InputError) as caught:
+        load(folder, leave_out=lambda *row: None)
+    assert str(caught.value) == (
+        f"{folder}: it has no usable row. The first of 2 that are left out: row 0: column 'text' is empty."
+    )
+
+
+# Paths with characters that patterns are made of.
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[x]", "a*b", "a?b", "[!a]", "**"])
+@pytest.mark.parametrize("kind", ["parquet", "disk", "arrow", "tar", "csv"])
+def test_paths_with_characters_of_patterns(stored, load, tmp_path, name, kind, naming):
+    """Beside each are folders that the name would match as a pattern."""
+    for other in dict.fromkeys((name, "a1", "aXb", "x", "a*b", "q")):
+        place = tmp_path / "in" / other
+        if kind == "csv":
+            write_pictures(place, count=2, captions=[other])
+            continue
+        if kind == "tar":
+            place.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(place / "0.tar", "w") as file:
+                for ending, data in (("png", picture_bytes("red")), ("txt", other.encode())):
+                    member = tarfile.TarInfo(f"0.{ending}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+            continue
+        source = naming("arrow", named()) if kind == "arrow" else stored(kind, text=[other, other])
+        place.parent.mkdir(exist_ok=True)
+        source.rename(place)
+    dataset = load(tmp_path / "in" / name)
+    assert {*sum(dataset["captions"], [])} == {"number 0" if kind == "arrow" else name}
+    assert len(dataset) == (1 if kind in ("arrow", "tar") else 2)
+
+
+# A stored dataset may come from anywhere, so files that its cells name are opened only inside the dataset.
 
 
 @pytest.fixture
 def naming(tmp_path):
-    """Writes a stored dataset whose cells are bytes or paths, which the library itself would embed; returns the folder."""
+    """Writes a stored dataset whose cells are bytes or paths, which the library itself would embed, and returns the folder."""
     import datasets
     import pyarrow.parquet
 
@@ -312,9 +460,8 @@ def test_a_stored_dataset_reads_no_file_elsewhere(naming, load, tmp_path, kind, 
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture_bytes("green"))
     folder = naming(kind, [*named(), None, *named()] + named(str(secret)), column)
-    with pytest.raises(InputError) as caught:
-        load(folder, mask_column="mask", leave_out=None)
-    assert str(caught.value) == (
+    message = refusal_of(load, folder, mask_column="mask", leave_out=None)
+    assert message == (
         f"{folder}: row 4: column '{column}' names a file outside of the dataset ('{secret}'). Fill or remove the row, or "
         "pass --skip_bad_images to leave such rows out."
     )
@@ -328,7 +475,7 @@ def test_a_stored_dataset_reads_no_file_elsewhere(naming, load, tmp_path, kind, 
 
 
 def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, monkeypatch):
-    """Regular files in its folder or in the library's caches, however they are spelt."""
+    """Only regular files in the dataset's folder or in the library's caches, however the path is written."""
     import datasets
     from huggingface_hub import constants
 
@@ -364,7 +511,7 @@ def test_what_the_cells_of_a_stored_dataset_may_name(naming, load, tmp_path, mon
     assert left_out == [(f"{folder}: row {i}", reason) for i, reason in enumerate(expected, start=first)]
     assert dataset["captions"][:] == [[f"number {i}"] for i in range(first)]
     assert pictures_of(dataset) == [picture_bytes("blue")] + [picture_bytes("green")] * len(good)
-    # What may be named and is not there is told with the pictures that can't be read.
+    # A missing file that may be named is reported together with unreadable pictures.
     naming("parquet", named(str(folder / "gone.png")))
     assert len(load(folder)) == 2
 

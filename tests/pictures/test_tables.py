@@ -1,14 +1,13 @@
-"""Metadata files: rows, captions and columns are found, and a broken line is named with its number."""
+"""Metadata files: rows, captions and columns are found, and a broken line is reported with its number."""
 
 import csv
 import json
 from pathlib import Path
 
 import pytest
-from conftest import read_records
+from conftest import read_records, refusal_of
 from PIL import Image
 
-from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.records import read_image_bytes
 from text_to_image_lora.pictures.tables import CAPTION_COLUMNS
 
@@ -26,12 +25,9 @@ def names_of(dataset):
 
 
 def refusal(folder, **options):
-    """The message of the `InputError` that loading a folder ends in: one line that starts with where."""
-    with pytest.raises(InputError) as caught:
-        read_records(folder, **options)
-    message = str(caught.value)
+    """Returns the error message of a folder: one line that starts with the place of the error."""
+    message = refusal_of(read_records, folder, **options)
     assert message.startswith(str(folder))
-    assert "\n" not in message
     return message
 
 
@@ -196,3 +192,134 @@ def test_a_picture_elsewhere_inside_of_the_dataset(tmp_path):
     rows = [{"file_name": name, "text": "an axe"} for name in ("../all/0.png", "parts/1.png", "parts/../parts/1.png")]
     write_metadata(tmp_path / "axe", "jsonl", rows)
     assert names_of(read_records(tmp_path)) == ["0.png", "1.png", "1.png"]
+
+
+# Rows as other programs write them.
+
+
+@pytest.mark.parametrize("first", ["sep=;", "SEP=;", '"sep=;"', "sep=,", "sep=\t"])
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_excels_line_that_names_the_delimiter(tmp_path, first, line_break):
+    folder, delimiter = save_pictures(tmp_path, "0.png", "1.png"), first.strip('"')[4]
+    rows = [
+        first,
+        *(f"{name}{delimiter}{text}" for name, text in (("file_name", "text"), ("0.png", "a"), ("1.png", "b"))),
+    ]
+    (folder / "metadata.csv").write_bytes(line_break.join([*rows, ""]).encode())
+    dataset = read_records(folder)
+    assert dataset["captions"][:] == [["a"], ["b"]]
+    assert [source.split(": ")[0] for source in dataset["source"]] == [f"{folder}/metadata.csv:{i}" for i in (3, 4)]
+    (folder / "1.png").unlink()
+    assert refusal(folder).startswith(f"{folder}/metadata.csv:4: '1.png' does not exist")
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("metadata.csv", "axe\\0.png"),
+        ("metadata.csv", "axe\\deep\\1.png"),
+        ("axe/metadata.csv", "axe/0.png"),
+        ("axe/metadata.csv", "set/axe/0.png"),
+        ("axe/metadata.csv", "set\\axe\\deep\\1.png"),
+        ("axe/deep/metadata.csv", "axe\\deep/1.png"),
+        ("axe/metadata.csv", "..\\axe\\0.png"),
+    ],
+)
+def test_names_with_backslashes_or_with_their_folder(tmp_path, table, name):
+    folder = save_pictures(tmp_path / "set", "axe/0.png", "axe/deep/1.png")
+    (folder / table).write_text(f"file_name,text\n{name},x\n")
+    assert names_of(read_records(folder)) == [name.replace("\\", "/").split("/")[-1]]
+
+
+def test_the_name_as_it_is_written_goes_first(tmp_path):
+    folder = save_pictures(tmp_path / "axe", "axe/0.png", "0.png", "axe\\0.png")
+    for name, found in (("axe/0.png", "axe/0.png"), ("axe\\0.png", "axe\\0.png"), ("axe/axe/0.png", "axe/0.png")):
+        (folder / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
+        assert read_records(folder)[0]["image"]["path"] == f"{folder}/{found}"
+
+
+@pytest.mark.parametrize("name", ["..\\secret.png", "set/../secret.png", "set\\..\\secret.png"])
+def test_other_spellings_leave_the_dataset_no_more_than_others(tmp_path, name):
+    folder = save_pictures(tmp_path / "set", "0.png")
+    save_pictures(tmp_path, "secret.png")
+    (folder / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
+    assert "leaves the dataset folder" in refusal_of(read_records, folder)
+
+
+@pytest.mark.parametrize("column", ["text", "prompt", "words"])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(5, "5"), (True, "True"), ({"en": "a"}, "{'en': 'a'}"), (["a", 1], "['a', 1]")]
+)
+def test_a_caption_that_is_no_text(tmp_path, column, value, shown):
+    folder = save_pictures(tmp_path, "0.png", "1.png", "2.png")
+    rows = [{"file_name": f"{i}.png", column: text} for i, text in enumerate(("a", value, "c"))]
+    write_metadata(folder, "jsonl", rows)
+    options = {"caption_column": "words"} if column == "words" else {}
+    reason = f"column '{column}' holds {shown}, which is not text"
+    assert refusal(folder, **options) == (
+        f"{folder}/metadata.jsonl:2: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out."
+    )
+    left_out = []
+    assert names_of(read_records(folder, leave_out=lambda *row: left_out.append(row), **options)) == ["0.png", "2.png"]
+    assert left_out == [(f"{folder}/metadata.jsonl:2", reason)]
+
+
+@pytest.mark.parametrize(
+    ("row", "taken", "others"),
+    [
+        (dict(text="t", caption="c"), "text", "caption"),
+        (dict(zh_text="z", en_text="e", author="me"), "en_text", "zh_text, author"),
+        (dict(title="t", prompt="p", width=4), "prompt", "title"),
+    ],
+)
+def test_of_several_caption_columns_the_log_says_which_is_read(tmp_path, said, row, taken, others):
+    save_pictures(tmp_path / "set", "axe/0.png", "spear/0.png")
+    for kind in ("axe", "spear"):
+        write_metadata(tmp_path / "set" / kind, "jsonl", [{"file_name": "0.png", **row}])
+    folder = tmp_path / "set"
+    assert read_records(folder)["captions"][:] == [[row[taken]]] * 2
+    assert said == [f"{folder}: the captions are read from column '{taken}', not from {others} (--caption_column)"]
+    said.clear()
+    read_records(folder, caption_column=others.split(", ")[0])
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("captions.csv", "save it as metadata.csv with the columns file_name and text."),
+        ("metadata.tsv", "save it as metadata.csv with the columns file_name and text."),
+        ("train.jsonl", "save it as metadata.jsonl with the columns file_name and text, one object per line."),
+        ("metadata.json", "save it as metadata.jsonl with the columns file_name and text, one object per line."),
+        ("labels.xlsx", "save it as metadata.csv with the columns file_name and text."),
+    ],
+)
+def test_a_table_under_another_name(tmp_path, said, name, remedy):
+    folder = save_pictures(tmp_path / "set", "0.png", "1.png")
+    for file in (name, "0.json"):  # a .json of a picture's name is no table
+        (folder / file).write_text("file_name,text\n0.png,a\n")
+    hint = f"If {name} holds the captions, {remedy}"
+    assert refusal(folder).endswith(f" {hint}")
+    # Where something else gives the captions, the log says it.
+    assert read_records(folder, instance_prompt="x")["captions"][:] == [["x"], ["x"]]
+    assert said == [f"{folder}: captions are not read from a table. {hint}"]
+    said.clear()
+    for i in range(2):
+        (folder / f"{i}.txt").write_text("beside")
+    assert len(read_records(folder)) == 2
+    assert said == []
+
+
+def test_why_every_row_fails(tmp_path):
+    """Where bad rows are left out too, as by --dry_run, which lists them in a report that is never written then."""
+    folder = save_pictures(tmp_path, "0.png")
+    rows = [{"file_name": f"{i}.jpg", "text": "a"} for i in range(3)]
+    write_metadata(folder, "jsonl", rows)
+    assert refusal(folder, leave_out=lambda *row: None) == (
+        f"{folder}: it has no usable row. The first of 3 that are left out: {folder}/metadata.jsonl:1: '0.jpg' does not exist "
+        "(there is '0.png')."
+    )
+    (folder / "metadata.jsonl").unlink()
+    assert refusal(folder, dataset_layout="caption_files", leave_out=lambda *row: None) == (
+        f"{folder}: it has no usable row. The first of 1 that are left out: {folder}/0.png: there is no 0.txt beside it."
+    )

@@ -1,13 +1,12 @@
-"""From a picture's bytes to pixels: whatever the format, what is seen is what is trained on."""
+"""From the bytes of a picture to pixels: in every format, the model is trained on what a viewer shows."""
 
 import io
 import math
-import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import png_with_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -47,17 +46,11 @@ def noise(width, height, mode="RGB"):
 
 # Orientation.
 
-# How a camera stores an upright picture under each value of EXIF's orientation tag (EXIF 2.3, 4.6.4.A).
+# How a camera stores an upright picture for each value of EXIF's orientation tag (EXIF 2.3, 4.6.4.A).
 STORED = {
-    1: lambda a: a,
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, 1),
-    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, -1),
-}
+    1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("orientation", STORED)
@@ -71,7 +64,7 @@ def test_pictures_stand_upright(orientation, kind):
     assert (pixels_of(stored, kind, exif=exif, **options) == upright).all()
 
 
-# Transparency: what shows through is white, whatever colour hides there.
+# Transparency: transparent pixels become white, whatever colour is stored below them.
 
 
 @given(hidden=st.tuples(*[st.integers(0, 255)] * 3), alpha=st.integers(0, 255))
@@ -86,7 +79,7 @@ def test_transparency_is_over_white(hidden, alpha):
 
 
 def palette_picture():
-    """Left red (entry 0), right green (entry 1)."""
+    """Returns a picture with a palette, red (entry 0) on the left and green (entry 1) on the right."""
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.putpixel((1, 0), 1)
@@ -158,17 +151,7 @@ def test_an_animation_is_its_first_frame():
     assert (pixels_of(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (255, 0, 0)).all()
 
 
-# What is no picture.
-
-
-def png_header(width, height):
-    """A PNG file that says how large it is and holds next to nothing."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+# Files that are not pictures.
 
 
 @pytest.mark.parametrize(
@@ -181,25 +164,25 @@ def png_header(width, height):
         (encoded(noise(64, 64), "JPEG")[:1000], "can't be decoded"),
         (encoded(noise(64, 64), "WEBP")[:1000], "can't be decoded"),
         (encoded(noise(64, 64), "GIF")[:1000], "can't be decoded"),
-        (png_header(2**16, 2**16), f"65536x65536 is more than the limit of {PIXEL_LIMIT:,} pixels"),
-        (png_header(100, 100), "can't be decoded"),
+        (png_with_header(2**16, 2**16), f"65536x65536 is more than the limit of {PIXEL_LIMIT:,} pixels"),
+        (png_with_header(100, 100), "can't be decoded"),
     ],
 )
-def test_unusable_files_are_told(data, reason):
+def test_unusable_files_are_reported(data, reason):
     with pytest.raises(ImageError) as caught:
         open_image(data)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-# Resize, crop, flip: torchvision's Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip, as upstream has them.
+# Resize, crop, flip: Resize, CenterCrop or RandomCrop, and RandomHorizontalFlip of torchvision, as in diffusers' script.
 
 sides = st.integers(1, 300)
 resolutions = st.sampled_from([8, 24, 64])
 
 
 def torchvision_resize(image, resolution, interpolation):
-    """`torchvision.transforms.Resize(resolution)` of a PIL picture (its `_compute_resized_output_size`)."""
+    """Computes `torchvision.transforms.Resize(resolution)` of a PIL picture (its `_compute_resized_output_size`)."""
     short, long = sorted(image.size)
     new_long = int(resolution * long / short)
     size = (resolution, new_long) if image.width <= image.height else (new_long, resolution)
@@ -273,13 +256,13 @@ def test_square_pictures_have_one_crop(center_crop, random_flip, count):
     assert drawn == {Variation(0, 0, False), Variation(0, 0, True)} if count == 2 else {Variation(0, 0, False)}
 
 
-# Thin strips: resized whole, as other pictures are before they are cropped, they would take gigabytes.
+# Thin strips would take gigabytes if they were resized completely before they are cropped, like other pictures.
 
 STRIPS = [(1, 1000), (1000, 1), (3, 1500), (900, 37)]
 
 
 def smooth(width, height):
-    """Slopes only: at edges the two ways overshoot, and Pillow clips what does after one pass or the other."""
+    """Returns a picture without edges, because at edges the two methods overshoot and Pillow clips after different passes."""
     return noise(-(-width // 8), -(-height // 8)).resize((width, height), Image.Resampling.BILINEAR)
 
 
@@ -321,7 +304,7 @@ def test_a_strip_is_never_enlarged_beyond_the_limit(monkeypatch, size):
     variation = draw_variation(*size, (512, 512), AugmentationSettings(center_crop=True), image_id="a", index=0)
     assert (apply_variation(image, variation, (512, 512)) == (200, 90, 40)).all()
     assert made == [(512, 512)]
-    # What is less thin is resized whole, as ever.
+    # Less thin pictures are resized completely.
     apply_variation(Image.new("RGB", (30, 600)), Variation(0, 0, False), (512, 512))
     assert made[1:] == [(512, 10240)]
 
@@ -339,14 +322,9 @@ def test_how_many_variations_hold_all_there_is():
 
 
 STRONG = AugmentationSettings(
-    random_flip=True,
-    random_rotation=180,
-    random_crop_scale=0.5,
-    random_brightness=0.5,
-    random_contrast=0.5,
-    random_saturation=0.5,
-    random_hue=0.5,
-)
+    random_flip=True, random_rotation=180, random_crop_scale=0.5, random_brightness=0.5, random_contrast=0.5,
+    random_saturation=0.5, random_hue=0.5,
+)  # fmt: skip
 
 
 @given(sides, sides, st.sampled_from([(24, 24), (40, 16), (16, 40)]), st.integers(0, 2**31), st.booleans())
@@ -366,7 +344,7 @@ def test_every_variation_has_its_size_and_no_corner_from_outside(width, height, 
 @pytest.mark.parametrize("size", [(32, 32), (48, 16)])
 @pytest.mark.parametrize("turn", [5.0, 30.0, -77.0, 135.0])
 def test_rotation_fills_no_corner(size, turn):
-    """Of a slope the turned picture is a slope to its very corners: nothing in it is mirrored, repeated or black."""
+    """A rotated gradient is a gradient up to its corners: nothing is mirrored, repeated or black."""
     window = window_size(size, turn)
     y, x = np.mgrid[0 : window[1], 0 : window[0]]
     slope = np.dstack([40 + 2 * x, 40 + 2 * y, 0 * x]).astype(np.uint8)
@@ -382,13 +360,13 @@ def test_rotation_fills_no_corner(size, turn):
 
 def test_a_turn_is_anticlockwise_and_about_the_middle():
     image = Image.new("RGB", (46, 46), "white")
-    image.paste((255, 0, 0), (20, 0, 26, 23))  # a hand of a clock at twelve
+    image.paste((255, 0, 0), (20, 0, 26, 23))  # the hand of a clock at twelve
     turned = apply_variation(image, Variation(0, 0, False, turn=90.0), (46, 46))
     red = turned[..., 1] < 128
     ys, xs = np.nonzero(red)
     assert ys.min() >= 19
     assert ys.max() <= 26
-    assert xs.max() <= 24  # at nine now
+    assert xs.max() <= 24  # now at nine
 
 
 def test_colours_are_changed_as_pillow_changes_them():

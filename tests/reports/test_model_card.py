@@ -1,6 +1,7 @@
 """yaml and a Markdown parser read the card, its code runs in stock diffusers, and a hub on a socket gets the upload."""
 
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -8,6 +9,7 @@ import loopback_hub
 import numpy as np
 import pytest
 import torch
+from conftest import train_script
 from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from packaging.version import Version
@@ -15,7 +17,8 @@ from PIL import Image
 from small_pipeline import UNET_TARGETS, adapter, pipeline_with, small_pipeline, trained
 
 from text_to_image_lora.models import lora_file
-from text_to_image_lora.reports.model_card import upload, write_model_card
+from text_to_image_lora.reports import stopping
+from text_to_image_lora.reports.model_card import describe_result, settings_that_matter, upload, write_model_card
 
 
 HOSTILE = 'a "red": axe # \\ | `x` <b>*bold*</b>\n---\n![](x) $y$ \U0001f5e1'
@@ -80,7 +83,7 @@ def test_card_survives_any_prompt(tmp_path):
         if token.type == "td_open"
     ]
     assert cells == [
-        "validation_prompt", one_line, "trigger_word", one_line, "target_modules", "to_q to_out.0", "hub_model_id", "me/axes", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
+        "validation_prompt", one_line, "trigger_word", one_line, "target_modules", "to_q to_out.0", "class_data_dir", "axes", "train_data_dir", "axes my spears whips"
     ]  # fmt: skip
     assert {child.type for token in inline for child in token.children} <= {
         "text", "text_special", "code_inline", "softbreak", "link_open", "link_close", "em_open", "em_close"
@@ -105,16 +108,106 @@ def test_card_without_pictures_trigger_or_kohyas_file_has_none_of_their_parts(tm
     assert "put it in `models/Lora` and write ` sks <lora:axes:1> ` as the prompt" in local
 
 
-def test_card_tells_no_local_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("models/mini-sd").mkdir(parents=True)
-    for base_model in ("models/mini-sd", "./models/mini-sd/", str(tmp_path / "models/mini-sd")):
-        path = card(tmp_path, base_model=base_model, dataset_names=[base_model])
+def test_card_tells_no_path_outside_the_working_directory(tmp_path, monkeypatch):
+    """A base below it is named as it is found from the card; any other by its name, with what to do."""
+    (tmp_path / "project" / "models" / "mini-sd").mkdir(parents=True)
+    (tmp_path / "project" / "runs" / "axe").mkdir(parents=True)
+    (tmp_path / "secret" / "mini-sd").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    inside = [Path("models/mini-sd"), Path("./models/mini-sd/"), tmp_path / "project" / "models" / "mini-sd"]
+    for base_model, output_dir, found_at in [
+        *((base, Path("runs/axe"), "../../models/mini-sd") for base in inside),
+        (inside[0], Path("."), "models/mini-sd"),
+        (tmp_path / "secret" / "mini-sd", Path("runs/axe"), "mini-sd"),
+        (Path("../secret/mini-sd"), Path("runs/axe"), "mini-sd"),
+        (inside[0], tmp_path / "elsewhere", "mini-sd"),
+    ]:
+        path = card(output_dir, base_model=str(base_model), dataset_names=["models/mini-sd"])
         assert metadata_load(path).keys() == {"library_name", "tags"}
         text = path.read_text(encoding="utf-8")
         assert "weights for mini-sd, fine-tuned on the mini-sd dataset" in text
-        assert "from_pretrained('mini-sd')" in text
-        assert "models" not in text
+        assert f"from_pretrained({found_at!r})" in text
+        assert ("replace mini-sd by the path" in text) == (found_at == "mini-sd")
+        assert ("in the folder of this card" in text) == (found_at != "mini-sd")
+        assert (path.parent / found_at).exists() == (found_at != "mini-sd")
+        assert "secret" not in text
+        assert str(tmp_path) not in text
+    # Who finds the card on the hub has no such folder.
+    text = card(Path("runs/axe"), base_model="models/mini-sd", hyperparameters={"hub_model_id": "me/axe"}).read_text()
+    assert "from_pretrained('mini-sd')" in text
+    assert "replace mini-sd by the path" in text
+
+
+def test_card_loads_the_weights_that_were_trained_on(tmp_path):
+    assert "from_pretrained('owner/model', revision='v2', variant='fp16')" in card(
+        tmp_path, hyperparameters={"variant": "fp16", "revision": "v2"}
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("step", "best_step", "expected"),
+    [
+        (300, 300, "Trained for 300 steps. On 2 pictures held out from training, its loss is 25.0% below the base model's."),
+        (300, 120, "Trained for 300 steps. On 2 pictures held out from training, the loss was lowest at step 120, 25.0% below the base model's."),
+        (1, None, "Trained for 1 step. On 2 pictures held out from training, no step was measurably better than the base model."),
+    ],
+)  # fmt: skip
+def test_card_tells_the_result(tmp_path, step, best_step, expected):
+    base = [[0.4, 0.02], [0.4, 0.02]]
+    best = [[0.2, 0.02], [0.2, 0.02]] if best_step else base
+    validation = stopping.Validation(base=base, base_probe=base, best=best, best_step=best_step)
+    assert describe_result(step, validation) == expected
+    assert expected in card(tmp_path, result=expected).read_text(encoding="utf-8")
+    assert describe_result(1500, None) == "Trained for 1,500 steps. No pictures were held out to measure the result."
+
+
+@pytest.mark.parametrize(
+    ("flags", "listed"),
+    [
+        ({}, {}),
+        ({"loss_type": "huber", "random_flip": True, "seed": 3}, {"loss_type": "huber", "random_flip": True, "seed": 3}),
+        ({"rank": 4, "trigger_word": "sks"}, {"trigger_word": "sks"}),  # the default rank, which is listed anyway
+        ({"hub_model_id": "me/axe", "report_to": "none", "num_cpu_threads": 2, "logging_dir": "x", "hub_token": "hf_x"}, {}),
+    ],
+)  # fmt: skip
+def test_card_lists_what_differs_and_what_everybody_asks_for(flags, listed):
+    words = [
+        "--pretrained_model_name_or_path",
+        "owner/model",
+        "--train_data_dir",
+        "axes",
+        "--resolution",
+        "64",
+        "--learning_rate",
+        "1e-3",
+    ]
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    always = {"pretrained_model_name_or_path": "owner/model", "train_data_dir": ["axes"], "resolution": 64, "rank": 4}
+    always |= {"learning_rate": 1e-3, "train_batch_size": 16}
+    assert settings_that_matter(train_script.parse_settings(words)) == always | listed
+
+
+def test_the_card_of_a_run(train_in, tiny_sd, tmp_path, monkeypatch):
+    """Its code runs as it stands, its settings fit on a screen, and it tells the result."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_sd, "base")
+    out = train_in(
+        tmp_path, pretrained_model_name_or_path="base", output_dir="runs/axe", validation_split=0.4, rank=2,
+        validation_steps=1,
+    )  # fmt: skip
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert "Trained for 2 steps. On 2 pictures held out from training, " in text
+    rows = dict(re.findall(r"^\| (\S+) \| (.*) \|$", text.replace("\\", ""), re.M))
+    assert rows["rank"] == "2"
+    assert rows["max_train_steps"] == "2"
+    assert rows["learning_rate"] == "0.01"
+    assert len(rows) < 16
+    monkeypatch.chdir(out)
+    exec(re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1], {})
+    with Image.open("picture.png") as picture:
+        assert picture.size == (32, 32)
 
 
 def test_card_of_several_datasets(tmp_path):
@@ -157,17 +250,10 @@ def test_card_shows_code_that_runs(tmp_path, monkeypatch, loader):
 def test_upload_sends_weights_card_and_pictures_only(tmp_path):
     wanted = {lora_file.WEIGHTS_NAME, "README.md", "image_0.png", "validation/image [1].png"}
     others = {
-        "checkpoint-5/" + lora_file.WEIGHTS_NAME,
-        "checkpoint-5/optimizer.bin",
-        "checkpoint-5/README.md",
-        "run.yaml",
-        "logs/events.out.tfevents",
-        "wandb/run-1/files/config.yaml",
-        "image_1.png",
-        "validation/image 1.png",
-        "validation/image_0.png",
-        ".cache.json",
-    }
+        "checkpoint-5/" + lora_file.WEIGHTS_NAME, "checkpoint-5/optimizer.bin", "checkpoint-5/README.md", "run.yaml",
+        "logs/events.out.tfevents", "wandb/run-1/files/config.yaml", "image_1.png", "validation/image 1.png",
+        "validation/image_0.png", ".cache.json",
+    }  # fmt: skip
     for name in wanted | others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(f"contents of {name}".encode())

@@ -171,22 +171,22 @@ def test_the_command_makes_the_same_run(finished):
 
 
 def test_the_data_sheet_tells_what_was_trained_on_and_what_was_not(finished):
-    told = runs.read_run(finished.out).about
-    count, held_out = told["dataset"]["pictures"], told["dataset"]["validated"]
+    state = runs.read_run(finished.out).about
+    count, held_out = state["dataset"]["pictures"], state["dataset"]["validated"]
     assert (count + held_out, held_out > 0) == (8, True)
     assert f"{count} pictures with {count} captions" in finished.page.words
     assert f"{held_out} more held out for validation" in finished.page.words
     assert "bad.png" in finished.page.words
-    assert f"Fingerprint of pictures, captions and their order: {told['settings']['dataset']}" in finished.page.words
-    assert told["versions"]["torch"].split("+")[0] in finished.page.words
+    assert f"Fingerprint of pictures, captions and their order: {state['settings']['dataset']}" in finished.page.words
+    assert state["versions"]["torch"].split("+")[0] in finished.page.words
     assert "40x32 → 32x32" in finished.page.words
 
 
-def test_it_is_written_while_the_run_goes_on(finished):
-    told = [re.search(r"(Step \d of 6, not finished|Finished at step \d)\.", page)[1] for page in finished.pages]
-    assert told[0] == "Step 0 of 6, not finished"
-    assert "Step 3 of 6, not finished" in told
-    assert told[-1] == "Finished at step 6"
+def test_it_is_written_during_the_run(finished):
+    progress = [re.search(r"(Step \d of 6, not finished|Finished at step \d)\.", page)[1] for page in finished.pages]
+    assert progress[0] == "Step 0 of 6, not finished"
+    assert "Step 3 of 6, not finished" in progress
+    assert progress[-1] == "Finished at step 6"
 
 
 def test_a_page_that_cannot_be_written_stops_nothing(train, monkeypatch, capsys):
@@ -244,13 +244,13 @@ def test_private_folders_are_removed_from_paths(tmp_path, monkeypatch):
     other = f"/mnt{here}/pictures /x{here}/y"  # another disk with folders of the same names
     assert about.shorten_paths(other) == other
     assert about.shorten_paths(f"--train_data_dir={here}/a,{home}/b") == "--train_data_dir=a,~/b"
-    told = about.shorten_paths({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
-    assert told == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
+    shortened = about.shorten_paths({"a": [f"{here}/pictures", 3], "b": f"left out: {home}/x.png", "c": "/data/y"})
+    assert shortened == {"a": ["pictures", 3], "b": "left out: ~/x.png", "c": "/data/y"}
     dataset = {"notes": [f"left out: {here}/x.png"], "shown": [{"preview": f"data:image/webp;base64,AA{here}/BB"}]}
     settings = {"train_data_dir": [f"{here}/pictures"], "dataset": "0123"}
-    told = about.write_about(tmp_path, flags={}, command="", settings=settings, machine={}, dataset=dataset)
-    assert told["settings"]["train_data_dir"] == ["pictures"]
-    assert told["dataset"] == {"notes": ["left out: x.png"], "shown": dataset["shown"], "fingerprint": "0123"}
+    written = about.write_about(tmp_path, flags={}, command="", settings=settings, machine={}, dataset=dataset)
+    assert written["settings"]["train_data_dir"] == ["pictures"]
+    assert written["dataset"] == {"notes": ["left out: x.png"], "shown": dataset["shown"], "fingerprint": "0123"}
 
 
 @pytest.mark.parametrize(
@@ -407,8 +407,8 @@ def test_curves_are_thinned_by_means():
 def test_unknown_metrics_have_a_chart_too(tmp_path):
     rows = [{"step": step, "train_loss": 1.0, "perceptual": 2.0, "validation/gap": 0.0, "lr": None} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = read_numbers(tmp_path)
-    assert [chart["title"] for chart in curves.make_charts(told.curves)] == ["Training loss", "perceptual"]
+    numbers = read_numbers(tmp_path)
+    assert [chart["title"] for chart in curves.make_charts(numbers.curves)] == ["Training loss", "perceptual"]
 
 
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):

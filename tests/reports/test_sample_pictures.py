@@ -138,11 +138,6 @@ def test_zero_terminal_snr_trains_and_draws(train, stock):
     assert distance(before, after) > 8
 
 
-def test_zero_terminal_snr_with_epsilon_is_refused(train):
-    with pytest.raises(InputError, match="--rescale_betas_zero_snr needs --prediction_type v_prediction"):
-        train(rescale_betas_zero_snr=True)
-
-
 def test_the_sheet_shows_every_picture_and_prompt(train):
     out = train(
         validation_prompts=["a red axe", "a very long prompt " * 40, "日本 --width 64"], num_validation_images=2,

@@ -1,9 +1,19 @@
 """How a run is judged by its validation losses, on tables made by hand."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from text_to_image_lora.reports.stopping import Validation, difference, make_metrics, relative, summarize, update_best
+from text_to_image_lora.reports.stopping import (
+    Validation,
+    describe_early_stop,
+    difference,
+    make_metrics,
+    relative,
+    summarize,
+    update_best,
+)
 
 
 def table_of(factor, pictures=5, noise=0.0, seed=0):
@@ -90,14 +100,77 @@ def test_a_mean_within_one_standard_error_changes_nothing(fresh):
     assert fresh.worse_since is None
 
 
-def test_an_improvement_is_more_than_a_standard_error(fresh):
+def test_a_mean_that_still_falls_is_the_best_and_says_how_sure_it_is(fresh):
+    """Each picture counts once: the losses of these pictures fall on the whole, by less than one standard error each time."""
+    shifts = np.array(
+        [[0.90, 0.95, 0.93, 0.94, 0.935], [0.97, 0.82, 0.80, 0.93, 0.835], [0.80, 0.85, 0.95, 0.83, 0.875]]
+    )
+    assert list(shifts.mean(axis=1)) == pytest.approx([0.931, 0.871, 0.861])
+    for step, of_each in zip((6, 12, 18), shifts):
+        before = fresh.best
+        assert update_best(fresh, table_of(1) * of_each[:, None], step)
+        assert (fresh.best_step, fresh.waited) == (step, 0)
+    mean, error = difference(fresh.best, before, fresh.base)
+    assert -error < mean < 0
+    assert fresh.sure_step == 12
+    loss_of_base = difference(fresh.best, fresh.base, fresh.base)
+    assert summarize(fresh, 18) == (
+        f"Validation: best at step 18, 13.9 ± {100 * loss_of_base[1]:.1f}% below the base model's loss (the lowest loss, but "
+        "not surely lower than that of step 12); still improving at the end: more steps may help."
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "best_step", "waited"),
+    [
+        ((0.999, 0.998, 0.997), 3, 0),  # each a little lower
+        ((0.9, 0.9, 0.8999), 3, 0),  # equal is not lower, and a hair below is
+        ((0.9, 0.9, 0.9), 1, 2),
+        ((0.9, 0.95, 0.91), 1, 2),  # lower than the one before, but not the lowest
+        ((1.1, 1.05, 1.01), None, 3),
+    ],
+)
+def test_patience_counts_validations_that_are_not_the_lowest(fresh, factors, best_step, waited):
+    for step, factor in enumerate(factors, 1):
+        update_best(fresh, table_of(factor), step)
+    assert (fresh.best_step, fresh.waited) == (best_step, waited)
+
+
+def test_a_gain_that_may_be_chance_is_called_so(fresh):
     lucky = table_of(0.999, noise=0.1, seed=1)
     mean, error = difference(lucky, fresh.base, fresh.base)
     assert abs(mean) < error
-    assert not update_best(fresh, lucky, 1)
-    assert (fresh.best_step, fresh.waited) == (None, 1)
-    assert update_best(fresh, table_of(0.9, noise=0.1, seed=1), 2)
-    assert (fresh.best_step, fresh.waited) == (2, 0)
+    lucky = np.asarray(fresh.base) - np.sign(mean) * (lucky - fresh.base)  # with a mean below the base model's
+    assert update_best(fresh, lucky, 1)
+    assert (fresh.best_step, fresh.sure_step) == (1, None)
+    assert f"{100 * abs(mean):.1f} ± {100 * error:.1f}% below the base model's loss, which may be chance" in summarize(
+        fresh, 1
+    )
+    assert update_best(fresh, table_of(0.5), 2)
+    assert (fresh.best_step, fresh.sure_step) == (2, 2)
+    assert "chance" not in summarize(fresh, 2)
+    assert "surely" not in summarize(fresh, 2)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(fresh):
+    """There, the best step was always a sure one."""
+    update_best(fresh, table_of(0.8), 3)
+    stored = asdict(fresh)
+    del stored["sure"], stored["sure_step"]
+    again = Validation(**stored)
+    assert (again.sure, again.sure_step) == (fresh.best, 3)
+
+
+def test_before_the_first_validation_nothing_is_judged(fresh):
+    assert summarize(fresh, 0) == "Validation: not judged yet: so far, only the base model was validated."
+
+
+def test_an_early_stop_says_why():
+    assert describe_early_stop(18, 36, 3) == (
+        "stopped early at step 18 of 36: the loss of 3 validations in a row was not lower than before "
+        "(--early_stopping_patience 3). To continue, run the same command again with a higher patience."
+    )
+    assert "the loss of one validation was" in describe_early_stop(18, 36, 1)
 
 
 def test_overfitting_since_is_the_first_of_all_that_were_worse(fresh):
@@ -105,14 +178,14 @@ def test_overfitting_since_is_the_first_of_all_that_were_worse(fresh):
         update_best(fresh, table_of(factor), step)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (2, 4, 5)
     assert summarize(fresh, 6) == (
-        "Validation: best at step 2, 20.0% below the base model's loss; overfitting since step 5: use best/, or train for "
+        "Validation: best at step 2, 20.0 ± 0.0% below the base model's loss; overfitting since step 5: use best/, or train for "
         "fewer steps."
     )
     update_best(fresh, table_of(0.7), 7)
     assert fresh.worse_since is None
-    assert "best at step 7, 30.0%" in summarize(fresh, 7)
+    assert "best at step 7, 30.0 ± 0.0%" in summarize(fresh, 7)
     assert "still improving" in summarize(fresh, 7)
-    update_best(fresh, table_of(0.7, noise=1e-9), 8)
+    update_best(fresh, table_of(0.7), 8)
     assert summarize(fresh, 8).endswith("no clear change since.")
 
 
@@ -137,7 +210,7 @@ def test_a_lora_to_begin_with_may_be_the_best(fresh):
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (0, 1, 1)
     assert not update_best(fresh, table_of(0.9), 2)
     assert summarize(fresh, 2).startswith(
-        "Validation: best before the first step, 20.0% below the base model's loss; overfitting since step 1"
+        "Validation: best before the first step, 20.0 ± 0.0% below the base model's loss; overfitting since step 1"
     )
 
 

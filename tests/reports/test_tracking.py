@@ -7,9 +7,8 @@ import shutil
 import socket
 import sqlite3
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import diffusers
 import pytest
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics, run_command, words_of_run, write_pictures
+from loopback_hub import serving
 from PIL import Image
 
 from scripts.comparing.wandb_record import history_of, read_wandb
@@ -62,12 +62,8 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def refusing_server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    server.seen = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Refusing) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -417,9 +413,9 @@ def test_a_server_that_refuses_leaves_an_offline_run(network, refusing_server, a
     assert shlex.split(said[0])[-1] == str(folder)
     wandb.teardown()  # flushes the file, as the end of a process does
     assert history_of(read_wandb(folder))[1]["train_loss"] == 0.5
-    told = capsys.readouterr().err
-    assert "rejected the run" in told
-    assert KEY not in told
+    err = capsys.readouterr().err
+    assert "rejected the run" in err
+    assert KEY not in err
 
 
 def test_tensorboard_takes_more_pictures_than_the_base_drew(tmp_path):

@@ -168,12 +168,17 @@ def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkey
     out = train(**options)
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3]
     assert read_metrics(out)[-1]["step"] == 3
-    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in said
+    assert "stopped early at step 3 of 20: the loss of 3 validations in a row was not lower than before" in said
+    assert "Stopped early at step 3 of 20." in (out / "report.html").read_text(encoding="utf-8")
     assert (out / "checkpoint-3").is_dir()
     assert not (out / "best").exists()
     weights = read_lora(out)
     train(**options)
-    assert "no step up to 3 was better than the base model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no step up to 3 was better than the base model" in said
+    assert "stopped early at step 3 of 20" in said
     assert all(torch.equal(weights[name], value) for name, value in read_lora(out).items())
     train(**options | dict(early_stopping_patience=4))
     assert [row["step"] for row in validations(out)] == [0, 1, 2, 3, 4]

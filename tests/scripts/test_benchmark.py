@@ -1,4 +1,4 @@
-"""The times of steps: medians and ratios of turns, and the command as typed."""
+"""Tests how benchmark.py times steps: medians and ratios of turns, and the real command."""
 
 import json
 import subprocess
@@ -8,23 +8,17 @@ import pytest
 from conftest import ROOT
 
 from scripts.benchmarks import steps
-from scripts.benchmarks.runs import Ran
+from scripts.benchmarks.runs import Result
 
 
 def turn_of(**seconds):
-    """A turn in which the runners' steps took so long: 2 and 12 of them, and 5 s to start."""
-    return {
-        name.replace("_", " "): {
-            count: Ran(
-                5 + count * step,
-                1.0 + count / 100,
-                2.0 + step,
-                {"median": step, "start": 4 + step, "step_seconds": [step]},
-            )
-            for count in (2, 12)
-        }
-        for name, step in seconds.items()
-    }
+    """Returns a turn with runs of 2 and 12 steps, in which each runner takes these seconds per step and 5 s to start."""
+
+    def result(count, step):
+        figures = {"median": step, "start": 4 + step, "step_seconds": [step]}
+        return Result(5 + count * step, 1.0 + count / 100, 2.0 + step, figures)
+
+    return {name.replace("_", " "): {n: result(n, step) for n in (2, 12)} for name, step in seconds.items()}
 
 
 def test_medians_and_ratios_of_turns():
@@ -44,7 +38,7 @@ def test_medians_and_ratios_of_turns():
     assert ours["start_seconds"] == pytest.approx(6.2)
     assert ours["mfu"] == pytest.approx(6 / 2.2 / 10)
     assert (ours["memory_gib"], ours["peak_memory_gib"]) == (pytest.approx(1.12), 22)
-    assert [(r["steps"], r["told"]["median"]) for r in ours["runs"]][:3] == [(2, 2.0), (12, 2.0), (2, 20.0)]
+    assert [(r["steps"], r["figures"]["median"]) for r in ours["runs"]][:3] == [(2, 2.0), (12, 2.0), (2, 20.0)]
     assert results["ratios"]["ours / bare UNet"] == {"median": 2.0, "turns": [2.0, 2.0, 2.2]}
     assert results["ratios"]["baseline / ours"]["median"] == pytest.approx(1.5)
     table = steps.table_of(results, "bf16")
@@ -58,22 +52,12 @@ def test_medians_and_ratios_of_turns():
 
 @pytest.mark.long
 def test_steps_are_timed_beside_the_bare_unet_and_a_baseline(tiny_sd, tmp_path):
-    script, flags = "train_text_to_image_lora.py", ["--report_to", "none", "--latent_cache_dir", tmp_path / "cache"]
     words = [
-        "--model",
-        tiny_sd,
-        "--resolution",
-        32,
-        "--train_batch_size",
-        2,
-        "--rank",
-        2,
-        "--repeats",
-        1,
-        "--bare_unet",
-    ]
+        "--model", tiny_sd, "--resolution", 32, "--train_batch_size", 2, "--rank", 2, "--repeats", 1, "--bare_unet",
+    ]  # fmt: skip
     words += ["--short", 2, "--long", 4, "--json", tmp_path / "times.json", "--work_dir", tmp_path]
-    words += ["--baseline", script, "--baseline_flags", *flags]
+    words += ["--baseline", "train_text_to_image_lora.py"]
+    words += ["--baseline_flags", "--report_to", "none", "--latent_cache_dir", tmp_path / "cache"]
     command = [sys.executable, "scripts/benchmark.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -84,4 +68,4 @@ def test_steps_are_timed_beside_the_bare_unet_and_a_baseline(tiny_sd, tmp_path):
     ours, bare, baseline = (results["runners"][name] for name in ("ours", "bare UNet", "baseline"))
     assert ours["operators_by_kind"] == baseline["operators_by_kind"]
     assert bare["operators"] < ours["operators"]
-    assert [len(r["told"]["step_seconds"]) for r in ours["runs"]] == [1, 3]
+    assert [len(r["figures"]["step_seconds"]) for r in ours["runs"]] == [1, 3]

@@ -1,4 +1,4 @@
-"""The converter as typed: between the formats and back, smaller ranks, sums, and bad input in one line."""
+"""The real convert_lora.py: between all formats, smaller ranks, sums, and invalid input in one line."""
 
 import re
 import subprocess
@@ -7,15 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_header
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_pipeline import (
     ADAPTERS,
-    TEXT_TARGETS,
-    UNET_TARGETS,
     adapter,
+    adapters_of,
     assert_close,
     assert_differs,
     encode,
@@ -23,6 +21,7 @@ from small_pipeline import (
     predict,
     small_pipeline,
     trained,
+    trained_models,
 )
 
 from scripts import convert_lora
@@ -46,11 +45,8 @@ def base():
 
 
 def train(base, options, seed=None):
-    """The UNet and the text encoder with adapters; a seed gives them other weights."""
-    models = {
-        "unet": trained(base.unet, UNET_TARGETS, **options),
-        "text_encoder": trained(base.text_encoder, TEXT_TARGETS, **options),
-    }
+    """Returns the UNet and the text encoder with adapters; each seed gives them other weights."""
+    models = trained_models(base, options)
     if seed is not None:
         torch.manual_seed(seed)
         for model in models.values():
@@ -62,26 +58,17 @@ def train(base, options, seed=None):
 
 @pytest.fixture
 def ours(base, tmp_path):
-    """A run's folder: UNet and text encoder at rank 4, alpha 6."""
-    lora_file.save_lora(tmp_path / "ours", components_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
+    """Returns the folder of a run: UNet and text encoder at rank 4 with alpha 6."""
+    lora_file.save_lora(tmp_path / "ours", adapters_of(train(base, {"lora_alpha": 6})), HEADER | PRIVATE)
     return tmp_path / "ours"
-
-
-def components_of(models):
-    return {name: adapter(model) for name, model in models.items()}
 
 
 def convert(*words):
     convert_lora.main(convert_lora.parse_args([*map(str, words)]))
 
 
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
 def updates_of(path):
-    """{(component, module): the whole update as a matrix} in float64."""
+    """Returns {(component, module): the complete update as a matrix} in float64."""
     found = {}
     for name, state_dict in lora_file.load_lora(path)[0].items():
         for module in modules_of(state_dict):
@@ -100,14 +87,14 @@ def assert_equal_updates(path, wanted, tolerance=1e-6):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("way", ["kohya", "peft"])
 def test_there_and_back_again(base, tmp_path, way, options):
-    first = lora_file.save_lora(tmp_path / "a.safetensors", components_of(train(base, options)), HEADER)
+    first = lora_file.save_lora(tmp_path / "a.safetensors", adapters_of(train(base, options)), HEADER)
     between, back = tmp_path / {"kohya": "b.safetensors", "peft": "b"}[way], tmp_path / "c.safetensors"
     convert(first, between, "--to", way)
     convert(between, back, "--to", "diffusers")
     one, two = load_file(first), load_file(back)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
-    # And once more through the other one.
+    # Convert once more through the other formats.
     convert(between, tmp_path / "d", "--to", "peft")
     convert(tmp_path / "d", tmp_path / "e.safetensors", "--to", "kohya")
     assert_equal_updates(tmp_path / "e.safetensors", first)
@@ -115,10 +102,10 @@ def test_there_and_back_again(base, tmp_path, way, options):
 
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_true_alpha_comes_home(base, tmp_path, options):
-    """From the file that training writes by kohya's names, with its own ranks and alphas."""
+    """Converts the file that training writes with kohya's names, with its own ranks and alphas."""
     models = train(base, options)
-    lora_file.save_lora(tmp_path / "ours.safetensors", components_of(models), {})
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    lora_file.save_lora(tmp_path / "ours.safetensors", adapters_of(models), {})
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "home.safetensors", "--to", "diffusers")
     assert_equal_updates(tmp_path / "home.safetensors", tmp_path / "ours.safetensors")
     pipe = pipeline_with(base)
@@ -130,14 +117,14 @@ def test_true_alpha_comes_home(base, tmp_path, options):
 @pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
 def test_peft_itself_reads_its_folders(base, tmp_path, options):
     models = train(base, options)
-    kohya.save_kohya(tmp_path / "kohya.safetensors", components_of(models), HEADER)
+    kohya.save_kohya(tmp_path / "kohya.safetensors", adapters_of(models), HEADER)
     convert(tmp_path / "kohya.safetensors", tmp_path / "folder", "--to", "peft")
     pipe = pipeline_with(base)
     unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "folder" / "unet")
     assert unet.peft_config["default"].base_model_name_or_path == "mini"
     assert_differs(predict(base.unet), predict(models["unet"]))
     assert_close(predict(unet.base_model), predict(models["unet"]))
-    if hasattr(pipe.text_encoder, "text_model"):  # a level that peft's names have, and transformers before 5.6
+    if hasattr(pipe.text_encoder, "text_model"):  # a level in the names of peft, and of transformers before 5.6
         text_encoder = PeftModel.from_pretrained(pipe.text_encoder, tmp_path / "folder" / "text_encoder")
         assert_close(encode(text_encoder.base_model), encode(models["text_encoder"]))
 
@@ -154,19 +141,19 @@ def test_the_unet_alone_is_a_folder_of_its_own(base, tmp_path):
 
 def test_headers_say_what_the_file_is_now(ours, tmp_path):
     convert(ours, tmp_path / "axes.safetensors", "--to", "kohya", "--rank", 2)
-    told = header_of(tmp_path / "axes.safetensors")
-    assert told.items() >= {
+    entries = read_header(tmp_path / "axes.safetensors")
+    assert entries.items() >= {
         "ss_network_dim": "2", "ss_network_alpha": "2", "ss_network_module": "networks.lora", "ss_output_name": "axes",
         "modelspec.title": "axes", "modelspec.trigger_phrase": "sks", "ss_sd_model_name": "mini",
         "ss_base_model_version": "sd_v1",
     }.items()  # fmt: skip
-    assert not told.keys() & {*PRIVATE, "lora_adapter_metadata"}
+    assert not entries.keys() & {*PRIVATE, "lora_adapter_metadata"}
     convert(tmp_path / "axes.safetensors", tmp_path / "again.safetensors", "--to", "diffusers")
-    assert "modelspec.trigger_phrase" in header_of(tmp_path / "again.safetensors")
+    assert "modelspec.trigger_phrase" in read_header(tmp_path / "again.safetensors")
 
 
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path, capsys):
-    """Against the singular values of the whole matrices."""
+    """Compares with the singular values of the complete matrices."""
     convert(ours, tmp_path / "small.safetensors", "--rank", 2)
     said = capsys.readouterr().out
     whole, small = updates_of(ours), updates_of(tmp_path / "small.safetensors")
@@ -188,7 +175,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_error_is_printed(ours, tmp_path,
 
 def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_path, capsys):
     other, third = tmp_path / "other.safetensors", tmp_path / "third"
-    kohya.save_kohya(other, components_of(train(base, ADAPTERS["patterns"], seed=2)), {})
+    kohya.save_kohya(other, adapters_of(train(base, ADAPTERS["patterns"], seed=2)), {})
     lora_file.save_lora(third, {"unet": adapter(trained(base.unet, ["to_q"], lora_alpha=3))}, {})
     convert(f"{ours}:0.5", tmp_path / "sum.safetensors", "--merge", f"{other}:-2", third, "--to", "kohya")
     wanted = {}
@@ -198,14 +185,155 @@ def test_sums_are_exact_and_can_be_brought_to_a_smaller_rank(base, ours, tmp_pat
     assert_equal_updates(tmp_path / "sum.safetensors", wanted)
     ranks = {len(value) for key, value in load_file(tmp_path / "sum.safetensors").items() if ".lora_down." in key}
     assert ranks == {6, 8, 10}  # 4 + 2, 4 + 4, 4 + 2 + 4
-    told = header_of(tmp_path / "sum.safetensors")
-    assert (told["modelspec.merged_from"], told["ss_sd_model_name"]) == ("ours, other, third", "mini")
-    assert "modelspec.trigger_phrase" not in told
+    entries = read_header(tmp_path / "sum.safetensors")
+    assert (entries["modelspec.merged_from"], entries["ss_sd_model_name"]) == ("ours, other, third", "mini")
+    assert "modelspec.trigger_phrase" not in entries
     capsys.readouterr()
     convert(tmp_path / "sum.safetensors", tmp_path / "smaller.safetensors", "--rank", 7)
     assert 0 < float(re.search(r"rank 7: ([\d.]+)%", capsys.readouterr().out)[1]) < 30
     convert(f"{ours}:0.25", tmp_path / "weak.safetensors", "--to", "diffusers")
     assert_equal_updates(tmp_path / "weak.safetensors", {k: v / 4 for k, v in updates_of(ours).items()})
+
+
+@pytest.mark.parametrize("rank", [3, 8, 40])
+def test_layers_that_are_narrower_than_the_rank(base, tmp_path, capsys, rank):
+    """conv_out has 4 outputs, to_q of the narrow level 8 inputs: sums of high ranks have more ranks than that."""
+    parts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        unet = trained(
+            base.unet, ["conv_out", "to_q", "conv1"], rank_pattern={"conv_out": 30, "to_q": 30, "conv1": 60}
+        )
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = torch.randn(parameter.shape)
+        parts.append(lora_file.save_lora(tmp_path / f"{seed}.safetensors", {"unet": adapter(unet)}, {}))
+    convert(parts[0], tmp_path / "whole.safetensors", "--merge", *parts[1:])
+    for to in ("kohya", "diffusers", "peft"):
+        out = tmp_path / (to if to == "peft" else f"{to}.safetensors")
+        convert(parts[0], out, "--merge", *parts[1:], "--rank", rank, "--to", to)
+        assert "module" in capsys.readouterr().out
+        whole, small = updates_of(tmp_path / "whole.safetensors"), updates_of(out)
+        assert small["unet", "conv_out"].shape[0] == 4
+        for place, update in whole.items():
+            lost = torch.linalg.svdvals(update)[rank:].norm().item()
+            assert (small[place] - update).norm().item() == pytest.approx(
+                lost, rel=1e-3, abs=1e-4 * update.norm().item()
+            )
+    ranks = {key: len(value) for key, value in load_file(tmp_path / "kohya.safetensors").items() if "lora_down" in key}
+    assert ranks["lora_unet_conv_out.lora_down.weight"] == min(rank, 4)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dora_on_some_layers_is_only_written_where_it_can_be_read(base, tmp_path, count):
+    state_dict = lora_file.fold_scale(*adapter(trained(base.unet, ["to_q"], use_dora=True)))
+    magnitudes = [key for key in state_dict if key.endswith("magnitude_vector")]
+    partial = {key: value for key, value in state_dict.items() if key not in magnitudes[count:]}
+    kohya.save_kohya(tmp_path / "some.safetensors", {"unet": (partial, None)}, {})
+    before = sorted(tmp_path.iterdir())
+    for to in ("diffusers", "peft"):
+        with pytest.raises(InputError, match=f"{count} of the {len(magnitudes)} layers of unet have DoRA.*--to kohya"):
+            convert(
+                tmp_path / "some.safetensors", tmp_path / ("out" if to == "peft" else "out.safetensors"), "--to", to
+            )
+    assert sorted(tmp_path.iterdir()) == before
+    convert(tmp_path / "some.safetensors", tmp_path / "again.safetensors", "--to", "kohya", "--rank", 2)
+    again = lora_file.load_lora(tmp_path / "again.safetensors")[0]["unet"]
+    assert {key for key in again if "magnitude" in key} == {*magnitudes[:count]}
+
+
+TRAINED = {
+    "pretrained_model_name_or_path": "base", "prediction_type": "v_prediction", "rescale_betas_zero_snr": "True",
+    "long_prompts": "True", "num_chunks": "2", "clip_skip": "1", "pretrained_vae_model_name_or_path": "other/vae",
+}  # fmt: skip
+KEPT = TRAINED.items() - {("pretrained_model_name_or_path", "base")}
+
+
+def write_part(base, path, header, seed=0):
+    return lora_file.save_lora(path, adapters_of(train(base, {}, seed)), header)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya", "peft"])
+def test_a_sum_keeps_how_all_its_parts_were_trained(base, tmp_path, capsys, to):
+    first = write_part(base, tmp_path / "a.safetensors", TRAINED)
+    second = write_part(base, tmp_path / "b.safetensors", TRAINED | {"num_chunks": "3", "learning_rate": "1"}, seed=1)
+    foreign = write_part(base, tmp_path / "c.safetensors", {"ss_network_dim": "4"}, seed=2)
+    out = tmp_path / ("out" if to == "peft" else "out.safetensors")
+    convert(first, out, "--merge", second, foreign, "--to", to)
+    header = read_header(out / "unet" / "adapter_model.safetensors" if to == "peft" else out)
+    assert header.items() >= (KEPT - {("num_chunks", "2")}) | {("num_chunks", "3")}
+    said = capsys.readouterr().out
+    words = "v-prediction, zero terminal SNR, long prompts, 3 chunks per prompt, clip skip 1, the VAE other/vae"
+    assert (f"The LoRA was trained with {words}. peft's format has no place" in said) == (to == "peft")
+
+
+def test_a_single_lora_keeps_how_it_was_trained_through_all_formats(base, tmp_path):
+    convert(write_part(base, tmp_path / "a.safetensors", TRAINED), tmp_path / "b", "--to", "peft")
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "--to", "kohya")
+    convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", "--to", "diffusers")
+    assert read_header(tmp_path / "d.safetensors").items() >= KEPT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "with prediction_type v_prediction, {b} with epsilon"),
+        ({"rescale_betas_zero_snr": "False"}, "with rescale_betas_zero_snr True, {b} with False"),
+        ({"clip_skip": None}, "with clip_skip 1, {b} with none"),
+        (
+            {"pretrained_vae_model_name_or_path": "a/vae"},
+            "pretrained_vae_model_name_or_path other/vae, {b} with a/vae",
+        ),
+        (dict.fromkeys(TRAINED) | {"modelspec.prediction_type": "epsilon"}, "v_prediction, {b} with epsilon"),
+    ],
+)
+def test_parts_that_were_trained_differently_are_not_added(base, tmp_path, changes, message):
+    header = {key: value for key, value in (TRAINED | changes).items() if value is not None}
+    first = write_part(base, tmp_path / "a.safetensors", TRAINED)
+    second = write_part(base, tmp_path / "b.safetensors", header, seed=1)
+    with pytest.raises(InputError, match=re.escape(message.format(b=second))):
+        convert(first, tmp_path / "out.safetensors", "--merge", second)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_parts_of_two_families_are_not_added(tmp_path):
+    """Also where no layer of one has another shape in the other one: by their keys, their widths or their headers."""
+    ones = {}
+
+    def write(name, layer, width, header=None):
+        parts = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(4, 2)}
+        save_file(parts, tmp_path / f"{name}.safetensors", header)
+        ones[name] = tmp_path / f"{name}.safetensors"
+
+    down = "unet.down_blocks.1.attentions.0.transformer_blocks"
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    write("sd1", f"{down}.0.attn2.to_k", 768)
+    write("sd2", f"{down}.0.attn2.to_v", 1024)
+    write("xl", f"{down}.1.attn1.to_k", 640)
+    write("text of sd1", text, 768, {"ss_base_model_version": "sd_v1"})
+    write("text of xl", text, 768, {"ss_base_model_version": "sdxl_base_v1-0"})
+    write("text of xl too", text, 768, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
+    for one, other in (
+        ("sd1", "sd2"),
+        ("sd1", "xl"),
+        ("sd2", "xl"),
+        ("text of sd1", "text of xl"),
+        ("sd1", "text of xl too"),
+    ):
+        with pytest.raises(InputError, match=r"Only LoRAs of the same family can be merged\."):
+            convert(ones[one], tmp_path / "out.safetensors", "--merge", ones[other])
+    convert(
+        ones["text of xl"],
+        tmp_path / "out.safetensors",
+        "--merge",
+        ones["text of xl too"],
+        ones["xl"],
+        "--to",
+        "kohya",
+    )
+    assert {key.partition("_text")[0] for key in load_file(tmp_path / "out.safetensors") if "text" in key} == {
+        "lora_te1"
+    }
 
 
 def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
@@ -218,7 +346,7 @@ def test_float16_says_how_far_it_rounds(ours, tmp_path, capsys):
 
 
 def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
-    """An update that has hardly begun, below float16's smallest numbers."""
+    """The update is below the smallest numbers of float16."""
     state_dict, config = adapter(trained(base.unet, ["to_q"]))
     tiny = {key: value * (1e-8 if ".lora_B." in key else 1) for key, value in state_dict.items()}
     lora_file.save_lora(tmp_path, {"unet": (tiny, config)}, {})
@@ -228,10 +356,10 @@ def test_what_float16_cannot_hold_is_an_error(base, tmp_path):
 
 def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, capsys):
     dora = tmp_path / "dora"
-    lora_file.save_lora(dora, components_of(train(base, ADAPTERS["dora"])), {})
+    lora_file.save_lora(dora, adapters_of(train(base, ADAPTERS["dora"])), {})
     convert(dora, tmp_path / "small.safetensors", "--rank", 2, "--to", "kohya")
     assert "DoRA: the loss above does not take into account the base weights" in capsys.readouterr().out
-    assert header_of(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
+    assert read_header(tmp_path / "small.safetensors")["ss_network_module"] == "lycoris.kohya"
     one, two = (lora_file.load_lora(path)[0]["unet"] for path in (dora, tmp_path / "small.safetensors"))
     magnitudes = [key for key in one if "magnitude" in key]
     assert len(magnitudes) == 52
@@ -241,8 +369,8 @@ def test_dora_can_be_converted_and_resized_but_not_added(base, ours, tmp_path, c
             convert(*words)
 
 
-def test_equal_and_different_updates_are_told_apart():
-    """In factors that cancel to seven digits, against the matrices formed in float64."""
+def test_equal_and_different_updates_are_distinguished():
+    """The factors cancel to seven digits; compares with matrices computed in float64."""
     torch.manual_seed(0)
     a, b = torch.randn(4, 30, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     for a2, b2 in (

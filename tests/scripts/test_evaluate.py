@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py`: the command whole and again, its held-out loss, and bad input."""
+"""`scripts/evaluate.py`: the complete command, a second call, its held-out loss, and invalid input."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def run_here(words):
 
 @pytest.fixture
 def words(model, lora, clip_model, dino_model, tmp_path):
-    """A tiny evaluation of two LoRAs; the second is at strength 0, which is the base."""
+    """Returns the flags of a tiny evaluation of two LoRAs; the second one has strength 0, which equals the base model."""
     shutil.copytree(lora, tmp_path / "runs" / "epoch-0002")
     captions = ["a red axe in sks style", "a blue fish in sks style", "a green house in sks style"]
     held_out = write_pictures(tmp_path / "held-out", 4, captions=captions, seed=1)
@@ -60,7 +60,7 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     assert {*scores["axe"]} == names | {"drift"}
     assert scores["axe"]["drift"]["mean"] > 1e-5
     assert scores["axe"]["held-out loss"]["mean"] != pytest.approx(1, abs=1e-3)
-    # At strength 0 a LoRA is the base, in every score.
+    # At strength 0, all scores of a LoRA are those of the base model.
     assert scores["epoch-0002"].pop("drift")["mean"] == pytest.approx(0, abs=1e-9)
     for name, value in scores["epoch-0002"].items():
         assert value["mean"] == pytest.approx(scores["base"][name]["mean"], abs=1e-6), name
@@ -87,14 +87,15 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
     assert changed == {cut, again}
     assert json.loads((out / "evaluation.json").read_text())["recommendation"] == found["recommendation"]
 
-    run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))  # drawn otherwise: drawn anew
+    # Other settings, so all pictures are drawn again.
+    run_here(words(lora=[words()[3]], guidance_scale=[3], train_data_dir=None))
     assert "2/2 axe: drew 18 pictures (0 were already there)" in capsys.readouterr().out
     assert "nearest" not in json.loads((out / "evaluation.json").read_text())["scores"]["axe"]
 
 
 @pytest.mark.usefixtures("library_settings")
 def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp_path, clip_model, dino_model):
-    """Of the same run, seed and pictures, divided by --validation_split."""
+    """Uses the run, seed and pictures of a training run with --validation_split."""
     split = dict(validation_split=0.4, num_validation_images=0)
     out = train(**split, learning_rate=3e-2, center_crop=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -137,7 +138,7 @@ def command(words):
     ],
 )
 def test_bad_input_is_one_line(words, changes, said, capsys):
-    """By the command's own `main`, which prints it and ends with code 2 (see the next test)."""
+    """Calls the command's `main`, which prints the message and exits with code 2 (see the next test)."""
     with pytest.raises(evaluate.InputError) as refused:
         run_here(words(**changes))
     assert said in str(refused.value)
@@ -176,15 +177,8 @@ def test_checkpoints_lie_in_their_runs(tmp_path):
             self.given = given
 
     loras = {
-        "base": None,
-        "1": Given("run/epoch-0001"),
-        "2": Given("run/best"),
-        "3": Given("run"),
-        "4": Given("other"),
-    }
+        "base": None, "1": Given("run/epoch-0001"), "2": Given("run/best"), "3": Given("run"), "4": Given("other"),
+    }  # fmt: skip
     assert {label: str(run) for label, run in find_runs(loras).items()} == {
-        "1": "run",
-        "2": "run",
-        "3": "run",
-        "4": "other",
-    }
+        "1": "run", "2": "run", "3": "run", "4": "other",
+    }  # fmt: skip

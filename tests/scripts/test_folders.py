@@ -1,4 +1,4 @@
-"""The commands of scripts/ and the folders of their parts: who finds whom, and from where."""
+"""The commands of scripts/ and the folders of their parts: what they import, and how they are found."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ WORKSHOP = ("draw", "make", "controlnet", "measure")
 STARTED_BY_PATH = {
     "inside.py": 2,
     "bare_unet.py": 2,
-}  # by the benchmarks, in a process of its own; depth below the root
+}  # {file that the benchmarks run in a separate process: its depth below the root}
 BELOW = {"sweeping": set(), "comparing": set(), "evaluation": {"mini_sd"}, "benchmarks": {"mini_sd"}, "mini_sd": set()}
 
 
@@ -38,7 +38,7 @@ def test_a_command_of_the_workshop_runs_as_a_module(name):
 
 @pytest.mark.parametrize("path", [*COMMANDS, *PARTS], ids=lambda path: path.relative_to(SCRIPTS).as_posix())
 def test_only_what_is_started_by_its_path_changes_where_modules_are_found(path):
-    """By one line; `inside.py` then also puts the folder of the script that it runs in place of its own."""
+    """In one line; `inside.py` also replaces its own folder by that of the script that it runs."""
     depth = 1 if path.parent == SCRIPTS else STARTED_BY_PATH.get(path.name)
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if "sys.path" in line]
     own = [
@@ -52,7 +52,7 @@ def test_only_what_is_started_by_its_path_changes_where_modules_are_found(path):
 
 
 def test_no_file_hides_another_module():
-    """A file that is started by its path has its own folder on sys.path, before the standard library and packages."""
+    """The folder of a file that is run by its path is on sys.path before the standard library and packages."""
     others = sys.stdlib_module_names | packages_distributions().keys()
     for path in [*COMMANDS, *(SCRIPTS / "benchmarks").glob("*.py")]:
         assert path.stem == "__init__" or path.stem not in others
@@ -60,7 +60,7 @@ def test_no_file_hides_another_module():
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: path.relative_to(SCRIPTS).as_posix())
 def test_a_part_uses_its_own_folder_and_the_workshop_alone(path):
-    """Relatively, so that each module is loaded under one name; and never a command."""
+    """Imports are relative, so that each module has one name, and no command is imported."""
     source = path.read_text(encoding="utf-8")
     assert not re.search(r"^\s*(from|import) scripts\b", source, flags=re.MULTILINE)
     assert set(re.findall(r"from \.\.(\w+)[.\w]* import", source)) <= BELOW[path.parent.name]

@@ -364,13 +364,9 @@ def test_a_failing_write_leaves_nothing(tmp_path):
     shard = Shard(tmp_path / "latents" / "a.safetensors", [1])
     with pytest.raises((TypeError, AttributeError, ValueError)):
         fill_shards(
-            [shard],
-            lambda entries, progress: {"mean": "no tensor"},
-            rank=0,
-            world_size=1,
-            title="",
+            [shard], lambda entries, progress: {"mean": "no tensor"}, rank=0, world_size=1, title="",
             show_progress=False,
-        )
+        )  # fmt: skip
     assert list(shard.path.parent.iterdir()) == []
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, run_command, train_script
-from transformers import CLIPTokenizer
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
@@ -110,9 +109,9 @@ def test_a_dry_run_reports_it(arguments, tmp_path):
     done = run_command(arguments(dry_run=True, num_validation_images=0))
     assert done.returncode == 0, done.stderr
     assert "in a training step of batch 2, and" in done.stdout
-    told = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
-    assert told["step"] > told["further_sample"] > 0
-    assert told["sample_pictures"] == 0
+    memory = json.loads((tmp_path / "out" / "dataset.json").read_text())["memory_bytes"]
+    assert memory["step"] > memory["further_sample"] > 0
+    assert memory["sample_pictures"] == 0
 
 
 @pytest.mark.long
@@ -138,9 +137,9 @@ def sd15_configuration(tmp_path_factory):
     from scripts.mini_sd.model import write_tokenizer
 
     folder = tmp_path_factory.mktemp("sd15")
-    write_tokenizer(folder / "tokenizer")
+    tokenizer = write_tokenizer(folder / "tokenizer")
     with torch.device("meta"):
-        unet, vae, text_encoder = sd15_models(CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+        unet, vae, text_encoder = sd15_models(tokenizer)
     for name, model in {"unet": unet, "vae": vae, "text_encoder": text_encoder}.items():
         model.config.save_pretrained(folder / name) if name == "text_encoder" else model.save_config(folder / name)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_lora, read_metrics, relative_loss
+from conftest import read_lora, read_metrics, refusal_of, relative_loss, train_script
 from safetensors.torch import load_file
 
 from text_to_image_lora.errors import InputError
@@ -153,7 +153,22 @@ def test_a_value_may_be_any_literal():
         (dict(mode_scale=-1.5), "--mode_scale -1.5: it must be from -1 to 1.75"),
         (dict(logit_mean="nan"), "--logit_mean nan: it must be from -100 to 100"),
         (dict(huber_c=0), "--huber_c 0: it must be more than 0"),
-        (dict(optimizer="schedulefree", optimizer_args=["betas=0.9"]), "--optimizer schedulefree: "),
+        (
+            dict(optimizer="schedulefree", optimizer_args=["betas=0.9"]),
+            '--optimizer_args betas=0.9: write a value such as (0.9,0.999) (quoted: "betas=(0.9,0.999)").',
+        ),
+        (dict(optimizer_args=["betas=(0.9,)"]), "--optimizer_args betas=(0.9,): write a value such as (0.9,0.999) "),
+        (
+            dict(optimizer="prodigy", optimizer_args=["betas=(1,2,3)"]),
+            "betas=(1,2,3): write a value such as (0.9,0.999) ",
+        ),
+        (dict(optimizer_args=["betas=(0.9,'a')"]), "betas=(0.9,'a'): write a value such as (0.9,0.999) "),
+        (dict(optimizer="adafactor", optimizer_args=["eps=1e-8"]), "eps=1e-08: write a value such as (1e-30,0.001) "),
+        (dict(optimizer_args=["eps=(1,2)"]), "--optimizer_args eps=(1,2): write a value such as 1e-08."),
+        (dict(optimizer_args=["weight_decay=true"]), "weight_decay=True: write a value such as 0.01."),
+        (dict(optimizer_args=["weight_decay=1e999"]), "weight_decay=inf: write a value such as 0.01."),
+        (dict(optimizer_args=["amsgrad=3"]), "--optimizer_args amsgrad=3: write a value such as False."),
+        (dict(optimizer="adafactor", optimizer_args=["beta1=many"]), "beta1=many: write a value such as true or 0.5."),
         (dict(optimizer_args=["fused=True", "foreach=True"]), "--optimizer adamw: `fused` and `foreach` cannot be"),
         (dict(optimizer_args=["capturable=True"]), "--optimizer_args capturable: the training loop does not support"),
         (
@@ -176,9 +191,7 @@ def test_a_value_may_be_any_literal():
     ids=str,
 )
 def test_bad_flags_are_reported(train, flags, message):
-    with pytest.raises(InputError) as caught:
-        train(**flags)
-    assert message in str(caught.value)
+    assert message in refusal_of(train, **flags)
 
 
 def test_an_optimizer_that_is_not_installed(monkeypatch):
@@ -197,3 +210,107 @@ def test_prodigy_starts_at_1_and_the_others_at_1e_4(train):
 def test_warmup_as_a_ratio(train):
     rows = read_metrics(train(lr_scheduler="constant_with_warmup", lr_warmup_ratio=0.5, max_train_steps=8))
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * min(k / 4, 1) for k in range(8)])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["weight_decay=-1"], ["betas=(0.9,2)"], ["fused=True", "foreach=True"], ["betas=(0.9,0.99)", "eps=-1"]],
+)
+def test_options_out_of_their_bounds_are_refused_before_anything_is_loaded(words):
+    with pytest.raises(InputError, match=r"^--optimizer adamw: .* Check --optimizer_args\.$"):
+        optimizers.check_optimizer("adamw", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adamw", ["betas=[0.8,0.9]", "amsgrad=true", "eps=1"]),
+        ("prodigy", ["betas=(0.9,0.99)", "beta3=0.9", "d_coef=2"]),
+        ("schedulefree", ["warmup_steps=3", "r=0.5"]),
+        ("adafactor", ["eps=(1e-30,1e-3)", "beta1=None", "beta1=0.9"]),
+    ],
+)
+def test_good_options_are_accepted(name, words):
+    assert optimizers.check_optimizer(name, words)[1] == optimizers.parse_options(words)
+
+
+# What a run says about its learning rate.
+
+
+def test_prodigys_learning_rate_is_logged(train):
+    """The product of the schedule and of the rate that Prodigy has found, which acts in the step."""
+    out = train(
+        optimizer="prodigy", learning_rate=None, max_train_steps=8, checkpointing_steps=1, checkpoints_total_limit=9
+    )
+    rates = [row["lr"] for row in read_metrics(out) if "lr" in row]
+    found = [
+        torch.load(out / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["optimizer"]["param_groups"][0]["d"]
+        for step in range(1, 8)
+    ]
+    assert rates == pytest.approx([1e-5, *found])
+    assert rates[-1] > rates[0]
+
+
+def test_prodigys_learning_rate_follows_the_schedule(train):
+    out = train(optimizer="prodigy", learning_rate=0.5, max_train_steps=4, lr_scheduler="linear", lr_warmup_steps=2)
+    assert [row["lr"] for row in read_metrics(out) if "lr" in row][:2] == pytest.approx([0, 0.25e-5])
+
+
+NOTES = [
+    ("--lr_warmup_steps 5", "--lr_warmup_steps has no effect with --lr_scheduler constant and"),
+    (
+        "--lr_warmup_ratio 0.1 --lr_scheduler piecewise_constant --lr_step_rules 1:2,0.1",
+        "--lr_warmup_ratio has no effect",
+    ),
+    (
+        "--lr_num_cycles 3 --lr_scheduler cosine",
+        "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts",
+    ),
+    ("--lr_power 2", "--lr_power has no effect without --lr_scheduler polynomial"),
+    ("--lr_step_rules 1:2,0.1", "--lr_step_rules has no effect without --lr_scheduler piecewise_constant"),
+    (
+        "--optimizer prodigy --learning_rate 1e-4",
+        "--learning_rate is a factor of the learning rate that --optimizer prod",
+    ),
+    (
+        "--optimizer prodigy --learning_rate 100",
+        "--learning_rate is a factor of the learning rate that --optimizer prod",
+    ),
+    ("--ema_decay 0.9", "--ema_decay has no effect without --use_ema"),
+    ("--huber_c 0.2", "--huber_c has no effect without --loss_type huber"),
+    ("--logit_mean 1", "--logit_mean has no effect without --timestep_sampling logit_normal"),
+    ("--keep_tags 1", "--keep_tags has no effect without --shuffle_tags or --caption_tag_dropout"),
+    ("--prior_loss_weight 0.5", "--prior_loss_weight has no effect without --class_data_dir"),
+]
+SILENT = [
+    "", "--lr_scheduler cosine --lr_warmup_steps 5", "--lr_warmup_steps 0", "--lr_scheduler cosine_with_restarts --lr_num_cycles 3",
+    "--lr_num_cycles 1", "--optimizer prodigy", "--optimizer prodigy --learning_rate 0.5", "--learning_rate 1e-4",
+    "--use_ema --ema_decay 0.9", "--shuffle_tags --keep_tags 1", "--lr_scheduler constant_with_warmup --lr_warmup_ratio 0.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "note"), [*NOTES, *((words, None) for words in SILENT)])
+def test_flags_without_effect_are_noted_in_one_line(words, note):
+    least = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "folder"]
+    notes = train_script.parse_settings([*least, *words.split()]).notes
+    assert [line[: len(note)] for line in notes] == [note] if note else notes == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (dict(lr_scheduler="cosine", lr_warmup_steps=5), 5),
+        (dict(lr_scheduler="linear", lr_warmup_steps=2), 2),
+        (dict(lr_scheduler="constant_with_warmup", lr_warmup_ratio=1), 2),
+        (dict(lr_scheduler="constant_with_warmup", lr_warmup_steps=1), None),
+        (dict(lr_warmup_steps=5), None),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_warmup_that_is_longer_than_the_run_is_noted(train, capsys, flags, steps, dry_run):
+    train(**flags, dry_run=dry_run)
+    said = capsys.readouterr().out
+    flag = "lr_warmup_ratio" if "lr_warmup_ratio" in flags else "lr_warmup_steps"
+    line = f"--{flag}: the warmup of {steps} steps does not end in the run of 2 steps, so"
+    assert said.count(line) == (steps is not None)
+    assert said.count("does not end in the run") == (steps is not None)

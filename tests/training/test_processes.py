@@ -16,6 +16,8 @@ def test_a_launched_run_uses_the_physical_cores_and_logs_it(train, monkeypatch, 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(libraries, "physical_cores", lambda: 2)
+    monkeypatch.setattr(libraries, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(libraries, "launchers_environment", dict)
     try:
         train(num_cpu_threads=None, max_train_steps=1)
         assert torch.get_num_threads() == 2

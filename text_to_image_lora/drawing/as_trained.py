@@ -44,10 +44,51 @@ ENTRIES = {  # {field of `AsTrained`: entry}
     ),
 }
 
+# A LoRA file with one of these entries was written by this project.
+OUR_KEYS = {"pretrained_model_name_or_path", *(entry.key for entry in ENTRIES.values())}
+
 
 def in_words(name: str, value: Any) -> str:
     """Describes a field of `AsTrained` in a message."""
     return ENTRIES[name].description.format(value).replace("v_pred", "v-pred")
+
+
+def describe(header: dict[str, str]) -> str:
+    """Lists how the LoRA with this header has to be drawn, for messages; "" for the usual settings."""
+    values = {name: entry.parse(header.get(entry.key, "")) for name, entry in ENTRIES.items()}
+    return ", ".join(in_words(name, value) for name, value in values.items() if value not in (None, "epsilon"))
+
+
+def merge_training(parts: Sequence[tuple[str, dict[str, str]]]) -> dict[str, str]:
+    """Returns the header entries of `ENTRIES` for the sum of LoRAs [(path, header)].
+
+    LoRAs without this project's metadata have no say, except that ModelSpec's records their prediction type. Raises
+    `InputError` if the others disagree; only long prompts suit all LoRAs, with the largest number of chunks.
+    """
+    merged = {}
+    for name, entry in ENTRIES.items():
+        recorded = [(path, text) for path, header in parts if (text := _recorded(name, header)) is not None]
+        if not recorded:
+            continue
+        first, chosen = recorded[0]
+        if name in ("long_prompts", "num_chunks"):
+            chosen = max((text for _, text in recorded), key=lambda text: entry.parse(text) or 0)
+        elif other := next((row for row in recorded if entry.parse(row[1]) != entry.parse(chosen)), None):
+            raise InputError(
+                f"{first} was trained with {entry.key} {chosen or 'none'}, {other[0]} with {other[1] or 'none'}, so their "
+                "sum can't be drawn as both were trained. Draw them one at a time."
+            )
+        if chosen:
+            merged[entry.key] = chosen
+    return merged
+
+
+def _recorded(name, header):
+    """Returns what a LoRA's header says of an entry, "" for the usual value, or None if it does not record it."""
+    if name == "prediction_type":
+        of_modelspec = {"epsilon": "epsilon", "v": "v_prediction"}.get(header.get("modelspec.prediction_type", ""))
+        return header.get(ENTRIES[name].key, of_modelspec)
+    return header.get(ENTRIES[name].key, "") if OUR_KEYS & header.keys() else None
 
 
 def settle(
@@ -84,8 +125,7 @@ def settle(
 
 def _read_training(loras, own, decided):
     """Returns {field of `AsTrained`: value} of the training; LoRA files without this project's metadata are ignored."""
-    keys = {"pretrained_model_name_or_path", *(entry.key for entry in ENTRIES.values())}
-    ours, trained = [lora for lora in loras if keys & lora.header.keys()], {}
+    ours, trained = [lora for lora in loras if OUR_KEYS & lora.header.keys()], {}
     for name, entry in ENTRIES.items():
         values = [entry.parse(lora.header.get(entry.key, "")) or own[name] for lora in ours] or [own[name]]
         if name in ("long_prompts", "num_chunks"):  # the maximum, because every LoRA accepts more chunks

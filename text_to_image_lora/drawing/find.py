@@ -1,8 +1,8 @@
 """Finds and checks base models, LoRAs, VAEs, ControlNets and pictures before a model is loaded. Needs no torch."""
 
 import contextlib
-import glob
 import json
+import logging
 import math
 import os
 import re
@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import hub_file, is_hub_id, reason_of
+from ..files import expand_pattern, hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
 from ..models.dialects import COMPONENTS, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
+from ..models.not_a_base import check_folder
 from . import settings
 from .rows import Lora
 
+
+logger = logging.getLogger(__name__)
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 
@@ -73,7 +76,7 @@ def hub_path(flag: str, name: str, file: str, revision: str | None = None) -> Pa
 
     Raises `InputError` if `name` is not a hub id, or if the download fails.
     """
-    if not is_hub_id(name) or name.endswith((".safetensors", ".ckpt")):
+    if not is_hub_id(name) or name.lower().endswith((".safetensors", ".ckpt")):
         raise InputError(f"{flag} {name} does not exist. Check the path (relative ones start from {Path.cwd()}).")
     try:
         return hub_file(name, file, revision=revision)
@@ -97,7 +100,7 @@ def find_base(flags: settings.Model) -> Base:
     """Finds the base model; raises `InputError` if it does not exist or its family is not supported."""
     name = str(flags.pretrained_model_name_or_path)
     path = Path(name)
-    if path.is_file() and path.suffix not in (".safetensors", ".ckpt"):
+    if path.is_file() and path.suffix.lower() not in (".safetensors", ".ckpt"):
         raise InputError(f"{MODEL_FLAG} {path}: a single file must be .safetensors or .ckpt.")
     if path.is_file() and flags.single_file_config is not None:
         _check_pipeline("--single_file_config", flags.single_file_config)
@@ -105,7 +108,7 @@ def find_base(flags: settings.Model) -> Base:
         _check_pipeline(MODEL_FLAG, path)
     elif not path.is_file():
         _check_pipeline(MODEL_FLAG, hub_path(MODEL_FLAG, name, "model_index.json", flags.revision).parent)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix.lower() == ".safetensors":
         read_header(MODEL_FLAG, path)
     config = flags.single_file_config and str(flags.single_file_config)
     model = find_base_model(name, revision=flags.revision, variant=flags.variant, single_file_config=config)
@@ -127,6 +130,7 @@ def find_base(flags: settings.Model) -> Base:
 
 def _check_pipeline(flag, folder):
     """Raises `InputError` unless the folder contains a pipeline of a supported family."""
+    check_folder(folder)
     try:
         class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError) as error:
@@ -155,11 +159,10 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not (path / PEFT_WEIGHTS_NAME).exists():
-        found = ", ".join(sorted(file.name for file in path.glob("*.safetensors"))[:3]) or "no LoRA files"
-        raise InputError(f"--lora {given} contains no {WEIGHTS_NAME} (found: {found}). Pass the LoRA file itself.")
+        path = _newest_of_run(path)
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and path.suffix.lower() != ".safetensors":
         raise InputError(f"--lora {path}: only .safetensors files are read, because other formats can contain code.")
     lora = Lora(given, path, scale, adapter, {}, {}, fixed)
     header = read_header("--lora", lora.file)
@@ -167,6 +170,34 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         count = len(header.shapes)
         raise InputError(f"--lora {path} is not a LoRA file: none of its {count} keys contains 'lora'.")
     return lora._replace(shapes=header.shapes, header=header.strings)
+
+
+def _newest_of_run(folder):
+    """Returns the newest LoRA of a run that has no final LoRA yet, and logs which it is.
+
+    It is that of the latest step among the folders `checkpoint-N` and `epoch-N`. Raises `InputError` if there is none.
+    """
+    steps = {}
+    for place in folder.iterdir():
+        name, file = re.fullmatch(r"(checkpoint|epoch)-(\d+)", place.name), place / WEIGHTS_NAME
+        if name is None or not file.is_file():
+            continue
+        try:
+            step = read_header("--lora", file).strings.get("ss_steps", "")
+        except InputError as error:
+            logger.warning(f"{error} An older LoRA of the run is looked for.")
+            continue
+        # Files of diffusers' scripts do not record the step, but their checkpoints are named after it.
+        steps[file] = int(step) if step.isdecimal() else int(name[2]) * (name[1] == "checkpoint")
+    if not steps:
+        names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")[:3])
+        reason = f"contains no {WEIGHTS_NAME} (found: {names or 'no LoRA files'}). Pass the LoRA file itself."
+        raise InputError(f"--lora {folder} {reason}")
+    newest = max(steps, key=lambda file: (steps[file], file.stat().st_mtime))
+    logger.info(
+        f"--lora {folder}: the run has no final LoRA yet, so the newest is used, of step {steps[newest]}: {newest}"
+    )
+    return newest
 
 
 def find_loras(flags: settings.Model) -> tuple[Lora, ...]:
@@ -182,7 +213,7 @@ def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | No
 
     found = []
     for word in listed:
-        matches = [word] if word == "base" or Path(word).exists() or not glob.has_magic(word) else glob.glob(word)
+        matches = [word] if word == "base" else expand_pattern(word)
         if not matches:
             raise InputError(f"--grid checkpoint={word}: no file or folder matches this pattern.")
         found += sorted(matches, key=natural_order)
@@ -201,9 +232,9 @@ def vae_channels(source: str) -> int | None:
         return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(
             "latent_channels"
         )
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         read_header("--vae", path)
-    elif path.suffix not in (".ckpt", ".pt"):
+    elif path.suffix.lower() not in (".ckpt", ".pt"):
         raise InputError(f"--vae {source}: a single file must be .safetensors, .ckpt or .pt.")
     return None
 

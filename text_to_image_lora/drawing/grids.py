@@ -3,15 +3,19 @@
 import argparse
 import functools
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..command_line import flag_values
+from ..command_line import flag_values, user_path
 from ..errors import InputError
 from .find import find_checkpoints
-from .prompts import Prompt, read_prompts
-from .rows import AXES, SETTINGS, Drawing, Lora, nearest
+from .prompts import Prompt, note_of_a1111s_syntax, read_prompts
+from .rows import AXES, SETTINGS, Drawing, Lora, check_drawing, nearest
+
+
+logger = logging.getLogger(__name__)
 
 
 class Cell(NamedTuple):
@@ -44,8 +48,8 @@ class Sheet(NamedTuple):
 
 
 def slug(text: str) -> str:
-    """Converts text to a part of a file name."""
-    return re.sub(r"[^\w.+-]+", "-", text.lower())[:60].strip("-")
+    """Converts text to a part of a file name, of at most 60 bytes, because file names may have at most 255."""
+    return re.sub(r"[^\w.+-]+", "-", text.lower()).encode()[:60].decode(errors="ignore").strip("-")
 
 
 def prompt_cells(prompts: Sequence[Prompt]) -> list[Cell]:
@@ -86,7 +90,7 @@ def read_grid(words: Iterable[str], by_flags: dict[str, list[Cell]], lora_scale:
         elif field == "prompt":
             axes[field] = prompt_cells(read_prompts("--grid prompt", values))
         elif field == "checkpoint":
-            found = find_checkpoints(values, lora_scale)
+            found = find_checkpoints([*map(user_path, values)], lora_scale)
             axes[field] = [Cell(label, {field: lora}, suffix=f"-{slug(label)}") for label, lora in found.items()]
         else:
             try:
@@ -179,11 +183,12 @@ def plan(common: Drawing, grid: Grid) -> list[Drawing]:
     drawings = []
     for cell in map(combine, itertools.product(grid.sheets, grid.bands, grid.rows, grid.columns)):
         drawing = common._replace(**{**cell.options, **cell.changes})
-        seed, steps = drawing.seed + cell.nth, drawing.num_inference_steps
-        if drawing.strength is not None and int(steps * drawing.strength) < 1:
-            remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
-            raise InputError(f"strength {drawing.strength:g} runs none of the {steps} steps. {remedy}")
+        seed = drawing.seed + cell.nth
         drawings.append(drawing._replace(stem=f"{drawing.stem}-seed{seed}{cell.suffix}", seed=seed))
+        check_drawing(drawings[-1])
+    note = note_of_a1111s_syntax(text for each in drawings for text in (each.prompt, each.negative_prompt) if text)
+    if note is not None:
+        logger.warning(note)
     return drawings
 
 

@@ -1,23 +1,25 @@
-"""Loads the diffusers pipeline and its LoRAs, moves them to their device, or saves them merged."""
+"""Loads the diffusers pipeline with its LoRAs, moves it to its device, or saves it with the LoRAs merged into it."""
 
 import contextlib
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import written_whole
+from ..files import reason_of, written_whole
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
+from ..models.loading import load_text_encoder
+from ..models.modules import check_weights
 from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
 from .as_trained import AsTrained, in_words
 from .encode import PromptEncoder
 from .find import Base, ControlNet, Given
-from .fits import check_controlnet_fits, check_fits
+from .fits import check_controlnet_fits
+from .loras import load_loras, read_weights, set_loras, use_loras
 from .rows import Lora
 from .settings import Machine
 
@@ -34,6 +36,10 @@ PIPELINES = {
 PIPELINES["ControlNetImg2Img"] = PIPELINES["ControlNet"] | PIPELINES["Img2Img"] | {"control_image": "control_image"}
 
 
+# {component of a pipeline: its name in messages}
+NAMES = dict.fromkeys(COMPONENTS, "text encoder") | {"unet": "UNet", "vae": "VAE", "controlnet": "ControlNet"}
+
+
 class Job(NamedTuple):
     """What pictures are drawn with, before any model is loaded."""
 
@@ -47,22 +53,6 @@ class Job(NamedTuple):
     def kind(self) -> str:
         """The kind of pipeline, a key of `PIPELINES`."""
         return ("ControlNet" if self.controlnet else "") + ("Img2Img" if self.given.image else "")
-
-
-def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
-    """Enables only these LoRAs in the pipeline, each with its scale."""
-    if loras:
-        pipe.set_adapters([lora.adapter for lora in loras], adapter_weights=[lora.scale for lora in loras])
-        pipe.enable_lora()
-    elif pipe.get_list_adapters():
-        pipe.disable_lora()
-
-
-@contextlib.contextmanager
-def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
-    """Draws with these LoRAs inside the context; the next context sets its own."""
-    set_loras(pipe, loras)
-    yield
 
 
 class Studio(NamedTuple):
@@ -104,30 +94,38 @@ def choose_device(device: str, precision: str | None) -> tuple[str, Any]:
 def open_studio(job: Job, machine: Machine, device: str, dtype: Any) -> Studio:
     """Loads the models of a job; raises `InputError` for models that do not fit together."""
     trained, family = job.as_trained, job.base.model.family
-    translated = {lora.adapter: translate(lora) for lora in job.loras if not stock_reads(lora)}
+    weights = {lora.adapter: read_weights(lora) for lora in job.loras}
     pipe = load_pipeline(job, dtype)
     if job.controlnet:
         check_controlnet_fits(job.controlnet, pipe.unet.config, pipe.vae_scale_factor)
-    load_loras(pipe, job.loras, translated, trained.clip_skip or 0)
+    load_loras(pipe, job.loras, weights, trained.clip_skip or 0)
     place(pipe, machine, device)
     scheduler_config = dict(pipe.scheduler.config) | {"_class_name": type(pipe.scheduler).__name__}
     encoder = PromptEncoder(pipe, family, (trained.num_chunks or 1) if trained.long_prompts else 0)
     return Studio(pipe, family, PIPELINES[job.kind], scheduler_config, trained, encoder, job.given)
 
 
-def load_weights(model_class: Any, source: str, **options: Any) -> Any:
-    """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
+@contextlib.contextmanager
+def explaining(source: str, remedy: str = "") -> Iterator[None]:
+    """Turns the exceptions of a context that loads a model into an `InputError` with the model's path or hub id."""
     try:
-        if not Path(source).is_file():
-            return model_class.from_pretrained(source, **options)
-        with safe_to_read(source):
-            return model_class.from_single_file(source, **options)
+        yield
     except InputError:
         raise
+    except NotImplementedError as error:  # a weight without data was copied
+        raise InputError(f"{source} can't be loaded: some of its weights are missing. Download it again.") from error
     except Exception as error:  # the loaders raise many kinds of exceptions for broken files
-        remedy = " Where there is no hub, pass --single_file_config." if Path(source).is_file() else ""
-        reason = f"{type(error).__name__}: {str(error)[:300]}{remedy}"
-        raise InputError(f"{source} can't be loaded: {reason}") from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise InputError(f"{source} can't be loaded: {kind}{str(error)[:300]}{remedy}") from error
+
+
+def load_weights(model_class: Any, source: str, **options: Any) -> Any:
+    """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
+    if not Path(source).is_file():
+        with explaining(source):
+            return model_class.from_pretrained(source, **options)
+    with explaining(source, " Where there is no hub, pass --single_file_config."), safe_to_read(source) as readable:
+        return model_class.from_single_file(readable, **options)
 
 
 def load_pipeline(job: Job, dtype: Any) -> Any:
@@ -142,63 +140,30 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
         library.utils.logging.disable_progress_bar()
     model, vae = job.base.model, job.as_trained.vae
     config, options = model.single_file_config, {"torch_dtype": dtype}
+    if vae is None and not model.has_vae:
+        raise InputError(f"{model.source}: it contains no VAE. Pass one with --vae.")
     if vae is not None:
         vae_config = config if model.kind == "file" else model.source
         like = {"config": vae_config, "subfolder": "vae"} if vae_config and Path(vae).is_file() else {}
         options["vae"] = load_weights(diffusers.AutoencoderKL, vae, torch_dtype=dtype, **like)
     if job.controlnet is not None:
         options["controlnet"] = load_weights(diffusers.ControlNetModel, job.controlnet.source, torch_dtype=dtype)
+    if model.kind != "file":  # diffusers would not notice that a text encoder lacks weights
+        for row in model.family.text_encoders:
+            with explaining(model.source):
+                options[row.name] = load_text_encoder(model, row, dtype)
     options |= model.family.pipeline_options
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
     pipeline_class = getattr(diffusers, model.family.pipeline_of(job.kind))
     pipe = load_weights(pipeline_class, model.source, **options)
+    sources = {"vae": vae or model.source, "controlnet": job.controlnet and job.controlnet.source}
+    for name in (*COMPONENTS, *sources):
+        if pipe.components.get(name) is not None:
+            with explaining(sources.get(name) or model.source):
+                check_weights(NAMES[name], pipe.components[name])
     pipe.vae.enable_slicing()  # one picture at a time, because the decoder needs more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def stock_reads(lora: Lora) -> bool:
-    """Returns whether diffusers reads the file correctly, like the files of this project; others need `translate`."""
-    leaf = r"(lora_[AB]\.(weight|bias)|lora_magnitude_vector(\.weight)?)"
-    return all(re.fullmatch(rf"({'|'.join(COMPONENTS)})\..+\.{leaf}", key) for key in lora.shapes)
-
-
-def translate(lora: Lora) -> dict[str, Any]:
-    """Reads a LoRA file of another program as {key in the files of this project: tensor}."""
-    from ..models.lora_file import as_diffusers
-
-    try:
-        return as_diffusers(lora.path)[0]
-    except InputError as error:
-        raise InputError(f"--lora {error}") from error
-
-
-def load_loras(pipe: Any, loras: Sequence[Lora], translated: dict[str, dict[str, Any]], clip_skip: int) -> None:
-    """Adds the LoRAs to the pipeline; raises `InputError` if a weight of their files does not fit.
-
-    `translated` contains the weights of files in other dialects, {adapter: {key: tensor}}.
-    """
-    models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
-    shapes = {f"{name}.{k}": v.shape for name, model in models.items() for k, v in model.state_dict().items()}
-    check_fits(shapes, loras, clip_skip, pipe.vae.config.latent_channels)
-    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # from the previous LoRA
-    for lora in loras:
-        weights = translated.get(lora.adapter)
-        misfit = f"--lora {lora.path} does not fit this base model"
-        source, options = (dict(weights), {}) if weights else (str(lora.path.parent), {"weight_name": lora.path.name})
-        try:
-            pipe.load_lora_weights(source, adapter_name=lora.adapter, **options)
-        except (
-            Exception
-        ) as error:  # peft, diffusers and transformers raise many kinds for sizes and names that don't match
-            raise InputError(f"{misfit}: {type(error).__name__}: {str(error)[:300]}") from error
-        # diffusers and transformers only warn about a weight that does not fit.
-        in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in weights or lora.shapes)
-        pattern = re.compile(rf".+\.lora_[AB]\.{lora.adapter}\.weight")
-        placed = sum(bool(pattern.fullmatch(name)) for m in models.values() for name, _ in m.named_parameters())
-        if placed != in_file:
-            counts = f"{in_file} weights in the file, {placed} in the model"
-            raise InputError(f"{misfit}: {counts}. Pass the base that it was trained on.")
 
 
 def place(pipe: Any, machine: Machine, device: str) -> None:
@@ -228,7 +193,10 @@ def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
     active = [lora for lora in loras if lora.scale]
     set_loras(pipe, active)
     if active:
-        pipe.fuse_lora(components=[part for part, adapters in pipe.get_list_adapters().items() if adapters])
+        try:
+            pipe.fuse_lora(components=[part for part, adapters in pipe.get_list_adapters().items() if adapters])
+        except RuntimeError as error:  # a bias that the base model's layer has no place for
+            raise InputError(f"--save_merged {folder}: the LoRAs can't be merged. {reason_of(error)}") from error
     pipe.unload_lora_weights()
     for name in COMPONENTS[1:]:
         if getattr(pipe, name, None) is not None:

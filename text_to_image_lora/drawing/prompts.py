@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..command_line import user_path
 from ..errors import InputError
+from ..files import read_text
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
 
@@ -48,20 +50,52 @@ def parse_prompt(line: str, where: str) -> Prompt:
 def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
     """Reads the prompts of a flag; a value that ends in .txt is a file with one prompt per line.
 
-    Lines that start with # are skipped. Raises `InputError` if a file can't be read or a line can't be parsed.
+    If there is no such file and the value has several words, such as `a sign that says readme.txt`, it is a prompt. Lines that
+    start with # are skipped. Raises `InputError` if a file can't be read or a line can't be parsed.
     """
     prompts = []
     for value in values:
-        if not value.lower().endswith(".txt"):
+        path = Path(user_path(value))
+        if not value.lower().endswith(".txt") or (is_sentence(value) and not is_file(path)):
             prompts.append(parse_prompt(value, flag))
             continue
         try:
-            lines = [line.strip() for line in Path(value).read_text("utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise InputError(f"{flag} {value} can't be read: {reason}.") from error
+            lines = [line.strip() for line in read_text(path).splitlines()]
+        except InputError as error:
+            hint = "" if path.is_file() else " A prompt of one word must not end in .txt."
+            raise InputError(f"{flag} {error}{hint}") from error
         numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
         if not numbered:
             raise InputError(f"{flag} {value} is empty. Write one prompt per line.")
         prompts += [parse_prompt(line, f"{value}:{i}") for i, line in numbered]
     return prompts
+
+
+def is_sentence(text: str) -> bool:
+    """Whether text consists of several words and is not written as a path."""
+    return len(text.split()) > 1 and "/" not in text and "\\" not in text
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; text that is too long for the name of a file is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+# Weights such as (red:1.3), networks such as <lora:x:0.8>, BREAK, and the change of a prompt at a step, such as [a:b:0.5].
+A1111S_SYNTAX = re.compile(
+    r"\([^()]+:\s*\d*\.?\d+\s*\)|<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|\[[^][]*:\s*\d*\.?\d+\s*\]", re.ASCII
+)
+
+
+def note_of_a1111s_syntax(texts: Iterable[str]) -> str | None:
+    """Returns a line that says that prompts contain A1111's syntax, which has no meaning here; None if they don't."""
+    found = dict.fromkeys(match for text in texts for match in A1111S_SYNTAX.findall(text))
+    if not found:
+        return None
+    return (
+        f"prompts are read literally, so A1111's syntax has no effect: {', '.join([*found][:3])}. Write the words alone; "
+        "a LoRA is added with --lora PATH:STRENGTH"
+    )

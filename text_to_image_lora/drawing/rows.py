@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import InputError
 from ..models.samplers import SAMPLERS
 
 
@@ -19,7 +20,7 @@ def number(
     if multiple_of:
         wish += f", a multiple of {multiple_of}"
     elif math.isfinite(most):
-        wish = f"a number from {least} to {most}"
+        wish = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
     elif math.isfinite(least):
         wish += f", {least} or more"
 
@@ -47,6 +48,10 @@ def sampler_name(text: str) -> str:
     raise argparse.ArgumentTypeError(message)
 
 
+SEEDS = (-(2**63), 2**64 - 1)  # those of torch.Generator
+MOST_STEPS = max(sampler.max_steps for sampler in SAMPLERS.values())
+
+
 class Setting(NamedTuple):
     """A setting that may differ between pictures."""
 
@@ -60,8 +65,8 @@ class Setting(NamedTuple):
 SETTINGS = {  # {field of a drawing, which is also the flag's name: row}
     "prompt": Setting("prompt", None, str, "{}"),
     "negative_prompt": Setting("negative", "n", str, "without {}"),
-    "seed": Setting("seed", "d", number(int), "seed {}"),
-    "num_inference_steps": Setting("steps", "s", number(int, least=1), "{} steps"),
+    "seed": Setting("seed", "d", number(int, *SEEDS), "seed {}"),
+    "num_inference_steps": Setting("steps", "s", number(int, 1, MOST_STEPS), "{} steps"),
     "guidance_scale": Setting("guidance", "l", number(float), "guidance {}"),
     "scheduler": Setting("scheduler", None, sampler_name, "{}"),
     "height": Setting("height", "h", number(int, least=8, multiple_of=8), None),
@@ -130,3 +135,16 @@ class Drawing(NamedTuple):
     def active_loras(self) -> tuple[Lora, ...]:
         """The LoRAs whose scale is not 0; without any, the picture is that of the base model, bit for bit."""
         return tuple(lora for lora in self.scaled_loras() if lora.scale)
+
+
+def check_drawing(drawing: Drawing) -> None:
+    """Raises `InputError` if the seed is out of range, or if the sampler can't do so many steps or can't do any of them."""
+    steps, strength = drawing.num_inference_steps, drawing.strength
+    most = MOST_STEPS if drawing.scheduler is None else SAMPLERS[drawing.scheduler].max_steps
+    if steps > most:
+        raise InputError(f"--num_inference_steps {steps}: the sampler {drawing.scheduler} does at most {most} steps.")
+    if strength is not None and int(steps * strength) < 1:
+        remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
+        raise InputError(f"strength {strength:g} runs none of the {steps} steps. {remedy}")
+    if not SEEDS[0] <= drawing.seed <= SEEDS[1]:
+        raise InputError(f"seed {drawing.seed}: the seed of every picture must be from {SEEDS[0]} to {SEEDS[1]}.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import flag, flag_values, iterate_flags
+from ..command_line import flag, flag_values, iterate_flags, user_path
 from ..errors import InputError
 from ..models.samplers import SAMPLERS
 from .rows import AXES, SETTINGS, number, sampler_name
@@ -21,14 +21,14 @@ class Model:
     """The base model, its VAE, LoRAs and ControlNet."""
 
     title: ClassVar = "model"
-    pretrained_model_name_or_path: str | None = flag(None, "base model: local folder, hub id, .safetensors or .ckpt file", metavar="MODEL")
+    pretrained_model_name_or_path: str | None = flag(None, "base model: local folder, hub id, .safetensors or .ckpt file", user_path, metavar="MODEL")
     single_file_config: Path | None = flag(None, "diffusers folder with the configuration of a base model that is a single file (default: downloaded from the hub)", Path, metavar="FOLDER")
     revision: str | None = flag(None, "branch, tag or commit of the base model on the hub (default: main)")
     variant: str | None = flag(None, "variant of the base model's weight files, such as fp16 (default: the files without a variant)")
-    vae: str | None = flag(None, "VAE to use instead of that of the base model: folder, hub id or single file (default: the VAE that the LoRA was trained with)", metavar="MODEL")
-    lora: tuple[str, ...] | None = flag(None, "one or several LoRAs, which are added up, each written as PATH or PATH:STRENGTH; PATH is a folder with pytorch_lora_weights.safetensors, a .safetensors file or a hub id (default: none)", nargs="+", action="extend")
+    vae: str | None = flag(None, "VAE to use instead of that of the base model: folder, hub id or single file (default: the VAE that the LoRA was trained with)", user_path, metavar="MODEL")
+    lora: tuple[str, ...] | None = flag(None, "one or several LoRAs, which are added up, each written as PATH or PATH:STRENGTH; PATH is a folder with pytorch_lora_weights.safetensors, a .safetensors file or a hub id (default: none)", user_path, nargs="+", action="extend")
     lora_scale: float = flag(1.0, "strength of each LoRA that is written without one: 0 draws with the base model alone, 1 applies the LoRA as it was trained", SETTINGS["lora_scale"].parse, recorded=False)
-    controlnet: str | None = flag(None, "ControlNet that is conditioned on --control_image: folder or hub id", metavar="MODEL")
+    controlnet: str | None = flag(None, "ControlNet that is conditioned on --control_image: folder or hub id", user_path, metavar="MODEL")
 
     def check(self, settings: Any) -> None:
         if self.pretrained_model_name_or_path is None:
@@ -122,7 +122,7 @@ class Machine:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest available device", recorded=False)
     compile: bool = flag(False, "compile the UNet's blocks with torch.compile: the first step takes a minute or more, and later steps are faster; useful for many pictures", recorded=False, action="store_true")
     offload: bool = flag(False, "keep each model on the GPU only while it is used: slower, for GPUs whose memory is too small for all models", recorded=False, action="store_true")
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: the number of physical cores, unless you set OMP_NUM_THREADS)", COUNT)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)", COUNT)
 
 
 @dataclass(frozen=True)

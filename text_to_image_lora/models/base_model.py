@@ -1,12 +1,21 @@
 """Finds a base model and its family within a second, without importing torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
 from .families import Family, all_supported, families_with_pipeline, family_by_marks
+from .not_a_base import check_folder
+
+
+# The weights of a part of a diffusers model, of a variant such as fp16, in one file or as shards; two names of these.
+WEIGHTS_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<first>[A-Za-z]\w*))?(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<second>[A-Za-z]\w*))?\.(?:safetensors|bin)"
+)
 
 
 class ConfigFiles(NamedTuple):
@@ -51,6 +60,7 @@ class BaseModel(NamedTuple):
     revision: str | None
     variant: str | None
     cache_dir: str | None
+    has_vae: bool = True  # False for a single file without a VAE
 
     @property
     def config_files(self) -> ConfigFiles | None:
@@ -79,12 +89,33 @@ def locate(name: str, single_file_config: str | None) -> tuple[str, str | None]:
             raise InputError(f"{single_file_config}: it does not contain a model_index.json (--single_file_config).")
         return "file", single_file_config
     if path.is_dir():
+        check_folder(path)
         if not (path / "model_index.json").is_file():
             raise InputError(f"{name}: it does not contain a model_index.json, so it is not a diffusers model folder.")
         return "folder", name
     if not is_hub_id(name):
         raise InputError(f"{name}: there is no such folder or file, and it is not a hub id (owner/name) either.")
     return "hub", None
+
+
+def check_variant(folder: str | Path, variant: str | None) -> None:
+    """Raises `InputError` if the weights of a diffusers folder only exist in other variants than this one.
+
+    A part of the model without files of the variant is loaded from its usual files, as diffusers' pipelines do.
+    """
+    parts: dict[str, set] = {}
+    for path in sorted(Path(folder).glob("*/*")):
+        if match := WEIGHTS_FILE.fullmatch(path.name):
+            parts.setdefault(path.parent.name, set()).add(match["first"] or match["second"])
+    variants = sorted(set().union(*parts.values()) - {None})
+    if parts and variant is not None and variant not in variants:
+        there = f"Pass --variant {' or '.join(variants)}" if variants else "Omit --variant"
+        raise InputError(f"--variant {variant}: {folder} contains no weights of this variant. {there}.")
+    for part, own in parts.items():
+        if None not in own and variant not in own:
+            raise InputError(
+                f"{folder}: the weights of {part} are only there as a variant. Pass --variant {min(own)}."
+            )
 
 
 def find_families(name: str, pipeline: str | None) -> list[Family]:

@@ -44,14 +44,21 @@ KOHYA_PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lycoris_text_model_": "text_encoder",  # LyCORIS by itself names no component
+    "lycoris_": "unet",
 }
-KOHYA_LEAVES = {
+# Names of tensors in all dialects, after the name of the module.
+LEAVES = {
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
+    "lora.down.weight": "lora_A.weight",
+    "lora.up.weight": "lora_B.weight",
     "lora_mid.weight": "lora_mid.weight",
     "dora_scale": "lora_magnitude_vector",
-    "alpha": "alpha",
+    "magnitude": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
+LEAVES |= {name: name for name in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha")}
 # Layers of diffusers' UNets of Stable Diffusion and of CLIP, with dots.
 LAYER = re.compile(
     r"""((down|up)_blocks\.\d+|mid_block)\.(
@@ -62,20 +69,25 @@ LAYER = re.compile(
         |(down|up)samplers\.0\.conv
     )
     |conv_in|conv_out|(time|add)_embedding\.linear_[12]
-    |text_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])""",
+    |text_model\.encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])|text_projection""",
     re.VERBOSE,
 )
 # Parts of these names that contain an underscore, which kohya's names do not distinguish from a dot.
 COMPOUND = re.compile(
     r"(?<![^.])("
     r"down\.blocks|mid\.block|up\.blocks|transformer\.blocks|to\.[qkv]|to\.out|proj\.in|proj\.out|time\.emb\.proj|"
-    r"conv\.shortcut|conv\.in|conv\.out|time\.embedding|add\.embedding|linear\.[12]|text\.model|self\.attn|[qkv]\.proj|out\.proj"
+    r"conv\.shortcut|conv\.in|conv\.out|time\.embedding|add\.embedding|linear\.[12]|text\.model|text\.projection|self\.attn|[qkv]\.proj|out\.proj"
     r")(?![^.])"
 )
 
-FILE_KEY = re.compile(
-    r"(unet|text_encoder(?:_2)?)\.(.+)\.(lora_[AB]\.(?:weight|bias)|lora_magnitude_vector|alpha)", re.ASCII
-)
+LEAF = re.compile(rf"(.+)\.({'|'.join(map(re.escape, LEAVES))})", re.ASCII)
+# Components as ComfyUI names them, with dots.
+COMFYUI_PREFIX = re.compile(r"(?:model\.)?(diffusion_model|text_encoders\.clip_[lg]\.transformer)\.")
+COMFYUI_COMPONENTS = {
+    "diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+}
 UNET_PART = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 
 
@@ -134,6 +146,8 @@ def find_dialect(keys: Iterable[str]) -> str:
     for name, pattern in OTHER_ADAPTERS.items():
         if any(pattern.search(key) for key in keys):
             raise InputError(f"it is {name}, which is not supported; only LoRA and DoRA are.")
+    if any(key.startswith("bundle_emb.") for key in keys):
+        raise InputError("it contains embeddings (textual inversion) beside the LoRA, which are not supported.")
     for name, pattern in OTHER_ARCHITECTURES.items():
         if any(pattern.search(key) for key in keys):
             raise InputError(
@@ -170,20 +184,29 @@ def parse_key(key: str, dialect: str, component: str | None = None) -> tuple[str
 
 
 def _kohya_place(key):
-    name, _, leaf = key.partition(".")
-    prefix = next((prefix for prefix in KOHYA_PREFIXES if name.startswith(prefix)), None)
-    leaf = KOHYA_LEAVES.get(leaf, leaf if leaf in KOHYA_LEAVES.values() else None)
-    if prefix is None or leaf is None:
+    prefix = next((prefix for prefix in KOHYA_PREFIXES if key.startswith(prefix)), None)
+    match = LEAF.fullmatch(key)
+    if prefix is None or match is None:
         return None
-    name = name.removeprefix(prefix)
-    if prefix == "lora_unet_":
-        name = diffusers_name(name) or name  # Stable Diffusion XL uses the names of the original code
-    module = COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.replace("_", "."))
-    return (KOHYA_PREFIXES[prefix], module, leaf) if LAYER.fullmatch(module) else None
+    # diffusers' converter leaves a dot in the names of DoRA's magnitudes.
+    name, leaf = match[1].replace(".", "_").removeprefix(prefix), LEAVES[match[2]]
+    component = KOHYA_PREFIXES[prefix]
+    if prefix == "lycoris_text_model_":
+        name = f"text_model_{name}"
+    module = _with_dots(name, component)
+    return (component, module, leaf) if LAYER.fullmatch(module) else None
+
+
+def _with_dots(name, component):
+    """Returns the module of a name with underscores, which may be that of the original code if it is one of the UNet."""
+    if component == "unet":
+        name = diffusers_name(name) or name
+    return COMPOUND.sub(lambda found: found[0].replace(".", "_"), name.replace("_", "."))
 
 
 def _dotted_place(key, component):
     key = key.removeprefix("base_model.model.").replace(".default.", ".")
+    key = COMFYUI_PREFIX.sub(lambda found: f"{COMFYUI_COMPONENTS[found[1]]}.", key, count=1)
     # The oldest files of diffusers hold only the UNet, and neither they nor peft's name the component.
     if component is not None:
         key = f"{component}.{key}"
@@ -194,12 +217,18 @@ def _dotted_place(key, component):
     key = key.replace(".processor.", ".").replace(".to_out_lora.", ".to_out.0_lora.")
     key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.", ".lora_A.", key)
     key = re.sub(r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.", ".lora_B.", key)
-    key = re.sub(r"(?<=\.lora_magnitude_vector)\.weight$", "", key)
-    if not (match := FILE_KEY.fullmatch(key)):
+    match = LEAF.fullmatch(key)
+    if match is None:
         return None
-    component, module, leaf = match.groups()
+    component, _, module = match[1].partition(".")
+    if component not in COMPONENTS or not module:
+        return None
+    if component == "unet" and not UNET_PART.match(f"{module}."):
+        module = (
+            _with_dots(module.replace(".", "_"), component) if diffusers_name(module.replace(".", "_")) else module
+        )
     if component != "unet":
         # transformers 5.6 removed `text_model` from CLIPTextModel; diffusers' oldest files use the UNet's attention names.
-        module = module if module.startswith("text_model.") else f"text_model.{module}"
+        module = module if module.startswith("text_model.") or module == "text_projection" else f"text_model.{module}"
         module = re.sub(r"(?<=self_attn\.)to_([qkv]|out)(\.0)?$", r"\1_proj", module)
-    return component, module, leaf
+    return component, module, LEAVES[match[2]]

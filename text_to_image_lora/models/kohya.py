@@ -15,7 +15,15 @@ import torch
 
 from ..errors import InputError
 from .dialects import LAYER
-from .families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family, KohyaNames, family_by_width
+from .families import (
+    FAMILIES,
+    STABLE_DIFFUSION,
+    STABLE_DIFFUSION_2,
+    STABLE_DIFFUSION_XL,
+    Family,
+    KohyaNames,
+    family_by_width,
+)
 from .lora_file import scale_of, write_tensors
 from .original_names import original_name
 
@@ -31,13 +39,30 @@ DORA_NETWORK = {
 }
 
 
-def guess_family(components: dict[str, dict[str, torch.Tensor]]) -> Family:
-    """Guesses the family of a LoRA by the keys and shapes of its state dicts (default: Stable Diffusion 1)."""
+def find_family(components: dict[str, dict[str, torch.Tensor]], header: dict[str, str] | None = None) -> Family | None:
+    """Finds the family of a LoRA by the keys and shapes of its state dicts, or else by its header; None if unknown."""
     keys = {key: value.shape for key, value in components.get("unet", {}).items()}
     if "text_encoder_2" in components or any(OF_XL.search(key) for key in keys):
         return STABLE_DIFFUSION_XL
     widths = {shape[1] for key, shape in keys.items() if re.search(r"attn2\.to_[kv]\.lora_A", key)}
-    return next(filter(None, map(family_by_width, widths)), STABLE_DIFFUSION)
+    by_shape = next(filter(None, map(family_by_width, widths)), None)
+    return by_shape or _family_by_header(header or {})
+
+
+def _family_by_header(header):
+    """Finds the family that kohya's or Stability's keys of a header name; None if they name none."""
+    version, architecture = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
+    beginnings = {"sdxl": STABLE_DIFFUSION_XL, "sd_v2": STABLE_DIFFUSION_2, "sd_v1": STABLE_DIFFUSION}
+    beginnings |= {"sd_2": STABLE_DIFFUSION_2, "sd_1": STABLE_DIFFUSION}  # other trainers write sd_1.5
+    for beginning, family in beginnings.items():
+        if version.startswith(beginning):
+            return family
+    return next((f for f in FAMILIES if architecture.removesuffix("/lora") in f.kohya.architectures.values()), None)
+
+
+def guess_family(components: dict[str, dict[str, torch.Tensor]], header: dict[str, str] | None = None) -> Family:
+    """Returns the family of `find_family`, or Stable Diffusion 1 if it is unknown."""
+    return find_family(components, header) or STABLE_DIFFUSION
 
 
 def family_header(names: KohyaNames, v_prediction: bool = False) -> dict[str, str]:
@@ -46,13 +71,15 @@ def family_header(names: KohyaNames, v_prediction: bool = False) -> dict[str, st
     return {"ss_v2": str(names.version == "sd_v2"), "ss_base_model_version": version}
 
 
-def minimal_header(components: dict[str, dict[str, torch.Tensor]]) -> dict[str, str]:
-    """Returns the metadata that can be derived from folded state dicts alone."""
+def minimal_header(
+    components: dict[str, dict[str, torch.Tensor]], header: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Returns the metadata that can be derived from folded state dicts; `header` may name the family."""
     shapes = {key: value.shape for state_dict in components.values() for key, value in state_dict.items()}
     rank = max(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
     is_dora = any(key.endswith(".lora_magnitude_vector") for key in shapes)
     return {
-        **family_header(guess_family(components).kohya),
+        **family_header(guess_family(components, header).kohya),
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         **(DORA_NETWORK if is_dora else NETWORK),
@@ -100,7 +127,7 @@ def kohya_tensors(
 
 def _kohya_name(component, module, names):
     """Returns kohya's name of a module, or None."""
-    whole = module if component == "unet" or module.startswith("text_model.") else f"text_model.{module}"
+    whole = module if component == "unet" or module.startswith("text_") else f"text_model.{module}"
     if component not in names.prefixes or not LAYER.fullmatch(whole):
         return None
     name = whole.replace(".", "_")

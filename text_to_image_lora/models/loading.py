@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of
-from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
-from .families import STABLE_DIFFUSION, family_by_marks
-from .modules import place
+from .base_model import BaseModel, ConfigFiles, check_variant, find_families, find_family, from_hub, locate
+from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
+from .modules import check_weights, place
+from .not_a_base import check_index, check_task
 from .single_files import SingleFile, look_into, safe_to_read
 
 
@@ -34,6 +35,8 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     """Finds a base model and reads its configuration without importing torch; raises `InputError`."""
     kind, folder = locate(name, single_file_config)
     single = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
+    if kind == "folder":
+        check_variant(name, variant)
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.
@@ -41,8 +44,10 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         index, vae, unet, texts = {}, {}, {}, [{}]
     else:
         index = read("model_index.json")
+        check_index(name, index)
         families = find_families(name, index.get("_class_name"))
         unet = read(f"{families[0].denoiser}/config.json")
+        check_task(name, unet.get("in_channels"))
         family = find_family(name, families, unet)
         if single.family not in (None, family):
             raise InputError(
@@ -68,6 +73,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
         revision=revision,
         variant=variant,
         cache_dir=cache_dir,
+        has_vae=single.has_vae,
     )
 
 
@@ -100,8 +106,11 @@ def load_components(
     from safetensors import SafetensorError
 
     source, dtype = base.source, torch.float32 if dtype is None else dtype
+    if pretrained_vae is None and not base.has_vae:
+        raise InputError(f"{source}: it contains no VAE. Pass one with --pretrained_vae_model_name_or_path.")
     try:
-        loaded = _from_single_file(base, dtype) if base.kind == "file" else _from_folder(base, dtype)
+        load = _from_single_file if base.kind == "file" else _from_folder
+        loaded = load(base, dtype) if base.has_vae else _from_single_file(base, dtype, _load_vae(base, pretrained_vae))
         for tokenizer, text_encoder in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
             # A tokenizer without its files is silently empty; even a byte-level one has at least 256 tokens.
             if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
@@ -111,15 +120,13 @@ def load_components(
             limit = text_encoder.config.max_position_embeddings
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         _check_denoiser(base, loaded.vae, loaded.denoiser)
-        if pretrained_vae is not None:
+        if pretrained_vae is not None and base.has_vae:
             source = pretrained_vae
             loaded = loaded._replace(vae=_load_vae(base, pretrained_vae))
             _check_denoiser(base, loaded.vae, loaded.denoiser)
         named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
         for name, model in [*named, ("UNet", loaded.denoiser)]:
-            missing = [key for key, value in model.named_parameters() if value.is_meta]
-            if missing:  # diffusers only logs this and leaves the weights without data
-                raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+            check_weights(name, model)
     except (
         OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError, SingleFileComponentError,
     ) as error:  # fmt: skip
@@ -131,15 +138,15 @@ def load_components(
     return loaded
 
 
-def _from_single_file(base, dtype):
+def _from_single_file(base, dtype, vae=None):
     import diffusers
     import torch
 
-    family = base.family
-    with safe_to_read(base.source):
+    family, given = base.family, {} if vae is None else {"vae": vae}
+    with safe_to_read(base.source) as readable:
         pipeline = getattr(diffusers, family.pipeline).from_single_file(
-            base.source, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
-            local_files_only=base.single_file_config is not None, **family.pipeline_options,
+            readable, config=base.single_file_config, torch_dtype=torch.float32, cache_dir=base.cache_dir,
+            local_files_only=base.single_file_config is not None, **family.pipeline_options, **given,
         )  # fmt: skip
     return Components(
         tuple(getattr(pipeline, row.tokenizer) for row in family.text_encoders),
@@ -157,25 +164,52 @@ def _from_folder(base, dtype):
     import transformers
 
     family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
-    weights = dict(variant=base.variant, **options)
-    denoiser = getattr(diffusers, family.denoiser_class).from_pretrained(
-        base.source, subfolder=family.denoiser, torch_dtype=_dtype_in_file(base, family.denoiser) or dtype, **weights
-    )
+    denoiser = _with_variant(
+        getattr(diffusers, family.denoiser_class), base, family.denoiser,
+        torch_dtype=_dtype_in_file(base, family.denoiser) or dtype,
+    )  # fmt: skip
     tokenizers, text_encoders = [], []
     for row in family.text_encoders:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder=row.tokenizer, **options)
-        text_encoder, loading = getattr(transformers, row.model_class).from_pretrained(
-            base.source, subfolder=row.name, dtype=dtype, output_loading_info=True, **weights
-        )
-        if loading["missing_keys"]:  # transformers only logs this and initializes the weights randomly
-            raise ValueError(f"the text encoder lacks {len(loading['missing_keys'])} of its weights")
+        text_encoder = load_text_encoder(base, row, dtype)
         tokenizers.append(tokenizer)
         text_encoders.append(text_encoder)
-    vae = diffusers.AutoencoderKL.from_pretrained(
-        base.source, subfolder="vae", torch_dtype=_dtype_in_file(base, "vae") or torch.float32, **weights
-    )
+    vae = _with_variant(diffusers.AutoencoderKL, base, "vae", torch_dtype=_dtype_in_file(base, "vae") or torch.float32)
     scheduler_config: Any = diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, dict(scheduler_config))
+
+
+def _variant_of(base, part):
+    """Returns the variant of a part of a model; None if its folder has only its usual files, as diffusers' pipelines do."""
+    variant = base.variant
+    if variant is None or base.kind != "folder":
+        return variant
+    names = [path.name for path in Path(base.source, part).glob("*")]
+    return variant if any(f".{variant}." in name or f".{variant}-" in name for name in names) else None
+
+
+def _with_variant(model_class, base, part, **options):
+    """Loads a part of a model in the variant, or from its usual files if there is no such variant of the part."""
+    options |= dict(subfolder=part, revision=base.revision, cache_dir=base.cache_dir)
+    variant = _variant_of(base, part)
+    try:
+        return model_class.from_pretrained(base.source, variant=variant, **options)
+    except OSError:
+        if variant is None or base.kind != "hub":
+            raise
+        return model_class.from_pretrained(base.source, **options)
+
+
+def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
+    """Loads a text encoder of a diffusers folder, local or from the hub; raises `ValueError` if weights are missing."""
+    import transformers
+
+    model_class = getattr(transformers, row.model_class)
+    text_encoder, loading = _with_variant(model_class, base, row.name, dtype=dtype, output_loading_info=True)
+    # transformers only logs this and initializes the weights randomly.
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"the text encoder lacks {len(missing)} of its weights, the first: {missing[0]}")
+    return text_encoder
 
 
 def _dtype_in_file(base, component):
@@ -186,7 +220,7 @@ def _dtype_in_file(base, component):
     folder = Path(base.source, component)
     if base.kind == "hub":  # the part of it that was downloaded before
         folder = from_hub(base.source, f"{component}/config.json", base.revision, base.cache_dir).parent
-    variant = f".{base.variant}" if base.variant else ""
+    variant = f".{name}" if (name := _variant_of(base, component)) else ""
     whole, stem = folder / f"diffusion_pytorch_model{variant}.safetensors", "diffusion_pytorch_model"
     files = (
         [whole] if whole.is_file() else [*folder.glob(f"{stem}{variant}-0*"), *folder.glob(f"{stem}-0*{variant}.*")]
@@ -261,9 +295,9 @@ def _load_vae(base, name):
     config = base.single_file_config if base.kind == "file" else base.source
     if base.kind == "hub":
         config = str(from_hub(base.source, "vae/config.json", base.revision, base.cache_dir).parents[1])
-    with safe_to_read(name):
+    with safe_to_read(name) as readable:
         return diffusers.AutoencoderKL.from_single_file(
-            name, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
+            readable, config=config, subfolder="vae" if config else None, torch_dtype=torch.float32
         )
 
 

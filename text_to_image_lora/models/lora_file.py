@@ -22,6 +22,7 @@ from .dialects import (
     open_safetensors,
     parse_key,
 )
+from .modules import non_finite
 
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which would take seconds to import
@@ -100,7 +101,8 @@ def save_lora(
     a folded state dict.
     """
     path = Path(path_or_dir)
-    path = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    path = path if path.suffix.lower() == ".safetensors" else path / WEIGHTS_NAME
+    check_dora({name: state_dict for name, (state_dict, _) in components.items()})
     folded = {name: _one_rank(fold_scale(*adapter)) for name, adapter in components.items() if adapter[0]}
     tensors = {key: value.to(dtype) for key, value in file_tensors(folded).items()}
     write_tensors(path, tensors, lora_file_metadata(folded, training))
@@ -146,6 +148,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 def _one_rank(state_dict):
     """Pads smaller ranks with zeros, because `load_attn_procs` uses a single alpha and would misread mixed ranks."""
     rank = max(value.shape[0] for key, value in state_dict.items() if ".lora_A." in key)
+    state_dict = with_all_biases(state_dict)
     for key, value in state_dict.items():
         if key.endswith(".lora_A.weight"):
             state_dict[key] = torch.cat([value, value.new_zeros(rank - len(value), *value.shape[1:])])
@@ -153,6 +156,26 @@ def _one_rank(state_dict):
             zeros = value.new_zeros(len(value), rank - value.shape[1], *value.shape[2:])
             state_dict[key] = torch.cat([value, zeros], dim=1)
     return state_dict
+
+
+def with_all_biases(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adds biases of zeros if only some layers have a bias, because peft supports it for all layers or none."""
+    if not any(key.endswith(".lora_B.bias") for key in state_dict):
+        return state_dict
+    ups = {key.removesuffix("weight"): value for key, value in state_dict.items() if key.endswith(".lora_B.weight")}
+    return {f"{name}bias": value.new_zeros(len(value)) for name, value in ups.items()} | state_dict
+
+
+def check_dora(components: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Raises `InputError` if only some layers of a component have DoRA, which peft supports for all layers or none."""
+    for name, state_dict in components.items():
+        layers = sum(key.endswith(".lora_A.weight") for key in state_dict)
+        with_dora = sum(key.endswith(".lora_magnitude_vector") for key in state_dict)
+        if with_dora not in (0, layers):
+            raise InputError(
+                f"{with_dora} of the {layers} layers of {name} have DoRA. diffusers and peft only read files in which all "
+                "layers of a component have it, or none. Pass --to kohya."
+            )
 
 
 def as_diffusers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -183,7 +206,17 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
                 components[name] = _folded(name, modules, config)
         except InputError as error:
             raise InputError(f"{path}: {error} {REMEDY}") from error
+        check_finite(path, tensors)
     return components, header
+
+
+def check_finite(path: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Raises `InputError` if tensors of a LoRA file (read from `path` if they are not given) hold NaN or infinities."""
+    if tensors is None:
+        with open_safetensors(path) as file:
+            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    if faults := non_finite(tensors.items()):
+        raise InputError(f"{path}: {faults}. Its training has diverged or the file is damaged: use an earlier one.")
 
 
 def _read_scales(path: Path, header: dict[str, str]) -> dict[str | None, Scale]:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -12,6 +12,24 @@ def dtype_of(precision: str) -> Any:
     import torch
 
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def non_finite(tensors: Iterable[tuple[str, Any]]) -> str:
+    """Describes which of the named tensors contain NaN or infinities, for messages; "" if none of them does."""
+    found = [name for name, value in tensors if value.is_floating_point() and not value.float().isfinite().all()]
+    return f"{len(found)} of its tensors are not finite, the first: {found[0]}" if found else ""
+
+
+def check_weights(name: str, model: Any) -> None:
+    """Raises `ValueError` if weights of a loaded model are missing, or contain NaN or infinities.
+
+    diffusers only logs that weights are missing, and leaves them without data.
+    """
+    missing = [key for key, value in model.named_parameters() if value.is_meta]
+    if missing:
+        raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+    if faults := non_finite(model.named_parameters()):
+        raise ValueError(f"the {name} is damaged: {faults}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ class Sampler(NamedTuple):
     scheduler: str  # the name of its class in diffusers
     changes: dict[str, Any]  # overrides of the base model's scheduler configuration
     name_in_a1111: str
+    max_steps: int = 999  # some samplers of diffusers fail at all 1,000 timesteps
 
 
 SAMPLERS = {
@@ -22,7 +23,7 @@ SAMPLERS = {
     "dpm++": Sampler("DPMSolverMultistepScheduler", {}, "DPM++ 2M"),
     "dpm++_karras": Sampler("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "DPM++ 2M Karras"),
     "unipc": Sampler("UniPCMultistepScheduler", {}, "UniPC"),
-    "lcm": Sampler("LCMScheduler", {}, "LCM"),
+    "lcm": Sampler("LCMScheduler", {}, "LCM", max_steps=50),
 }
 NO_ZERO_SNR = ("pndm", "heun")  # these schedulers of diffusers cannot start at zero terminal SNR
 

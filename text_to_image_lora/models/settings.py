@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import above, at_least, flag, from_up_to
+from ..command_line import above, at_least, flag, from_up_to, user_path
+from ..config_file import Conflict
 from ..errors import InputError
 
 
@@ -16,13 +17,13 @@ class BaseModelSettings:
 
     title: ClassVar = "base model"
     # fmt: off
-    pretrained_model_name_or_path: str | None = flag(None, "base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or single .safetensors/.ckpt file", may_change=True)
+    pretrained_model_name_or_path: str | None = flag(None, "base model, a Stable Diffusion 1, 2 or XL: hub id, local diffusers folder, or single .safetensors/.ckpt file", user_path, may_change=True)
     revision: str | None = flag(None, "branch, tag or commit of the base model on the hub", may_change=True)
     variant: str | None = flag(None, "variant of the base model's weight files, such as fp16", may_change=True)
-    single_file_config: str | None = flag(None, "diffusers folder with the configuration of a base model that is a single file (default: downloaded from the hub)", metavar="FOLDER", may_change=True)
-    pretrained_vae_model_name_or_path: str | None = flag(None, "VAE to use instead of that of the base model: hub id, folder or single file", may_change=True)
+    single_file_config: str | None = flag(None, "diffusers folder with the configuration of a base model that is a single file (default: downloaded from the hub)", user_path, metavar="FOLDER", may_change=True)
+    pretrained_vae_model_name_or_path: str | None = flag(None, "VAE to use instead of that of the base model: hub id, folder or single file", user_path, may_change=True)
     clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, in training and validation", at_least(0))
-    cache_dir: str | None = flag(None, "folder for downloaded models and datasets", may_change=True)
+    cache_dir: str | None = flag(None, "folder for downloaded models and datasets", user_path, may_change=True)
     # fmt: on
 
     def check(self, settings):
@@ -38,6 +39,21 @@ class LoraSettings:
     """The adapters and their files."""
 
     title: ClassVar = "LoRA"
+    conflicts: ClassVar = (
+        *(
+            Conflict(
+                "train_text_encoder", name,
+                f"--{name} requires a text encoder that is trained: add --train_text_encoder.",
+                lambda flags, name=name: flags[name] is not None and not flags["train_text_encoder"], one_way=True,
+            )
+            for name in ("text_encoder_rank", "text_encoder_lr")
+        ),
+        Conflict(
+            "output_kohya_format", "kohya_extras",
+            "--kohya_extras applies to the file in kohya's format: add --output_kohya_format.",
+            lambda flags: flags["kohya_extras"] and not flags["output_kohya_format"], one_way=True,
+        ),
+    )  # fmt: skip
     # fmt: off
     rank: int = flag(4, "dimension of the update matrices", at_least(1))
     lora_alpha: float | None = flag(None, "the update of the LoRA is scaled by alpha / rank (default: the rank)", above(0))
@@ -46,7 +62,7 @@ class LoraSettings:
     init_lora_weights: str = flag("gaussian", "initialization of the update matrices: true (Kaiming), gaussian or orthogonal")
     use_rslora: bool = flag(False, "rank-stabilized LoRA: scale the update by alpha / sqrt(rank)")
     use_dora: bool = flag(False, "weight-decomposed LoRA (DoRA)")
-    lora_weights: str | None = flag(None, "LoRA file or folder to start from", metavar="PATH")
+    lora_weights: str | None = flag(None, "LoRA file or folder to start from", user_path, metavar="PATH")
     train_text_encoder: bool = flag(False, "also train a LoRA of the text encoder (of both for Stable Diffusion XL); captions are then encoded in each step")
     text_encoder_rank: int | None = flag(None, "rank of the LoRA of the text encoder (default: --rank)", at_least(1))
     output_kohya_format: bool = flag(False, "also write the LoRA in kohya's format, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir", may_change=True)
@@ -91,12 +107,5 @@ class LoraSettings:
             )
         if self.lora_weights is not None and not Path(self.lora_weights).exists():
             raise InputError(f"{self.lora_weights}: there is no such file or folder (--lora_weights).")
-        if self.kohya_extras and not self.output_kohya_format:
-            raise InputError("--kohya_extras applies to the file in kohya's format: add --output_kohya_format.")
         if "thumbnail" in self.kohya_extras and not settings.samples.prompts:
             raise InputError("--kohya_extras thumbnail requires sample pictures: add --validation_prompt.")
-        for_text = (self.text_encoder_rank, settings.optimizer.text_encoder_lr)
-        if not self.train_text_encoder and any(value is not None for value in for_text):
-            raise InputError(
-                "--text_encoder_rank and --text_encoder_lr require a text encoder that is trained: add --train_text_encoder."
-            )

@@ -52,7 +52,8 @@ def relative_difference(trained: tuple, other: tuple) -> float:
 def resize(state_dict: dict[str, torch.Tensor], rank: int) -> tuple[dict, dict[str, tuple[float, float]]]:
     """Returns the best approximation of each update with at most this rank, and {module: (error, norm)}.
 
-    It keeps the largest singular values of B·A, computed from QR decompositions of A and B. DoRA's magnitudes stay.
+    It keeps the largest singular values of B·A, computed from QR decompositions of A and B. A layer that is narrower than
+    the rank, such as `conv_out`, gets its full rank. DoRA's magnitudes stay.
     """
     resized, errors = dict(state_dict), {}
     for module in modules_of(state_dict):
@@ -61,11 +62,12 @@ def resize(state_dict: dict[str, torch.Tensor], rank: int) -> tuple[dict, dict[s
             q_b, r_b = torch.linalg.qr(b)
             q_a, r_a = torch.linalg.qr(a.T)
             left, values, right = torch.linalg.svd(r_b @ r_a.T)
-            root = values[:rank].sqrt()
-            for leaf, value in ("A", (q_a @ right[:rank].T * root).T), ("B", q_b @ left[:, :rank] * root):
+            own = min(rank, len(values))
+            root = values[:own].sqrt()
+            for leaf, value in ("A", (q_a @ right[:own].T * root).T), ("B", q_b @ left[:, :own] * root):
                 key = f"{module}.lora_{leaf}.weight"
                 shape = state_dict[key].shape
-                shape = (rank, *shape[1:]) if leaf == "A" else (shape[0], rank, *shape[2:])
+                shape = (own, *shape[1:]) if leaf == "A" else (shape[0], own, *shape[2:])
                 resized[key] = value.reshape(shape).float().contiguous()
         errors[module] = relative_difference((a, b), factors(resized, module)) * norm(a, b), norm(a, b)
     return resized, errors

@@ -1,16 +1,31 @@
 """Unpacks .zip and .tar archives, and refuses those that write outside of their folder or unpack to far too much."""
 
 import hashlib
+import logging
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
-from ..files import reason_of, written_whole
+from ..files import has_utf8_name, printable, reason_of, written_whole
 
 
-ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+logger = logging.getLogger(__name__)
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+OTHER_ARCHIVE_ENDINGS = (
+    ".rar",
+    ".7z",
+    ".tar.zst",
+    ".tar.lz",
+    ".tar.lzma",
+    ".cab",
+    ".iso",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+)
 BLOCK = 2**20
 # Limits on what an archive unpacks to: pictures are compressed already, so a larger ratio means a zip bomb.
 MOST_BYTES_PER_BYTE = 100
@@ -68,6 +83,10 @@ def _unpack_members(archive, target):
             raise InputError(f"{archive}: its member {name!r} would leave the folder. Pack the pictures again.")
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
             continue
+        if not has_utf8_name(name):
+            raise InputError(
+                f"{archive}: the name of its member {printable(name)} is not UTF-8. Unpack it, rename the file, and pass the folder."
+            )
         if source is None:
             raise InputError(f"{archive}: its member {name!r} is a link. Pack the pictures themselves.")
         path = target.joinpath(*parts)
@@ -83,14 +102,37 @@ def _unpack_members(archive, target):
                 file.write(block)
 
 
+def _names_in_zip(archive, members):
+    """Returns the names of the members of a .zip.
+
+    A name that does not say that it is UTF-8 is UTF-8 all the same if macOS wrote it; `zipfile` reads it as code page 437,
+    which is right only for some programs and languages.
+    """
+    names, doubtful = [member.filename for member in members], None
+    for index, member in enumerate(members):
+        if member.flag_bits & 0x800 or member.filename.isascii():
+            continue
+        try:
+            names[index] = member.filename.encode("cp437").decode()
+        except UnicodeError:
+            doubtful = doubtful or member.filename
+    if doubtful:
+        logger.info(
+            f"{archive}: its names are not in UTF-8, so some letters may be wrong, as in {doubtful!r}. If captions depend on "
+            "the names, unpack the archive yourself, and pass the folder."
+        )
+    return names
+
+
 def _members(archive):
     """Yields the name of each file and a function that opens it, or None instead of the function for a link."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as pack:
-            for member in pack.infolist():
+            members = pack.infolist()
+            for name, member in zip(_names_in_zip(archive, members), members):
                 is_link = member.external_attr >> 16 & 0o170000 == 0o120000
                 if not member.is_dir():
-                    yield member.filename, None if is_link else lambda member=member: pack.open(member)
+                    yield name, None if is_link else lambda member=member: pack.open(member)
     else:
         with tarfile.open(archive) as pack:
             for member in pack:

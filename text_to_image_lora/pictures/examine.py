@@ -107,11 +107,14 @@ def usable_pictures(
         )
     for index in sorted(bad):
         logger.info(f"left out: {records[index]['source']}: {bad[index]}")
-    return select_usable(records, good)
+    return select_usable(records, good, bad)
 
 
-def select_usable(records: Any, good: dict[int, Picture]) -> tuple[Any, list[Picture]]:
+def select_usable(records: Any, good: dict[int, Picture], bad: dict[int, str]) -> tuple[Any, list[Picture]]:
     """Returns the rows that `examine` found usable, and their `Picture`s; raises `InputError` if there are none."""
     if not good:
-        raise InputError("None of the pictures can be used: there is nothing to train on.")
+        first = min(bad)
+        raise InputError(
+            f"{records[first]['source']}: {bad[first]}. None of the {len(bad)} pictures can be used: there is nothing to train on."
+        )
     return records.select(sorted(good)), [good[index] for index in sorted(good)]

@@ -5,15 +5,18 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
 from .buckets import find_enlarged, format_table
 from .picture_set import PictureSet
+from .sheets import Label, Row, labelled_sheet
 
 
 PREVIEWED = 10  # pictures on the sheet of --preview_data
+CAPTION_WIDTH = 460  # of a caption on this sheet, in pixels
+CAPTION_LINES = 7  # of a caption on this sheet
 LISTED = 5  # examples of each finding on the terminal; the JSON file lists all of them
 
 
@@ -136,33 +139,11 @@ def write_preview(path: str, pictures: PictureSet, sampler: Any, num_variations:
 
 def preview_sheet(pictures: PictureSet, indices: list[int], num_variations: int, tile: int = 192) -> Image.Image:
     """Draws a row for each picture: some of its variations as they are trained on, and its first caption."""
-    font, gap, words = ImageFont.load_default(size=13), 8, 460
-    sheet = Image.new("RGB", (num_variations * (tile + gap) + words, len(indices) * (tile + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, index in enumerate(indices):
-        fact, (width, height), top = pictures.facts[index], pictures.sizes[index], gap + row * (tile + gap)
-        for k in range(num_variations):
-            pixels = Image.fromarray(pictures.pixels(index, k))
-            scale = tile / max(pixels.size)
-            pixels = pixels.resize(
-                (round(pixels.width * scale), round(pixels.height * scale)), Image.Resampling.LANCZOS
-            )
-            sheet.paste(pixels, (gap + k * (tile + gap), top))
-        left = gap + num_variations * (tile + gap)
-        what = f"{pictures.records[index]['concept']}   {fact.width}x{fact.height} -> {width}x{height}"
-        draw.text((left, top), what, fill=(110, 110, 110), font=font)
-        for line, text in enumerate(wrapped(pictures.captions[index][0], font, words - 2 * gap)[:9]):
-            draw.text((left, top + 20 + 17 * line), text, fill="black", font=font)
-    return sheet
-
-
-def wrapped(text: str, font: Any, width: float) -> list[str]:
-    """Breaks text into lines of at most `width` pixels; a wider word gets a line of its own."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
+    rows = []
+    for index in indices:
+        fact, (width, height) = pictures.facts[index], pictures.sizes[index]
+        note = f"{pictures.records[index]['concept']}   {fact.width}x{fact.height} -> {width}x{height}"
+        variations = [Image.fromarray(pictures.pixels(index, k)) for k in range(num_variations)]
+        tiles = [ImageOps.pad(each, (tile, tile), Image.Resampling.LANCZOS, color="white") for each in variations]
+        rows.append(Row(Label(pictures.captions[index][0], note), tiles, CAPTION_WIDTH, CAPTION_LINES))
+    return labelled_sheet(rows)

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, flag, from_up_to
+from ..command_line import at_least, between, flag, from_up_to, user_path
+from ..config_file import Conflict, Remark
 from ..errors import InputError
 from .buckets import Buckets, make_buckets, square
 
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
+PASS_ONE = "Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder)."
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 
 
@@ -18,10 +20,18 @@ class DataSettings:
     """The dataset and how its rows are read."""
 
     title: ClassVar = "dataset"
+    conflicts: ClassVar = (
+        # The columns in the file are those of the dataset in the file.
+        *(
+            Conflict("train_data_dir", name, clash=lambda flags: flags["dataset_name"] is not None, one_way=True)
+            for name in ("dataset_config_name", "image_column", "caption_column", "concept_column", "mask_column")
+        ),
+        Conflict("dataset_name", "train_data_dir", PASS_ONE),
+    )
     # fmt: off
-    dataset_name: str | None = flag(None, "dataset to train on: hub id, or local folder with a dataset", may_change=True)
+    dataset_name: str | None = flag(None, "dataset to train on: hub id, or local folder with a dataset", user_path, may_change=True)
     dataset_config_name: str | None = flag(None, "configuration of the hub dataset, if it has several", may_change=True)
-    train_data_dir: tuple[str, ...] | None = flag(None, "one or several folders, .zip or .tar files of pictures with captions; metadata/README.md shows every layout", nargs="+", metavar="FOLDER", may_change=True)
+    train_data_dir: tuple[str, ...] | None = flag(None, "one or several folders, .zip or .tar files of pictures with captions; metadata/README.md shows every layout", user_path, nargs="+", metavar="FOLDER", may_change=True)
     dataset_layout: str | None = flag(None, "how captions are stored in --train_data_dir (default: recognised by the files)", choices=LAYOUTS, may_change=True)
     image_column: str | None = flag(None, "column with the pictures (default: found by type and name)", may_change=True)
     caption_column: str | None = flag(None, "column with the captions, as text or lists of text (default: found by type and name)", may_change=True)
@@ -31,7 +41,7 @@ class DataSettings:
     balance: str | None = flag(None, "concept: use every concept (class folder) equally often per epoch, by repeating pictures of smaller concepts", choices=["concept"])
     skip_bad_images: bool = flag(False, "leave out pictures that can't be read and rows without a picture or caption, instead of stopping with an error", may_change=True)
     dry_run: bool = flag(False, "check the dataset, print a report, write it to --output_dir/dataset.json, and exit without training", may_change=True)
-    preview_data: str | None = flag(None, "write a contact sheet of what the model will see: some pictures with their variations and captions", metavar="FILE", may_change=True)
+    preview_data: str | None = flag(None, "write a contact sheet of what the model will see: some pictures with their variations and captions", user_path, metavar="FILE", may_change=True)
     # fmt: on
 
     @property
@@ -40,8 +50,8 @@ class DataSettings:
         return self.balance == "concept"
 
     def check(self, settings):
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise InputError("Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder).")
+        if self.dataset_name is None and self.train_data_dir is None:
+            raise InputError(PASS_ONE)
         if self.preview_data is not None and Path(self.preview_data).suffix.lower() not in (".png", ".jpg", ".webp"):
             raise InputError(f"--preview_data {self.preview_data}: name a .png, .jpg or .webp file.")
 
@@ -51,6 +61,13 @@ class CaptionSettings:
     """The captions and how they are edited."""
 
     title: ClassVar = "captions"
+    remarks: ClassVar = tuple(
+        Remark(
+            name, "has no effect without --shuffle_tags or --caption_tag_dropout",
+            lambda flags: not flags["shuffle_tags"] and not flags["caption_tag_dropout"],
+        )
+        for name in ("keep_tags", "tag_variations")
+    )  # fmt: skip
     # fmt: off
     instance_prompt: str | None = flag(None, "caption for all pictures that have none", may_change=True)
     caption_template: str = flag("{trigger} {class}", "caption for pictures in folders named [trigger]_[class]", may_change=True)
@@ -86,8 +103,15 @@ class ClassPictureSettings:
     """Class pictures, which preserve how the base model draws the class (prior preservation)."""
 
     title: ClassVar = "class pictures"
+    remarks: ClassVar = (
+        Remark(
+            "prior_loss_weight",
+            "has no effect without --class_data_dir",
+            lambda flags: flags["class_data_dir"] is None,
+        ),
+    )
     # fmt: off
-    class_data_dir: str | None = flag(None, "pictures of the class in general, which are trained along with yours so that the model does not forget the class (prior preservation of DreamBooth)", metavar="FOLDER", may_change=True)
+    class_data_dir: str | None = flag(None, "pictures of the class in general, which are trained along with yours so that the model does not forget the class (prior preservation of DreamBooth)", user_path, metavar="FOLDER", may_change=True)
     class_prompt: str | None = flag(None, "caption for the pictures in --class_data_dir that have none", may_change=True)
     prior_loss_weight: float = flag(1.0, "weight of the pictures of --class_data_dir in the loss; your pictures have weight 1", at_least(0, float))
     # fmt: on
@@ -106,6 +130,13 @@ class SizeSettings:
     """The sizes that pictures are trained at."""
 
     title: ClassVar = "sizes"
+    conflicts: ClassVar = tuple(
+        Conflict(
+            "aspect_ratio_buckets", name, f"--{name} is an option of buckets: add --aspect_ratio_buckets.",
+            lambda flags, name=name: flags[name] and not flags["aspect_ratio_buckets"], one_way=True,
+        )
+        for name in ("bucket_min_size", "bucket_max_size", "bucket_step", "bucket_no_upscale")
+    )  # fmt: skip
     # fmt: off
     resolution: int | None = flag(None, "side in pixels of the square that pictures are resized and cropped to (default: the native resolution of the base model: 512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)", at_least(1))
     aspect_ratio_buckets: bool = flag(False, "keep aspect ratios: train each picture at the nearest of several sizes with the area of the --resolution square")
@@ -129,11 +160,6 @@ class SizeSettings:
             resolution, base.image_factor, smallest=self.bucket_min_size, largest=self.bucket_max_size,
             step=self.bucket_step, no_upscale=self.bucket_no_upscale,
         )  # fmt: skip
-
-    def check(self, settings):
-        for name in ("bucket_min_size", "bucket_max_size", "bucket_step", "bucket_no_upscale"):
-            if getattr(self, name) not in (None, False) and not self.aspect_ratio_buckets:
-                raise InputError(f"--{name} is an option of buckets: add --aspect_ratio_buckets.")
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,18 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_text
 
 
 CAPTION_COLUMNS = (
     "text", "caption", "captions", "texts", "prompt", "en_text", "additional_feature", "blip_caption", "description",
     "title", "txt", "label_text", "sentences",
 )  # fmt: skip
-BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-
-
-def read_text(file: Path) -> str:
-    """Reads a text file in UTF-8, or in UTF-16 if it has a byte order mark; raises `InputError` if that fails."""
-    try:
-        data = file.read_bytes()
-        encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
-        return data.decode(encoding)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: it can't be read ({error}). Save it again as UTF-8.") from error
 
 
 def read_table(file: Path) -> list[tuple[int, dict]]:
@@ -41,13 +32,17 @@ def read_table(file: Path) -> list[tuple[int, dict]]:
 
 def _read_csv(file, text):
     """Reads CSV; the delimiter is a comma, or a semicolon or tab (as saved by Excel) if the header has more of those."""
+    skipped = 0
+    if match := re.match(r"\"?sep=(.)\"?\r?\n", text, re.IGNORECASE):  # Excel's first line, which names the delimiter
+        text, skipped = text[match.end() :], 1
     header = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=max(",;\t", key=header.count))
+    delimiter = match[1] if match else max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     quote = "Enclose captions with commas, quotes or line breaks in double quotes, and double the quotes inside."
-    rows, number = [], 1
+    rows, number = [], 1 + skipped
     try:
         for row in reader:
-            number = reader.line_num
+            number = reader.line_num + skipped
             if any(row.get(None, ())):
                 raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
             rows.append((number, row))
@@ -75,9 +70,30 @@ def _read_jsonl(file, text):
 
 def is_caption(value: Any) -> bool:
     """Whether a cell can hold captions: it is text, a list of texts, or None."""
-    return (
-        value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-    )
+    texts = value if isinstance(value, list) else [value]
+    return all(text is None or isinstance(text, str) for text in texts)
+
+
+def text_columns(columns: list[str], rows: list[dict], asked: str | None) -> list[str]:
+    """Returns the columns that hold captions in every row, and those with a caption's name that do so in some rows.
+
+    In the second kind, the other rows are faults, which `reason_against_caption` describes.
+    """
+    return [
+        name
+        for name in columns
+        if all(is_caption(row.get(name)) for row in rows)
+        or (
+            (name == asked or name in CAPTION_COLUMNS) and any(row.get(name) and is_caption(row[name]) for row in rows)
+        )
+    ]
+
+
+def reason_against_caption(value: Any, column: str) -> str | None:
+    """Returns why the caption in a cell can't be used, or None."""
+    if not is_caption(value):
+        return f"column '{column}' holds {value!r}, which is not text"
+    return None if nonempty_captions(value) else f"column '{column}' is empty"
 
 
 def nonempty_captions(value: str | list | None) -> list[str]:

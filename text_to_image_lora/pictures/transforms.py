@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from .formats import plugin_for, register_plugins
 from .settings import INTERPOLATIONS, AugmentationSettings
 
 
@@ -53,6 +54,7 @@ def open_image(data, background="white"):
     """
     if not data:
         raise ImageError("the file is empty")
+    register_plugins()
     try:
         image: Any = Image.open(io.BytesIO(data))
         if image.width * image.height > PIXEL_LIMIT:
@@ -64,6 +66,10 @@ def open_image(data, background="white"):
     except Exception as error:  # Pillow's plugins raise all kinds of exceptions on broken files
         reason = str(error) or type(error).__name__
         if "cannot identify image file" in reason:
+            if plugin := plugin_for(data):
+                raise ImageError(
+                    f"it is a {plugin.format} picture, which needs `pip install {plugin.package}` to be read"
+                ) from None
             reason = "not a picture in a format that Pillow can read"
         raise ImageError(f"it can't be decoded ({reason})") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):

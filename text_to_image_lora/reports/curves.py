@@ -34,7 +34,7 @@ LABELS = {
 TIMESTEP_PREFIX = "validation/relative_loss_t"
 # Metrics that other charts show already, or that are not curves.
 WITHOUT_CHART = {"epoch", "validation/loss", "validation/gap", "validation/best_step", "validation/worse_since",
-                 "validation/best_relative_loss"}  # fmt: skip
+                 "validation/best_relative_loss", "validation/best_standard_error", "validation/sure_step"}  # fmt: skip
 
 
 def thin_out(curve: Curve) -> tuple[list[int], list[float]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..files import reason_of, write_whole
+from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
 from .about import encode_image
 from .curves import COLOURS, make_charts, make_comparison_charts
@@ -176,7 +177,7 @@ def _make_cards(runs: list[RecordedRun], folder, answers: dict[Path, Answer], na
     keys = keys[: max(1, MAX_PICTURES // (3 * len(runs)))]
     max_steps = max(3, MAX_PICTURES // (len(keys) * len(runs)))
     chosen = [choose_steps(sorted({*run.pictures} - {0}), answers[run.folder].best_step, max_steps) for run in runs]
-    cards = []
+    cards, samples = [], []
     for key in keys:
         base = next((run.pictures[0][key] for run in runs if key in run.pictures.get(0, {})), None)
         films = [] if base is None else [_make_film("base", [(0, base)], folder)]
@@ -185,7 +186,10 @@ def _make_cards(runs: list[RecordedRun], folder, answers: dict[Path, Answer], na
             if frames:
                 films.append(_make_film((names or {}).get(run.folder, "LoRA"), frames, folder))
         sample = next(pictures[key] for run in runs for pictures in run.pictures.values() if key in pictures)
+        samples.append(sample)
         cards.append({"prompt": sample.prompt, "seed": sample.seed, "films": films})
+    notes = tell_apart([f"{sample.prompt} {sample.seed}" for sample in samples], [each.options for each in samples])
+    cards = [card | {"note": note} for card, note in zip(cards, notes, strict=True)]
     steps = sorted({step for steps in chosen for step in steps}) or [0]
     jumps = [("last", steps[-1])]
     best_step = answers[runs[0].folder].best_step

@@ -7,7 +7,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..command_line import recorded_values
 from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
@@ -90,8 +89,6 @@ class RunReports:
                 self.painter.draw(0)
         if step == 0:
             self.judge.validate(0, self.checkpoints.save_lora, is_base=self.settings.lora.lora_weights is None)
-        if self.judge.out_of_patience():
-            logger.info(f"finished at step {step}; raise --early_stopping_patience to continue")
 
     def begin(self) -> BaseException | None:
         """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again."""
@@ -169,8 +166,11 @@ class RunReports:
         """
         self.progress.close()
         files = []
-        if ending is None and (line := self.judge.summarize(self.run.state.global_step)) is not None:
-            logger.info(line)
+        if ending is None:
+            step = self.run.state.global_step
+            lines = (self.judge.describe_early_stop(step, self.run.num_steps), self.judge.summarize(step))
+            for line in filter(None, lines):
+                logger.info(line)
         if self.accelerator.is_main_process and isinstance(ending, NotANumberError):
             with self.learning.weights_for_use():
                 self.checkpoints.save_lora(self.output_dir / metrics.LAST_GOOD)
@@ -188,12 +188,13 @@ class RunReports:
 
     def _write_card(self, kohya_file):
         settings, data = self.settings, self.settings.data
+        listed = model_card.settings_that_matter(settings) | {"hub_model_id": settings.sharing.hub_model_id}
         return model_card.write_model_card(
             self.output_dir, base_model=settings.base.pretrained_model_name_or_path,
             dataset_names=[data.dataset_name] if data.dataset_name else [*data.train_data_dir],
             pictures=sample_pictures.latest_images(self.output_dir, settings.samples.texts),
-            hyperparameters=recorded_values(settings), kohya_file=kohya_file and kohya_file.name,
-            family=self.run.base.family,
+            hyperparameters=listed, kohya_file=kohya_file and kohya_file.name, family=self.run.base.family,
+            result=model_card.describe_result(self.run.state.global_step, self.judge.validation),
         )  # fmt: skip
 
     def close(self) -> None:

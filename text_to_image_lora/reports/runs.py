@@ -3,15 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
 
+from ..drawing.rows import SETTINGS
 from ..errors import InputError
 from . import about, stopping
 from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
+
+
+OPTIONS = SETTINGS.keys() - {"prompt", "seed", "checkpoint"}  # of a sample picture
 
 
 class SavedSample(NamedTuple):
@@ -20,6 +24,7 @@ class SavedSample(NamedTuple):
     prompt: str
     seed: int | None  # None: the file does not record it
     path: Path
+    options: dict[str, str]  # {field of a drawing: words for people}, without prompt and seed
 
 
 class LoraFile(NamedTuple):
@@ -84,9 +89,12 @@ def read_pictures(folder: Path) -> dict[int, dict]:
         for path in sorted(place.glob("prompt-*.png")):
             with Image.open(path) as image:
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
+                options = {field: image.info[field] for field in OPTIONS if image.info.get(field)}
             seed = None if seed is None else int(seed)
             key = prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed
-            pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(prompt, seed, path)
+            pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(
+                prompt, seed, path, shown_options(options)
+            )
         if pictures:
             found[step_of(place)] = pictures
     return found
@@ -111,16 +119,28 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
             yield LoraFile(place, step, [path, *([kohyas] if kohyas.is_file() else [])])
 
 
+def shown_options(options: dict[str, Any]) -> dict[str, str]:
+    """Returns {field: words for people}, such as "guidance 9", for options of a prompt {field of a drawing: value}."""
+    labels = {field: SETTINGS[field].label or f"{SETTINGS[field].short} {{}}" for field in options}
+    return {
+        field: labels[field].format(f"{value:g}" if isinstance(value, float) else value)
+        for field, value in options.items()
+    }
+
+
 class Answer(NamedTuple):
     """What a reader of the report wants to know first."""
 
     sentence: str
-    best_step: int | None  # None: no step was better than the base model, or no pictures were held out
+    best_step: int | None  # None: no step was better than the base model, or none was validated
     gain: float | None  # by how many percent the best step's held-out loss is below the base model's
+    error: float | None  # standard error of the gain
     worse_since: int | None  # step since which the run overfits
-    judged: bool  # whether pictures were held out
+    judged: bool  # whether a step was validated on held-out pictures
+    waits: bool  # whether pictures were held out, but no step was validated yet
     take: LoraFile | None  # the recommended file
     finished: bool
+    stopped_early: bool  # whether --early_stopping_patience ended the run
 
 
 NOT_JUDGED = (
@@ -135,14 +155,25 @@ def make_answer(run: RecordedRun) -> Answer:
     finished = last is not None and last.step in (run.step, None)
     last = last if finished else None
     judged = run.numbers.validations
-    if not judged:
-        return Answer(NOT_JUDGED, None, None, None, False, last, finished)
-    newest = judged[-1]
+    if not judged and not run.about.get("dataset", {}).get("validated"):
+        return Answer(NOT_JUDGED, None, None, None, None, False, False, last, finished, False)
+    newest = judged[-1] if judged else {"step": 0}
     best_step, worse_since = newest.get("validation/best_step"), newest.get("validation/worse_since")
     losses = {row["step"]: row[LOSS] for row in judged}
-    best_loss = newest.get("validation/best_relative_loss", losses.get(best_step, 1.0))
+    gain = 100 * (1 - newest.get("validation/best_relative_loss", losses.get(best_step, 1.0)))
+    error = newest.get("validation/best_standard_error")
+    error = None if error is None else 100 * error
+    sure_step = newest.get("validation/sure_step", best_step if error is None else None)
     waited = sum(row["step"] > (best_step or 0) for row in judged)
-    sentence = stopping.describe(newest["step"], best_step, best_loss, worse_since, waited, finished=finished)
+    verdict = stopping.Verdict(newest["step"], best_step, gain, error, sure_step, worse_since, waited)
+    sentence = stopping.describe(verdict, finished=finished)
+    sentence = sentence[0].upper() + sentence[1:]
+    patience, num_steps = run.settings.get("early_stopping_patience"), run.settings.get("max_train_steps")
+    stopped_early = bool(finished and patience and num_steps and run.step < num_steps and waited >= patience)
+    if stopped_early:
+        why = stopping.describe_early_stop(run.step, num_steps, patience)
+        sentence = f"{sentence} The run {why}"
     take = next((file for file in run.files if file.place == "best" and best_step is not None), None)
-    gain = None if best_step is None else 100 * (1 - best_loss)
-    return Answer(sentence[0].upper() + sentence[1:], best_step, gain, worse_since, True, take, finished)
+    waits = best_step is None and newest["step"] == 0
+    gain = None if best_step is None else gain
+    return Answer(sentence, best_step, gain, error, worse_since, not waits, waits, take, finished, stopped_early)

@@ -23,10 +23,11 @@ from ..files import written_whole
 from ..models.lora import scaled_adapters
 from ..models.modules import evaluating, in_its_precision
 from ..models.samplers import NO_ZERO_SNR, make_sampler
+from ..pictures.sheets import tell_apart
 from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
-from .runs import step_of
+from .runs import shown_options, step_of
 
 
 def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
@@ -72,7 +73,14 @@ def arrange(samples: Any) -> Grid:
     """
     seeds_differ = any("seed" in prompt.options for prompt in samples.prompts)
     columns = [Cell(note="" if seeds_differ else "seed {seed}", nth=k) for k in range(samples.num_validation_images)]
-    return Grid("sheet", [Cell()], [Cell()], prompt_cells(samples.prompts), columns)
+    options = [shown_options(prompt.options) for prompt in samples.prompts]
+    notes = tell_apart(samples.texts, options)
+    rows = [
+        # Notes are formats.
+        cell._replace(note=note.replace("{", "{{").replace("}", "}}"))
+        for cell, note in zip(prompt_cells(samples.prompts), notes, strict=True)
+    ]
+    return Grid("sheet", [Cell()], [Cell()], rows, columns)
 
 
 def make_studio(base: Any, models: Any, device: torch.device) -> Studio:
@@ -141,7 +149,8 @@ class Painter:
         (sheet,) = make_sheets(self.grid, drawings, images, ())
         save_pictures(self.folder / f"step-{step:06d}", pictures, sheet.image)
         base = base_images(self.folder, drawings) if step and self.accelerator.trackers else {}
-        prompts, num_images = [row.label for row in self.grid.rows], len(self.grid.columns)
+        prompts = [", ".join(filter(None, [row.label, row.note.format()])) for row in self.grid.rows]
+        num_images = len(self.grid.columns)
         tasks = [divmod(i, num_images) for i in range(len(drawings))]
         log_pictures(
             self.accelerator, dict(zip(tasks, images)), {tasks[i]: image for i, image in base.items()}, prompts,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, flag, hub_id
+from ..command_line import at_least, between, flag, hub_id, user_path
+from ..config_file import Conflict
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
-from ..drawing.rows import OPTIONS_OF_PROMPTS, SETTINGS
+from ..drawing.rows import MOST_STEPS, OPTIONS_OF_PROMPTS, SETTINGS, Drawing, check_drawing
 from ..errors import InputError
 
 
@@ -33,12 +34,32 @@ class ValidationSettings:
     """Which pictures a run is validated on, and when."""
 
     title: ClassVar = "validation loss"
+    conflicts: ClassVar = (
+        Conflict(
+            "validation_split", "validation_data_dir", "Pass one of --validation_split and --validation_data_dir."
+        ),
+        Conflict("validation_epochs", "validation_steps", clash=lambda flags: flags["validation_steps"] is not None),
+        Conflict(
+            "validation_split", "early_stopping_patience",
+            "--early_stopping_patience needs validation pictures: add --validation_split 0.1",
+            lambda flags: flags["early_stopping_patience"]
+            and not (flags["validation_split"] or flags["validation_data_dir"]),
+            one_way=True,
+        ),
+        Conflict(
+            "validation_epochs", "early_stopping_patience",
+            "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1",
+            lambda flags: flags["early_stopping_patience"]
+            and not (flags["validation_steps"] or flags["validation_epochs"]),
+            one_way=True,
+        ),
+    )  # fmt: skip
     # fmt: off
     validation_split: float = flag(0.0, "fraction of the pictures to hold out from training, to detect overfitting; pictures that look alike are kept together", between(0, 0.5), may_change=True)
-    validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", nargs="+", metavar="FOLDER", may_change=True)
+    validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", user_path, nargs="+", metavar="FOLDER", may_change=True)
     validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", at_least(0), may_change=True)
     validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", at_least(1), may_change=True)
-    early_stopping_patience: int | None = flag(None, "stop after N validations in a row without improvement (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
+    early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
     # fmt: on
 
     def due_after(self, step: int, steps_per_epoch: int) -> bool:
@@ -47,16 +68,6 @@ class ValidationSettings:
             return step % self.validation_steps == 0
         epoch, into_epoch = divmod(step, steps_per_epoch)
         return bool(self.validation_epochs) and into_epoch == 0 and epoch % self.validation_epochs == 0
-
-    def check(self, settings):
-        if self.validation_split and self.validation_data_dir:
-            raise InputError("Pass one of --validation_split and --validation_data_dir.")
-        if self.early_stopping_patience and not (self.validation_split or self.validation_data_dir):
-            raise InputError("--early_stopping_patience needs validation pictures: add --validation_split 0.1")
-        if self.early_stopping_patience and not (self.validation_steps or self.validation_epochs):
-            raise InputError(
-                "--early_stopping_patience needs validations: add --validation_steps, or --validation_epochs 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class SampleSettings:
     validation_negative_prompt: str = flag("", "negative prompt for the sample pictures", may_change=True)
     num_validation_images: int = flag(4, "number of sample pictures per prompt; 0: draw none", at_least(0), may_change=True)
     validation_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the sample pictures; higher values follow the prompt more closely", at_least(0, float), may_change=True)
-    validation_inference_steps: int = flag(30, "number of denoising steps for the sample pictures", at_least(1), may_change=True)
+    validation_inference_steps: int = flag(30, "number of denoising steps for the sample pictures", between(1, MOST_STEPS, int), may_change=True)
     # fmt: on
 
     @functools.cached_property
@@ -95,6 +106,10 @@ class SampleSettings:
             raise InputError(
                 f"--{unknown[0]} after a prompt works only in infer.py. Sample pictures support {listed}."
             )
+        last = max(self.num_validation_images - 1, 0)
+        for prompt in self.prompts:
+            options = {"num_inference_steps": self.validation_inference_steps} | prompt.options
+            check_drawing(Drawing(**options | {"seed": prompt.options.get("seed", 0) + last}))
 
 
 @dataclass(frozen=True)
@@ -102,12 +117,19 @@ class TrackingSettings:
     """Where metrics and sample pictures are logged."""
 
     title: ClassVar = "tracking"
+    conflicts: ClassVar = (
+        Conflict(
+            "report_to", "trackio_space_id", "--trackio_space_id needs trackio: add --report_to trackio.",
+            lambda flags: flags["trackio_space_id"] is not None and flags["report_to"] not in ("trackio", "all"),
+            one_way=True,
+        ),
+    )  # fmt: skip
     # fmt: off
     report_to: str | None = flag(None, "tracker that logs metrics and sample pictures (default: wandb if it is installed, offline without an API key or a network)", choices=[*TRACKERS, "all", "none"], may_change=True)
     debug_loss: bool = flag(False, "also log the loss of each picture at each training step, as loss_for_ and its file name", may_change=True)
     tracker_project_name: str = flag("text2image-fine-tune", "name of the project in the trackers", may_change=True)
     trackio_space_id: str | None = flag(None, "hub Space for trackio's dashboard, created as a private Space (default: the dashboard stays on this machine)", hub_id, metavar="OWNER/NAME", may_change=True)
-    logging_dir: str = flag("logs", "folder for TensorBoard's logs, inside --output_dir", may_change=True)
+    logging_dir: str = flag("logs", "folder for TensorBoard's logs, inside --output_dir", user_path, may_change=True)
     # fmt: on
 
     @property
@@ -126,10 +148,6 @@ class TrackingSettings:
             how = "--no-deps -r requirements-trackio.txt" if self.report_to == "trackio" else self.report_to
             raise InputError(f"--report_to {self.report_to}: it is not installed. Run: pip install {how}")
         return [self.report_to]
-
-    def check(self, settings):
-        if self.trackio_space_id is not None and self.report_to not in ("trackio", "all"):
-            raise InputError("--trackio_space_id needs trackio: add --report_to trackio.")
 
 
 @dataclass(frozen=True)

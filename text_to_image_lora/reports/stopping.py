@@ -6,6 +6,7 @@ the timesteps, so that their mean would depend on the least noisy timesteps alon
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +21,31 @@ class Validation:
 
     base: list = field(repr=False)  # of the base model on the held-out pictures
     base_probe: list = field(repr=False)  # of the base model on equally many training pictures
-    best: list = field(repr=False)  # of the best step, or of the base model
+    best: list = field(repr=False)  # of the best step, which has the lowest loss, or of the base model
     best_step: int | None = None  # None: no step was better than the base model; 0: the LoRA that the run started from
     waited: int = 0  # validations since the best step
     pictures: list = field(default_factory=list, repr=False)  # hashes of the two `ValidationSet`s
     worse_since: int | None = None  # first step from which on every validation was clearly worse than the best
+    sure: list | None = field(default=None, repr=False)  # of the sure step, or of the base model
+    sure_step: int | None = (
+        None  # last best step that was better than the sure step before by more than one standard error
+    )
+
+    def __post_init__(self):
+        if self.sure is None:
+            self.sure, self.sure_step = self.best, self.best_step
+
+
+class Verdict(NamedTuple):
+    """What the validations of a run say up to a step."""
+
+    step: int  # of the last validation
+    best_step: int | None
+    gain: float  # by how many percent the best step's loss is below the base model's
+    error: float | None  # standard error of the gain; None: a metrics file of an earlier version does not have it
+    sure_step: int | None
+    worse_since: int | None
+    waited: int
 
 
 def relative(table: np.ndarray | list, base: np.ndarray | list) -> np.ndarray:
@@ -46,11 +67,18 @@ def difference(table: np.ndarray | list, before: np.ndarray | list, base: np.nda
 
 
 def update_best(validation: Validation, table: np.ndarray | list, step: int) -> bool:
-    """Updates the state with the losses of a step; returns whether they are the best by more than one standard error."""
+    """Updates the state with the losses of a step; returns whether their mean is the lowest so far.
+
+    Small improvements add up: if an improvement had to exceed one standard error, a run whose loss falls slowly would
+    stop early, and best/ would be of a step that the curve shows to be worse. `sure_step` tells how sure the best step is.
+    """
     mean, error = difference(table, validation.best, validation.base)
-    if mean < -error:
+    if mean < 0:
         validation.best, validation.best_step = np.asarray(table).tolist(), step
         validation.waited, validation.worse_since = 0, None
+        gained, error = difference(table, validation.sure, validation.base)
+        if gained < -error:
+            validation.sure, validation.sure_step = validation.best, step
         return True
     validation.waited += step > 0
     if mean <= error:
@@ -72,24 +100,61 @@ def make_metrics(table: np.ndarray, probe: np.ndarray, validation: Validation, t
     return values | {f"validation/relative_loss_t{t:04d}": float(v) for t, v in zip(timesteps, held_out, strict=True)}
 
 
+def gain_of(validation: Validation) -> tuple[float, float]:
+    """Returns by how much the best step's relative loss is below the base model's, and the standard error."""
+    more, error = difference(validation.best, validation.base, validation.base)
+    return -more, error
+
+
+def metrics_of_best(validation: Validation) -> dict:
+    """Makes the metrics that tell the best step so far, after `update_best`."""
+    values: dict = {"validation/best_step": validation.best_step}
+    if validation.best_step is not None:
+        gain, error = gain_of(validation)
+        values |= {"validation/best_relative_loss": 1 - gain, "validation/best_standard_error": error}
+    values |= {"validation/sure_step": validation.sure_step, "validation/worse_since": validation.worse_since}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def summarize(validation: Validation, step: int) -> str:
     """Summarizes the validations of a run that ends at this step, in one sentence."""
-    loss = float(relative(validation.best, validation.base).mean())
-    return f"Validation: {describe(step, validation.best_step, loss, validation.worse_since, validation.waited)}"
+    gain, error = gain_of(validation)
+    verdict = Verdict(
+        step, validation.best_step, 100 * gain, 100 * error, validation.sure_step, validation.worse_since,
+        validation.waited,
+    )  # fmt: skip
+    return f"Validation: {describe(verdict)}"
 
 
-def describe(
-    step: int, best_step: int | None, best_loss: float, worse_since: int | None, waited: int, *, finished: bool = True
-) -> str:
-    """Describes a run up to a step from the relative loss of its best step and the fields of `Validation`."""
+def describe(verdict: Verdict, *, finished: bool = True) -> str:
+    """Describes a `Verdict` in one sentence, for a run that is finished or in progress."""
+    step, best_step = verdict.step, verdict.best_step
+    if best_step is None and step == 0:
+        return "not judged yet: so far, only the base model was validated."
     if best_step is None:
         return f"no step up to {step} was better than the base model. Lower --learning_rate, or compare the pictures."
     where = f"best at step {best_step}" if best_step else "best before the first step"
-    best = f"{where}, {100 * (1 - best_loss):.1f}% below the base model's loss"
-    if worse_since is not None and waited > 1:  # a single worse validation may be chance
-        return f"{best}; overfitting since step {worse_since}: use best/, or train for fewer steps."
+    error = "" if verdict.error is None else f" ± {verdict.error:.1f}"
+    best = f"{where}, {verdict.gain:.1f}{error}% below the base model's loss"
+    if verdict.sure_step is None:
+        best += ", which may be chance"
+    elif verdict.sure_step != best_step:
+        sure = f"step {verdict.sure_step}" if verdict.sure_step else "the LoRA before the first step"
+        best += f" (the lowest loss, but not surely lower than that of {sure})"
+    if verdict.worse_since is not None and verdict.waited > 1:  # a single worse validation may be chance
+        return f"{best}; overfitting since step {verdict.worse_since}: use best/, or train for fewer steps."
     if best_step == step and not finished:
         return f"{best}; still improving."
     if best_step == step:
         return f"{best}; still improving at the end: more steps may help."
     return f"{best}; no clear change since."
+
+
+def describe_early_stop(step: int, num_steps: int | None, patience: int) -> str:
+    """Says that a run stopped early, and why."""
+    of = "" if num_steps is None else f" of {num_steps}"
+    validations = "one validation" if patience == 1 else f"{patience} validations in a row"
+    return (
+        f"stopped early at step {step}{of}: the loss of {validations} was not lower than before "
+        f"(--early_stopping_patience {patience}). To continue, run the same command again with a higher patience."
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import json
 import logging
 import os
@@ -186,7 +187,7 @@ def _locate_wandb_run(run):
     if not run.offline:
         return f"W&B run: {run.url}" if run.url else None
     # A resumed run has one folder for each part; `wandb sync` uploads them in order.
-    folders = sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
+    folders = sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{glob.escape(run.id)}"))
     relative = [os.path.relpath(folder) for folder in folders]
     shown = [str(path) if short.startswith("..") else short for path, short in zip(folders, relative)]
     return f"W&B run saved offline. To upload it: wandb sync {shlex.join(shown)}"

@@ -164,12 +164,7 @@ class Judge:
         table, probe = self.measure(self.held_out), self.measure(self.probe)
         values = stopping.make_metrics(table, probe, self.validation, self.measure.timesteps)
         improved = not is_base and stopping.update_best(self.validation, table, step)
-        if self.validation.best_step is not None:
-            values["validation/best_step"] = self.validation.best_step
-            best = stopping.relative(self.validation.best, self.validation.base)
-            values["validation/best_relative_loss"] = float(best.mean())
-        if self.validation.worse_since is not None:
-            values["validation/worse_since"] = self.validation.worse_since
+        values |= stopping.metrics_of_best(self.validation)
         if self.accelerator.is_main_process:
             self.metrics_file.write(step, values)
             if improved:
@@ -182,6 +177,12 @@ class Judge:
     def out_of_patience(self) -> bool:
         """Returns whether the run is to stop early."""
         return self.patience is not None and self.validation is not None and self.validation.waited >= self.patience
+
+    def describe_early_stop(self, step: int, num_steps: int) -> str | None:
+        """Says why the run stopped before its last step; None if it did not stop early."""
+        if self.patience is None or step >= num_steps or not self.out_of_patience():
+            return None
+        return stopping.describe_early_stop(step, num_steps, self.patience)
 
     def state(self) -> dict[str, Any] | None:
         """Returns the state for a checkpoint; None without validation pictures."""

@@ -24,7 +24,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     def usable(records):
         good, bad = examine.examine(records, range(len(records)))
         left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
-        return examine.select_usable(records, good)
+        return examine.select_usable(records, good, bad)
 
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -46,7 +46,14 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
-    print("\n".join([*inspection.format_report(described), *memory_lines, "", f"full report: {report_file}"]))
+    length = settings.batches.describe_length(sampler.steps_per_epoch)
+    lengths = ["", f"training: {length} of batch {sampler.effective_batch_size}"]
+    long_warmup = settings.schedule.describe_long_warmup(settings.batches.num_steps(sampler.steps_per_epoch))
+    if long_warmup is not None:
+        lengths.append(long_warmup)
+    print(
+        "\n".join([*inspection.format_report(described), *lengths, *memory_lines, "", f"full report: {report_file}"])
+    )
     if settings.data.preview_data is not None:
         variations = settings.cache.num_variations(settings.augmentation)
         print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations))

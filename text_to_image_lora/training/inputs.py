@@ -1,6 +1,7 @@
 """The base model and the pictures of a command, found and checked before torch is imported."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
 
 
+logger = logging.getLogger(__name__)
+
+
 class Inputs(NamedTuple):
     """The base model and the pictures of a run."""
 
@@ -29,6 +33,8 @@ class Inputs(NamedTuple):
 
 def find_inputs(settings: Any) -> Inputs:
     """Finds the base model and the pictures; raises `InputError` if they can't be used. Does not import torch."""
+    for note in settings.notes:  # from the parser, before logging was started
+        logger.info(note)
     left_out: list[tuple[str, str]] = []
     leave_out: Any = log_left_out if settings.data.skip_bad_images else None
     if settings.data.dry_run:

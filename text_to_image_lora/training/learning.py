@@ -123,13 +123,17 @@ class Learning:
 
         The schedule also advances when the step is skipped, as checking that would wait for the GPU.
         """
+        lr = float(self.lr_scheduler.get_last_lr()[0]) * self._found_rate()
         step_if_finite(self.optimizer, number)
-        lr = float(self.lr_scheduler.get_last_lr()[0])
         self.lr_scheduler.step()
         if self.average is not None:
             self.average.step(self.parameters)
         self.optimizer.zero_grad()
         return lr
+
+    def _found_rate(self):
+        """The learning rate that Prodigy has found, of which the schedule is a factor; 1 for other optimizers."""
+        return float(self.optimizer.param_groups[0].get("d", 1))
 
     @contextlib.contextmanager
     def weights_for_use(self) -> Iterator[None]:

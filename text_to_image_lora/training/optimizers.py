@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,39 @@ def check_optimizer(name: str, words: Sequence[str]) -> tuple[Any, dict[str, Any
             raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {closest}?")
         if key in UNSUPPORTED:
             raise InputError(f"--optimizer_args {key}: the training loop does not support this option. Leave it out.")
-        if isinstance(value, str) and isinstance(parameters[key].default, (int, float, tuple)):
-            raise InputError(f"--optimizer_args {key}={value}: write a value such as {parameters[key].default}.")
+        check_value(key, value, parameters[key].default)
+    try_options(name, optimizer_class, row.changes | options)
     return optimizer_class, options
+
+
+def check_value(key: str, value: Any, default: Any) -> None:
+    """Raises `InputError` if the value of an option is of another kind or length than its default."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if isinstance(default, tuple):
+        right = isinstance(value, tuple | list) and len(value) == len(default) and all(map(is_number, value))
+    elif isinstance(default, bool):
+        right = isinstance(value, bool)
+    elif isinstance(default, int | float):
+        right = is_number(value)
+    else:
+        right = value is None or isinstance(value, bool) or is_number(value)
+    if not right:
+        written = str(value).replace(" ", "")
+        example = "true or 0.5" if default is None else str(default).replace(" ", "")
+        quoted = f' (quoted: "{key}={example}")' if isinstance(default, tuple) else ""
+        raise InputError(f"--optimizer_args {key}={written}: write a value such as {example}{quoted}.")
+
+
+def try_options(name: str, optimizer_class: Any, options: dict[str, Any]) -> None:
+    """Creates an optimizer of a single weight; raises `InputError` if the options are out of their bounds."""
+    import torch
+
+    try:
+        optimizer_class([torch.nn.Parameter(torch.zeros(1))], lr=1.0, **options)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"--optimizer {name}: {str(error) or type(error).__name__}. Check --optimizer_args."
+        ) from error

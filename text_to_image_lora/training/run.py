@@ -316,9 +316,12 @@ def log_beginning(settings: Any, run: Run, models: Models, num_parameters: int, 
     dtype = str(models.dtype).removeprefix("torch.")
     logger.info(
         f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
-        f"{counted(num_steps, 'step')}; effective batch "
+        f"{settings.batches.describe_length(sampler.steps_per_epoch)}; effective batch "
         f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.describe_device(accelerator.device)} in "
         f"{dtype}; rank-{settings.lora.rank} LoRA on {models.num_adapted} modules ({num_parameters:,} parameters)"
     )
+    long_warmup = settings.schedule.describe_long_warmup(num_steps)
+    if long_warmup is not None:
+        logger.info(long_warmup)
     if run.state.global_step >= num_steps:
         logger.info(f"finished at step {run.state.global_step}; raise --max_train_steps to continue")

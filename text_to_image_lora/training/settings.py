@@ -8,15 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import COMPATIBILITY, above, above_up_to, at_least, between, duration, flag, from_up_to, to_seconds
+from ..command_line import (
+    COMPATIBILITY,
+    above,
+    above_up_to,
+    at_least,
+    between,
+    duration,
+    flag,
+    from_up_to,
+    to_seconds,
+    user_path,
+)
+from ..config_file import Conflict, Remark
 from ..errors import InputError
+from ..files import counted
 from ..models.compiling import OPTIONS as COMPILED
 from .optimizers import OPTIMIZERS, check_optimizer
 
 
 ENDLESS_VARIATIONS_CACHED = 4
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
+
+
+def _is_prodigy(flags):
+    return flags["optimizer"] == "prodigy"
 
 
 @dataclass(frozen=True)
@@ -25,11 +43,11 @@ class RunSettings:
 
     title: ClassVar = "run"
     # fmt: off
-    config: str | None = flag(None, "YAML file with flags, one per line; flags on the command line override it (each run saves its flags as run.yaml)", metavar="FILE", may_change=True, recorded=False)
-    output_dir: str = flag("sd-model-finetuned-lora", "folder for the LoRA, checkpoints, sample pictures and metrics", may_change=True)
+    config: str | None = flag(None, "YAML file with flags, one per line; flags on the command line override it (each run saves its flags as run.yaml)", user_path, metavar="FILE", may_change=True, recorded=False)
+    output_dir: str = flag("sd-model-finetuned-lora", "folder for the LoRA, checkpoints, sample pictures and metrics", user_path, may_change=True)
     seed: int | None = flag(None, "random seed, for reproducible runs (default: drawn at random and saved in run.yaml)", between(0, 2**63 - 1, int))
     max_train_time: str | None = flag(None, "maximum time for the whole command, such as 3h50m; the run stops early enough, with a checkpoint and exit code 75", duration, metavar="TIME", may_change=True)
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: the number of physical cores divided by the processes, unless you set OMP_NUM_THREADS)", at_least(1), may_change=True)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy, divided by the processes)", at_least(1), may_change=True)
     local_rank: int = flag(-1, "set by the launcher; not for users", int, may_change=True, recorded=False, title=COMPATIBILITY)
     # fmt: on
 
@@ -65,6 +83,9 @@ class BatchSettings:
     """The batch size and the number of training steps."""
 
     title: ClassVar = "batches and length"
+    conflicts: ClassVar = (
+        Conflict("num_train_epochs", "max_train_steps", clash=lambda flags: flags["max_train_steps"] is not None),
+    )
     # fmt: off
     train_batch_size: int | str = flag(16, "number of pictures per process and forward pass; auto: as many of the --gradient_accumulation_steps pictures of a step as fit in memory", at_least(1, word="auto"), may_change=True)
     gradient_accumulation_steps: int = flag(1, "number of forward passes per optimizer step", at_least(1), may_change=True)
@@ -87,6 +108,13 @@ class BatchSettings:
         """Returns the total number of optimizer steps."""
         return self.max_train_steps or self.num_train_epochs * steps_per_epoch
 
+    def describe_length(self, steps_per_epoch: int) -> str:
+        """Describes the length of the run: "300 steps (6.25 epochs)"."""
+        num_steps = self.num_steps(steps_per_epoch)
+        epochs = round(num_steps / steps_per_epoch, 2)
+        noun = "epoch" if epochs == 1 else "epochs"
+        return f"{counted(num_steps, 'step')} ({epochs:,g} {noun})"
+
     def check(self, settings):
         if self.is_auto and self.gradient_accumulation_steps == 1:
             raise InputError(
@@ -100,6 +128,38 @@ class OptimizerSettings:
     """The optimizer and its learning rates."""
 
     title: ClassVar = "optimizer"
+    conflicts: ClassVar = (
+        Conflict(
+            "use_8bit_adam", "optimizer", "Pass one of --use_8bit_adam and --optimizer {optimizer}.",
+            lambda flags: flags["use_8bit_adam"] and flags["optimizer"] not in (None, "adamw8bit"),
+        ),
+        Conflict(
+            "optimizer", "lr_scheduler",
+            "--optimizer schedulefree can't be combined with --lr_scheduler {lr_scheduler}. Leave the scheduler out, or use "
+            "another optimizer.",
+            lambda flags: flags["optimizer"] == "schedulefree" and not flags["lr_scheduler"].startswith("constant"),
+            one_way=True,
+        ),
+        # The learning rate in the file is meant for the optimizer in the file.
+        Conflict("optimizer", "learning_rate", clash=_is_prodigy, one_way=True),
+        *(
+            Conflict(
+                "optimizer", name, f"--optimizer prodigy {reason}. Leave --{name} out.",
+                lambda flags, name=name: _is_prodigy(flags) and flags[name], one_way=True,
+            )
+            for name, reason in {
+                "loraplus_lr_ratio": "has a single learning rate", "text_encoder_lr": "has a single learning rate",
+                "scale_lr": "finds the learning rate itself",
+            }.items()
+        ),
+    )  # fmt: skip
+    remarks: ClassVar = (
+        Remark(
+            "learning_rate", "is a factor of the learning rate that --optimizer prodigy finds itself, and should be near 1: leave it out",
+            lambda flags: _is_prodigy(flags) and not 0.1 <= flags["learning_rate"] <= 10,
+        ),
+        Remark("ema_decay", "has no effect without --use_ema", lambda flags: not flags["use_ema"]),
+    )  # fmt: skip
     # fmt: off
     optimizer: str | None = flag(None, "optimizer (default: adamw)", choices=[*OPTIMIZERS])
     optimizer_args: tuple[str, ...] = flag((), "further options of the optimizer, such as d_coef=0.5", nargs="+", metavar="KEY=VALUE", may_change=True)
@@ -138,20 +198,6 @@ class OptimizerSettings:
         return dataclasses.replace(self, learning_rate=rate, text_encoder_lr=text_encoder_lr)
 
     def check(self, settings):
-        if self.use_8bit_adam and self.optimizer not in (None, "adamw8bit"):
-            raise InputError(f"Pass one of --use_8bit_adam and --optimizer {self.optimizer}.")
-        scheduler = settings.schedule.lr_scheduler
-        if self.name == "schedulefree" and scheduler not in ("constant", "constant_with_warmup"):
-            raise InputError(
-                f"--optimizer schedulefree can't be combined with --lr_scheduler {scheduler}. Leave the scheduler out, or use "
-                "another optimizer."
-            )
-        if self.name == "prodigy" and (self.loraplus_lr_ratio is not None or self.text_encoder_lr is not None):
-            raise InputError(
-                "--optimizer prodigy has a single learning rate. Leave --loraplus_lr_ratio and --text_encoder_lr out."
-            )
-        if self.name == "prodigy" and self.scale_lr:
-            raise InputError("--optimizer prodigy finds the learning rate itself. Leave --scale_lr out.")
         check_optimizer(self.name, self.optimizer_args)
 
 
@@ -160,6 +206,28 @@ class ScheduleSettings:
     """The schedule of the learning rate."""
 
     title: ClassVar = "learning rate schedule"
+    conflicts: ClassVar = (
+        Conflict("lr_warmup_steps", "lr_warmup_ratio", "Pass one of --lr_warmup_steps and --lr_warmup_ratio."),
+    )
+    remarks: ClassVar = (
+        *(
+            Remark(
+                name, "has no effect with --lr_scheduler constant and piecewise_constant, which have no warmup; use "
+                "constant_with_warmup or another scheduler",
+                lambda flags, name=name: flags[name] and flags["lr_scheduler"] in WITHOUT_WARMUP,
+            )
+            for name in ("lr_warmup_steps", "lr_warmup_ratio")
+        ),
+        *(
+            Remark(
+                name, f"has no effect without --lr_scheduler {scheduler}",
+                lambda flags, scheduler=scheduler: flags["lr_scheduler"] != scheduler,
+            )
+            for name, scheduler in {
+                "lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial", "lr_step_rules": "piecewise_constant",
+            }.items()
+        ),
+    )  # fmt: skip
     # fmt: off
     lr_scheduler: str = flag("constant", "schedule of the learning rate", choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"], may_change=True)
     lr_warmup_steps: int | None = flag(None, "number of optimizer steps in which the learning rate rises from 0 (default: 500, but at most a tenth of the run)", at_least(0), may_change=True)
@@ -183,6 +251,17 @@ class ScheduleSettings:
             )
         return warmup_steps
 
+    def describe_long_warmup(self, num_steps: int) -> str | None:
+        """Returns a line about warmup that does not end before the run, or None."""
+        warmup_steps = self.num_warmup_steps(num_steps)
+        if self.lr_scheduler in WITHOUT_WARMUP or warmup_steps < num_steps:
+            return None
+        flag = "lr_warmup_steps" if self.lr_warmup_ratio is None else "lr_warmup_ratio"
+        return (
+            f"--{flag}: the warmup of {counted(warmup_steps, 'step')} does not end in the run of "
+            f"{counted(num_steps, 'step')}, so the learning rate stays below --learning_rate; use fewer warmup steps"
+        )
+
     def check_rate(self, learning_rate: float) -> None:
         """Raises `InputError` for a learning rate below that at which diffusers' polynomial schedule ends."""
         if self.lr_scheduler == "polynomial" and learning_rate <= 1e-7:
@@ -191,8 +270,6 @@ class ScheduleSettings:
             )
 
     def check(self, settings):
-        if self.lr_warmup_ratio is not None and self.lr_warmup_steps is not None:
-            raise InputError("Pass one of --lr_warmup_steps and --lr_warmup_ratio.")
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise InputError("--lr_scheduler piecewise_constant needs --lr_step_rules, such as 1:100,0.1:200,0.01.")
         factor = r"\d*\.?\d+(e[+-]?\d+)?"
@@ -210,6 +287,29 @@ class LossSettings:
     """The loss."""
 
     title: ClassVar = "loss"
+    conflicts: ClassVar = (
+        Conflict(
+            "perceptual_loss", "compile",
+            "--perceptual_loss self can't be combined with --compile, which hides the features inside the UNet. Leave one of "
+            "them out.",
+            lambda flags: flags["perceptual_loss"] == "self" and flags["compile"] != "off",
+        ),
+        Conflict(
+            "snr_gamma", "debiased_estimation",
+            "Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep.",
+        ),
+    )  # fmt: skip
+    remarks: ClassVar = (
+        Remark("huber_c", "has no effect without --loss_type huber", lambda flags: flags["loss_type"] != "huber"),
+        Remark(
+            "perceptual_loss_weight", "has no effect without --perceptual_loss",
+            lambda flags: flags["perceptual_loss"] is None,
+        ),
+        Remark(
+            "perceptual_max_timestep", "has no effect without --perceptual_loss decoder",
+            lambda flags: flags["perceptual_loss"] != "decoder",
+        ),
+    )  # fmt: skip
     # fmt: off
     loss_type: str = flag("mse", "mse: mean squared error; huber: pseudo-Huber loss with a schedule, for datasets that contain bad pictures or captions", choices=["mse", "huber"])
     huber_c: float = flag(0.1, "width of --loss_type huber at the noisiest timestep", above(0))
@@ -227,17 +327,6 @@ class LossSettings:
         """The weight of the perceptual loss, or None without one."""
         given = self.perceptual_loss_weight
         return PERCEPTUAL_WEIGHTS.get(self.perceptual_loss or "") if given is None else given
-
-    def check(self, settings):
-        if settings.speed.compile != "off" and self.perceptual_loss == "self":
-            raise InputError(
-                "--perceptual_loss self can't be combined with --compile, which hides the features inside the UNet. Leave one of "
-                "them out."
-            )
-        if self.snr_gamma is not None and self.debiased_estimation:
-            raise InputError(
-                "Pass one of --snr_gamma and --debiased_estimation: both weight the loss by the timestep."
-            )
 
 
 @dataclass(frozen=True)
@@ -290,6 +379,13 @@ class TimestepSettings:
     """The prediction type and the sampling of timesteps."""
 
     title: ClassVar = "timesteps"
+    remarks: ClassVar = tuple(
+        Remark(
+            name, f"has no effect without --timestep_sampling {scheme}",
+            lambda flags, scheme=scheme: flags["timestep_sampling"] != scheme,
+        )
+        for name, scheme in {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}.items()
+    )  # fmt: skip
     # fmt: off
     prediction_type: str | None = flag(None, "what the model predicts (default: that of the base model)", choices=["epsilon", "v_prediction"])
     rescale_betas_zero_snr: bool = flag(False, "rescale the noise schedule so that the last timestep is pure noise (zero terminal SNR); needs v_prediction")
@@ -337,6 +433,12 @@ class SpeedSettings:
     """The precision and the kernels of training steps."""
 
     title: ClassVar = "speed and memory"
+    conflicts: ClassVar = (
+        Conflict(
+            "deterministic", "enable_xformers_memory_efficient_attention",
+            "--deterministic needs plain attention. Leave --enable_xformers_memory_efficient_attention out.",
+        ),
+    )  # fmt: skip
     # fmt: off
     mixed_precision: str | None = flag(None, "precision of the frozen base model; the LoRA is always float32 (default: the launcher's setting)", choices=["no", "fp16", "bf16"], may_change=True)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, which saves memory but is slower", may_change=True)
@@ -360,12 +462,6 @@ class SpeedSettings:
         """Libraries that diffusers and peft would import although the run does not need them (8-bit Adam imports bitsandbytes itself)."""
         return ["bitsandbytes", *([] if self.enable_xformers_memory_efficient_attention else ["xformers"])]
 
-    def check(self, settings):
-        if self.deterministic and self.enable_xformers_memory_efficient_attention:
-            raise InputError(
-                "--deterministic needs plain attention. Leave --enable_xformers_memory_efficient_attention out."
-            )
-
 
 @dataclass(frozen=True)
 class CheckpointSettings:
@@ -373,7 +469,7 @@ class CheckpointSettings:
 
     title: ClassVar = "checkpoints"
     # fmt: off
-    resume_from_checkpoint: str = flag("latest", "checkpoint folder to resume from; latest: the newest intact checkpoint in --output_dir; hf://owner/name[/checkpoint-N]: that checkpoint, or the newest one on the hub or in --output_dir; none: start over", may_change=True)
+    resume_from_checkpoint: str = flag("latest", "checkpoint folder to resume from; latest: the newest intact checkpoint in --output_dir; hf://owner/name[/checkpoint-N]: that checkpoint, or the newest one on the hub or in --output_dir; none: start over", user_path, may_change=True)
     checkpointing_steps: int = flag(500, "number of optimizer steps between checkpoints, from which a killed run resumes; a run also saves one at the end, or when it is asked to stop; 0: only when it is asked to stop", at_least(0), may_change=True)
     checkpoints_total_limit: int | None = flag(None, "maximum number of checkpoints to keep; older ones are deleted (default: keep all)", at_least(1), may_change=True)
     save_every_n_epochs: int = flag(0, "number of epochs between LoRA files that are ready for use (epoch-0005/...); 0: only at the end", at_least(0), may_change=True)

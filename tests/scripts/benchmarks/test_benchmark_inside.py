@@ -1,4 +1,4 @@
-"""What the benchmarks see from inside a process: steps that are timed and counted, and the UNet alone."""
+"""Tests how the benchmarks measure inside a process: times and operators of steps, and the UNet alone."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from scripts.benchmarks import bare_unet, inside
 
 
 def test_the_median_leaves_out_the_first_fifth():
-    assert inside.middle([100.0, 90.0, *[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]]) == 4.5
-    assert inside.middle([3.0]) == 3.0
+    assert inside.settled_median([100.0, 90.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]) == 4.5
+    assert inside.settled_median([3.0]) == 3.0
 
 
 def counted(work):
@@ -18,10 +18,10 @@ def counted(work):
     with counter:
         work()
     counter.end_of_step()
-    return counter.told()
+    return counter.figures()
 
 
-def test_arithmetic_is_what_pytorch_counts():
+def test_floating_point_operations_are_those_that_pytorch_counts():
     conv, rows = torch.nn.Conv2d(3, 5, 3), torch.randn(2, 3, 8, 8, requires_grad=True)
 
     def work():
@@ -32,40 +32,39 @@ def test_arithmetic_is_what_pytorch_counts():
     assert counted(work)["flops"] == theirs.get_total_flops()
 
 
-def test_arithmetic_that_pytorch_passes_over():
-    """The lean forward adds in place, and attention on a CPU is an operator of its own."""
+def test_operators_without_a_formula_in_pytorch_are_counted():
+    """PyTorch has no formula for addition in place, which the lean forward pass uses, and for attention on a CPU."""
     out, a, b = torch.zeros(3, 4), torch.randn(3, 5), torch.randn(5, 4)
-    told = counted(lambda: out.addmm_(a, b))
-    assert (told["operators"], told["flops"]) == ({"addmm_": 1}, 2 * 3 * 4 * 5)
+    assert counted(lambda: out.addmm_(a, b)) == {"operators": {"addmm_": 1}, "flops": 2 * 3 * 4 * 5}
     q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
     product = 2 * 2 * 16 * 16 * 8
-    told = counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward())
-    assert told["flops"] == 2 * product + 5 * product
+    figures = counted(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward())
+    assert figures["flops"] == 2 * product + 5 * product
 
 
 def test_views_and_the_loader_are_not_counted(monkeypatch):
     iterator = torch.utils.data.dataloader._BaseDataLoaderIter
-    monkeypatch.setattr(iterator, "__next__", iterator.__next__)  # to be put back
+    monkeypatch.setattr(iterator, "__next__", iterator.__next__)  # so that the original is restored after the test
     counter = inside.Counter()
     counter.leave_out_loading()
     with counter:
         for (batch,) in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(6, 2)), batch_size=2):
             (batch.t()[0] + 1).detach()
             counter.end_of_step()
-    assert [step["operators"] for step in counter.steps[1:]] == [{"add": 1}] * 2  # the first makes the iterator
+    assert [step["operators"] for step in counter.steps[1:]] == [{"add": 1}] * 2  # the first step makes the iterator
 
 
-def test_a_clock_that_saw_no_step_says_so():
+def test_a_clock_without_two_steps_reports_an_error():
     clock = inside.Clock()
     clock.end_of_step()
-    with pytest.raises(SystemExit, match="was seen 1 times"):
-        clock.told()
+    with pytest.raises(SystemExit, match="made 1 optimizer steps"):
+        clock.figures()
 
 
 def bare_steps(model, batch_size):
-    """A `Counter` and a `Clock` that saw three steps of the bare UNet."""
+    """Returns a `Counter` and a `Clock` of three steps of the bare UNet."""
     words = ["--pretrained_model_name_or_path", str(model), "--resolution", "32", "--max_train_steps", "3"]
-    words += ["--train_batch_size", str(batch_size), "--rank", "4", "--report_to", "none"]  # some don't concern it
+    words += ["--train_batch_size", str(batch_size), "--rank", "4", "--report_to", "none"]  # the last two are ignored
     counter, clock = inside.Counter(), inside.Clock()
     hooks = [register_optimizer_step_post_hook(watch.end_of_step) for watch in (counter, clock)]
     try:
@@ -79,13 +78,12 @@ def bare_steps(model, batch_size):
 
 def test_the_bare_unet_steps_to_its_input_alone(tiny_sd):
     counter, clock = bare_steps(tiny_sd, 3)
-    assert (len(counter.steps), len(clock.told()["step_seconds"])) == (3, 2)
-    told = counter.told()
-    assert told["operators"] == counter.steps[1]["operators"]
-    assert told["operators"]["convolution"] == told["operators"]["convolution_backward"] > 10
-    # As much arithmetic backward as forward, and what attention computes again: none for the weights' gradients.
-    smaller = bare_steps(tiny_sd, 1)[0].told()
-    assert told["flops"] == 3 * smaller["flops"]
+    assert (len(counter.steps), len(clock.figures()["step_seconds"])) == (3, 2)
+    figures = counter.figures()
+    assert figures["operators"] == counter.steps[1]["operators"]
+    assert figures["operators"]["convolution"] == figures["operators"]["convolution_backward"] > 10
+    smaller = bare_steps(tiny_sd, 1)[0].figures()
+    assert figures["flops"] == 3 * smaller["flops"]
 
 
 def test_a_matrix_rate():

@@ -1,4 +1,4 @@
-"""Commands that the benchmarks run: how they fail, how they are ended, and what they tell."""
+"""Tests how the benchmarks run commands: how failures are reported, how commands are stopped, and what is read from them."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ import pytest
 from scripts.benchmarks.runs import CommandFailed, run
 
 
-def test_a_command_that_fails_says_why():
+def test_the_error_of_a_failed_command_is_its_last_error_message():
     code = "import sys; print('x' * 9000); print('ValueError: no', file=sys.stderr); print('50%', file=sys.stderr); sys.exit(3)"
     with pytest.raises(CommandFailed, match="^ValueError: no$") as caught:
         run([sys.executable, "-c", code])
@@ -21,7 +21,7 @@ def test_a_command_that_fails_says_why():
     assert caught.value.out_of_memory
 
 
-def test_a_command_that_takes_too_long_is_ended_with_what_it_has_started():
+def test_a_command_that_takes_too_long_is_stopped_with_its_child_processes():
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began = time.monotonic()
     with pytest.raises(CommandFailed, match=r"^stopped after 1 s$"):
@@ -29,7 +29,7 @@ def test_a_command_that_takes_too_long_is_ended_with_what_it_has_started():
     assert time.monotonic() - began < 20
 
 
-def test_what_a_command_tells_is_read():
-    ran = run([sys.executable, "-c", 'print(\'\\nBENCHMARK {"median": 2, "memory_gib": 3.5}\')'])
-    assert (ran.told["median"], ran.memory_gib) == (2, 3.5)
-    assert 0 < ran.peak_memory_gib < 5
+def test_the_figures_that_a_command_prints_are_read():
+    result = run([sys.executable, "-c", 'print(\'\\nBENCHMARK {"median": 2, "memory_gib": 3.5}\')'])
+    assert (result.figures["median"], result.memory_gib) == (2, 3.5)
+    assert 0 < result.peak_memory_gib < 5

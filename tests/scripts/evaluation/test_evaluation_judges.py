@@ -1,4 +1,4 @@
-"""What an evaluation looks with, on pictures of known content."""
+"""The judges of an evaluation, on pictures of known content."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def noise_picture(seed, size=(80, 64)):
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2"])
 def test_pictures_are_prepared_as_transformers_does(kind):
-    """By the image processor of DINOv2's own configuration, of which CLIP's differs in its settings alone."""
+    """Compares with the image processor of DINOv2; CLIP's differs only in its settings."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
     how = judges.PREPROCESSING[kind]
@@ -41,16 +41,11 @@ def test_pictures_are_prepared_as_transformers_does(kind):
 
 
 def test_the_form_in_which_clips_authors_published_how_it_takes_pictures(clip_model, tmp_path):
-    """openai/clip-vit-large-patch14 has sides where later models have mappings."""
+    """The config of openai/clip-vit-large-patch14 has a number where later models have a dict."""
     folder = shutil.copytree(clip_model, tmp_path / "clip")
     published = {
-        "crop_size": 224,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "resample": 3,
-        "size": 224,
-    }
+        "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 224,
+    }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(published))
     how = judges.find_vision_model("--clip_model", str(folder), "clip")
     wanted = judges.PREPROCESSING["clip"]

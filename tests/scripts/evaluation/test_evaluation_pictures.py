@@ -1,4 +1,4 @@
-"""What an evaluation asks for: captions, with and without their trigger, and other things."""
+"""The prompts of an evaluation: captions, with and without their trigger word, and prompts for other things."""
 
 import pytest
 

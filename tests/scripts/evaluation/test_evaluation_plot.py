@@ -30,7 +30,7 @@ def test_the_plot_shows_the_chosen_one_where_it_belongs():
     image = plot.plot(places, Estimate(0.3, 0.02), "epoch-1", "DINOv2")
     rows, columns = np.nonzero(pixels_of(image, plot.CHOSEN))
     others_rows, others_columns = np.nonzero(pixels_of(image, plot.LINE))
-    assert rows.mean() < others_rows.mean()  # it is the highest
+    assert rows.mean() < others_rows.mean()  # this point is the highest
     assert columns.min() > others_columns.min()
     assert not pixels_of(plot.plot(places, Estimate(0.3, 0.02), None, "x"), plot.CHOSEN).any()
 

@@ -1,4 +1,4 @@
-"""The scores of an evaluation on made-up embeddings, and what they recommend."""
+"""The scores of an evaluation, on made-up embeddings, and the LoRAs that they recommend."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ P, S, D = 4, 3, 8
 
 
 def alike(axis, prompts=P, seeds=S):
-    """Embeddings (prompts, seeds, D) that all point along one axis."""
+    """Returns embeddings (prompts, seeds, D) that all point along one axis."""
     return np.broadcast_to(np.eye(D)[axis], (prompts, seeds, D))
 
 
@@ -44,7 +44,7 @@ def test_of_two_alike_and_one_other():
 
 
 def test_the_distance_of_two_sets():
-    """Sums over all pairs, as its paper has them; around 0 for sets of one kind; and one pose of them is far."""
+    """Sums over all pairs as in its paper; it is about 0 for similar sets, and large if all pictures have one pose."""
     rng = np.random.default_rng(0)
 
     def of_one_kind(*shape):
@@ -63,7 +63,7 @@ def test_the_distance_of_two_sets():
     assert found.mean() == pytest.approx(np.mean(within) + np.mean(without) - 2 * np.mean(across))
     same = np.array([scores.set_distance(of_one_kind(6, 3), of_one_kind(10)).mean() for _ in range(200)])
     assert abs(same.mean()) < 3 * same.std() / 200**0.5  # negative as often as positive
-    # As like each held-out picture as the others are, and all in one pose: the mean cosine doesn't tell, the distance does.
+    # Pictures in one pose that are as similar to each held-out picture: only the distance shows the difference.
     drawn, held_out = of_one_kind(30, 3), of_one_kind(40)
     copies = np.tile(scores.normalised(held_out.mean(axis=0)), (30, 3, 1))
     assert (copies @ held_out.mean(axis=0)).mean() > (drawn @ held_out.mean(axis=0)).mean()
@@ -72,7 +72,7 @@ def test_the_distance_of_two_sets():
 
 
 def test_how_sure_the_distance_is():
-    """The standard error over prompts is what the distance varies by when other prompts are drawn."""
+    """The standard error over prompts equals the standard deviation of the distance over other draws of prompts."""
     rng = np.random.default_rng(1)
     held_out = scores.normalised(np.eye(8)[1] + 0.3 * rng.standard_normal((30, 8)))
     found = []
@@ -96,7 +96,7 @@ def test_lengths_do_not_count():
 
 
 def test_a_prompt_is_one_observation():
-    """Seeds that all agree say no more than one of them."""
+    """Several equal seeds of a prompt do not reduce the error."""
     of_prompts = np.arange(20.0)
     few, many = np.tile(of_prompts[:, None], (1, 3)), np.tile(of_prompts[:, None], (1, 30))
     wanted = of_prompts.mean(), of_prompts.std(ddof=1) / np.sqrt(20)
@@ -111,7 +111,7 @@ def test_of_one_prompt_each_seed_is_an_observation():
 
 
 def test_the_error_covers_the_truth_as_often_as_one_standard_error_of_many():
-    """Two of three means of four prompts lie within their error."""
+    """For four prompts, the true mean is within the error in two of three cases."""
     rng, within = np.random.default_rng(0), []
     for _ in range(4000):
         mean, error = scores.mean_and_error(rng.normal(size=(4, 1)) + 0.3 * rng.normal(size=(4, 3)))

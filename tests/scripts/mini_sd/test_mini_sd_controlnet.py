@@ -1,4 +1,4 @@
-"""The embedded base's ControlNet: its maker is resumable, its measure is right, and it makes objects follow edges."""
+"""The ControlNet of the embedded base model: resuming its training, its measurement, and whether objects follow edges."""
 
 import kornia
 import numpy as np
@@ -20,20 +20,20 @@ BASE, CONTROLNET = ROOT / "models" / "mini-sd", ROOT / "models" / "mini-controln
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A work folder with eight drawings, made in this process."""
+    """Returns a work folder with eight drawings, drawn in this process."""
     folder = tmp_path_factory.mktemp("controlnet")
     np.save(folder / "pictures.npy", np.stack([pictures.draw_for_unet(0, i) for i in range(8)]))
     return folder
 
 
 def run(folder, output_dir, *flags):
-    """The script's exit code: two steps of two drawings, nothing measured unless the flags ask for it."""
+    """Runs the script for two steps of two drawings, by default without measuring, and returns the exit code."""
     few = ["--num_drawings", "8", "--steps", "2", "--batch_size", "2", "--num_pictures", "0"]
     paths = ["--model", str(BASE), "--work_dir", str(folder), "--output_dir", str(output_dir)]
     return controlnet.main(controlnet.parse_args([*few, *paths, *flags]))
 
 
-def test_stopped_and_gone_on_with_it_writes_the_weights_of_one_go(folder, tmp_path):
+def test_stopped_and_resumed_it_writes_the_weights_of_an_undisturbed_run(folder, tmp_path):
     assert run(folder, tmp_path / "straight") == 0
     (folder / "controlnet.pt").unlink()
     assert run(folder, tmp_path / "resumed", "--max_minutes", "0") == 75
@@ -92,7 +92,7 @@ def test_measuring_prints_a_row_for_each_way_to_draw_and_the_sheet_is_drawn(tmp_
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
 def test_one_prompt_and_two_control_images_give_two_pictures_that_follow_them(seed):
-    """A held-out prompt with two poses, one noise; `controlnet.py --measure_only` measures the same on many."""
+    """A held-out prompt with two poses and equal noise; `controlnet.py --measure_only` measures this on more pictures."""
     (scene,), _ = controlnet.held_out_drawings(1, seed)
     words = (scene.kind, scene.colour, scene.background)
     poses = [draw_scene(*words, 128, np.random.default_rng([seed, i])) for i in (1, 2)]

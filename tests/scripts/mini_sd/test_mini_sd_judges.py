@@ -1,4 +1,4 @@
-"""The judges of the embedded base's pictures are right about drawings."""
+"""The judges of the embedded base model's pictures are right about drawings."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def judge():
 
 @pytest.mark.parametrize("what", ["blossoms", "dots", "smears", "beside", "stars", "nothing"])
 def test_blossoms_and_kinds_are_judged_rightly_on_drawings(judge, what):
-    """A small part of `judges.judge_the_judges`; a picture counts where a petalled blossom is on the object."""
+    """A small part of `judges.judge_the_judges`; a picture counts if there is a blossom on the object."""
     rng, scenes = np.random.default_rng([3, len(what)]), model.all_scenes()
     scenes = [scenes[i] for i in rng.integers(len(scenes), size=30)]
     found = judges.shares(judge, [judges.draw_planted(what, scene, rng)[0] for scene in scenes], scenes)
@@ -35,7 +35,7 @@ def test_blossoms_and_kinds_are_judged_rightly_on_drawings(judge, what):
 
 
 def test_a_blossom_is_counted_where_it_is(judge):
-    """As many as were drawn, within one: two may lie side by side."""
+    """The count may differ by one, because two blossoms may be side by side."""
     rng = np.random.default_rng(5)
     drawn = [judges.draw_planted("blossoms", Scene("blue", "shield", "white"), rng) for _ in range(12)]
     _, counts = judges.judge_pictures(judge, [picture for picture, _ in drawn])

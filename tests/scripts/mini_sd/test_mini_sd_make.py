@@ -1,10 +1,11 @@
-"""The embedded base: its maker is seeded and resumable, and never draws what is held out."""
+"""The training of the embedded base model is seeded, can be resumed, and never draws held-out scenes."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from transformers import CLIPTokenizer
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from scripts.mini_sd import make, model, pictures
 from scripts.mini_sd.pipeline import load_pipeline
@@ -24,13 +25,12 @@ def args(tmp_path):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    model.write_tokenizer(tmp_path / "tokenizer")
-    return CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    return model.write_tokenizer(tmp_path / "tokenizer")
 
 
 @pytest.fixture
 def drawings(args):
-    """The few drawings of `args`, made in this process."""
+    """Writes the few drawings of `args`, drawn in this process."""
     for name, draw in (("vae", pictures.draw_for_codec), ("unet", pictures.draw_for_unet)):
         np.save(args.work_dir / f"{name}_pictures.npy", np.stack([draw(args.seed, i) for i in range(8)]))
 
@@ -46,7 +46,7 @@ def stop_after_the_first_state(monkeypatch):
 
 
 def straight_and_resumed(train, path, monkeypatch):
-    """What `train` gives in one go, and killed after its first state and gone on with."""
+    """Returns the results of `train` without interruption, and after it was killed at its first checkpoint and resumed."""
     straight = train()
     path.unlink()
     with monkeypatch.context() as patch:
@@ -59,7 +59,7 @@ def straight_and_resumed(train, path, monkeypatch):
 
 @pytest.mark.usefixtures("drawings")
 @pytest.mark.parametrize("name", ["vae", "decoder"])
-def test_the_autoencoder_goes_on_where_it_stopped(args, name, monkeypatch):
+def test_the_training_of_the_autoencoder_can_be_resumed(args, name, monkeypatch):
     def train():
         torch.manual_seed(0)
         vae = model.make_vae()
@@ -73,7 +73,7 @@ def test_the_autoencoder_goes_on_where_it_stopped(args, name, monkeypatch):
     assert any(key.startswith(("encoder.", "quant_conv")) for key in changed) == (name == "vae")
 
 
-def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
+def test_the_training_of_the_unet_can_be_resumed(args, tokenizer, monkeypatch):
     vae, latents = model.make_vae().eval(), torch.randn(8, model.LATENT_CHANNELS, 16, 16)
 
     def train():
@@ -85,7 +85,7 @@ def test_the_unet_goes_on_where_it_stopped(args, tokenizer, monkeypatch):
 
 
 def test_a_base_begins_with_the_weights_of_another(args, tokenizer):
-    """What has the same name and shape, and the words by their names: the two vocabularies number them differently."""
+    """Weights are loaded by name and shape, and words by their names, because their ids differ."""
     args.init_from, args.unet_steps = BASE, 0
     vae, latents = model.make_vae().eval(), torch.randn(8, model.LATENT_CHANNELS, 16, 16)
     tokenizer.add_tokens(["aaa"])
@@ -124,3 +124,25 @@ def test_held_out_captions_are_never_drawn_for_training(args):
     decorations = [scene.decoration for scene in drawn if scene.decoration]
     assert 0.35 < len(decorations) / len(drawn) < 0.55
     assert not any("pink" in decoration or "blossom" in decoration for decoration in decorations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_is_saved_small_and_loads_in_one_precision(args, tokenizer, tmp_path, dtype):
+    """As anybody loads it, who asks for no precision; whatever the precision was that it was trained in."""
+    parts = model.make_vae(), model.make_unet(), model.make_text_encoder(tokenizer)
+    pipeline = model.make_pipeline(*(part.to(dtype) for part in parts), tokenizer)
+    model.save_small(pipeline, tmp_path / "base")
+    check_precisions(tmp_path / "base")
+
+
+def test_the_committed_base_loads_in_one_precision():
+    check_precisions(BASE)
+
+
+def check_precisions(folder):
+    """Each weight file holds float16, and each model is loaded as float32."""
+    for path in folder.glob("*/*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {torch.float16}, path
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    loaded = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert loaded == dict.fromkeys(("vae", "unet", "text_encoder"), torch.float32)

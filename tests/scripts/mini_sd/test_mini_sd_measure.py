@@ -1,4 +1,4 @@
-"""The embedded base as it ships: its schedule, its autoencoder, and that it does what captions say."""
+"""The embedded base model as it is bundled: its schedule, its autoencoder, and whether its pictures match captions."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_the_base_ships_in_half_precision_with_stable_diffusions_own_schedule():
 
 
 def test_the_autoencoder_is_crisp():
-    """PSNR on drawings of a seed of their own; with confetti of any colour on them it is some 4 dB less."""
+    """Measures the PSNR on drawings of an unused seed; with confetti on them, it would be about 4 dB lower."""
     pipeline, rng = load_pipeline(BASE), np.random.default_rng(99)
     images = [
         draw_scene(kind, colour, "gray" if colour != "gray" else "blue", model.RESOLUTION, rng)
@@ -40,16 +40,13 @@ def test_the_autoencoder_is_crisp():
     "guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 4.0, pytest.param(7.5, marks=pytest.mark.long)]
 )
 def test_the_base_does_what_captions_say_that_it_never_saw(guidance_scale):
-    """A small part of `scripts/mini_sd/measure.py`, with bounds below what that measures (see the model card)."""
+    """A small part of `scripts/mini_sd/measure.py`, with limits below its results (see the model card)."""
     scenes = model.held_out_scenes()
     scenes = [scenes[i] for i in np.random.default_rng(7).permutation(len(scenes))[:16]]
     images = draw_with(
-        load_pipeline(BASE),
-        [model.sentence_of(scene) for scene in scenes],
-        seed=7,
-        guidance_scale=guidance_scale,
+        load_pipeline(BASE), [model.sentence_of(scene) for scene in scenes], seed=7, guidance_scale=guidance_scale,
         num_inference_steps=30,
-    )
+    )  # fmt: skip
     judged = [judges.judge_colours(image) for image in images]
     assert np.mean([c.object == scene.colour for c, scene in zip(judged, scenes, strict=True)]) > 0.75
     assert np.mean([c.background == scene.background for c, scene in zip(judged, scenes, strict=True)]) > 0.75

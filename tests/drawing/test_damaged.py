@@ -1,0 +1,118 @@
+"""Base models and LoRAs whose weights are missing, NaN or infinite are refused in one line, and nothing is drawn."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from infer_fixtures import draw, flat
+from original_weights import to_ldm
+from safetensors.torch import load_file, save_file
+
+
+pytestmark = pytest.mark.usefixtures("library_settings")
+
+FILES = {
+    "UNet": ("unet/diffusion_pytorch_model.safetensors", "attn1.to_q.weight"),
+    "VAE": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    "text encoder": ("text_encoder/model.safetensors", "q_proj.weight"),
+}
+
+
+def damage(path, end, kind):
+    """Removes the first tensor whose name ends like this, or puts NaN or an infinity into it; returns its name."""
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith(end))
+    if kind == "missing":
+        del tensors[name]
+    else:
+        tensors[name].view(-1)[-1] = {"NaN": float("nan"), "infinity": float("-inf")}[kind]
+    save_file(tensors, path, {"format": "pt"})
+    return name
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """A function that returns the line with which `draw` refuses."""
+
+    def refuse(*argv):
+        with pytest.raises(SystemExit) as stop:
+            draw(*argv[:1], tmp_path / "out", *argv[1:])
+        err = capsys.readouterr().err
+        assert (stop.value.code, len(err.splitlines())) == (2, 1), err
+        assert not (tmp_path / "out").exists()
+        return err
+
+    return refuse
+
+
+@pytest.mark.parametrize("part", FILES)
+@pytest.mark.parametrize("kind", ["missing", "NaN", "infinity"])
+def test_a_base_model_with_damaged_weights_is_refused(model, refused, tmp_path, part, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    name = damage(folder / FILES[part][0], FILES[part][1], kind)
+    fault = (
+        f"the {part} lacks 1 of its weights, the first: " if kind == "missing" else f"the {part} is damaged: 1 of its "
+    )
+    line = refused(folder)
+    assert line.startswith(f"infer.py: error: {folder} can't be loaded: {fault}")
+    assert line.rstrip().endswith(name.removeprefix("text_model."))
+
+
+SINGLE = {
+    "UNet": "transformer_blocks.0.attn1.to_q.weight",
+    "VAE": "decoder.conv_in.weight",
+    "text encoder": "self_attn.q_proj.weight",
+}
+
+
+@pytest.mark.parametrize("part", SINGLE)
+@pytest.mark.parametrize("kind", ["missing", "NaN"])
+def test_a_single_file_with_damaged_weights_is_refused(model, refused, tmp_path, part, kind):
+    path = tmp_path / "model.safetensors"
+    save_file(to_ldm(Path(model)), path)
+    damage(path, SINGLE[part], kind)
+    line = refused(path, "--single_file_config", model)
+    if kind == "NaN":
+        assert f"{path} can't be loaded: the {part} is damaged: 1 of its tensors are not finite, the first: " in line
+    elif part == "text encoder":
+        assert f"{path} can't be loaded: the text encoder lacks 1 of its weights, the first: " in line
+    else:  # diffusers fails by itself
+        assert f"{path} can't be loaded: some of its weights are missing. Download it again." in line
+
+
+@pytest.mark.parametrize("kind", ["NaN", "infinity"])
+@pytest.mark.parametrize("dialect", ["by stock diffusers", "mixed ranks", "kohya"])
+def test_a_lora_that_is_not_finite_is_refused(model, lora_weights, refused, tmp_path, dialect, kind):
+    tensors, path = flat(lora_weights), tmp_path / "lora.safetensors"
+    down = next(key for key in tensors if key.endswith("to_k.lora_A.weight"))
+    up = down.replace("lora_A", "lora_B")
+    if dialect == "mixed ranks":
+        tensors |= {down: tensors[down][:1].clone(), up: tensors[up][:, :1].clone()}
+    elif dialect == "kohya":
+        name = "lora_unet_" + down.removeprefix("unet.").removesuffix(".lora_A.weight").replace(".", "_")
+        down, tensors = f"{name}.lora_down.weight", {
+            f"{name}.lora_down.weight": tensors[down], f"{name}.lora_up.weight": tensors[up],
+            f"{name}.alpha": torch.tensor(4.0),
+        }  # fmt: skip
+    save_file(tensors, path)
+    damage(path, down, kind)
+    line = refused(model, "--lora", path)
+    assert f"--lora {path}: 1 of its tensors are not finite, the first: {down}. " in line
+
+
+def test_another_vae_that_lacks_a_weight_is_refused(model, refused, tmp_path):
+    shutil.copytree(os.path.join(model, "vae"), tmp_path / "vae")
+    damage(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.weight", "missing")
+    assert f"{tmp_path / 'vae'} can't be loaded: the VAE lacks 1 of its weights" in refused(
+        model, "--vae", tmp_path / "vae"
+    )
+
+
+def test_a_controlnet_that_lacks_a_weight_is_refused(model, controlnet, photo, refused, tmp_path):
+    shutil.copytree(controlnet, tmp_path / "edges")
+    damage(tmp_path / "edges" / "diffusion_pytorch_model.safetensors", "conv_in.weight", "missing")
+    flags = ("--controlnet", tmp_path / "edges", "--image", photo, "--control", "canny")
+    assert f"{tmp_path / 'edges'} can't be loaded: the ControlNet lacks 1 of its weights" in refused(model, *flags)

@@ -1,0 +1,119 @@
+"""The answer of a run's page, from metrics and files made by hand."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from text_to_image_lora.reports import report_page, runs, sample_pictures, stopping
+
+
+def write_run(folder, losses, *, held_out=4, patience=None, num_steps=36, finished=False):
+    """Writes a run that was validated with these relative losses {step: loss}, judged as a run judges itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shifts = np.linspace(0.9, 1.1, max(held_out, 2))[:, None]
+    base = np.ones((max(held_out, 2), 8))
+    validation = stopping.Validation(base=base.tolist(), base_probe=base.tolist(), best=base.tolist())
+    rows = []
+    for step, loss in losses.items():
+        table = 1 + (loss - 1) * shifts * base
+        if step:
+            stopping.update_best(validation, table, step)
+        row = {"step": step, **stopping.make_metrics(table, table, validation, range(8))}
+        rows.append(row | stopping.metrics_of_best(validation))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"max_train_steps": num_steps, "early_stopping_patience": patience, "dataset": "0123"}
+    about = {"settings": settings, "dataset": {"validated": held_out, "shown": []}}
+    (folder / "about.json").write_text(json.dumps(about))
+    last = max(losses, default=0)
+    for place in ["best"] * (validation.best_step is not None) + [""] * finished:
+        (folder / place).mkdir(exist_ok=True)
+        step = str(validation.best_step if place else last)
+        save_file({"x": np.zeros(1)}, folder / place / "pytorch_lora_weights.safetensors", {"ss_steps": step})
+    return runs.make_answer(runs.read_run(folder))
+
+
+@pytest.mark.parametrize("losses", [{}, {0: 1.0}])
+def test_a_run_before_its_first_validation_is_not_judged_yet(tmp_path, losses):
+    answer = write_run(tmp_path, losses)
+    assert answer.sentence == "Not judged yet: so far, only the base model was validated."
+    assert (answer.judged, answer.waits, answer.best_step, answer.gain) == (False, True, None, None)
+
+
+def test_a_run_whose_steps_are_all_worse_is_judged(tmp_path):
+    answer = write_run(tmp_path, {0: 1.0, 3: 1.2})
+    assert answer.sentence.startswith("No step up to 3 was better than the base model. Lower --learning_rate")
+    assert (answer.judged, answer.waits) == (True, False)
+
+
+def test_a_run_that_holds_nothing_out_says_how_to_choose(tmp_path):
+    answer = write_run(tmp_path, {}, held_out=0)
+    assert (answer.sentence, answer.judged, answer.waits) == (runs.NOT_JUDGED, False, False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best_step"),
+    [
+        ({0: 1, 6: 0.931, 12: 0.871, 18: 0.861}, 18),
+        ({0: 1, 6: 0.931, 12: 0.871, 18: 0.872}, 12),
+        ({0: 1, 6: 0.999}, 6),
+    ],
+)
+def test_headline_and_curve_agree(tmp_path, losses, best_step):
+    answer = write_run(tmp_path, losses)
+    assert answer.best_step == best_step == min(losses, key=losses.get)
+    assert answer.gain == pytest.approx(100 * (1 - losses[best_step]))
+    assert answer.error is not None
+    assert f"{answer.gain:.1f} ± {answer.error:.1f}%" in answer.sentence
+
+
+FELL_THEN_ROSE = {0: 1.0, 6: 0.9, 12: 0.8, 15: 0.85, 18: 0.86}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stopped_early"),
+    [
+        (dict(patience=2, finished=True), True),
+        (dict(patience=None, finished=True), False),
+        (dict(patience=3, finished=True), False),
+        (dict(patience=2, finished=False), False),  # it was stopped in between
+        (dict(patience=2, finished=True, num_steps=18), False),  # patience ended where the steps did
+    ],
+)
+def test_an_early_stop_is_told(tmp_path, changes, stopped_early):
+    answer = write_run(tmp_path, FELL_THEN_ROSE, **changes)
+    assert answer.stopped_early == stopped_early
+    assert ("The run stopped early at step 18 of 36: " in answer.sentence) == stopped_early
+
+
+def test_metrics_of_an_earlier_version_have_no_error(tmp_path):
+    write_run(tmp_path, {0: 1.0, 6: 0.9})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("validation/best_standard_error", None)
+        row.pop("validation/sure_step", None)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = runs.make_answer(runs.read_run(tmp_path))
+    assert answer.sentence == "Best at step 6, 10.0% below the base model's loss; still improving."
+
+
+def test_cards_of_equal_prompts_are_told_apart_by_their_options(tmp_path):
+    """By whatever differs: guidance, size, negative prompt; the seed stands there anyway."""
+    write_run(tmp_path, {0: 1.0})
+    (tmp_path / "about.json").unlink()
+    different = [
+        {"guidance_scale": "2.0"},
+        {"guidance_scale": "9.0"},
+        {"negative_prompt": "rust", "guidance_scale": "9.0"},
+    ]
+    pictures = {
+        f"prompt-{place:02d}-0": (Image.new("RGB", (8, 8)), {"prompt": "a red axe", "seed": 3} | options)
+        for place, options in enumerate(different)
+    }
+    sample_pictures.save_pictures(tmp_path / "validation" / "step-000006", pictures)
+    text = report_page.write_page(tmp_path).read_text(encoding="utf-8")
+    notes = re.findall(r'<span class="quiet">seed 3</span> <span class="quiet">([^<]*)</span>', text)
+    assert notes == ["guidance 2.0", "guidance 9.0", "guidance 9.0, without rust"]

@@ -1,0 +1,160 @@
+"""YAML files of flags, as for --config: their text keeps its spelling, and the command line overrides them."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import InputError
+from .files import reason_of
+
+
+# YAML would convert all other plain words: 007 to 7, 12:30 to 750, no to False and 2024_01_15 to 20240115.
+CONVERTED = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def read_yaml(path: str | Path, flag: str) -> Any:
+    """Reads a YAML file whose values are text as it is spelled, as on a command line; only an empty value is None.
+
+    Raises `InputError` if the file can't be read, or a key is written twice. `flag` is the flag that names the file.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {
+            first: [row for row in rows if row[0] in CONVERTED]
+            for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    try:
+        loader = Loader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        check_keys(node, path, depth=2)
+        return None if node is None else loader.construct_document(node)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file ({flag}).{similar_file(path)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: it can't be read ({error.strerror or reason_of(error)}; {flag}).") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}).") from error
+
+
+def check_keys(node: Any, path: str | Path, depth: int) -> None:
+    """Raises `InputError` if a mapping has a key twice, of which YAML would only read the last, also `depth` - 1 levels below."""
+    if getattr(node, "id", None) != "mapping" or not depth:
+        return
+    lines = {}
+    for key, value in node.value:
+        first = lines.setdefault(key.value if isinstance(key.value, str) else id(key), key.start_mark.line)
+        if first != key.start_mark.line:
+            raise InputError(
+                f"{path}: '{key.value}' is written in lines {first + 1} and {key.start_mark.line + 1}. Keep one of them."
+            )
+        check_keys(value, path, depth - 1)
+
+
+def similar_file(path: str | Path) -> str:
+    """Returns a question that names the most similar file in the folder of `path`, or an empty string."""
+    folder = Path(path).parent
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    similar = difflib.get_close_matches(Path(path).name, names, n=1)
+    return f" Did you mean {folder / similar[0]}?" if similar else ""
+
+
+def read_flags(path: str, actions: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reads the flags in a YAML file and returns the command-line arguments of each.
+
+    Args:
+        path: The file.
+        actions: The argparse actions by the names of the flags.
+    """
+    values = read_yaml(path, "--config")
+    if not isinstance(values, dict | None):
+        raise InputError(f"{path}: it must hold one flag per line, such as 'rank: 16'.")
+    words = {}
+    for key, value in (values or {}).items():
+        if key not in actions:
+            similar = difflib.get_close_matches(str(key), actions, n=1)
+            hint = f" Did you mean {similar[0]}?" if similar else ""
+            raise InputError(f"{path}: there is no flag '{key}'.{hint}")
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict | list) or (part is None and parts is value) for part in parts):
+            raise InputError(
+                f"{path}: '{key}' must be one value or a list of values. Quote a value that is no plain text."
+            )
+        if value is None or value == []:
+            continue
+        if actions[key].nargs == 0:
+            switched = SWITCH_WORDS.get(str(value).lower())
+            if switched is None:
+                raise InputError(f"{path}: '{key}' is a switch: write true or false, not {value}.")
+            words[key] = [f"--{key}" if switched else f"--no-{key}"]
+        else:
+            words[key] = [f"--{key}", *map(str, value)] if parts is value else [f"--{key}={value}"]
+    return words
+
+
+class Conflict(NamedTuple):
+    """Two flags that exclude each other, or of which one makes the other ineffective.
+
+    If one of them is on the command line and the other in the file of --config, the latter is ignored. If both come from
+    the same place, the command is refused with the message `refusal`, in which {flag} stands for the value of a
+    flag; without a message, both are accepted.
+    """
+
+    first: str
+    second: str
+    refusal: str | None = None
+    clash: Callable[[Mapping[str, Any]], Any] | None = None  # by default, both values differ from their defaults
+    one_way: bool = False  # only the first on the command line overrides the second, not the other way round
+
+    def applies(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+        """Whether flags with these values conflict."""
+        if self.clash is not None:
+            return bool(self.clash(values))
+        return all(values[name] != defaults[name] for name in (self.first, self.second))
+
+    def overridden(self, on_command_line: set[str], in_file: set[str]) -> tuple[str, str] | None:
+        """Returns the flag on the command line and the flag in the file that it overrides, if there are such."""
+        for flag, other in [(self.first, self.second), (self.second, self.first)][: 1 if self.one_way else 2]:
+            if flag in on_command_line and other in in_file - on_command_line:
+                return flag, other
+        return None
+
+
+def override_file(
+    conflicts: Iterable[Conflict],
+    values: dict[str, Any],
+    defaults: Mapping[str, Any],
+    given: set[str],
+    in_file: set[str],
+) -> dict[str, str]:
+    """Returns the flags in the file that the command line overrides, each with the flag on the command line.
+
+    Args:
+        values: The values of all flags; those of the overridden flags are reset to their defaults.
+        given: The flags on the command line.
+        in_file: The flags in the file.
+    """
+    overridden = {}
+    for conflict in conflicts:
+        pair = conflict.overridden(given, in_file - overridden.keys())
+        if pair is not None and conflict.applies(values, defaults):
+            overridden[pair[1]] = pair[0]
+            values[pair[1]] = defaults[pair[1]]
+    return overridden
+
+
+class Remark(NamedTuple):
+    """A line to log if a flag differs from its default and other flags make it ineffective or harmful."""
+
+    flag: str
+    text: str  # follows the flag
+    applies: Callable[[Mapping[str, Any]], Any]  # to the values of all flags
+
+    def line(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
+        """Returns the line, or None if there is nothing to say."""
+        value = values[self.flag]
+        said = value not in (None, defaults[self.flag]) and self.applies(values)
+        return f"--{self.flag} {self.text}" if said else None

@@ -1,0 +1,160 @@
+"""Reads LoRA files into a diffusers pipeline, and chooses which of its LoRAs are active."""
+
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import InputError
+from ..models.dialects import COMPONENTS
+from .fits import check_fits
+from .rows import Lora
+
+
+# Keys that stock diffusers reads. transformers ignores the magnitudes of DoRA if their names lack `.weight`.
+STOCK_KEY = re.compile(
+    rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)"
+)
+
+
+def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
+    """Enables only these LoRAs in the pipeline, each with its scale."""
+    if loras:
+        pipe.set_adapters([lora.adapter for lora in loras], adapter_weights=[lora.scale for lora in loras])
+        pipe.enable_lora()
+    elif pipe.get_list_adapters():
+        pipe.disable_lora()
+
+
+@contextlib.contextmanager
+def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
+    """Draws with these LoRAs inside the context; the next context sets its own."""
+    set_loras(pipe, loras)
+    yield
+
+
+def stock_reads(lora: Lora) -> bool:
+    """Returns whether stock diffusers provably reads the file as what it says; others go through our converter.
+
+    diffusers uses a single scale, and a single kind of adapter (DoRA or not, with or without bias), for all layers of a
+    component. It reads a file with several of them wrongly without a warning, or fails.
+    """
+    from ..models.lora_file import ADAPTER_METADATA_KEY
+
+    if lora.path.suffix != ".safetensors":  # diffusers would unpickle a file named X.SAFETENSORS
+        return False
+    layers: dict[str, dict[str, set]] = {}  # {component: {layer: its tensors}}
+    ranks: dict[str, set[int]] = {}
+    for key, shape in lora.shapes.items():
+        if not (match := STOCK_KEY.fullmatch(key)):
+            return False
+        component, layer, leaf = match.groups()
+        layers.setdefault(component, {}).setdefault(layer, set()).add(leaf)
+        if leaf == "lora_A.weight":
+            ranks.setdefault(component, set()).add(shape[0])
+    try:
+        stored = json.loads(lora.header.get(ADAPTER_METADATA_KEY, "{}"))
+        return all(
+            len(ranks.get(component, ())) == 1
+            and all(leaves == next(iter(found.values())) for leaves in found.values())
+            and (not stored or _is_plain(stored, component, *ranks[component], *found.values()))
+            for component, found in layers.items()
+        )
+    except (ValueError, AttributeError):  # not the JSON that diffusers writes
+        return False
+
+
+def _is_plain(stored, component, rank, leaves, *_):
+    """Whether the configuration in the header gives all layers of a component the same scale, at this rank."""
+    config = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith(f"{component}.")}
+    return (
+        config.get("r") == rank
+        and isinstance(config.get("lora_alpha"), int | float)
+        and config.get("rank_pattern") == config.get("alpha_pattern") == {}
+        and not config.get("use_rslora")
+        and bool(config.get("use_dora")) == ("lora_magnitude_vector.weight" in leaves)
+        and bool(config.get("lora_bias")) == ("lora_B.bias" in leaves)
+    )
+
+
+def read_weights(lora: Lora) -> dict[str, Any] | None:
+    """Reads a LoRA that stock diffusers does not read as {key in the files of this project: tensor}; otherwise None.
+
+    Raises `InputError` if the file is not a LoRA of a supported kind, or holds NaN or infinities.
+    """
+    from ..models.lora_file import as_diffusers, check_finite
+
+    try:
+        if stock_reads(lora):
+            check_finite(lora.file)
+            return None
+        return as_diffusers(lora.path)[0]
+    except InputError as error:
+        raise InputError(f"--lora {error}") from error
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora], weights: dict[str, dict[str, Any] | None], clip_skip: int) -> None:
+    """Adds the LoRAs to the pipeline; raises `InputError` if a weight of their files does not fit.
+
+    `weights` are those of `read_weights`, {adapter: {key: tensor}}.
+    """
+    models = {name: pipe.components[name] for name in COMPONENTS if pipe.components.get(name)}
+    shapes = {f"{name}.{k}": v.shape for name, model in models.items() for k, v in model.state_dict().items()}
+    check_fits(shapes, loras, clip_skip, pipe.vae.config.latent_channels)
+    warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # from the previous LoRA
+    warnings.filterwarnings("ignore", "`lora_bias=True` was passed", UserWarning)  # it concerns merging only
+    for lora in loras:
+        own = weights.get(lora.adapter)
+        misfit = f"--lora {lora.path} does not fit this base model"
+        without_dora: list[str] = []
+        if own is None:
+            source, options = str(lora.path.parent), {"weight_name": lora.path.name}
+        else:
+            source, without_dora = _with_dora_everywhere(own)
+            options = {}
+        try:
+            pipe.load_lora_weights(source, adapter_name=lora.adapter, **options)
+        except (
+            Exception
+        ) as error:  # peft, diffusers and transformers raise many kinds for sizes and names that don't match
+            raise InputError(f"{misfit}: {type(error).__name__}: {str(error)[:300]}") from error
+        _remove_dora(models, lora.adapter, without_dora)
+        # diffusers and transformers only warn about a weight that does not fit.
+        in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in own or lora.shapes)
+        pattern = re.compile(rf".+\.lora_[AB]\.{lora.adapter}\.weight")
+        placed = sum(bool(pattern.fullmatch(name)) for m in models.values() for name, _ in m.named_parameters())
+        if placed != in_file:
+            counts = f"{in_file} weights in the file, {placed} in the model"
+            raise InputError(f"{misfit}: {counts}. Pass the base that it was trained on.")
+
+
+def _with_dora_everywhere(weights):
+    """Returns a copy of the weights in which all layers of a component have DoRA if one has it, and the added layers.
+
+    diffusers can't load a LoRA in which only some layers have DoRA; `_remove_dora` makes the added ones plain again.
+    """
+    ends = {"down": ".lora_A.weight", "up": ".lora_B.weight", "magnitude": ".lora_magnitude_vector.weight"}
+    layers = [key.removesuffix(ends["down"]) for key in weights if key.endswith(ends["down"])]
+    with_dora = {layer for layer in layers if layer + ends["magnitude"] in weights}
+    components = {layer.partition(".")[0] for layer in with_dora}
+    added = [layer for layer in layers if layer.partition(".")[0] in components and layer not in with_dora]
+    whole = dict(weights)
+    for layer in added:
+        up = weights[layer + ends["up"]]
+        shape = (1, len(up), 1, 1) if up.dim() == 4 else (len(up),)
+        whole[layer + ends["magnitude"]] = up.new_ones(shape)
+    return whole, added
+
+
+def _remove_dora(models, adapter, layers):
+    """Turns the adapters of these layers, {component}.{name in the LoRA file}, into plain LoRA."""
+    for layer in layers:
+        component, _, name = layer.partition(".")
+        model = models[component]
+        if not hasattr(model, "text_model"):  # a level of the names that transformers 5.6 removed
+            name = name.removeprefix("text_model.")
+        module = model.get_submodule(name)
+        del module.lora_variant[adapter], module.lora_magnitude_vector[adapter]
+        module.use_dora[adapter] = False
