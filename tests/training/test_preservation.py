@@ -268,3 +268,27 @@ def test_wrong_flags(flags, reason):
     with pytest.raises(InputError) as raised:
         train_script.parse_settings(["--pretrained_model_name_or_path", "x", "--train_data_dir", "y", *flags])
     assert reason in str(raised.value)
+
+
+def test_the_triggers_of_folders_name_the_concept(tmp_path):
+    """Several folders have several triggers; a metadata file in a folder of such a name has captions of its own."""
+    from conftest import read_records
+
+    from text_to_image_lora.pictures.layouts import triggers_of
+
+    for name in ("[sks]_[red dog]", "[ohwx]_[cat]"):
+        write_pictures(tmp_path / "set" / name, count=2)
+        (tmp_path / "set" / name / "metadata.jsonl").unlink()
+    records = read_records(tmp_path / "set", caption_prefix="photo, ")
+    assert sorted(triggers_of(records, CaptionSettings(caption_prefix="photo, "))) == ["ohwx", "sks"]
+    other = read_records(write_pictures(tmp_path / "other" / "[axe]_[thing]", count=2, captions=["an axe, red"]))
+    assert triggers_of(other, CaptionSettings()) == ()
+
+
+def test_a_run_on_folders_with_triggers(train, tmp_path, capsys):
+    folder = write_pictures(tmp_path / "set" / "[sks]_[dog]", count=3)
+    (folder / "metadata.jsonl").unlink()
+    train(train_data_dir=tmp_path / "set", preservation="output")
+    assert (
+        "preservation: 'sks dog' is also trained as 'dog', with the base model's prediction" in capsys.readouterr().out
+    )

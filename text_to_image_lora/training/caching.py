@@ -285,7 +285,7 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
     training, validated = CachedSet(pictures, None, None), []
     with trials.base_moved_to_cpu(models.denoiser, accelerator.device):
         if run.variations:
-            all_captions = captions_to_cache(pictures, captions, make_concept_remover(settings))
+            all_captions = captions_to_cache(pictures, captions, make_concept_remover(settings, pictures.records))
             training = CachedSet(pictures, *cache.build(pictures, run.variations, all_captions, accelerator))
         if run.validated is not None:
             probe = pick_probe(run.pictures, len(run.validated), run.seed)

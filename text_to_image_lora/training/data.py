@@ -205,6 +205,6 @@ def make_run_loader(settings: Any, run: Any, cached: Any, num_train_timesteps: i
     draws = Draws(run.seed, num_train_timesteps, settings.captions, settings.timesteps, settings.loss)
     training_set = TrainingSet(
         cached.pictures, run.base, draws, latents=cached.latents, prompts=cached.prompts,
-        remove_concept=make_concept_remover(settings), named=settings.tracking.debug_loss,
+        remove_concept=make_concept_remover(settings, cached.pictures.records), named=settings.tracking.debug_loss,
     )  # fmt: skip
     return make_loader(training_set, run.sampler, settings.batches.dataloader_num_workers, device)

@@ -76,7 +76,9 @@ def _cache_bytes(settings, pictures, base, num_chunks):
     captions = (
         []
         if trains_text_encoder
-        else caching.captions_to_cache(pictures, settings.captions, inputs.make_concept_remover(settings))
+        else caching.captions_to_cache(
+            pictures, settings.captions, inputs.make_concept_remover(settings, pictures.records)
+        )
     )
     dtype = torch.float32 if settings.speed.precision == "no" else torch.float16  # bfloat16 has the same size
     return caching.count_cache_bytes(

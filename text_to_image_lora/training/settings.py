@@ -334,6 +334,10 @@ class PreservationSettings:
     """Preservation of how the base model draws prompts without the concept."""
 
     title: ClassVar = "preservation"
+    remarks: ClassVar = tuple(
+        Remark(name, "has no effect without --preservation", lambda flags: flags["preservation"] is None)
+        for name in ("preservation_weight", "preservation_share")
+    )
     # fmt: off
     preservation: str | None = flag(None, "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["output"])
     preservation_weight: float = flag(1.0, "weight of the preservation loss; the diffusion loss has weight 1", above(0))
