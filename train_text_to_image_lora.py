@@ -64,6 +64,7 @@ from text_to_image_lora.training.settings import (
     CheckpointSettings,
     LossSettings,
     OptimizerSettings,
+    PreservationSettings,
     RunSettings,
     ScheduleSettings,
     SpeedSettings,
@@ -89,6 +90,7 @@ class Settings:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     loss: LossSettings
+    preservation: PreservationSettings
     timesteps: TimestepSettings
     speed: SpeedSettings
     checkpoints: CheckpointSettings
@@ -138,7 +140,16 @@ def main(settings: Settings) -> None:
         from text_to_image_lora.reports import model_card
         from text_to_image_lora.reports.reports import start_reports
         from text_to_image_lora.reports.sample_pictures import make_painter
-        from text_to_image_lora.training import batch_size, caching, data, objective, processes, resume, trials
+        from text_to_image_lora.training import (
+            batch_size,
+            caching,
+            data,
+            objective,
+            preservation,
+            processes,
+            resume,
+            trials,
+        )
         from text_to_image_lora.training.accelerator import make_accelerator
         from text_to_image_lora.training.learning import Learning
         from text_to_image_lora.training.perceptual import make_perceptual_loss
@@ -197,6 +208,7 @@ def main(settings: Settings) -> None:
                 input_noise = noise + loss_settings.input_perturbation * batch["perturbation"]
             noisy_latents = diffusion.add_noise(latents, input_noise, timesteps)
             target = diffusion.target(latents, noise, timesteps)
+            target = preservation.with_base_predictions(target, models, noisy_latents, batch)
             weights = batch["weights"] * diffusion.weights(timesteps, loss_settings)
             if settings.lora.lora_dropout:
                 torch.manual_seed(data.derive_seed(run.seed, step, micro_step, rank))

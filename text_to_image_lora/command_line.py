@@ -61,6 +61,11 @@ def above(least: float, kind: type = float) -> Number:
     return Number(kind, f"more than {least} and finite", lambda value: least < value < float("inf"))
 
 
+def above_up_to(least: float, most: float, kind: type = float) -> Number:
+    """A number in the half-open interval (least, most]."""
+    return Number(kind, f"more than {least} and at most {most}", lambda value: least < value <= most)
+
+
 def from_up_to(least: float, end: float, kind: type = float) -> Number:
     """A number in the half-open interval [least, end)."""
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)

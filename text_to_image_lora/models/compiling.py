@@ -1,7 +1,7 @@
 """`torch.compile` for training steps; validation and sample pictures run uncompiled.
 
 Shapes are static: each picture size has its own graph, and a smaller batch, such as the last batch of an epoch, runs
-uncompiled. Compiled code is cached on disk for later runs.
+uncompiled. A batch is larger, with a graph of its own, by the samples of --preservation. Compiled code is cached on disk for later runs.
 """
 
 import os
@@ -16,7 +16,7 @@ OPTIONS = {"blocks": {}, "full": {}, "graphs": {"mode": "reduce-overhead"}}
 
 
 def compile_steps(denoiser: Any, how: str, batch_size: int, folder: str | Path) -> None:
-    """Compiles the forward passes of a denoiser that have gradients and `batch_size` samples.
+    """Compiles the forward passes of a denoiser that have gradients and at least `batch_size` samples.
 
     Must be called before DDP or Accelerate wrap the denoiser. `folder` is the cache of the compiler.
     """
@@ -41,7 +41,7 @@ def _for_full_batches(forward, batch_size, options):
     compiled = torch.compile(forward, dynamic=False, **options)
 
     def choose(hidden_states, *others, **named):
-        trains = torch.is_grad_enabled() and len(hidden_states) == batch_size
+        trains = torch.is_grad_enabled() and len(hidden_states) >= batch_size
         return (compiled if trains else forward)(hidden_states, *others, **named)
 
     return choose

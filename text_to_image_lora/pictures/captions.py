@@ -1,18 +1,87 @@
 """Edits captions before they are encoded."""
 
+import logging
 import re
 import zlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+from ..errors import InputError
 from .settings import CaptionSettings
+
+
+logger = logging.getLogger(__name__)
+PAIRS_SHOWN = 3
 
 
 def edit_caption(caption: str, settings: CaptionSettings) -> str:
     """Adds the trigger word in front, unless the caption contains it as a whole word, and the prefix and the suffix."""
     trigger = settings.trigger_word
-    if trigger and not re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if trigger and not _whole_words(trigger).search(caption):
         caption = f"{trigger}, {caption}"
     return f"{settings.caption_prefix}{caption}{settings.caption_suffix}"
+
+
+def _whole_words(phrase):
+    """A pattern that finds a phrase where it does not start or end inside a word, in upper or lower case."""
+    words = r"\s+".join(map(re.escape, phrase.split()))
+    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+
+
+def leave_out_phrase(caption: str, phrase: str) -> str:
+    """Returns the caption without a phrase and without the comma and spaces that belong to it."""
+    without = _whole_words(phrase).sub("\0", caption)
+    if without == caption:
+        return caption
+    tags = [re.sub(r"\s*\0\s*", " ", tag).strip() if "\0" in tag else tag.strip() for tag in without.split(",")]
+    return ", ".join(tag for tag in tags if tag)
+
+
+class ConceptRemover(NamedTuple):
+    """Turns a caption into one without the concept.
+
+    Args:
+        phrases: The phrases that name the concept.
+        prompt: The result for every caption, with `{caption}` for the caption without the phrases; None for just that.
+        otherwise: The result for captions that contain none of the phrases.
+    """
+
+    phrases: tuple[str, ...]
+    prompt: str | None = None
+    otherwise: str = ""
+
+    def finds(self, caption: str) -> bool:
+        """Whether the caption contains one of the phrases."""
+        return any(_whole_words(phrase).search(caption) for phrase in self.phrases)
+
+    def __call__(self, caption: str) -> str:
+        without = caption
+        for phrase in self.phrases:
+            without = leave_out_phrase(without, phrase)
+        if self.prompt is not None:
+            return self.prompt.replace("{caption}", without)
+        return without if self.finds(caption) else self.otherwise
+
+
+def check_concept_remover(remove_concept: ConceptRemover, captions: Iterable[str]) -> None:
+    """Logs what captions become without the concept; raises `InputError` if nothing in them names it."""
+    pairs = {caption: remove_concept(caption) for caption in captions}
+    if remove_concept.prompt is None:
+        finds = sum(map(remove_concept.finds, pairs))
+        if not finds and (remove_concept.phrases or not remove_concept.otherwise):
+            named = " or ".join(f"'{phrase}'" for phrase in remove_concept.phrases)
+            reason = f"contains {named}" if named else "is known to name the concept"
+            raise InputError(
+                f"--preservation: no caption {reason}; the first is '{next(iter(pairs))}'. Name the concept by "
+                "--concept_phrases as the captions do, or write a caption without it: --preservation_prompt TEXT."
+            )
+        if finds < len(pairs):
+            logger.info(
+                f"preservation: {len(pairs) - finds} of {len(pairs)} different captions contain no phrase of the concept; "
+                f"their samples are also trained as '{remove_concept.otherwise}'"
+            )
+    for caption, without in list(pairs.items())[:PAIRS_SHOWN]:
+        logger.info(f"preservation: '{caption}' is also trained as '{without}', with the base model's prediction")
 
 
 def vary_tags(caption: str, rng: Any, settings: CaptionSettings) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import counted, printable, read_text
+from .captions import edit_caption
 from .names import METADATA_NAMES, CaptionFiles, has_caption_files, is_mask, is_picture, mask_beside, reason_against
 from .settings import LAYOUTS, CaptionSettings, DataSettings
 from .tables import nonempty_captions
@@ -221,6 +222,18 @@ def _trigger_and_caption(folder, name, caption_template):
     return trigger, caption_template.format_map(
         {"trigger": trigger, "class": (match[2] or match[4]).replace("_", " ")}
     )
+
+
+def triggers_of(records: Any, captions: CaptionSettings) -> tuple[str, ...]:
+    """Returns the different triggers of records whose captions come from folders named [trigger]_[class]."""
+    found = {}
+    for source, group in zip(records["source"], records["captions"], strict=True):
+        folder = Path(source).parent.resolve()
+        if TRIGGER_CLASS.fullmatch(folder.name):
+            trigger, caption = _trigger_and_caption(folder, folder.name, captions.caption_template)
+            if group == [edit_caption(caption, captions)]:
+                found[trigger] = None
+    return tuple(found)
 
 
 def mask_paths(row: dict[str, Any]) -> set[str]:

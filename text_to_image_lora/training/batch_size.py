@@ -1,6 +1,5 @@
 """The batch size of the run, settled before anything is encoded."""
 
-import functools
 import logging
 from typing import Any
 
@@ -28,8 +27,9 @@ def settle(settings: Any, run: Any, models: Any, accelerator: Any) -> trials.Tri
     shapes = trials.find_shapes(run.pictures, index, base, run.identity["num_chunks"])
     dtype, autocast = next(denoiser.parameters()).dtype, run.lora.needs_autocast
     trial = trials.Trial(
-        base.family, denoiser, trainable_parameters(denoiser), shapes, dtype, device, autocast=autocast
-    )
+        base.family, denoiser, trainable_parameters(denoiser), shapes, dtype, device, autocast=autocast,
+        most_preserved=settings.preservation.most,
+    )  # fmt: skip
     if batches.is_auto and device.type != "cuda" and base.kind == "file" and base.single_file_config is None:
         raise InputError(
             "--train_batch_size auto needs the configuration of the base model here. Add --single_file_config FOLDER."
@@ -42,8 +42,12 @@ def settle(settings: Any, run: Any, models: Any, accelerator: Any) -> trials.Tri
             sizes = [run.state.batch_size]
         else:
             sizes = trials.candidate_batch_sizes(limit)
-        needs = functools.partial(memory.estimate, base, shapes, memory.make_plan(settings, base, dtype))
-        return trials.first_that_fits(trial, device, sizes, heaviest, lambda: needs().further_sample)
+
+        def bytes_per_picture():
+            needs = memory.estimate(base, shapes, memory.make_plan(settings, base, dtype))
+            return needs.further_sample * (1 + settings.preservation.share)
+
+        return trials.first_that_fits(trial, device, sizes, heaviest, bytes_per_picture)
 
     with trials.moved_to_cpu(_idle_in_steps(settings, run, models), device):
         size = processes.broadcast_from_main(find_size, accelerator)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .settings import NO_PRESERVATION, PreservationSettings
+
 
 class Epoch(NamedTuple):
     """The samples of an epoch, before shuffling."""
@@ -32,6 +34,7 @@ class Sample(NamedTuple):
     step: int
     position: int  # in the effective batch
     weight: float  # of its loss; 0 for a filler
+    preserves: bool = False  # its caption is without the concept, and its target is the base model's prediction
 
 
 def repeat_pictures(
@@ -91,15 +94,20 @@ class EffectiveBatchSampler:
 
     The weights of a step's samples, over all ranks and micro-batches, sum to `world_size`, because DDP averages over the
     ranks. With `loss_weights` they are proportional to the pictures' weights, and sum to `world_size` on average.
+
+    Samples that `preservation` includes are repeated at the end of their micro-batch, with `preserves`; which samples these
+    are does not depend on the division.
     """
 
-    def __init__(self, epoch: Epoch, division: Division):
+    def __init__(
+        self, epoch: Epoch, division: Division, preservation: PreservationSettings = NO_PRESERVATION
+    ):  # fmt: skip
         self.samples = np.asarray(epoch.samples)
         count = self.samples.max() + 1
         self.groups = np.zeros(count, dtype=int) if epoch.groups is None else np.asarray(epoch.groups)
         weights = np.ones(count) if epoch.loss_weights is None else np.asarray(epoch.loss_weights, dtype=float)
         self.loss_weights = weights / weights[self.samples].mean()
-        self.seed = epoch.seed
+        self.seed, self.preservation = epoch.seed, preservation
         self.batch_size = division.batch_size
         self.rank = division.rank
         self.world_size = division.world_size
@@ -145,7 +153,17 @@ class EffectiveBatchSampler:
                 real = position < count
                 index = indices[position if real else first]
                 batch.append(Sample(int(index), step, position, float(weights[position]) if real else 0.0))
-            yield batch
+            yield batch + self._repeated(batch, count)
+
+    def _repeated(self, batch, count):
+        """The preserved samples of a micro-batch of a step with `count` samples; a filler is not preserved."""
+        weight = self.preservation.sample_weight
+        numbers = [sample.step * self.effective_batch_size + sample.position for sample in batch]
+        return [
+            sample._replace(preserves=True, weight=sample.weight * weight)
+            for sample, number in zip(batch, numbers, strict=True)
+            if sample.position < count and self.preservation.includes(number)
+        ]
 
     def __iter__(self) -> Iterator[list[Sample]]:
         for step in range(self.first_step, self.num_steps):
@@ -153,8 +171,9 @@ class EffectiveBatchSampler:
 
 
 def make_batch_sampler(
-    pictures: Any, seed: int, division: Division, *, balanced: bool = False, prior_loss_weight: float = 1.0
-) -> EffectiveBatchSampler:
+    pictures: Any, seed: int, division: Division, *, balanced: bool = False, prior_loss_weight: float = 1.0,
+    preservation: PreservationSettings = NO_PRESERVATION,
+) -> EffectiveBatchSampler:  # fmt: skip
     """Creates the sampler of a `PictureSet`, with pictures of one size in each step.
 
     With `balanced`, all concepts have equal numbers of samples. `prior_loss_weight` is the weight of each class picture.
@@ -166,4 +185,4 @@ def make_batch_sampler(
     numbers = {size: number for number, size in enumerate(sorted(set(pictures.sizes)))}
     groups = [numbers[size] for size in pictures.sizes]
     weights = [prior_loss_weight if is_class else 1.0 for is_class in pictures.is_class]
-    return EffectiveBatchSampler(Epoch(samples, seed, groups, weights), division)
+    return EffectiveBatchSampler(Epoch(samples, seed, groups, weights), division, preservation)

@@ -28,7 +28,7 @@ from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
 from .conditions import make_picture_condition
-from .inputs import with_cached_tag_orders
+from .inputs import make_concept_remover, with_cached_tag_orders
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
 
 
@@ -150,10 +150,13 @@ def count_prompt_bytes(shards: list[Shard], condition_shapes: dict[str, tuple], 
     return sum(len(shard.entries) for shard in shards) * row * dtype.itemsize
 
 
-def captions_to_cache(pictures: Any, settings: CaptionSettings) -> list[str]:
-    """Returns every caption that a sample can draw, including the empty caption of caption dropout."""
+def captions_to_cache(
+    pictures: Any, settings: CaptionSettings, remove_concept: Callable[[str], str] | None = None
+) -> list[str]:
+    """Returns every caption that a sample can draw: also the empty caption of caption dropout, and those without the concept."""
     captions = [caption for group in pictures.captions for caption in group]
-    return [*captions, ""] if settings.caption_dropout > 0 else captions
+    dropped = [""] if settings.caption_dropout > 0 else []
+    return captions + dropped + ([] if remove_concept is None else [*map(remove_concept, captions)])
 
 
 def count_cache_bytes(
@@ -282,8 +285,8 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
     training, validated = CachedSet(pictures, None, None), []
     with trials.base_moved_to_cpu(models.denoiser, accelerator.device):
         if run.variations:
-            cached = cache.build(pictures, run.variations, captions_to_cache(pictures, captions), accelerator)
-            training = CachedSet(pictures, *cached)
+            all_captions = captions_to_cache(pictures, captions, make_concept_remover(settings, pictures.records))
+            training = CachedSet(pictures, *cache.build(pictures, run.variations, all_captions, accelerator))
         if run.validated is not None:
             probe = pick_probe(run.pictures, len(run.validated), run.seed)
             for part in (run.validated.for_validation(), probe.for_validation()):

@@ -7,6 +7,7 @@ and all are made on the CPU.
 
 import atexit
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..pictures.captions import vary_tags
 from ..pictures.settings import CaptionSettings
 from . import interruption
 from .conditions import make_picture_condition
+from .inputs import make_concept_remover
 from .settings import LossSettings, TimestepSettings
 
 
@@ -48,15 +50,17 @@ class TrainingSet(torch.utils.data.Dataset):
         base: The `BaseModel`.
         latents: The `CachedLatents`, or None: then items have "pixels", which the training loop encodes.
         prompts: The `CachedPrompts`, or None: then items have "captions", which the training loop encodes.
+        remove_concept: The `ConceptRemover` for the captions of samples that preserve the base model.
         named: Whether items have the "names" of their files.
     """
 
     def __init__(
-        self, pictures: Any, base: Any, draws: Draws, *, latents: Any = None, prompts: Any = None, named: bool = False
-    ):
+        self, pictures: Any, base: Any, draws: Draws, *, latents: Any = None, prompts: Any = None,
+        remove_concept: Callable[[str], str] | None = None, named: bool = False,
+    ):  # fmt: skip
         self.pictures, self.base = pictures, base
         self.draws, self.named = draws, named
-        self.latents, self.prompts = latents, prompts
+        self.latents, self.prompts, self.remove_concept = latents, prompts, remove_concept
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -92,9 +96,8 @@ class TrainingSet(torch.utils.data.Dataset):
             out["perceptual_timesteps"] = torch.randint(draws.num_train_timesteps, (), generator=own)
             out["perceptual_noise"] = torch.randn(latent_shape, generator=own)
         if self.named:
-            out["names"] = Path(pictures.records[index]["image"]["path"] or f"picture {index}").name
-        captions = pictures.captions[index]
-        caption = "" if is_dropped else captions[which_caption % len(captions)]
+            name = Path(pictures.records[index]["image"]["path"] or f"picture {index}").name
+            out["names"] = f"preserved_{name}" if sample.preserves else name
         condition = {}
         if self.latents is not None:
             row, condition = self.latents.row(index, which_variation)
@@ -105,12 +108,29 @@ class TrainingSet(torch.utils.data.Dataset):
             if pictures.masked:  # rounded as in the cache
                 mask = pictures.mask(index, which_variation, self.base.vae_factor)
                 out["mask"] = torch.from_numpy(mask)[None].float()
+        if self.remove_concept is not None:
+            out["preserves"] = torch.tensor(sample.preserves)
+            if sample.preserves and "mask" in out:
+                out["mask"] = torch.ones_like(out["mask"])
+        caption = self._caption(sample, which_caption, is_dropped)
         if self.prompts is not None:
             condition |= self.prompts.row(caption)
         else:
-            rng, rules = np.random.default_rng(which_caption), draws.captions
-            out["captions"] = vary_tags(caption, rng, rules) if rules.varies_tags else caption
+            out["captions"] = caption
         return out | {"condition": condition}
+
+    def _caption(self, sample, which_caption, is_dropped):
+        """The caption of a sample; captions that are encoded live are varied here, those in the cache are varied already."""
+        captions, rules = self.pictures.captions[sample.index], self.draws.captions
+        if is_dropped and not sample.preserves:
+            return ""
+        caption = captions[which_caption % len(captions)]
+        if self.prompts is None and rules.varies_tags:
+            caption = vary_tags(caption, np.random.default_rng(which_caption), rules)
+        if sample.preserves and not self.pictures.is_class[sample.index]:
+            assert self.remove_concept is not None
+            caption = self.remove_concept(caption)
+        return caption
 
 
 class Packed:
@@ -155,10 +175,11 @@ class Packed:
         return self
 
     def on(self, device: torch.device) -> dict[str, Any]:
-        """Returns the batch with its tensors on the device, and also "timesteps_on_cpu"."""
+        """Returns the batch with its tensors on the device, and also "timesteps_on_cpu" and "preserves_on_cpu"."""
         memory = self.memory.to(device, non_blocking=device.type == "cuda")
         batch = self._unpack(self.layout, memory)
-        return batch | {"timesteps_on_cpu": self._unpack(self.layout["timesteps"], self.memory)}
+        on_cpu = {name: self.layout[name] for name in ("timesteps", "preserves") if name in self.layout}
+        return batch | {f"{name}_on_cpu": part for name, part in self._unpack(on_cpu, self.memory).items()}
 
 
 def collate_packed(samples: list[dict[str, Any]]) -> Packed:
@@ -184,6 +205,6 @@ def make_run_loader(settings: Any, run: Any, cached: Any, num_train_timesteps: i
     draws = Draws(run.seed, num_train_timesteps, settings.captions, settings.timesteps, settings.loss)
     training_set = TrainingSet(
         cached.pictures, run.base, draws, latents=cached.latents, prompts=cached.prompts,
-        named=settings.tracking.debug_loss,
+        remove_concept=make_concept_remover(settings, cached.pictures.records), named=settings.tracking.debug_loss,
     )  # fmt: skip
     return make_loader(training_set, run.sampler, settings.batches.dataloader_num_workers, device)

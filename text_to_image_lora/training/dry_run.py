@@ -73,7 +73,13 @@ def _cache_bytes(settings, pictures, base, num_chunks):
         return 0
     pictures = inputs.with_cached_tag_orders(settings, pictures)
     trains_text_encoder = settings.lora.train_text_encoder
-    captions = [] if trains_text_encoder else caching.captions_to_cache(pictures, settings.captions)
+    captions = (
+        []
+        if trains_text_encoder
+        else caching.captions_to_cache(
+            pictures, settings.captions, inputs.make_concept_remover(settings, pictures.records)
+        )
+    )
     dtype = torch.float32 if settings.speed.precision == "no" else torch.float16  # bfloat16 has the same size
     return caching.count_cache_bytes(
         pictures, base, variations=variations, captions=captions, num_chunks=num_chunks, dtype=dtype
@@ -89,4 +95,5 @@ def _memory(settings, base, pictures, sampler, num_chunks, is_known):
     plan = memory.make_plan(settings, base, modules.dtype_of(settings.speed.precision))
     needs = memory.estimate(base, shapes, plan)
     device_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return needs, ["", *memory.format_needs(needs, batch_size, ways_to_save_memory(settings), device_bytes)]
+    ways, preserved = ways_to_save_memory(settings), settings.preservation.most(batch_size)
+    return needs, ["", *memory.format_needs(needs, batch_size, ways, device_bytes, preserved=preserved)]

@@ -11,8 +11,8 @@ from ..errors import InputError
 from ..files import check_writable
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
-from ..pictures.captions import tag_variations
-from ..pictures.layouts import ReadOptions
+from ..pictures.captions import ConceptRemover, check_concept_remover, tag_variations
+from ..pictures.layouts import ReadOptions, triggers_of
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
@@ -43,6 +43,9 @@ def find_inputs(settings: Any) -> Inputs:
     base = find_base(settings)
     with log.collect_messages("pictures") as notes:
         records, validation_records = find_records(settings, leave_out)
+        if (remove_concept := make_concept_remover(settings, records)) is not None:
+            own = records.filter(lambda row: not row["is_class"]) if any(records["is_class"]) else records
+            check_concept_remover(remove_concept, (caption for group in own["captions"] for caption in group))
     check_rest(settings, base)
     return Inputs(base, records, validation_records, left_out, notes)
 
@@ -83,6 +86,17 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
         class_pictures = load_records(ReadOptions(class_data, captions, None, archives, leave_out))
         records = with_class_pictures(records, class_pictures)
     return records, validation_records
+
+
+def make_concept_remover(settings: Any, records: Any) -> ConceptRemover | None:
+    """Returns what removes the concept from the captions of records for --preservation, or None without it."""
+    preservation, trigger = settings.preservation, settings.captions.trigger_word
+    if preservation.preservation is None:
+        return None
+    phrases = preservation.concept_phrases or (() if trigger is None else (trigger,))
+    phrases = phrases or triggers_of(records, settings.captions)
+    otherwise = settings.class_pictures.class_prompt or ""
+    return ConceptRemover(phrases, preservation.preservation_prompt, otherwise)
 
 
 def check_rest(settings: Any, base: Any) -> None:

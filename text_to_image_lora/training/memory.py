@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..files import format_bytes
+from ..files import counted, format_bytes
 from ..models import lean, loading, lora
 from ..models.latents import encoded_at_once
 from ..models.settings import LoraSettings
@@ -82,18 +82,25 @@ class Needs(NamedTuple):
     sample_pictures: int  # while drawing sample pictures; 0 without them
     encoding_in_steps: int = 0  # if each step encodes its pictures
 
-    def steps(self, batch_size: int) -> int:
-        return max(self.step + (batch_size - 1) * self.further_sample, self.encoding_in_steps)
+    def steps(self, num_samples: int) -> int:
+        """The bytes of a training step; `num_samples` includes the samples of --preservation."""
+        return max(self.step + (num_samples - 1) * self.further_sample, self.encoding_in_steps)
 
-    def peak(self, batch_size: int) -> int:
-        return max(self.encoding, self.steps(batch_size), self.sample_pictures)
+    def peak(self, num_samples: int) -> int:
+        return max(self.encoding, self.steps(num_samples), self.sample_pictures)
 
 
-def format_needs(needs: Needs, batch_size: int, ways: str, device_bytes: int | None = None) -> list[str]:
-    """Returns the lines of the report; they suggest `ways` to save memory if `device_bytes` are too few."""
-    peak = needs.peak(batch_size)
-    lines = [f"memory: {format_bytes(needs.steps(batch_size))} in a training step of batch {batch_size}, and "
-             f"{format_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
+def format_needs(
+    needs: Needs, batch_size: int, ways: str, device_bytes: int | None = None, *, preserved: int = 0
+) -> list[str]:
+    """Returns the lines of the report; they suggest `ways` to save memory if `device_bytes` are too few.
+
+    `preserved` is the number of further samples of the batch for --preservation.
+    """
+    peak = needs.peak(batch_size + preserved)
+    further = f" with {counted(preserved, 'preserved sample')}" if preserved else ""
+    lines = [f"memory: {format_bytes(needs.steps(batch_size + preserved))} in a training step of batch {batch_size}{further}, "
+             f"and {format_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
     phases = {"while encoding": needs.encoding, "while drawing sample pictures": needs.sample_pictures}
     lines += [f"        {format_bytes(size)} {phase}" for phase, size in phases.items() if size]
     lines.append(

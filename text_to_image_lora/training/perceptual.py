@@ -12,6 +12,7 @@ import torch
 
 from ..models.lora import without_adapters
 from .objective import Diffusion
+from .preservation import num_preserved
 from .settings import LossSettings
 
 
@@ -107,16 +108,20 @@ class PerceptualLoss:
     ) -> torch.Tensor:
         """Returns the weighted sum of the samples' losses; prediction, clean latents and noise are (N, C, h, w).
 
+        Samples at the end of the batch that preserve the base model have no perceptual loss.
+
         `noise` is that of the target, without input perturbation. `batch` has "weights" and "timesteps"; for "self" also
         "perceptual_noise", "perceptual_timesteps" and "condition".
         """
-        timesteps, weights = batch["timesteps"], batch["weights"]
+        own = slice(len(latents) - num_preserved(batch))
+        model_pred, latents, noise = model_pred[own], latents[own], noise[own]
+        timesteps, weights = batch["timesteps"][own], batch["weights"][own]
         noisy_latents = self.diffusion.add_noise(latents, noise, timesteps)
         predicted = self.diffusion.clean_estimate(noisy_latents, model_pred, timesteps)
         if self.loss.perceptual_loss == "self":
             return (self._self_loss(predicted, latents, batch) * weights).sum()
         # Uses the timesteps on the CPU, as reading them from the device would wait for it.
-        seen = (batch["timesteps_on_cpu"] < self.loss.perceptual_max_timestep).nonzero()[:, 0]
+        seen = (batch["timesteps_on_cpu"][own] < self.loss.perceptual_max_timestep).nonzero()[:, 0]
         if not len(seen):
             return predicted.sum() * 0
         seen = seen.to(timesteps.device, non_blocking=timesteps.device.type == "cuda")
@@ -128,8 +133,9 @@ class PerceptualLoss:
         This is the self-perceptual objective of Lin and Yang, 2023, https://arxiv.org/abs/2401.00110. Both latents get equal
         noise at equal timesteps, which are drawn for this loss.
         """
-        noise, timesteps = batch["perceptual_noise"], batch["perceptual_timesteps"]
-        condition = {name: value.detach() for name, value in batch["condition"].items()}
+        count = len(clean)
+        noise, timesteps = batch["perceptual_noise"][:count], batch["perceptual_timesteps"][:count]
+        condition = {name: value[:count].detach() for name, value in batch["condition"].items()}
 
         def features(latents):
             seen = self.diffusion.add_noise(latents, noise, timesteps).to(self.dtype)

@@ -106,7 +106,7 @@ def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_s
     division = Division(batches.batch_size, batches.gradient_accumulation_steps, rank, world_size)
     return make_batch_sampler(
         pictures, seed, division, balanced=settings.data.balanced,
-        prior_loss_weight=settings.class_pictures.prior_loss_weight,
+        prior_loss_weight=settings.class_pictures.prior_loss_weight, preservation=settings.preservation,
     )  # fmt: skip
 
 
@@ -244,8 +244,11 @@ def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, s
     captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
     drawn = [[text] for text in settings.samples.texts]
-    counts = prompts.count_tokens(tokenizer, captions + drawn)
-    sources += ["--validation_prompts"] * len(drawn)
+    preserved, remove_concept = [], inputs.make_concept_remover(settings, sets[0].records)
+    if remove_concept is not None:
+        preserved = [[remove_concept(caption)] for group in captions for caption in group]
+    counts = prompts.count_tokens(tokenizer, captions + drawn + preserved)
+    sources += ["--validation_prompts"] * len(drawn) + ["--preservation_prompt"] * len(preserved)
     return prompts.choose_num_chunks(tokenizer, counts, sources, long_prompts=settings.captions.long_prompts)
 
 

@@ -1,13 +1,25 @@
 """The flags of a training run. Does not import torch."""
 
 import dataclasses
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import COMPATIBILITY, above, at_least, between, duration, flag, from_up_to, to_seconds, user_path
+from ..command_line import (
+    COMPATIBILITY,
+    above,
+    above_up_to,
+    at_least,
+    between,
+    duration,
+    flag,
+    from_up_to,
+    to_seconds,
+    user_path,
+)
 from ..config_file import Conflict, Remark
 from ..errors import InputError
 from ..files import counted
@@ -16,6 +28,7 @@ from .optimizers import OPTIMIZERS, check_optimizer
 
 
 ENDLESS_VARIATIONS_CACHED = 4
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules of diffusers
 PERCEPTUAL_WEIGHTS = {"decoder": 0.1, "self": 0.01}  # docs/findings.md
 
@@ -314,6 +327,55 @@ class LossSettings:
         """The weight of the perceptual loss, or None without one."""
         given = self.perceptual_loss_weight
         return PERCEPTUAL_WEIGHTS.get(self.perceptual_loss or "") if given is None else given
+
+
+@dataclass(frozen=True)
+class PreservationSettings:
+    """Preservation of how the base model draws prompts without the concept."""
+
+    title: ClassVar = "preservation"
+    remarks: ClassVar = tuple(
+        Remark(name, "has no effect without --preservation", lambda flags: flags["preservation"] is None)
+        for name in ("preservation_weight", "preservation_share")
+    )
+    # fmt: off
+    preservation: str | None = flag(None, "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["output"])
+    preservation_weight: float = flag(1.0, "weight of the preservation loss; the diffusion loss has weight 1", above(0))
+    preservation_share: float = flag(0.25, "proportion of the samples that are trained a second time; a smaller one is faster", above_up_to(0, 1))
+    concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
+    preservation_prompt: str | None = flag(None, "caption without the concept for --preservation, in which {caption} stands for the caption without --concept_phrases (default: {caption}, and --class_prompt or the empty caption for captions without a phrase)", metavar="TEXT")
+    # fmt: on
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self.preservation is None else self.preservation_share
+
+    @property
+    def sample_weight(self) -> float:
+        """The weight of a preserved sample; a sample of the diffusion loss has weight 1."""
+        return self.preservation_weight / self.preservation_share
+
+    def includes(self, number: int) -> bool:
+        """Whether sample `number` of the run is preserved.
+
+        The multiples of the golden ratio modulo 1 are spread evenly, also among every second or fourth number. So batches
+        and processes have almost equal numbers of preserved samples.
+        """
+        return number * GOLDEN_RATIO % 1 < self.share
+
+    def most(self, count: int) -> int:
+        """Returns the largest number of preserved samples among `count` samples."""
+        return min(count, math.ceil(count * self.share) + 1) if self.share else 0
+
+    def check(self, settings):
+        given = [name for name in ("concept_phrases", "preservation_prompt") if getattr(self, name) not in (None, ())]
+        if self.preservation is None and given:
+            raise InputError(f"--{given[0]} is only used for --preservation: add --preservation output.")
+        if any(not phrase.strip() for phrase in self.concept_phrases):
+            raise InputError("--concept_phrases contains an empty text: write the words that name the concept.")
+
+
+NO_PRESERVATION = PreservationSettings()
 
 
 @dataclass(frozen=True)

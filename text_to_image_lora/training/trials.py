@@ -116,6 +116,7 @@ class Trial:
     dtype: torch.dtype  # of the batch
     device: torch.device
     autocast: bool = False  # not used with float32
+    most_preserved: Callable[[int], int] = lambda batch_size: 0  # further samples of a batch, for --preservation
 
     def predict(self, batch_size: int) -> torch.Tensor:
         """Returns the denoiser's output (batch_size, *latent) for noise."""
@@ -131,7 +132,9 @@ class Trial:
         training = self.denoiser.training
         self.denoiser.train()
         try:
-            torch.autograd.grad(self.predict(batch_size).float().square().mean(), self.parameters)
+            torch.autograd.grad(
+                self.predict(batch_size + self.most_preserved(batch_size)).float().square().mean(), self.parameters
+            )
         finally:
             self.denoiser.train(training)
 
