@@ -157,7 +157,7 @@ def make_answer(run: RecordedRun) -> Answer:
     judged = run.numbers.validations
     if not judged and not run.about.get("dataset", {}).get("validated"):
         return Answer(NOT_JUDGED, None, None, None, None, False, False, last, finished, False)
-    newest = judged[-1] if judged else {"step": 0}
+    newest: dict[str, Any] = judged[-1] if judged else {"step": 0}
     best_step, worse_since = newest.get("validation/best_step"), newest.get("validation/worse_since")
     losses = {row["step"]: row[LOSS] for row in judged}
     gain = 100 * (1 - newest.get("validation/best_relative_loss", losses.get(best_step, 1.0)))
