@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from text_to_image_lora.drawing.prompts import read_prompts
+from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import expand_pattern, is_hub_id, reason_of, remove_folder, write_whole, written_whole
 
 
@@ -163,3 +165,21 @@ def test_patterns_below_folders_whose_names_look_like_patterns(tmp_path, monkeyp
         assert expand_pattern(f"{here}/none-*") == []
         assert expand_pattern(f"{here}/none") == [f"{here}/none"]
     assert sorted(expand_pattern("*")) == sorted({folder.split("/")[0], "a1", "x", "aXb"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a red axe --seed 3\nein Käter\n", "красный топор\nкот", "a\n红色的斧头\n"])
+def test_files_of_prompts_in_utf_16_without_a_mark(tmp_path, encoding, text):
+    (tmp_path / "prompts.txt").write_bytes(text.encode(encoding))
+    found = read_prompts("--prompt", [str(tmp_path / "prompts.txt")])
+    assert [prompt.line for prompt in found] == text.split("\n")[:2]
+
+
+def test_a_file_of_prompts_in_another_encoding(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for data in ("ein Käter".encode("latin-1"), b"a cat\0", b"\xff\xfea"):
+        file.write_bytes(data)
+        with pytest.raises(InputError) as caught:
+            read_prompts("--prompt", [str(file)])
+        assert str(caught.value).startswith(f"--prompt {file}: it can't be read (it is not ")
+        assert str(caught.value).endswith(" Save it again as UTF-8.")

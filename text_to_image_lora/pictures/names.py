@@ -173,13 +173,12 @@ def passed_over(listing: Listing) -> list[str]:
         kind = f"{ending} file" if ending else "file without an ending"
         lines.append(f"{counted(len(paths), kind)} will not be read ({remedy}); the first: {printable(paths[0])}")
     archives = [path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)]
+    sealed = [path for path in files if path.name.lower().endswith(OTHER_ARCHIVE_ENDINGS)]
+    sealed = sorted({*sealed} - {*archives})  # `.tar.gz` also ends with `.gz`
     if archives:
         named = " ".join(map(printable, archives[:3])) + (" ..." if len(archives) > 3 else "")
         what = "the archive" if len(archives) == 1 else "the archives"
         lines.append(f"{counted(len(archives), 'archive')} in it will not be read. Pass {what}: {named}")
-    sealed = [
-        path for path in files if path.name.lower().endswith(OTHER_ARCHIVE_ENDINGS) and path not in set(archives)
-    ]
     if sealed:
         lines.append(
             f"{counted(len(sealed), 'archive')} in it can't be read (unpack it, or pack it as .zip); "
