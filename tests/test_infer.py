@@ -188,7 +188,7 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
     "--num_cpu_threads 0": "must be a whole number, 1 or more",
-    "--num_inference_steps -1": "must be a whole number, 1 or more",
+    "--num_inference_steps -1": "must be a whole number from 1 to 1000",
     "--height 100": "must be a whole number, a multiple of 8",
     "--width 0": "must be a whole number, a multiple of 8",
     "--clip_skip -1": "must be a whole number, 0 or more",

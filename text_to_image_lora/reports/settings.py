@@ -108,7 +108,7 @@ class SampleSettings:
             )
         last = max(self.num_validation_images - 1, 0)
         for prompt in self.prompts:
-            options = {"num_inference_steps": self.validation_inference_steps} | prompt.options
+            options: dict[str, Any] = {"num_inference_steps": self.validation_inference_steps} | prompt.options
             check_drawing(Drawing(**options | {"seed": prompt.options.get("seed", 0) + last}))
 
 
