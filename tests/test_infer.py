@@ -136,7 +136,7 @@ def test_schedulers_draw(tiny_pipeline):
 
     pipe = diffusers.StableDiffusionPipeline(**tiny_pipeline.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    for name, changes, _ in SAMPLERS.values():
+    for name, changes, *_ in SAMPLERS.values():
         pipe.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config, **changes)
         latents = pipe(PROMPT, guidance_scale=1, num_inference_steps=3, output_type="latent").images
         assert latents.isfinite().all(), name
