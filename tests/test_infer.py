@@ -136,7 +136,7 @@ def test_schedulers_draw(tiny_pipeline):
 
     pipe = diffusers.StableDiffusionPipeline(**tiny_pipeline.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    for name, changes, _ in SAMPLERS.values():
+    for name, changes, *_ in SAMPLERS.values():
         pipe.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config, **changes)
         latents = pipe(PROMPT, guidance_scale=1, num_inference_steps=3, output_type="latent").images
         assert latents.isfinite().all(), name
@@ -189,7 +189,7 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
     "--num_cpu_threads 0": "must be a whole number, 1 or more",
-    "--num_inference_steps -1": "must be a whole number, 1 or more",
+    "--num_inference_steps -1": "must be a whole number from 1 to 1000",
     "--height 100": "must be a whole number, a multiple of 8",
     "--width 0": "must be a whole number, a multiple of 8",
     "--clip_skip -1": "must be a whole number, 0 or more",

@@ -197,7 +197,7 @@ class Parser(argparse.ArgumentParser):
         self.conflicts: list[Conflict] = []
         self.remarks: list[Remark] = []
         self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
-        self.file_flags: dict[str, str] = {}  # {flag whose value is from the file of --config: the file}
+        self.file_flags: dict[str, Any] = {}  # {flag whose value is from the file of --config: the file}
         self.register("type", Path, lambda text: Path(user_path(text)))
         if settings_class is None:
             return

@@ -12,8 +12,10 @@ def load_pipeline(model, lora=None, *, scheduler="dpm++"):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    name, changes, _ = SAMPLERS[scheduler]
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **changes)
+    sampler = SAMPLERS[scheduler]
+    pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_config(
+        pipeline.scheduler.config, **sampler.changes
+    )
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")

@@ -53,7 +53,7 @@ def test_a_dry_run_of_a_good_dataset(train, capsys, tmp_path):
     train(dry_run=True, random_flip=True, aspect_ratio_buckets=True)
     out = capsys.readouterr().out
     assert "6 pictures, 6 captions (6 different)" in out
-    assert "\ntraining: 1 step (0.33 epochs)" in out
+    assert "\ntraining: 2 steps (0.67 epochs)" in out
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == []
 
 
