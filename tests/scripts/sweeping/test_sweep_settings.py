@@ -1,9 +1,10 @@
 """What a sweep is to do: words and values of the command line, and the project's own files."""
 
+import pytest
 from conftest import ROOT
 
 from scripts import sweep
-from scripts.sweeping.settings import parse_values, settle, to_words
+from scripts.sweeping.settings import SweepError, parse_values, settle, to_words
 
 
 def test_true_and_false_switch_and_are_names():
@@ -33,3 +34,24 @@ def test_words_are_words_and_numbers_numbers():
     assert parse_values("true,false,null") == [True, False, None]
     assert parse_values("../a,../b") == ["../a", "../b"]
     assert parse_values("1e-4..1e-2") == {"min": 1e-4, "max": 1e-2, "log": True}
+
+
+@pytest.mark.parametrize(
+    ("varied", "fixed", "wrong"),
+    [
+        ("train_data_dir=a,b", ["validation_split=0.1"], "train_data_dir"),
+        ("dataset_name=a,b", ["validation_split=0.1"], "dataset_name"),
+        ("validation_split=0.1,0.2", ["train_data_dir=a"], "validation_split"),
+        ("validation_data_dir=a,b", ["train_data_dir=a"], "validation_data_dir"),
+        ("train_data_dir=a,b", ["validation_data_dir=c"], None),
+        ("caption_dropout=0,0.1", ["train_data_dir=a", "validation_split=0.1"], None),
+    ],
+)
+def test_trials_that_hold_out_different_pictures_are_refused(tmp_path, varied, fixed, wrong):
+    """Their losses could not be compared."""
+    args = sweep.parse_args(["--sweep_dir", str(tmp_path), "--sweep", varied, "--flags", *fixed])
+    if wrong is None:
+        settle(args)
+        return
+    with pytest.raises(SweepError, match=f"{wrong}: trials that are validated on different pictures can't be ranked"):
+        settle(args)
