@@ -95,9 +95,8 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
     labels = _label_runs(runs, differing)
     names = {run.folder: label for run, label in zip(runs, labels, strict=True)}
     sentence = _compare(runs, answers, names, comparable)
-    equal = find_equal(
-        {names[run.folder]: answers[run.folder].take.paths[0] for run in runs if answers[run.folder].take}
-    )
+    takes = {names[run.folder]: answers[run.folder].take for run in runs}
+    equal = find_equal({name: take.paths[0] for name, take in takes.items() if take is not None})
     rows = []
     for place, run in enumerate(runs):
         answer, page = answers[run.folder], run.folder / FILE
