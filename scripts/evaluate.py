@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from scripts.evaluation import report
-from scripts.evaluation.inputs import find_inputs
-from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen
+from scripts.evaluation.inputs import find_inputs, images_of
+from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen, describe_misfit
 from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, at_least, between, user_path
@@ -94,6 +94,9 @@ def draw_and_look(args, inputs):
         set_num_threads(machine.num_cpu_threads)
     studio = open_studio(inputs.job, machine, device, dtype)
     inputs.judge.load(device)
+    held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
+    if (misfit := describe_misfit(inputs.judge, held_out)) is not None:
+        print(f"note: {misfit}", flush=True)
     source = source_of(
         inputs.model, FromPictures(), vae=as_trained.vae, dtype=dtype, device=device, compiled=machine.compile
     )
@@ -126,6 +129,8 @@ def main(args):
         f"{len(inputs.loras) - 1} LoRAs and the base model: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
         f"{len(inputs.held_out)} held-out pictures", flush=True
     )  # fmt: skip
+    for line in report.describe_equal_loras(inputs.loras):
+        print(f"note: {line}", flush=True)
     drawn = draw_and_look(args, inputs)
     print("\n" + report.write(args, inputs, drawn))
     print(f"\nwrote evaluation.md, evaluation.json and pictures to {args.output_dir} ({time.time() - started:.0f} s)")

@@ -283,7 +283,7 @@ class Parser(argparse.ArgumentParser):
             f"{config}: '{name}' is ignored, because --{flag} on the command line overrides it"
             for name, flag in overridden.items()
         ]
-        self.file_flags = {name: config for name in words.keys() - given.keys() - overridden.keys()}
+        self.file_flags = dict.fromkeys(words.keys() - given.keys() - overridden.keys(), config)
         return flags
 
     def to_words(self, values: dict[str, Any]) -> list[str]:

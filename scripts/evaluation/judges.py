@@ -109,6 +109,7 @@ class ClipAndDino:
 
     adherence_name, other_prompts = "CLIP-T", OTHER_PROMPTS
     alike_by, compared_by = ("CLIP-I", "DINOv2"), "DINOv2"
+    least_adherence = None  # these models know pictures of every kind
 
     def __init__(self, clip_model, dino_model):
         self.sources = {"clip_model": clip_model, "dino_model": dino_model}
@@ -178,6 +179,9 @@ class MiniSdJudge:
 
     adherence_name, sources = "adherence", {}
     alike_by, compared_by = ("likeness",), "layout"
+    # On drawings like the base model's own, the judges find everything that the captions say (1.000); on photographs and
+    # paintings, and with captions of other pictures, they find 0.1 to 0.5 of it.
+    least_adherence = 0.75
 
     def __init__(self):
         from ..mini_sd.drawings import KINDS, WEAPONS
@@ -252,6 +256,22 @@ class MiniSdJudge:
         presence |= {name: np.array(kinds) == name for name in references if name in self.kinds}
         presence = {name: found.astype(float) for name, found in presence.items()}
         return Seen(self.embed(images), np.array(adherence), presence)
+
+
+def describe_misfit(judge, held_out):
+    """Returns a sentence if a judge does not recognise the held-out pictures themselves, or None.
+
+    `held_out` is the judge's `Seen` of these pictures with their own captions, which a fitting judge finds true.
+    """
+    found = float(held_out.adherence.mean())
+    if judge.least_adherence is None or found >= judge.least_adherence:
+        return None
+    return (
+        f"The judges of models/mini-sd do not apply to these pictures: in the held-out pictures themselves, they find only "
+        f"{found:.2f} of what the captions say (in drawings like those of models/mini-sd, 1.00). Ignore adherence, likeness, "
+        "set distance, drift, bleed, diversity and memorised; compare the held-out losses and pictures.png, or pass "
+        "--judge clip."
+    )
 
 
 def fit(image):

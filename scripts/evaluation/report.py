@@ -10,9 +10,11 @@ import numpy as np
 
 from text_to_image_lora.files import write_whole
 from text_to_image_lora.reports import stopping
+from text_to_image_lora.reports.equal_files import describe_equal, find_equal
 
 from . import scores
 from .inputs import BASE, images_of
+from .judges import describe_misfit
 from .pictures import picture_folder
 from .plot import Point, nearest_sheet, picture_sheet, plot
 
@@ -37,6 +39,7 @@ class Found(NamedTuple):
     of_held_out: dict  # {score: `Estimate`} of the held-out pictures themselves
     bleed: dict  # {label: {group of prompts: {concept: `Estimate`}}}
     copied: dict  # {label: `Pair`s}, nearest first
+    misfit: str | None  # why the judge does not apply to the held-out pictures, or None
 
 
 def by_prompt(values, rows, num_images):
@@ -91,7 +94,7 @@ def compute_scores(inputs, drawn, num_images):
     of_held_out = {inputs.judge.adherence_name: scores.mean_and_error(held_out.adherence[:, None])}
     if near is not None:
         of_held_out["nearest"] = scores.mean_and_error(near[:, None])
-    return Found(tables, losses, of_held_out, bleed, copied)
+    return Found(tables, losses, of_held_out, bleed, copied, describe_misfit(inputs.judge, held_out))
 
 
 def summary(found):
@@ -112,6 +115,16 @@ def find_runs(loras):
             path = Path(lora.given)
             runs[label] = path.parent if re.fullmatch(r"(epoch|checkpoint)-\d+|best", path.name) else path
     return runs
+
+
+def describe_equal_loras(loras):
+    """Returns a line for each group of {label: `Lora` or None} with equal weights and strengths."""
+    chosen = {label: lora for label, lora in loras.items() if lora is not None}
+    return [
+        describe_equal(labels)
+        for scale in sorted({lora.scale for lora in chosen.values()})
+        for labels in find_equal({label: lora.file for label, lora in chosen.items() if lora.scale == scale})
+    ]
 
 
 def markdown(head, rows):
@@ -139,6 +152,8 @@ def table_of_bleed(bleed):
 
 def make_recommendation(found, likeness):
     """Returns the label of the recommended LoRA or None, and a sentence that explains it, by the likeness of this name."""
+    if found.misfit is not None:
+        return None, f"No LoRA is recommended. {found.misfit}"
     tables = {
         label: {"likeness": own[likeness], "drift": own["drift"], "memorised": own.get("memorised")}
         | {"loss": found.losses[label]}
@@ -163,7 +178,15 @@ def write(args, inputs, drawn):
         f"{len(inputs.asked)} prompts x {args.num_images} seeds for each LoRA, {len(inputs.held_out)} held-out pictures; "
         f"scored by {judges}. Values are means with their standard errors."
     )
-    lines = [words, "", table_of_scores(rows), "", "How much more of a concept is drawn than by the base model:", ""]
+    lines = [
+        words,
+        *describe_equal_loras(inputs.loras),
+        "",
+        table_of_scores(rows),
+        "",
+        "How much more of a concept is drawn than by the base model:",
+        "",
+    ]
     lines += [table_of_bleed(found.bleed)]
     pages = ["", "![likeness against drift](likeness-drift.png)", "", "![pictures](pictures.png)"]
     points = [

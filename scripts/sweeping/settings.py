@@ -150,9 +150,22 @@ def check(settings):
     every = settings["flags"].keys() | settings["sweep"].keys()
     if not every & {"validation_split", "validation_data_dir"}:
         raise SweepError("Trials are ranked by the loss on held-out pictures: add validation_split=0.1 to --flags.")
+    check_held_out(settings)
     for name in ("output_dir", "latent_cache_dir"):
         if name in settings["sweep"]:
             raise SweepError(f"{name} can't be varied: each trial has its own folder in --sweep_dir.")
+
+
+def check_held_out(settings):
+    """Raises `SweepError` if the trials would hold out different pictures, as their losses could not be compared."""
+    varied = settings["sweep"].keys() & {"validation_split", "validation_data_dir"}
+    if "validation_data_dir" not in settings["flags"]:
+        varied |= settings["sweep"].keys() & {"train_data_dir", "dataset_name", "dataset_config_name"}
+    if varied:
+        raise SweepError(
+            f"{', '.join(sorted(varied))}: trials that are validated on different pictures can't be ranked. Pass one "
+            "validation_data_dir for all trials to --flags, and vary neither it nor validation_split."
+        )
 
 
 def to_words(flags):

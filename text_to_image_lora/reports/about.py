@@ -19,6 +19,7 @@ from PIL import Image
 from ..command_line import Parser, recorded_values
 from ..files import write_whole
 from ..pictures.inspection import describe
+from ..pictures.records import fingerprint
 
 
 FILE = "about.json"
@@ -60,7 +61,7 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     return write_about(
         settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
         machine=machine(accelerator), settings=described,
-        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes),
+        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes) | {"held_out": identify(run.validated)},
     )  # fmt: skip
 
 
@@ -156,6 +157,14 @@ def find_commit(folder: Path) -> str | None:
         outputs.append(done.stdout.strip())
     commit, changes = outputs
     return commit + ("+" if changes else "")
+
+
+def identify(held_out: Any) -> str | None:
+    """Returns a hash of the held-out pictures, whatever their order; None without any."""
+    if held_out is None:
+        return None
+    image_ids = sorted(fact.image_id for fact in held_out.facts)
+    return fingerprint(image_ids, [[]] * len(image_ids))
 
 
 def data_sheet(pictures: Any, held_out: Any, sampler: Any, notes: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
 from .about import encode_image, shorten_paths
 from .curves import COLOURS, make_charts, make_comparison_charts
+from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
 from .runs import Answer, LoraFile, RecordedRun, make_answer, read_run
 
@@ -31,6 +32,14 @@ PREVIEW_SIDE = 384  # pixels of a sample picture's longer side; the PNG is linke
 MAX_LABEL_SETTINGS = 3  # settings in the label of a run
 MAX_LABEL_LENGTH = 48
 MAX_PICTURES = 120  # on a page, about 4 MB of photographs
+# The flags that decide which pictures are held out.
+FLAGS_OF_HELD_OUT = (
+    "validation_data_dir",
+    "validation_split",
+    "train_data_dir",
+    "dataset_name",
+    "dataset_config_name",
+)
 FINDINGS = (
     ("left_out", "notes, such as pictures left out"),
     ("enlarged", "pictures enlarged to their training size"),
@@ -62,12 +71,15 @@ def write_page(output_dir: str | Path) -> Path:
     answer = make_answer(run)
     take = None if answer.take is None else _link_lora(answer.take, path)
     dataset = run.about.get("dataset", {})
+    steps = [file.step for file in run.files]
+    twice = [file for file in run.files if file.step is not None and steps.count(file.step) > 1]
+    equal = find_equal({_link_lora(file, path)["path"]: file.paths[0] for file in twice})
     samples = _make_cards([run], path.parent, {run.folder: answer})
     _render(
         path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
-        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), **samples,
+        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), **samples,
     )  # fmt: skip
     return path
 
@@ -76,16 +88,15 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
     """Writes a page that compares several runs, the best first, and returns its path."""
     runs = [read_run(folder) for folder in folders]
     answers = {run.folder: make_answer(run) for run in runs}
-    runs.sort(key=lambda run: -(answers[run.folder].gain or 0.0))
+    comparable = have_equal_held_out_pictures([run for run in runs if answers[run.folder].judged])
+    if comparable:
+        runs.sort(key=lambda run: -(answers[run.folder].gain or 0.0))
     differing = find_differences([run.flags for run in runs])
     labels = _label_runs(runs, differing)
     names = {run.folder: label for run, label in zip(runs, labels, strict=True)}
-    best = runs[0]
-    sentence = "No run held out pictures for validation: compare the sample pictures."
-    if answers[best.folder].gain is not None:
-        sentence = f"{names[best.folder]} did best. {answers[best.folder].sentence}"
-    elif answers[best.folder].judged:
-        sentence = "No run was better than the base model."
+    sentence = _compare(runs, answers, names, comparable)
+    takes = {names[run.folder]: answers[run.folder].take for run in runs}
+    equal = find_equal({name: take.paths[0] for name, take in takes.items() if take is not None})
     rows = []
     for place, run in enumerate(runs):
         answer, page = answers[run.folder], run.folder / FILE
@@ -96,10 +107,40 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         })  # fmt: skip
     charts = make_comparison_charts({names[run.folder]: run.numbers.curves for run in runs})
     _render(
-        path, "comparison.html", title=title, runs=rows, sentence=sentence, charts=charts, differences=differing,
+        path, "comparison.html", title=title, runs=rows, sentence=sentence, comparable=comparable, equal=list(map(describe_equal, equal)), charts=charts, differences=differing,
         **_make_cards(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path
+
+
+def _compare(runs, answers, names, comparable):
+    """Returns the sentence that a page of several runs begins with; the best run comes first if they are `comparable`."""
+    best = answers[runs[0].folder]
+    if not any(answer.judged for answer in answers.values()):
+        if any(answer.waits for answer in answers.values()):
+            return "Not judged yet: no run has validated a step on held-out pictures so far."
+        return "No run held out pictures for validation: compare the sample pictures."
+    if not comparable:
+        return (
+            "The runs were validated on different pictures, so their gains do not tell which run is better, and they are "
+            "listed in the order in which they were given. Compare the sample pictures, or validate all runs on one "
+            "--validation_data_dir."
+        )
+    if best.gain is None:
+        return "No run was better than the base model."
+    return f"{names[runs[0].folder]} did best. {best.sentence}"
+
+
+def have_equal_held_out_pictures(runs: list[RecordedRun]) -> bool:
+    """Returns whether all runs were validated on one set of pictures.
+
+    Runs of earlier versions do not record the set. They are compared by the flags that choose it.
+    """
+    held_out = [run.about.get("dataset", {}).get("held_out") for run in runs]
+    if None not in held_out:
+        return len({*held_out}) <= 1
+    flags = [[run.flags.get(name) for name in FLAGS_OF_HELD_OUT] for run in runs]
+    return all(each == flags[0] for each in flags)
 
 
 def find_derived(run: RecordedRun) -> set[str]:

@@ -160,7 +160,8 @@ def make_answer(run: RecordedRun) -> Answer:
     newest: dict[str, Any] = judged[-1] if judged else {"step": 0}
     best_step, worse_since = newest.get("validation/best_step"), newest.get("validation/worse_since")
     losses = {row["step"]: row[LOSS] for row in judged}
-    gain = 100 * (1 - newest.get("validation/best_relative_loss", losses.get(best_step, 1.0)))
+    best_loss: Any = newest.get("validation/best_relative_loss", losses.get(best_step, 1.0))
+    gain = 100 * (1 - best_loss)
     error = newest.get("validation/best_standard_error")
     error = None if error is None else 100 * error
     sure_step = newest.get("validation/sure_step", best_step if error is None else None)
@@ -169,8 +170,9 @@ def make_answer(run: RecordedRun) -> Answer:
     sentence = stopping.describe(verdict, finished=finished)
     sentence = sentence[0].upper() + sentence[1:]
     patience, num_steps = run.settings.get("early_stopping_patience"), run.settings.get("max_train_steps")
-    stopped_early = bool(finished and patience and num_steps and run.step < num_steps and waited >= patience)
-    if stopped_early:
+    stopped_early = False
+    if finished and patience and num_steps and run.step < num_steps and waited >= patience:
+        stopped_early = True
         why = stopping.describe_early_stop(run.step, num_steps, patience)
         sentence = f"{sentence} The run {why}"
     take = next((file for file in run.files if file.place == "best" and best_step is not None), None)

@@ -6,7 +6,7 @@ the timesteps, so that their mean would depend on the least noisy timesteps alon
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,13 @@ class Validation:
     waited: int = 0  # validations since the best step
     pictures: list = field(default_factory=list, repr=False)  # hashes of the two `ValidationSet`s
     worse_since: int | None = None  # first step from which on every validation was clearly worse than the best
-    sure: Any = field(default=None, repr=False)  # of the sure step, or of the base model
+    sure: list = field(default_factory=list, repr=False)  # of the sure step, or of the base model
     sure_step: int | None = (
         None  # last best step that was better than the sure step before by more than one standard error
     )
 
     def __post_init__(self):
-        if self.sure is None:
+        if not self.sure:
             self.sure, self.sure_step = self.best, self.best_step
 
 

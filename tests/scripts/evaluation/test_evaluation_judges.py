@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-from scripts.evaluation import judges
+from scripts.evaluation import judges, report
 from scripts.evaluation.judges import ClipAndDino, MiniSdJudge, preprocess
 from scripts.mini_sd.drawings import draw_scene
+from text_to_image_lora.drawing.find import find_checkpoints
 
 
 BASE, WEAPONS_TEST = ROOT / "models" / "mini-sd", ROOT / "metadata" / "weapons_test"
@@ -122,3 +124,49 @@ def test_other_things_are_no_weapons(mini_sd_judge):
     kinds = {mini_sd_judge.parse(prompt)["kind"] for prompt in mini_sd_judge.other_prompts}
     assert not kinds & {"axe", "spear", "trident", "whip"}
     assert len(kinds) > 3
+
+
+@pytest.fixture(scope="module")
+def mini_sd():
+    judge = judges.MiniSdJudge()
+    judge.load("cpu")
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("kind", "fits"),
+    [("drawings", True), ("captions of other drawings", False), ("smooth colours", False), ("noise", False)],
+)
+def test_the_small_bases_judges_say_where_they_do_not_apply(mini_sd, kind, fits):
+    """They have to find true what the captions of the held-out pictures say."""
+    rows = [json.loads(line) for line in (WEAPONS_TEST / "metadata.jsonl").read_text().splitlines()]
+    images = [Image.open(WEAPONS_TEST / row["file_name"]).convert("RGB") for row in rows]
+    rng = np.random.default_rng(0)
+    if kind == "captions of other drawings":
+        images = images[3:] + images[:3]
+    elif kind != "drawings":
+        side = 4 if kind == "smooth colours" else 128
+        pixels = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in images]
+        images = [Image.fromarray(each).resize((128, 128), Image.Resampling.BICUBIC) for each in pixels]
+    misfit = judges.describe_misfit(mini_sd, mini_sd.look(images, [row["text"] for row in rows], {}))
+    assert (misfit is None) == fits
+    assert fits or misfit.startswith("The judges of models/mini-sd do not apply to these pictures: in the held-out")
+
+
+def test_clip_and_dino_know_every_kind_of_picture():
+    seen = judges.Seen({}, np.array([0.1, 0.2]), {})  # cosines, which are always low
+    judge = SimpleNamespace(least_adherence=judges.ClipAndDino.least_adherence)
+    assert judges.describe_misfit(judge, seen) is None
+
+
+def test_without_a_judge_that_applies_no_lora_is_recommended():
+    found = SimpleNamespace(misfit="The judges do not apply.", tables={}, losses={})
+    assert report.make_recommendation(found, "likeness") == (None, "No LoRA is recommended. The judges do not apply.")
+
+
+def test_equal_loras_are_told_unless_their_strengths_differ(lora, tmp_path):
+    copy, other = shutil.copytree(lora, tmp_path / "copy"), shutil.copytree(lora, tmp_path / "half")
+    loras = find_checkpoints(["base", str(lora), str(copy), f"{other}:0.5"], 1.0)
+    (line,) = report.describe_equal_loras(loras)
+    _, first, second, _ = loras
+    assert line == f"{first} and {second} are the same LoRA: their files hold equal weights."

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 from scripts import sweep
-from scripts.sweeping.settings import parse_values, settle, to_words
+from scripts.sweeping.settings import SweepError, parse_values, settle, to_words
 
 
 def test_true_and_false_switch_and_are_names():
@@ -61,3 +62,24 @@ def test_a_file_keeps_the_spelling_of_text(tmp_path):
         "--caption_prefix", "0x1F", "--center_crop", "--validation_split", "0.1", "--mixed_precision", "no",
         "--validation_prompts", "1_000", "off",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("varied", "fixed", "wrong"),
+    [
+        ("train_data_dir=a,b", ["validation_split=0.1"], "train_data_dir"),
+        ("dataset_name=a,b", ["validation_split=0.1"], "dataset_name"),
+        ("validation_split=0.1,0.2", ["train_data_dir=a"], "validation_split"),
+        ("validation_data_dir=a,b", ["train_data_dir=a"], "validation_data_dir"),
+        ("train_data_dir=a,b", ["validation_data_dir=c"], None),
+        ("caption_dropout=0,0.1", ["train_data_dir=a", "validation_split=0.1"], None),
+    ],
+)
+def test_trials_that_hold_out_different_pictures_are_refused(tmp_path, varied, fixed, wrong):
+    """Their losses could not be compared."""
+    args = sweep.parse_args(["--sweep_dir", str(tmp_path), "--sweep", varied, "--flags", *fixed])
+    if wrong is None:
+        settle(args)
+        return
+    with pytest.raises(SweepError, match=f"{wrong}: trials that are validated on different pictures can't be ranked"):
+        settle(args)
