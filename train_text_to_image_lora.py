@@ -58,17 +58,14 @@ from text_to_image_lora.training import interruption
 from text_to_image_lora.training.ending import end
 from text_to_image_lora.training.inputs import find_inputs
 from text_to_image_lora.training.launcher import check_launcher
+from text_to_image_lora.training.learning_settings import OptimizerSettings, ScheduleSettings
+from text_to_image_lora.training.objective_settings import LossSettings, PreservationSettings, TimestepSettings
 from text_to_image_lora.training.settings import (
     BatchSettings,
     CacheSettings,
     CheckpointSettings,
-    LossSettings,
-    OptimizerSettings,
-    PreservationSettings,
     RunSettings,
-    ScheduleSettings,
     SpeedSettings,
-    TimestepSettings,
     ways_to_save_memory,
 )
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from text_to_image_lora.models import lean, lora
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.training.learning import Learning
-from text_to_image_lora.training.settings import OptimizerSettings, ScheduleSettings
+from text_to_image_lora.training.learning_settings import OptimizerSettings, ScheduleSettings
 
 
 WITH_CONVOLUTIONS = [*STABLE_DIFFUSION.target_modules, "conv1", "conv2", "conv_shortcut", "proj_in"]

@@ -18,7 +18,13 @@ from small_pipeline import UNET_TARGETS, adapter, pipeline_with, small_pipeline,
 
 from text_to_image_lora.models import lora_file
 from text_to_image_lora.reports import stopping
-from text_to_image_lora.reports.model_card import describe_result, settings_that_matter, upload, write_model_card
+from text_to_image_lora.reports.model_card import (
+    Sources,
+    describe_result,
+    settings_that_matter,
+    upload,
+    write_model_card,
+)
 
 
 HOSTILE = 'a "red": axe # \\ | `x` <b>*bold*</b>\n---\n![](x) $y$ \U0001f5e1'
@@ -26,13 +32,11 @@ HOSTILE = 'a "red": axe # \\ | `x` <b>*bold*</b>\n---\n![](x) $y$ \U0001f5e1'
 
 def card(output_dir, **options):
     """Writes a model card from typical inputs, except for those given."""
-    ordinary = {
-        "base_model": "owner/model",
-        "dataset_names": ["owner/pictures"],
-        "pictures": [],
-        "hyperparameters": {"rank": 4},
-    }
-    return write_model_card(output_dir, **(ordinary | options))
+    sources = {"base_model": "owner/model", "dataset_names": ["owner/pictures"]}
+    sources |= {name: options.pop(name) for name in Sources._fields if name in options}
+    return write_model_card(
+        output_dir, Sources(**sources), **{"pictures": [], "hyperparameters": {"rank": 4}} | options
+    )
 
 
 def test_card_survives_any_prompt(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from text_to_image_lora.training import objective
 from text_to_image_lora.training.objective import PREDICTIONS, Diffusion
-from text_to_image_lora.training.settings import LossSettings
+from text_to_image_lora.training.objective_settings import LossSettings
 
 
 SCHEDULES = [

@@ -15,8 +15,8 @@ from text_to_image_lora.models.loading import find_base_model, load_components
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.training import perceptual
 from text_to_image_lora.training.objective import Diffusion
+from text_to_image_lora.training.objective_settings import LossSettings
 from text_to_image_lora.training.perceptual import PerceptualLoss
-from text_to_image_lora.training.settings import LossSettings
 
 
 KINDS = ["decoder", "self"]

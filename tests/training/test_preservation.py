@@ -11,7 +11,7 @@ from text_to_image_lora.pictures.captions import ConceptRemover, check_concept_r
 from text_to_image_lora.pictures.settings import CaptionSettings
 from text_to_image_lora.training.batches import Division, EffectiveBatchSampler, Epoch, Sample
 from text_to_image_lora.training.data import Draws, TrainingSet
-from text_to_image_lora.training.settings import PreservationSettings
+from text_to_image_lora.training.objective_settings import PreservationSettings
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import yaml
@@ -61,19 +61,27 @@ def describe_result(step: int, validation: stopping.Validation | None) -> str:
     return f"{trained} On {count} held out from training, {loss} {gain:.1f}% below the base model's."
 
 
+class Sources(NamedTuple):
+    """What a LoRA was trained from."""
+
+    base_model: str  # its license is that of its family if it is on the hub, and left out if it is local
+    dataset_names: list[str]
+    family: Family = STABLE_DIFFUSION
+
+
 def write_model_card(
-    output_dir: str | Path, *, base_model: str, dataset_names: list[str], pictures: list[tuple[str, Path]],
-    hyperparameters: dict, result: str = "", kohya_file: str | None = None, family: Family = STABLE_DIFFUSION,
+    output_dir: str | Path, sources: Sources, *, pictures: list[tuple[str, Path]], hyperparameters: dict,
+    result: str = "", kohya_file: str | None = None,
 ) -> Path:  # fmt: skip
     """Writes README.md, the hub's model card, and returns its path.
 
     Args:
-        base_model: Its license is that of its family if it is on the hub, and left out if it is local.
         pictures: (prompt, path) of sample pictures in `output_dir`.
         hyperparameters: The flags that the card lists, and "hub_model_id", which it uses.
         result: Sentences about the result, as of `describe_result`.
         kohya_file: The name of the file in kohya's format, if there is one.
     """
+    base_model, dataset_names, family = sources
     trigger_word, repo_id = hyperparameters.get("trigger_word"), hyperparameters.get("hub_model_id")
     base, *datasets = (
         name if _is_on_hub(name) else Path(name).resolve().name for name in (base_model, *dataset_names)

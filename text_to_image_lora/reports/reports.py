@@ -209,12 +209,11 @@ class RunReports:
     def _write_card(self, kohya_file):
         settings, data = self.settings, self.settings.data
         listed = model_card.settings_that_matter(settings) | {"hub_model_id": settings.sharing.hub_model_id}
+        names = [data.dataset_name] if data.dataset_name else [*data.train_data_dir]
+        sources = model_card.Sources(settings.base.pretrained_model_name_or_path, names, self.run.base.family)
         return model_card.write_model_card(
-            self.output_dir, base_model=settings.base.pretrained_model_name_or_path,
-            dataset_names=[data.dataset_name] if data.dataset_name else [*data.train_data_dir],
-            pictures=sample_pictures.latest_images(self.output_dir, settings.samples.texts),
-            hyperparameters=listed, kohya_file=kohya_file and kohya_file.name, family=self.run.base.family,
-            result=model_card.describe_result(self.run.state.global_step, self.judge.validation),
+            self.output_dir, sources, pictures=sample_pictures.latest_images(self.output_dir, settings.samples.texts),
+            hyperparameters=listed, kohya_file=kohya_file and kohya_file.name, result=model_card.describe_result(self.run.state.global_step, self.judge.validation),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .settings import NO_PRESERVATION, PreservationSettings
+from .objective_settings import NO_PRESERVATION, PreservationSettings
 
 
 class Epoch(NamedTuple):

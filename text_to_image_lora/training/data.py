@@ -19,7 +19,7 @@ from ..pictures.settings import CaptionSettings
 from . import interruption
 from .conditions import make_picture_condition
 from .inputs import make_concept_remover
-from .settings import LossSettings, TimestepSettings
+from .objective_settings import LossSettings, TimestepSettings
 
 
 LIVE_VARIATIONS = 2**31 - 2

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import InputError
 from ..models import lean, lora
+from .learning_settings import OptimizerSettings, ScheduleSettings
 from .optimizers import OPTIMIZERS, check_optimizer
-from .settings import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizer(settings: OptimizerSettings, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .settings import LossSettings
+from .objective_settings import LossSettings
 
 
 def snr_of(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

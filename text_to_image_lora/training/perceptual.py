@@ -12,8 +12,8 @@ import torch
 
 from ..models.lora import without_adapters
 from .objective import Diffusion
+from .objective_settings import LossSettings
 from .preservation import num_preserved
-from .settings import LossSettings
 
 
 DECODER_BLOCKS = 2  # number of up blocks that are compared, beside the middle block; later blocks cost far more

@@ -22,8 +22,8 @@ from ..pictures.examine import usable_pictures
 from ..pictures.inspection import format_samples, write_preview
 from . import checkpoint, freed_memory, hub_checkpoints, inputs, processes
 from .batches import Division, make_batch_sampler
+from .learning_settings import OptimizerSettings
 from .objective import Diffusion
-from .settings import OptimizerSettings
 
 
 logger = logging.getLogger(__name__)
