@@ -389,7 +389,9 @@ def test_fault_06_every_process_makes_its_share_of_the_pictures(monkeypatch):
     drawings = [Drawing(prompt=prompt, seed=5 + k) for prompt in ("a red axe", "a blue axe") for k in range(4)]
     shares = []
     for rank in range(2):
-        accelerator = types.SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=2)
+        accelerator = types.SimpleNamespace(
+            device=torch.device("cpu"), process_index=rank, num_processes=2, is_local_main_process=False
+        )
         made.clear()
         Painter(Path(), accelerator, studio, drawings=drawings).generate(drawings)
         shares.append(sorted(made))

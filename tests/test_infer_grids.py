@@ -178,7 +178,7 @@ def test_the_training_script_reads_the_same_lines(train, tiny_sd, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("a dog --sede 3", "prompts.txt:1: unknown option --sede"), ("a dog --scheduler ddim", "works only in infer.py")],
+    [("a dog --sede 3", "prompts.txt:1: unknown option --sede"), ("a dog --strength 0.5", "works only in infer.py")],
 )
 def test_the_training_script_refuses_other_options(line, reason, arguments, tmp_path):
     (tmp_path / "prompts.txt").write_text(line)

@@ -122,7 +122,7 @@ def command(words):
     ("changes", "said"),
     [
         ({"lora": ["nowhere/*.safetensors"]}, "--lora nowhere/*.safetensors: no file or folder matches this pattern"),
-        ({"lora": ["nowhere/run"]}, "--lora nowhere/run is no file or folder here"),
+        ({"lora": ["nowhere/run"]}, "--lora nowhere/run is not a local file or folder"),
         ({"validation_data_dir": None}, "Pass either --validation_data_dir or --validation_split"),
         ({"validation_data_dir": ["nowhere"]}, "nowhere: there is no such folder"),
         ({"validation_data_dir": None, "train_data_dir": None, "validation_split": [0.2]}, "add --train_data_dir"),

@@ -243,7 +243,7 @@ def test_a_bad_trial_is_pruned(tiny_sd, pictures, tmp_path, trained):
     rows = rows_of(folder)
     assert [row["state"] for row in rows] == ["complete"] * 3 + ["pruned"], done.stdout
     assert rows[3]["learning_rate"] == "1e-09"
-    assert "trial 3: stopped at step " in done.stdout
+    assert "trial-0003: stopped at step " in done.stdout
     assert read_metrics(folder / "trial-0003")[-1]["step"] < steps
 
 

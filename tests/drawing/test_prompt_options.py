@@ -32,7 +32,7 @@ def test_a_file_that_is_not_there(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(
-        InputError, match=r"can't be read: No such file or directory\. A prompt of one word must not end"
+        InputError, match=r"can't be read \(No such file or directory\)\. A prompt of one word must not end"
     ):
         read_prompts("--prompt", [value])
 
