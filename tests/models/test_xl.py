@@ -229,7 +229,7 @@ def test_a_single_file_is_the_folder(tiny_xl, xl_file):
 )
 def test_a_single_file_tells_its_family(tmp_path, key, name, resolution):
     unet = "model.diffusion_model.input_blocks.0.0.weight"
-    save_file({name: torch.zeros(1) for name in (key, unet)}, tmp_path / "base.safetensors")
+    save_file({key: torch.zeros(1), unet: torch.zeros(8, 4, 3, 3)}, tmp_path / "base.safetensors")
     base = loading.find_base_model(str(tmp_path / "base.safetensors"))
     assert (base.family.name, base.resolution) == (name, resolution)
 
