@@ -177,7 +177,8 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
 
     # Layers that do not exist in the loaded model: diffusers by itself would only log a warning.
     bad = flat(lora_weights)
-    bad["unet.nowhere.to_q.lora_A.weight"] = bad.pop(next(iter(bad)))
+    for leaf in ("lora_A.weight", "lora_B.weight"):
+        bad[f"unet.nowhere.to_q.{leaf}"] = bad.pop(next(key for key in bad if key.endswith(f"to_q.{leaf}")))
     save_file(bad, tmp_path / "bad.safetensors")
     argv = ["--single_file_config", model, "--lora", tmp_path / "bad.safetensors"]
     with pytest.raises(SystemExit):

@@ -2,9 +2,10 @@
 
 import copy
 
+import pytest
 import torch
 
-from text_to_image_lora.models.modules import evaluating, sample_identity
+from text_to_image_lora.models.modules import evaluating, non_finite, sample_identity
 
 
 def test_evaluating_gives_the_mode_back():
@@ -26,3 +27,25 @@ def test_a_model_is_known_in_each_precision_and_from_a_fine_tuned_one():
     with torch.no_grad():
         model[0].weight.add_(1e-3 * torch.randn(64, 64))  # a hundredth of their standard deviation
     assert sample_identity(model) not in identities
+
+
+KINDS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_the_tensors_that_are_not_finite_are_found(dtype):
+    """One value of many, at either end, is enough."""
+    good = {
+        "a": torch.linspace(-200, 200, 1001).to(dtype),
+        "empty": torch.zeros(0, dtype=dtype),
+        "step": torch.tensor(3),
+    }
+    assert non_finite(good.items()) == ""
+    for value in (float("nan"), float("inf"), float("-inf")):
+        if dtype == torch.float8_e4m3fn and value == value:  # it has no infinities
+            continue
+        for place in (0, 500, -1):
+            bad = torch.linspace(-200, 200, 1001)
+            bad[place] = value
+            tensors = [("zero", good["a"]), ("one", bad.to(dtype)), ("two", bad.to(dtype))]
+            assert non_finite(tensors) == "2 of its tensors are not finite, the first: one"

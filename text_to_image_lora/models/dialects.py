@@ -61,7 +61,6 @@ LEAVES = {
     "lora.up.weight": "lora_B.weight",
     "lora_mid.weight": "lora_mid.weight",
     "dora_scale": "lora_magnitude_vector",
-    "magnitude": "lora_magnitude_vector",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
 LEAVES |= {name: name for name in ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha")}

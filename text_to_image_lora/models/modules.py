@@ -16,7 +16,15 @@ def dtype_of(precision: str) -> Any:
 
 def non_finite(tensors: Iterable[tuple[str, Any]]) -> str:
     """Describes which of the named tensors contain NaN or infinities, for messages; "" if none of them does."""
-    found = [name for name, value in tensors if value.is_floating_point() and not value.float().isfinite().all()]
+
+    def is_finite(value):
+        if not value.is_floating_point() or value.numel() == 0:
+            return True
+        value = value.float() if value.itemsize == 1 else value  # float8 has no minimum
+        # NaN propagates; this takes a fiftieth of the time of `isfinite` on all values.
+        return all(bound.isfinite().item() for bound in value.detach().aminmax())
+
+    found = [name for name, value in tensors if not is_finite(value)]
     return f"{len(found)} of its tensors are not finite, the first: {found[0]}" if found else ""
 
 
