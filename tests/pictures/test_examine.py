@@ -141,5 +141,5 @@ def test_bad_pictures_are_refused_or_left_out(pictures, usable, said):
 
 
 def test_not_one_picture_that_can_be_used(pictures):
-    with pytest.raises(InputError, match="0.png': broken. None of the 6 pictures can be used"):
+    with pytest.raises(InputError, match="0.png': broken. None of the pictures can be used"):
         select_usable(read_records(pictures), {}, dict.fromkeys(range(6), "broken"))

@@ -115,6 +115,6 @@ def select_usable(records: Any, good: dict[int, Picture], bad: dict[int, str]) -
     if not good:
         first = min(bad)
         raise InputError(
-            f"{records[first]['source']}: {bad[first]}. None of the {len(bad)} pictures can be used: there is nothing to train on."
+            f"{records[first]['source']}: {bad[first]}. None of the pictures can be used: there is nothing to train on."
         )
     return records.select(sorted(good)), [good[index] for index in sorted(good)]
