@@ -153,7 +153,7 @@ def test_the_blocks_of_a_page_run_in_order(stand_ins, trained_lora, page):
         if name == "metadata/README.md":  # whose commands are alternatives, of which a reader runs one
             script = f"rm -rf my-lora weapons-lora pokemon-lora\n{script}"
         done = subprocess.run(
-            ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+            ["bash", "-ec", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=3600
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
         if "--dry_run" not in script:
