@@ -34,12 +34,8 @@ MAX_LABEL_LENGTH = 48
 MAX_PICTURES = 120  # on a page, about 4 MB of photographs
 # The flags that decide which pictures are held out.
 FLAGS_OF_HELD_OUT = (
-    "validation_data_dir",
-    "validation_split",
-    "train_data_dir",
-    "dataset_name",
-    "dataset_config_name",
-)
+    "validation_data_dir", "validation_split", "train_data_dir", "dataset_name", "dataset_config_name", "max_train_samples",
+)  # fmt: skip
 FINDINGS = (
     ("left_out", "notes, such as pictures left out"),
     ("enlarged", "pictures enlarged to their training size"),
@@ -146,7 +142,9 @@ def have_equal_held_out_pictures(runs: list[RecordedRun]) -> bool:
 def find_derived(run: RecordedRun) -> set[str]:
     """Returns the names of the settings that are not flags of run.yaml, or that have another value there."""
     flags = shorten_paths(run.flags)
-    return {name for name, value in run.settings.items() if flags.get(name) != value} if flags else set()
+    # run.yaml has the prompts with their options.
+    names = run.settings.keys() - {"validation_prompts"}
+    return {name for name in names if flags.get(name) != run.settings[name]} if flags else set()
 
 
 def format_setting(value: Any) -> str:

@@ -103,6 +103,7 @@ class RunReports:
         """
         ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
         self.metrics.write_page()
+        self.pauses.done = self.run.state.global_step
         if ending is None:
             self.metrics.progress = self.progress = TrainingBar(
                 self.pauses, total=self.run.num_steps, initial=self.run.state.global_step, desc="training",
