@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +142,9 @@ def _tables(path):
 
 
 def _zipped(path):
-    lay_out(path.with_suffix("") / "5_sks knight", creatures(3), "files")
-    shutil.make_archive(str(path.with_suffix("")), "zip", path.with_suffix(""))
-    shutil.rmtree(path.with_suffix(""))
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out(Path(folder) / "5_sks knight", creatures(3), "files")
+        shutil.make_archive(str(path.with_suffix("")), "zip", folder)
 
 
 def _captions(path):

@@ -170,7 +170,7 @@ def test_a_full_disk_at_every_file_in_turn(start, tiny_sd, tmp_path, resumed):
         assert_same_end(undisturbed / "run" / "out", folder / "run" / "out")
         shutil.rmtree(folder)
     if resumed:
-        assert {"metrics.jsonl", "optimizer.pt", "ema.pt", "state.json", "manifest.json", "sheet.png"} <= kinds
+        assert {"metrics.jsonl", "optimizer.pt", "ema.pt", "state.json", "manifest.json", ".sheet.png.tmp"} <= kinds
         assert {".best.tmp", ".checkpoint-4.tmp", ".README.md.tmp"} <= parts
     else:
         assert {"latents", "prompts", ".run.yaml.tmp", ".step-000000.tmp"} <= parts

@@ -85,7 +85,7 @@ def test_a_run_that_overfits_is_stopped_and_its_best_is_kept(train_on_weapons, e
     )  # fmt: skip
     assert read_metrics(out)[-1]["step"] < 150
     assert re.search(
-        r"Validation: best at step \d+, \d+\.\d% below the base model's loss; overfitting since step",
+        r"Validation: best at step \d+, \d+\.\d ± \d+\.\d% below the base model's loss[^;]*; overfitting since step \d+: use",
         capsys.readouterr().out,
     )
     best, last = relative_loss(out / "best"), relative_loss(out)

@@ -65,7 +65,12 @@ def test_the_wheel_holds_scripts_and_package_and_nothing_else(wheel):
     ]
     package = [path.relative_to(ROOT).as_posix() for path in parts]
     assert sorted(files) == sorted([*package, *SCRIPTS])
-    assert re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) == requirements("requirements.txt")
+    extras = [
+        f'{name}; extra == "{extra}"'
+        for extra, names in PROJECT["project"]["optional-dependencies"].items()
+        for name in names
+    ]
+    assert re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) == [*requirements("requirements.txt"), *extras]
 
 
 @pytest.fixture(scope="module")
