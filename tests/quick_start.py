@@ -160,24 +160,35 @@ def become(words, log, before, environment):
     sys.stdin = open(0)  # noqa: SIM115 (theirs for as long as the process lives)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1) for stream in (1, 2))  # noqa: SIM115
     faulthandler.dump_traceback_later(100)  # if the process hangs, the log shows where
-    code = 0
-    try:
+
+    def run():
         exec(before, {})
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    run_and_leave(run)
+
+
+def run_and_leave(run):
+    """Calls a function, and ends the process with the exit code that Python would give."""
+    code = 0
+    try:
+        run()
     except SystemExit as leaving:
-        code = leaving.code
+        code = leaving.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     # The libraries' own destructors may wait for threads that a fork leaves behind.
-    os._exit(code or 0)
+    os._exit(code)
 
 
-def serve():
-    """Reads one request per line: forks a process, or reports how a process ended."""
-    sys.path.insert(0, str(ROOT))
+def import_libraries():
+    """Imports what takes seconds, and nothing of the project."""
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import diffusers  # noqa: F401
@@ -188,6 +199,11 @@ def serve():
     from diffusers.training_utils import EMAModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
+
+def serve():
+    """Reads one request per line: forks a process, or reports how a process ended."""
+    sys.path.insert(0, str(ROOT))
+    import_libraries()
     print("ready", flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -63,25 +63,33 @@ class ConceptRemover(NamedTuple):
         return without if self.finds(caption) else self.otherwise
 
 
-def check_concept_remover(remove_concept: ConceptRemover, captions: Iterable[str]) -> None:
-    """Logs what captions become without the concept; raises `InputError` if nothing in them names it."""
+def check_concept_remover(remove_concept: ConceptRemover, captions: Iterable[str], *, trains: bool = True) -> None:
+    """Logs what captions become without the concept; raises `InputError` if nothing in them names it.
+
+    `trains` is whether these are trained, for --preservation; otherwise they only serve to measure the drift.
+    """
     pairs = {caption: remove_concept(caption) for caption in captions}
+    purpose = "--preservation" if trains else "drift"
     if remove_concept.prompt is None:
         finds = sum(map(remove_concept.finds, pairs))
         if not finds and (remove_concept.phrases or not remove_concept.otherwise):
             named = " or ".join(f"'{phrase}'" for phrase in remove_concept.phrases)
             reason = f"contains {named}" if named else "is known to name the concept"
             raise InputError(
-                f"--preservation: no caption {reason}; the first is '{next(iter(pairs))}'. Name the concept by "
+                f"{purpose}: no caption {reason}; the first is '{next(iter(pairs))}'. Name the concept by "
                 "--concept_phrases as the captions do, or write a caption without it: --preservation_prompt TEXT."
             )
         if finds < len(pairs):
+            use = "their samples are also trained as" if trains else "without the concept, they become"
             logger.info(
-                f"preservation: {len(pairs) - finds} of {len(pairs)} different captions contain no phrase of the concept; "
-                f"their samples are also trained as '{remove_concept.otherwise}'"
+                f"{purpose.lstrip('-')}: {len(pairs) - finds} of {len(pairs)} different captions contain no phrase of the "
+                f"concept; {use} '{remove_concept.otherwise}'"
             )
-    for caption, without in list(pairs.items())[:PAIRS_SHOWN]:
-        logger.info(f"preservation: '{caption}' is also trained as '{without}', with the base model's prediction")
+    for caption, without in list(pairs.items())[: PAIRS_SHOWN if trains else 1]:
+        if trains:
+            logger.info(f"preservation: '{caption}' is also trained as '{without}', with the base model's prediction")
+        else:
+            logger.info(f"drift: measured on captions without the concept, such as '{without}' for '{caption}'")
 
 
 def vary_tags(caption: str, rng: Any, settings: CaptionSettings) -> str:

@@ -19,6 +19,7 @@ TIMESTEP_COLOURS = ("#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365
 # Title, unit of the axis, and names of the metrics in metrics.jsonl.
 CHARTS = (
     ("Loss relative to the base model", "base = 1", ("validation/relative_loss", "validation/relative_loss_in_training")),
+    ("Drift from the base model without the concept", "base = 0", ("validation/drift",)),
     ("Training loss", "", ("train_loss",)),
     ("Learning rate", "", ("lr",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
@@ -26,7 +27,7 @@ CHARTS = (
     ("Memory", "GiB, peak", ("peak_memory_gib",)),
 )  # fmt: skip
 # Their axis starts at 0, so that a change of one percent does not look large.
-FROM_ZERO = ("images_per_second", "peak_memory_gib")
+FROM_ZERO = ("validation/drift", "images_per_second", "peak_memory_gib")
 LABELS = {
     "validation/relative_loss": "held-out pictures",
     "validation/relative_loss_in_training": "equally many training pictures",
@@ -34,7 +35,7 @@ LABELS = {
 TIMESTEP_PREFIX = "validation/relative_loss_t"
 # Metrics that other charts show already, or that are not curves.
 WITHOUT_CHART = {"epoch", "validation/loss", "validation/gap", "validation/best_step", "validation/worse_since",
-                 "validation/best_relative_loss", "validation/best_standard_error", "validation/sure_step"}  # fmt: skip
+                 "validation/best_relative_loss", "validation/best_standard_error", "validation/sure_step", "validation/best_drift"}  # fmt: skip
 
 
 def thin_out(curve: Curve) -> tuple[list[int], list[float]]:

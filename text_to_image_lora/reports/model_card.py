@@ -58,7 +58,10 @@ def describe_result(step: int, validation: stopping.Validation | None) -> str:
         return f"{trained} On {count} held out from training, no step was measurably better than the base model."
     gain = 100 * (1 - float(stopping.relative(validation.best, validation.base).mean()))
     loss = "its loss is" if validation.best_step == step else f"the loss was lowest at step {validation.best_step},"
-    return f"{trained} On {count} held out from training, {loss} {gain:.1f}% below the base model's."
+    sentence = f"{trained} On {count} held out from training, {loss} {gain:.1f}% below the base model's."
+    if validation.best_drift is None:
+        return sentence
+    return f"{sentence} For captions without the concept, it differs from the base model by {validation.best_drift:.3f} of that loss."
 
 
 class Sources(NamedTuple):

@@ -178,6 +178,7 @@ def make_summary(answer: Any) -> dict[str, Any]:
         "answer": answer.sentence,
         "best_step": answer.best_step,
         "gain_over_base_percent": None if answer.gain is None else round(answer.gain, 2),
+        "drift": None if answer.drift is None else round(answer.drift, 4),
         "overfitting_since": answer.worse_since,
         "take": None if answer.take is None else answer.take.place or "last",
     }

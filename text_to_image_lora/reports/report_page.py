@@ -103,7 +103,7 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         })  # fmt: skip
     charts = make_comparison_charts({names[run.folder]: run.numbers.curves for run in runs})
     _render(
-        path, "comparison.html", title=title, runs=rows, sentence=sentence, comparable=comparable, equal=list(map(describe_equal, equal)), charts=charts, differences=differing,
+        path, "comparison.html", title=title, runs=rows, sentence=sentence, comparable=comparable, drifts=any(answer.drift is not None for answer in answers.values()), equal=list(map(describe_equal, equal)), charts=charts, differences=differing,
         **_make_cards(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path

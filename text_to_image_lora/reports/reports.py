@@ -8,12 +8,13 @@ from typing import Any
 from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
+from ..training.inputs import find_concept
 from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
 from . import about, dashboard, metrics, model_card, sample_pictures, tracking
 from .checkpoints import Checkpoints
 from .progress import Pauses, TrainingBar
-from .validation_loss import Judge, LossMeter, MeasuredModels, ValidationSet
+from .validation_loss import Judge, JudgedSets, LossMeter, MeasuredModels, ValidationSet
 
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,15 @@ def start_reports(
 def make_judge(settings: Any, run: Any, models: Any, cached: Any, metrics_file: Any, accelerator: Any) -> Judge:
     """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
     held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
+    remove_concept = find_concept(settings, run.pictures.records)
+    without_concept = None if held_out is None or remove_concept is None else held_out.with_captions(remove_concept)
     measured = MeasuredModels(
         models.family, models.denoiser, models.diffusion, models.scaling_factor, models.dtype,
-        models.prompt_encoder if models.trains_text_encoder else None,
+        models.prompt_encoder if models.trains_text_encoder else None, tuple(models.adapted.values()),
     )  # fmt: skip
     judge = Judge(
-        held_out, probe, LossMeter(measured, seed=run.seed, accelerator=accelerator), accelerator=accelerator,
-        metrics_file=metrics_file, output_dir=settings.run.output_dir,
-        patience=settings.validation.early_stopping_patience,
+        JudgedSets(held_out, probe, without_concept), LossMeter(measured, seed=run.seed, accelerator=accelerator),
+        settings.validation, accelerator=accelerator, metrics_file=metrics_file, output_dir=settings.run.output_dir,
     )  # fmt: skip
     judge.restore(run.state.validation)
     if run.resume_path is not None and accelerator.is_main_process:

@@ -135,6 +135,7 @@ class Answer(NamedTuple):
     best_step: int | None  # None: no step was better than the base model, or none was validated
     gain: float | None  # by how many percent the best step's held-out loss is below the base model's
     error: float | None  # standard error of the gain
+    drift: float | None  # of the best step: the change from the base model for captions without the concept
     worse_since: int | None  # step since which the run overfits
     judged: bool  # whether a step was validated on held-out pictures
     waits: bool  # whether pictures were held out, but no step was validated yet
@@ -156,7 +157,7 @@ def make_answer(run: RecordedRun) -> Answer:
     last = last if finished else None
     judged = run.numbers.validations
     if not judged and not run.about.get("dataset", {}).get("validated"):
-        return Answer(NOT_JUDGED, None, None, None, None, False, False, last, finished, False)
+        return Answer(NOT_JUDGED, None, None, None, None, None, False, False, last, finished, False)
     newest: dict[str, Any] = judged[-1] if judged else {"step": 0}
     best_step, worse_since = newest.get("validation/best_step"), newest.get("validation/worse_since")
     losses = {row["step"]: row[LOSS] for row in judged}
@@ -166,7 +167,10 @@ def make_answer(run: RecordedRun) -> Answer:
     error = None if error is None else 100 * error
     sure_step = newest.get("validation/sure_step", best_step if error is None else None)
     waited = sum(row["step"] > (best_step or 0) for row in judged)
-    verdict = stopping.Verdict(newest["step"], best_step, gain, error, sure_step, worse_since, waited)
+    drift = newest.get("validation/best_drift")
+    verdict = stopping.Verdict(
+        newest["step"], best_step, gain, error, sure_step, worse_since, waited, drift, run.settings.get("max_drift")
+    )
     sentence = stopping.describe(verdict, finished=finished)
     sentence = sentence[0].upper() + sentence[1:]
     patience, num_steps = run.settings.get("early_stopping_patience"), run.settings.get("max_train_steps")
@@ -178,4 +182,6 @@ def make_answer(run: RecordedRun) -> Answer:
     take = next((file for file in run.files if file.place == "best" and best_step is not None), None)
     waits = best_step is None and newest["step"] == 0
     gain = None if best_step is None else gain
-    return Answer(sentence, best_step, gain, error, worse_since, not waits, waits, take, finished, stopped_early)
+    return Answer(
+        sentence, best_step, gain, error, drift, worse_since, not waits, waits, take, finished, stopped_early
+    )

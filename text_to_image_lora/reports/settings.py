@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, flag, hub_id, user_path
+from ..command_line import above, at_least, between, flag, hub_id, user_path
 from ..config_file import Conflict
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
 from ..drawing.rows import MOST_STEPS, OPTIONS_OF_PROMPTS, SETTINGS, Drawing, check_drawing
@@ -53,14 +53,25 @@ class ValidationSettings:
             and not (flags["validation_steps"] or flags["validation_epochs"]),
             one_way=True,
         ),
+        Conflict(
+            "validation_split", "max_drift", "--max_drift needs validation pictures: add --validation_split 0.1",
+            lambda flags: flags["max_drift"] and not (flags["validation_split"] or flags["validation_data_dir"]),
+            one_way=True,
+        ),
     )  # fmt: skip
     # fmt: off
     validation_split: float = flag(0.0, "fraction of the pictures to hold out from training, to detect overfitting; pictures that look alike are kept together", between(0, 0.5), may_change=True)
     validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", user_path, nargs="+", metavar="FOLDER", may_change=True)
     validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", at_least(0), may_change=True)
     validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", at_least(1), may_change=True)
+    max_drift: float | None = flag(None, "keep a step as the best only if its drift is at most this: how much its predictions differ from the base model's for captions without the concept, as a fraction of the base model's loss (default: no limit)", above(0), may_change=True)
     early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
     # fmt: on
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run has validation pictures."""
+        return bool(self.validation_split or self.validation_data_dir)
 
     def due_after(self, step: int, steps_per_epoch: int) -> bool:
         """Returns whether the run is to be validated after an optimizer step."""

@@ -30,6 +30,7 @@ class Validation:
     sure_step: int | None = (
         None  # last best step that was better than the sure step before by more than one standard error
     )
+    best_drift: float | None = None  # of the best step, see `Judge`; None if the concept is not known
 
     def __post_init__(self):
         if not self.sure:
@@ -46,6 +47,8 @@ class Verdict(NamedTuple):
     sure_step: int | None
     worse_since: int | None
     waited: int
+    drift: float | None = None  # of the best step
+    max_drift: float | None = None  # which the best step must not exceed
 
 
 def relative(table: np.ndarray | list, base: np.ndarray | list) -> np.ndarray:
@@ -66,15 +69,17 @@ def difference(table: np.ndarray | list, before: np.ndarray | list, base: np.nda
     return float(pairs.mean()), float(widened * observed.std(ddof=1) / np.sqrt(len(observed)))
 
 
-def update_best(validation: Validation, table: np.ndarray | list, step: int) -> bool:
-    """Updates the state with the losses of a step; returns whether their mean is the lowest so far.
+def update_best(
+    validation: Validation, table: np.ndarray | list, step: int, *, drift: float | None = None, allowed: bool = True
+) -> bool:
+    """Updates the state with the losses of a step; returns whether their mean is the lowest so far, and the step `allowed`.
 
     Small improvements add up: if an improvement had to exceed one standard error, a run whose loss falls slowly would
     stop early, and best/ would be of a step that the curve shows to be worse. `sure_step` tells how sure the best step is.
     """
     mean, error = difference(table, validation.best, validation.base)
-    if mean < 0:
-        validation.best, validation.best_step = np.asarray(table).tolist(), step
+    if mean < 0 and allowed:
+        validation.best, validation.best_step, validation.best_drift = np.asarray(table).tolist(), step, drift
         validation.waited, validation.worse_since = 0, None
         gained, error = difference(table, validation.sure, validation.base)
         if gained < -error:
@@ -112,16 +117,17 @@ def metrics_of_best(validation: Validation) -> dict:
     if validation.best_step is not None:
         gain, error = gain_of(validation)
         values |= {"validation/best_relative_loss": 1 - gain, "validation/best_standard_error": error}
+        values["validation/best_drift"] = validation.best_drift
     values |= {"validation/sure_step": validation.sure_step, "validation/worse_since": validation.worse_since}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def summarize(validation: Validation, step: int) -> str:
+def summarize(validation: Validation, step: int, max_drift: float | None = None) -> str:
     """Summarizes the validations of a run that ends at this step, in one sentence."""
     gain, error = gain_of(validation)
     verdict = Verdict(
         step, validation.best_step, 100 * gain, 100 * error, validation.sure_step, validation.worse_since,
-        validation.waited,
+        validation.waited, validation.best_drift, max_drift,
     )  # fmt: skip
     return f"Validation: {describe(verdict)}"
 
@@ -131,11 +137,18 @@ def describe(verdict: Verdict, *, finished: bool = True) -> str:
     step, best_step = verdict.step, verdict.best_step
     if best_step is None and step == 0:
         return "not judged yet: so far, only the base model was validated."
+    if best_step is None and verdict.max_drift is not None:
+        return (
+            f"no step up to {step} was better than the base model with a drift of at most {verdict.max_drift:g} "
+            "(--max_drift). Add --preservation output, raise --max_drift, or lower --learning_rate."
+        )
     if best_step is None:
         return f"no step up to {step} was better than the base model. Lower --learning_rate, or compare the pictures."
     where = f"best at step {best_step}" if best_step else "best before the first step"
     error = "" if verdict.error is None else f" ± {verdict.error:.1f}"
     best = f"{where}, {verdict.gain:.1f}{error}% below the base model's loss"
+    if verdict.drift is not None:
+        best += f" with a drift of {verdict.drift:.3f}"
     if verdict.sure_step is None:
         best += ", which may be chance"
     elif verdict.sure_step != best_step:

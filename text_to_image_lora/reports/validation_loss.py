@@ -7,7 +7,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..files import written_whole
+from ..models.lora import without_adapters
 from ..models.modules import evaluating
 from ..pictures.records import fingerprint
 from ..training import interruption
@@ -36,6 +37,11 @@ class ValidationSet:
 
     def __init__(self, pictures: Any, latents: Any, prompts: Any):
         self.pictures, self.latents, self.prompts = pictures, latents, prompts
+
+    def with_captions(self, change: Callable[[str], str]) -> "ValidationSet":
+        """Returns the set with other captions, which must be in the cache if any are."""
+        captions = [[change(group[0])] for group in self.pictures.captions]
+        return ValidationSet(replace(self.pictures, captions=captions), self.latents, self.prompts)
 
     def __len__(self):
         return len(self.pictures)
@@ -63,7 +69,7 @@ def strata(num_train_timesteps: int) -> list[int]:
 
 
 class MeasuredModels(NamedTuple):
-    """The models whose loss is measured."""
+    """The models whose predictions are measured."""
 
     family: Any
     denoiser: torch.nn.Module
@@ -71,6 +77,14 @@ class MeasuredModels(NamedTuple):
     scaling_factor: float  # of the VAE
     dtype: torch.dtype  # of the denoiser's inputs
     prompt_encoder: Any = None  # None if captions are cached
+    adapted: tuple[torch.nn.Module, ...] = ()  # those with a LoRA
+
+    def predict(self, caption: str, noisy_latents: torch.Tensor, timesteps: torch.Tensor, condition: dict) -> Any:
+        """Returns the prediction for noisy latents (N, C, h, w) of one picture; `condition` has no batch dimension."""
+        if self.prompt_encoder is not None:
+            condition = condition | {name: value[0] for name, value in self.prompt_encoder([caption]).items()}
+        condition = {name: _repeat(value, timesteps) for name, value in condition.items()}
+        return self.family.predict(self.denoiser, noisy_latents.to(self.dtype), timesteps, **condition)
 
 
 class LossMeter:
@@ -80,46 +94,54 @@ class LossMeter:
         self.models, self.seed, self.accelerator = models, seed, accelerator
         self.timesteps = strata(models.diffusion.num_train_timesteps)
 
-    @torch.no_grad()
     def __call__(self, validation_set: ValidationSet) -> np.ndarray:
-        """Returns the losses at each of the `strata`, float64 of shape (pictures, STRATA), on every process.
+        """Returns the losses at each of the `strata`, float64 of shape (pictures, STRATA), on every process."""
+        return self._measure(validation_set, from_base=False)
 
-        Each picture is a batch of its own with noise that depends only on (seed, image_id, k), so that the losses do not
+    def drift(self, validation_set: ValidationSet) -> np.ndarray:
+        """Returns the mean squared differences from the base model's predictions, in the shape of losses."""
+        return self._measure(validation_set, from_base=True)
+
+    @torch.no_grad()
+    def _measure(self, validation_set, *, from_base):
+        """Each picture is a batch of its own with noise that depends only on (seed, image_id, k), so that the results do not
         depend on the batch size of training, the order of the pictures or the number of processes.
         """
         from accelerate.utils import gather_object
 
         models, device, found = self.models, self.accelerator.device, {}
         timesteps = torch.tensor(self.timesteps, device=device)
-
-        def repeat(value):
-            return value.to(device).expand(STRATA, *value.shape)
-
         mine = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
-        bar = work_bar(self.accelerator, len(mine), "validating")
+        bar = work_bar(self.accelerator, len(mine), "measuring the drift" if from_base else "validating")
         with evaluating(models.denoiser), self.accelerator.autocast(), bar:
             for index in mine:
                 if interruption.stop_requested():
                     break
                 row = validation_set[index]
                 condition = row.pop("condition")
-                if models.prompt_encoder is not None:
-                    encoded = models.prompt_encoder([validation_set.caption(index)])
-                    condition |= {name: value[0] for name, value in encoded.items()}
-                condition = {name: repeat(value) for name, value in condition.items()}
-                row = {name: repeat(value) for name, value in row.items()}
+                row = {name: _repeat(value, timesteps) for name, value in row.items()}
                 latents = row["mean"] * models.scaling_factor
                 image_id = validation_set.pictures.facts[index].image_id
                 noise = [_make_noise(latents.shape[1:], self.seed, image_id, k) for k in range(STRATA)]
                 noise = torch.stack(noise).to(device)
-                noisy_latents = models.diffusion.add_noise(latents, noise, timesteps).to(models.dtype)
-                model_pred = models.family.predict(models.denoiser, noisy_latents, timesteps, **condition)
-                target = models.diffusion.target(latents, noise, timesteps)
-                found[index] = loss_of_samples(model_pred, target, row.get("mask")).cpu().double().tolist()
+                noisy_latents = models.diffusion.add_noise(latents, noise, timesteps)
+                inputs = validation_set.caption(index), noisy_latents, timesteps, condition
+                model_pred, mask = models.predict(*inputs), row.get("mask")
+                if from_base:
+                    mask = None  # what is outside a mask changes too
+                    with without_adapters(*models.adapted):
+                        target = models.predict(*inputs)
+                else:
+                    target = models.diffusion.target(latents, noise, timesteps)
+                found[index] = loss_of_samples(model_pred, target, mask).cpu().double().tolist()
                 bar.update()
         interruption.stop_together("in a validation")
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])
+
+
+def _repeat(value, timesteps):
+    return value.to(timesteps.device).expand(len(timesteps), *value.shape)
 
 
 def _make_noise(shape, seed, image_id, k):
@@ -127,23 +149,31 @@ def _make_noise(shape, seed, image_id, k):
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7])))
 
 
+class JudgedSets(NamedTuple):
+    """The `ValidationSet`s of a run; None without validation pictures."""
+
+    held_out: Any
+    probe: Any  # equally many training pictures
+    without_concept: Any  # held out, with captions without the concept; None if it is not known
+
+
 class Judge:
     """Validates a run: logs the losses, keeps the best LoRA in `best/`, and decides when to stop early.
 
-    `held_out` and `probe`, equally many training pictures, are `ValidationSet`s. If they are None, all methods do nothing.
+    If `sets.held_out` is None, all methods do nothing.
     """
 
     def __init__(
-        self, held_out: Any, probe: Any, measure: LossMeter, *, accelerator: Any, metrics_file: Any,
-        output_dir: str | Path, patience: int | None,
+        self, sets: "JudgedSets", measure: LossMeter, settings: Any, *, accelerator: Any, metrics_file: Any,
+        output_dir: str | Path,
     ):  # fmt: skip
-        self.held_out, self.probe = held_out, probe
+        self.held_out, self.probe, self.without_concept = sets
         self.measure = measure
         self.accelerator, self.metrics_file = accelerator, metrics_file
         self.output_dir = Path(output_dir)
-        self.patience = patience
+        self.patience, self.max_drift = settings.early_stopping_patience, settings.max_drift
         self.validation: Any = None  # a `Validation` after `restore` or `start`
-        self.identities = [] if held_out is None else [held_out.identity(), probe.identity()]
+        self.identities = [] if self.held_out is None else [self.held_out.identity(), self.probe.identity()]
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Restores what `state` returned, unless the validation pictures have changed since."""
@@ -167,7 +197,12 @@ class Judge:
             return
         table, probe = self.measure(self.held_out), self.measure(self.probe)
         values = stopping.make_metrics(table, probe, self.validation, self.measure.timesteps)
-        improved = not is_base and stopping.update_best(self.validation, table, step)
+        drift = None
+        if self.without_concept is not None:
+            drift = float(stopping.relative(self.measure.drift(self.without_concept), self.validation.base).mean())
+            values["validation/drift"] = drift
+        allowed = drift is None or self.max_drift is None or drift <= self.max_drift
+        improved = not is_base and stopping.update_best(self.validation, table, step, drift=drift, allowed=allowed)
         values |= stopping.metrics_of_best(self.validation)
         if self.accelerator.is_main_process:
             self.metrics_file.write(step, values)
@@ -205,7 +240,7 @@ class Judge:
 
     def summarize(self, step: int) -> str | None:
         """Summarizes the validations in one sentence, for the end of the run; None without validation pictures."""
-        return None if self.validation is None else stopping.summarize(self.validation, step)
+        return None if self.validation is None else stopping.summarize(self.validation, step, self.max_drift)
 
 
 def _copy_best(source, target):

@@ -28,7 +28,7 @@ from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
 from .conditions import make_picture_condition
-from .inputs import make_concept_remover, with_cached_tag_orders
+from .inputs import find_concept, make_concept_remover, with_cached_tag_orders
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
 
 
@@ -289,9 +289,12 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
             training = CachedSet(pictures, *cache.build(pictures, run.variations, all_captions, accelerator))
         if run.validated is not None:
             probe = pick_probe(run.pictures, len(run.validated), run.seed)
+            remove_concept = find_concept(settings, run.pictures.records)
             for part in (run.validated.for_validation(), probe.for_validation()):
-                first_captions = [group[0] for group in part.captions]
-                validated.append(CachedSet(part, *cache.build(part, 1, first_captions, accelerator)))
+                all_captions = [group[0] for group in part.captions]
+                if remove_concept is not None and not validated:
+                    all_captions += map(remove_concept, all_captions[:])
+                validated.append(CachedSet(part, *cache.build(part, 1, all_captions, accelerator)))
     sets = CachedSets(training, *(validated or (None, None)))
     if accelerator.is_main_process and (run.variations or validated):
         logger.info(trim(folder, settings.cache.latent_cache_limit, sets.paths()))

@@ -43,9 +43,7 @@ def find_inputs(settings: Any) -> Inputs:
     base = find_base(settings)
     with log.collect_messages("pictures") as notes:
         records, validation_records = find_records(settings, leave_out)
-        if (remove_concept := make_concept_remover(settings, records)) is not None:
-            own = records.filter(lambda row: not row["is_class"]) if any(records["is_class"]) else records
-            check_concept_remover(remove_concept, (caption for group in own["captions"] for caption in group))
+        check_concept(settings, records)
     check_rest(settings, base)
     return Inputs(base, records, validation_records, left_out, notes)
 
@@ -90,11 +88,31 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
 
 def make_concept_remover(settings: Any, records: Any) -> ConceptRemover | None:
     """Returns what removes the concept from the captions of records for --preservation, or None without it."""
+    return None if settings.preservation.preservation is None else find_concept(settings, records)
+
+
+def check_concept(settings: Any, records: Any) -> None:
+    """Logs what captions become without the concept; raises `InputError` if it can't be left out, but a flag needs that."""
+    remove_concept, preserves = find_concept(settings, records), settings.preservation.preservation is not None
+    if remove_concept is None:
+        if settings.validation.max_drift is not None:
+            raise InputError(
+                "--max_drift: nothing names the concept. Name it by --concept_phrases as the captions do."
+            )
+    elif preserves or settings.validation.validates:
+        own = records.filter(lambda row: not row["is_class"]) if any(records["is_class"]) else records
+        check_concept_remover(
+            remove_concept, (caption for group in own["captions"] for caption in group), trains=preserves
+        )
+
+
+def find_concept(settings: Any, records: Any) -> ConceptRemover | None:
+    """Returns what removes the concept from the captions of records, or None if no flag and no folder names the concept."""
     preservation, trigger = settings.preservation, settings.captions.trigger_word
-    if preservation.preservation is None:
-        return None
     phrases = preservation.concept_phrases or (() if trigger is None else (trigger,))
     phrases = phrases or triggers_of(records, settings.captions)
+    if not phrases and preservation.preservation is None and preservation.preservation_prompt is None:
+        return None
     otherwise = settings.class_pictures.class_prompt or ""
     return ConceptRemover(phrases, preservation.preservation_prompt, otherwise)
 
@@ -116,8 +134,7 @@ def check_rest(settings: Any, base: Any) -> None:
         check_writable(Path(preview).parent, "--preview_data")
         if Path(preview).is_dir():
             raise InputError(f"--preview_data {preview}: this is a folder. Pass the name of a file.")
-    validates = settings.validation.validation_split or settings.validation.validation_data_dir
-    if settings.cache.cache_variations != 0 or validates:
+    if settings.cache.cache_variations != 0 or settings.validation.validates:
         check_writable(settings.cache.folder, "--latent_cache_dir")
 
 

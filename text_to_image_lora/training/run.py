@@ -244,8 +244,8 @@ def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, s
     captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
     drawn = [[text] for text in settings.samples.texts]
-    preserved, remove_concept = [], inputs.make_concept_remover(settings, sets[0].records)
-    if remove_concept is not None:
+    preserved, remove_concept = [], inputs.find_concept(settings, sets[0].records)
+    if remove_concept is not None and (settings.preservation.preservation is not None or len(sets) > 1):
         preserved = [[remove_concept(caption)] for group in captions for caption in group]
     counts = prompts.count_tokens(tokenizer, captions + drawn + preserved)
     sources += ["--validation_prompts"] * len(drawn) + ["--preservation_prompt"] * len(preserved)
