@@ -1,5 +1,7 @@
 """The drift of a LoRA: how much it changes the predictions for captions without the concept."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -172,3 +174,25 @@ def test_it_is_shown_on_the_page_and_on_the_card(train):
     assert "Drift from the base model without the concept" in page
     card = (out / "README.md").read_text()
     assert f"For captions without the concept, it differs from the base model by {drift:.3f} of that loss." in card
+
+
+def test_captions_without_the_concept_are_on_the_sheet_and_the_page(train, tmp_path, monkeypatch):
+    """Class pictures are shown with their captions alone, as these have no concept."""
+    from text_to_image_lora.pictures import inspection
+
+    write_pictures(tmp_path / "class", count=2, captions=["an axe, sks"], seed=3)
+    rows, draw = [], inspection.labelled_sheet
+    monkeypatch.setattr(inspection, "labelled_sheet", lambda found: rows.extend(found) or draw(found))
+    flags = dict(
+        class_data_dir=tmp_path / "class", preview_data=tmp_path / "sheet.png", concept_phrases=["red", "sks"]
+    )
+    others = write_pictures(tmp_path / "others", count=3, seed=9)
+    out = train(**flags, validation_data_dir=others)
+    given = {
+        f"a {colour} axe number {k}": "the empty caption" for k, colour in enumerate(["red", "blue", "green"] * 2)
+    }
+    given |= {f"a red axe number {k}": f"a axe number {k}" for k in (0, 3)}
+    texts = [f"{caption}  (without the concept: {without})" for caption, without in given.items()]
+    assert sorted(row.label.text for row in rows) == sorted([*texts, "an axe, sks", "an axe, sks"])
+    shown = re.findall("<br>without the concept: (.*?)</span>", (out / "report.html").read_text())
+    assert shown == [without.replace("the empty", "no") for without in given.values()]

@@ -80,7 +80,7 @@ def check_concept_remover(remove_concept: ConceptRemover, captions: Iterable[str
                 "--concept_phrases as the captions do, or write a caption without it: --preservation_prompt TEXT."
             )
         if finds < len(pairs):
-            use = "their samples are also trained as" if trains else "without the concept, they become"
+            use = "their samples are also trained as" if trains else "to measure the drift, they become"
             logger.info(
                 f"{purpose.lstrip('-')}: {len(pairs) - finds} of {len(pairs)} different captions contain no phrase of the "
                 f"concept; {use} '{remove_concept.otherwise}'"

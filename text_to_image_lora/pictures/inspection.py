@@ -128,16 +128,23 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_preview(path: str, pictures: PictureSet, sampler: Any, num_variations: int | None) -> str:
-    """Writes a sheet of what the model will see of the first pictures, and returns a line for the log."""
+def write_preview(
+    path: str, pictures: PictureSet, sampler: Any, num_variations: int | None, remove_concept: Any = None
+) -> str:
+    """Writes a sheet of what the model will see of the first pictures, and returns a line for the log.
+
+    With a `ConceptRemover`, captions are shown without the concept too.
+    """
     chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(pictures))]))[:PREVIEWED]
-    sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4))
+    sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4), remove_concept=remove_concept)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return f"what the model will see: {path}"
 
 
-def preview_sheet(pictures: PictureSet, indices: list[int], num_variations: int, tile: int = 192) -> Image.Image:
+def preview_sheet(
+    pictures: PictureSet, indices: list[int], num_variations: int, tile: int = 192, *, remove_concept: Any = None
+) -> Image.Image:
     """Draws a row for each picture: some of its variations as they are trained on, and its first caption."""
     rows = []
     for index in indices:
@@ -145,5 +152,8 @@ def preview_sheet(pictures: PictureSet, indices: list[int], num_variations: int,
         note = f"{pictures.records[index]['concept']}   {fact.width}x{fact.height} -> {width}x{height}"
         variations = [Image.fromarray(pictures.pixels(index, k)) for k in range(num_variations)]
         tiles = [ImageOps.pad(each, (tile, tile), Image.Resampling.LANCZOS, color="white") for each in variations]
-        rows.append(Row(Label(pictures.captions[index][0], note), tiles, CAPTION_WIDTH, CAPTION_LINES))
+        text = pictures.captions[index][0]
+        if remove_concept is not None and not pictures.is_class[index]:
+            text += f"  (without the concept: {remove_concept(text) or 'the empty caption'})"
+        rows.append(Row(Label(text, note), tiles, CAPTION_WIDTH, CAPTION_LINES))
     return labelled_sheet(rows)

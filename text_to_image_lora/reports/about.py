@@ -20,6 +20,7 @@ from ..command_line import Parser, recorded_values
 from ..files import write_whole
 from ..pictures.inspection import describe
 from ..pictures.records import fingerprint
+from ..training.inputs import find_concept
 
 
 FILE = "about.json"
@@ -61,7 +62,8 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     return write_about(
         settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
         machine=machine(accelerator), settings=described,
-        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes) | {"held_out": identify(run.validated)},
+        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes, find_concept(settings, run.pictures.records))
+        | {"held_out": identify(run.validated)},
     )  # fmt: skip
 
 
@@ -167,8 +169,13 @@ def identify(held_out: Any) -> str | None:
     return fingerprint(image_ids, [[]] * len(image_ids))
 
 
-def data_sheet(pictures: Any, held_out: Any, sampler: Any, notes: list[str]) -> dict[str, Any]:
-    """Describes the dataset as plain data: counts, findings, and some of the pictures with their captions."""
+def data_sheet(
+    pictures: Any, held_out: Any, sampler: Any, notes: list[str], remove_concept: Any = None
+) -> dict[str, Any]:
+    """Describes the dataset as plain data: counts, findings, and some of the pictures with their captions.
+
+    With a `ConceptRemover`, the captions without the concept are there too.
+    """
     report = describe(
         pictures, [], sampler, num_validated=len(held_out or ()), token_counts=None, token_limit=None, cache_bytes=None
     )
@@ -178,17 +185,21 @@ def data_sheet(pictures: Any, held_out: Any, sampler: Any, notes: list[str]) -> 
     for name in ("enlarged", "equal", "alike"):
         sheet[name] = {"count": len(report[name]), "first": report[name][:MAX_LISTED]}
     chosen = np.unique(np.linspace(0, len(pictures) - 1, min(NUM_PREVIEWS, len(pictures))).round().astype(int))
-    sheet["shown"] = [describe_picture(pictures, int(index)) for index in chosen]
+    sheet["shown"] = [describe_picture(pictures, int(index), remove_concept) for index in chosen]
     return sheet
 
 
-def describe_picture(pictures: Any, index: int) -> dict[str, Any]:
+def describe_picture(pictures: Any, index: int, remove_concept: Any = None) -> dict[str, Any]:
     """Returns a picture's source, concept, captions, sizes, and a preview of it as the model sees it."""
-    fact, record = pictures.facts[index], pictures.records[index]
+    fact, record, captions = pictures.facts[index], pictures.records[index], pictures.captions[index][:3]
+    without = []
+    if remove_concept is not None and not pictures.is_class[index]:
+        without = [remove_concept(caption) for caption in captions]
     return {
         "source": "/".join(Path(record["source"]).parts[-2:]),
         "concept": record["concept"],
-        "captions": pictures.captions[index][:3],
+        "captions": captions,
+        "without_concept": without,
         "size": f"{fact.width}x{fact.height}",
         "trained_at": "{}x{}".format(*pictures.sizes[index]),
         "preview": encode_image(Image.fromarray(pictures.pixels(index, 0)), PREVIEW_SIDE),

@@ -56,7 +56,8 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     )
     if settings.data.preview_data is not None:
         variations = settings.cache.num_variations(settings.augmentation)
-        print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations))
+        remove_concept = inputs.find_concept(settings, pictures.records)
+        print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations, remove_concept))
     if too_long is not None:
         raise too_long
     if left_out and not settings.data.skip_bad_images:

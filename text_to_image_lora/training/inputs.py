@@ -99,16 +99,20 @@ def check_concept(settings: Any, records: Any) -> None:
             raise InputError(
                 "--max_drift: nothing names the concept. Name it by --concept_phrases as the captions do."
             )
-    elif preserves or settings.validation.validates:
-        own = records.filter(lambda row: not row["is_class"]) if any(records["is_class"]) else records
-        check_concept_remover(
-            remove_concept, (caption for group in own["captions"] for caption in group), trains=preserves
-        )
+    else:
+        pairs = zip(records["captions"], records["is_class"], strict=True)
+        own = [caption for group, is_class in pairs if not is_class for caption in group]
+        check_concept_remover(remove_concept, own, trains=preserves)
 
 
 def find_concept(settings: Any, records: Any) -> ConceptRemover | None:
-    """Returns what removes the concept from the captions of records, or None if no flag and no folder names the concept."""
+    """Returns what removes the concept from the captions of records, for --preservation and to measure the drift.
+
+    Returns None if the run does neither, or if no flag and no folder names the concept.
+    """
     preservation, trigger = settings.preservation, settings.captions.trigger_word
+    if preservation.preservation is None and not settings.validation.validates:
+        return None
     phrases = preservation.concept_phrases or (() if trigger is None else (trigger,))
     phrases = phrases or triggers_of(records, settings.captions)
     if not phrases and preservation.preservation is None and preservation.preservation_prompt is None:
