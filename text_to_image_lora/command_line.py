@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import os
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from .errors import InputError
 
 def installed_command() -> None:
     """The entry point `train-text-to-image-lora` of the installed package: runs the training script as `python` would."""
+    import runpy  # only for this command
+
     runpy.run_module("train_text_to_image_lora", run_name="__main__", alter_sys=True)
 
 

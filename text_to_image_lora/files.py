@@ -5,7 +5,6 @@ import errno
 import glob
 import os
 import re
-import secrets
 import shutil
 import tempfile
 import time
@@ -111,7 +110,7 @@ def written_whole(path: str | Path, *, folder: bool = False, shared: bool = Fals
     processes may write `path` at once: the first result stays, and nothing is flushed, because it can be made again.
     """
     path = Path(path)
-    mark = f".{secrets.token_hex(4)}" if shared else ""
+    mark = f".{os.urandom(4).hex()}" if shared else ""
     temporary = path.with_name(
         f".{path.name}{mark}.tmp"
     )  # no .safetensors suffix, or readers would load it as weights
