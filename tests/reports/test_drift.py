@@ -31,8 +31,7 @@ def test_it_is_the_change_from_the_base_model_without_the_concept(train, tiny_sd
     monkeypatch.setattr(validation_loss.LossMeter, "drift", look)
     others = write_pictures(tmp_path / "others", count=3, seed=9)
     out = train(trigger_word="sks", validation_data_dir=others, validation_steps=2, seed=5)
-    (_, _, before), (meter, validation_set, table) = tables
-    assert not before.any()
+    ((meter, validation_set, table),) = tables  # the base model has no drift, which needs no measurement
     stock = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     expected = np.zeros((3, 8))
     for index in range(3):

@@ -199,7 +199,8 @@ class Judge:
         values = stopping.make_metrics(table, probe, self.validation, self.measure.timesteps)
         drift = None
         if self.without_concept is not None:
-            drift = float(stopping.relative(self.measure.drift(self.without_concept), self.validation.base).mean())
+            differences = np.zeros_like(table) if is_base else self.measure.drift(self.without_concept)
+            drift = float(stopping.relative(differences, self.validation.base).mean())
             values["validation/drift"] = drift
         allowed = drift is None or self.max_drift is None or drift <= self.max_drift
         improved = not is_base and stopping.update_best(self.validation, table, step, drift=drift, allowed=allowed)
