@@ -1,12 +1,15 @@
 """Fixtures and helpers of all tests: a tiny Stable Diffusion pipeline, pictures, and runs of the training command."""
 
+import atexit
 import functools
 import importlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -259,10 +262,23 @@ def train(arguments):
     return run
 
 
+@functools.cache
+def quick_python():
+    """Returns the `QuickPython` of this process, which starts commands without the seconds of their imports."""
+    from quick_python import QuickPython
+
+    folder = Path(tempfile.mkdtemp(prefix="quick-"))  # a socket's path must be short
+    quick = QuickPython(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(quick.close)
+    return quick
+
+
 def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
     """Runs the real command in the project's folder; stdout and stderr are text."""
+    launcher = [quick_python().python if word == sys.executable else str(word) for word in launcher]
     return subprocess.run(
-        [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
+        [*launcher, "train_text_to_image_lora.py", *map(str, words)],
         cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

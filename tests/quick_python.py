@@ -1,16 +1,19 @@
 """Commands named `python` and `accelerate` that start without the seconds of PyTorch's imports.
 
-    with QuickPython(folder) as environment:
-        subprocess.run(["bash", "-c", "python infer.py --help"], env=os.environ | environment)
+    quick = QuickPython(folder)
+    subprocess.run([quick.python, "infer.py", "--help"])
+    subprocess.run(["bash", "-c", "accelerate launch infer.py"], env=os.environ | quick.environment)
 
 A command passes its arguments, working directory, environment and streams to a server, which has imported the libraries
 and forks a process. This process runs the script or module as Python does; Python processes that it starts do it this way too.
+A command that is killed ends its process with SIGTERM.
 """
 
 import array
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -36,22 +39,24 @@ COMMANDS = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_c
 
 
 class QuickPython:
-    """Writes both commands into a new folder and serves them; `with` gives the `PATH` that finds them, as a dict."""
+    """Writes both commands into a new folder and serves them until `close`."""
 
     def __init__(self, folder: Path):
         self.folder, self.address = folder, str(folder / "socket")
-
-    def __enter__(self):
-        self.folder.mkdir()
+        self.python = str(folder / "python")
         for name, words in COMMANDS.items():
             client = CLIENT.format(python=sys.executable, address=self.address, words=words)
             (self.folder / name).write_text(client)
             (self.folder / name).chmod(0o755)
         self.process = subprocess.Popen([sys.executable, __file__, self.address], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "ready\n"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The change of the environment with which shells find the commands."""
         return {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
-    def __exit__(self, *_):
+    def close(self) -> None:
         self.process.terminate()
         self.process.wait()
         self.process.stdout.close()
@@ -111,9 +116,20 @@ def serve(address):
         if child == 0:
             connection.close()
             become(*request, streams)
-        _, status = os.waitpid(child, 0)
+        status = wait(child, connection)
         connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
         os._exit(0)
+
+
+def wait(child, connection):
+    """Waits for a process and returns its status; if the command that asked for it has been killed, terminates it."""
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        if select.select([connection], [], [], 0.01)[0]:
+            os.kill(child, signal.SIGTERM)
+            return os.waitpid(child, 0)[1]
 
 
 if __name__ == "__main__":

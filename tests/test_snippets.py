@@ -11,8 +11,7 @@ import subprocess
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT, train_script
-from quick_python import QuickPython
+from conftest import ROOT, quick_python, train_script
 from snippets import (
     BLOCKS,
     CANNOT_RUN,
@@ -135,17 +134,11 @@ def test_the_python_code_draws(stand_ins, trained_lora, name):
             assert (stand_ins / re.search(r'save\("(.*)"\)', block.text)[1]).is_file()
 
 
-@pytest.fixture(scope="module")
-def quick_python(tmp_path_factory):
-    """Changes of the environment with which `python` and `accelerate` start quickly."""
-    with QuickPython(tmp_path_factory.mktemp("quick") / "bin") as environment:
-        yield environment | {"ACCELERATE_USE_CPU": "true"}
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if {b.language for b in blocks_of(page)} & {"bash", "python"}],
                          ids=lambda page: page.relative_to(ROOT).as_posix())  # fmt: skip
-def test_the_blocks_of_a_page_run_in_order(stand_ins, trained_lora, quick_python, page):
+def test_the_blocks_of_a_page_run_in_order(stand_ins, trained_lora, page):
+    environment = quick_python().environment | {"ACCELERATE_USE_CPU": "true"}
     name = page.relative_to(ROOT).as_posix()
     folder = copy_project(stand_ins)
     put_in(folder, GIVEN.get(name, ""), trained_lora)
@@ -162,7 +155,7 @@ def test_the_blocks_of_a_page_run_in_order(stand_ins, trained_lora, quick_python
         done = subprocess.run(
             ["bash", "-ec", script],
             cwd=folder,
-            env=os.environ | quick_python,
+            env=os.environ | environment,
             capture_output=True,
             text=True,
             timeout=3600,

@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, read_metrics, write_pictures
+from conftest import ROOT, quick_python, read_metrics, write_pictures
 from PIL import Image
 
 from scripts import sweep
@@ -40,13 +40,18 @@ def flags_of(model="model", pictures="pictures", **changes):
     return [f"{key}={value}" for key, value in (flags | changes).items()]
 
 
-def command(folder, *words):
-    return [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--sweep_dir", str(folder), *map(str, words)]
+def command(folder, *words, python=sys.executable):
+    return [python, str(ROOT / "scripts" / "sweep.py"), "--sweep_dir", str(folder), *map(str, words)]
 
 
-def run(folder, *words, **environment):
+def run(folder, *words, python=sys.executable, **environment):
     return subprocess.run(
-        command(folder, *words), capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | environment
+        command(folder, *words, python=python),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | environment,
     )
 
 
@@ -126,7 +131,7 @@ def test_what_it_leaves(tiny_sd, pictures, tmp_path):
         tiny_sd, pictures, random_flip="true", validation_prompt="an axe", num_validation_images=2,
         validation_inference_steps=2,
     )  # fmt: skip
-    done = run(folder, *words)
+    done = run(folder, *words, python=quick_python().python)
     assert done.returncode == 0, done.stderr
     table = (folder / "results.md").read_text()
     assert table.startswith("| trial | state | validation/relative_loss | at_step | rank |\n|---|---|---|---|---|\n")
