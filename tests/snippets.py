@@ -74,7 +74,7 @@ SHORT = {
     "infer.py": "--num_inference_steps 4 --height 64 --width 64 --num_cpu_threads 1",
     "scripts/evaluate.py": "--num_prompts 2 --num_inference_steps 2 --other_prompts 'a red house' --resolution 64",
     "scripts/sweep.py": "--sampler random --num_trials 1",
-    "scripts.mini_sd.measure": "--num_inference_steps 2 --pictures_per_caption 1",
+    "scripts.mini_sd.measure": "--num_inference_steps 2 --pictures_per_caption 1 --judged_drawings 3",
     "scripts.mini_sd.draw": "",
     "scripts/convert_lora.py": "",
     "scripts/report.py": "",

@@ -301,7 +301,7 @@ def shares(judge, images, scenes):
     }
 
 
-def judge_the_judges(judge, seed, count=300):
+def judge_the_judges(judge, seed, count):
     """Returns the `shares` of drawings with each of `PLANTS`, sharp and blurred: the scores of a perfect model.
 
     The share with blossoms should be 1 for blossoms and 0 for everything else.

@@ -56,6 +56,12 @@ def parse_args(argv=None):
         default=3,
         help="pictures of each LoRA for each of 24 captions with blossoms",
     )
+    add(
+        "--judged_drawings",
+        type=int,
+        default=300,
+        help="number of drawings of each kind on which the judges are measured",
+    )
     add("--judge", type=Path, default=JUDGE, help="file of the judge; if it does not exist, a judge is trained")
     add(
         "--output",
@@ -93,7 +99,7 @@ def table(rows):
 
 def main(args):
     judge = train_judge(args.judge, args.seed)
-    rows = judge_the_judges(judge, args.seed)
+    rows = judge_the_judges(judge, args.seed, args.judged_drawings)
     steps = dict(num_inference_steps=args.num_inference_steps)
 
     def measure(name, pipeline, prompts, scenes, guidance_scale, seed):
