@@ -86,6 +86,15 @@ OPTIONS_OF_PROMPTS = {  # {option after a prompt: field}
 }
 
 
+def shown_options(options: dict[str, Any]) -> dict[str, str]:
+    """Returns {field: words for people}, such as "guidance 9", for options of a prompt {field of a drawing: value}."""
+    labels = {field: SETTINGS[field].label or f"{SETTINGS[field].short} {{}}" for field in options}
+    return {
+        field: labels[field].format(f"{value:g}" if isinstance(value, float) else value)
+        for field, value in options.items()
+    }
+
+
 class Lora(NamedTuple):
     """A LoRA file and its scale."""
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ..drawing.as_trained import AsTrained
 from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
-from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells
+from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
 from ..drawing.pipeline import PIPELINES, Studio
 from ..drawing.png import describe, save_png, source_of
 from ..drawing.rows import Drawing, Lora
@@ -23,12 +23,11 @@ from ..files import written_whole
 from ..models.lora import scaled_adapters
 from ..models.modules import evaluating, in_its_precision
 from ..models.samplers import NO_ZERO_SNR, make_sampler
-from ..pictures.sheets import tell_apart
 from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .progress import work_bar
-from .runs import shown_options, step_of
+from .runs import step_of
 
 
 def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
@@ -74,14 +73,7 @@ def arrange(samples: Any) -> Grid:
     """
     seeds_differ = any("seed" in prompt.options for prompt in samples.prompts)
     columns = [Cell(note="" if seeds_differ else "seed {seed}", nth=k) for k in range(samples.num_validation_images)]
-    options = [shown_options(prompt.options) for prompt in samples.prompts]
-    notes = tell_apart(samples.texts, options)
-    rows = [
-        # Notes are formats.
-        cell._replace(note=note.replace("{", "{{").replace("}", "}}"))
-        for cell, note in zip(prompt_cells(samples.prompts), notes, strict=True)
-    ]
-    return Grid("sheet", [Cell()], [Cell()], rows, columns)
+    return Grid("sheet", [Cell()], [Cell()], told_apart(prompt_cells(samples.prompts)), columns)
 
 
 def make_studio(base: Any, models: Any, device: torch.device) -> Studio:
