@@ -15,7 +15,7 @@ from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
 from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
 from ..drawing.pipeline import PIPELINES, Studio
-from ..drawing.png import describe, save_png, source_of
+from ..drawing.png import describe, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError
@@ -37,7 +37,7 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
         return Painter(output_dir, accelerator)
     grid, device = arrange(samples), accelerator.device
     like = Drawing(
-        seed=run.seed, loras=(Lora(str(output_dir), output_dir, 1.0, "default", {}, {}, in_training=True),),
+        seed=run.seed, loras=(Lora(name_for_others(str(output_dir)), output_dir, 1.0, "default", {}, {}, in_training=True),),
         negative_prompt=samples.validation_negative_prompt or None,
         num_inference_steps=samples.validation_inference_steps, guidance_scale=samples.validation_guidance_scale,
         clip_skip=base.clip_skip or 0, height=run.resolution, width=run.resolution,
@@ -56,9 +56,13 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
     )  # fmt: skip
     if not models.trains_text_encoder:
         studio = studio._replace(encoder=encode(drawings))
-    model = Model(base.pretrained_model_name_or_path, base.single_file_config, base.revision, base.variant)
+    config, vae = base.single_file_config, base.pretrained_vae_model_name_or_path
+    model = Model(
+        name_for_others(base.pretrained_model_name_or_path), config and Path(name_for_others(str(config))),
+        base.revision, base.variant,
+    )  # fmt: skip
     source = source_of(
-        model, FromPictures(), vae=base.pretrained_vae_model_name_or_path, dtype=models.dtype, device=str(device),
+        model, FromPictures(), vae=vae and name_for_others(vae), dtype=models.dtype, device=str(device),
         compiled=settings.speed.compile != "off",
     )  # fmt: skip
     return Painter(
