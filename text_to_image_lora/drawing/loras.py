@@ -88,7 +88,7 @@ def read_weights(lora: Lora) -> dict[str, Any] | None:
 
     try:
         if stock_reads(lora):
-            check_finite(lora.file)
+            check_finite(lora.path)
             return None
         return as_diffusers(lora.path)[0]
     except InputError as error:

@@ -80,7 +80,7 @@ def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -
     own |= {"clip_skip": drawing.clip_skip}
     flags = {name: [str(value)] for name, value in (source.flags | own).items() if value is not None}
     loras = drawing.scaled_loras()
-    files = {"lora": [lora.file for lora in loras if not lora.in_training]} if loras else {}
+    files = {"lora": [file for lora in loras if not lora.in_training for file in lora.files]} if loras else {}
     files |= {name: flags[name] for name in ("image", "control_image") if name in flags}
     flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
     sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}

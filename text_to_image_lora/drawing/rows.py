@@ -108,11 +108,11 @@ class Lora(NamedTuple):
     in_training: bool = False  # the weights are those of a training step, which the file may not contain
 
     @property
-    def file(self) -> Path:
-        """The file that contains the weights."""
-        from ..models.dialects import PEFT_WEIGHTS_NAME  # here, because --help does not need the dialects' patterns
+    def files(self) -> list[Path]:
+        """The files that contain the weights: one, or one for each component of a folder in peft's dialect."""
+        from ..models.dialects import find_weight_files  # here, because --help does not need the dialects' patterns
 
-        return self.path / PEFT_WEIGHTS_NAME if self.path.is_dir() else self.path
+        return [file for file, _ in find_weight_files(self.path)]
 
 
 class Drawing(NamedTuple):
