@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import infer
 import train_text_to_image_lora as training
@@ -192,6 +193,42 @@ def test_a_refusal_names_the_recipe_as_the_source(settings, tmp_path):
         with pytest.raises(InputError) as caught:
             settings(recipe, *FOLDER, *words.split())
         assert str(caught.value).endswith(f"({source} {tmp_path}/recipe.yaml.)")
+
+
+LATER = {  # what is wrong in the recipe: the flag that the refusal names as its source
+    "train_data_dir: nowhere": "--train_data_dir",
+    "train_data_dir: empty": "--train_data_dir",
+    "train_data_dir: uncaptioned": "--train_data_dir",
+    "caption_column: story": "--caption_column",
+    "resolution: 100": "--resolution",
+    "pretrained_model_name_or_path: nowhere": "--pretrained_model_name_or_path",
+    "clip_skip: 99": "--clip_skip",
+    "validation_data_dir: nowhere": "--validation_data_dir",
+    "lora_weights: nowhere.safetensors": "--lora_weights",
+}
+
+
+@pytest.mark.parametrize("recipe", LATER)
+def test_a_refusal_of_inputs_names_the_recipe_as_the_source(recipe, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "uncaptioned").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "uncaptioned" / "a.png")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    name, _, value = recipe.partition(": ")
+    with pytest.raises(InputError) as caught:
+        train(config="recipe.yaml", **{name: None})
+    assert str(caught.value).endswith(f" ({LATER[recipe]} is in recipe.yaml.)")
+    with pytest.raises(InputError) as caught:
+        train(**{name: value})
+    assert "recipe.yaml" not in str(caught.value)
+
+
+def test_a_refusal_of_what_the_command_line_says_does_not_name_the_recipe(train, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("train_data_dir: elsewhere\nskip_bad_images: true\nrank: 4")
+    with pytest.raises(InputError) as caught:
+        train(config=tmp_path / "recipe.yaml", train_data_dir=tmp_path / "nowhere")
+    assert "recipe.yaml" not in str(caught.value)
 
 
 def test_every_conflict_is_between_flags_of_the_command():

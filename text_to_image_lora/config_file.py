@@ -1,6 +1,9 @@
 """YAML files of flags, as for --config: their text keeps its spelling, and the command line overrides them."""
 
 import difflib
+import functools
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +96,39 @@ def read_flags(path: str, actions: Mapping[str, Any]) -> dict[str, list[str]]:
         else:
             words[key] = [f"--{key}", *map(str, value)] if parts is value else [f"--{key}={value}"]
     return words
+
+
+class FlagsOfFile(NamedTuple):
+    """The flags whose values are those in the file of --config, because the command line does not give them."""
+
+    path: str  # of the file
+    values: dict[str, Any]
+
+    def explain(self, message: str) -> str:
+        """Adds to a message which flags of the file it is about: those that its first sentence names or begins with the value of."""
+        sentence = re.split(r"\.\s", message)[0]
+        named = [name for name in re.findall(r"--(\w+)", sentence) if name in self.values]
+        for name, value in self.values.items():
+            texts = [str(text) for text in (value if isinstance(value, list | tuple) else [value])]
+            named += [name for text in texts if text and message.startswith((f"{text}:", f"{text}{os.sep}"))]
+        if not named:
+            return message
+        named = list(dict.fromkeys(named))
+        verb = "is" if len(named) == 1 else "are"
+        return f"{message} ({' and '.join(f'--{name}' for name in named)} {verb} in {self.path}.)"
+
+
+def explains_file(command: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Lets the errors of a command, a function of its settings, say which of their flags are in the file of --config."""
+
+    @functools.wraps(command)
+    def run(given):
+        try:
+            command(given)
+        except InputError as error:
+            raise InputError(given.from_file.explain(str(error))) from error
+
+    return run
 
 
 class Conflict(NamedTuple):
