@@ -1,6 +1,7 @@
 """What holds for all flags of the commands: paths begin at the home folder, and the command line wins over a recipe."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,42 @@ def test_a_run_says_once_what_the_command_line_overrides_and_how_long_it_is(trai
     for flag in ("max_train_steps", "lr_warmup_ratio"):
         assert said.count(f"recipe.yaml: '{flag}' is ignored, because ") == 1
     assert "6 pictures, 3 steps an epoch, 6 steps (2 epochs); " in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_recipe_may_be_in_any_unicode(encoding, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("rank: 3\ntrigger_word: топор\n".encode(encoding))
+    given = training.parse_settings([*LEAST, *FOLDER, "--config", str(tmp_path / "recipe.yaml")])
+    assert (given.lora.rank, given.captions.trigger_word) == (3, "топор")
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("trigger_word: топор".encode("koi8-r"))
+    with pytest.raises(
+        InputError, match=r"recipe.yaml: it can't be read \(it is not UTF-8 text: .* Save it again as UTF-8"
+    ):
+        training.parse_settings([*LEAST, *FOLDER, "--config", str(tmp_path / "recipe.yaml")])
+
+
+BYTES = b"caf\xe9"  # in Latin-1
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "train_data_dir", "lora_weights", "latent_cache_dir", "trigger_word"])
+def test_bytes_that_no_record_can_hold_are_refused(flag, arguments, tmp_path):
+    """They are in the arguments as Python decodes them, and the refusal can be printed."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/" + BYTES)
+    with pytest.raises(InputError) as caught:
+        training.parse_settings(arguments(**{flag: name}))
+    assert str(caught.value).startswith(f"--{flag} {tmp_path}/caf\\xe9: it has bytes that are not UTF-8")
+    assert str(caught.value).encode()
+    assert not Path(name).exists()
+    (tmp_path / "café").touch()
+    assert training.parse_settings(arguments(**{flag: tmp_path / "café"}))
+
+
+def test_pictures_may_be_written_into_a_folder_whose_name_is_not_utf8(tiny_sd, tmp_path):
+    """Also a sheet, which records the command."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + BYTES)
+    words = ["--pretrained_model_name_or_path", str(tiny_sd), "--prompt", "an axe", "--grid", "steps=1,2"]
+    infer.main([*words, "--output_dir", folder])
+    assert Image.open(f"{folder}/grid.png").text["command"].endswith("/caf\\xe9'")

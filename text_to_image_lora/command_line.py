@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config_file import Conflict, FlagsOfFile, Remark, override_file, read_flags
+from .config_file import Conflict, FlagsOfFile, Remark, check_utf8, override_file, read_flags
 from .errors import InputError
 
 
@@ -227,6 +227,7 @@ class Parser(argparse.ArgumentParser):
         object.__setattr__(settings, "notes", [*self.notes, *remarks])  # the classes of settings are frozen
         object.__setattr__(settings, "from_file", self.from_file)
         try:
+            check_utf8(recorded_values(settings))
             for conflict in self.conflicts:
                 if conflict.refusal is not None and conflict.applies(values, defaults):
                     raise InputError(conflict.refusal.format_map(values))
