@@ -47,6 +47,7 @@ from text_to_image_lora.drawing import settings as groups
 from text_to_image_lora.drawing.parser import DrawingParser
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing
 from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.files import printable, shorten_paths
 from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
 from text_to_image_lora.models.samplers import NO_ZERO_SNR
 
@@ -182,7 +183,7 @@ def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[An
     names = {"image": start.image, "control_image": start.control_image or start.image}
     given = [(path.name, getattr(shown, name)) for name, path in names.items() if path and getattr(shown, name)]
     what = "the base model's pictures above those of the LoRA" if settings.grids.compare_base else "the grid"
-    model = settings.model.pretrained_model_name_or_path
+    model = shorten_paths(settings.model.pretrained_model_name_or_path)
     for sheet in make_sheets(inputs.grid, inputs.drawings, images, given):
         prompt = " | ".join(dict.fromkeys(drawing.prompt for drawing in sheet.drawings))
         chunks = {"prompt": prompt, "pretrained_model_name_or_path": model, "command": command}
@@ -211,7 +212,7 @@ def run(argv: list[str]) -> None:
         )  # fmt: skip
         session = plan_session(settings, draw.sized(studio, inputs.drawings), source)
         images = save_pictures(studio, session, source, output.output_dir)
-        save_sheets(settings, studio, inputs, images, shlex.join(["infer.py", *argv]))
+        save_sheets(settings, studio, inputs, images, shlex.join(["infer.py", *map(printable, shorten_paths(argv))]))
     if output.save_merged:
         count = len(settings.model.lora)  # the checkpoints of a grid follow them
         pipeline.save_merged(studio, inputs.job.loras[:count], output.save_merged)

@@ -43,6 +43,7 @@ from pathlib import Path
 
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, hide_secrets
+from text_to_image_lora.config_file import explains_file
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.libraries import hide_modules, quiet_libraries
 from text_to_image_lora.models.settings import BaseModelSettings, LoraSettings
@@ -110,6 +111,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     return build_parser().settings(argv)
 
 
+@explains_file
 def main(settings: Settings) -> None:
     started = time.time()
     interruption.listen(settings.run.max_seconds)

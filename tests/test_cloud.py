@@ -17,6 +17,8 @@ from conftest import ROOT, read_lora, train_script, words_of_run
 from test_machines import free_port
 from uv_tool import PINS, requirements, uv_of_the_session  # noqa: F401 (a fixture)
 
+from text_to_image_lora.pictures.fonts import FIRST_FONTS
+
 
 CLOUD = ROOT / "cloud"
 SKY = yaml.safe_load((CLOUD / "sky.yaml").read_text(encoding="utf-8"))
@@ -97,6 +99,14 @@ def test_the_image_holds_what_it_copies_and_no_torchvision():
     assert {*copied} == let_through
     assert [name for name in copied if not (ROOT / name).exists()] == []
     assert [line for line in requirements("requirements.txt") if "torchvision" in line] == []
+
+
+def test_the_image_has_fonts_for_the_labels_of_sheets():
+    """Debian's packages of the first fonts that are looked for; Debian has none of the others."""
+    packages = {"fonts-noto-cjk": "NotoSansCJK-Regular.ttc", "fonts-dejavu-core": "DejaVuSans.ttf"}
+    (installed,) = re.findall(r"apt-get install -y --no-install-recommends (.*) \\", page("Dockerfile"))
+    assert {*installed.split()} == {*packages}
+    assert {*packages.values()} <= {*FIRST_FONTS}
 
 
 def test_the_notebook_is_one_without_outputs():

@@ -185,7 +185,7 @@ def test_an_empty_config_says_nothing(config):
         ("rank: 4\nseed: 1\nrank: 8", "'rank' is written in lines 1 and 3. Keep one of them."),
         ("- rank\n- 4", "it must hold one flag per line"),
         ("rank: 4: 5", "it can't be read as YAML"),
-        (b"rank: \xff\xfe", "it can't be read as YAML"),
+        (b"rank: \xff\xfe", "it can't be read (it is not UTF-8 text"),
     ],
 )
 def test_a_bad_config_is_reported_with_its_name(config, tmp_path, text, answer):

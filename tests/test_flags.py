@@ -1,9 +1,11 @@
 """What holds for all flags of the commands: paths begin at the home folder, and the command line wins over a recipe."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import infer
 import train_text_to_image_lora as training
@@ -194,6 +196,42 @@ def test_a_refusal_names_the_recipe_as_the_source(settings, tmp_path):
         assert str(caught.value).endswith(f"({source} {tmp_path}/recipe.yaml.)")
 
 
+LATER = {  # what is wrong in the recipe: the flag that the refusal names as its source
+    "train_data_dir: nowhere": "--train_data_dir",
+    "train_data_dir: empty": "--train_data_dir",
+    "train_data_dir: uncaptioned": "--train_data_dir",
+    "caption_column: story": "--caption_column",
+    "resolution: 100": "--resolution",
+    "pretrained_model_name_or_path: nowhere": "--pretrained_model_name_or_path",
+    "clip_skip: 99": "--clip_skip",
+    "validation_data_dir: nowhere": "--validation_data_dir",
+    "lora_weights: nowhere.safetensors": "--lora_weights",
+}
+
+
+@pytest.mark.parametrize("recipe", LATER)
+def test_a_refusal_of_inputs_names_the_recipe_as_the_source(recipe, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "uncaptioned").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "uncaptioned" / "a.png")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    name, _, value = recipe.partition(": ")
+    with pytest.raises(InputError) as caught:
+        train(config="recipe.yaml", **{name: None})
+    assert str(caught.value).endswith(f" ({LATER[recipe]} is in recipe.yaml.)")
+    with pytest.raises(InputError) as caught:
+        train(**{name: value})
+    assert "recipe.yaml" not in str(caught.value)
+
+
+def test_a_refusal_of_what_the_command_line_says_does_not_name_the_recipe(train, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("train_data_dir: elsewhere\nskip_bad_images: true\nrank: 4")
+    with pytest.raises(InputError) as caught:
+        train(config=tmp_path / "recipe.yaml", train_data_dir=tmp_path / "nowhere")
+    assert "recipe.yaml" not in str(caught.value)
+
+
 def test_every_conflict_is_between_flags_of_the_command():
     parser = training.build_parser()
     names = {action.dest for action in parser._actions}
@@ -209,3 +247,42 @@ def test_a_run_says_once_what_the_command_line_overrides_and_how_long_it_is(trai
     for flag in ("max_train_steps", "lr_warmup_ratio"):
         assert said.count(f"recipe.yaml: '{flag}' is ignored, because ") == 1
     assert "6 pictures, 3 steps an epoch, 6 steps (2 epochs); " in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_recipe_may_be_in_any_unicode(encoding, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("rank: 3\ntrigger_word: топор\n".encode(encoding))
+    given = training.parse_settings([*LEAST, *FOLDER, "--config", str(tmp_path / "recipe.yaml")])
+    assert (given.lora.rank, given.captions.trigger_word) == (3, "топор")
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("trigger_word: топор".encode("koi8-r"))
+    with pytest.raises(
+        InputError, match=r"recipe.yaml: it can't be read \(it is not UTF-8 text: .* Save it again as UTF-8"
+    ):
+        training.parse_settings([*LEAST, *FOLDER, "--config", str(tmp_path / "recipe.yaml")])
+
+
+BYTES = b"caf\xe9"  # in Latin-1
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "train_data_dir", "lora_weights", "latent_cache_dir", "trigger_word"])
+def test_bytes_that_no_record_can_hold_are_refused(flag, arguments, tmp_path):
+    """They are in the arguments as Python decodes them, and the refusal can be printed."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/" + BYTES)
+    with pytest.raises(InputError) as caught:
+        training.parse_settings(arguments(**{flag: name}))
+    assert str(caught.value).startswith(f"--{flag} {tmp_path}/caf\\xe9: it has bytes that are not UTF-8")
+    assert str(caught.value).encode()
+    assert not Path(name).exists()
+    (tmp_path / "café").touch()
+    assert training.parse_settings(arguments(**{flag: tmp_path / "café"}))
+
+
+def test_pictures_may_be_written_into_a_folder_whose_name_is_not_utf8(tiny_sd, tmp_path):
+    """Also a sheet, which records the command."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + BYTES)
+    words = ["--pretrained_model_name_or_path", str(tiny_sd), "--prompt", "an axe", "--grid", "steps=1,2"]
+    infer.main([*words, "--output_dir", folder])
+    assert Image.open(f"{folder}/grid.png").text["command"].endswith("/caf\\xe9'")

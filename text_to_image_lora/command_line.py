@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .config_file import Conflict, Remark, override_file, read_flags
+from .config_file import Conflict, FlagsOfFile, Remark, check_utf8, override_file, read_flags
 from .errors import InputError
 
 
@@ -198,7 +198,7 @@ class Parser(argparse.ArgumentParser):
         self.conflicts: list[Conflict] = []
         self.remarks: list[Remark] = []
         self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
-        self.file_flags: dict[str, Any] = {}  # {flag whose value is from the file of --config: the file}
+        self.from_file = FlagsOfFile("", {})
         self.register("type", Path, lambda text: Path(user_path(text)))
         if settings_class is None:
             return
@@ -226,7 +226,9 @@ class Parser(argparse.ArgumentParser):
         defaults = {name: self.get_default(name) for name in values}
         remarks = [line for remark in self.remarks if (line := remark.line(values, defaults)) is not None]
         object.__setattr__(settings, "notes", [*self.notes, *remarks])  # the classes of settings are frozen
+        object.__setattr__(settings, "from_file", self.from_file)
         try:
+            check_utf8(recorded_values(settings))
             for conflict in self.conflicts:
                 if conflict.refusal is not None and conflict.applies(values, defaults):
                     raise InputError(conflict.refusal.format_map(values))
@@ -234,16 +236,8 @@ class Parser(argparse.ArgumentParser):
                 if hasattr(group, "check"):
                     group.check(settings)
         except InputError as error:
-            raise InputError(self.with_source(str(error))) from error
+            raise InputError(self.from_file.explain(str(error))) from error
         return settings
-
-    def with_source(self, message: str) -> str:
-        """Adds to a message which of the flags that it names are in the file of --config."""
-        named = dict.fromkeys(name for name in re.findall(r"--(\w+)", message) if name in self.file_flags)
-        if not named:
-            return message
-        verb = "is" if len(named) == 1 else "are"
-        return f"{message} ({' and '.join(f'--{name}' for name in named)} {verb} in {self.file_flags[[*named][0]]}.)"
 
     def error(self, message):
         if "unrecognized arguments:" in message:
@@ -261,7 +255,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses the flags in the file of `--config`, if there is one, and the flags on the command line, which override it."""
         argv = list(sys.argv[1:] if argv is None else argv)
-        self.notes, self.file_flags = [], {}
+        self.notes, self.from_file = [], FlagsOfFile("", {})
         if "--help" in argv or "-h" in argv:
             return self.parse_args(argv)
         actions = {action.dest: action for action in self._actions if action.dest != "help"}
@@ -284,7 +278,8 @@ class Parser(argparse.ArgumentParser):
             f"{config}: '{name}' is ignored, because --{flag} on the command line overrides it"
             for name, flag in overridden.items()
         ]
-        self.file_flags = dict.fromkeys(words.keys() - given.keys() - overridden.keys(), config)
+        names = words.keys() - given.keys() - overridden.keys()
+        self.from_file = FlagsOfFile(config, {name: getattr(flags, name) for name in words if name in names})
         return flags
 
     def to_words(self, values: dict[str, Any]) -> list[str]:

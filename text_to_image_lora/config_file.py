@@ -1,12 +1,15 @@
 """YAML files of flags, as for --config: their text keeps its spelling, and the command line overrides them."""
 
 import difflib
+import functools
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import InputError
-from .files import reason_of
+from .files import printable, read_text, reason_of
 
 
 # YAML would convert all other plain words: 007 to 7, 12:30 to 750, no to False and 2024_01_15 to 20240115.
@@ -28,7 +31,7 @@ def read_yaml(path: str | Path, flag: str) -> Any:
         }
 
     try:
-        loader = Loader(Path(path).read_text(encoding="utf-8"))
+        loader = Loader(_read(path))
         node = loader.get_single_node()
         check_keys(node, path, depth=2)
         return None if node is None else loader.construct_document(node)
@@ -38,6 +41,25 @@ def read_yaml(path: str | Path, flag: str) -> Any:
         raise InputError(f"{path}: it can't be read ({error.strerror or reason_of(error)}; {flag}).") from error
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}).") from error
+
+
+def _read(path):
+    """Reads a text file in UTF-8 or UTF-16; raises `OSError` if it can't be opened and `InputError` if it can't be decoded."""
+    try:
+        return read_text(path)
+    except InputError as error:
+        raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
+
+
+def check_utf8(values: Mapping[str, Any]) -> None:
+    """Raises `InputError` if the text of a flag, such as a path, has bytes that are not UTF-8, because no record can hold them."""
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii() and text != text.encode(errors="replace").decode():
+                reason = (
+                    "it has bytes that are not UTF-8, which the records of a run can't hold. Rename the file or folder"
+                )
+                raise InputError(f"--{name} {printable(text)}: {reason}, or pass another.")
 
 
 def check_keys(node: Any, path: str | Path, depth: int) -> None:
@@ -93,6 +115,39 @@ def read_flags(path: str, actions: Mapping[str, Any]) -> dict[str, list[str]]:
         else:
             words[key] = [f"--{key}", *map(str, value)] if parts is value else [f"--{key}={value}"]
     return words
+
+
+class FlagsOfFile(NamedTuple):
+    """The flags whose values are those in the file of --config, because the command line does not give them."""
+
+    path: str  # of the file
+    values: dict[str, Any]
+
+    def explain(self, message: str) -> str:
+        """Adds to a message which flags of the file it is about: those that its first sentence names or begins with the value of."""
+        sentence = re.split(r"\.\s", message)[0]
+        named = [name for name in re.findall(r"--(\w+)", sentence) if name in self.values]
+        for name, value in self.values.items():
+            texts = [str(text) for text in (value if isinstance(value, list | tuple) else [value])]
+            named += [name for text in texts if text and message.startswith((f"{text}:", f"{text}{os.sep}"))]
+        if not named:
+            return message
+        named = list(dict.fromkeys(named))
+        verb = "is" if len(named) == 1 else "are"
+        return f"{message} ({' and '.join(f'--{name}' for name in named)} {verb} in {self.path}.)"
+
+
+def explains_file(command: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Lets the errors of a command, a function of its settings, say which of their flags are in the file of --config."""
+
+    @functools.wraps(command)
+    def run(given):
+        try:
+            command(given)
+        except InputError as error:
+            raise InputError(given.from_file.explain(str(error))) from error
+
+    return run
 
 
 class Conflict(NamedTuple):

@@ -228,6 +228,20 @@ def hide_folders(values: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def shorten_paths(value: Any) -> Any:
+    """Makes paths in plain data relative to the current folder, or to "~", to keep private folder names out of files."""
+    if isinstance(value, dict):
+        return {name: shorten_paths(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [shorten_paths(each) for each in value]
+    if isinstance(value, str):
+        for folder, short in ((Path.cwd(), ""), (Path.home(), "~" + os.sep)):
+            if folder.parent != folder:  # the root of a disk reveals nothing
+                start = rf"(?<![\w./~-]){re.escape(str(folder) + os.sep)}"  # only at the start of a path
+                value = re.sub(start, lambda _, short=short: short, value)
+    return value
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")

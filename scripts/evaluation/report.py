@@ -123,7 +123,9 @@ def describe_equal_loras(loras):
     return [
         describe_equal(labels)
         for scale in sorted({lora.scale for lora in chosen.values()})
-        for labels in find_equal({label: lora.file for label, lora in chosen.items() if lora.scale == scale})
+        for labels in find_equal(
+            {label: lora.files[0] for label, lora in chosen.items() if lora.scale == scale and len(lora.files) == 1}
+        )
     ]
 
 

@@ -1,5 +1,7 @@
 """The pictures of a grid, and their places on its sheets."""
 
+from unittest import mock
+
 import pytest
 from PIL import Image
 
@@ -7,6 +9,8 @@ from text_to_image_lora.drawing import grids
 from text_to_image_lora.drawing.prompts import Prompt, parse_prompt
 from text_to_image_lora.drawing.rows import Drawing
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures import sheets
+from text_to_image_lora.pictures.sheets import Label
 
 
 def cells(field, *values):
@@ -48,6 +52,67 @@ def test_a_sheet_shows_each_picture_in_its_place():
     seen = dict.fromkeys(sheet.getpixel((x, y)) for y in range(0, sheet.height, 8) for x in range(0, sheet.width, 8))
     order = [colour for colour in seen if colour[::2] == (250, 99) or colour == (0, 0, 255)]
     assert order == [(0, 0, 255)] + [(250, 10 * i, 99) for i in range(12)]
+
+
+def labels_of(sheets):
+    """Returns everything that is written beside the pictures of sheets: titles, rows and columns."""
+    return [
+        [str(call.kwargs.get("title", "")), [row.label for row in call.args[0]], [*call.args[1]]]
+        for call in sheets.call_args_list
+    ]
+
+
+def drawn_labels(axes, lines, num_images=1, with_loras=None):
+    """Returns `labels_of` the sheets of a grid whose prompts are these lines."""
+    prompts = [parse_prompt(line, "") for line in lines]
+    if "prompt" in axes:
+        axes, prompts = axes | {"prompt": grids.prompt_cells(prompts)}, []
+    grid = grids.arrange(axes, prompts, num_images, [], with_loras)
+    drawings = grids.plan(Drawing(), grid)
+    with mock.patch.object(sheets, "labelled_sheet", return_value=Image.new("RGB", (8, 8))) as drawn:
+        assert [*grids.make_sheets(grid, drawings, [Image.new("RGB", (8, 8))] * len(drawings), ())]
+    return labels_of(drawn)
+
+
+EQUAL_TEXTS = {
+    "steps": (["an axe --s 4", "an axe --s 8"], ["4 steps", "8 steps"]),
+    "guidance": (["an axe", "an axe --l 2"], ["", "guidance 2"]),
+    "scheduler and size": (
+        ["an axe --scheduler ddim --h 64", "an axe --scheduler ddim --h 32", "an axe --h 32"],
+        ["ddim, height 64", "ddim, height 32", "height 32"],
+    ),
+    "a negative prompt with braces": (["an axe --n {x}", "an axe --n y"], ["without {x}", "without y"]),
+    "equal options": (["an axe --s 4", "an axe --s 4"], ["", ""]),
+    "other texts": (["an axe --s 4", "a spear --s 8"], ["", ""]),
+}
+
+
+@pytest.mark.parametrize("kind", EQUAL_TEXTS)
+def test_prompts_that_differ_in_options_alone_have_labels_of_their_own(kind):
+    lines, notes = EQUAL_TEXTS[kind]
+    texts = [line.partition(" --")[0] for line in lines]
+    expected = [Label(text, note) for text, note in zip(texts, notes, strict=True)]
+    ((_, _, columns),) = drawn_labels({"prompt": []}, lines)
+    assert columns == expected
+    ((_, rows, _),) = drawn_labels({"prompt": [], "lora_scale": cells("lora_scale", 0.0, 1.0)}, lines)
+    assert rows == expected
+    ((_, _, columns),) = drawn_labels({}, lines, with_loras=grids.Cell("with LoRA"))
+    assert columns == expected
+    titles = [title for title, _, _ in drawn_labels({"lora_scale": cells("lora_scale", 0.0, 1.0)}, lines)]
+    assert titles == [", ".join(filter(None, label)) for label in expected]
+
+
+def test_a_note_does_not_repeat_what_the_grid_shows_or_overrides():
+    lines = ["an axe --s 4 --d 3", "an axe --s 8 --d 5"]
+    steps = {"num_inference_steps": cells("num_inference_steps", 1, 2)}
+    ((_, rows, _),) = drawn_labels({"prompt": []} | steps, lines)
+    assert [row.note for row in rows] == ["seed 3", "seed 5"]  # each has 1 and 2 steps
+    labels = drawn_labels({"prompt": []} | steps, lines, num_images=2)
+    assert [title for title, _, _ in labels] == ["", "seeds plus 1"]
+    ((_, _, columns),) = drawn_labels({}, lines, num_images=2, with_loras=grids.Cell("with LoRA"))
+    assert [column.note for column in columns] == [
+        "4 steps, seed 3", "4 steps, seed 4", "8 steps, seed 5", "8 steps, seed 6",
+    ]  # fmt: skip
 
 
 LONG = {

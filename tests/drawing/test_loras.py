@@ -16,7 +16,7 @@ from text_to_image_lora.models.lora_file import ADAPTER_METADATA_KEY
 
 pytestmark = [pytest.mark.usefixtures("library_settings"), pytest.mark.lora_file]
 
-ENDS = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "v_proj", "fc1")}
+ENDS = {"unet": ("to_q", "to_k", "to_v", "to_out.0"), "text_encoder": ("q_proj", "v_proj", "fc1", "fc2")}
 # {kind: ({end of a module's name: rank}, ends with DoRA, ends with a bias, configuration in the header or None)}
 RANKS = {"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4, "q_proj": 4, "v_proj": 4, "fc1": 4}
 MIXED = RANKS | {"to_q": 1, "to_v": 8, "q_proj": 1, "fc1": 8}
@@ -31,6 +31,10 @@ KINDS = {
     "mixed alphas": (RANKS, (), (), ONE_RANK | {"alpha_pattern": {"to_q": 1, "fc1": 12}}),
     "mixed ranks and alphas": (MIXED, (), (), ONE_RANK | {"rank_pattern": {"to_q": 1}, "alpha_pattern": {"to_q": 3}}),
     "part of a configuration": (RANKS, (), (), {"r": 4, "lora_alpha": 2}),
+    "no attention layer in the text encoder": ({"to_q": 4, "fc1": 4, "fc2": 8}, (), (), None),
+    "no attention layer in the text encoder, with DoRA": ({"to_q": 4, "fc1": 4}, ("fc1",), (), None),
+    "no attention layer in the text encoder, with a bias": ({"to_q": 4, "fc1": 4, "fc2": 4}, (), ("fc2",), None),
+    "feed-forward layers alone": ({"fc1": 64, "fc2": 64}, (), (), ONE_RANK | {"r": 64, "lora_alpha": 32}),
     "one rank": (RANKS, (), (), None),
     "one rank with DoRA": (RANKS, tuple(RANKS), (), None),
     "one rank, and an alpha in the header": (RANKS, (), (), ONE_RANK | {"lora_alpha": 2}),
@@ -54,7 +58,7 @@ def write_kind(tiny_pipeline, path, kind, strength):
     for component, ends in ENDS.items():
         models[component] = model = copy.deepcopy(getattr(tiny_pipeline, component))
         for name, module in model.named_modules():
-            end = next((end for end in ends if name.endswith(f".{end}")), None)
+            end = next((end for end in ends if end in ranks and name.endswith(f".{end}")), None)
             if end is None:
                 continue
             weight, rank, key = module.weight.data, ranks[end], f"{component}.{name}"

@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from infer_fixtures import NAME, difference, draw, flat
 from PIL import Image
 
+from scripts import convert_lora
 from text_to_image_lora.models.samplers import make_sampler
 
 
@@ -62,6 +64,35 @@ def test_other_dialects(tiny_pipeline, model, compared, kohya, peft_folder, tmp_
     assert difference(merged, theirs) <= 1
     assert difference(merged, compared[0]) > 3
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_peft_with_a_folder_for_each_component(
+    model, lora, compared, lora_weights, write_lora, tmp_path, capsys
+):
+    """As written by scripts/convert_lora.py: with both components, with one of them, and with a strength."""
+    convert_lora.main(convert_lora.parse_args([lora, str(tmp_path / "both"), "--to", "peft"]))
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["text_encoder", "unet"]
+    capsys.readouterr()
+    pictures = draw(model, tmp_path / "1", "--lora", tmp_path / "both", "--batch_size", 1)
+    assert difference(compared[1], pictures[f"{NAME}.png"]) <= 1
+    stored = json.loads(Image.open(tmp_path / "1" / f"{NAME}.png").text["repeat"])
+    assert len(stored["sha256"]["lora"]) == 2
+    (half,) = draw(model, tmp_path / "2", "--lora", f"{tmp_path / 'both'}:0.5").values()
+    (expected,) = draw(model, tmp_path / "3", "--lora", f"{lora}:0.5").values()
+    assert difference(half, expected) <= 1 < difference(half, compared[1])
+    shutil.rmtree(tmp_path / "both" / "text_encoder")
+    (one,) = draw(model, tmp_path / "4", "--lora", tmp_path / "both").values()
+    unet = write_lora("unet", {f"unet.{key}": value for key, value in lora_weights["unet"].items()})
+    (expected,) = draw(model, tmp_path / "5", "--lora", unet).values()
+    assert difference(one, expected) <= 1 < difference(one, compared[1])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_part_of_a_folder_of_peft_is_named(lora, refusal, tmp_path, capsys):
+    convert_lora.main(convert_lora.parse_args([lora, str(tmp_path / "both"), "--to", "peft"]))
+    capsys.readouterr()
+    (tmp_path / "both" / "text_encoder" / "adapter_model.safetensors").write_bytes(b"cut")
+    assert f"{tmp_path / 'both' / 'text_encoder'}" in refusal("--lora", tmp_path / "both")
 
 
 def test_no_model_is_held_twice(model, controlnet, photo, tmp_path, monkeypatch):

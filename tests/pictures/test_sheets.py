@@ -61,3 +61,14 @@ def test_what_stands_above_takes_room_and_columns_need_no_labels():
     colours = {colour: number for number, colour in given.getcolors(maxcolors=1 << 20)}
     assert colours[255, 0, 0] == 2 * 256**2
     assert 256 * 500 > colours[0, 0, 255] > 256 * 120  # not stretched to a square
+
+
+def test_no_label_covers_the_next_one():
+    """Long texts and long notes end before the next column begins."""
+    black = (0, 0, 0)
+    for label in (Label("a long text " * 9, "a note"), Label("a text", "a long note " * 9)):
+        sheet = labelled_sheet([Row(Label(), [Image.new("RGB", (64, 64), "red")] * 2)], [label, Label()])
+        second = sheet.width - sheet.getchannel("B").point(lambda value: 255 * (value == 0)).getbbox()[2] + 256
+        right = sheet.crop((sheet.width - second, 0, sheet.width, sheet.height))
+        assert black in {colour for _, colour in sheet.getcolors(1 << 20)}
+        assert black not in {colour for _, colour in right.getcolors(1 << 20)}, label

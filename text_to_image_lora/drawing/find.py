@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import expand_pattern, hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
-from ..models.dialects import COMPONENTS, CONVERT, PEFT_WEIGHTS_NAME, WEIGHTS_NAME, open_safetensors
+from ..models.dialects import COMPONENTS, CONVERT, WEIGHTS_NAME, find_weight_files, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
 from ..models.not_a_base import check_folder
@@ -158,18 +158,22 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         raise InputError(f"--lora {given}:{scale}: the strength must be a finite number.")
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
-    elif path.is_dir() and not (path / PEFT_WEIGHTS_NAME).exists():
+    elif path.is_dir() and not find_weight_files(path)[0][0].exists():
         path = _newest_of_run(path)
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise InputError(f"--lora {path}: {CONVERT}")
-    lora = Lora(given, path, scale, adapter, {}, {}, fixed)
-    header = read_header("--lora", lora.file)
-    if not any("lora" in key or "hada" in key or "lokr" in key for key in header.shapes):
-        count = len(header.shapes)
-        raise InputError(f"--lora {path} is not a LoRA file: none of its {count} keys contains 'lora'.")
-    return lora._replace(shapes=header.shapes, header=header.strings)
+    shapes, strings = {}, {}
+    for file, component in find_weight_files(path):
+        header = read_header("--lora", file)
+        strings |= header.strings
+        for key, shape in header.shapes.items():
+            # The files of a folder in peft's dialect hold one component each, which their keys do not name.
+            shapes[key if component is None else f"{component}.{key.removeprefix('base_model.model.')}"] = shape
+    if not any("lora" in key or "hada" in key or "lokr" in key for key in shapes):
+        raise InputError(f"--lora {path} is not a LoRA file: none of its {len(shapes)} keys contains 'lora'.")
+    return Lora(given, path, scale, adapter, shapes, strings, fixed)
 
 
 def _newest_of_run(folder):

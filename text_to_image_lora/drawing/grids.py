@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..command_line import flag_values, user_path
 from ..errors import InputError
+from ..pictures.sheets import tell_apart
 from .find import find_checkpoints
 from .prompts import Prompt, note_of_a1111s_syntax, read_prompts
-from .rows import AXES, SETTINGS, Drawing, Lora, check_drawing, nearest
+from .rows import AXES, SETTINGS, Drawing, Lora, check_drawing, nearest, shown_options
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,17 @@ def prompt_cells(prompts: Sequence[Prompt]) -> list[Cell]:
         stem = f"{i:0{digits}d}-{slug(prompt.text.replace('.', ' ')) or 'picture'}"
         cells.append(Cell(prompt.text, {"prompt": prompt.text, "stem": stem}, prompt.options))
     return cells
+
+
+def told_apart(cells: Sequence[Cell], shown: Iterable[str] = ()) -> list[Cell]:
+    """Adds notes to the cells of prompts with equal texts: the options in which they differ.
+
+    `shown` are the fields of a `Drawing` that the sheet shows otherwise or whose options are overridden.
+    """
+    options = [{field: value for field, value in cell.options.items() if field not in shown} for cell in cells]
+    notes = tell_apart([cell.label for cell in cells], [*map(shown_options, options)])
+    formats = [note.replace("{", "{{").replace("}", "}}") for note in notes]
+    return [cell._replace(note=note) for cell, note in zip(cells, formats, strict=True)]
 
 
 def axis_cells(field: str, values: Iterable[Any]) -> list[Cell]:
@@ -141,11 +153,16 @@ def arrange(
     A single axis forms the columns. One sheet is made for each combination of the remaining prompts, strengths and
     seeds. `with_loras` is the row with LoRAs of --compare_base.
     """
-    rest = [] if "prompt" in axes else [prompt_cells(prompts)]
+    shown = {*axes, *(["seed"] if num_images > 1 and "prompt" not in axes else [])}
+    if "prompt" in axes:
+        axes = axes | {"prompt": told_apart(axes["prompt"], shown)}
+    rest = [] if "prompt" in axes else [told_apart(prompt_cells(prompts), shown)]
     if "strength" not in axes and len(strengths) > 1:
         rest.append(axis_cells("strength", strengths))
     if "seed" not in axes:
-        rest.append([Cell(note="seed {seed}" * (num_images > 1), nth=i) for i in range(num_images)])
+        seeds_differ = any("seed" in cell.options for cell in axes.get("prompt", ()))
+        notes = [f"seeds plus {i}" * (i > 0) if seeds_differ else "seed {seed}" for i in range(num_images)]
+        rest.append([Cell(note=note * (num_images > 1), nth=i) for i, note in enumerate(notes)])
     others = [combine(cells) for cells in itertools.product(*rest)]
     one = [Cell()]
     if with_loras:

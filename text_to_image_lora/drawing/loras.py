@@ -18,6 +18,8 @@ STOCK_KEY = re.compile(
     rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)"
 )
 
+ATTENTION_OF_TEXT = re.compile(r"\.self_attn\.(q|k|v|out)_proj(\.|$)")
+
 
 def set_loras(pipe: Any, loras: Sequence[Lora]) -> None:
     """Enables only these LoRAs in the pipeline, each with its scale."""
@@ -38,7 +40,7 @@ def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
 def stock_reads(lora: Lora) -> bool:
     """Returns whether stock diffusers provably reads the file as what it says; others go through our converter.
 
-    diffusers uses a single scale, and a single kind of adapter (DoRA or not, with or without bias), for all layers of a
+    diffusers recognizes the LoRA of a text encoder by its attention layers. It uses a single scale, and a single kind of adapter (DoRA or not, with or without bias), for all layers of a
     component. It reads a file with several of them wrongly without a warning, or fails.
     """
     from ..models.lora_file import ADAPTER_METADATA_KEY
@@ -58,6 +60,7 @@ def stock_reads(lora: Lora) -> bool:
         stored = json.loads(lora.header.get(ADAPTER_METADATA_KEY, "{}"))
         return all(
             len(ranks.get(component, ())) == 1
+            and (component == "unet" or any(map(ATTENTION_OF_TEXT.search, found)))
             and all(leaves == next(iter(found.values())) for leaves in found.values())
             and (not stored or _is_plain(stored, component, *ranks[component], *found.values()))
             for component, found in layers.items()
@@ -88,7 +91,7 @@ def read_weights(lora: Lora) -> dict[str, Any] | None:
 
     try:
         if stock_reads(lora):
-            check_finite(lora.file)
+            check_finite(lora.path)
             return None
         return as_diffusers(lora.path)[0]
     except InputError as error:
@@ -109,10 +112,12 @@ def load_loras(pipe: Any, loras: Sequence[Lora], weights: dict[str, dict[str, An
         own = weights.get(lora.adapter)
         misfit = f"--lora {lora.path} does not fit this base model"
         without_dora: list[str] = []
+        added: list[str] = []
         if own is None:
             source, options = str(lora.path.parent), {"weight_name": lora.path.name}
         else:
-            source, without_dora = _with_dora_everywhere(own)
+            whole, added = _with_attention(own, models)
+            source, without_dora = _with_dora_everywhere(whole)
             options = {}
         try:
             pipe.load_lora_weights(source, adapter_name=lora.adapter, **options)
@@ -121,6 +126,8 @@ def load_loras(pipe: Any, loras: Sequence[Lora], weights: dict[str, dict[str, An
         ) as error:  # peft, diffusers and transformers raise many kinds for sizes and names that don't match
             raise InputError(f"{misfit}: {type(error).__name__}: {str(error)[:300]}") from error
         _remove_dora(models, lora.adapter, without_dora)
+        for layer in added:
+            _module(models, layer).delete_adapter(lora.adapter)
         # diffusers and transformers only warn about a weight that does not fit.
         in_file = sum(key.endswith(".weight") and "lora_magnitude" not in key for key in own or lora.shapes)
         pattern = re.compile(rf".+\.lora_[AB]\.{lora.adapter}\.weight")
@@ -128,6 +135,29 @@ def load_loras(pipe: Any, loras: Sequence[Lora], weights: dict[str, dict[str, An
         if placed != in_file:
             counts = f"{in_file} weights in the file, {placed} in the model"
             raise InputError(f"{misfit}: {counts}. Pass the base that it was trained on.")
+
+
+def _with_attention(weights, models):
+    """Returns a copy of the weights in which each text encoder has a LoRA on an attention layer, and the added layers.
+
+    diffusers can't load the LoRA of a text encoder that has none, such as one on feed-forward layers alone.
+    """
+    whole, added = dict(weights), []
+    for component in dict.fromkeys(key.partition(".")[0] for key in weights if not key.startswith("unet.")):
+        own = [key for key in weights if key.startswith(f"{component}.")]
+        if any(map(ATTENTION_OF_TEXT.search, own)):
+            continue
+        layer = f"{component}.text_model.encoder.layers.0.self_attn.q_proj"
+        a = next(weights[key] for key in own if key.endswith(".lora_A.weight"))
+        width = models[component].config.hidden_size
+        whole |= {
+            f"{layer}.lora_A.weight": a.new_zeros(len(a), width),
+            f"{layer}.lora_B.weight": a.new_zeros(width, len(a)),
+        }
+        if any(key.endswith(".lora_B.bias") for key in own):
+            whole[f"{layer}.lora_B.bias"] = a.new_zeros(width)
+        added.append(layer)
+    return whole, added
 
 
 def _with_dora_everywhere(weights):
@@ -151,10 +181,15 @@ def _with_dora_everywhere(weights):
 def _remove_dora(models, adapter, layers):
     """Turns the adapters of these layers, {component}.{name in the LoRA file}, into plain LoRA."""
     for layer in layers:
-        component, _, name = layer.partition(".")
-        model = models[component]
-        if not hasattr(model, "text_model"):  # a level of the names that transformers 5.6 removed
-            name = name.removeprefix("text_model.")
-        module = model.get_submodule(name)
+        module = _module(models, layer)
         del module.lora_variant[adapter], module.lora_magnitude_vector[adapter]
         module.use_dora[adapter] = False
+
+
+def _module(models, layer):
+    """Returns the module of a layer, {component}.{name in the LoRA file}."""
+    component, _, name = layer.partition(".")
+    model = models[component]
+    if not hasattr(model, "text_model"):  # a level of the names that transformers 5.6 removed
+        name = name.removeprefix("text_model.")
+    return model.get_submodule(name)

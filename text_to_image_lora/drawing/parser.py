@@ -8,7 +8,7 @@ from typing import Any
 
 from ..command_line import Parser
 from ..errors import InputError
-from .png import read_repeat
+from .png import PATHS, locate, read_repeat
 from .rows import nearest
 
 
@@ -50,6 +50,8 @@ class DrawingParser(Parser):
         recorded = {f"--{f.name}" for group in groups for f in dataclasses.fields(group) if f.metadata["recorded"]}
         stored = {f"--{name}": words for name, words in read_repeat(flags.from_png).flags.items()}
         wanted = recorded - {*given}
+        for name in [name for name in stored if name in wanted and name[2:] in PATHS]:
+            stored[name] = [locate(name[2:], word, flags.from_png) for word in stored[name]]
         return self.parse_args(
             [f"{name}={w}" for name, words in stored.items() if name in wanted for w in words] + argv
         )

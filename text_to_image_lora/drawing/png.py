@@ -7,18 +7,22 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config_file import read_yaml
 from ..errors import InputError
-from ..files import write_whole
+from ..files import shorten_paths, write_whole
 from ..models.samplers import SAMPLERS
 from .rows import SETTINGS, Drawing
 from .settings import FromPictures, Model
 
 
 logger = logging.getLogger(__name__)
+# The flags that name local files and folders.
+PATHS = {"pretrained_model_name_or_path", "vae", "single_file_config", "controlnet", "image", "control_image", "lora"}
 
 
 class Source(NamedTuple):
@@ -76,11 +80,39 @@ def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -
     own |= {"clip_skip": drawing.clip_skip}
     flags = {name: [str(value)] for name, value in (source.flags | own).items() if value is not None}
     loras = drawing.scaled_loras()
-    files = {"lora": [lora.file for lora in loras if not lora.in_training]} if loras else {}
+    files = {"lora": [file for lora in loras if not lora.in_training for file in lora.files]} if loras else {}
     files |= {name: flags[name] for name in ("image", "control_image") if name in flags}
     flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
     sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}
+    flags |= {name: shorten_paths(flags[name]) for name in PATHS & flags.keys()}
     return Repeat(flags, sha256, source.machine, batch)
+
+
+def name_for_others(path: str) -> str:
+    """Returns how a picture that is meant to be shared names a local file or folder: from the current folder, or ./NAME."""
+    path = str(shorten_paths(os.path.expanduser(path)))
+    return f"./{Path(path).name}" if os.path.isabs(path) or path.startswith("~") else path
+
+
+def locate(flag: str, recorded: str, picture: Path) -> str:
+    """Returns where the file or folder is that a picture records as the value of a flag.
+
+    One whose name alone is recorded (./NAME) is looked for in the current folder. A sample picture lies in the folder of its
+    run, which is the LoRA, and whose run.yaml knows the base model. Raises `InputError` if nothing is found.
+    """
+    name, colon, strength = recorded.rpartition(":") if flag == "lora" else (recorded, "", "")
+    if not name.startswith("./") or os.path.exists(name):
+        return recorded
+    for folder in picture.absolute().parents:
+        places = [folder]
+        with contextlib.suppress(OSError, InputError, AttributeError):
+            run = read_yaml(folder / "run.yaml", "--from_png")
+            places.append(Path(run.get({"vae": "pretrained_vae_model_name_or_path"}.get(flag, flag)) or ""))
+        for place in places:
+            if place.name == Path(name).name and place.exists():
+                return f"{place}{colon}{strength}"
+    reason = f"{picture} records its name, but not in which folder it is"
+    raise InputError(f"--{flag} {name} is not found: {reason}. Pass --{flag} with the path.")
 
 
 def describe(drawing: Drawing, drawn: Any, source: Source) -> dict[str, Any]:
@@ -93,8 +125,9 @@ def describe(drawing: Drawing, drawn: Any, source: Source) -> dict[str, Any]:
     names = ["negative_prompt", "num_inference_steps", "guidance_scale", "clip_skip"]
     chunks = {name: getattr(drawing, name) for name in names}
     chunks |= {name: value for name, value in flags.items() if value is not None}
+    chunks |= {name: shorten_paths(str(chunks[name])) for name in PATHS & chunks.keys()}
     if loras:  # one a line
-        chunks["lora"] = "\n".join(lora.given for lora in loras)
+        chunks["lora"] = "\n".join(shorten_paths(lora.given) for lora in loras)
         chunks["lora_scale"] = "\n".join(str(lora.scale) for lora in loras)
     chunks |= {"strength": drawing.strength} if flags["image"] else {}
     chunks |= {"controlnet_scale": drawing.controlnet_scale} if flags["controlnet"] else {}

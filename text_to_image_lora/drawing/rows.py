@@ -86,6 +86,15 @@ OPTIONS_OF_PROMPTS = {  # {option after a prompt: field}
 }
 
 
+def shown_options(options: dict[str, Any]) -> dict[str, str]:
+    """Returns {field: words for people}, such as "guidance 9", for options of a prompt {field of a drawing: value}."""
+    labels = {field: SETTINGS[field].label or f"{SETTINGS[field].short} {{}}" for field in options}
+    return {
+        field: labels[field].format(f"{value:g}" if isinstance(value, float) else value)
+        for field, value in options.items()
+    }
+
+
 class Lora(NamedTuple):
     """A LoRA file and its scale."""
 
@@ -99,11 +108,11 @@ class Lora(NamedTuple):
     in_training: bool = False  # the weights are those of a training step, which the file may not contain
 
     @property
-    def file(self) -> Path:
-        """The file that contains the weights."""
-        from ..models.dialects import PEFT_WEIGHTS_NAME  # here, because --help does not need the dialects' patterns
+    def files(self) -> list[Path]:
+        """The files that contain the weights: one, or one for each component of a folder in peft's dialect."""
+        from ..models.dialects import find_weight_files  # here, because --help does not need the dialects' patterns
 
-        return self.path / PEFT_WEIGHTS_NAME if self.path.is_dir() else self.path
+        return [file for file, _ in find_weight_files(self.path)]
 
 
 class Drawing(NamedTuple):

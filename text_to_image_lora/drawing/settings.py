@@ -26,7 +26,7 @@ class Model:
     revision: str | None = flag(None, "branch, tag or commit of the base model on the hub (default: main)")
     variant: str | None = flag(None, "variant of the base model's weight files, such as fp16 (default: the files without a variant)")
     vae: str | None = flag(None, "VAE to use instead of that of the base model: folder, hub id or single file (default: the VAE that the LoRA was trained with)", user_path, metavar="MODEL")
-    lora: tuple[str, ...] | None = flag(None, "one or several LoRAs, which are added up, each written as PATH or PATH:STRENGTH; PATH is a folder with pytorch_lora_weights.safetensors, a .safetensors file or a hub id (default: none)", user_path, nargs="+", action="extend")
+    lora: tuple[str, ...] | None = flag(None, "one or several LoRAs, which are added up, each written as PATH or PATH:STRENGTH; PATH is a .safetensors file, a folder with pytorch_lora_weights.safetensors or in the format of peft, or a hub id (default: none)", user_path, nargs="+", action="extend")
     lora_scale: float = flag(1.0, "strength of each LoRA that is written without one: 0 draws with the base model alone, 1 applies the LoRA as it was trained", SETTINGS["lora_scale"].parse, recorded=False)
     controlnet: str | None = flag(None, "ControlNet that is conditioned on --control_image: folder or hub id", user_path, metavar="MODEL")
 

@@ -18,7 +18,7 @@ class Label(NamedTuple):
     """What stands beside a row or above a column."""
 
     text: str = ""  # wrapped
-    note: str = ""  # on lines of its own below, which are not wrapped
+    note: str = ""  # below the text, each of its lines wrapped
 
 
 class Row(NamedTuple):
@@ -111,13 +111,19 @@ def _write(labels, size, width):
 
 
 def _wrapped(label, font, width, max_lines=4):
-    """The text of a `Label` in lines of at most that many pixels, and its note below."""
-    text, note = (legible(part, font) for part in label)
+    """The text of a `Label` in at most `max_lines` lines of at most that many pixels, and below it each line of its note."""
+    text, *note = (legible(part, font) for part in [label.text, *label.note.split("\n")])
+    lines = _lines(text, font, width, max_lines)
+    return Written("\n".join([*lines, *(line for part in note for line in _lines(part, font, width, 4))]), font)
+
+
+def _lines(text, font, width, max_lines):
+    """A text in lines of at most that many pixels."""
     chars = max(6, 4 * width // font.size)
     while True:
         lines = textwrap.wrap(text, chars, max_lines=max_lines, placeholder=" ...")
         if chars <= 5 or max(map(font.getlength, lines), default=0) <= width:
-            return Written("\n".join(filter(None, [*lines, note])), font)
+            return lines
         chars -= 1
 
 

@@ -4,9 +4,7 @@ import base64
 import importlib.metadata
 import io
 import json
-import os
 import platform
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,7 +15,7 @@ import yaml
 from PIL import Image
 
 from ..command_line import Parser, recorded_values
-from ..files import write_whole
+from ..files import shorten_paths, write_whole
 from ..pictures.inspection import describe
 from ..pictures.records import fingerprint
 from ..training.inputs import find_concept
@@ -85,20 +83,6 @@ def write_about(
     }
     write_whole(folder / FILE, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
-
-
-def shorten_paths(value: Any) -> Any:
-    """Makes paths in plain data relative to the current folder, or to "~", to keep private folder names out of files."""
-    if isinstance(value, dict):
-        return {name: shorten_paths(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [shorten_paths(each) for each in value]
-    if isinstance(value, str):
-        for folder, short in ((Path.cwd(), ""), (Path.home(), "~" + os.sep)):
-            if folder.parent != folder:  # the root of a disk reveals nothing
-                start = rf"(?<![\w./~-]){re.escape(str(folder) + os.sep)}"  # only at the start of a path
-                value = re.sub(start, lambda _, short=short: short, value)
-    return value
 
 
 def command_line(script: str, words: list[str], accelerator: Any) -> str:

@@ -15,13 +15,14 @@ from urllib.parse import quote
 from PIL import Image
 
 from ..errors import InputError
-from ..files import reason_of, write_whole
+from ..files import reason_of, shorten_paths, write_whole
 from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
-from .about import encode_image, shorten_paths
+from .about import encode_image
 from .curves import COLOURS, make_charts, make_comparison_charts
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
+from .private_folders import folders_to_hide, hide_parents
 from .runs import Answer, LoraFile, RecordedRun, make_answer, read_run
 
 
@@ -72,7 +73,7 @@ def write_page(output_dir: str | Path) -> Path:
     equal = find_equal({_link_lora(file, path)["path"]: file.paths[0] for file in twice})
     samples = _make_cards([run], path.parent, {run.folder: answer})
     _render(
-        path, "run.html", title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
+        path, "run.html", [run], title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
         versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), **samples,
@@ -103,7 +104,7 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         })  # fmt: skip
     charts = make_comparison_charts({names[run.folder]: run.numbers.curves for run in runs})
     _render(
-        path, "comparison.html", title=title, runs=rows, sentence=sentence, comparable=comparable, drifts=any(answer.drift is not None for answer in answers.values()), equal=list(map(describe_equal, equal)), charts=charts, differences=differing,
+        path, "comparison.html", runs, title=title, rows=rows, sentence=sentence, comparable=comparable, drifts=any(answer.drift is not None for answer in answers.values()), equal=list(map(describe_equal, equal)), charts=charts, differences=differing,
         **_make_cards(runs, Path(path).parent, answers, names),
     )  # fmt: skip
     return path
@@ -292,15 +293,16 @@ def _make_preview(path, modified_at):
         return encode_image(image, PREVIEW_SIDE)
 
 
-def _render(path, template, *, charts, **values):
+def _render(path, template, runs, *, charts, **values):
     """Renders a template and writes the page, whole or not at all."""
     import jinja2
     from markupsafe import Markup
 
+    folders = folders_to_hide(runs)
     # Everything that a template prints is escaped, such as captions, prompts and file names.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=functools.partial(hide_parents, folders=folders),
     )  # fmt: skip
     environment.filters["shown"] = format_setting
     page = environment.get_template(template).render(
@@ -308,7 +310,9 @@ def _render(path, template, *, charts, **values):
         js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
         bokeh=Markup(_bokeh()) if charts else "",
         charts=charts,
-        charts_json=Markup(json.dumps(charts).replace("<", "\\u003c")),  # "</script>" in a name would end the script
+        charts_json=Markup(
+            hide_parents(json.dumps(charts), folders).replace("<", "\\u003c")
+        ),  # "</script>" in a name would end the script
         written=time.strftime("%Y-%m-%d %H:%M"),
         **values,
     )

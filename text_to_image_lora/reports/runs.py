@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image
 
-from ..drawing.rows import SETTINGS
+from ..drawing.rows import SETTINGS, shown_options
 from ..errors import InputError
 from . import about, stopping
 from .numbers import FILE as METRICS
@@ -117,15 +117,6 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
                 folder / place / kohya.file_name(folder, step if place else None)
             )  # there may be files of other runs
             yield LoraFile(place, step, [path, *([kohyas] if kohyas.is_file() else [])])
-
-
-def shown_options(options: dict[str, Any]) -> dict[str, str]:
-    """Returns {field: words for people}, such as "guidance 9", for options of a prompt {field of a drawing: value}."""
-    labels = {field: SETTINGS[field].label or f"{SETTINGS[field].short} {{}}" for field in options}
-    return {
-        field: labels[field].format(f"{value:g}" if isinstance(value, float) else value)
-        for field, value in options.items()
-    }
 
 
 class Answer(NamedTuple):

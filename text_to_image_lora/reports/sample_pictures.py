@@ -13,9 +13,9 @@ from PIL import Image
 from ..drawing.as_trained import AsTrained
 from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
-from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells
+from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
 from ..drawing.pipeline import PIPELINES, Studio
-from ..drawing.png import describe, save_png, source_of
+from ..drawing.png import describe, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError
@@ -23,12 +23,11 @@ from ..files import written_whole
 from ..models.lora import scaled_adapters
 from ..models.modules import evaluating, in_its_precision
 from ..models.samplers import NO_ZERO_SNR, make_sampler
-from ..pictures.sheets import tell_apart
 from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .progress import work_bar
-from .runs import shown_options, step_of
+from .runs import step_of
 
 
 def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
@@ -38,7 +37,7 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
         return Painter(output_dir, accelerator)
     grid, device = arrange(samples), accelerator.device
     like = Drawing(
-        seed=run.seed, loras=(Lora(str(output_dir), output_dir, 1.0, "default", {}, {}, in_training=True),),
+        seed=run.seed, loras=(Lora(name_for_others(str(output_dir)), output_dir, 1.0, "default", {}, {}, in_training=True),),
         negative_prompt=samples.validation_negative_prompt or None,
         num_inference_steps=samples.validation_inference_steps, guidance_scale=samples.validation_guidance_scale,
         clip_skip=base.clip_skip or 0, height=run.resolution, width=run.resolution,
@@ -57,9 +56,13 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
     )  # fmt: skip
     if not models.trains_text_encoder:
         studio = studio._replace(encoder=encode(drawings))
-    model = Model(base.pretrained_model_name_or_path, base.single_file_config, base.revision, base.variant)
+    config, vae = base.single_file_config, base.pretrained_vae_model_name_or_path
+    model = Model(
+        name_for_others(base.pretrained_model_name_or_path), config and Path(name_for_others(str(config))),
+        base.revision, base.variant,
+    )  # fmt: skip
     source = source_of(
-        model, FromPictures(), vae=base.pretrained_vae_model_name_or_path, dtype=models.dtype, device=str(device),
+        model, FromPictures(), vae=vae and name_for_others(vae), dtype=models.dtype, device=str(device),
         compiled=settings.speed.compile != "off",
     )  # fmt: skip
     return Painter(
@@ -74,14 +77,7 @@ def arrange(samples: Any) -> Grid:
     """
     seeds_differ = any("seed" in prompt.options for prompt in samples.prompts)
     columns = [Cell(note="" if seeds_differ else "seed {seed}", nth=k) for k in range(samples.num_validation_images)]
-    options = [shown_options(prompt.options) for prompt in samples.prompts]
-    notes = tell_apart(samples.texts, options)
-    rows = [
-        # Notes are formats.
-        cell._replace(note=note.replace("{", "{{").replace("}", "}}"))
-        for cell, note in zip(prompt_cells(samples.prompts), notes, strict=True)
-    ]
-    return Grid("sheet", [Cell()], [Cell()], rows, columns)
+    return Grid("sheet", [Cell()], [Cell()], told_apart(prompt_cells(samples.prompts)), columns)
 
 
 def make_studio(base: Any, models: Any, device: torch.device) -> Studio:
