@@ -23,6 +23,7 @@ from ..training.objective import loss_of_samples
 from . import stopping
 from .dashboard import log_numbers
 from .progress import work_bar
+from .settings import ValidationSettings
 
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class Judge:
     """
 
     def __init__(
-        self, sets: "JudgedSets", measure: LossMeter, settings: Any, *, accelerator: Any, metrics_file: Any,
+        self, sets: "JudgedSets", measure: LossMeter, settings: ValidationSettings, *, accelerator: Any, metrics_file: Any,
         output_dir: str | Path,
     ):  # fmt: skip
         self.held_out, self.probe, self.without_concept = sets
