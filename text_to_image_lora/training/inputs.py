@@ -11,11 +11,12 @@ from ..errors import InputError
 from ..files import check_writable
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
-from ..pictures.captions import ConceptRemover, check_concept_remover, tag_variations
+from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
 from ..pictures.layouts import ReadOptions, triggers_of
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
+from .class_images import ClassImages, plan
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Inputs(NamedTuple):
     validation_records: Any  # `datasets.Dataset` of the pictures to validate on, or None
     left_out: list[tuple[str, str]]  # (source, reason) of unusable pictures, in a dry run
     notes: list[str]  # lines that were logged about the pictures
+    class_images: Any = None  # the `ClassImages` at the end of the records, which may still have to be drawn, or None
 
 
 def find_inputs(settings: Any) -> Inputs:
@@ -43,11 +45,16 @@ def find_inputs(settings: Any) -> Inputs:
     base = find_base(settings)
     with log.collect_messages("pictures") as notes:
         records, validation_records = find_records(settings, leave_out)
+        num_class = sum(records["is_class"])
+        own = records.select(range(len(records) - num_class))
+        own_captions = [caption for group in own["captions"] for caption in group]
         if (remove_concept := make_concept_remover(settings, records)) is not None:
-            own = records.filter(lambda row: not row["is_class"]) if any(records["is_class"]) else records
-            check_concept_remover(remove_concept, (caption for group in own["captions"] for caption in group))
+            check_concept_remover(remove_concept, own_captions)
+        drawn = plan_class_images(settings, base, num_class, own_captions, find_concept(settings, own))
+    if drawn is not None:
+        records = with_class_pictures(records, drawn.make_records())
     check_rest(settings, base)
-    return Inputs(base, records, validation_records, left_out, notes)
+    return Inputs(base, records, validation_records, left_out, notes, drawn)
 
 
 def find_base(settings: Any) -> Any:
@@ -80,8 +87,14 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
             train_data_dir=settings.validation.validation_data_dir,
         )  # fmt: skip
         validation_records = load_records(reading._replace(data=validation_data))
-    if settings.class_pictures.class_data_dir is not None:
-        class_data = DataSettings(train_data_dir=(settings.class_pictures.class_data_dir,))
+    class_dir, wanted = settings.class_pictures.class_data_dir, settings.class_pictures.num_class_images
+    if class_dir is not None and wanted and not Path(class_dir).is_file() and not any(Path(class_dir).glob("*")):
+        raise InputError(
+            f"{class_dir}: it contains no class pictures. Leave --class_data_dir out, and all {wanted} of --num_class_images "
+            "are drawn and kept in the cache."
+        )
+    if class_dir is not None:
+        class_data = DataSettings(train_data_dir=(class_dir,))
         captions = CaptionSettings(instance_prompt=settings.class_pictures.class_prompt)
         class_pictures = load_records(ReadOptions(class_data, captions, None, archives, leave_out))
         records = with_class_pictures(records, class_pictures)
@@ -90,13 +103,33 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
 
 def make_concept_remover(settings: Any, records: Any) -> ConceptRemover | None:
     """Returns what removes the concept from the captions of records for --preservation, or None without it."""
+    return None if settings.preservation.preservation is None else find_concept(settings, records)
+
+
+def find_concept(settings: Any, records: Any) -> ConceptRemover:
+    """Returns what removes the concept from the captions of records."""
     preservation, trigger = settings.preservation, settings.captions.trigger_word
-    if preservation.preservation is None:
-        return None
     phrases = preservation.concept_phrases or (() if trigger is None else (trigger,))
     phrases = phrases or triggers_of(records, settings.captions)
     otherwise = settings.class_pictures.class_prompt or ""
     return ConceptRemover(phrases, preservation.preservation_prompt, otherwise)
+
+
+def plan_class_images(
+    settings: Any, base: Any, num_there: int, captions: list[str], remove_concept: ConceptRemover
+) -> ClassImages | None:
+    """Plans the class pictures that --class_data_dir lacks; returns None if there are none to draw."""
+    own = settings.class_pictures
+    count = own.num_class_images - num_there
+    if num_there and own.num_class_images:
+        drawn = (
+            "none is drawn" if count <= 0 else f"{count} more of --num_class_images {own.num_class_images} are drawn"
+        )
+        logger.info(f"class pictures: {num_there} in {own.class_data_dir}; {drawn}")
+    if count <= 0:
+        return None
+    prompts = prompts_without_concept(captions, remove_concept) if own.from_captions else [own.class_prompt]
+    return plan(settings, base, prompts, count)
 
 
 def check_rest(settings: Any, base: Any) -> None:
@@ -117,7 +150,7 @@ def check_rest(settings: Any, base: Any) -> None:
         if Path(preview).is_dir():
             raise InputError(f"--preview_data {preview}: this is a folder. Pass the name of a file.")
     validates = settings.validation.validation_split or settings.validation.validation_data_dir
-    if settings.cache.cache_variations != 0 or validates:
+    if settings.cache.cache_variations != 0 or validates or settings.class_pictures.num_class_images:
         check_writable(settings.cache.folder, "--latent_cache_dir")
 
 

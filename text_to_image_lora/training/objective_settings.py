@@ -79,7 +79,7 @@ class PreservationSettings:
     preservation: str | None = flag(None, "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["output"])
     preservation_weight: float = flag(1.0, "weight of the preservation loss; the diffusion loss has weight 1", above(0))
     preservation_share: float = flag(0.25, "proportion of the samples that are trained a second time; a smaller one is faster", above_up_to(0, 1))
-    concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
+    concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation, and for the prompts of --num_class_images, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
     preservation_prompt: str | None = flag(None, "caption without the concept for --preservation, in which {caption} stands for the caption without --concept_phrases (default: {caption}, and --class_prompt or the empty caption for captions without a phrase)", metavar="TEXT")
     # fmt: on
 
@@ -105,9 +105,13 @@ class PreservationSettings:
         return min(count, math.ceil(count * self.share) + 1) if self.share else 0
 
     def check(self, settings):
-        given = [name for name in ("concept_phrases", "preservation_prompt") if getattr(self, name) not in (None, ())]
-        if self.preservation is None and given:
-            raise InputError(f"--{given[0]} is only used for --preservation: add --preservation output.")
+        if self.preservation is None and self.preservation_prompt is not None:
+            raise InputError("--preservation_prompt is only used for --preservation: add --preservation output.")
+        if self.preservation is None and self.concept_phrases and not settings.class_pictures.from_captions:
+            raise InputError(
+                "--concept_phrases is only used for --preservation, and for --num_class_images without --class_prompt: add "
+                "--preservation output or --num_class_images."
+            )
         if any(not phrase.strip() for phrase in self.concept_phrases):
             raise InputError("--concept_phrases contains an empty text: write the words that name the concept.")
 
