@@ -47,7 +47,10 @@ def source_of(
     flags |= {name: getattr(model, name) for name in ("revision", "variant", "single_file_config", "controlnet")}
     flags |= {name: getattr(pictures, name) for name in ("image", "control_image", "control")}
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
-    flags |= {"mixed_precision": precision, "num_cpu_threads": torch.get_num_threads() if device == "cpu" else None}
+    flags |= {
+        "mixed_precision": precision,
+        "num_cpu_threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
+    }
     return Source(flags, machine_of(device, compiled))
 
 
