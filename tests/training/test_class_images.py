@@ -68,7 +68,7 @@ def test_they_are_class_pictures_and_used_again(train, tmp_path, capsys, monkeyp
     first = train(**COMMON, prior_loss_weight=0.5)
     said = capsys.readouterr().out
     assert "class pictures: 6 of the base model, from 1 prompt, in " in said
-    assert "0 are there, and 6 are drawn before training" in said
+    assert "there already: 0, to be drawn before training: 6" in said
     assert "12 pictures, 6 steps an epoch" in said
     before, about = files_in(tmp_path / "cache"), json.loads((first / "about.json").read_text())
     assert about["dataset"]["concepts"]["class pictures"] == {"pictures": 6, "samples_an_epoch": 6}
@@ -128,7 +128,7 @@ def test_what_they_depend_on(train, tiny_sd, drawn, tmp_path, capsys, no_drawing
     train(**options)
     assert "all are there from before" in capsys.readouterr().out
     train(**options | changes)
-    assert "0 are there, and 6 are drawn before training" in capsys.readouterr().out
+    assert "there already: 0, to be drawn before training: 6" in capsys.readouterr().out
 
 
 def test_what_they_do_not_depend_on(train, tiny_sd, drawn, tmp_path, capsys, no_drawing):
@@ -149,12 +149,12 @@ def test_files_that_are_missing_or_damaged_are_drawn_again(train, drawn, tmp_pat
     (folder / "00005.png").write_bytes((folder / "00005.png").read_bytes()[:-40])
     (folder / "metadata.jsonl").unlink()
     train(**COMMON, max_train_steps=1)
-    assert "4 are there, and 2 are drawn before training" in capsys.readouterr().out
+    assert "there already: 4, to be drawn before training: 2" in capsys.readouterr().out
     assert files_in(cache) == before
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143)])
-def test_a_run_that_ends_while_drawing_continues(start, arguments, drawn, tmp_path, name, code):
+def test_a_run_that_ends_while_drawing_continues(start, arguments, tmp_path, name, code):
     words = arguments(**COMMON | dict(sample_batch_size=2), max_train_steps=2)
     ended, said = start(words, tmp_path / "logs", signal_before("training.class_images._save", 4, name)).wait()
     assert ended == code, said
@@ -196,7 +196,7 @@ def test_a_resumed_run_equals_a_straight_one(train, tmp_path, capsys):
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
     train(**options, max_train_steps=6, mixed_precision="bf16")
     said = capsys.readouterr().out
-    assert "0 are there, and 6 are drawn before training" in said
+    assert "there already: 0, to be drawn before training: 6" in said
     assert "resuming from" in said
     with pytest.raises(InputError, match="dataset"):
         train(**options | dict(class_prompt="a blue axe"), max_train_steps=6)
@@ -207,12 +207,12 @@ def test_only_those_are_drawn_that_the_folder_lacks(train, tmp_path, capsys):
     before = sorted(path.name for path in dogs.iterdir())
     train(**COMMON | dict(num_class_images=5), class_data_dir=dogs)
     said = capsys.readouterr().out
-    assert f"class pictures: 3 in {dogs}; 2 more of --num_class_images 5 are drawn" in said
+    assert f"class pictures: 3 in {dogs}; --num_class_images 5 adds 2" in said
     assert "11 pictures, 6 steps an epoch" in said
     assert len(files_in(tmp_path / "cache")) == 3
     assert sorted(path.name for path in dogs.iterdir()) == before
     train(**COMMON | dict(num_class_images=3), class_data_dir=dogs, output_dir=tmp_path / "enough", dry_run=True)
-    assert f"class pictures: 3 in {dogs}; none is drawn" in capsys.readouterr().out
+    assert f"class pictures: 3 in {dogs}; --num_class_images 3 adds 0" in capsys.readouterr().out
 
 
 def test_prompts_are_the_captions_without_the_concept(said):
@@ -284,7 +284,7 @@ def test_a_dry_run_counts_them_and_draws_none(train, tmp_path, capsys, no_drawin
     assert "12 pictures, 12 captions" in said
     assert "look alike" not in said
     assert "6 of the base model, from 1 prompt, in " in said
-    assert "0 are there, and 6 are drawn before training" in said
+    assert "there already: 0, to be drawn before training: 6" in said
     assert "while drawing class pictures" in said
     assert not (tmp_path / "cache").exists()
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -62,7 +62,8 @@ class ClassImages(NamedTuple):
 
     def recipe(self, i: int) -> str:
         """Returns a hash of how picture i is drawn, without the base model, and what only changes the rounding."""
-        return _hash([VERSION, self.drawing(i)._asdict()])[:32]
+        drawing = self.drawing(i)
+        return _hash([VERSION, drawing.prompt, drawing.seed, *_settings_of(drawing)])[:32]
 
     def fact(self, i: int) -> Any:
         """Returns the `Picture` that stands for picture i in a dry run, before it is drawn."""
@@ -85,16 +86,14 @@ class ClassImages(NamedTuple):
         what = f"class pictures: {self.count} of the base model, from {counted(len(self.prompts), 'prompt')}, in {self.folder}"
         if not num_missing:
             return f"{what}; all are there from before"
-        return f"{what}; {self.count - num_missing} are there, and {num_missing} are drawn before training"
+        return f"{what}; there already: {self.count - num_missing}, to be drawn before training: {num_missing}"
 
     def write_captions(self) -> None:
         """Writes the prompts of all pictures in the folder as its metadata.jsonl, so that it can be trained on elsewhere."""
         pictures = sorted(path for path in self.folder.glob("*.png") if path.stem.isdecimal())
         rows = [{"file_name": path.name, "text": self.drawing(int(path.stem)).prompt} for path in pictures]
-        text, file = (
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-            self.folder / "metadata.jsonl",
-        )
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file = self.folder / "metadata.jsonl"
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.unlink(missing_ok=True)
             with written_whole(file, shared=True) as temporary:
@@ -102,7 +101,11 @@ class ClassImages(NamedTuple):
 
 
 def _hash(value):
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _settings_of(drawing):
+    return [drawing.num_inference_steps, drawing.guidance_scale, drawing.clip_skip, drawing.width, drawing.height]
 
 
 def _is_whole(path, size):
@@ -136,17 +139,9 @@ def plan(settings: Any, base: Any, prompts: Sequence[str], count: int) -> ClassI
     )  # fmt: skip
     vae_files = sorted(path for path in [Path(vae), *Path(vae).glob("*")] if path.is_file()) if vae else []
     vae_identity = [(path.name, quick_hash(path)) for path in vae_files] or vae
-    name = _hash(
-        [
-            VERSION,
-            files_identity(base),
-            vae_identity,
-            trained._replace(vae=None),
-            like._asdict(),
-            prompts,
-            settings.speed.precision,
-        ]
-    )
+    models = [files_identity(base), vae_identity, settings.speed.precision]
+    how = [trained.prediction_type, trained.zero_snr, trained.long_prompts, *_settings_of(like)]
+    name = _hash([VERSION, models, how, list(prompts)])
     folder = settings.cache.folder / "class_pictures" / name[:40]
     return ClassImages(folder, count, tuple(prompts), Job(Base(base), (), trained), like, own.sample_batch_size)
 

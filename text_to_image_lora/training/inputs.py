@@ -122,10 +122,9 @@ def plan_class_images(
     own = settings.class_pictures
     count = own.num_class_images - num_there
     if num_there and own.num_class_images:
-        drawn = (
-            "none is drawn" if count <= 0 else f"{count} more of --num_class_images {own.num_class_images} are drawn"
+        logger.info(
+            f"class pictures: {num_there} in {own.class_data_dir}; --num_class_images {own.num_class_images} adds {max(count, 0)}"
         )
-        logger.info(f"class pictures: {num_there} in {own.class_data_dir}; {drawn}")
     if count <= 0:
         return None
     prompts = prompts_without_concept(captions, remove_concept) if own.from_captions else [own.class_prompt]
