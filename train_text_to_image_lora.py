@@ -142,6 +142,7 @@ def main(settings: Settings) -> None:
         from text_to_image_lora.training import (
             batch_size,
             caching,
+            class_images,
             data,
             objective,
             preservation,
@@ -160,6 +161,7 @@ def main(settings: Settings) -> None:
     # Set up the run, its models, and the optimizer.
     accelerator = make_accelerator(settings, trackers)
     device, rank = accelerator.device, accelerator.process_index
+    class_images.draw_missing(settings, inputs, accelerator)
     run = make_run(settings, inputs, accelerator)
     family, batch_sampler, state, loss_settings = run.base.family, run.sampler, run.state, settings.loss
     models = load_models(settings, run, accelerator)

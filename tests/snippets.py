@@ -86,8 +86,8 @@ def shortened(command: str) -> str:
     flags = next((flags for script, flags in SHORT.items() if script in command), None)
     if flags is None:
         return command
-    if "--num_images 100" in command:
-        flags += " --num_images 2"
+    if "--num_class_images" in command:
+        flags += " --num_class_images 2 --class_inference_steps 2"
     code, comment = re.fullmatch(r"(.*?)(\s+# .*)?", command, flags=re.DOTALL).groups()
     if "scripts/sweep.py" in command:  # whose flags are a list, which is given again with more at its end
         own = code.partition("--flags ")[2].replace("\\\n", " ")

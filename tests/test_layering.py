@@ -137,10 +137,11 @@ ASSEMBLERS = {
     "training.accelerator": "make_accelerator",
     "training.batch_size": "settle _idle_in_steps",
     "training.caching": "fill",
+    "training.class_images": "plan draw_missing",
     "training.data": "make_run_loader",
     "training.dry_run": "report _cache_bytes _memory",
     "training.inputs": "find_inputs find_base find_records check_rest make_picture_sets with_cached_tag_orders "
-    "make_concept_remover find_concept check_concept",
+    "make_concept_remover concept_of_run check_concept find_concept plan_class_images",
     "training.memory": "make_plan",
     "training.resume": "load",
     "training.run": "make_run _find_resume_point make_run_sampler identity_of_run release_encoders load_models "

@@ -48,7 +48,8 @@ def test_prior_preservation_trains(train, tmp_path, capsys):
     with pytest.raises(InputError, match="the pictures have no captions"):
         train(class_data_dir=dogs)
     with pytest.raises(
-        InputError, match="--class_prompt is the caption of the pictures in --class_data_dir: add --class_data_dir"
+        InputError,
+        match="--class_prompt describes class pictures: add --num_class_images, such as 100, or --class_data_dir",
     ):
         train(class_prompt="a dog")
 

@@ -150,8 +150,8 @@ def test_a_step_that_is_not_allowed_counts_towards_the_patience():
         ),
         (
             dict(concept_phrases=["red"]),
-            "--concept_phrases is only used for --preservation, and to measure the drift of validated runs: add "
-            "--preservation output or --validation_split 0.1.",
+            "--concept_phrases is only used for --preservation, for --num_class_images without --class_prompt, and to measure "
+            "the drift of validated runs: add --preservation output or --validation_split 0.1.",
         ),
     ],
 )

@@ -285,7 +285,8 @@ NOTES = [
     ("--huber_c 0.2", "--huber_c has no effect without --loss_type huber"),
     ("--logit_mean 1", "--logit_mean has no effect without --timestep_sampling logit_normal"),
     ("--keep_tags 1", "--keep_tags has no effect without --shuffle_tags or --caption_tag_dropout"),
-    ("--prior_loss_weight 0.5", "--prior_loss_weight has no effect without --class_data_dir"),
+    ("--prior_loss_weight 0.5", "--prior_loss_weight has no effect without --class_data_dir or --num_class_images"),
+    ("--class_guidance_scale 4", "--class_guidance_scale has no effect without --num_class_images"),
 ]
 SILENT = [
     "", "--lr_scheduler cosine --lr_warmup_steps 5", "--lr_warmup_steps 0", "--lr_scheduler cosine_with_restarts --lr_num_cycles 3",

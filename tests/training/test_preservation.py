@@ -256,7 +256,7 @@ def test_it_combines_with(train, folder, options):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--concept_phrases", "sks"], "--concept_phrases is only used for --preservation, and to measure the drift"),
+        (["--concept_phrases", "sks"], "--concept_phrases is only used for --preservation, for --num_class_images without --class_prompt, and to measure the drift"),
         (["--preservation_prompt", ""], "--preservation_prompt is only used for --preservation, and to measure the drift"),
         (["--preservation", "output", "--concept_phrases", " "], "--concept_phrases contains an empty text"),
         (["--preservation", "output", "--preservation_share", "0"], "--preservation_share 0: it must be more than 0 and at most 1."),

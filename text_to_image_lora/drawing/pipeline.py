@@ -145,7 +145,9 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
     if vae is not None:
         vae_config = config if model.kind == "file" else model.source
         like = {"config": vae_config, "subfolder": "vae"} if vae_config and Path(vae).is_file() else {}
-        options["vae"] = load_weights(diffusers.AutoencoderKL, vae, torch_dtype=dtype, **like)
+        options["vae"] = load_weights(
+            diffusers.AutoencoderKL, vae, torch_dtype=dtype, cache_dir=model.cache_dir, **like
+        )
     if job.controlnet is not None:
         options["controlnet"] = load_weights(diffusers.ControlNetModel, job.controlnet.source, torch_dtype=dtype)
     if model.kind != "file":  # diffusers would not notice that a text encoder lacks weights
@@ -154,6 +156,7 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
                 options[row.name] = load_text_encoder(model, row, dtype)
     options |= model.family.pipeline_options
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}
+    options["cache_dir"] = model.cache_dir
     pipeline_class = getattr(diffusers, model.family.pipeline_of(job.kind))
     pipe = load_weights(pipeline_class, model.source, **options)
     sources = {"vae": vae or model.source, "controlnet": job.controlnet and job.controlnet.source}

@@ -51,7 +51,10 @@ def source_of(
     flags |= {name: getattr(model, name) for name in ("revision", "variant", "single_file_config", "controlnet")}
     flags |= {name: getattr(pictures, name) for name in ("image", "control_image", "control")}
     precision = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
-    flags |= {"mixed_precision": precision, "num_cpu_threads": torch.get_num_threads() if device == "cpu" else None}
+    flags |= {
+        "mixed_precision": precision,
+        "num_cpu_threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
+    }
     return Source(flags, machine_of(device, compiled))
 
 
@@ -208,15 +211,21 @@ def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
             logger.warning("%s: the picture will differ from it", what)
 
 
-def save_png(image: Any, path: Path, chunks: dict[str, Any]) -> Path:
-    """Writes the picture and returns its path; `-1`, `-2`, ... is added to the name if another picture has it."""
+def encode_png(image: Any, chunks: dict[str, Any]) -> bytes:
+    """Encodes a picture as a PNG file with text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info, data = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
         info.add_text(key, "" if value is None else str(value))
     image.save(data, "PNG", pnginfo=info)
+    return data.getvalue()
+
+
+def save_png(image: Any, path: Path, chunks: dict[str, Any]) -> Path:
+    """Writes the picture and returns its path; `-1`, `-2`, ... is added to the name if another picture has it."""
+    data = encode_png(image, chunks)
     candidates = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1)))
-    path = next(file for file in candidates if not file.exists() or file.read_bytes() == data.getvalue())
-    write_whole(path, data.getvalue())
+    path = next(file for file in candidates if not file.exists() or file.read_bytes() == data)
+    write_whole(path, data)
     return path

@@ -1,5 +1,7 @@
 """The files with the weights of a diffusers model: their variants, such as fp16, and their dtype."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,43 @@ WEIGHTS_FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<first>[A-Za-z]\w*))?(?:-\d+-of-\d+)?"
     r"(?:\.(?P<second>[A-Za-z]\w*))?\.(?:safetensors|bin)"
 )
+
+
+SAMPLE, MOST_SAMPLES = 1024, 4096  # of a large file: bytes in a sample, and samples
+
+
+def quick_hash(path: Path) -> str:
+    """Returns a hash of a file's size and of its content; of a file of more than 4 MiB, only of samples from everywhere."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb", buffering=0) as file:
+        if size <= SAMPLE * MOST_SAMPLES:
+            digest.update(file.read())
+        else:
+            for start in range(0, size, size // MOST_SAMPLES):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def files_identity(base: BaseModel) -> str:
+    """Returns a quick hash of the files of a base model, which is not loaded; of a model on the hub, its commit.
+
+    A folder has an equal identity wherever it is.
+    """
+    parts = [row.name for row in base.family.text_encoders] + [row.tokenizer for row in base.family.text_encoders]
+    parts += [base.family.denoiser, "vae", "scheduler"]
+    if base.kind == "hub":
+        commit = from_hub(base.source, "model_index.json", base.revision, base.cache_dir).parent.name
+        return json.dumps([base.source, commit, base.variant])
+    folder = base.source if base.kind == "folder" else base.single_file_config
+    files = {} if base.kind == "folder" else {"": Path(base.source)}
+    for part in ["", *parts] if folder is not None else []:
+        endings = ("*.json", "*.txt") if base.kind == "file" else ("*.json", "*.txt", "*.safetensors", "*.bin")
+        paths = Path(folder or "", part).glob("*") if part else [Path(folder or "", "model_index.json")]
+        files |= {f"{part}/{path.name}": path for path in paths if any(map(path.match, endings)) and path.is_file()}
+    hashes = {name: quick_hash(path) for name, path in sorted(files.items())}
+    return hashlib.sha256(json.dumps([hashes, base.variant]).encode()).hexdigest()
 
 
 def check_variant(folder: str | Path, variant: str | None) -> None:

@@ -1,5 +1,6 @@
 """Edits captions before they are encoded."""
 
+import hashlib
 import logging
 import re
 import zlib
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..files import counted
 from .settings import CaptionSettings
 
 
@@ -90,6 +92,39 @@ def check_concept_remover(remove_concept: ConceptRemover, captions: Iterable[str
             logger.info(f"preservation: '{caption}' is also trained as '{without}', with the base model's prediction")
         else:
             logger.info(f"drift: measured on captions without the concept, such as '{without}' for '{caption}'")
+
+
+def prompts_without_concept(captions: Iterable[str], remove_concept: ConceptRemover) -> list[str]:
+    """Returns the different captions without the concept, from which class pictures are drawn, and logs an example.
+
+    Captions that do not name the concept are left out, because they may be about it all the same. The order is fixed and
+    mixed, so that the first prompts are of all kinds. Raises `InputError` if there are none.
+    """
+    different = dict.fromkeys(captions)
+    named = [caption for caption in different if remove_concept.prompt is not None or remove_concept.finds(caption)]
+    pairs = {without: caption for caption in reversed(named) if (without := remove_concept(caption).strip())}
+    if not pairs:
+        phrases = " or ".join(f"'{phrase}'" for phrase in remove_concept.phrases)
+        reason = (
+            f"no caption contains {phrases}" if phrases else "it is not known what in the captions names the concept"
+        )
+        if named:
+            reason = f"no caption contains more than {phrases}"
+        raise InputError(
+            f"--num_class_images: {reason}; the first is '{next(iter(different))}'. Describe the class by --class_prompt TEXT, "
+            "or name the concept by --concept_phrases as the captions do."
+        )
+    if len(named) < len(different):
+        logger.info(
+            f"class pictures: {len(different) - len(named)} of {len(different)} different captions contain no phrase of the "
+            "concept, so no class picture is drawn from them"
+        )
+    prompts = sorted(pairs, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
+    logger.info(
+        f"class pictures: {counted(len(prompts), 'prompt')} from the captions without the concept, such as '{prompts[0]}' from "
+        f"'{pairs[prompts[0]]}'"
+    )
+    return prompts
 
 
 def vary_tags(caption: str, rng: Any, settings: CaptionSettings) -> str:

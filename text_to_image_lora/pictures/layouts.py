@@ -261,5 +261,6 @@ def make_row(
         "concept": concept,
         "num_repeats": num_repeats,
         "is_class": False,
+        "recipe": None,
         "source": source,
     }

@@ -7,6 +7,7 @@
 | concept | the name of the folder, or the value of a column |
 | num_repeats | how often the picture is used per epoch |
 | is_class | whether it is a class picture (prior preservation) |
+| recipe | a hash of how the picture is drawn, if the run draws it; otherwise None |
 | source | file and row, for messages |
 """
 
@@ -31,6 +32,7 @@ def record_features() -> Any:
             "concept": datasets.Value("string"),
             "num_repeats": datasets.Value("int32"),
             "is_class": datasets.Value("bool"),
+            "recipe": datasets.Value("string"),
             "source": datasets.Value("string"),
         }
     )
@@ -38,7 +40,7 @@ def record_features() -> Any:
 
 def with_captions(records: Any, captions: list[list[str]]) -> Any:
     """Returns the records with other captions, a list for each picture."""
-    others = {name: records[name][:] for name in ("concept", "num_repeats", "is_class", "source")}
+    others = {name: records[name][:] for name in ("concept", "num_repeats", "is_class", "recipe", "source")}
     return with_columns(records.select_columns(["image", "mask"]), {**others, "captions": captions})
 
 
@@ -57,7 +59,7 @@ def with_class_pictures(records: Any, class_pictures: Any) -> Any:
     """Appends the records of class pictures, with `is_class` set, for prior preservation."""
     import datasets
 
-    others = {name: class_pictures[name][:] for name in ("captions", "concept", "num_repeats", "source")}
+    others = {name: class_pictures[name][:] for name in ("captions", "concept", "num_repeats", "recipe", "source")}
     others["is_class"] = [True] * len(class_pictures)
     order = list(records.column_names)
     marked = with_columns(class_pictures.select_columns(["image", "mask"]), others)

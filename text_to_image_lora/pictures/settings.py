@@ -12,6 +12,7 @@ from .buckets import Buckets, make_buckets, square
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
 PASS_ONE = "Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder)."
+MOST_STEPS = 998  # of the sampler DPM++ 2M, which draws the class pictures of most base models
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 
 
@@ -106,20 +107,33 @@ class ClassPictureSettings:
     remarks: ClassVar = (
         Remark(
             "prior_loss_weight",
-            "has no effect without --class_data_dir",
-            lambda flags: flags["class_data_dir"] is None,
+            "has no effect without --class_data_dir or --num_class_images",
+            lambda flags: flags["class_data_dir"] is None and not flags["num_class_images"],
+        ),
+        *(
+            Remark(name, "has no effect without --num_class_images", lambda flags: not flags["num_class_images"])
+            for name in ("class_inference_steps", "class_guidance_scale", "sample_batch_size")
         ),
     )
     # fmt: off
     class_data_dir: str | None = flag(None, "pictures of the class in general, which are trained along with yours so that the model does not forget the class (prior preservation of DreamBooth)", user_path, metavar="FOLDER", may_change=True)
-    class_prompt: str | None = flag(None, "caption for the pictures in --class_data_dir that have none", may_change=True)
-    prior_loss_weight: float = flag(1.0, "weight of the pictures of --class_data_dir in the loss; your pictures have weight 1", at_least(0, float))
+    num_class_images: int = flag(0, "number of class pictures; those that --class_data_dir lacks are drawn once by the base model and kept in --latent_cache_dir", at_least(0), may_change=True)
+    class_prompt: str | None = flag(None, "prompt and caption of the pictures that are drawn for --num_class_images (default: the captions of your pictures without the concept, see --concept_phrases), and caption for the pictures in --class_data_dir that have none", may_change=True)
+    class_inference_steps: int = flag(30, "number of denoising steps for the class pictures that are drawn", between(1, MOST_STEPS, int), may_change=True)
+    class_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the class pictures that are drawn; higher values follow the prompt more closely", at_least(0, float), may_change=True)
+    sample_batch_size: int = flag(4, "number of class pictures that are drawn at once", at_least(1), may_change=True)
+    prior_loss_weight: float = flag(1.0, "weight of the class pictures in the loss; your pictures have weight 1", at_least(0, float))
     # fmt: on
 
+    @property
+    def from_captions(self) -> bool:
+        """Whether class pictures are drawn from the captions without the concept."""
+        return self.num_class_images > 0 and self.class_prompt is None
+
     def check(self, settings):
-        if self.class_data_dir is None and self.class_prompt is not None:
+        if self.class_data_dir is None and not self.num_class_images and self.class_prompt is not None:
             raise InputError(
-                "--class_prompt is the caption of the pictures in --class_data_dir: add --class_data_dir."
+                "--class_prompt describes class pictures: add --num_class_images, such as 100, or --class_data_dir."
             )
         if self.class_prompt is not None and not self.class_prompt.strip():
             raise InputError("--class_prompt is empty: write what the pictures show.")

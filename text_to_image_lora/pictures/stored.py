@@ -237,6 +237,7 @@ def _from_dataset(dataset, source, reading):
         "concept": concepts,
         "num_repeats": [1] * count,
         "is_class": [False] * count,
+        "recipe": [None] * count,
         "source": [f"{where}: row {index}" for index in range(count)],
     }
     pictures = dataset.select_columns([c for c in (image_column, mask_column) if c is not None])

@@ -18,7 +18,7 @@ from ..command_line import Parser, recorded_values
 from ..files import shorten_paths, write_whole
 from ..pictures.inspection import describe
 from ..pictures.records import fingerprint
-from ..training.inputs import find_concept
+from ..training.inputs import concept_of_run
 
 
 FILE = "about.json"
@@ -60,7 +60,7 @@ def write_about_run(settings: Any, run: Any, described: dict[str, Any], accelera
     return write_about(
         settings.run.output_dir, flags=flags, command=command_line(SCRIPT, words, accelerator),
         machine=machine(accelerator), settings=described,
-        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes, find_concept(settings, run.pictures.records))
+        dataset=data_sheet(run.pictures, run.validated, run.sampler, run.notes, concept_of_run(settings, run.pictures.records))
         | {"held_out": identify(run.validated)},
     )  # fmt: skip
 

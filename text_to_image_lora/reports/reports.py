@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
-from ..training.inputs import find_concept
+from ..training.inputs import concept_of_run
 from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
 from . import about, dashboard, metrics, model_card, sample_pictures, tracking
@@ -45,7 +45,7 @@ def start_reports(
 def make_judge(settings: Any, run: Any, models: Any, cached: Any, metrics_file: Any, accelerator: Any) -> Judge:
     """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
     held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
-    remove_concept = find_concept(settings, run.pictures.records)
+    remove_concept = concept_of_run(settings, run.pictures.records)
     without_concept = None if held_out is None or remove_concept is None else held_out.with_captions(remove_concept)
     measured = MeasuredModels(
         models.family, models.denoiser, models.diffusion, models.scaling_factor, models.dtype,

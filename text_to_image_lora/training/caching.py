@@ -28,7 +28,7 @@ from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
 from .conditions import make_picture_condition
-from .inputs import find_concept, make_concept_remover, with_cached_tag_orders
+from .inputs import concept_of_run, make_concept_remover, with_cached_tag_orders
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
 
 
@@ -289,7 +289,7 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
             training = CachedSet(pictures, *cache.build(pictures, run.variations, all_captions, accelerator))
         if run.validated is not None:
             probe = pick_probe(run.pictures, len(run.validated), run.seed)
-            remove_concept = find_concept(settings, run.pictures.records)
+            remove_concept = concept_of_run(settings, run.pictures.records)
             for part in (run.validated.for_validation(), probe.for_validation()):
                 all_captions = [group[0] for group in part.captions]
                 if remove_concept is not None and not validated:

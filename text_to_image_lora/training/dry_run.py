@@ -20,9 +20,13 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     Loads no model except the tokenizer. Raises `InputError` where training would.
     """
     base, left_out = found.base, found.left_out
+    images = found.class_images
+    not_drawn = {} if images is None else {images.recipe(i): images.fact(i) for i in images.missing()}
 
     def usable(records):
-        good, bad = examine.examine(records, range(len(records)))
+        recipes = records["recipe"][:]
+        good, bad = examine.examine(records, [i for i, recipe in enumerate(recipes) if recipe not in not_drawn])
+        good |= {i: not_drawn[recipe] for i, recipe in enumerate(recipes) if recipe in not_drawn}
         left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
         return examine.select_usable(records, good, bad)
 
@@ -43,7 +47,9 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         token_limit=None if tokenizer is None or settings.captions.long_prompts else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
-    needs, memory_lines = _memory(settings, base, pictures, sampler, num_chunks, tokenizer is not None)
+    known_chunks = None if tokenizer is None else num_chunks
+    drawn_at_once = images.batch_size if images is not None and not_drawn else 0
+    needs, memory_lines = _memory(settings, base, pictures, sampler, known_chunks, drawn_at_once)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
     length = settings.batches.describe_length(sampler.steps_per_epoch)
@@ -51,12 +57,18 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     long_warmup = settings.schedule.describe_long_warmup(settings.batches.num_steps(sampler.steps_per_epoch))
     if long_warmup is not None:
         lengths.append(long_warmup)
+    if images is not None:
+        lengths.append(images.describe(len(not_drawn)))
     print(
         "\n".join([*inspection.format_report(described), *lengths, *memory_lines, "", f"full report: {report_file}"])
     )
     if settings.data.preview_data is not None:
+        drawn = [i for i, recipe in enumerate(pictures.records["recipe"]) if recipe not in not_drawn]
+        if len(drawn) < len(pictures):
+            pictures = pictures.select(drawn)
+            sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, world_size)
         variations = settings.cache.num_variations(settings.augmentation)
-        remove_concept = inputs.find_concept(settings, pictures.records)
+        remove_concept = inputs.concept_of_run(settings, pictures.records)
         print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations, remove_concept))
     if too_long is not None:
         raise too_long
@@ -87,14 +99,17 @@ def _cache_bytes(settings, pictures, base, num_chunks):
     )
 
 
-def _memory(settings, base, pictures, sampler, num_chunks, is_known):
-    """The `Needs` of the run, or None if the configuration of the base model is not known, and the lines of the report."""
-    if not is_known:
+def _memory(settings, base, pictures, sampler, num_chunks, draws_class):
+    """The `Needs` of the run, or None if the configuration of the base model is not known, and the lines of the report.
+
+    `num_chunks` is None in the latter case, and `draws_class` is the number of class pictures that are drawn at once.
+    """
+    if num_chunks is None:
         return None, ["", "memory: unknown without the base model's configuration (--single_file_config FOLDER)"]
     index, batch_size = trials.heaviest_batch(pictures, sampler, sampler.batch_size)
     shapes = trials.find_shapes(pictures, index, base, num_chunks)
     plan = memory.make_plan(settings, base, modules.dtype_of(settings.speed.precision))
-    needs = memory.estimate(base, shapes, plan)
+    needs = memory.estimate(base, shapes, plan._replace(draws_class=draws_class))
     device_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     ways, preserved = ways_to_save_memory(settings), settings.preservation.most(batch_size)
     return needs, ["", *memory.format_needs(needs, batch_size, ways, device_bytes, preserved=preserved)]

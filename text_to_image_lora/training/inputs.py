@@ -11,11 +11,12 @@ from ..errors import InputError
 from ..files import check_writable
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
-from ..pictures.captions import ConceptRemover, check_concept_remover, tag_variations
+from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
 from ..pictures.layouts import ReadOptions, triggers_of
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
+from .class_images import ClassImages, plan
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Inputs(NamedTuple):
     validation_records: Any  # `datasets.Dataset` of the pictures to validate on, or None
     left_out: list[tuple[str, str]]  # (source, reason) of unusable pictures, in a dry run
     notes: list[str]  # lines that were logged about the pictures
+    class_images: Any = None  # the `ClassImages` at the end of the records, which may still have to be drawn, or None
 
 
 def find_inputs(settings: Any) -> Inputs:
@@ -43,9 +45,15 @@ def find_inputs(settings: Any) -> Inputs:
     base = find_base(settings)
     with log.collect_messages("pictures") as notes:
         records, validation_records = find_records(settings, leave_out)
-        check_concept(settings, records)
+        num_class = sum(records["is_class"])
+        own = records.select(range(len(records) - num_class))
+        own_captions = [caption for group in own["captions"] for caption in group]
+        check_concept(settings, own, own_captions)
+        drawn = plan_class_images(settings, base, num_class, own_captions, find_concept(settings, own))
+    if drawn is not None:
+        records = with_class_pictures(records, drawn.make_records())
     check_rest(settings, base)
-    return Inputs(base, records, validation_records, left_out, notes)
+    return Inputs(base, records, validation_records, left_out, notes, drawn)
 
 
 def find_base(settings: Any) -> Any:
@@ -78,8 +86,14 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
             train_data_dir=settings.validation.validation_data_dir,
         )  # fmt: skip
         validation_records = load_records(reading._replace(data=validation_data))
-    if settings.class_pictures.class_data_dir is not None:
-        class_data = DataSettings(train_data_dir=(settings.class_pictures.class_data_dir,))
+    class_dir, wanted = settings.class_pictures.class_data_dir, settings.class_pictures.num_class_images
+    if class_dir is not None and wanted and not Path(class_dir).is_file() and not any(Path(class_dir).glob("*")):
+        raise InputError(
+            f"{class_dir}: it contains no class pictures. Leave --class_data_dir out, and all {wanted} of --num_class_images "
+            "are drawn and kept in the cache."
+        )
+    if class_dir is not None:
+        class_data = DataSettings(train_data_dir=(class_dir,))
         captions = CaptionSettings(instance_prompt=settings.class_pictures.class_prompt)
         class_pictures = load_records(ReadOptions(class_data, captions, None, archives, leave_out))
         records = with_class_pictures(records, class_pictures)
@@ -91,34 +105,50 @@ def make_concept_remover(settings: Any, records: Any) -> ConceptRemover | None:
     return None if settings.preservation.preservation is None else find_concept(settings, records)
 
 
-def check_concept(settings: Any, records: Any) -> None:
-    """Logs what captions become without the concept; raises `InputError` if it can't be left out, but a flag needs that."""
-    remove_concept, preserves = find_concept(settings, records), settings.preservation.preservation is not None
-    if remove_concept is None:
-        if settings.validation.max_drift is not None:
-            raise InputError(
-                "--max_drift: nothing names the concept. Name it by --concept_phrases as the captions do."
-            )
-    else:
-        pairs = zip(records["captions"], records["is_class"], strict=True)
-        own = [caption for group, is_class in pairs if not is_class for caption in group]
-        check_concept_remover(remove_concept, own, trains=preserves)
-
-
-def find_concept(settings: Any, records: Any) -> ConceptRemover | None:
-    """Returns what removes the concept from the captions of records, for --preservation and to measure the drift.
+def concept_of_run(settings: Any, records: Any) -> ConceptRemover | None:
+    """Returns what removes the concept from captions for --preservation and to measure the drift.
 
     Returns None if the run does neither, or if no flag and no folder names the concept.
     """
+    preservation, remove_concept = settings.preservation, find_concept(settings, records)
+    if preservation.preservation is not None:
+        return remove_concept
+    named = remove_concept.phrases or remove_concept.prompt is not None
+    return remove_concept if named and settings.validation.validates else None
+
+
+def check_concept(settings: Any, records: Any, captions: list[str]) -> None:
+    """Logs what captions become without the concept; raises `InputError` if it can't be left out, but a flag needs that."""
+    remove_concept = concept_of_run(settings, records)
+    if remove_concept is not None:
+        check_concept_remover(remove_concept, captions, trains=settings.preservation.preservation is not None)
+    elif settings.validation.max_drift is not None:
+        raise InputError("--max_drift: nothing names the concept. Name it by --concept_phrases as the captions do.")
+
+
+def find_concept(settings: Any, records: Any) -> ConceptRemover:
+    """Returns what removes the concept from the captions of records; it has no phrases if none are known."""
     preservation, trigger = settings.preservation, settings.captions.trigger_word
-    if preservation.preservation is None and not settings.validation.validates:
-        return None
     phrases = preservation.concept_phrases or (() if trigger is None else (trigger,))
     phrases = phrases or triggers_of(records, settings.captions)
-    if not phrases and preservation.preservation is None and preservation.preservation_prompt is None:
-        return None
     otherwise = settings.class_pictures.class_prompt or ""
     return ConceptRemover(phrases, preservation.preservation_prompt, otherwise)
+
+
+def plan_class_images(
+    settings: Any, base: Any, num_there: int, captions: list[str], remove_concept: ConceptRemover
+) -> ClassImages | None:
+    """Plans the class pictures that --class_data_dir lacks; returns None if there are none to draw."""
+    own = settings.class_pictures
+    count = own.num_class_images - num_there
+    if num_there and own.num_class_images:
+        logger.info(
+            f"class pictures: {num_there} in {own.class_data_dir}; --num_class_images {own.num_class_images} adds {max(count, 0)}"
+        )
+    if count <= 0:
+        return None
+    prompts = prompts_without_concept(captions, remove_concept) if own.from_captions else [own.class_prompt]
+    return plan(settings, base, prompts, count)
 
 
 def check_rest(settings: Any, base: Any) -> None:
@@ -138,7 +168,8 @@ def check_rest(settings: Any, base: Any) -> None:
         check_writable(Path(preview).parent, "--preview_data")
         if Path(preview).is_dir():
             raise InputError(f"--preview_data {preview}: this is a folder. Pass the name of a file.")
-    if settings.cache.cache_variations != 0 or settings.validation.validates:
+    drawn = settings.class_pictures.num_class_images
+    if settings.cache.cache_variations != 0 or settings.validation.validates or drawn:
         check_writable(settings.cache.folder, "--latent_cache_dir")
 
 

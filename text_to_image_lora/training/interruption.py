@@ -22,6 +22,7 @@ from .launcher import launchers_pid, lives
 EXIT_CODES = {"SIGINT": 130, "SIGBREAK": 130, "SIGTERM": 143, "SIGHUP": 143, "SIGUSR1": 75}
 TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h, which requeueing scripts look for
 SIGNAL_NAMES = {"SIGINT": "Ctrl-C", "SIGBREAK": "Ctrl-Break", "SIGHUP": "the terminal was closed (SIGHUP)"}
+BEFORE_TRAINING = "before the first step"
 SAME_CTRL_C_SECONDS = 0.5  # one Ctrl-C can arrive twice: from the terminal and from a launcher that forwards it
 
 
@@ -41,7 +42,7 @@ class Listener:
         self.requested_at = 0.0
         self.names: dict[int, str] = {}  # signal names by number
         self.previous_handlers: dict[int, Any] = {}
-        self.defers, self.where = False, "before the first step"
+        self.defers, self.where = False, BEFORE_TRAINING
         self.launcher = launchers_pid()
         self.checked_at, self.longest_work = time.monotonic(), 0.0  # seconds between two checks
         self.terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]

@@ -81,13 +81,14 @@ class Needs(NamedTuple):
     further_sample: int  # each further sample of the batch
     sample_pictures: int  # while drawing sample pictures; 0 without them
     encoding_in_steps: int = 0  # if each step encodes its pictures
+    class_pictures: int = 0  # while drawing class pictures, before training; 0 if none are drawn
 
     def steps(self, num_samples: int) -> int:
         """The bytes of a training step; `num_samples` includes the samples of --preservation."""
         return max(self.step + (num_samples - 1) * self.further_sample, self.encoding_in_steps)
 
     def peak(self, num_samples: int) -> int:
-        return max(self.encoding, self.steps(num_samples), self.sample_pictures)
+        return max(self.encoding, self.steps(num_samples), self.sample_pictures, self.class_pictures)
 
 
 def format_needs(
@@ -101,7 +102,10 @@ def format_needs(
     further = f" with {counted(preserved, 'preserved sample')}" if preserved else ""
     lines = [f"memory: {format_bytes(needs.steps(batch_size + preserved))} in a training step of batch {batch_size}{further}, "
              f"and {format_bytes(needs.further_sample)} for each further picture"]  # fmt: skip
-    phases = {"while encoding": needs.encoding, "while drawing sample pictures": needs.sample_pictures}
+    phases = {
+        "while drawing class pictures": needs.class_pictures, "while encoding": needs.encoding,
+        "while drawing sample pictures": needs.sample_pictures,
+    }  # fmt: skip
     lines += [f"        {format_bytes(size)} {phase}" for phase, size in phases.items() if size]
     lines.append(
         f"        in addition: {format_bytes(CUDA_BYTES)} for CUDA on a GPU, {format_bytes(PYTHON_BYTES)} for Python on a CPU"
@@ -121,6 +125,7 @@ class Plan(NamedTuple):
     caches: bool  # whether pictures are encoded before the training steps
     encoders_stay: bool  # whether the encoders stay on the device during training steps
     draws: int  # number of sample pictures drawn at once
+    draws_class: int = 0  # number of class pictures drawn at once, before training
 
 
 def make_plan(settings: Any, base: Any, dtype: torch.dtype) -> Plan:
@@ -161,8 +166,8 @@ def estimate(base: Any, shapes: Shapes, plan: Plan) -> Needs:
         vae.encode(torch.zeros(encoded_at_once(*pixels), 3, *pixels)).latent_dist.std.float()
 
     @torch.no_grad()
-    def draw():
-        trial.predict(2 * plan.draws)  # with classifier-free guidance
+    def draw(count):
+        trial.predict(2 * count)  # with classifier-free guidance
         vae.decode(torch.zeros(1, channels, height, width))
 
     # While the cache is filled, the base weights of the denoiser are moved off a GPU.
@@ -171,6 +176,7 @@ def estimate(base: Any, shapes: Shapes, plan: Plan) -> Needs:
         encoding if plan.caches else 0,
         weights + one + (encoders if plan.encoders_stay else 0),
         two - one,
-        weights + vae_weights + peak_bytes(draw) if plan.draws else 0,
+        weights + vae_weights + peak_bytes(functools.partial(draw, plan.draws)) if plan.draws else 0,
         0 if plan.caches else encoding,
+        frozen + encoders + peak_bytes(functools.partial(draw, plan.draws_class)) if plan.draws_class else 0,
     )

@@ -79,7 +79,7 @@ class PreservationSettings:
     preservation: str | None = flag(None, "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["output"])
     preservation_weight: float = flag(1.0, "weight of the preservation loss; the diffusion loss has weight 1", above(0))
     preservation_share: float = flag(0.25, "proportion of the samples that are trained a second time; a smaller one is faster", above_up_to(0, 1))
-    concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation and to measure the drift, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
+    concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation, to measure the drift, and for the prompts of --num_class_images, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
     preservation_prompt: str | None = flag(None, "caption without the concept for --preservation and the drift, in which {caption} stands for the caption without --concept_phrases (default: {caption}, and --class_prompt or the empty caption for captions without a phrase)", metavar="TEXT")
     # fmt: on
 
@@ -105,11 +105,17 @@ class PreservationSettings:
         return min(count, math.ceil(count * self.share) + 1) if self.share else 0
 
     def check(self, settings):
-        given = [name for name in ("concept_phrases", "preservation_prompt") if getattr(self, name) not in (None, ())]
-        if self.preservation is None and given and not settings.validation.validates:
+        validates = settings.validation.validates
+        if self.preservation is None and self.preservation_prompt is not None and not validates:
             raise InputError(
-                f"--{given[0]} is only used for --preservation, and to measure the drift of validated runs: add "
+                "--preservation_prompt is only used for --preservation, and to measure the drift of validated runs: add "
                 "--preservation output or --validation_split 0.1."
+            )
+        used = validates or settings.class_pictures.from_captions
+        if self.preservation is None and self.concept_phrases and not used:
+            raise InputError(
+                "--concept_phrases is only used for --preservation, for --num_class_images without --class_prompt, and to "
+                "measure the drift of validated runs: add --preservation output or --validation_split 0.1."
             )
         if any(not phrase.strip() for phrase in self.concept_phrases):
             raise InputError("--concept_phrases contains an empty text: write the words that name the concept.")

@@ -201,7 +201,7 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
     if long_captions is not None:
         logger.info(long_captions)
     if settings.data.preview_data is not None and accelerator.is_main_process:
-        remove_concept = inputs.find_concept(settings, run.pictures.records)
+        remove_concept = inputs.concept_of_run(settings, run.pictures.records)
         preview = write_preview(settings.data.preview_data, run.pictures, run.sampler, run.variations, remove_concept)
         logger.info(preview)
     diffusion = Diffusion(
@@ -246,7 +246,7 @@ def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, s
     captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
     drawn = [[text] for text in settings.samples.texts]
-    preserved, remove_concept = [], inputs.find_concept(settings, sets[0].records)
+    preserved, remove_concept = [], inputs.concept_of_run(settings, sets[0].records)
     if remove_concept is not None:
         preserved = [[remove_concept(caption)] for group in captions for caption in group]
     counts = prompts.count_tokens(tokenizer, captions + drawn + preserved)

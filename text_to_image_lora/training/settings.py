@@ -50,7 +50,7 @@ class CacheSettings:
     title: ClassVar = "cache"
     # fmt: off
     cache_variations: int | None = flag(None, "number of cached variations of each picture; 0: no cache, encode pictures in each step (default: 1, 2 with --random_flip, 4 with random crops and other augmentation)", at_least(0))
-    latent_cache_dir: str = flag("~/.cache/text_to_image_lora", "folder in which latents and prompt embeddings are cached for later runs", metavar="FOLDER", may_change=True)
+    latent_cache_dir: str = flag("~/.cache/text_to_image_lora", "folder in which latents, prompt embeddings and the class pictures that are drawn are kept for later runs", metavar="FOLDER", may_change=True)
     latent_cache_limit: float | None = flag(None, "maximum size of --latent_cache_dir in GiB; the least recently used files are deleted, except those that this run needs (default: no limit)", above(0), metavar="GIB", may_change=True)
     # fmt: on
 
