@@ -247,7 +247,7 @@ def test_a_run_with_prompts_from_captions(train, tmp_path, capsys):
         (dict(class_prompt=None, concept_phrases=["sks"]), "no caption contains 'sks'; the first is 'a red axe number 0'. Describe the class by --class_prompt TEXT, or"),
         (dict(class_prompt=" "), "--class_prompt is empty"),
         (dict(num_class_images=0), "--class_prompt describes class pictures: add --num_class_images, such as 100, or --class_data_dir."),
-        (dict(concept_phrases=["red"]), "--concept_phrases is only used for --preservation, and for --num_class_images without --class_prompt"),
+        (dict(concept_phrases=["red"]), "--concept_phrases is only used for --preservation, for --num_class_images without --class_prompt"),
         (dict(class_data_dir="nowhere"), "nowhere: it contains no class pictures. Leave --class_data_dir out, and all 6 of --num_class_images"),
         (dict(num_class_images=-1), "--num_class_images -1: it must be 0 or more"),
         (dict(class_inference_steps=999), "--class_inference_steps 999: it must be from 1 to 998"),
