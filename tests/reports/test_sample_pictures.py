@@ -1,5 +1,7 @@
 """Validation pictures: when they are made, that they are what the stock pipeline draws, and that training doesn't notice."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -136,6 +138,25 @@ def test_zero_terminal_snr_trains_and_draws(train, stock):
     assert distance(pixels_of(out, 0, 0, 0), before) <= 1
     assert distance(pixels_of(out, 2, 0, 0), after) <= 2
     assert distance(before, after) > 8
+
+
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_base_model_of_zero_terminal_snr_is_drawn_equally_by_both_commands(train, tiny_sd, tmp_path, sampler):
+    """The base model's own configuration says so, and no flag."""
+    shutil.copytree(tiny_sd, tmp_path / "base")
+    for name, changes in (
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "_class_name": sampler}),
+        ("model_index.json", {"scheduler": ["diffusers", sampler]}),
+    ):  # fmt: skip
+        file = tmp_path / "base" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    out = train(pretrained_model_name_or_path=tmp_path / "base", validation_prompt=PROMPTS[0], max_train_steps=1)
+    again = ["--pretrained_model_name_or_path", tmp_path / "base", "--seed", 0, "--num_inference_steps", 2]
+    for lora, step in (([], 0), (["--lora", out], 1)):
+        words = [*again, *lora, "--prompt", PROMPTS[0], "--output_dir", tmp_path / f"drawn-{step}"]
+        infer.main([str(word) for word in words])
+        (drawn,) = (tmp_path / f"drawn-{step}").glob("*.png")
+        assert distance(np.asarray(Image.open(drawn).convert("RGB"), dtype=int), pixels_of(out, step, 0, 0)) <= 1
 
 
 def test_the_sheet_shows_every_picture_and_prompt(train):

@@ -112,20 +112,21 @@ def find_base(flags: settings.Model) -> Base:
         read_header(MODEL_FLAG, path)
     config = flags.single_file_config and str(flags.single_file_config)
     model = find_base_model(name, revision=flags.revision, variant=flags.variant, single_file_config=config)
-    unet_config, prediction_type = {}, None
+    unet_config: dict[str, Any] = {}
+    diffusion: dict[str, Any] = {}
     if files := model.config_files:
         unet_config = files.read(f"{model.family.denoiser}/config.json")
         with contextlib.suppress(InputError):  # the loader reports what is wrong with the file
-            prediction_type = files.read("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+            diffusion = {"prediction_type": "epsilon"} | files.read("scheduler/scheduler_config.json")
     shapes = {}
     of_parts = [sorted(path.glob(f"{part}/*.safetensors")) for part in COMPONENTS if (path / part).is_dir()]
     if all(of_parts):
         for file in sum(of_parts, []):
             header = read_header(MODEL_FLAG, file)
             shapes |= {f"{file.parent.name}.{key}": shape for key, shape in header.shapes.items()}
-    changes = model.scheduler_changes  # only a single-file model has any
-    prediction_type = changes.get("prediction_type", prediction_type)
-    return Base(model, shapes, unet_config, prediction_type, changes.get("rescale_betas_zero_snr"))
+    diffusion |= model.scheduler_changes  # only a single-file model has any
+    zero_snr = diffusion.get("rescale_betas_zero_snr") or None
+    return Base(model, shapes, unet_config, diffusion.get("prediction_type"), zero_snr)
 
 
 def _check_pipeline(flag, folder):
