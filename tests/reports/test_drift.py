@@ -162,6 +162,18 @@ def test_what_is_refused(arguments, flags, message):
     assert refusal_of(lambda: find_inputs(train_script.parse_settings(words))) == message
 
 
+@pytest.mark.parametrize(
+    ("drift", "preserves", "advised"),
+    [(None, False, False), (0.09, False, False), (0.1, False, True), (0.55, False, True), (0.55, True, False)],
+)
+def test_preservation_is_advised_if_the_drift_is_high(drift, preserves, advised):
+    advice = stopping.advise_on_drift(drift, preserves=preserves)
+    assert (advice is not None) is advised
+    if advised:
+        assert advice.startswith(f"A drift of {drift:.3f} is high")
+        assert "--preservation output" in advice
+
+
 # Where it is shown.
 
 

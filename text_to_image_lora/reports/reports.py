@@ -190,7 +190,11 @@ class RunReports:
         files = []
         if ending is None:
             step = self.run.state.global_step
-            lines = (self.judge.describe_early_stop(step, self.run.num_steps), self.judge.summarize(step))
+            preserves = self.settings.preservation.preservation is not None
+            lines = (
+                self.judge.describe_early_stop(step, self.run.num_steps), self.judge.summarize(step),
+                self.judge.advise(preserves=preserves),
+            )  # fmt: skip
             for line in filter(None, lines):
                 logger.info(line)
         if self.accelerator.is_main_process and isinstance(ending, NotANumberError):

@@ -244,6 +244,14 @@ class Judge:
         """Summarizes the validations in one sentence, for the end of the run; None without validation pictures."""
         return None if self.validation is None else stopping.summarize(self.validation, step, self.max_drift)
 
+    def advise(self, *, preserves: bool) -> str | None:
+        """Returns advice about the drift of the best step, or None."""
+        return (
+            None
+            if self.validation is None
+            else stopping.advise_on_drift(self.validation.best_drift, preserves=preserves)
+        )
+
 
 def _copy_best(source, target):
     if (Path(source) / "best").is_dir():
