@@ -159,7 +159,10 @@ MADE = {
     "van_gogh": lambda path: lay_out(path / "3_vgstyle painting", creatures(12), "files"),
     "four": lambda path: lay_out(path, [weapons(kind, 1)[0] for kind in ("axe", "spear", "trident", "whip")], "table"),
     "other/weapons": lambda path: lay_out(path, weapons("whip", 4), "table"),
-    "photo.jpg": lambda path: Image.new("RGB", (90, 70), (200, 40, 40)).save(path),
+    **{
+        name: lambda path: Image.new("RGB", (90, 70), (200, 40, 40)).save(path)
+        for name in ("photo.jpg", "001.png", "002.jpg")
+    },
     "my-pictures": _tables,
     "training_data": lambda path: lay_out(path / "5_sks knight", creatures(3), "files"),
     "training_data.zip": _zipped,
@@ -182,7 +185,7 @@ GIVEN = {
     "docs/recipes/pokemon.md": "svjack/pokemon-blip-captions-en-zh",
     "docs/recipes/several_styles.md": "styles",
     "docs/recipes/van_gogh.md": "van_gogh",
-    "metadata/README.md": "my-pictures training_data training_data.zip my-pets svjack/pokemon-blip-captions-en-zh",
+    "metadata/README.md": "my-pictures 001.png 002.jpg training_data training_data.zip my-pets svjack/pokemon-blip-captions-en-zh",
 }
 
 
