@@ -164,7 +164,7 @@ def save_pictures(studio: Any, session: Session, source: Any, output_dir: Path) 
             names[drawn.index], images[drawn.index] = path.name, drawn.image
     first, last = names[session.kept[0]], names[session.kept[-1]]
     written = first if len(names) == 1 else f"{len(names)} pictures, {first} to {last}"
-    logger.info("%s: %s", output_dir, written)
+    logger.info("%s: %s", printable(output_dir), written)
     return [images[i] for i in session.kept]
 
 
@@ -177,7 +177,8 @@ def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[An
     start, output_dir = settings.from_pictures, settings.output.output_dir
     shown = fitted(studio.given, *images[0].size)
     if studio.given.canny:
-        logger.info("%s: the edges for the ControlNet", save_png(shown.control_image, output_dir / "edges.png", {}))
+        edges = save_png(shown.control_image, output_dir / "edges.png", {})
+        logger.info("%s: the edges for the ControlNet", printable(edges))
     if inputs.grid.name is None:
         return
     names = {"image": start.image, "control_image": start.control_image or start.image}
@@ -187,7 +188,7 @@ def save_sheets(settings: Settings, studio: Any, inputs: Inputs, images: list[An
     for sheet in make_sheets(inputs.grid, inputs.drawings, images, given):
         prompt = " | ".join(dict.fromkeys(drawing.prompt for drawing in sheet.drawings))
         chunks = {"prompt": prompt, "pretrained_model_name_or_path": model, "command": command}
-        logger.info("%s: %s", save_png(sheet.image, output_dir / sheet.name, chunks), what)
+        logger.info("%s: %s", printable(save_png(sheet.image, output_dir / sheet.name, chunks)), what)
 
 
 def run(argv: list[str]) -> None:
@@ -217,7 +218,7 @@ def run(argv: list[str]) -> None:
         count = len(settings.model.lora)  # the checkpoints of a grid follow them
         pipeline.save_merged(studio, inputs.job.loras[:count], output.save_merged)
         loras = "LoRAs" if count > 1 else "LoRA"
-        logger.info("%s: the base model with the %s merged into it", output.save_merged, loras)
+        logger.info("%s: the base model with the %s merged into it", printable(output.save_merged), loras)
 
 
 def main(argv: list[str] | None = None) -> None:

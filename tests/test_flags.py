@@ -280,9 +280,11 @@ def test_bytes_that_no_record_can_hold_are_refused(flag, arguments, tmp_path):
     assert training.parse_settings(arguments(**{flag: tmp_path / "café"}))
 
 
-def test_pictures_may_be_written_into_a_folder_whose_name_is_not_utf8(tiny_sd, tmp_path):
-    """Also a sheet, which records the command."""
+def test_pictures_may_be_written_into_a_folder_whose_name_is_not_utf8(tiny_sd, tmp_path, capfd, caplog):
+    """Also a sheet, which records the command. The name is printed with its bytes as numbers."""
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + BYTES)
     words = ["--pretrained_model_name_or_path", str(tiny_sd), "--prompt", "an axe", "--grid", "steps=1,2"]
     infer.main([*words, "--output_dir", folder])
     assert Image.open(f"{folder}/grid.png").text["command"].endswith("/caf\\xe9'")
+    assert f"{tmp_path}/caf\\xe9/grid.png: the grid" in capfd.readouterr().out
+    assert caplog.text.encode()

@@ -61,3 +61,9 @@ def test_it_needs_nothing_that_is_not_there():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("once\n", "")
+
+
+def test_a_name_with_bytes_that_are_not_utf8_is_printed(capsys):
+    log.start()
+    logging.getLogger("text_to_image_lora.pictures").info("caf\udce9.png: it is not a picture")
+    assert capsys.readouterr().out == "caf\\udce9.png: it is not a picture\n"

@@ -23,7 +23,9 @@ class LineHandler(logging.Handler):
         self.warning_formatter = logging.Formatter(warning_format)
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.warning_formatter.format(record) if record.levelno >= logging.WARNING else super().format(record)
+        warns = record.levelno >= logging.WARNING
+        line = self.warning_formatter.format(record) if warns else super().format(record)
+        return line.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are not UTF-8
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
