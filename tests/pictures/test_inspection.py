@@ -79,6 +79,7 @@ def test_a_dry_run_by_the_command(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "6 pictures, 6 captions" in done.stdout
+    assert "loading" not in done.stdout
 
 
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
