@@ -47,7 +47,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         token_limit=None if tokenizer is None or settings.captions.long_prompts else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
-    lines = [*inspection.format_report(described), *_lengths(settings, sampler)]
+    lines = [*inspection.format_report(described), *_lengths(settings.batches, settings.schedule, sampler)]
     if images is not None:
         lines.append(images.describe(len(not_drawn)))
     print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
@@ -75,11 +75,11 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         )
 
 
-def _lengths(settings, sampler):
+def _lengths(batches, schedule, sampler):
     """The lines of the report about the length of the run."""
-    length = settings.batches.describe_length(sampler.steps_per_epoch)
+    length = batches.describe_length(sampler.steps_per_epoch)
     lines = ["", f"training: {length} of batch {sampler.effective_batch_size}"]
-    long_warmup = settings.schedule.describe_long_warmup(settings.batches.num_steps(sampler.steps_per_epoch))
+    long_warmup = schedule.describe_long_warmup(batches.num_steps(sampler.steps_per_epoch))
     return lines if long_warmup is None else [*lines, long_warmup]
 
 
