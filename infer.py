@@ -196,6 +196,7 @@ def run(argv: list[str]) -> None:
     settings = build_parser().settings(argv)
     machine, output = settings.machine, settings.output
     inputs = find_inputs(settings)
+    logger.info("loading %s", shorten_paths(printable(inputs.job.base.model.source)))
 
     from text_to_image_lora.drawing import draw, pipeline, png
 

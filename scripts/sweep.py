@@ -75,6 +75,10 @@ def main(argv=None):
         raise SweepError(f"{folder}: it can't be created ({error.strerror}). Pass another --sweep_dir.") from error
     with FileLock(folder / "open.lock"):
         study = open_study(settings)
+    print(
+        f"the output of each trial is written to log.txt in its folder, such as {results.trial_dir(folder, 0)}",
+        flush=True,
+    )
     refused = []
     while (claimed := claim(study, settings)) is not None:
         trial, lock = claimed

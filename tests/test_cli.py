@@ -509,6 +509,7 @@ def test_the_documented_command_trains(real_run):
 def test_a_run_says_only_what_is_its_own(real_run):
     done, output_dir = real_run
     starts = [
+        "loading ",
         "--hub_token: a launcher that fails prints its command, including the token. `hf auth login`, or HF_TOKEN in",
         f"cache: 0.2 MiB in {output_dir.parent}/cache",
         "6 pictures, 3 steps an epoch, 3 steps (1 epoch); effective batch 2 on 1 x cpu (1 thread) in float32; ",

@@ -33,6 +33,7 @@ def test_command_draws_names_and_labels(model, lora, tmp_path):
         *("--num_inference_steps", 2, "--scheduler", "dpm++_karras", "--output_dir", tmp_path / "out"),
     )
     assert (code, err) == (0, "")
+    assert out.splitlines()[0] == f"loading {model}"
     pictures, sheet = out.splitlines()[-2:]
     assert pictures.startswith(f"{tmp_path / 'out'}: 8 pictures")
     assert sheet.startswith(str(tmp_path / "out" / "comparison.png"))

@@ -1,10 +1,13 @@
 """The log of the commands: its stream, its format, its processes, and complete lines beside a progress bar."""
 
+import contextlib
 import logging
+import os
 import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from tqdm import tqdm
 
@@ -67,3 +70,26 @@ def test_a_name_with_bytes_that_are_not_utf8_is_printed():
     """The record is not logged, because reports of other tools about this test could not hold it."""
     record = logging.makeLogRecord({"msg": "caf\udce9.png: it is not a picture", "levelno": logging.INFO})
     assert log.LineHandler("%(message)s").format(record) == "caf\\udce9.png: it is not a picture"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+@pytest.mark.parametrize("columns", [None, "50"])
+def test_a_terminal_of_unknown_size_shows_progress_bars(columns):
+    """As a container's terminal may be; tqdm alone would write empty lines."""
+    code = (
+        "from text_to_image_lora import log\nlog.start()\nfrom tqdm import tqdm\n"
+        "with tqdm(total=2, desc='training') as bar: bar.update(2)"
+    )
+    ours, theirs = os.openpty()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("COLUMNS", "TQDM_"))}
+    environment |= {} if columns is None else {"COLUMNS": columns}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux: everything has been read
+        while block := os.read(ours, 10_000):
+            shown += block
+    os.close(ours)
+    bar = shown.decode().replace("\r\n", "").split("\r")[-1]
+    assert bar.startswith("training: 100%|")
+    assert len(bar) == int(columns or 80)

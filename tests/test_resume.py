@@ -196,7 +196,7 @@ CHANGES = {
     "DoRA": (dict(use_dora=True), "use_dora was False, is True"),
     "seed": (dict(seed=1), "seed was 0, is 1"),
     "batch": (dict(gradient_accumulation_steps=2), "effective_batch_size was 2, is 4"),
-    "fewer pictures": (dict(max_train_samples=5), "dataset was "),
+    "fewer pictures": (dict(max_train_samples=5), "dataset (the pictures, captions and repeats) was "),
     "prediction": (dict(prediction_type="v_prediction"), "prediction_type was 'epsilon', is 'v_prediction'"),
     "zero SNR": (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr was False, is True"),
     "clip skip": (dict(clip_skip=1), "clip_skip was None, is 1"),
@@ -227,7 +227,7 @@ def assert_refused(train, output_dir, **changes):
     return message
 
 
-ANOTHER_DATASET = r"another run \(dataset was '(\w+)', is '(?!\1)\w+'\)\. "
+ANOTHER_DATASET = r"another run \(dataset \(the pictures, captions and repeats\) was '(\w+)', is '(?!\1)\w+'\)\. "
 
 
 @pytest.mark.parametrize("what", CHANGES)

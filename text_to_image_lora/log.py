@@ -5,6 +5,8 @@ A module logs with `logging.getLogger(__name__)`; a command calls `start` once.
 
 import contextlib
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -48,6 +50,7 @@ def start(main_process: bool = True, warning_format: str = "%(message)s") -> Non
         main_process: Whether this is the main process; the other processes write nothing.
         warning_format: The `logging.Formatter` format of warnings and errors.
     """
+    _give_bars_a_size()
     for handler in [*PACKAGE.handlers]:
         if isinstance(handler, LineHandler):
             PACKAGE.removeHandler(handler)
@@ -56,6 +59,15 @@ def start(main_process: bool = True, warning_format: str = "%(message)s") -> Non
     PACKAGE.addHandler(handler)
     PACKAGE.setLevel(logging.INFO)
     PACKAGE.propagate = False  # or libraries that configure the root logger would write each line again
+
+
+def _give_bars_a_size():
+    """Gives tqdm a size if the terminal has none, as in some containers; without it, progress bars are empty lines."""
+    with contextlib.suppress(OSError, ValueError):  # stderr is no file
+        if sys.stderr.isatty() and 0 in os.get_terminal_size(sys.stderr.fileno()):
+            size = shutil.get_terminal_size()
+            os.environ.setdefault("TQDM_NCOLS", str(size.columns))
+            os.environ.setdefault("TQDM_NROWS", str(size.lines))
 
 
 class _Collector(logging.Handler):

@@ -139,7 +139,7 @@ def picture_sheet(rows, folder, varied):
             with Image.open(sample.path) as image:
                 tile = (PICTURE_SIDE, PICTURE_SIDE)
                 pictures.append(ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white"))
-        name = f"trial {row['trial']}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"
+        name = f"{trial_dir('', row['trial'])}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"
         note = "\n".join(f"{key} {format_value(row[key])}" for key in varied[:MOST_SHOWN])
         strips.append(Row(Label(name, note), pictures, LABEL_WIDTH))
         columns.append(label_samples(samples))
@@ -179,7 +179,12 @@ def write(rows, folder, varied, make_best_command):
             sentence = "The best trial of the settings that are best over the seeds is"
         lora = describe_lora(trial_dir(folder, best["trial"]))
         command = make_best_command({key: best[key] for key in varied})
-        lines += ["", f"{sentence} {best['trial']} (its LoRA: {lora}). To train with its settings again:", "", command]
+        lines += [
+            "",
+            f"{sentence} {trial_dir('', best['trial'])} (its LoRA: {lora}). To train with its settings again:",
+            "",
+            command,
+        ]
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:

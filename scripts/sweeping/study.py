@@ -5,8 +5,6 @@ import json
 import statistics
 from pathlib import Path
 
-from text_to_image_lora.reports.progress import format_duration
-
 from .results import trial_dir
 from .settings import SweepError
 
@@ -120,6 +118,8 @@ def describe_progress(study, settings, number):
     trials that run at the same time.
     """
     from optuna.trial import TrialState
+
+    from text_to_image_lora.reports.progress import format_duration  # imports tqdm, which `log.start` has to precede
 
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if trial.state.is_finished()]

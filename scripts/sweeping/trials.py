@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from text_to_image_lora.reports.numbers import read_numbers
+
 from .results import METRIC, losses_of, trial_dir
 from .settings import make_command
 
@@ -43,6 +45,7 @@ def run_trial(study, settings, trial, params, lock):
     Raises `Refused` if the training command rejects the trial's flags, and `StoppedItself` if the trial can be resumed.
     """
     from optuna.trial import TrialState
+    from tqdm import tqdm
 
     number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
     output_dir.mkdir(exist_ok=True)
@@ -54,10 +57,12 @@ def run_trial(study, settings, trial, params, lock):
             # The training holds the lock too: if only this worker is killed, no other worker claims the trial while it trains.
             pass_fds=[lock._context.lock_file_fd] if os.name == "posix" else [],
         )  # fmt: skip
+        bar = tqdm(desc=output_dir.name, unit="step", leave=False, disable=None)
         try:
             reported = set()
             while process.poll() is None:
                 time.sleep(0.5)
+                bar.update(read_numbers(output_dir).last_step - bar.n)
                 for step, loss in losses_of(output_dir).items():
                     if settings["prune"] and step not in reported:
                         reported.add(step)
@@ -70,6 +75,8 @@ def run_trial(study, settings, trial, params, lock):
         except BaseException:  # the trial stays unfinished, so that the same command resumes it
             stop_children()
             raise
+        finally:
+            bar.close()
     losses = losses_of(output_dir)
     if process.returncode in STOPPED:
         raise StoppedItself(process.returncode)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.inspection import CAPTION_WIDTH, LISTED, describe, format_report, preview_sheet
+from text_to_image_lora.training import dry_run
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def test_a_dry_run_tells_what_is_wrong_and_leaves_no_model(train, motley, capsys
     assert report["samples_an_epoch"] == 9
     assert report["steps_an_epoch"] == 5
     out = capsys.readouterr().out
-    assert "2 left out because they can't be used:" in out
-    assert "1 groups of pictures that look alike:" in out
-    assert "1 captions are truncated at the limit:" in out
+    assert "left out because they can't be used: 2\n" in out
+    assert "groups of pictures that look alike: 1\n" in out
+    assert "captions truncated at the limit: 1\n" in out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
     assert not (tmp_path / "cache").exists()
 
@@ -78,6 +79,7 @@ def test_a_dry_run_by_the_command(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "6 pictures, 6 captions" in done.stdout
+    assert "loading" not in done.stdout
 
 
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
@@ -99,6 +101,16 @@ def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, t
             ).all()
         ]
     assert sorted(rows) == list(range(6))
+
+
+def test_the_report_is_shown_before_the_memory_is_estimated(train, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dry_run, "_memory", lambda *_: (seen.append(capsys.readouterr().out), (None, []))[1])
+    train(dry_run=True)
+    (before,) = seen
+    assert "6 pictures, 6 captions" in before
+    assert "\ntraining: 2 steps" in before
+    assert before + "\n" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -144,7 +156,7 @@ def test_the_report_on_a_set(pictures, tmp_path):
     lines = format_report(report)
     assert lines[0] == "6 pictures, 8 captions (3 different); 3 more for validation"
     assert lines[1] == "7 samples and 4 steps per epoch; the cache takes about 3.0 MiB"
-    assert f"{LISTED + 2} left out because they can't be used:" in lines
+    assert f"left out because they can't be used: {LISTED + 2}" in lines
     assert "  ... and 2 more; the JSON file lists all" in lines
     assert not any("tokens" in line for line in lines)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,20 @@ def test_archives_inside_of_a_folder(tmp_path, said, names):
             (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,x\n")
         assert len(read_records(tmp_path, dataset_layout=layout, instance_prompt="x")) == 1
         assert said[: len(lines)] == [f"{tmp_path}: {line}" for line in lines]
+
+
+def test_the_folder_of_an_unpacked_archive_is_told(tmp_path, said):
+    """Messages about its files name that folder."""
+    archive, unpacked = tmp_path / "mine.zip", tmp_path / "unpacked"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("10_sks knight/0.png", picture_bytes("red"))
+        file.writestr("10_sks knight/0.txt", "a knight")
+    read_records(archive, archive_dir=unpacked)
+    (folder,) = unpacked.glob("*/mine")
+    assert said == [
+        f"{archive}: read from {folder}, where it is unpacked",
+        f"{folder}/10_sks knight: 1 picture, each 10 times per epoch",
+    ]
 
 
 def test_max_train_samples_are_always_the_same(pictures):

@@ -244,16 +244,16 @@ def test_the_smoothed_loss_of_a_resumed_run_goes_on(reports, tmp_path, first_ste
     reports.metrics_file.write(3, {"validation/loss": 9.0})
     again = MetricsFile(tmp_path / "metrics.jsonl", first_step)
     if losses:
-        assert again.smooth_loss == pytest.approx(curves.smooth(losses)[-1], rel=1e-4)
+        assert again.smooth_loss.value == pytest.approx(curves.smooth(losses)[-1], rel=1e-4)
     else:
-        assert again.smooth_loss is None
+        assert again.smooth_loss.value is None
     if first_step == 3:
-        assert again.smooth_loss == pytest.approx(reports.smooth_loss)
+        assert again.smooth_loss.value == pytest.approx(reports.smooth_loss.value)
 
 
 def test_steps_that_were_skipped_are_not_in_the_smoothed_loss(reports, tmp_path):
     put_losses(reports, [1.0, math.nan, 0.5])
-    assert MetricsFile(tmp_path / "metrics.jsonl", 3).smooth_loss == pytest.approx(0.975)
+    assert MetricsFile(tmp_path / "metrics.jsonl", 3).smooth_loss.value == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(
@@ -307,3 +307,10 @@ def test_the_bar_leaves_pauses_out_of_the_speed_and_includes_them_in_the_rest(mo
     assert bar.format_dict["rate"] == pytest.approx(1.0)
     assert "11/20 [01:11<01:09" in str(bar)
     bar.close()
+
+
+def test_the_first_loss_does_not_dominate_the_smoothed_loss():
+    """The first averages are plain means; later values count by the usual decay."""
+    assert curves.smooth([4.0, 1.0, 1.0]) == [4.0, 2.5, 2.0]
+    late = curves.smooth([1.0] * 100 + [2.0])
+    assert late[-1] == pytest.approx(1 + (1 - curves.SMOOTHING))

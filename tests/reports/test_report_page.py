@@ -490,3 +490,13 @@ def test_runs_with_equal_names_get_different_labels(tmp_path):
     text = report_page.write_comparison(found, tmp_path / "page.html", "runs").read_text(encoding="utf-8")
     for name in ("m1/rank/trial-0000", "m2/rank/trial-0000"):
         assert name in text
+
+
+def test_findings_about_the_dataset_are_counted_without_a_plural():
+    one = {"count": 1, "first": [["a.png", "b.png"]]}
+    found = dict(report_page._findings({"notes": ["a note"], "equal": one, "alike": one | {"count": 2}}))
+    assert found == {
+        "Notes, such as pictures left out: 1": ["a note"],
+        "Groups of identical files: 1": ["a.png = b.png"],
+        "Groups of pictures that look alike: 2": ["a.png = b.png", "... and 1 more"],
+    }

@@ -190,6 +190,7 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tmp_
         command(folder, *words), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, **listening
     )
     try:
+        assert "log.txt" in second.stdout.readline()
         assert "(trial-0001):" in second.stdout.readline()  # trial 0 is not listed, because it still trains
         second.send_signal(signal.SIGINT)
         assert second.wait(timeout=60) == 130
@@ -395,3 +396,24 @@ def test_a_trial_that_stopped_in_time_is_resumed(tmp_path):
         ("0", "complete"),
     ]
     assert "resuming from checkpoint-2" in (tmp_path / "sweep" / "trial-0000" / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals of this kind")
+def test_a_terminal_shows_the_steps_of_the_trial_that_trains(tmp_path):
+    words = ["--launcher", LAUNCHER, "--sweep", "rank=2", "--flags", *flags_of(max_train_steps=10)]
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        command(tmp_path / "sweep", *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True,
+        env=os.environ | {"SWEEP_STEP_SECONDS": "0.3"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux: everything has been read
+            while block := os.read(ours, 10_000):
+                shown += block
+        os.close(ours)
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert f"log.txt in its folder, such as {tmp_path / 'sweep' / 'trial-0000'}\n" in said
+    assert re.search(r"trial-0000: [1-9]\d*step ", shown.decode())
+    assert "The best trial is trial-0000 (its LoRA: " in said

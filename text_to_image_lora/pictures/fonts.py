@@ -23,6 +23,7 @@ FIRST_FONTS = (
     "DejaVuSans.ttf",
     "arial.ttf",
 )
+TOLD_SCRIPTS: set[str] = set()  # of which `legible` has already logged that no font has them
 STYLES = ("bold", "italic", "oblique", "light", "thin", "black", "medium", "mono", "condensed", "serif")
 
 
@@ -53,8 +54,12 @@ def legible(text: str, font: Any) -> str:
     return "".join(plain.get(letter) or letter for letter in text)
 
 
-@functools.cache
 def _tell(letters):
+    """Logs letters that no font has, once for each script, such as Cyrillic."""
+    scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in letters}
+    if scripts <= TOLD_SCRIPTS:
+        return
+    TOLD_SCRIPTS.update(scripts)
     shown = letters[:10] + ("..." if len(letters) > 10 else "")
     logger.info(
         f"no font on this machine has the letters {shown}: sheets show them as boxes. Install a font that has them, for "

@@ -93,14 +93,14 @@ def format_report(report: dict[str, Any]) -> list[str]:
             lines.append(f"{name:<24}{row['pictures']:>10}{row['samples_an_epoch']:>19}")
     findings = [
         ("left out because they can't be used", [f"{row['source']}: {row['reason']}" for row in report["left_out"]]),
-        ("captions are truncated at the limit", tokens["cut"] if tokens else []),
-        ("pictures are smaller than their training size", report["enlarged"]),
+        ("captions truncated at the limit", tokens["cut"] if tokens else []),
+        ("pictures smaller than their training size", report["enlarged"]),
         ("groups of equal files", [" = ".join(group) for group in report["equal"]]),
         ("groups of pictures that look alike", [" ~ ".join(group) for group in report["alike"]]),
     ]
     for title, found in findings:
         if found:
-            lines += ["", f"{len(found)} {title}:", *(f"  {line}" for line in found[:LISTED])]
+            lines += ["", f"{title}: {len(found)}", *(f"  {line}" for line in found[:LISTED])]
             if len(found) > LISTED:
                 lines.append(f"  ... and {len(found) - LISTED} more; the JSON file lists all")
     return lines

@@ -53,7 +53,10 @@ def load_records(reading: ReadOptions) -> Any:
         parts = []
         for source in map(Path, data.train_data_dir or [str(data.dataset_name)]):
             check_name(source.absolute())
-            folder = unpack(source, reading.archive_dir) if is_archive(source) else source
+            folder = source
+            if is_archive(source):
+                folder = unpack(source, reading.archive_dir)
+                logger.info(f"{printable(source)}: read from {printable(folder)}, where it is unpacked")
             parts.append(_from_folder(folder, reading))
     import datasets
 

@@ -49,18 +49,28 @@ def thin_out(curve: Curve) -> tuple[list[int], list[float]]:
     return steps.tolist(), [float(f"{value:.5g}") for value in values]
 
 
-def moving_average(average: float | None, value: float) -> float:
-    """Returns the exponential moving average after a further value; `average` is None before the first one."""
-    return value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
+class MovingAverage:
+    """An exponential moving average whose first values are plain means, so that no single first value dominates it.
+
+    `value` is None before the first `add`.
+    """
+
+    def __init__(self):
+        self.value: float | None = None
+        self.count = 0
+
+    def add(self, value: float) -> float:
+        """Returns the average after a further value."""
+        share = max(1 - SMOOTHING, 1 / (self.count + 1))
+        self.value = value if self.value is None else (1 - share) * self.value + share * value
+        self.count += 1
+        return self.value
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Returns the exponential moving average that the progress bar shows."""
-    averages, average = [], None
-    for value in values:
-        average = moving_average(average, value)
-        averages.append(float(f"{average:.5g}"))
-    return averages
+    """Returns the moving average that the progress bar shows."""
+    average = MovingAverage()
+    return [float(f"{average.add(value):.5g}") for value in values]
 
 
 def make_charts(curves: dict[str, Curve]) -> list[dict]:

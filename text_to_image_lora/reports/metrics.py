@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import NotANumberError, Stopped
 from ..files import explaining_disk_errors, write_whole
-from .curves import moving_average
+from .curves import MovingAverage
 from .dashboard import log_numbers, log_results
 from .progress import Pace, Pauses, peak_memory_gib
 from .report_page import FILE as PAGE
@@ -30,13 +30,13 @@ class MetricsFile:
 
     Rows that will be written again are discarded: those after `first_step`, and its validation if "loss" is still `due`.
     `discarded` is {step: number of rows}. `smooth_loss` is the moving average of the training loss of the rows that are
-    kept, or None.
+    kept.
     """
 
     def __init__(self, path: str | Path, first_step: int, due: Sequence[str] = ()):
         self.path = path = Path(path)
         self.discarded = collections.Counter()
-        self.smooth_loss: float | None = None
+        self.smooth_loss = MovingAverage()
         if not path.exists():
             return
         kept, lines = [], path.read_text().splitlines(keepends=True)
@@ -51,7 +51,7 @@ class MetricsFile:
             if 0 < first_step >= row["step"] and not validates_again:
                 kept.append(line)
                 if row.get("train_loss") is not None and not row.get("skipped"):
-                    self.smooth_loss = moving_average(self.smooth_loss, row["train_loss"])
+                    self.smooth_loss.add(row["train_loss"])
             else:
                 self.discarded[row["step"]] += 1
         if kept != lines:
@@ -106,7 +106,7 @@ class StepMetrics:
         self.output_dir, self.pace = output_dir, Pace(accelerator.device, num_steps, remedy, pauses)
         self.uses_grad_scaler = getattr(accelerator, "scaler", None) is not None
         self.waiting = None  # the (step, `AsyncNumbers`) to write
-        self.smooth_loss = None if metrics_file is None else metrics_file.smooth_loss
+        self.smooth_loss = MovingAverage() if metrics_file is None else metrics_file.smooth_loss
         self.skipped, self.skipped_in_a_row = [], 0  # all steps that were skipped, and how many of them just now
         self.stop_requested, self.page_due = False, 0  # `page_due`: when the page may be written again
 
@@ -129,9 +129,9 @@ class StepMetrics:
         loss = values["train_loss"]
         if math.isfinite(loss) and math.isfinite(values["grad_norm"]):
             self.skipped_in_a_row = 0
-            self.smooth_loss = moving_average(self.smooth_loss, loss)
+            average = self.smooth_loss.add(loss)
             if self.progress is not None:
-                self.progress.set_postfix(loss=f"{self.smooth_loss:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
+                self.progress.set_postfix(loss=f"{average:.4f}", lr=f"{values['lr']:.1e}", refresh=False)
         else:
             self.count_skipped(step, values)
             values["skipped"] = 1

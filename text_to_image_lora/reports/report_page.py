@@ -38,10 +38,10 @@ FLAGS_OF_HELD_OUT = (
     "validation_data_dir", "validation_split", "train_data_dir", "dataset_name", "dataset_config_name", "max_train_samples",
 )  # fmt: skip
 FINDINGS = (
-    ("left_out", "notes, such as pictures left out"),
-    ("enlarged", "pictures enlarged to their training size"),
-    ("equal", "groups of identical files"),
-    ("alike", "groups of pictures that look alike"),
+    ("left_out", "Notes, such as pictures left out"),
+    ("enlarged", "Pictures enlarged to their training size"),
+    ("equal", "Groups of identical files"),
+    ("alike", "Groups of pictures that look alike"),
 )
 
 
@@ -203,7 +203,7 @@ def _findings(dataset):
         if num_more > 0:
             lines.append(f"... and {num_more} more")
         if found["count"]:
-            yield f"{found['count']} {title}", lines
+            yield f"{title}: {found['count']}", lines
 
 
 def _link(target, page):

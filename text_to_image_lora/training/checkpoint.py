@@ -24,6 +24,7 @@ from ..files import reason_of, remove_folder, written_whole
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+MEANINGS = {"dataset": "dataset (the pictures, captions and repeats)"}  # of fingerprints, in messages
 MARKER_FILES = ("state.json", MANIFEST)  # a folder with one of these is a checkpoint
 
 
@@ -241,7 +242,11 @@ def raising_input_errors(path: Path) -> Iterator[None]:
 def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises `InputError`, which names what differs, if a checkpoint belongs to another run."""
     now = json.loads(json.dumps(now))  # `before` was read from JSON
-    different = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
+    different = [
+        f"{MEANINGS.get(key, key)} was {before[key]!r}, is {now[key]!r}"
+        for key in now
+        if before.get(key, now[key]) != now[key]
+    ]
     if different:
         raise InputError(
             f"{path}: this checkpoint belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "

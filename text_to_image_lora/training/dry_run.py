@@ -47,21 +47,16 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         token_limit=None if tokenizer is None or settings.captions.long_prompts else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
     )  # fmt: skip
+    lines = [*inspection.format_report(described), *_lengths(settings.batches, settings.schedule, sampler)]
+    if images is not None:
+        lines.append(images.describe(len(not_drawn)))
+    print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
     known_chunks = None if tokenizer is None else num_chunks
     drawn_at_once = images.batch_size if images is not None and not_drawn else 0
     needs, memory_lines = _memory(settings, base, pictures, sampler, known_chunks, drawn_at_once)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
-    length = settings.batches.describe_length(sampler.steps_per_epoch)
-    lengths = ["", f"training: {length} of batch {sampler.effective_batch_size}"]
-    long_warmup = settings.schedule.describe_long_warmup(settings.batches.num_steps(sampler.steps_per_epoch))
-    if long_warmup is not None:
-        lengths.append(long_warmup)
-    if images is not None:
-        lengths.append(images.describe(len(not_drawn)))
-    print(
-        "\n".join([*inspection.format_report(described), *lengths, *memory_lines, "", f"full report: {report_file}"])
-    )
+    print("\n".join([*memory_lines, "", f"full report: {report_file}"]))
     if settings.data.preview_data is not None:
         drawn = [i for i, recipe in enumerate(pictures.records["recipe"]) if recipe not in not_drawn]
         if len(drawn) < len(pictures):
@@ -78,6 +73,14 @@ def report(settings: Any, found: inputs.Inputs) -> None:
             f"{source}: {reason} ({len(left_out)} bad pictures or rows in total). Fix them, or pass --skip_bad_images to "
             "leave them out."
         )
+
+
+def _lengths(batches, schedule, sampler):
+    """The lines of the report about the length of the run."""
+    length = batches.describe_length(sampler.steps_per_epoch)
+    lines = ["", f"training: {length} of batch {sampler.effective_batch_size}"]
+    long_warmup = schedule.describe_long_warmup(batches.num_steps(sampler.steps_per_epoch))
+    return lines if long_warmup is None else [*lines, long_warmup]
 
 
 def _cache_bytes(settings, pictures, base, num_chunks):

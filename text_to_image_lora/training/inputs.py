@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import log
 from ..errors import InputError
-from ..files import check_writable
+from ..files import check_writable, printable, shorten_paths
 from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
 from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
@@ -53,6 +53,8 @@ def find_inputs(settings: Any) -> Inputs:
     if drawn is not None:
         records = with_class_pictures(records, drawn.make_records())
     check_rest(settings, base)
+    if not settings.data.dry_run:
+        logger.info(f"loading {shorten_paths(printable(base.source))}")
     return Inputs(base, records, validation_records, left_out, notes, drawn)
 
 
