@@ -15,7 +15,7 @@ import numpy as np
 STUDENT_T = {1: 1.84, 2: 1.32, 3: 1.20, 4: 1.14, 5: 1.11, 6: 1.09, 7: 1.08, 8: 1.07, 9: 1.06}
 
 
-HIGH_DRIFT = 0.1  # three times that of the preserved runs in docs/findings.md, a fifth of that of the others
+HIGH_DRIFT = 0.1  # three times that of the preserved runs in docs/findings.md, and a fifth of that of the plain ones
 
 
 @dataclass
