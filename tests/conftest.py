@@ -276,9 +276,10 @@ def quick_python():
 
 def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
     """Runs the real command in the project's folder; stdout and stderr are text."""
-    launcher = [quick_python().python if word == sys.executable else str(word) for word in launcher]
+    if not any(name.startswith("HF_") for name in env or {}):  # which huggingface_hub reads when it is imported
+        launcher = [quick_python().python if word == sys.executable else word for word in launcher]
     return subprocess.run(
-        [*launcher, "train_text_to_image_lora.py", *map(str, words)],
+        [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
         cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

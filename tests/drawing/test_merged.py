@@ -33,7 +33,7 @@ def test_a_merged_model_without_pictures(model, lora, tmp_path, capsys):
     flags = ["--lora", lora, "--lora_scale", "0", "--save_merged", tmp_path / "merged", "--clip_skip", 1]
     infer.main(["--pretrained_model_name_or_path", model, *map(str, flags), "--output_dir", str(tmp_path / "out")])
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'merged'}: the base model with the LoRA merged into it\n"
+    assert out == f"loading {model}\n{tmp_path / 'merged'}: the base model with the LoRA merged into it\n"
     assert "does not record clip skip 1" in err
     assert not (tmp_path / "out").exists()
     from safetensors.torch import load_file

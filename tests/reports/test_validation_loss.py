@@ -159,7 +159,7 @@ def test_validation_may_begin_later(train, validated, others):
 
 
 def test_patience_stops_and_the_same_command_stays_stopped(train, capsys, monkeypatch):
-    def no_better(validation, table, step):
+    def no_better(validation, table, step, **_):
         validation.waited += 1
         return False
 
@@ -212,7 +212,7 @@ def test_other_captions_to_validate_on_begin_anew(train, validated, others, tmp_
 def best_at(*steps):
     """Replaces `stopping.update_best` by a function for which exactly these steps are the best so far."""
 
-    def update_best(validation, table, step):
+    def update_best(validation, table, step, **_):
         if step in steps:
             validation.best_step = step
         return step in steps
