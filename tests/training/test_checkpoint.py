@@ -401,3 +401,18 @@ def test_a_checkpoint_that_can_not_be_downloaded_is_refused(tmp_path, monkeypatc
         InputError, match=r"^me/axes: checkpoint-20 can't be downloaded \(no route to host\)\. Run the command again"
     ):
         hub_checkpoints.find_checkpoint(tmp_path, wanted, None)
+
+
+def test_a_run_verifies_its_results_and_not_its_checkpoints(train, monkeypatch):
+    verified = []
+    monkeypatch.setattr(
+        "text_to_image_lora.models.receipt.check_lora_file", lambda path, *_, **__: verified.append(path) or 1
+    )
+    folder = train(
+        max_train_steps=4, checkpointing_steps=1, save_every_n_epochs=1, validation_split=0.3, output_kohya_format=True
+    )
+    assert {path.parent.name for path in folder.glob("checkpoint-*/*.safetensors")} != set()
+    # Files are written into a temporary folder beside their final one, such as .best.tmp.
+    places = {path.relative_to(folder).parts[0] for path in verified}
+    assert all(any(name in place for place in places) for name in ("pytorch_lora_weights", "best", "epoch-"))
+    assert not [place for place in places if "checkpoint" in place]
