@@ -160,8 +160,12 @@ def test_the_command_is_copied(real_run, open_page):
     page = open_page(real_run / report_page.FILE)
     page.locator("[data-copy]").click()
     wait_for(page, "copied", "document.querySelector('[data-copy]').textContent === 'Copied'")
-    command = json.loads((real_run / "about.json").read_text())["command"]
-    assert page.evaluate("navigator.clipboard.readText()") == command
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert command == page.locator("#command").text_content()
+    whole = json.loads((real_run / "about.json").read_text())["command"]
+    assert command.split(" --")[:2] == whole.split(" --")[:2]
+    assert command.count(" --") == whole.count(" --")
+    assert str(real_run.parent) not in command  # the page shows only the names of folders elsewhere
 
 
 def test_it_is_no_wider_than_the_screen(real_run, open_page):
