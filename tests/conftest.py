@@ -276,8 +276,9 @@ def quick_python():
 
 def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
     """Runs the real command in the project's folder; stdout and stderr are text."""
-    # A forked process has no limits of a shell, and huggingface_hub reads its variables when it is imported.
-    if launcher[0] == sys.executable and not any(name.startswith("HF_") for name in env or {}):
+    # A forked process has no limits of a shell, and has imported PyTorch and huggingface_hub, which reads its variables then.
+    at_import = any(name.startswith(("HF_", "PYTHON")) for name in env or {})
+    if launcher[0] == sys.executable and not at_import:
         launcher = [quick_python().python, *launcher[1:]]
     return subprocess.run(
         [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
