@@ -1,6 +1,7 @@
 """Fixtures and helpers of all tests: a tiny Stable Diffusion pipeline, pictures, and runs of the training command."""
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -284,6 +285,16 @@ def run_command(words, launcher=(sys.executable,), env=None, timeout=120):
         [*map(str, launcher), "train_text_to_image_lora.py", *map(str, words)],
         cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def read_terminal(ours):
+    """Returns everything that was written into a pseudo-terminal, once its other side is closed, and closes it."""
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux: everything has been read
+        while block := os.read(ours, 10_000):
+            shown += block
+    os.close(ours)
+    return shown.decode()
 
 
 @pytest.fixture(scope="module")

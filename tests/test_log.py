@@ -1,6 +1,5 @@
 """The log of the commands: its stream, its format, its processes, and complete lines beside a progress bar."""
 
-import contextlib
 import logging
 import os
 import re
@@ -8,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_terminal
 from tqdm import tqdm
 
 from text_to_image_lora import log
@@ -85,11 +84,6 @@ def test_a_terminal_of_unknown_size_shows_progress_bars(columns):
     environment |= {} if columns is None else {"COLUMNS": columns}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, env=environment, check=True)
     os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # Linux: everything has been read
-        while block := os.read(ours, 10_000):
-            shown += block
-    os.close(ours)
-    bar = shown.decode().replace("\r\n", "").split("\r")[-1]
+    bar = read_terminal(ours).replace("\r\n", "").split("\r")[-1]
     assert bar.startswith("training: 100%|")
     assert len(bar) == int(columns or 80)

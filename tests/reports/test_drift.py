@@ -184,7 +184,7 @@ def test_it_is_shown_on_the_page_and_on_the_card(train):
     assert f"<b>{drift:.3f}</b><span>drift from the base model" in page
     assert "Drift from the base model without the concept" in page
     card = (out / "README.md").read_text()
-    assert f"For captions without the concept, it differs from the base model by {drift:.3f} of that loss." in card
+    assert f"difference from the base model's predictions is {100 * drift:.1f}% of the base model's loss." in card
 
 
 def test_captions_without_the_concept_are_on_the_sheet_and_the_page(train, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, quick_python, read_metrics, write_pictures
+from conftest import ROOT, quick_python, read_metrics, read_terminal, write_pictures
 from PIL import Image
 
 from scripts import sweep
@@ -407,13 +407,9 @@ def test_a_terminal_shows_the_steps_of_the_trial_that_trains(tmp_path):
         env=os.environ | {"SWEEP_STEP_SECONDS": "0.3"},
     ) as process:  # fmt: skip
         os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # Linux: everything has been read
-            while block := os.read(ours, 10_000):
-                shown += block
-        os.close(ours)
+        shown = read_terminal(ours)
         said = process.stdout.read()
     assert process.returncode == 0, said
     assert f"log.txt in its folder, such as {tmp_path / 'sweep' / 'trial-0000'}\n" in said
-    assert re.search(r"trial-0000: [1-9]\d*step ", shown.decode())
+    assert re.search(r"trial-0000: [1-9]\d*step ", shown)
     assert "The best trial is trial-0000 (its LoRA: " in said

@@ -68,14 +68,14 @@ def test_they_are_class_pictures_and_used_again(train, tmp_path, capsys, monkeyp
     first = train(**COMMON, prior_loss_weight=0.5)
     said = capsys.readouterr().out
     assert "class pictures: 6 of the base model, from 1 prompt, in " in said
-    assert "there already: 0, to be drawn before training: 6" in said
+    assert "0 are in the cache already, and 6 are drawn before training" in said
     assert "12 pictures, 6 steps an epoch" in said
     before, about = files_in(tmp_path / "cache"), json.loads((first / "about.json").read_text())
     assert about["dataset"]["concepts"]["class pictures"] == {"pictures": 6, "samples_an_epoch": 6}
     assert about["settings"]["num_class_images"] == 6
     monkeypatch.setattr(class_images, "open_studio", lambda *_: pytest.fail("the base model is loaded to draw"))
     again = train(**COMMON, prior_loss_weight=0.5, output_dir=tmp_path / "again", seed=5)
-    assert "all are there from before" in capsys.readouterr().out
+    assert "all of them are in the cache already" in capsys.readouterr().out
     assert files_in(tmp_path / "cache") == before
     by_hand = train(
         class_data_dir=next((tmp_path / "cache" / "class_pictures").iterdir()), num_validation_images=0, center_crop=True,
@@ -126,9 +126,9 @@ def test_what_they_depend_on(train, tiny_sd, drawn, tmp_path, capsys, no_drawing
         weights.write_bytes(data)
     options = COMMON | dict(latent_cache_dir=drawn / "cache", dry_run=True)
     train(**options)
-    assert "all are there from before" in capsys.readouterr().out
+    assert "all of them are in the cache already" in capsys.readouterr().out
     train(**options | changes)
-    assert "there already: 0, to be drawn before training: 6" in capsys.readouterr().out
+    assert "0 are in the cache already, and 6 are drawn before training" in capsys.readouterr().out
 
 
 def test_what_they_do_not_depend_on(train, tiny_sd, drawn, tmp_path, capsys, no_drawing):
@@ -138,7 +138,7 @@ def test_what_they_do_not_depend_on(train, tiny_sd, drawn, tmp_path, capsys, no_
         **COMMON | dict(sample_batch_size=1), latent_cache_dir=drawn / "cache", pretrained_model_name_or_path=moved, rank=8,
         seed=9, prior_loss_weight=2.0,
     )  # fmt: skip
-    assert "all are there from before" in capsys.readouterr().out
+    assert "all of them are in the cache already" in capsys.readouterr().out
 
 
 def test_files_that_are_missing_or_damaged_are_drawn_again(train, drawn, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_files_that_are_missing_or_damaged_are_drawn_again(train, drawn, tmp_pat
     (folder / "00005.png").write_bytes((folder / "00005.png").read_bytes()[:-40])
     (folder / "metadata.jsonl").unlink()
     train(**COMMON, max_train_steps=1)
-    assert "there already: 4, to be drawn before training: 2" in capsys.readouterr().out
+    assert "4 are in the cache already, and 2 are drawn before training" in capsys.readouterr().out
     assert files_in(cache) == before
 
 
@@ -196,7 +196,7 @@ def test_a_resumed_run_equals_a_straight_one(train, tmp_path, capsys):
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
     train(**options, max_train_steps=6, mixed_precision="bf16")
     said = capsys.readouterr().out
-    assert "there already: 0, to be drawn before training: 6" in said
+    assert "0 are in the cache already, and 6 are drawn before training" in said
     assert "resuming from" in said
     with pytest.raises(InputError, match="dataset"):
         train(**options | dict(class_prompt="a blue axe"), max_train_steps=6)
@@ -284,7 +284,7 @@ def test_a_dry_run_counts_them_and_draws_none(train, tmp_path, capsys, no_drawin
     assert "12 pictures, 12 captions" in said
     assert "look alike" not in said
     assert "6 of the base model, from 1 prompt, in " in said
-    assert "there already: 0, to be drawn before training: 6" in said
+    assert "0 are in the cache already, and 6 are drawn before training" in said
     assert "while drawing class pictures" in said
     assert not (tmp_path / "cache").exists()
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -299,7 +299,7 @@ def test_the_preview_shows_them_once_they_are_drawn(train, drawn, tmp_path, caps
     options = COMMON | dict(latent_cache_dir=drawn / "cache", dry_run=True)
     train(**options, preview_data=tmp_path / "sheet.png")
     said = capsys.readouterr().out
-    assert "all are there from before" in said
+    assert "all of them are in the cache already" in said
     assert "while drawing class pictures" not in said
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 9 * 190  # of ten pictures

@@ -40,8 +40,9 @@ def use_loras(pipe: Any, loras: Sequence[Lora]) -> Iterator[None]:
 def stock_reads(lora: Lora) -> bool:
     """Returns whether stock diffusers provably reads the file as what it says; others go through our converter.
 
-    diffusers recognizes the LoRA of a text encoder by its attention layers. It uses a single scale, and a single kind of adapter (DoRA or not, with or without bias), for all layers of a
-    component. It reads a file with several of them wrongly without a warning, or fails.
+    diffusers recognizes the LoRA of a text encoder by its attention layers. It uses a single scale, and a single kind of
+    adapter (DoRA or not, with or without bias), for all layers of a component. It reads a file with several of them wrongly
+    without a warning, or fails.
     """
     from ..models.lora_file import ADAPTER_METADATA_KEY
 

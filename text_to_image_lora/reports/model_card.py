@@ -61,7 +61,10 @@ def describe_result(step: int, validation: stopping.Validation | None) -> str:
     sentence = f"{trained} On {count} held out from training, {loss} {gain:.1f}% below the base model's."
     if validation.best_drift is None:
         return sentence
-    return f"{sentence} For captions without the concept, it differs from the base model by {validation.best_drift:.3f} of that loss."
+    return (
+        f"{sentence} For captions without the concept, the mean squared difference from the base model's predictions is "
+        f"{100 * validation.best_drift:.1f}% of the base model's loss."
+    )
 
 
 class Sources(NamedTuple):

@@ -246,11 +246,9 @@ class Judge:
 
     def advise(self, *, preserves: bool) -> str | None:
         """Returns advice about the drift of the best step, or None."""
-        return (
-            None
-            if self.validation is None
-            else stopping.advise_on_drift(self.validation.best_drift, preserves=preserves)
-        )
+        if self.validation is None:
+            return None
+        return stopping.advise_on_drift(self.validation.best_drift, preserves=preserves)
 
 
 def _copy_best(source, target):

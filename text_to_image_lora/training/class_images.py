@@ -85,8 +85,10 @@ class ClassImages(NamedTuple):
         """Describes the pictures in one line."""
         what = f"class pictures: {self.count} of the base model, from {counted(len(self.prompts), 'prompt')}, in {self.folder}"
         if not num_missing:
-            return f"{what}; all are there from before"
-        return f"{what}; there already: {self.count - num_missing}, to be drawn before training: {num_missing}"
+            return f"{what}; all of them are in the cache already"
+        return (
+            f"{what}; {self.count - num_missing} are in the cache already, and {num_missing} are drawn before training"
+        )
 
     def write_captions(self) -> None:
         """Writes the prompts of all pictures in the folder as its metadata.jsonl, so that it can be trained on elsewhere."""
