@@ -6,7 +6,7 @@
 
 A command passes its arguments, working directory, environment and streams to a server, which has imported the libraries
 and forks a process. This process runs the script or module as Python does; Python processes that it starts do it this way too.
-A command that is killed ends its process with SIGTERM.
+If a command is killed, its process is killed too.
 """
 
 import array
@@ -122,13 +122,13 @@ def serve(address):
 
 
 def wait(child, connection):
-    """Waits for a process and returns its status; if the command that asked for it has been killed, terminates it."""
+    """Waits for a process and returns its status; kills it if the command that asked for it has been killed."""
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status
         if select.select([connection], [], [], 0.01)[0]:
-            os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGKILL)  # a run would finish its step after SIGTERM
             return os.waitpid(child, 0)[1]
 
 
