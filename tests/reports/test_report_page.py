@@ -429,6 +429,31 @@ def test_unknown_metrics_have_a_chart_too(tmp_path):
     assert [chart["title"] for chart in curves.make_charts(numbers.curves)] == ["Training loss", "perceptual"]
 
 
+def axis_of(title, **columns):
+    made = {name: Curve(array("q", range(1, len(values) + 1)), array("d", values)) for name, values in columns.items()}
+    return {chart["title"]: chart for chart in curves.make_charts(made)}[title]["axis"]
+
+
+def test_a_run_that_diverged_does_not_flatten_the_relative_losses():
+    title = "Loss relative to the base model"
+    assert axis_of(title, **{"validation/relative_loss": [1.0, 0.9, 310.0]}) == [pytest.approx(0.855), 2]
+    assert axis_of(title, **{"validation/relative_loss": [1.0, 1.2, 2.5]}) == [0.95, 2]
+    assert axis_of(title, **{"validation/relative_loss": [1.0, 1.9, 0.8]}) is None
+    assert axis_of(title, **{"validation/relative_loss": [5.0, 7.0]}) is None  # nothing would be shown
+    assert axis_of("Learning rate", lr=[1.0, 310.0]) is None
+    runs = {"good": [1.0, 0.7], "diverged": [1.0, 40.0]}
+    numbers = {run: {"validation/relative_loss": Curve(array("q", (1, 2)), array("d", each))} for run, each in runs.items()}
+    chart, *_ = curves.make_comparison_charts(numbers)
+    assert chart["axis"] == [pytest.approx(0.665), 2]
+    assert chart["unit"] == "base = 1; cut off above 2"
+
+
+def test_axes_of_constants_and_of_speeds_start_at_zero():
+    assert axis_of("Learning rate", lr=[2.0, 2.0]) == [0, pytest.approx(2.3)]
+    assert axis_of("Learning rate", lr=[0.0, 0.0]) == [0, 1]
+    assert axis_of("Speed", images_per_second=[10.0, 12.0]) == [0, pytest.approx(13.8)]
+
+
 def test_a_page_of_many_steps_takes_little_memory(tmp_path):
     """It is written during training, and rows kept as dicts took a kilobyte per step."""
     num_steps = 20_000

@@ -28,6 +28,8 @@ CHARTS = (
 )  # fmt: skip
 # Their axis starts at 0, so that a change of one percent does not look large.
 FROM_ZERO = ("validation/drift", "images_per_second", "peak_memory_gib")
+# The axis of relative losses ends here, so that a run that diverged does not flatten the curves of the others.
+HIGHEST_RELATIVE_LOSS = 2
 LABELS = {
     "validation/relative_loss": "held-out pictures",
     "validation/relative_loss_in_training": "equally many training pictures",
@@ -94,9 +96,26 @@ def make_charts(curves: dict[str, Curve]) -> list[dict]:
 
 
 def make_chart(title: str, unit: str, lines: list[dict], name: str) -> dict:
-    """Makes the data of a chart: `base` draws a line at 1, the base model's loss; `zero` starts the axis at 0."""
+    """Makes the data of a chart: `base` draws a line at 1, the base model's loss; `axis` is as from `find_axis`."""
     base = name.startswith("validation/relative_loss")
-    return {"title": title, "unit": unit, "lines": lines, "base": base, "zero": name in FROM_ZERO, "legend": True}
+    values = [value for line in lines for value in line["y"]]
+    axis = find_axis(values, base=base, from_zero=name in FROM_ZERO)
+    if base and axis:
+        unit += f"; cut off above {HIGHEST_RELATIVE_LOSS}"
+    return {"title": title, "unit": unit, "lines": lines, "base": base, "axis": axis, "legend": True}
+
+
+def find_axis(values: list[float], *, base: bool, from_zero: bool) -> list[float] | None:
+    """Returns the ends of a chart's vertical axis, or None where the smallest and the largest value decide them."""
+    if not values:
+        return None
+    lowest, highest = min(values), max(values)
+    if base and lowest <= HIGHEST_RELATIVE_LOSS < highest:
+        return [min(0.95, 0.95 * lowest), HIGHEST_RELATIVE_LOSS]
+    # The default axis of a constant, such as a constant learning rate, would not depend on its value.
+    if from_zero or lowest == highest:
+        return [min(0.0, 1.15 * highest), 1.15 * max(0.0, highest) or 1.0]
+    return None
 
 
 def make_lines(curves: dict[str, Curve], name: str, label: str, colour: str) -> list[dict]:

@@ -68,10 +68,8 @@ if (data) {
       toolbar_location: null, min_border_right: 8, output_backend: "canvas",
     });
     figure.xaxis.axis_label = "step";
-    const values = chart.lines.flatMap((line) => line.y), highest = Math.max(...values);
-    // For a constant, such as a constant learning rate, Bokeh's default range would not depend on its value.
-    if (chart.zero || Math.min(...values) === highest) figure.y_range = new Bokeh.Range1d({ start: Math.min(0, 1.15 * highest), end: 1.15 * Math.max(0, highest) || 1 });
-    if (highest < 0.01) figure.yaxis.formatter = new Bokeh.BasicTickFormatter({ precision: 1 });
+    if (chart.axis) figure.y_range = new Bokeh.Range1d({ start: chart.axis[0], end: chart.axis[1] });
+    if (Math.max(...chart.lines.flatMap((line) => line.y)) < 0.01) figure.yaxis.formatter = new Bokeh.BasicTickFormatter({ precision: 1 });
     const legend = [];
     for (const line of chart.lines) {
       const source = new Bokeh.ColumnDataSource({ data: { x: line.x, y: line.y } });
