@@ -46,6 +46,7 @@ from text_to_image_lora.command_line import Parser, hide_secrets
 from text_to_image_lora.config_file import explains_file
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.libraries import hide_modules, quiet_libraries
+from text_to_image_lora.locks import writes_alone
 from text_to_image_lora.models.settings import BaseModelSettings, LoraSettings
 from text_to_image_lora.pictures.settings import (
     AugmentationSettings,
@@ -112,6 +113,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 
 @explains_file
+@writes_alone
 def main(settings: Settings) -> None:
     started = time.time()
     interruption.listen(settings.run.max_seconds)

@@ -25,8 +25,10 @@ from scripts.sweeping.study import claim, describe_progress, has_result, open_st
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
+from text_to_image_lora.errors import Stopped
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
+from text_to_image_lora.training import interruption
 
 
 MOST_REFUSED = 3  # a sweep without any result ends after this number of trials that cannot be run
@@ -106,12 +108,13 @@ def main(argv=None):
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    interruption.listen()
     try:
         main()
     except SweepError as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt) as stopped:
         stop_children()  # a training process may just have been started
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stopped, "exit_code", 130))

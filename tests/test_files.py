@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from text_to_image_lora import files
 from text_to_image_lora.drawing.prompts import read_prompts
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import expand_pattern, is_hub_id, reason_of, remove_folder, write_whole, written_whole
@@ -80,12 +81,25 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
 
 def test_what_a_kill_left_is_not_taken_up(tmp_path):
     """A killed process has left an incomplete folder and an old folder that it had moved aside."""
-    for name in (".folder.tmp", ".folder.old"):
+    left = [".folder.0123abcd.tmp", ".folder.0123abcd.old", ".a.png.99999999.tmp"]
+    kept = [".folder.tmp", ".env", "a.0123abcd.tmp", ".folder.0123abcd.tmp.txt", ".0123abcd.tmp"]
+    for name in left + kept:
         (tmp_path / name).mkdir()
         (tmp_path / name / "left").write_text("half")
     for text in ("one", "two"):
         write(tmp_path / "folder", text, folder=True, shared=False)
-    assert content(tmp_path) == {"folder/sub/file.txt": b"two"}
+    assert (tmp_path / "folder" / "sub" / "file.txt").read_text() == "two"
+    files.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(["folder", *kept])
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["", "a file system without links"])
+def test_a_new_file_replaces_nothing(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError("no links here")))
+    assert files.write_new(tmp_path / "a.png", b"first")
+    assert not files.write_new(tmp_path / "a.png", b"second")
+    assert content(tmp_path) == {"a.png": b"first"}
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -113,12 +127,12 @@ def test_text_is_written_as_utf_8_and_bytes_as_they_are(tmp_path):
 
 
 def test_a_folder_is_removed_whole(tmp_path):
-    """Also if an earlier removal was killed halfway."""
-    for name in ("run", ".run.old"):
+    """Also if an earlier removal was killed halfway; what it left is for `remove_leftovers`."""
+    for name in ("run", ".run.0123abcd.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     remove_folder(tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == [".run.0123abcd.old"]
 
 
 @pytest.mark.parametrize(

@@ -106,22 +106,31 @@ def written_whole(path: str | Path, *, folder: bool = False, shared: bool = Fals
     """Yields a temporary path (with `folder`, an empty folder), which is renamed to `path` once it has been written.
 
     After an exception, `path` is unchanged; if the disk is the reason, a `TrainingError` says so. After a kill, `path` is
-    either old or new, never a part; only a kill while a folder replaces another may leave no folder. With `shared`, several
-    processes may write `path` at once: the first result stays, and nothing is flushed, because it can be made again.
+    either old or new, never a part; only a kill while a folder replaces another may leave no folder. If several processes
+    write `path` at once, the last result stays; with `shared`, the first one, and nothing is flushed, because it can be made
+    again.
     """
     path = Path(path)
-    mark = f".{os.urandom(4).hex()}" if shared else ""
-    temporary = path.with_name(
-        f".{path.name}{mark}.tmp"
-    )  # no .safetensors suffix, or readers would load it as weights
+    temporary = _hidden(path, ".tmp")
     with explaining_disk_errors(path):
-        _remove(temporary)
         (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             _put_in_place(temporary, path, folder, shared)
         finally:
             _remove(temporary)
+
+
+def _hidden(path, suffix):
+    """Returns a hidden name that no other process uses; without the suffix .safetensors, as readers would load the file."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}{suffix}")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Deletes the hidden files and folders that killed processes left in a folder; no process may be writing there."""
+    for path in Path(folder).iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.(tmp|old)", path.name):
+            _remove(path)
 
 
 def _put_in_place(temporary, path, folder, shared):
@@ -185,14 +194,37 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_new(path: Path, data: bytes) -> bool:
+    """Writes a file completely or not at all; returns False, and changes nothing, if there is a file of this name.
+
+    Of several processes that write the file at once, only one gets True.
+    """
+    temporary = _hidden(path, ".tmp")
+    with explaining_disk_errors(path):
+        try:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                if path.exists():
+                    return False
+                os.replace(temporary, path)
+            _sync(path.parent)
+            return True
+        finally:
+            _remove(temporary)
+
+
 def remove_folder(path: str | Path) -> None:
     """Renames a folder to a hidden name before it deletes it, so that a half-deleted folder is never used."""
     shutil.rmtree(_set_aside(Path(path)))
 
 
 def _set_aside(path):
-    hidden = path.with_name(f".{path.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
+    hidden = _hidden(path, ".old")
     os.replace(path, hidden)
     return hidden
 

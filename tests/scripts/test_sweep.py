@@ -205,6 +205,31 @@ def test_a_trial_whose_worker_was_killed_alone_is_not_trained_twice_at_once(tmp_
         second.wait()
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 143)])
+def test_a_stopped_sweep_leaves_no_training_behind(tmp_path, name, code):
+    folder, environment = tmp_path / "sweep", os.environ | {"SWEEP_STEP_SECONDS": "0.2"}
+    words = ["--launcher", LAUNCHER, "--sweep", "rank=2,4", "--flags", *flags_of(max_train_steps=100000)]
+    number = getattr(signal, name)
+    worker = subprocess.Popen(
+        command(folder, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
+    trainings = []
+    try:
+        wait_for(folder, "trial-0000/checkpoint-*", worker)
+        trainings = psutil.Process(worker.pid).children(recursive=True)
+        assert trainings
+        worker.send_signal(number)
+        _, err = worker.communicate(timeout=60)
+        assert worker.returncode == code
+        assert err.endswith("interrupted: run the same command again to resume\n")
+        assert not [process for process in trainings if process.is_running()]
+    finally:
+        for process in [*trainings, worker]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_ranges_from_yaml(tmp_path, sampler, capsys):
     config = tmp_path / "sweep.yaml"

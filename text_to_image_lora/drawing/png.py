@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config_file import read_yaml
 from ..errors import InputError
-from ..files import shorten_paths, write_whole
+from ..files import shorten_paths, write_new
 from ..models.samplers import SAMPLERS
 from .rows import SETTINGS, Drawing
 from .settings import FromPictures, Model
@@ -226,6 +226,4 @@ def save_png(image: Any, path: Path, chunks: dict[str, Any]) -> Path:
     """Writes the picture and returns its path; `-1`, `-2`, ... is added to the name if another picture has it."""
     data = encode_png(image, chunks)
     candidates = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1)))
-    path = next(file for file in candidates if not file.exists() or file.read_bytes() == data)
-    write_whole(path, data)
-    return path
+    return next(file for file in candidates if write_new(file, data) or file.read_bytes() == data)

@@ -19,7 +19,7 @@ from ..drawing.png import describe, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError
-from ..files import written_whole
+from ..files import remove_leftovers, written_whole
 from ..models.lora import scaled_adapters
 from ..models.modules import evaluating, in_its_precision
 from ..models.samplers import NO_ZERO_SNR, make_sampler
@@ -208,6 +208,7 @@ def save_pictures(
             save_png(image, temporary / f"{name}.png", chunks)
         if sheet is not None:
             save_png(sheet, temporary / "sheet.png", {})
+    remove_leftovers(folder.parent)
     for other in folder.parent.glob("step-*"):
         if step_of(other) > step_of(folder):
             shutil.rmtree(other)
