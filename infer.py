@@ -34,6 +34,12 @@
 Pictures are drawn singly or as a grid. Each PNG file records how it was drawn, and --from_png draws it again.
 """
 
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
 import logging
 import shlex
 import sys
@@ -235,7 +241,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main()

@@ -35,6 +35,12 @@
 Writes `pytorch_lora_weights.safetensors` into --output_dir. Run the same command again to resume after an interruption.
 """
 
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
 import math
 import os
 import time

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,49 @@ def test_each_signal_has_its_exit_code(listening, name, code):
     interruption.stop_listening()
     assert interruption.stop_requested() is None
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def wait_until_handled(process, number):
+    """Waits until a process has a handler for a signal, which it has before it imports anything slow."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        handled = int(status.partition("SigCgt:")[2].split()[0], 16)
+        if handled >> (number - 1) & 1:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="this system does not tell which signals are handled"
+)
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGHUP", 143)])
+@pytest.mark.parametrize("script", ["train_text_to_image_lora.py", "infer.py"])
+def test_a_signal_during_the_imports_has_its_exit_code(script, name, code):
+    number = signal.Signals[name]
+    process = subprocess.Popen(
+        [sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_until_handled(process, number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, f"\n{script}: stopped by {name}\n")
+
+
+def test_a_process_that_ends_at_once_leaves_nothing_half_written(tmp_path):
+    lines = [
+        "import pathlib, signal, sys",
+        "from text_to_image_lora.files import written_whole",
+        "from text_to_image_lora.signals import exit_on_signals",
+        "exit_on_signals()",
+        f"with written_whole(pathlib.Path({str(tmp_path)!r}, 'merged'), folder=True) as folder:",
+        "    (folder / 'unet').mkdir()",
+        "    (folder / 'unet' / 'weights').write_text('half')",
+        "    signal.raise_signal(signal.SIGTERM)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (143, "\n-c: stopped by SIGTERM\n")
+    assert os.listdir(tmp_path) == []
 
 
 def test_windows_has_a_key_of_its_own(listening, monkeypatch):

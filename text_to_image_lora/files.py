@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import signals
 from .errors import InputError, TrainingError
 
 
@@ -19,6 +20,7 @@ HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its clien
 # The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+UNFINISHED: set[Path] = set()  # hidden files and folders that this process is writing
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
 
@@ -114,11 +116,13 @@ def written_whole(path: str | Path, *, folder: bool = False, shared: bool = Fals
     temporary = _hidden(path, ".tmp")
     with explaining_disk_errors(path):
         (temporary if folder else temporary.parent).mkdir(parents=True, exist_ok=True)
+        UNFINISHED.add(temporary)
         try:
             yield temporary
             _put_in_place(temporary, path, folder, shared)
         finally:
             _remove(temporary)
+            UNFINISHED.discard(temporary)
 
 
 def _hidden(path, suffix):
@@ -131,6 +135,15 @@ def remove_leftovers(folder: str | Path) -> None:
     for path in Path(folder).iterdir():
         if re.fullmatch(r"\..+\.[0-9a-f]{8}\.(tmp|old)", path.name):
             _remove(path)
+
+
+def _remove_unfinished():
+    """Deletes what this process has begun to write."""
+    for path in [*UNFINISHED]:
+        _remove(path)
+
+
+signals.CLEAN_UP.append(_remove_unfinished)
 
 
 def _put_in_place(temporary, path, folder, shared):
@@ -200,6 +213,7 @@ def write_new(path: Path, data: bytes) -> bool:
     Of several processes that write the file at once, only one gets True.
     """
     temporary = _hidden(path, ".tmp")
+    UNFINISHED.add(temporary)
     with explaining_disk_errors(path):
         try:
             temporary.write_bytes(data)
@@ -216,6 +230,7 @@ def write_new(path: Path, data: bytes) -> bool:
             return True
         finally:
             _remove(temporary)
+            UNFINISHED.discard(temporary)
 
 
 def remove_folder(path: str | Path) -> None:

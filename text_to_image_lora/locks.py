@@ -70,9 +70,9 @@ def writes_alone(command: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(command)
     def run(settings):
-        if settings.data.dry_run or os.environ.get("RANK", "0") != "0":
-            return command(settings)
-        with alone_in(Path(settings.run.output_dir), "--output_dir"):
+        writes = not settings.data.dry_run and os.environ.get("RANK", "0") == "0"
+        folder = Path(settings.run.output_dir)
+        with alone_in(folder, "--output_dir") if writes else contextlib.nullcontext():
             command(settings)
 
     return run

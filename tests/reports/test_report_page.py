@@ -442,7 +442,9 @@ def test_a_run_that_diverged_does_not_flatten_the_relative_losses():
     assert axis_of(title, **{"validation/relative_loss": [5.0, 7.0]}) is None  # nothing would be shown
     assert axis_of("Learning rate", lr=[1.0, 310.0]) is None
     runs = {"good": [1.0, 0.7], "diverged": [1.0, 40.0]}
-    numbers = {run: {"validation/relative_loss": Curve(array("q", (1, 2)), array("d", each))} for run, each in runs.items()}
+    numbers = {
+        run: {"validation/relative_loss": Curve(array("q", (1, 2)), array("d", each))} for run, each in runs.items()
+    }
     chart, *_ = curves.make_comparison_charts(numbers)
     assert chart["axis"] == [pytest.approx(0.665), 2]
     assert chart["unit"] == "base = 1; cut off above 2"

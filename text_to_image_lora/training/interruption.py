@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import Stopped
+from ..signals import EXIT_CODES
 from .launcher import launchers_pid, lives
 
 
-# By name, as no system has all of these signals. SIGHUP: the terminal was closed. SIGBREAK: Windows' Ctrl-Break.
-EXIT_CODES = {"SIGINT": 130, "SIGBREAK": 130, "SIGTERM": 143, "SIGHUP": 143, "SIGUSR1": 75}
 TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h, which requeueing scripts look for
 SIGNAL_NAMES = {"SIGINT": "Ctrl-C", "SIGBREAK": "Ctrl-Break", "SIGHUP": "the terminal was closed (SIGHUP)"}
 BEFORE_TRAINING = "before the first step"

@@ -1,0 +1,37 @@
+"""The exit codes of signals, and how a command ends that has nothing to finish first."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+# By name, as no system has all of these signals. SIGHUP: the terminal was closed. SIGBREAK: Windows' Ctrl-Break.
+EXIT_CODES = {"SIGINT": 130, "SIGBREAK": 130, "SIGTERM": 143, "SIGHUP": 143, "SIGUSR1": 75}
+
+
+CLEAN_UP: list[Callable[[], None]] = []  # called before the process ends
+
+
+def exit_on_signals() -> None:
+    """From here on, a signal to stop ends the process with one line and the signal's exit code.
+
+    Scripts call this before their slow imports: Python's own handlers would print a traceback, or end with other codes.
+    """
+    for name in EXIT_CODES:
+        number = getattr(signal, name, None)
+        # An ignored signal stays ignored, as nohup intends.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: Any) -> None:
+    """Ends the process without raising: modules that are being imported turn an exception into another one."""
+    name = signal.Signals(number).name
+    for clean_up in CLEAN_UP:
+        clean_up()
+    try:
+        os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by {name}\n".encode())
+    finally:  # the terminal may be gone
+        os._exit(EXIT_CODES[name])
