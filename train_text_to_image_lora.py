@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from text_to_image_lora import log
-from text_to_image_lora.command_line import Parser, hide_secrets
+from text_to_image_lora.command_line import Parser
 from text_to_image_lora.config_file import explains_file
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.libraries import hide_modules, quiet_libraries
@@ -123,7 +123,6 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 def main(settings: Settings) -> None:
     started = time.time()
     interruption.listen(settings.run.max_seconds)
-    hide_secrets(settings)
     trackers = settings.tracking.trackers
     check_launcher()
     quiet_libraries()

@@ -132,7 +132,7 @@ def test_nothing_imports_a_command():
 
 # Functions that assemble a run, and take all flags of a command. All others take a group of flags or plain values.
 ASSEMBLERS = {
-    "command_line": "iterate_flags flag_values recorded_values hide_secrets",
+    "command_line": "iterate_flags flag_values recorded_values",
     "drawing.grids": "make_grid",
     "training.accelerator": "make_accelerator",
     "training.batch_size": "settle _idle_in_steps",

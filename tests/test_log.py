@@ -14,6 +14,7 @@ from text_to_image_lora import log
 
 
 logger = logging.getLogger("text_to_image_lora.reports.anything")
+TEXT = "日本 é \u202e \x1b[2J \x9b2J"  # two orders to clear the screen, and one that turns the direction of writing
 
 
 def test_levels_have_their_streams_and_formats(capsys):
@@ -87,3 +88,73 @@ def test_a_terminal_of_unknown_size_shows_progress_bars(columns):
     bar = read_terminal(ours).replace("\r\n", "").split("\r")[-1]
     assert bar.startswith("training: 100%|")
     assert len(bar) == int(columns or 80)
+
+
+# A terminal that is gone, or that lacks letters.
+
+
+LINES = """
+import logging, sys
+from text_to_image_lora import log
+log.start()
+logging.getLogger("text_to_image_lora.x").info("a line " * 2000)
+logging.getLogger("text_to_image_lora.x").warning("a warning")
+print("printed " * 2000)
+print("bar", file=sys.stderr)
+open(sys.argv[1], "w").write("done")
+"""
+
+
+@pytest.mark.parametrize("stderr", ["shared", "own"])
+@pytest.mark.parametrize("where", ["pipe", "/dev/full", "closed"])
+def test_what_can_not_be_told_stops_nothing(tmp_path, where, stderr):
+    if where == "/dev/full" and not os.path.exists(where):
+        pytest.skip("this system has no /dev/full")
+    reading, writing = os.pipe()
+    if where == "/dev/full":
+        os.close(writing)
+        writing = os.open(where, os.O_WRONLY)
+    os.close(reading)  # nobody reads the pipe
+    command = [sys.executable, "-c", LINES, tmp_path / "done.txt"]
+    if where == "closed":
+        command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writing, stderr=writing if stderr == "shared" else subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert (tmp_path / "done.txt").read_text() == "done"
+    if stderr == "own":
+        assert done.stderr == "a warning\nbar\n"
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image_lora.py", "infer.py"])
+def test_help_can_be_cut_off(script):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", r"\u65e5\u672c \xe9 \u202e \x1b[2J \x9b2J"), ("cp1252", r"\u65e5\u672c é \u202e \x1b[2J \x9b2J"),
+     ("utf-8", r"日本 é \u202e \x1b[2J \x9b2J")],
+)  # fmt: skip
+def test_letters_that_a_terminal_lacks_and_orders_to_it_are_escaped(encoding, shown):
+    code = (
+        "import logging\nfrom text_to_image_lora import log\nfrom text_to_image_lora.errors import InputError\nlog.start()\n"
+        f"text = {ascii(TEXT)}\nlogging.getLogger('text_to_image_lora.x').info(text)\nprint(text)\n"
+        "import sys\nprint(InputError(text), file=sys.stderr)"
+    )
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=env)
+    assert done.stdout.decode(encoding).splitlines() == [shown, shown]
+    assert done.stderr.decode(encoding).splitlines() == [shown]
+
+
+def test_a_progress_bar_may_still_move_the_cursor():
+    code = "import sys\nfrom text_to_image_lora import log\nlog.start()\nsys.stderr.write('\\x1b[A\\r50%')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stderr == b"\x1b[A\r50%"

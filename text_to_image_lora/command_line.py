@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import log
 from .config_file import Conflict, FlagsOfFile, Remark, check_utf8, override_file, read_flags
 from .errors import InputError
+from .redaction import hide, hide_values, redact
 
 
 def installed_command() -> None:
@@ -125,7 +127,7 @@ def flag(
         type: The argparse type, such as `at_least(1)`; raises `argparse.ArgumentTypeError`.
         may_change: Whether the value may change when a run is resumed.
         recorded: Whether the trackers and the files of the run record the value.
-        secret: Whether the value is a secret, which is not recorded and is removed from `sys.argv`.
+        secret: Whether the value is a secret, which is not recorded, and is masked wherever it appears.
         title: The section of the flag in `--help` (default: the title of its group).
         options: Further arguments of `argparse.ArgumentParser.add_argument`, such as `choices` or `nargs`.
     """
@@ -164,14 +166,14 @@ def recorded_values(settings: Any) -> dict[str, Any]:
     """Maps flags to the values that files and trackers record: no secrets, and no None or empty lists."""
     values = flag_values(settings)
     recorded = [field.name for field, _ in iterate_flags(settings) if field.metadata["recorded"]]
-    return {name: values[name] for name in recorded if values[name] not in (None, [])}
+    return {name: redacted(values[name]) for name in recorded if values[name] not in (None, [])}
 
 
-def hide_secrets(settings: Any) -> None:
-    """Replaces the values of secret flags in `sys.argv`, which trackers record, by `***`."""
-    for field, value in iterate_flags(settings):
-        if field.metadata["secret"] and value:
-            sys.argv[:] = [word.replace(value, "***") for word in sys.argv]
+def redacted(value: Any) -> Any:
+    """Masks secrets in the plain data of a flag, see `redaction.redact`."""
+    if isinstance(value, list):
+        return [redacted(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -199,12 +201,15 @@ class Parser(argparse.ArgumentParser):
         self.remarks: list[Remark] = []
         self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
         self.from_file = FlagsOfFile("", {})
+        self.secrets: set[str] = set()  # the flags whose values are secrets
         self.register("type", Path, lambda text: Path(user_path(text)))
         if settings_class is None:
             return
         groups: list[Any] = [field.type for field in dataclasses.fields(settings_class)]
         self.conflicts = [conflict for group in groups for conflict in getattr(group, "conflicts", ())]
         self.remarks = [remark for group in groups for remark in getattr(group, "remarks", ())]
+        fields = [field for group in groups for field in dataclasses.fields(group)]
+        self.secrets = {f"--{field.name}" for field in fields if field.metadata["secret"]}
         by_title = {group.title: [] for group in groups}
         for group in groups:
             for field in dataclasses.fields(group):
@@ -252,9 +257,22 @@ class Parser(argparse.ArgumentParser):
             message = f"{refused[1]} {refused[2]}."
         raise InputError(message)
 
+    def take_words(self, argv: list[str] | None) -> list[str]:
+        """Returns the words of a command line (None: this process's), and hides their secrets, also in `sys.argv`.
+
+        Trackers record `sys.argv`.
+        """
+        log.protect_streams()  # --help may be read by `head`
+        words = list(sys.argv[1:] if argv is None else argv)
+        hide_values(words, self.secrets)
+        hide(os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"))
+        if argv is None:
+            sys.argv[1:] = map(redact, words)
+        return words
+
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses the flags in the file of `--config`, if there is one, and the flags on the command line, which override it."""
-        argv = list(sys.argv[1:] if argv is None else argv)
+        argv = self.take_words(argv)
         self.notes, self.from_file = [], FlagsOfFile("", {})
         if "--help" in argv or "-h" in argv:
             return self.parse_args(argv)
@@ -267,6 +285,8 @@ class Parser(argparse.ArgumentParser):
         if config is None:
             return self.parse_args(argv)
         words = read_flags(config, {name: action for name, action in actions.items() if name != "config"})
+        for part in words.values():
+            hide_values(part, self.secrets)
         try:
             self.parse_args([word for part in words.values() for word in part])
         except InputError as error:

@@ -1,16 +1,46 @@
 """Errors that the user can act on: each is reported in one line and has its own exit code."""
 
+import unicodedata
+
+from .redaction import redact
+
+
+# Change the direction of the text that follows, so that a name can look like another one.
+DIRECTIONS = {*"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+
+
+def visible(text: str) -> str:
+    """Replaces control characters but tabs and line breaks by escapes such as `\\x1b`, so that a terminal shows them.
+
+    Names of files, captions and text in pictures may contain sequences that terminals obey: to clear the screen, to change
+    its title, or to rewrite lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if letter in DIRECTIONS or (unicodedata.category(letter) == "Cc" and letter not in "\t\n\r")
+        else letter
+        for letter in text
+    )
+
 
 class InputError(Exception):
     """Invalid input. The message is one sentence with the remedy; commands print it on stderr and exit with `exit_code`."""
 
     exit_code = 2
 
+    def __str__(self):
+        return visible(redact(super().__str__()))
+
 
 class TrainingError(Exception):
     """A run that cannot continue. The message is one sentence with the remedy."""
 
     exit_code = 1
+
+    def __str__(self):
+        return visible(redact(super().__str__()))
 
 
 class NotANumberError(TrainingError):

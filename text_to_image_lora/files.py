@@ -14,6 +14,7 @@ from typing import Any
 
 from . import signals
 from .errors import InputError, TrainingError
+from .redaction import redact
 
 
 HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
@@ -202,9 +203,9 @@ def explaining_disk_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_whole(path: str | Path, data: str | bytes) -> None:
-    """Writes text (as UTF-8) or bytes completely or not at all, see `written_whole`."""
+    """Writes text (as UTF-8 and without secrets) or bytes completely or not at all, see `written_whole`."""
     with written_whole(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(redact(data).encode() if isinstance(data, str) else data)
 
 
 def write_new(path: Path, data: bytes) -> bool:

@@ -4,14 +4,66 @@ A module logs with `logging.getLogger(__name__)`; a command calls `start` once.
 """
 
 import contextlib
+import io
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import Any
+
+from .errors import visible
+from .redaction import redact
 
 
 PACKAGE = logging.getLogger(__package__)
+
+
+class _Terminal(io.FileIO):
+    """A raw stream that drops what can't be written: the words are lost, but not the work.
+
+    The reader of a pipe such as `| head -1` is gone, the disk of a log file is full, or the terminal was closed.
+    """
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+class _Redacted(io.TextIOWrapper):
+    """The text of stderr without secrets, which the tracebacks and warnings of libraries may contain."""
+
+    def write(self, text: str) -> int:
+        super().write(redact(text))
+        return len(text)
+
+
+class _Visible(_Redacted):
+    """The text of stdout, in which control characters are shown; only progress bars, on stderr, have to move the cursor."""
+
+    def write(self, text: str) -> int:
+        return super().write(visible(text))
+
+
+def protect_streams() -> None:
+    """Lets stdout and stderr accept every text: letters that their encoding lacks are escaped, and no write fails."""
+    for name, kind in (("stdout", _Visible), ("stderr", _Redacted)):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # it was closed; takes its number too, so that no other file gets it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115: it stays open
+            continue
+        is_protected = isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Terminal)
+        if stream is not getattr(sys, f"__{name}__") or is_protected:
+            continue  # it belongs to a test or to a notebook, or is protected already
+        with contextlib.suppress(OSError):
+            stream.flush()
+        options = {"encoding": stream.encoding, "errors": "backslashreplace", "line_buffering": stream.line_buffering}
+        raw = _Terminal(stream.fileno(), "w", closefd=False)
+        protected = kind(io.BufferedWriter(raw), **options)
+        setattr(sys, name, protected)
+        setattr(sys, f"__{name}__", protected)
 
 
 class LineHandler(logging.Handler):
@@ -27,7 +79,9 @@ class LineHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         warns = record.levelno >= logging.WARNING
         line = self.warning_formatter.format(record) if warns else super().format(record)
-        return line.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are not UTF-8
+        return visible(
+            redact(line.encode(errors="backslashreplace").decode())
+        )  # names may hold bytes that are not UTF-8
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -50,6 +104,7 @@ def start(main_process: bool = True, warning_format: str = "%(message)s") -> Non
         main_process: Whether this is the main process; the other processes write nothing.
         warning_format: The `logging.Formatter` format of warnings and errors.
     """
+    protect_streams()
     _give_bars_a_size()
     for handler in [*PACKAGE.handlers]:
         if isinstance(handler, LineHandler):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from text_to_image_lora.redaction import redact
 from text_to_image_lora.reports.numbers import read_numbers
 
 from .results import METRIC, losses_of, trial_dir
@@ -50,7 +51,7 @@ def run_trial(study, settings, trial, params, lock):
     number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
     output_dir.mkdir(exist_ok=True)
     command = make_command(settings, params, output_dir)
-    (output_dir / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    (output_dir / "command.txt").write_text(redact(shlex.join(command)) + "\n", encoding="utf-8")
     with open(output_dir / "log.txt", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,

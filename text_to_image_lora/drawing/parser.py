@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import re
-import sys
 from typing import Any
 
 from ..command_line import Parser
@@ -36,7 +35,7 @@ class DrawingParser(Parser):
         raise InputError(message)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv = list(sys.argv[1:] if argv is None else argv)
+        argv = self.take_words(argv)
         known = list(self._option_string_actions)
         given = [word.split("=")[0] for word in argv if re.match(r"--\w", word)]
         for name in given:

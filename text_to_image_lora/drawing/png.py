@@ -16,6 +16,7 @@ from ..config_file import read_yaml
 from ..errors import InputError
 from ..files import shorten_paths, write_new
 from ..models.samplers import SAMPLERS
+from ..redaction import redact
 from .rows import SETTINGS, Drawing
 from .settings import FromPictures, Model
 
@@ -217,7 +218,7 @@ def encode_png(image: Any, chunks: dict[str, Any]) -> bytes:
 
     info, data = PngInfo(), io.BytesIO()
     for key, value in chunks.items():
-        info.add_text(key, "" if value is None else str(value))
+        info.add_text(key, "" if value is None else redact(str(value)))
     image.save(data, "PNG", pnginfo=info)
     return data.getvalue()
 
