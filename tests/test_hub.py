@@ -1,9 +1,13 @@
 """The hub on a loopback port: what is uploaded, failed uploads, and datasets in the form of the hub."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
+from types import SimpleNamespace
 
 import datasets
 import httpx
@@ -11,7 +15,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from conftest import read_lora, read_metrics, read_records, run_command, write_pictures
+from conftest import ROOT, read_lora, read_metrics, read_records, run_command, write_pictures
 from loopback_hub import (
     FailingHub,
     Hub,
@@ -299,3 +303,93 @@ def test_a_hub_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypatch
                 files.ask_hub("owner/tiny", "model")
             assert len(server.seen) == 3
         server.given_up.set()
+
+
+class Dripping(Repositories):
+    """Sends a byte at a time, which no timeout between two pieces of an answer notices."""
+
+    def do_GET(self):
+        out = self.wfile
+
+        def drip(data):
+            for byte in data:
+                out.write(bytes([byte]))
+                if self.server.given_up.wait(0.1):
+                    break
+
+        self.wfile = SimpleNamespace(write=drip if self.drips() else out.write, flush=out.flush)
+        try:
+            super().do_GET()
+        finally:
+            self.wfile = out
+
+    def drips(self):
+        return self.path.startswith(self.server.slow)
+
+
+@pytest.mark.parametrize("slow", ["/api/models", "/owner/tiny/resolve"])
+def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(files, "ANSWER_SECONDS", 1)
+    folder = tmp_path / "root" / "owner" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{" + " " * 1000 + "}")
+    given_up = threading.Event()
+    with serving(Dripping, root=tmp_path / "root", slow=slow, given_up=given_up) as server:
+        with taken_for_the_hub(server), pytest.raises(TimeoutError, match="did not answer completely within 1 second"):
+            files.hub_file("owner/tiny", "config.json", cache_dir=tmp_path / "cache")
+        given_up.set()
+    assert not [path for path in (tmp_path / "cache").rglob("config.json") if path.stat().st_size == 1002]
+
+
+class Portal(Repositories):
+    """A captive portal: answers every request with its own page."""
+
+    def do_GET(self):
+        page = b"<html>Please log in</html>"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(page)))
+        for name, value in self.server.sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(page)
+
+    do_HEAD = do_GET
+
+
+class Truncated(Repositories):
+    """Announces more bytes than it sends."""
+
+    def send_header(self, name, value):
+        super().send_header(name, str(int(value) + 100) if name == "Content-Length" else value)
+
+    def do_GET(self):
+        super().do_GET()
+        self.close_connection = True
+
+    do_HEAD = Repositories.do_HEAD
+
+
+LIKE_THE_HUB = {"ETag": '"abc"', "X-Repo-Commit": "a" * 40}
+
+
+@pytest.mark.parametrize(("kind", "headers"), [(Portal, {}), (Portal, LIKE_THE_HUB), (Truncated, {})])
+@pytest.mark.parametrize("command", ["train", "infer"])
+def test_an_answer_that_is_not_the_hubs_is_one_line(tmp_path, pictures, kind, headers, command):
+    folder = tmp_path / "root" / "owner" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    flags = {
+        "train": ["train_text_to_image_lora.py", "--train_data_dir", pictures, "--resolution", 32],
+        "infer": ["infer.py", "--prompt", "a"],
+    }[command]
+    with serving(kind, root=tmp_path / "root", sent=headers) as server:
+        done = subprocess.run(
+            [sys.executable, *map(str, flags), "--pretrained_model_name_or_path", "owner/tiny", "--output_dir", tmp_path / "out"],
+            cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment(server, tmp_path),
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "owner/tiny" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "text_to_image_lora"
 SCRIPT = ROOT / "train_text_to_image_lora.py"
-GROUND = ("files", "errors", "log", "command_line", "config_file", "libraries")
+GROUND = ("files", "errors", "log", "command_line", "config_file", "libraries", "locks", "redaction", "signals")
 FLOORS = {
     "": 0,
     "pictures": 1,
@@ -134,6 +134,7 @@ def test_nothing_imports_a_command():
 ASSEMBLERS = {
     "command_line": "iterate_flags flag_values recorded_values",
     "drawing.grids": "make_grid",
+    "locks": "run",
     "training.accelerator": "make_accelerator",
     "training.batch_size": "settle _idle_in_steps",
     "training.caching": "fill",

@@ -51,8 +51,8 @@ def protect_streams() -> None:
     """Lets stdout and stderr accept every text: letters that their encoding lacks are escaped, and no write fails."""
     for name, kind in (("stdout", _Visible), ("stderr", _Redacted)):
         stream: Any = getattr(sys, name)
-        if stream is None:  # it was closed; takes its number too, so that no other file gets it
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115: it stays open
+        if stream is None:  # it was closed. The file stays open, so that no other file gets its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
             continue
         is_protected = isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Terminal)
         if stream is not getattr(sys, f"__{name}__") or is_protected:

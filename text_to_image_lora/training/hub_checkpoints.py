@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import reason_of, retry_timeouts, written_whole
+from ..files import ANSWER_SECONDS, reason_of, retry_timeouts, written_whole
 from . import checkpoint
 
 
@@ -69,7 +69,7 @@ def find_checkpoint(output_dir: Path | str, wanted: str, token: str | None) -> P
     repository, name = address.groups()
     local = checkpoint.find_newest_intact(checkpoint.list_checkpoints(output_dir))
     try:
-        names = retry_timeouts(lambda: _list_names_on_hub(repository, token))
+        names = retry_timeouts(lambda: _list_names_on_hub(repository, token), ANSWER_SECONDS)
     except Exception as error:  # the client's errors have no common base class
         if local is None or name is not None:
             raise InputError(
