@@ -10,6 +10,7 @@ merged, because its update depends on the base model. A1111 and ComfyUI apply Do
 """
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -218,7 +219,11 @@ def main(args):
     header = merge_headers(sources, headers) if args.merge else headers[0]
     if args.rank is not None:
         components = resize(components, args.rank)
-    verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
+    try:
+        verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
+    except BaseException:  # what could not be read back, or was not finished; nothing was there before
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        raise
     print(f"{out} ({dialect} format): {verified}")
     if dialect == "peft" and (settings := as_trained.describe(header)):
         print(

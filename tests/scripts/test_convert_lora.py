@@ -469,3 +469,24 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
     assert "--merge LORA" in run("--help").stdout
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "peft"])
+def test_what_can_not_be_read_back_is_not_left_behind(ours, tmp_path, monkeypatch, dialect):
+    out = tmp_path / ("folder" if dialect == "peft" else "out.safetensors")
+    read, paths = lora_file.load_lora, []
+
+    def damaged(path):
+        components, header = read(path)
+        paths.append(path)
+        if path == out:  # the disk returns other weights than were written
+            for state_dict in components.values():
+                for value in state_dict.values():
+                    value *= 1.5
+        return components, header
+
+    monkeypatch.setattr(lora_file, "load_lora", damaged)
+    with pytest.raises(TrainingError, match="differs by"):
+        convert(ours, out, "--to", dialect)
+    assert out in paths
+    assert not out.exists()
