@@ -26,7 +26,7 @@ def demo_flags():
 def test_the_demos_flags_are_known(monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = train_script.parse_settings([*demo_flags(), "--output_dir", "x"])
-    assert settings.batches.max_train_steps == 1200
+    assert settings.batches.max_train_steps == 1000
 
 
 @pytest.fixture(scope="module")

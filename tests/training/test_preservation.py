@@ -204,7 +204,7 @@ def test_preservation_holds_the_lora_back_where_the_concept_is_not_named(train, 
     options = COMMON | dict(train_data_dir=folder, max_train_steps=60, checkpointing_steps=0, train_batch_size=4)
     runs = {
         "kept": train(output_dir=tmp_path / "kept", **options | dict(preservation_share=1.0, preservation_weight=4.0)),
-        "plain": train(output_dir=tmp_path / "plain", **options | dict(preservation=None, concept_phrases=None)),
+        "plain": train(output_dir=tmp_path / "plain", **options | dict(preservation="none", concept_phrases=None)),
     }
     loaded = load_components(find_base_model(str(tiny_sd)), torch.float32)
     noise, timesteps = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 120

@@ -190,7 +190,7 @@ class RunReports:
         files = []
         if ending is None:
             step = self.run.state.global_step
-            preserves = self.settings.preservation.preservation is not None
+            preserves = self.settings.preservation.preserves
             lines = (
                 self.judge.describe_early_stop(step, self.run.num_steps), self.judge.summarize(step),
                 self.judge.advise(preserves=preserves),

@@ -104,7 +104,7 @@ def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> 
 
 def make_concept_remover(settings: Any, records: Any) -> ConceptRemover | None:
     """Returns what removes the concept from the captions of records for --preservation, or None without it."""
-    return None if settings.preservation.preservation is None else find_concept(settings, records)
+    return find_concept(settings, records) if settings.preservation.preserves else None
 
 
 def concept_of_run(settings: Any, records: Any) -> ConceptRemover | None:
@@ -113,7 +113,7 @@ def concept_of_run(settings: Any, records: Any) -> ConceptRemover | None:
     Returns None if the run does neither, or if no flag and no folder names the concept.
     """
     preservation, remove_concept = settings.preservation, find_concept(settings, records)
-    if preservation.preservation is not None:
+    if preservation.preserves:
         return remove_concept
     named = remove_concept.phrases or remove_concept.prompt is not None
     return remove_concept if named and settings.validation.validates else None
@@ -123,7 +123,7 @@ def check_concept(settings: Any, records: Any, captions: list[str]) -> None:
     """Logs what captions become without the concept; raises `InputError` if it can't be left out, but a flag needs that."""
     remove_concept = concept_of_run(settings, records)
     if remove_concept is not None:
-        check_concept_remover(remove_concept, captions, trains=settings.preservation.preservation is not None)
+        check_concept_remover(remove_concept, captions, trains=settings.preservation.preserves)
     elif settings.validation.max_drift is not None:
         raise InputError("--max_drift: nothing names the concept. Name it by --concept_phrases as the captions do.")
 

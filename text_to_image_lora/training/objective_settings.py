@@ -71,12 +71,17 @@ class PreservationSettings:
     """Preservation of how the base model draws prompts without the concept."""
 
     title: ClassVar = "preservation"
+    # With --preservation none on the command line, the phrases of a recipe are ignored where nothing else needs them.
+    conflicts: ClassVar = tuple(
+        Conflict("preservation", name, clash=lambda flags: not _needs_concept(flags), one_way=True)
+        for name in ("concept_phrases", "preservation_prompt")
+    )
     remarks: ClassVar = tuple(
-        Remark(name, "has no effect without --preservation", lambda flags: flags["preservation"] is None)
+        Remark(name, "has no effect without --preservation", lambda flags: flags["preservation"] == "none")
         for name in ("preservation_weight", "preservation_share")
     )
     # fmt: off
-    preservation: str | None = flag(None, "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["output"])
+    preservation: str = flag("none", "output: train some samples a second time under their caption without the concept, with the base model's own prediction as the target, so that prompts without the concept are drawn as by the base model", choices=["none", "output"])
     preservation_weight: float = flag(1.0, "weight of the preservation loss; the diffusion loss has weight 1", above(0))
     preservation_share: float = flag(0.25, "proportion of the samples that are trained a second time; a smaller one is faster", above_up_to(0, 1))
     concept_phrases: tuple[str, ...] = flag((), "phrases that name the concept in captions and are left out for --preservation, to measure the drift, and for the prompts of --num_class_images, such as 'with pink blossoms' (default: --trigger_word, or the trigger of folders named [trigger]_[class])", nargs="+", metavar="TEXT")
@@ -84,8 +89,12 @@ class PreservationSettings:
     # fmt: on
 
     @property
+    def preserves(self) -> bool:
+        return self.preservation != "none"
+
+    @property
     def share(self) -> float:
-        return 0.0 if self.preservation is None else self.preservation_share
+        return self.preservation_share if self.preserves else 0.0
 
     @property
     def sample_weight(self) -> float:
@@ -106,19 +115,25 @@ class PreservationSettings:
 
     def check(self, settings):
         validates = settings.validation.validates
-        if self.preservation is None and self.preservation_prompt is not None and not validates:
+        if not self.preserves and self.preservation_prompt is not None and not validates:
             raise InputError(
                 "--preservation_prompt is only used for --preservation, and to measure the drift of validated runs: add "
                 "--preservation output or --validation_split 0.1."
             )
         used = validates or settings.class_pictures.from_captions
-        if self.preservation is None and self.concept_phrases and not used:
+        if not self.preserves and self.concept_phrases and not used:
             raise InputError(
                 "--concept_phrases is only used for --preservation, for --num_class_images without --class_prompt, and to "
                 "measure the drift of validated runs: add --preservation output or --validation_split 0.1."
             )
         if any(not phrase.strip() for phrase in self.concept_phrases):
             raise InputError("--concept_phrases contains an empty text: write the words that name the concept.")
+
+
+def _needs_concept(flags):
+    """Whether a run with these flags has to know what names the concept in captions."""
+    validates = flags["validation_split"] or flags["validation_data_dir"]
+    return flags["preservation"] != "none" or validates or flags["num_class_images"]
 
 
 NO_PRESERVATION = PreservationSettings()

@@ -128,6 +128,7 @@ def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed:
         "text_encoder_rank": text_rank if lora_settings.train_text_encoder else None,
         "optimizer": settings.optimizer.name,
         "loraplus": settings.optimizer.loraplus_lr_ratio is not None,
+        "preservation": settings.preservation.preservation if settings.preservation.preserves else None,
         "perceptual_loss_weight": settings.loss.perceptual_weight,
         "effective_batch_size": sampler.effective_batch_size,
         "dataset": pictures.fingerprint([sampler.samples.tolist(), sampler.groups.tolist()]),
