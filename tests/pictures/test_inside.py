@@ -359,3 +359,22 @@ def test_a_table_of_too_many_columns(tmp_path):
 def test_a_row_that_is_nested_without_end(tmp_path, line):
     folder = make_set(tmp_path / "set", metadata_jsonl=line)
     assert refusal_of(read_records, folder).startswith(f"{folder}/metadata.jsonl:1: this line is not JSON")
+
+
+# Numbers that would take all memory or processes of the machine.
+
+
+@pytest.mark.parametrize(
+    ("flag", "most"),
+    [
+        ("cache_variations", 1000), ("dataloader_num_workers", 256), ("tag_variations", 1000), ("num_class_images", 100_000),
+        ("sample_batch_size", 1024), ("resolution", 16384), ("bucket_max_size", 16384), ("bucket_step", 16384),
+    ],
+)  # fmt: skip
+def test_flags_have_an_upper_bound(flag, most):
+    from train_text_to_image_lora import build_parser
+
+    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "y"]
+    assert vars(build_parser().parse([*words, f"--{flag}", str(most)]))[flag] == most
+    message = refusal_of(build_parser().parse, [*words, f"--{flag}", str(most + 1)])
+    assert message.startswith(f"--{flag} {most + 1}: it must be from ")

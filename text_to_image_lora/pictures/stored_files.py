@@ -1,15 +1,18 @@
 """The files of a dataset of the `datasets` library in a folder: which are read, and whether all of them are in the folder."""
 
+import contextlib
 import itertools
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import InputError
 from ..files import printable
+from .archives import check_tar
 from .inside import check_file, read_text_file
 from .tables import check_rows, shortened
 
@@ -42,6 +45,9 @@ def check_data_files(by_split: Any, homes: tuple[Path, ...]) -> None:
     count = 0
     for path in map(Path, itertools.chain(*(by_split or {}).values())):
         check_file(path, homes)
+        if path.suffix.lower() == ".tar" and path.is_file():
+            with contextlib.suppress(tarfile.TarError, EOFError):  # the library says what is wrong with the file
+                check_tar(path)
         if path.suffix.lower() == ".parquet":
             try:
                 count += pyarrow.parquet.read_metadata(path).num_rows
