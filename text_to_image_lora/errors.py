@@ -65,6 +65,12 @@ class Stopped(BaseException):
         return f"{self.reason}: stopped {self.where}. Run the same command again to resume."
 
 
+def message_of(error: InputError | TrainingError) -> str:
+    """Returns the message; a `DataLoader` adds the traceback of its worker process in front of it."""
+    text = str(error)
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip() if text.startswith("Caught ") else text
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any library means that the memory of the device or of the machine is exhausted."""
     # In this order: CUDA and MPS; cuBLAS and cuDNN; PyTorch's CPU allocator on Linux; its CPU allocator on Windows.

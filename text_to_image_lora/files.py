@@ -58,9 +58,15 @@ def read_text(file: str | Path) -> str:
     """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails."""
     try:
         data = Path(file).read_bytes()
-        return _decode(data)
     except OSError as error:
         raise InputError(f"{printable(file)}: it can't be read ({error.strerror}).") from error
+    return decode_text(file, data)
+
+
+def decode_text(file: str | Path, data: bytes) -> str:
+    """Decodes the content of a text file as `read_text` does."""
+    try:
+        return _decode(data)
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8 text: byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise InputError(f"{printable(file)}: it can't be read ({reason}). Save it again as UTF-8.") from error

@@ -7,7 +7,7 @@ from conftest import write_pictures
 from infer_fixtures import difference, draw
 from PIL import Image
 
-from text_to_image_lora.drawing import find, pipeline
+from text_to_image_lora.drawing import as_trained, find, pipeline
 from text_to_image_lora.drawing.as_trained import settle
 
 
@@ -100,3 +100,9 @@ def test_clip_skip(model, write_lora, compared, tmp_path, capsys):
     (path,) = tmp_path.iterdir()
     assert Image.open(path).text["clip_skip"] == "1"
     assert Image.open(path).text["parameters"].endswith("Clip skip: 2")
+
+
+@pytest.mark.parametrize("text", ["1000000", "11", "9" * 5000])
+def test_a_header_cannot_ask_for_any_number_of_chunks(text):
+    assert as_trained.describe({"num_chunks": "10"}) == "10 chunks per prompt"
+    assert as_trained.describe({"num_chunks": text}) == ""

@@ -10,6 +10,7 @@ from infer_fixtures import difference, draw
 from safetensors.torch import save_file
 
 from text_to_image_lora.drawing import find, loras, pipeline
+from text_to_image_lora.drawing.rows import Lora
 from text_to_image_lora.models.dialects import WEIGHTS_NAME
 from text_to_image_lora.models.lora_file import ADAPTER_METADATA_KEY
 
@@ -117,3 +118,22 @@ def test_a_lora_whose_name_is_in_capital_letters(model, lora, compared, tmp_path
     path.write_bytes((Path(lora) / WEIGHTS_NAME).read_bytes())
     (drawn,) = draw(model, tmp_path / "out", "--lora", path).values()
     assert difference(drawn, compared[1]) <= 1
+
+
+EVIL = "(([a-z0-9_.]+)+)+X"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"target_modules": EVIL}, {"exclude_modules": EVIL}, {"layers_pattern": EVIL, "layers_to_transform": [0]},
+        {"alpha_pattern": {EVIL: 2}}, {"rank_pattern": {EVIL: 2}}, {"target_parameters": [EVIL]},
+    ],
+)  # fmt: skip
+def test_peft_gets_no_regular_expression_of_a_header(tmp_path, field):
+    """Stock diffusers would compile it; such files go through our converter, which reads names only."""
+    shapes = {f"unet.mid_block.to_q.lora_{leaf}.weight": (4, 4) for leaf in "AB"}
+    plain = {"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {}, "unet.alpha_pattern": {}}
+    for changes, read in (({}, True), ({f"unet.{name}": value for name, value in field.items()}, False)):
+        header = {ADAPTER_METADATA_KEY: json.dumps(plain | changes)}
+        assert loras.stock_reads(Lora("a", tmp_path / "a.safetensors", 1.0, "a", shapes, header)) is read

@@ -1,6 +1,7 @@
 """PNG files contain their parameters, for other programs and for drawing them again."""
 
 import json
+import os
 import re
 
 import pytest
@@ -153,3 +154,57 @@ def test_another_library_reads_the_parameters(repeated):
     (sampler,) = found.samplers
     assert (sampler.name, sampler.parameters["seed"], sampler.parameters["cfg_scale"]) == ("Euler a", "3", "7.5")
     assert [model.name for model in found.models] == ["tiny"]
+
+
+def changed(picture, path, batch=None, **flags):
+    """Writes a picture whose file records other flags, or another batch."""
+    repeat = json.loads(picture.text["repeat"])
+    repeat["flags"] |= {name: [value] for name, value in flags.items()}
+    return with_chunks(picture, path, repeat=json.dumps(repeat | ({"batch": batch} if batch else {})))
+
+
+@pytest.mark.parametrize("prompt", ["secret.txt", "no such file.txt", "/dev/zero.txt", "a dog --steps 900 --seed 5"])
+def test_a_recorded_prompt_is_read_literally(repeated, tmp_path, monkeypatch, capsys, prompt):
+    """It is not the name of a file, and is not followed by options."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.txt").write_text("the secret")
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    path = changed(picture, tmp_path / "cat.png", prompt=prompt)
+    infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+    (drawn,) = (tmp_path / "out").iterdir()
+    assert Image.open(drawn).text["prompt"] == prompt
+    assert Image.open(drawn).text["seed"] == picture.text["seed"]
+
+
+RECORDED = {
+    "a batch": (dict(batch=[1_000_000, 0]), "records a batch of 1,000,000 pictures; at most 1,024 are drawn"),
+    "steps": (dict(num_inference_steps="1000000000"), "it must be a whole number from 1 to"),
+    "a height": (dict(height="800000"), "it must be a whole number, a multiple of 8, from 8 to 16384"),
+    "a width": (dict(width="80000000000"), "it must be a whole number, a multiple of 8, from 8 to 16384"),
+    "a device": (dict(image="/dev/zero"), "is no regular file"),
+    "a pipe": (dict(vae="pipe"), "is no regular file"),
+    "a LoRA": (dict(lora="/dev/zero:1"), "is no regular file"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_what_a_picture_records_has_limits(repeated, tmp_path, monkeypatch, capsys, case):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    changes, reason = RECORDED[case]
+    path = changed(Image.open(repeated / "02-a-cat-seed3.png"), tmp_path / "cat.png", **changes)
+    with pytest.raises(SystemExit) as stop:
+        infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (2, 1)
+    assert reason in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 500_000, '{"flags":' * 100_000, '{"flags": {"seed": ' + "[" * 100_000])
+def test_a_record_that_is_nested_without_end(repeated, tmp_path, capsys, text):
+    path = with_chunks(Image.open(repeated / "02-a-cat-seed3.png"), tmp_path / "cat.png", repeat=text)
+    with pytest.raises(SystemExit) as stop:
+        infer.main(["--from_png", str(path)])
+    assert stop.value.code == 2
+    assert "only pictures that infer.py drew do" in capsys.readouterr().err

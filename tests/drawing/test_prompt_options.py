@@ -1,6 +1,7 @@
 """Prompts: which values are files, and which syntax is read literally."""
 
 import logging
+import time
 
 import pytest
 
@@ -93,3 +94,19 @@ def test_the_note_comes_once_per_command(caplog):
     grids.plan(Drawing(negative_prompt="BREAK"), grids.arrange({}, prompts, 3, []))
     (record,) = caplog.records
     assert "(red:1.0), BREAK, (red:1.1)" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 200_000 + "x",
+        "a --n" + " " * 200_000 + "b" + " " * 200_000 + "c",
+        "(a:" + "1" * 100_000,
+        "[:" + "1" * 100_000,
+    ],
+)
+def test_no_text_takes_long_to_parse(text):
+    started = time.monotonic()
+    prompt = parse_prompt(text, "--prompt")
+    note_of_a1111s_syntax([prompt.text])
+    assert time.monotonic() - started < 5

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
+from conftest import refusal_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -272,3 +273,35 @@ def test_load_lora_refuses_what_it_cannot_read_in_one_line(tmp_path, content):
         lora_file.load_lora(tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+EVIL = "(([a-z0-9_.]+)+)+X"
+
+
+@pytest.mark.parametrize("pattern", [EVIL, "(((", ".*to_q", "to_[qk]", "x" * 10**6 + "+"])
+def test_a_regular_expression_in_a_header_is_refused(tmp_path, pattern):
+    """It is never compiled, because some of them take for ever."""
+    weights = {f"unet.mid_block.to_q.lora_{leaf}.weight": torch.zeros(2, 2) for leaf in "AB"}
+    stored = {"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 1}}
+    safetensors.torch.save_file(
+        weights, tmp_path / "a.safetensors", {lora_file.ADAPTER_METADATA_KEY: json.dumps(stored)}
+    )
+    message = refusal_of(lora_file.load_lora, tmp_path / "a.safetensors")
+    assert "its alpha_pattern contains a regular expression" in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("to_q", {"a.to_q", "to_q"}),
+        ("a.to_q", {"a.to_q"}),
+        ("^to_q", {"to_q"}),
+        ("to_k|b", {"a.to_k", "b"}),
+        ("o_q", set()),
+    ],
+)
+def test_names_in_a_pattern_mean_what_peft_means(pattern, names):
+    for module in ("a.to_q", "to_q", "a.to_k", "b"):
+        assert lora_file.is_named(module, pattern) == (module in names)
+        assert bool(re.match(rf"(.*\.)?({pattern})$", module)) == (module in names)  # peft's own rule

@@ -192,3 +192,37 @@ def test_a_folder_with_an_archive_in_it(tmp_path, folder):
     with pytest.raises(InputError, match=r"Pass the archive: .*pictures\.zip"):
         read_records(tmp_path, archive_dir=folder)
     assert (tmp_path / "pictures.zip").exists()
+
+
+def header_of(kind, size):
+    """A header of a .tar that says that a name, or other text that is read into memory, has this size."""
+    member = tarfile.TarInfo("header")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+HEADERS = [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE]
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_name_in_a_tar_that_takes_all_memory(tmp_path, refusal, kind):
+    """The header alone is refused: the text behind it is not read."""
+    (tmp_path / "a.tar").write_bytes(header_of(kind, 6 * 2**30) + bytes(1024))
+    assert "a name in it has 6,442,450,944 bytes, more than the limit of 65,536" in refusal(tmp_path / "a.tar")
+    with pytest.raises(InputError, match="a name in it has"):
+        archives.check_tar(tmp_path / "a.tar")
+
+
+def test_a_tar_with_holes(tmp_path, refusal):
+    (tmp_path / "a.tar").write_bytes(header_of(tarfile.GNUTYPE_SPARSE, 0) + bytes(1024))
+    assert "its members have holes" in refusal(tmp_path / "a.tar")
+
+
+def test_folders_in_a_tar_are_counted(tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr(archives, "MOST_FILES", 3)
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{i}")
+            member.type = tarfile.DIRTYPE
+            file.addfile(member)
+    assert "it has more than 3 files" in refusal(tmp_path / "a.tar")

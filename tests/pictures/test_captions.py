@@ -1,5 +1,6 @@
 """Captions with a trigger word, shuffled tags or caption dropout, which are equal with and without the cache."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from text_to_image_lora.models.loading import find_base_model
-from text_to_image_lora.pictures.captions import edit_caption, tag_variations, vary_tags
+from text_to_image_lora.pictures.captions import edit_caption, leave_out_phrase, tag_variations, vary_tags
 from text_to_image_lora.pictures.settings import CaptionSettings
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.data import Draws, TrainingSet
@@ -199,3 +200,10 @@ def test_a_caption_that_is_longer_than_any_is_refused_by_name(train, tmp_path):
     assert not (tmp_path / "out").exists()
     write_pictures(folder, count=2, captions=["a cat", "axe " * 750])
     assert read_metrics(train(train_data_dir=folder, long_prompts=True))
+
+
+@pytest.mark.parametrize("caption", ["a sks" + " " * 200_000 + "x", "sks" + " " * 200_000, ("sks" + " " * 1000) * 200])
+def test_spaces_take_no_time(caption):
+    started = time.monotonic()
+    assert "sks" not in leave_out_phrase(caption, "sks")
+    assert time.monotonic() - started < 5

@@ -305,7 +305,7 @@ def test_a_mask_that_is_a_link_out_of_the_folder(tmp_path, load, layout):
     (folder / "axe_0.mask.png").symlink_to(folder / "hidden" / "0.mask.png")
     assert load(folder)[0]["mask"]["path"] == f"{folder}/axe_0.mask.png"
     (folder / "axe_1.mask.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(InputError, match=r"axe_1\.mask\.png: it is a link out of the dataset folder\. Copy the mask"):
+    with pytest.raises(InputError, match=r"axe_1\.mask\.png: it is a link out of the dataset folder\. Copy the file"):
         load(folder, leave_out=print)
 
 

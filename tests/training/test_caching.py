@@ -18,7 +18,7 @@ from conftest import batch_sampler, make_picture_set, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
 
-from text_to_image_lora.errors import InputError
+from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import latents
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.latents import LatentEncoder
@@ -31,7 +31,8 @@ from text_to_image_lora.pictures.settings import AugmentationSettings
 from text_to_image_lora.pictures.transforms import apply_variation, draw_variation
 from text_to_image_lora.training import caching
 from text_to_image_lora.training.batches import Sample
-from text_to_image_lora.training.data import Draws, TrainingSet
+from text_to_image_lora.training.data import Draws, TrainingSet, make_loader
+from text_to_image_lora.training.ending import end
 from text_to_image_lora.training.shards import Shard, ShardReader, check_free_disk, fill_shards
 
 
@@ -102,9 +103,9 @@ def build(base, encoders, tmp_path):
 
     def run(
         folder, where=tmp_path / "cache", text_encoder=models_of_base[0], vae=models_of_base[1], clip_skip=None,
-        latent_dtype=torch.float32, prompt_dtype=torch.float32, variations=4, **changes,
+        latent_dtype=torch.float32, prompt_dtype=torch.float32, variations=4, examined=None, **changes,
     ):  # fmt: skip
-        pictures = make_picture_set(folder, **dict(random_flip=True) | changes)
+        pictures = examined or make_picture_set(folder, **dict(random_flip=True) | changes)
         captions = [caption for group in pictures.captions for caption in group]
         encoder = prompt_encoder(tokenizer, text_encoder, clip_skip, prompt_dtype)
         cache = caching.Cache(where, base, LatentEncoder(vae, latent_dtype), encoder)
@@ -303,6 +304,57 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(
     assert equal_content(after, build(pictures, tmp_path / "fresh", **options))
     if latents or prompts:
         assert not equal_content(after, before)
+
+
+def swap_picture(folder):
+    shutil.copy(folder / "1.png", folder / "0.png")
+
+
+def swap_after_the_first_shard(folder):
+    shutil.copy(folder / "1.png", folder / "5.png")
+
+
+def swap_mask(folder):
+    Image.new("L", (60, 48), 0).save(folder / "0.mask.png")
+
+
+def rewrite_picture(folder):
+    with Image.open(folder / "0.png") as image:
+        image.save(folder / "0.png", compress_level=1)
+
+
+@pytest.mark.parametrize("swap", [swap_picture, swap_after_the_first_shard, swap_mask, rewrite_picture])
+def test_only_what_was_examined_is_encoded(build, pictures, tmp_path, swap):
+    """Otherwise the latents of one picture would stay in the cache under the hash of another."""
+    Image.new("L", (60, 48), 255).save(pictures / "0.mask.png")
+    undisturbed = build(pictures, where=tmp_path / "undisturbed")
+    kept = {path: path.read_bytes() for path in pictures.iterdir()}
+    examined = make_picture_set(pictures, random_flip=True)
+    swap(pictures)
+    with pytest.raises(
+        TrainingError, match=r"png': the picture or its mask was changed .* Run the same command again\.$"
+    ):
+        build(pictures, examined=examined)
+    for path, data in kept.items():
+        path.write_bytes(data)
+    assert equal_content(build(pictures), undisturbed)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_pictures_that_are_not_cached_are_those_that_were_examined(base, pictures, num_workers, capsys):
+    """A worker's error is one line too."""
+    examined = make_picture_set(pictures)
+    swap_picture(pictures)
+    training_set = TrainingSet(examined, base, Draws(0, 1000))
+    loader = make_loader(training_set, [[Sample(0, 0, 0, 1.0)]], num_workers, torch.device("cpu"))
+    with pytest.raises(TrainingError) as caught:
+        next(iter(loader))
+    with pytest.raises(SystemExit) as ended:
+        end(caught.value, "train.py", lambda: "")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.py: {pictures}/")
+    assert line.endswith("was changed after the run had examined it. Run the same command again.")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..models.samplers import NO_ZERO_SNR
+from ..models.settings import MOST_CHUNKS
 from .find import Base, vae_channels
 from .rows import Lora
 
@@ -29,16 +30,16 @@ class Entry(NamedTuple):
     description: str  # in messages; {} stands for the value
 
 
-def _at_least(least):
-    return lambda text: int(text) if text.isdecimal() and int(text) >= least else None
+def _between(least, most):
+    return lambda text: int(text) if text.isdecimal() and len(text) < 19 and least <= int(text) <= most else None
 
 
 ENTRIES = {  # {field of `AsTrained`: entry}
     "prediction_type": Entry("prediction_type", {"epsilon": "epsilon", "v_prediction": "v_prediction"}.get, "{}"),
     "zero_snr": Entry("rescale_betas_zero_snr", {"True": True}.get, "zero terminal SNR"),
     "long_prompts": Entry("long_prompts", {"True": True}.get, "long prompts"),
-    "num_chunks": Entry("num_chunks", _at_least(2), "{} chunks per prompt"),
-    "clip_skip": Entry("clip_skip", _at_least(1), "clip skip {}"),
+    "num_chunks": Entry("num_chunks", _between(2, MOST_CHUNKS), "{} chunks per prompt"),
+    "clip_skip": Entry("clip_skip", _between(1, 10**18), "clip skip {}"),
     "vae": Entry(
         "pretrained_vae_model_name_or_path", lambda text: text if text not in ("", "None") else None, "the VAE {}"
     ),

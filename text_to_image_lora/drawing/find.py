@@ -193,7 +193,7 @@ def _newest_of_run(folder):
             logger.warning(f"{error} An older LoRA of the run is looked for.")
             continue
         # Files of diffusers' scripts do not record the step, but their checkpoints are named after it.
-        steps[file] = int(step) if step.isdecimal() else int(name[2]) * (name[1] == "checkpoint")
+        steps[file] = int(step) if step.isdecimal() and len(step) < 19 else int(name[2]) * (name[1] == "checkpoint")
     if not steps:
         names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")[:3])
         reason = f"contains no {WEIGHTS_NAME} (found: {names or 'no LoRA files'}). Pass the LoRA file itself."

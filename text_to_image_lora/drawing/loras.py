@@ -18,6 +18,8 @@ STOCK_KEY = re.compile(
     rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)"
 )
 
+# Fields of peft's `LoraConfig` that choose layers by regular expressions, as does a `target_modules` that is no list.
+PATTERNS = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters")
 ATTENTION_OF_TEXT = re.compile(r"\.self_attn\.(q|k|v|out)_proj(\.|$)")
 
 
@@ -66,7 +68,7 @@ def stock_reads(lora: Lora) -> bool:
             and (not stored or _is_plain(stored, component, *ranks[component], *found.values()))
             for component, found in layers.items()
         )
-    except (ValueError, AttributeError):  # not the JSON that diffusers writes
+    except (ValueError, AttributeError, RecursionError):  # not the JSON that diffusers writes
         return False
 
 
@@ -77,7 +79,8 @@ def _is_plain(stored, component, rank, leaves, *_):
         config.get("r") == rank
         and isinstance(config.get("lora_alpha"), int | float)
         and config.get("rank_pattern") == config.get("alpha_pattern") == {}
-        and not config.get("use_rslora")
+        and isinstance(config.get("target_modules", []), list)
+        and not any(config.get(name) for name in ("use_rslora", *PATTERNS))
         and bool(config.get("use_dora")) == ("lora_magnitude_vector.weight" in leaves)
         and bool(config.get("lora_bias")) == ("lora_B.bias" in leaves)
     )

@@ -8,6 +8,7 @@ from typing import Any
 from ..command_line import Parser
 from ..errors import InputError
 from .png import PATHS, locate, read_repeat
+from .prompts import RecordedPrompt
 from .rows import nearest
 
 
@@ -51,6 +52,9 @@ class DrawingParser(Parser):
         wanted = recorded - {*given}
         for name in [name for name in stored if name in wanted and name[2:] in PATHS]:
             stored[name] = [locate(name[2:], word, flags.from_png) for word in stored[name]]
-        return self.parse_args(
+        flags = self.parse_args(
             [f"{name}={w}" for name, words in stored.items() if name in wanted for w in words] + argv
         )
+        if "--prompt" in wanted and flags.prompt is not None:
+            flags.prompt = [RecordedPrompt(text) for text in flags.prompt]
+        return flags

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..files import shorten_paths, write_new
 from ..models.samplers import SAMPLERS
 from ..redaction import redact
-from .rows import SETTINGS, Drawing
+from .rows import MOST_BATCH, SETTINGS, Drawing
 from .settings import FromPictures, Model
 
 
@@ -105,6 +105,8 @@ def locate(flag: str, recorded: str, picture: Path) -> str:
     run, which is the LoRA, and whose run.yaml knows the base model. Raises `InputError` if nothing is found.
     """
     name, colon, strength = recorded.rpartition(":") if flag == "lora" else (recorded, "", "")
+    if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):  # a device or a pipe never ends
+        raise InputError(f"--{flag} {name}, which {picture} records, is no regular file. Pass --{flag} with the path.")
     if not name.startswith("./") or os.path.exists(name):
         return recorded
     for folder in picture.absolute().parents:
@@ -186,10 +188,14 @@ def read_repeat(path: Path) -> Repeat:
         raise InputError(f"--from_png {path} can't be read: {reason}.") from error
     if "command" in text:
         raise InputError(f"--from_png {path} is a sheet of pictures, which was drawn by: {text['command']}")
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
         stored = json.loads(text["repeat"])
         flags = {name: [str(word) for word in words] for name, words in stored["flags"].items()}
         size, place = map(int, stored["batch"])
+        if size > MOST_BATCH:
+            raise InputError(
+                f"--from_png {path} records a batch of {size:,} pictures; at most {MOST_BATCH:,} are drawn."
+            )
         if 0 <= place < size:
             return Repeat(flags, dict(stored["sha256"]), dict(stored["machine"]), (size, place))
     raise InputError(f"--from_png {path} does not say how to draw it again: only pictures that infer.py drew do.")

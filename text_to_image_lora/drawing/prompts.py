@@ -13,6 +13,10 @@ from ..files import read_text
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
 
 
+class RecordedPrompt(str):
+    """The prompt that a picture records: read literally, never as the name of a file or as options."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, the options that followed it {field of `Drawing`: value}, and the line as it was written."""
@@ -30,10 +34,10 @@ def parse_prompt(line: str, where: str) -> Prompt:
 
     Raises `InputError` for an unknown option or an invalid value; its message starts with `where`, the line's origin.
     """
-    text, *options = re.split(r"(?:^|\s)\s*--(?=[A-Za-z])", line)
+    text, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line)
     found = {}
     for option in options:
-        name, value = re.findall(r"\A([\w-]+)[\s=]*(.*?)\s*\Z", option, re.DOTALL)[0]
+        name, value = re.findall(r"\A([\w-]+)[\s=]*+(.*)", option.rstrip(), re.DOTALL)[0]
         field = OPTIONS_OF_PROMPTS.get(name.replace("-", "_"))
         if field is None:
             known = [name for name in OPTIONS_OF_PROMPTS if len(name) > 1]
@@ -55,6 +59,9 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
     """
     prompts = []
     for value in values:
+        if isinstance(value, RecordedPrompt):
+            prompts.append(Prompt(value, {}, value))
+            continue
         path = Path(user_path(value))
         if not value.lower().endswith(".txt") or (is_sentence(value) and not is_file(path)):
             prompts.append(parse_prompt(value, flag))
@@ -86,7 +93,9 @@ def is_file(path: Path) -> bool:
 
 # Weights such as (red:1.3), networks such as <lora:x:0.8>, BREAK, and the change of a prompt at a step, such as [a:b:0.5].
 A1111S_SYNTAX = re.compile(
-    r"\([^()]+:\s*\d*\.?\d+\s*\)|<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|\[[^][]*:\s*\d*\.?\d+\s*\]", re.ASCII
+    r"\([^()]+:\s*+(?:\d++(?:\.\d++)?|\.\d++)\s*+\)|<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|"
+    r"\[[^][]*:\s*+(?:\d++(?:\.\d++)?|\.\d++)\s*+\]",
+    re.ASCII,
 )
 
 

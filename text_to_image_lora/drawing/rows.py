@@ -18,7 +18,7 @@ def number(
     """Returns an argparse type that accepts a finite number within bounds."""
     wish = "a whole number" if kind is int else "a finite number"
     if multiple_of:
-        wish += f", a multiple of {multiple_of}"
+        wish += f", a multiple of {multiple_of}" + (f", from {least} to {most}" if math.isfinite(most) else "")
     elif math.isfinite(most):
         wish = f"a {'whole ' if kind is int else ''}number from {least} to {most}"
     elif math.isfinite(least):
@@ -49,6 +49,8 @@ def sampler_name(text: str) -> str:
 
 
 SEEDS = (-(2**63), 2**64 - 1)  # those of torch.Generator
+MOST_SIDE = 16384  # pixels
+MOST_BATCH = 1024  # pictures that are drawn at once
 MOST_STEPS = max(sampler.max_steps for sampler in SAMPLERS.values())
 
 
@@ -69,8 +71,8 @@ SETTINGS = {  # {field of a drawing, which is also the flag's name: row}
     "num_inference_steps": Setting("steps", "s", number(int, 1, MOST_STEPS), "{} steps"),
     "guidance_scale": Setting("guidance", "l", number(float), "guidance {}"),
     "scheduler": Setting("scheduler", None, sampler_name, "{}"),
-    "height": Setting("height", "h", number(int, least=8, multiple_of=8), None),
-    "width": Setting("width", "w", number(int, least=8, multiple_of=8), None),
+    "height": Setting("height", "h", number(int, 8, MOST_SIDE, multiple_of=8), None),
+    "width": Setting("width", "w", number(int, 8, MOST_SIDE, multiple_of=8), None),
     "strength": Setting("strength", None, number(float, 0, 1), "strength {}", needs="image"),
     "lora_scale": Setting("lora_scale", None, number(float), "LoRA at {}", needs="lora"),
     "controlnet_scale": Setting("controlnet_scale", None, number(float), "ControlNet at {}", needs="controlnet"),

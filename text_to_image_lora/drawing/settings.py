@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ..command_line import flag, flag_values, iterate_flags, user_path
 from ..errors import InputError
 from ..models.samplers import SAMPLERS
-from .rows import AXES, SETTINGS, number, sampler_name
+from .rows import AXES, MOST_BATCH, SETTINGS, number, sampler_name
 
 
 BATCH_SIZE = 4  # larger batches are only a little faster and may not fit into the memory of small GPUs
@@ -117,7 +117,7 @@ class Machine:
     """Device, precision and memory options."""
 
     title: ClassVar = "machine"
-    batch_size: int | None = flag(None, f"number of pictures that are drawn at once: larger batches are faster on a GPU and need more memory; with 1, each picture is bit for bit independent of the other pictures of the run (default: {BATCH_SIZE})", COUNT, recorded=False)
+    batch_size: int | None = flag(None, f"number of pictures that are drawn at once: larger batches are faster on a GPU and need more memory; with 1, each picture is bit for bit independent of the other pictures of the run (default: {BATCH_SIZE})", number(int, 1, MOST_BATCH), recorded=False)
     mixed_precision: str | None = flag(None, "precision of the models (default: no; on CUDA bf16, or fp16 if the GPU does not support bf16)", choices=["no", "fp16", "bf16"])
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest available device", recorded=False)
     compile: bool = flag(False, "compile the UNet's blocks with torch.compile: the first step takes a minute or more, and later steps are faster; useful for many pictures", recorded=False, action="store_true")

@@ -31,6 +31,7 @@ ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which wou
 PEFT_CONFIG_NAME = "adapter_config.json"
 # In the file, names of text encoders have the level `text_model`, which transformers 5.6 removed from CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
+PLAIN_NAMES = re.compile(r"\^?[\w.-]+(\|\^?[\w.-]+)*", re.ASCII)  # in peft's `alpha_pattern`
 
 
 class Scale(NamedTuple):
@@ -48,10 +49,19 @@ def scale_of(config: Any, module: str, rank: int) -> float:
     """
     if config is None:
         return 1.0
-    # Like peft's get_pattern_key: the first pattern that matches the end of the name.
-    overrides = (value for key, value in config.alpha_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
+    # Like peft's get_pattern_key, but its patterns are regular expressions, which could be made to take for ever.
+    overrides = (value for pattern, value in config.alpha_pattern.items() if is_named(module, pattern))
     alpha = next(overrides, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def is_named(module: str, pattern: str) -> bool:
+    """Whether a pattern of peft means a module: its names, separated by `|`, are the end of the module's name.
+
+    `^` in front of a name stands for the beginning of the module's name.
+    """
+    names = pattern.split("|")
+    return any(f"^{module}" == name or f".{module}".endswith(f".{name}") for name in names)
 
 
 def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
@@ -245,13 +255,19 @@ def _read_scales(path: Path, header: dict[str, str]) -> dict[str | None, Scale]:
             for name in COMPONENTS
         }
         return {name: _scale(part) for name, part in parts.items() if "lora_alpha" in part}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"its configuration can't be read ({error}).") from error
 
 
 def _scale(stored):
-    """Makes the `Scale` of a stored `LoraConfig`."""
-    return Scale(stored["lora_alpha"], stored.get("alpha_pattern") or {}, bool(stored.get("use_rslora")))
+    """Makes the `Scale` of a stored `LoraConfig`; raises `InputError` for a regular expression, which could take for ever."""
+    patterns = stored.get("alpha_pattern") or {}
+    for name in patterns:
+        if not PLAIN_NAMES.fullmatch(name):
+            raise InputError(
+                f"its alpha_pattern contains a regular expression, {name[:100]!r}; only the names of layers are supported."
+            )
+    return Scale(stored["lora_alpha"], patterns, bool(stored.get("use_rslora")))
 
 
 def _by_module(tensors, component):

@@ -9,9 +9,7 @@ import math
 
 from ..errors import InputError
 from .modules import evaluating, weights_identity
-
-
-MOST_CHUNKS = 10  # more would take too much memory and time in each step
+from .settings import MOST_CHUNKS
 
 
 def tokenize(tokenizer, captions, num_chunks=1):

@@ -11,6 +11,9 @@ from ..config_file import Conflict
 from ..errors import InputError
 
 
+MOST_CHUNKS = 10  # per prompt; more would take too much memory and time in each step
+
+
 @dataclass(frozen=True)
 class BaseModelSettings:
     """The model that is fine-tuned."""

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import InputError
 from ..files import has_utf8_name, printable, reason_of, written_whole
@@ -31,6 +32,7 @@ BLOCK = 2**20
 MOST_BYTES_PER_BYTE = 100
 ALWAYS_ALLOWED_BYTES = 2**26
 MOST_FILES = 2_000_000
+MOST_NAME_BYTES = 2**16  # of a name in a .tar, or of its other headers, which are read into memory
 
 
 def is_archive(path: str | Path) -> bool:
@@ -75,10 +77,7 @@ def _unpack_members(archive, target):
     room = min(room, shutil.disk_usage(target).free)
     for count, (name, source) in enumerate(_members(archive), start=1):
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        if count > MOST_FILES:
-            raise InputError(
-                f"{archive}: it has more than {MOST_FILES:,} files. Unpack it yourself, and pass the folder."
-            )
+        _check_count(archive, count)
         if not parts or ".." in parts or name.startswith(("/", "\\")) or parts[0][1:2] == ":":
             raise InputError(f"{archive}: its member {name!r} would leave the folder. Pack the pictures again.")
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
@@ -124,6 +123,33 @@ def _names_in_zip(archive, members):
     return names
 
 
+class LimitedTarInfo(tarfile.TarInfo):
+    """A member of a .tar; raises `InputError` for headers that `tarfile` would read without a limit."""
+
+    def _proc_member(self, archive: Any) -> Any:  # tarfile calls it for each header
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise InputError(f"{archive.name}: its members have holes. Unpack it yourself, and pass the folder.")
+        is_header = self.type in (*tarfile.GNU_TYPES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if is_header and self.size > MOST_NAME_BYTES:
+            raise InputError(
+                f"{archive.name}: a name in it has {self.size:,} bytes, more than the limit of {MOST_NAME_BYTES:,}. Unpack "
+                "it yourself if you trust it, and pass the folder."
+            )
+        return super()._proc_member(archive)  # pyright: ignore - it is not declared in the type stubs
+
+
+def check_tar(archive: Path) -> None:
+    """Raises `InputError` for a .tar that a library is to read, if its names or the number of its files exceed the limits."""
+    with tarfile.open(archive, tarinfo=LimitedTarInfo) as pack:
+        for count, _ in enumerate(pack, start=1):
+            _check_count(archive, count)
+
+
+def _check_count(archive, count):
+    if count > MOST_FILES:
+        raise InputError(f"{archive}: it has more than {MOST_FILES:,} files. Unpack it yourself, and pass the folder.")
+
+
 def _members(archive):
     """Yields the name of each file and a function that opens it, or None instead of the function for a link."""
     if archive.name.lower().endswith(".zip"):
@@ -134,8 +160,9 @@ def _members(archive):
                 if not member.is_dir():
                     yield name, None if is_link else lambda member=member: pack.open(member)
     else:
-        with tarfile.open(archive) as pack:
-            for member in pack:
+        with tarfile.open(archive, tarinfo=LimitedTarInfo) as pack:
+            for count, member in enumerate(pack, start=1):
+                _check_count(archive, count)
                 if not member.isdir():
                     name = member.name.removeprefix("./")
                     yield name, (lambda member=member: pack.extractfile(member)) if member.isfile() else None

@@ -35,7 +35,7 @@ def leave_out_phrase(caption: str, phrase: str) -> str:
     without = _whole_words(phrase).sub("\0", caption)
     if without == caption:
         return caption
-    tags = [re.sub(r"\s*\0\s*", " ", tag).strip() if "\0" in tag else tag.strip() for tag in without.split(",")]
+    tags = [" ".join(part.strip() for part in tag.split("\0")).strip() for tag in without.split(",")]
     return ", ".join(tag for tag in tags if tag)
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import counted, printable, read_text
+from ..files import counted, printable
 from .captions import edit_caption
+from .inside import check_file, read_text_file
 from .names import METADATA_NAMES, CaptionFiles, has_caption_files, is_mask, is_picture, mask_beside, reason_against
 from .settings import LAYOUTS, CaptionSettings, DataSettings
-from .tables import nonempty_captions
+from .tables import MOST_CAPTION_BYTES, nonempty_captions
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class ReadOptions(NamedTuple):
     cache_dir: str | None = None  # of downloads
     archive_dir: str | Path = "archives"  # where archives are unpacked
     leave_out: Callable[[str, str], Any] | None = None
+    homes: tuple[Path, ...] = ()  # the folders that the files have to be in, of `inside.home_folders`
 
 
 def find_layout(folder: Path, files: list[Path], instance_prompt: str | None) -> str | None:
@@ -103,8 +105,9 @@ class _Found(NamedTuple):
 class _Finder:
     """Finds the captions, the concept and the repeats of the pictures of a folder, and counts what has to be logged."""
 
-    def __init__(self, folder: Path, layout: str, files: list[Path], captions: CaptionSettings):
-        self.folder, self.layout, self.captions = folder, layout, captions
+    def __init__(self, folder: Path, layout: str, files: list[Path], reading: ReadOptions):
+        self.folder, self.layout = folder, layout
+        self.captions, self.homes = reading.captions, reading.homes
         self.caption_files = CaptionFiles(files)
         self.worded = Counter()  # pictures of each caption that the name of a folder gave
         self.named_by_folder = 0
@@ -125,7 +128,9 @@ class _Finder:
             num_repeats, concept, parent = _parse_repeats(place, match[1]), match[2], place
         beside, reason = self.caption_files.beside(path), None
         if beside is not None:
-            captions = nonempty_captions([line.strip() for line in read_text(beside).splitlines()])
+            remedy = "Shorten its captions, or remove it."
+            text = read_text_file(beside, self.homes, most_bytes=MOST_CAPTION_BYTES, remedy=remedy)
+            captions = nonempty_captions([line.strip() for line in text.splitlines()])
             reason = None if captions else f"its caption file {beside.name} is empty"
         elif prompt is not None:
             captions = [prompt]
@@ -162,11 +167,10 @@ def read_folder(folder: Path, layout: str, files: list[Path], reading: ReadOptio
     The layout is any but metadata, which `metadata.py` reads.
     """
     _check_flags(folder, layout, reading)
-    finder = _Finder(folder, layout, files, reading.captions)
+    finder = _Finder(folder, layout, files, reading)
     held, masks = Counter(), set()
     for path in filter(is_picture, files):
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path}: it is a link out of the dataset folder. Copy the picture into it.")
+        check_file(path, reading.homes)
         reason, remedy, found = reason_against(path), "Rename it (for example with convmv)", None
         if reason is None:
             found, remedy = finder.find(path), "Write one"
@@ -180,7 +184,9 @@ def read_folder(folder: Path, layout: str, files: list[Path], reading: ReadOptio
                 )
             reading.leave_out(printable(path), str(reason))
             continue
-        row = make_row(path, found.captions, found.concept, found.num_repeats, str(path), mask_beside(path, folder))
+        row = make_row(
+            path, found.captions, found.concept, found.num_repeats, str(path), mask_beside(path, reading.homes)
+        )
         held[found.folder, found.num_repeats] += 1
         masks |= mask_paths(row)
         yield row

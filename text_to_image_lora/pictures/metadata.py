@@ -11,12 +11,22 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import printable
+from .inside import is_inside
 from .layouts import ReadOptions, log_unused_masks, make_row, mask_paths
 from .names import METADATA_NAMES, is_picture, mask_beside, reason_against
-from .tables import choose_caption_column, nonempty_captions, read_table, reason_against_caption, text_columns
+from .tables import (
+    MOST_COLUMNS,
+    choose_caption_column,
+    nonempty_captions,
+    read_table,
+    reason_against_caption,
+    shortened,
+    text_columns,
+)
 
 
 logger = logging.getLogger(__name__)
+MOST_NAME = 4096  # characters of a path that Linux accepts
 
 
 class _Columns(NamedTuple):
@@ -43,7 +53,7 @@ def read_metadata(folder: Path, files: list[Path], reading: ReadOptions) -> Iter
                 f"{file.parent}: it holds both {file.name} and {after.name}, so its pictures would be used twice. "
                 "Keep only one of the two files."
             )
-        table = read_table(file)
+        table = read_table(file, reading.homes)
         if not table:
             continue
         columns = _find_columns(file, [row for _, row in table], reading)
@@ -74,6 +84,10 @@ def _find_columns(file, rows, reading):
     """Returns the `_Columns` of a metadata file; raises `InputError` if one is missing."""
     asked = reading.data
     columns = list(dict.fromkeys(key for row in rows for key in row if key is not None))
+    if len(columns) > MOST_COLUMNS:
+        raise InputError(
+            f"{file}: it has more than the limit of {MOST_COLUMNS:,} columns. Keep only file_name and the captions."
+        )
     file_column = asked.image_column
     if "file_name" in columns and file_column in (None, "image"):
         file_column = "file_name"
@@ -96,18 +110,20 @@ def _find_columns(file, rows, reading):
 
 def _read_rows(file, table, columns, dataset_folder, reading):
     """Yields the usable rows of a metadata file; the concept is the folder's name or the value of a column."""
-    root, inside, missing = file.parent.resolve(), dataset_folder.resolve(), 0
+    root, missing = file.parent.resolve(), 0
     for number, row in table:
         where, name = f"{file}:{number}", row.get(columns.file)
         captions, reason, path = row.get(columns.caption), None, None
         if not isinstance(name, str) or not name:
             reason = f"column '{columns.file}' is empty"
+        elif len(name) > MOST_NAME:
+            reason = f"{shortened(name)!r} is too long for the name of a file"
         elif "://" in name:
             reason = f"'{name}' is a URL, and pictures are read from files only"
         elif (path := _find_picture(root, name)) is None:
             missing += 1
             reason = f"{name!r} does not exist" + (_similar_name(root, name) if missing <= 3 else "")
-        elif not path.resolve().is_relative_to(inside):
+        elif not is_inside(path, reading.homes):
             raise InputError(
                 f"{where}: '{name}' leaves the dataset folder {dataset_folder}. Move the picture into it."
             )
@@ -115,15 +131,16 @@ def _read_rows(file, table, columns, dataset_folder, reading):
             reason = reason_against(path) or reason_against_caption(captions, columns.caption)
         mask, mask_path = row.get(columns.mask) if columns.mask is not None else None, None
         if reason is None and mask:
-            mask_path = _find_picture(root, mask) if isinstance(mask, str) else None
-            if mask_path is None or not mask_path.resolve().is_relative_to(inside):
-                reason = f"its mask {mask!r} does not exist in the dataset folder"
+            is_name = isinstance(mask, str) and len(mask) <= MOST_NAME
+            mask_path = _find_picture(root, mask) if is_name else None
+            if mask_path is None or not is_inside(mask_path, reading.homes):
+                reason = f"its mask {shortened(repr(mask))} does not exist in the dataset folder"
         if reason is not None or path is None:
             if reading.leave_out is None:
                 raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
             reading.leave_out(where, str(reason))
             continue
-        mask_path = mask_path if mask else mask_beside(path, dataset_folder)
+        mask_path = mask_path if mask else mask_beside(path, reading.homes)
         concept = root.name if columns.concept is None else str(row.get(columns.concept))
         yield make_row(path, nonempty_captions(captions), concept, 1, f"{where}: '{name}'", mask_path)
 

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..files import counted, has_utf8_name, printable
 from .archives import ARCHIVE_ENDINGS, OTHER_ARCHIVE_ENDINGS
 from .formats import PLUGINS, is_readable, missing_plugin
+from .inside import check_file, is_inside
 
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -52,10 +53,11 @@ class Listing(NamedTuple):
         return Listing([path for path in self.files if path.name.lower().endswith(endings)], self.ignored)
 
 
-def find_files(folder: Path) -> Listing:
+def find_files(folder: Path, others: Iterable[Path] = ()) -> Listing:
     """Lists the files below a folder, sorted, without hidden ones, and without those that are no part of a dataset.
 
-    Ignored are hidden files and folders, folders such as __MACOSX, `IGNORED_FOLDERS`, and the output folders of training runs.
+    Ignored are hidden files and folders, folders such as __MACOSX, `IGNORED_FOLDERS`, the output folders of training runs,
+    and links to folders in `others`, which are read themselves.
     """
 
     def refuse(error):
@@ -73,7 +75,8 @@ def find_files(folder: Path) -> Listing:
             name for name in directories if not name.startswith((".", "__")) and name.casefold() not in IGNORED_FOLDERS
         )
         for link in (Path(root) / name for name in directories if (Path(root) / name).is_symlink()):
-            raise InputError(f"{link}: it is a link to a folder. Pass that folder too: --train_data_dir A B")
+            if not is_inside(link, others):
+                raise InputError(f"{link}: it is a link to a folder. Pass that folder too: --train_data_dir A B")
         found += [Path(root) / name for name in sorted(names) if not name.startswith(".")]
     return Listing(found, ignored)
 
@@ -122,17 +125,15 @@ def has_caption_files(files: list[Path]) -> bool:
     return any(captions.beside(path) for path in files if is_picture(path))
 
 
-def mask_beside(picture: Path, folder: Path) -> Path | None:
-    """Returns the mask beside a picture, or None; a link out of the dataset folder is an `InputError`."""
+def mask_beside(picture: Path, homes: Iterable[Path]) -> Path | None:
+    """Returns the mask beside a picture, or None; one that leads out of the folders `homes` is an `InputError`."""
     for ending in MASK_ENDINGS:
         try:
             mask = picture.with_name(picture.stem + ending)
-            if not mask.is_file():
-                continue
-        except OSError:  # the name is too long with the ending
+            mask.lstat()
+        except OSError:  # there is none, or the name is too long with the ending
             continue
-        if not mask.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{mask}: it is a link out of the dataset folder. Copy the mask into it.")
+        check_file(mask, homes)
         return mask
     return None
 

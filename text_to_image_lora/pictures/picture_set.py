@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .records import fingerprint, read_image_bytes
+from ..errors import TrainingError
+from .records import fingerprint, image_id, read_image_bytes, read_mask_bytes
 from .settings import AugmentationSettings
 from .transforms import Variation, apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
 
@@ -72,22 +73,39 @@ class PictureSet:
         """The last opened picture of each thread, whose variations are usually requested one after the other."""
         return threading.local()
 
-    def pixels(self, i: int, k: int) -> np.ndarray:
-        """Returns variation k of picture i as uint8 pixels (height, width, 3)."""
+    def _open(self, i):
+        """Returns the namespace of this thread with `image` and `mask` of picture i; the mask is None without one.
+
+        Raises `TrainingError` if the files are not those that were examined, because their id is part of the cache's keys.
+        """
         opened = self._opened
-        if getattr(opened, "index", None) != i:
-            opened.index, opened.image = i, open_image(read_image_bytes(self.records[i]["image"]))
-        return apply_variation(opened.image, self.variation(i, k), self.sizes[i], self.view.interpolation)
+        if getattr(opened, "index", None) == i:
+            return opened
+        opened.index = None
+        row, fact = self.records[i], self.facts[i]
+        data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
+        if image_id(data, mask) != fact.image_id:
+            raise TrainingError(
+                f"{row['source']}: the picture or its mask was changed after the run had examined it. Run the same command again."
+            )
+        opened.image = open_image(data)
+        opened.mask = None if mask is None else open_mask(mask, (fact.width, fact.height))
+        opened.index = i
+        return opened
+
+    def pixels(self, i: int, k: int) -> np.ndarray:
+        """Returns variation k of picture i as uint8 pixels (height, width, 3); raises `TrainingError` if its files have changed."""
+        image = self._open(i).image
+        return apply_variation(image, self.variation(i, k), self.sizes[i], self.view.interpolation)
 
     def mask(self, i: int, k: int, factor: int) -> np.ndarray:
         """Returns the loss weights of variation k of picture i, from 0 to 1, as float16 (height / factor, width / factor).
 
-        All weights are 1 if the picture has no mask.
+        All weights are 1 if the picture has no mask. Raises `TrainingError` if its files have changed.
         """
-        (width, height), cell = self.sizes[i], self.records[i]["mask"]
-        if cell is None:
+        (width, height), mask = self.sizes[i], self._open(i).mask
+        if mask is None:
             return np.ones((height // factor, width // factor), dtype=np.float16)
-        mask = open_mask(read_image_bytes(cell), (self.facts[i].width, self.facts[i].height))
         return apply_variation_to_mask(mask, self.variation(i, k), (width, height), factor).astype(np.float16)
 
     def fingerprint(self, samples: Sequence = ()) -> str:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .inside import read_bytes
+
 
 def record_features() -> Any:
     """Returns the `datasets.Features` of the records."""
@@ -72,8 +74,7 @@ def read_image_bytes(image: dict[str, Any] | None) -> bytes:
         return image["bytes"]
     if image is None or image["path"] is None:
         raise FileNotFoundError("there is no picture")
-    with open(image["path"], "rb") as file:
-        return file.read()
+    return read_bytes(image["path"])
 
 
 def read_mask_bytes(mask: dict[str, Any] | None) -> bytes | None:

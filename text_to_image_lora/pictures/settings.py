@@ -12,6 +12,10 @@ from .buckets import Buckets, make_buckets, square
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
 PASS_ONE = "Pass one of --dataset_name (hub id or folder) and --train_data_dir (folder)."
+# Larger numbers are mistakes, which would take all memory before anything is reported.
+MOST_SIDE = 16384  # pixels
+MOST_TAG_VARIATIONS = 1000
+MOST_CLASS_IMAGES = 100_000
 MOST_STEPS = 998  # of the sampler DPM++ 2M, which draws the class pictures of most base models
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest", "nearest_exact")
 
@@ -79,7 +83,7 @@ class CaptionSettings:
     shuffle_tags: bool = flag(False, "shuffle the comma-separated tags of captions")
     caption_tag_dropout: float = flag(0.0, "probability with which each comma-separated tag of a caption is left out", from_up_to(0, 1))
     keep_tags: int = flag(0, "with --shuffle_tags and --caption_tag_dropout: number of tags at the beginning that always stay in their place", at_least(0))
-    tag_variations: int = flag(8, "with --shuffle_tags and --caption_tag_dropout: number of cached variations per caption; without the cache, every sample is varied anew", at_least(1))
+    tag_variations: int = flag(8, "with --shuffle_tags and --caption_tag_dropout: number of cached variations per caption; without the cache, every sample is varied anew", between(1, MOST_TAG_VARIATIONS, int))
     long_prompts: bool = flag(False, "encode captions of more than 77 tokens completely, in chunks, instead of truncating them; infer.py then does so too, and A1111 always does")
     # fmt: on
 
@@ -117,11 +121,11 @@ class ClassPictureSettings:
     )
     # fmt: off
     class_data_dir: str | None = flag(None, "pictures of the class in general, which are trained along with yours so that the model does not forget the class (prior preservation of DreamBooth)", user_path, metavar="FOLDER", may_change=True)
-    num_class_images: int = flag(0, "number of class pictures; those that --class_data_dir lacks are drawn once by the base model and kept in --latent_cache_dir", at_least(0), may_change=True)
+    num_class_images: int = flag(0, "number of class pictures; those that --class_data_dir lacks are drawn once by the base model and kept in --latent_cache_dir", between(0, MOST_CLASS_IMAGES, int), may_change=True)
     class_prompt: str | None = flag(None, "prompt and caption of the pictures that are drawn for --num_class_images (default: the captions of your pictures without the concept, see --concept_phrases), and caption for the pictures in --class_data_dir that have none", may_change=True)
     class_inference_steps: int = flag(30, "number of denoising steps for the class pictures that are drawn", between(1, MOST_STEPS, int), may_change=True)
     class_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the class pictures that are drawn; higher values follow the prompt more closely", at_least(0, float), may_change=True)
-    sample_batch_size: int = flag(4, "number of class pictures that are drawn at once", at_least(1), may_change=True)
+    sample_batch_size: int = flag(4, "number of class pictures that are drawn at once", between(1, 1024, int), may_change=True)
     prior_loss_weight: float = flag(1.0, "weight of the class pictures in the loss; your pictures have weight 1", at_least(0, float))
     # fmt: on
 
@@ -152,11 +156,11 @@ class SizeSettings:
         for name in ("bucket_min_size", "bucket_max_size", "bucket_step", "bucket_no_upscale")
     )  # fmt: skip
     # fmt: off
-    resolution: int | None = flag(None, "side in pixels of the square that pictures are resized and cropped to (default: the native resolution of the base model: 512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)", at_least(1))
+    resolution: int | None = flag(None, "side in pixels of the square that pictures are resized and cropped to (default: the native resolution of the base model: 512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)", between(1, MOST_SIDE, int))
     aspect_ratio_buckets: bool = flag(False, "keep aspect ratios: train each picture at the nearest of several sizes with the area of the --resolution square")
-    bucket_min_size: int | None = flag(None, "smallest side of a bucket in pixels (default: half of --resolution)", at_least(1))
-    bucket_max_size: int | None = flag(None, "largest side of a bucket in pixels (default: twice --resolution)", at_least(1))
-    bucket_step: int | None = flag(None, "the sides of buckets are multiples of this number of pixels (default: 64, and less for small resolutions)", at_least(1))
+    bucket_min_size: int | None = flag(None, "smallest side of a bucket in pixels (default: half of --resolution)", between(1, MOST_SIDE, int))
+    bucket_max_size: int | None = flag(None, "largest side of a bucket in pixels (default: twice --resolution)", between(1, MOST_SIDE, int))
+    bucket_step: int | None = flag(None, "the sides of buckets are multiples of this number of pixels (default: 64, and less for small resolutions)", between(1, MOST_SIDE, int))
     bucket_no_upscale: bool = flag(False, "with --aspect_ratio_buckets: train small pictures at their own size instead of enlarging them")
     image_interpolation_mode: str = flag("lanczos", "interpolation method for resizing pictures", choices=INTERPOLATIONS)
     # fmt: on

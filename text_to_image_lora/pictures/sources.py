@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..files import printable
 from .archives import OTHER_ARCHIVE_ENDINGS, is_archive, unpack
 from .captions import edit_caption
+from .inside import home_folders
 from .layouts import REPEATS, ReadOptions, find_layout, read_folder
 from .metadata import read_metadata
 from .names import (
@@ -26,7 +27,8 @@ from .names import (
     passed_over,
 )
 from .records import record_features, with_captions
-from .stored import OTHER_SPLITS, from_hub, from_stored, training_files
+from .stored import from_hub, from_stored
+from .stored_files import OTHER_SPLITS, training_files
 
 
 logger = logging.getLogger(__name__)
@@ -50,14 +52,14 @@ def load_records(reading: ReadOptions) -> Any:
     if data.dataset_name is not None and not os.path.exists(data.dataset_name):
         parts = [from_hub(data.dataset_name, reading)]
     else:
-        parts = []
-        for source in map(Path, data.train_data_dir or [str(data.dataset_name)]):
+        folders = list(map(Path, data.train_data_dir or [str(data.dataset_name)]))
+        for index, source in enumerate(folders):
             check_name(source.absolute())
-            folder = source
             if is_archive(source):
-                folder = unpack(source, reading.archive_dir)
-                logger.info(f"{printable(source)}: read from {printable(folder)}, where it is unpacked")
-            parts.append(_from_folder(folder, reading))
+                folders[index] = unpack(source, reading.archive_dir)
+                logger.info(f"{printable(source)}: read from {printable(folders[index])}, where it is unpacked")
+        reading = reading._replace(homes=home_folders(folders))
+        parts = [_from_folder(folder, reading) for folder in folders]
     import datasets
 
     records = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -71,7 +73,8 @@ def load_records(reading: ReadOptions) -> Any:
 
 def _from_folder(folder, reading):
     _check_folder(folder)
-    listing = find_files(folder)
+    real = folder.resolve()
+    listing = find_files(folder, [home for home in reading.homes if not real.is_relative_to(home)])
     on_disk = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
     if not on_disk:
         folder, listing = _training_part(folder, listing)

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ from ..errors import InputError
 from ..files import ask_hub, is_hub_id, reason_of
 from .layouts import ReadOptions
 from .records import with_columns
-from .tables import choose_caption_column, nonempty_captions
+from .stored_files import SAVE_PART, check_cards, check_data_files, check_saved, training_files
+from .tables import check_rows, choose_caption_column, nonempty_captions, reason_against_caption
 
 
 logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "png", "webp", "pixel_values", "file_name")
-OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def from_stored(
@@ -41,30 +40,28 @@ def from_stored(
         stored_files = training_files(files, folder)
     try:
         if on_disk:
+            check_saved(folder, reading.homes)
             stored = datasets.load_from_disk(name)
-        elif stored_files:  # otherwise the library may load the pictures beside these files
-            kind = stored_files[0].suffix[1:].lower()
-            stored = datasets.load_dataset(
-                "webdataset" if kind == "tar" else kind,
-                data_files=[glob.escape(str(file)) for file in stored_files], cache_dir=reading.cache_dir,
-            )  # fmt: skip
         else:
-            stored = datasets.load_dataset(name, config, cache_dir=reading.cache_dir)
+            if stored_files:  # otherwise the library may load the pictures beside these files
+                kind = stored_files[0].suffix[1:].lower()
+                builder = datasets.load_dataset_builder(
+                    "webdataset" if kind == "tar" else kind,
+                    data_files=[glob.escape(str(file)) for file in stored_files], cache_dir=reading.cache_dir,
+                )  # fmt: skip
+            else:
+                check_cards(folder, reading.homes)
+                builder = datasets.load_dataset_builder(name, config, cache_dir=reading.cache_dir)
+            check_data_files(builder.config.data_files, reading.homes)
+            builder.download_and_prepare()
+            stored = builder.as_dataset()
+    except InputError:
+        raise
     except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
         raise InputError(
             f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
         ) from error
     return _from_dataset(_train_split(stored, folder), folder, reading)
-
-
-def training_files(files: list[Path], folder: Path) -> list[Path]:
-    """Returns the parquet, or else arrow, or else tar files, except those that are named after another split."""
-    for ending in (".parquet", ".arrow", ".tar"):
-        found = [path for path in files if path.suffix.lower() == ending]
-        own = [p for p in found if not OTHER_SPLITS & set(re.split(r"\W|_", p.relative_to(folder).as_posix().lower()))]
-        if own or found:
-            return own or found
-    return []
 
 
 def from_hub(name: str, reading: ReadOptions) -> Any:
@@ -214,8 +211,11 @@ def _from_dataset(dataset, source, reading):
         )
     for column in filter(None, (image_column, mask_column)):
         dataset = dataset.cast_column(column, features[column])
-    captions = [nonempty_captions(value) for value in dataset[caption_column]]
-    bad = {index: f"column '{caption_column}' is empty" for index, group in enumerate(captions) if not group}
+    check_rows(where, len(dataset), SAVE_PART)
+    cells = dataset[caption_column]
+    reasons = (reason_against_caption(value, caption_column) for value in cells)
+    bad = {index: reason for index, reason in enumerate(reasons) if reason is not None}
+    captions = [[] if index in bad else nonempty_captions(value) for index, value in enumerate(cells)]
     for column in filter(None, (image_column, mask_column)):
         bad |= _find_foreign_files(dataset, column, source, reading.cache_dir)
     if bad and leave_out is None:

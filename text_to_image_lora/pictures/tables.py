@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_text
+from ..files import format_bytes, reason_of
+from .inside import check_file, read_text_file
 
+
+# Limits of what a dataset by somebody else can make a run read into memory. Real captions are far shorter.
+MOST_ROWS = 5_000_000
+MOST_TABLE_BYTES = 2**29
+MOST_CAPTION_BYTES = 2**17  # of all captions of a picture together
+MOST_COLUMNS = 1000
+ROWS_TOGETHER = 64
+SHOWN = 200  # characters of a cell in a message
+DIVIDE = "Divide the dataset into several folders, each with its own table, and pass all: --train_data_dir A B"
 
 CAPTION_COLUMNS = (
     "text", "caption", "captions", "texts", "prompt", "en_text", "additional_feature", "blip_caption", "description",
@@ -17,17 +27,42 @@ CAPTION_COLUMNS = (
 )  # fmt: skip
 
 
-def read_table(file: Path) -> list[tuple[int, dict]]:
-    """Reads the rows of a .csv, .jsonl or .parquet file as (line, dict); the `InputError` of a broken row names its line."""
-    if file.suffix.lower() == ".parquet":
-        import pyarrow.parquet
+def read_table(file: Path, homes: tuple[Path, ...]) -> list[tuple[int, dict]]:
+    """Reads the rows of a .csv, .jsonl or .parquet file as (line, dict); the `InputError` of a broken row names its line.
 
-        try:
-            return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: it can't be read ({error}). Save it again.") from error
-    text = read_text(file)
+    The file has to be in one of the folders `homes`, see `inside.py`, and must not exceed `MOST_TABLE_BYTES` and `MOST_ROWS`.
+    """
+    if file.suffix.lower() == ".parquet":
+        check_file(file, homes)
+        return _read_parquet(file)
+    text = read_text_file(file, homes, most_bytes=MOST_TABLE_BYTES, remedy=DIVIDE)
     return _read_csv(file, text) if file.suffix.lower() == ".csv" else _read_jsonl(file, text)
+
+
+def check_rows(where: str | Path, count: int, remedy: str = DIVIDE) -> None:
+    """Raises `InputError` if a table or a stored dataset has more than `MOST_ROWS` rows."""
+    if count > MOST_ROWS:
+        raise InputError(f"{where}: it has more than the limit of {MOST_ROWS:,} rows. {remedy}")
+
+
+def _read_parquet(file):
+    """Reads Parquet in small parts, because a part of a compressed file can be far larger than the file."""
+    import pyarrow.parquet
+
+    rows, room = [], MOST_TABLE_BYTES
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            check_rows(file, opened.metadata.num_rows)
+            for part in opened.iter_batches(batch_size=ROWS_TOGETHER):
+                room -= part.nbytes
+                if room < 0:
+                    raise InputError(
+                        f"{file}: its cells take more than the limit of {format_bytes(MOST_TABLE_BYTES)}. {DIVIDE}"
+                    )
+                rows += part.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file}: it can't be read ({reason_of(error)}). Save it again.") from error
+    return list(enumerate(rows, start=1))
 
 
 def _read_csv(file, text):
@@ -43,6 +78,7 @@ def _read_csv(file, text):
     try:
         for row in reader:
             number = reader.line_num + skipped
+            check_rows(file, len(rows) + 1)
             if any(row.get(None, ())):
                 raise InputError(f"{file}:{number}: there are more fields than columns. {quote}")
             rows.append((number, row))
@@ -56,16 +92,22 @@ def _read_jsonl(file, text):
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        check_rows(file, len(rows) + 1)
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but not valid text
-        except ValueError as error:
-            reason = getattr(error, "msg", None) or getattr(error, "reason", error)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or getattr(error, "reason", None) or reason_of(error)
             raise InputError(f"{file}:{number}: this line is not JSON ({reason}). Fix or remove it.") from error
         if not isinstance(row, dict):
             raise InputError(f"{file}:{number}: this line is not a JSON object. Write one object per line.")
         rows.append((number, row))
     return rows
+
+
+def shortened(text: str) -> str:
+    """Returns text as messages show it: its beginning, if it is long."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def is_caption(value: Any) -> bool:
@@ -92,8 +134,12 @@ def text_columns(columns: list[str], rows: list[dict], asked: str | None) -> lis
 def reason_against_caption(value: Any, column: str) -> str | None:
     """Returns why the caption in a cell can't be used, or None."""
     if not is_caption(value):
-        return f"column '{column}' holds {value!r}, which is not text"
-    return None if nonempty_captions(value) else f"column '{column}' is empty"
+        return f"column '{column}' holds {shortened(repr(value))}, which is not text"
+    captions = nonempty_captions(value)
+    size = sum(map(len, captions)) + len(captions)
+    if size > MOST_CAPTION_BYTES:
+        return f"column '{column}' has {size:,} characters, more than the limit of {MOST_CAPTION_BYTES:,}"
+    return None if captions else f"column '{column}' is empty"
 
 
 def nonempty_captions(value: str | list | None) -> list[str]:

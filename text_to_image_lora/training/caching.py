@@ -5,6 +5,7 @@ weights, the dtype; the captions and the text encoders' weights), so the cache i
 of the dataset, encoded in batches that depend only on its order, and each is written whole or not at all.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..errors import Stopped
 from ..models.base_model import BaseModel
 from ..models.latents import LatentEncoder, encoded_at_once
 from ..models.prompts import PromptEncoder
@@ -61,6 +63,7 @@ def plan_latents(
     for size, group in groups:
         entries, described = [], []
         for i in group:
+            interruption.raise_if_requested(WHERE)
             seen = {}
             for k in range(variations):
                 variation = pictures.variation(i, k)
@@ -187,9 +190,11 @@ class Cache(NamedTuple):
         encoder, prompter = self.latent_encoder, self.prompt_encoder
         condition = make_picture_condition(pictures, 0, 0, self.base.family)  # its names depend on the family
         identity = " ".join((encoder.identity, *sorted(condition)))
-        latent_shards, locations = plan_latents(
-            pictures, variations, identity=identity, dtype=encoder.dtype, folder=self.folder
-        )
+        planned: Any = None
+        with contextlib.suppress(Stopped):  # the processes stop together
+            planned = plan_latents(pictures, variations, identity=identity, dtype=encoder.dtype, folder=self.folder)
+        interruption.stop_together(WHERE)
+        latent_shards, locations = planned
         prompt_shards, places = [], {}
         if prompter is not None:
             prompt_shards, places = plan_prompts(

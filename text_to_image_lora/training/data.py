@@ -194,7 +194,7 @@ def make_loader(
         atexit.register(interruption.end_workers)  # runs before multiprocessing's own exit handler
     return torch.utils.data.DataLoader(
         training_set, batch_sampler=sampler, collate_fn=collate_packed, num_workers=num_workers,
-        pin_memory=device.type == "cuda", worker_init_fn=interruption.ignore_signals,
+        pin_memory=device.type == "cuda", worker_init_fn=interruption.start_worker,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory
+from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory, message_of
 from ..files import reason_of
 from .interruption import end_workers
 
@@ -35,7 +35,7 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
     if isinstance(error, (InputError, TrainingError)):
         if rank:
             time.sleep(10)  # if rank 0 has this error too, it prints the line and the launcher ends this process
-        say(error)
+        say(message_of(error))
         leave(error.exit_code)
     if isinstance(error, Stopped):
         if rank == 0:

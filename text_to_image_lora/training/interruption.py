@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..errors import Stopped
 from ..signals import EXIT_CODES
-from .launcher import launchers_pid, lives
+from .launcher import end_with_parent, launchers_pid, lives
 
 
 TRY_LATER = 75  # EX_TEMPFAIL of sysexits.h, which requeueing scripts look for
@@ -171,8 +171,13 @@ def end_workers() -> None:
         worker.kill()
 
 
-def ignore_signals(worker: int | None = None) -> None:
-    """Initializes a data loading worker: signals to the process group are for the main process, which ends its workers."""
+def start_worker(worker: int | None = None) -> None:
+    """Initializes a data loading worker, which ends with the main process, even if that is killed.
+
+    Signals to the process group are for the main process, which ends its workers. PyTorch's own check for the main process
+    waits for the worker to hand over its batch, which nobody takes any more.
+    """
+    end_with_parent()
     for name in EXIT_CODES:
         with contextlib.suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

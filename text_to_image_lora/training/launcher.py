@@ -1,10 +1,15 @@
 """What launched this process. Does not import torch."""
 
+import ctypes
+import multiprocessing
 import os
+import signal
+import sys
 
 from ..errors import InputError
 
 
+PR_SET_PDEATHSIG = 1  # of Linux
 # accelerate launch and torchrun set these variables for the processes that they start.
 MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
@@ -31,6 +36,16 @@ def launchers_pid() -> int | None:
     A shell is not a launcher: a run that outlives its shell was left in the background on purpose.
     """
     return os.getppid() if any(name in os.environ for name in MARKS) else None
+
+
+def end_with_parent() -> None:
+    """Lets the system kill this process, which `multiprocessing` started, when its parent ends; only Linux can do that."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before
+        os._exit(1)
 
 
 def lives(pid: int) -> bool:

@@ -22,6 +22,9 @@ from ..models.compiling import OPTIONS as COMPILED
 
 
 ENDLESS_VARIATIONS_CACHED = 4
+# Larger numbers are mistakes, which would take all memory or processes of the machine.
+MOST_VARIATIONS = 1000
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class CacheSettings:
 
     title: ClassVar = "cache"
     # fmt: off
-    cache_variations: int | None = flag(None, "number of cached variations of each picture; 0: no cache, encode pictures in each step (default: 1, 2 with --random_flip, 4 with random crops and other augmentation)", at_least(0))
+    cache_variations: int | None = flag(None, "number of cached variations of each picture; 0: no cache, encode pictures in each step (default: 1, 2 with --random_flip, 4 with random crops and other augmentation)", between(0, MOST_VARIATIONS, int))
     latent_cache_dir: str = flag("~/.cache/text_to_image_lora", "folder in which latents, prompt embeddings and the class pictures that are drawn are kept for later runs", metavar="FOLDER", may_change=True)
     latent_cache_limit: float | None = flag(None, "maximum size of --latent_cache_dir in GiB; the least recently used files are deleted, except those that this run needs (default: no limit)", above(0), metavar="GIB", may_change=True)
     # fmt: on
@@ -78,7 +81,7 @@ class BatchSettings:
     gradient_accumulation_steps: int = flag(1, "number of forward passes per optimizer step", at_least(1), may_change=True)
     num_train_epochs: int = flag(100, "number of passes over the pictures", at_least(1), may_change=True)
     max_train_steps: int | None = flag(None, "total number of optimizer steps; overrides --num_train_epochs", at_least(1), may_change=True)
-    dataloader_num_workers: int = flag(0, "number of processes that load data; useful with --cache_variations 0", at_least(0), may_change=True)
+    dataloader_num_workers: int = flag(0, "number of processes that load data; useful with --cache_variations 0", between(0, MOST_WORKERS, int), may_change=True)
     # fmt: on
 
     @property
