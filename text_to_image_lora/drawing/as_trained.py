@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
 
 def _at_least(least):
-    return lambda text: int(text) if text.isdecimal() and int(text) >= least else None
+    return lambda text: int(text) if text.isdecimal() and len(text) < 10 and int(text) >= least else None
 
 
 ENTRIES = {  # {field of `AsTrained`: entry}
