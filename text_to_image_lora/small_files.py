@@ -17,7 +17,7 @@ MOST_BYTES = 16 * 2**20  # of a file
 MOST_LEVELS = 50  # of lists and mappings inside each other
 MOST_NODES = 1_000_000  # values in a YAML file, with its aliases written out
 REQUIRED: Any = object()
-AGAIN = "Download the model again."
+AGAIN = "Correct the file, or download the model again."
 NAMES = {
     str: "text", bool: "true or false", dict: "a mapping", list: "a list", int: "a whole number", float: "a number"
 }  # fmt: skip
@@ -89,10 +89,8 @@ def describe_kind(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Formats a value of a file for a message, in at most 60 characters."""
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    """Formats a value of a file for a message, as JSON in at most 60 characters."""
+    text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -123,7 +121,11 @@ def parse_json(text: str | bytes, name: str | Path, remedy: str = AGAIN) -> Valu
     except ValueError as error:
         raise _refusal(name, f"it can't be read ({error})", remedy) from error
     if not isinstance(found, dict):
-        raise _refusal(name, f"it can't be read (it holds {shown(found)} instead of a mapping)", remedy)
+        raise _refusal(
+            name,
+            f"it can't be read (it holds {'a list' if isinstance(found, list) else shown(found)} instead of a mapping)",
+            remedy,
+        )
     return Values(found, name, remedy)
 
 
@@ -165,8 +167,11 @@ def load_yaml(text: str, loader_class: Any = None) -> tuple[Any, Any]:
             self.levels += 1
             if self.levels > MOST_LEVELS:
                 raise ValueError(f"it has more than {MOST_LEVELS} levels")
+            is_alias = self.check_event(yaml.AliasEvent)
             node = super().compose_node(parent, index)
             self.levels -= 1
+            if is_alias and node not in sizes:  # it is not yet complete
+                raise ValueError("an alias in it stands for a part that contains the alias")
             sizes.setdefault(node, _size_of(node, sizes))
             return node
 
@@ -184,6 +189,4 @@ def _size_of(node, sizes):
     if isinstance(node.value, str):
         return 1
     parts = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]
-    if any(part not in sizes for part in parts):
-        raise ValueError("an alias in it stands for a part that contains the alias")
     return 1 + sum(sizes[part] for part in parts)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..command_line import above, at_least, between, from_up_to
-from ..small_files import Values
+from ..small_files import Values, is_kind
 
 
 # Libraries whose classes a model_index.json may name; the last is the old name of the safety checker's module.
@@ -108,7 +108,7 @@ def check_no_code(config: Values) -> None:
     for key, value in _pairs(config):
         if CODE.fullmatch(key) and value:
             raise config.refusal(f"'{key}' names code or a special way to load the model, which is not used")
-        if "attn_implementation" in key and not isinstance(value, bool | None) and value not in ATTENTION:
+        if "attn_implementation" in key and not isinstance(value, bool | None) and not is_kind(value, ATTENTION):
             raise config.refusal(f"'{key}' is {str(value)[:60]!r}, which may be code on the hub; remove the entry")
 
 
