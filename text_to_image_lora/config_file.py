@@ -69,13 +69,14 @@ def check_keys(node: Any, path: str | Path) -> None:
             check_keys(value, path)
     if getattr(node, "id", None) != "mapping":
         return
-    lines = {}
+    first_lines: dict[Any, int] = {}
     for key, value in node.value:
-        first = lines.setdefault(key.value if isinstance(key.value, str) else id(key), key.start_mark.line)
-        if first != key.start_mark.line:
-            raise InputError(
-                f"{path}: '{key.value}' is written in lines {first + 1} and {key.start_mark.line + 1}. Keep one of them."
-            )
+        line, name = key.start_mark.line + 1, key.value if isinstance(key.value, str) else id(key)
+        if name in first_lines:
+            first = first_lines[name]
+            where = f"in line {line} twice" if first == line else f"in lines {first} and {line}"
+            raise InputError(f"{path}: '{key.value}' is written {where}. Keep one of them.")
+        first_lines[name] = line
         check_keys(value, path)
 
 

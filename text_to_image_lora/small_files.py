@@ -4,8 +4,8 @@ Raises `InputError`, which names the file and the key. Imports nothing heavy.
 """
 
 import json
-import math
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def is_kind(value: Any, kind: Any) -> bool:
     if kind not in (int, float):
         return isinstance(value, kind)
     number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    return number and abs(value) < math.inf and (bounds is None or bool(bounds.accepts(value)))
+    return number and abs(value) <= sys.float_info.max and (bounds is None or bool(bounds.accepts(value)))
 
 
 def describe_kind(kind: Any) -> str:
