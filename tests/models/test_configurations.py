@@ -87,7 +87,7 @@ def test_the_attention_of_pytorch_may_be_named(model, value):
         (UNET, "use_linear_projection", ["x", 1]),
         (VAE, "block_out_channels", ["x", 5, [], None]),
         (VAE, "latent_channels", ["x", -1, None]),
-        (VAE, "scaling_factor", [0, -1, NAN, INFINITY, "x", None, True, [1]]),
+        (VAE, "scaling_factor", [0, -1, NAN, INFINITY, 1e308, "x", None, True, [1]]),
         (TEXT_ENCODER, "num_hidden_layers", ["x", -1, 10**9, None]),
         (TEXT_ENCODER, "max_position_embeddings", ["x", 0]),
         (TEXT_ENCODER, "hidden_act", [5]),

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import safetensors.torch
 import torch
+from conftest import refusal_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -272,3 +273,56 @@ def test_load_lora_refuses_what_it_cannot_read_in_one_line(tmp_path, content):
         lora_file.load_lora(tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+DEEP = "[" * 100_000
+MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def write_file_of_diffusers(folder, metadata):
+    """Writes a LoRA of one layer with this text as the configurations of peft in its header."""
+    tensors = {f"unet.{MODULE}.lora_A.weight": torch.ones(4, 8), f"unet.{MODULE}.lora_B.weight": torch.ones(8, 4)}
+    path = folder / "lora.safetensors"
+    safetensors.torch.save_file(tensors, path, {LORA_ADAPTER_METADATA_KEY: metadata})
+    return path
+
+
+def write_peft_folder(folder, config):
+    """Writes a LoRA of one layer in the format of peft."""
+    tensors = {f"{MODULE}.lora_A.weight": torch.ones(4, 8), f"{MODULE}.lora_B.weight": torch.ones(8, 4)}
+    tensors = {f"base_model.model.{key}": value for key, value in tensors.items()}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(config)
+    return folder
+
+
+CONFIGURATIONS = [
+    DEEP, "[]", "5", "null", "{", '{"unet.r": 4, "unet.r": 8, "unet.lora_alpha": 4}',
+    *(json.dumps({"unet.r": 4, "unet.lora_alpha": alpha}) for alpha in ("x", [1], None, float("nan"), True)),
+    *(
+        json.dumps({"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": pattern})
+        for pattern in (5, [1], {"to_q": "x"}, {"to_q": None}, {"(((": 4}, {"(x+x+)+y": 4}, {".*": 4}, {"": 4})
+    ),
+    '{"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": "x"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=range(len(CONFIGURATIONS)))
+def test_configurations_of_other_kinds_are_refused(tmp_path, config):
+    path = write_file_of_diffusers(tmp_path, config)
+    assert refusal_of(lora_file.load_lora, path).startswith(f"{path}: its configuration can't be read (")
+    folder = write_peft_folder(tmp_path, config.replace("unet.", ""))
+    assert "its configuration can't be read (" in refusal_of(lora_file.load_lora, folder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scale"),
+    [
+        ("to_q", 2), ("attn1.to_q", 2), (r"attn1\\.to_q", 2), (f"^{MODULE}", 2), (MODULE, 2), ("to_k|to_q", 2),
+        ("to_k|^to_q", 1), ("o_q", 1), ("^to_q", 1), ("ttn1.to_q", 1), ("to_k", 1),
+    ],
+)  # fmt: skip
+def test_alphas_of_modules_are_found_by_the_ends_of_their_names(tmp_path, pattern, scale):
+    config = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern.replace("\\\\", "\\"): 8}}
+    components, _ = lora_file.load_lora(write_file_of_diffusers(tmp_path, json.dumps(config)))
+    assert components["unet"][f"{MODULE}.lora_B.weight"].unique().tolist() == [scale]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..command_line import above, at_least, between, from_up_to
+from ..command_line import above_up_to, at_least, between, from_up_to
 from ..small_files import Values, is_kind
 
 
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "in_channels": (between(3, 3, int), 3),
         "layers_per_block": (between(1, 100, int), 1),
         "norm_num_groups": (SIZE, 32),
-        "scaling_factor": (above(0, float), 0.18215),
+        "scaling_factor": (above_up_to(0, 10_000), 0.18215),
         "shift_factor": (float, None),
         "latents_mean": (list, None),
         "latents_std": (list, None),
