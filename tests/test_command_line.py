@@ -1,11 +1,21 @@
 """Command lines: bounds, error messages of one line, --help, and flags from a YAML file."""
 
 import argparse
+import re
 
 import pytest
 from conftest import refusal_of
 
-from text_to_image_lora.command_line import Parser, above, at_least, between, from_up_to
+from text_to_image_lora.command_line import (
+    Parser,
+    above,
+    at_least,
+    between,
+    from_up_to,
+    output_folder,
+    path_text,
+    user_path,
+)
 from text_to_image_lora.errors import InputError
 
 
@@ -259,3 +269,50 @@ def test_what_a_run_saves_reads_as_it_was(config):
     values = {"negative_prompt": "007", "prompts": ["12:30", "no", "null", "~"], "learning_rate": 1e-5, "rank": 8}
     args = parse(config(yaml.safe_dump(values)))
     assert {name: getattr(args, name) for name in values} == values
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n", "a\0b"])
+def test_an_empty_text_is_no_path(text):
+    for kind in (path_text, user_path, output_folder):
+        with pytest.raises(argparse.ArgumentTypeError, match="it must be a path, not an empty text"):
+            kind(text)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name, reason in (
+        ("dangling", f"dangling is a link to {tmp_path / 'gone' / 'folder'}, which does not exist"),
+        ("dangling/below", "which does not exist"),
+        ("loop", "loop can't be used (Too many levels of symbolic links)"),
+        ("file", "file is a file"),
+        ("file/below", "file is a file"),
+        ("a" * 300, "can't be used (File name too long)"),
+    ):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"it must be a folder that can be made, .*{re.escape(reason)}"
+        ):
+            output_folder(str(tmp_path / name))
+    for name in ("new", "new/below", "link", "link/new"):
+        assert output_folder(str(tmp_path / name)) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("prompts: " + "[" * 100_000, "it has more than 50 levels"),
+        ("prompts: &a [*a]", "stands for a part that contains the alias"),
+        ("a: &a [x, x]\n" + "".join(f"{i}: &{i} [{', '.join([f'*{b}'] * 10)}]\n" for b, i in zip("abcdefg", "bcdefgh")), "its aliases"),
+        ("prompts: [null, a red axe]", "must be one value or a list of values"),
+        ("prompts:\n  -\n  - a red axe", "must be one value or a list of values"),
+        ("prompts: [~]", "must be one value or a list of values"),
+        ("a:\n  b:\n    c: 1\n    c: 2", "'c' is written in lines 3 and 4"),
+        ("prompts: [{c: 1, c: 2}]", "'c' is written in line 1 twice"),
+        ("{rank: 1, rank: 2}", "'rank' is written in line 1 twice"),
+    ],
+)  # fmt: skip
+def test_a_config_is_refused_that_grows_repeats_or_leaves_out(config, text, answer):
+    message = refusal_of(small_parser().parse, [config(text)])
+    assert answer in message

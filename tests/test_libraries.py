@@ -1,11 +1,12 @@
 """What the libraries load and print while they are imported, and how many threads they use."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import CORES, ROOT, THREADS
+from conftest import CORES, ROOT, THREADS, refusal_of
 
 from text_to_image_lora.libraries import LAUNCHERS_MARKS, hide_modules, launchers_environment, num_cpu_threads
 
@@ -149,3 +150,18 @@ def test_a_launcher_whose_environment_cannot_be_read_is_not_trusted(monkeypatch)
 
     monkeypatch.setattr("psutil.Process.environ", deny)
     assert launchers_environment() == {}
+
+
+@pytest.mark.parametrize("text", ["1000000", "99999999999999999999", "1025"])
+def test_a_number_of_threads_that_would_end_the_process_is_not_used(text):
+    assert num_cpu_threads(None, {"OMP_NUM_THREADS": text}) == 1024
+
+
+@pytest.mark.parametrize("text", ["1000000", "1000000000000", "1025", "0", "-1"])
+@pytest.mark.parametrize("command", ["train_text_to_image_lora", "infer"])
+def test_a_flag_for_too_many_threads_is_refused(command, text):
+    words = ["--pretrained_model_name_or_path", "x", "--num_cpu_threads", text]
+    message = refusal_of(importlib.import_module(command).build_parser().settings, words)
+    assert "--num_cpu_threads" in message
+    assert f"{text}: it must be " in message
+    assert "from 1 to 1024" in message

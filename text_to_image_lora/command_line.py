@@ -81,9 +81,41 @@ def hub_id(text: str) -> str:
     return text
 
 
+def path_text(text: str) -> str:
+    """An argparse type for the text of a path, which is returned unchanged."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be a path, not an empty text or one with a NUL character")
+    return text
+
+
 def user_path(text: str) -> str:
     """An argparse type for a path, or for a name on the hub; expands a leading `~`, which shells do not always do."""
-    return os.path.expanduser(text)
+    return os.path.expanduser(path_text(text))
+
+
+def output_folder(text: str) -> str:
+    """An argparse type for a folder to write into, which need not exist yet."""
+    folder = user_path(text)
+    if (obstacle := obstacle_to_folder(folder)) is not None:
+        raise argparse.ArgumentTypeError(f"{folder}: it must be a folder that can be made, but {obstacle}")
+    return folder
+
+
+def obstacle_to_folder(folder: str | Path) -> str | None:
+    """Returns why a folder does not exist and can't be made, or None: a link that leads nowhere, a file, or a bad name."""
+    for path in (Path(folder), *Path(folder).parents):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                return f"{path} is a link to {os.readlink(path)}, which does not exist"
+        except NotADirectoryError:  # one of the parents is a file
+            pass
+        except OSError as error:
+            return f"{path} can't be used ({error.strerror})"
+        else:
+            return None if path.is_dir() else f"{path} is a file"
+    return None
 
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from .errors import InputError
 from .files import printable, read_text, reason_of
+from .small_files import load_yaml
 
 
 # YAML would convert all other plain words: 007 to 7, 12:30 to 750, no to False and 2024_01_15 to 20240115.
@@ -31,10 +32,9 @@ def read_yaml(path: str | Path, flag: str) -> Any:
         }
 
     try:
-        loader = Loader(_read(path))
-        node = loader.get_single_node()
-        check_keys(node, path, depth=2)
-        return None if node is None else loader.construct_document(node)
+        node, value = load_yaml(_read(path), Loader)
+        check_keys(node, path)
+        return value
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file ({flag}).{similar_file(path)}") from error
     except OSError as error:
@@ -62,18 +62,22 @@ def check_utf8(values: Mapping[str, Any]) -> None:
                 raise InputError(f"--{name} {printable(text)}: {reason}, or pass another.")
 
 
-def check_keys(node: Any, path: str | Path, depth: int) -> None:
-    """Raises `InputError` if a mapping has a key twice, of which YAML would only read the last, also `depth` - 1 levels below."""
-    if getattr(node, "id", None) != "mapping" or not depth:
+def check_keys(node: Any, path: str | Path) -> None:
+    """Raises `InputError` if a mapping in a YAML file has a key twice, of which YAML would only read the last."""
+    if getattr(node, "id", None) == "sequence":
+        for value in node.value:
+            check_keys(value, path)
+    if getattr(node, "id", None) != "mapping":
         return
-    lines = {}
+    first_lines: dict[Any, int] = {}
     for key, value in node.value:
-        first = lines.setdefault(key.value if isinstance(key.value, str) else id(key), key.start_mark.line)
-        if first != key.start_mark.line:
-            raise InputError(
-                f"{path}: '{key.value}' is written in lines {first + 1} and {key.start_mark.line + 1}. Keep one of them."
-            )
-        check_keys(value, path, depth - 1)
+        line, name = key.start_mark.line + 1, key.value if isinstance(key.value, str) else id(key)
+        if name in first_lines:
+            first = first_lines[name]
+            where = f"in line {line} twice" if first == line else f"in lines {first} and {line}"
+            raise InputError(f"{path}: '{key.value}' is written {where}. Keep one of them.")
+        first_lines[name] = line
+        check_keys(value, path)
 
 
 def similar_file(path: str | Path) -> str:

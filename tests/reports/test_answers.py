@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from conftest import refusal_of
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from text_to_image_lora.reports import report_page, runs, sample_pictures, stopping
@@ -202,3 +204,35 @@ def test_files_are_equal_whatever_their_names_headers_and_order(tmp_path):
         files[name] = tmp_path / f"{name}.bin"
         files[name].write_bytes(b"weights")
     assert find_equal(files) == [["one", "two", "three"], ["x", "y"]]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("about.json", "[]"),
+        ("about.json", "[" * 100_000),
+        ("about.json", '{"settings": 5}'),
+        ("about.json", '{"dataset": []}'),
+        ("about.json", '{"settings": {"early_stopping_patience": "x"}}'),
+        ("about.json", '{"settings": {"max_train_steps": []}}'),
+        ("run.yaml", "- rank"),
+        ("run.yaml", "rank: " + "[" * 100_000),
+        ("run.yaml", "rank: &a [*a]"),
+        ("run.yaml", "rank: !!python/object/apply:os.system [ls]"),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_refused_in_one_line(tmp_path, file, text):
+    write_run(tmp_path, {0: 1.0, 3: 0.9})
+    (tmp_path / file).write_text(text)
+    assert refusal_of(runs.read_run, tmp_path).startswith(f"{tmp_path / file}: ")
+
+
+def test_files_with_other_names_and_texts_are_no_sample_pictures(tmp_path):
+    write_run(tmp_path, {0: 1.0, 3: 0.9})
+    for place in ("step-x", "step-000003"):
+        (tmp_path / "validation" / place).mkdir(parents=True)
+        info = PngInfo()
+        info.add_text("seed", "x" * 5000)
+        Image.new("RGB", (4, 4)).save(tmp_path / "validation" / place / "prompt-y.png", pnginfo=info)
+    (pictures,) = runs.read_run(tmp_path).pictures.values()
+    assert [sample.seed for sample in pictures.values()] == [None]

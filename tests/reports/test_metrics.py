@@ -16,6 +16,7 @@ from conftest import ROOT, read_metrics
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports import curves, metrics, progress
 from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics
+from text_to_image_lora.reports.numbers import read_numbers
 from text_to_image_lora.reports.progress import Pauses, format_duration, peak_memory_gib
 
 
@@ -188,6 +189,36 @@ def test_a_run_does_not_end_on_steps_that_were_skipped(reports):
     put_losses(reports, [math.nan], first=3)
     assert reports.divergence(finished=False) is None
     assert "2 steps in a row" in str(reports.divergence(finished=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_run_of_a_single_step_that_was_skipped_has_failed(reports, bad):
+    reports.num_steps = 1
+    put_losses(reports, [bad])
+    assert reports.divergence(finished=False) is None
+    error = reports.divergence(finished=True)
+    assert error.exit_code == 3
+    assert str(error).startswith("The loss or gradient of 1 step in a row is not finite, since step 1.")
+
+
+NO_ROWS = (
+    "5", "[]", "null", '"x"', '{"a": 1}', '{"step": null}', '{"step": "x"}', '{"step": 1.5}', '{"step": -1}', '{"step": true}',
+    '{"step": 1' + "0" * 40 + "}", '{"step": 1, "train_loss": "x"}', '{"step": 1, "train_loss": [1]}', "[" * 200_000,
+    '{"step": 1, "train_loss": NaN}', '{"step": 1, "train_loss": 1' + "0" * 400 + "}", "\0\1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_a_line_that_is_no_row_is_skipped(written, line):
+    before = read_numbers(written.parent)
+    written.write_text(line + "\n" + written.read_text())
+    after = read_numbers(written.parent)
+    assert (after.last_step, after.curves["train_loss"].values.tolist()) == (
+        2,
+        before.curves["train_loss"].values.tolist(),
+    )
+    assert MetricsFile(written, 2).discarded == {}
+    assert [row["step"] for row in read_metrics(written.parent)] == [0, 1, 2]
 
 
 def test_the_loss_scale_of_fp16_may_settle(reports):

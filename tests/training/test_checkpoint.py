@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refusal_of
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import written_whole
@@ -211,6 +212,120 @@ def test_a_state_that_cannot_be_read_is_refused(tmp_path, text):
     with pytest.raises(InputError, match="can't be read") as caught:
         read_state(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "5", "null", '{"state": {"seed": 1, "seed": 1}, "settings": {}}'])
+def test_a_state_that_is_no_small_mapping_is_refused(tmp_path, text):
+    path = save(tmp_path, 3)
+    (path / "state.json").write_text(text)
+    assert refusal_of(read_state, path).startswith(f"{path}: this checkpoint can't be read (state.json: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("seed", ["x", -1, 0.0, None, float("nan"), 2**63]),
+        ("global_step", ["x", -3, 2.5, True, 10**30, None]),
+        ("started_at", ["x", 10**30, []]),
+        ("tracker_run_id", [["x"], 5]),
+        ("validation", ["x", [1], 5]),
+        ("batch_size", ["x", 0, -1, 1.5]),
+        ("due", [5, "loss", {}]),
+        ("evil", [1]),
+    ],
+)
+def test_a_state_with_values_of_other_kinds_is_refused(tmp_path, key, values):
+    path = save(tmp_path, 3)
+    stored = json.loads((path / "state.json").read_text())
+    for value in values:
+        (path / "state.json").write_text(json.dumps(stored | {"state": stored["state"] | {key: value}}))
+        message = refusal_of(read_state, path)
+        assert f"'{key}' is " in message
+        assert message.endswith(" Resume from another one.")
+    (path / "state.json").write_text(json.dumps(stored | {"settings": None}))
+    assert "'settings' is null" in refusal_of(read_state, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "damage"),
+    [
+        ("[" * 200_000, "more than 50 levels"),
+        ("[]", "a list instead of a mapping"),
+        ("5", "5 instead of a mapping"),
+        ('{"state.json": 5}', "state.json has changed"),
+        ('{"/etc/passwd": {}}', "names a file outside"),
+        ('{"../../secret": {}}', "names a file outside"),
+        ('{"a/../../secret": {}}', "names a file outside"),
+        (json.dumps({"a" * 5000: {}}), "name too long"),
+        (json.dumps({"a\0b": {}}), "is missing"),
+    ],
+)
+def test_a_manifest_of_someone_else_is_damage(tmp_path, text, damage):
+    path = save(tmp_path, 3)
+    (path / "manifest.json").write_text(text)
+    assert damage in str(find_damage(path))
+    assert "\n" not in str(find_damage(path))
+
+
+def damage_optimizer(change):
+    """Returns a function that changes the contents of optimizer.pt."""
+
+    def damage(path):
+        stored = torch.load(path / "optimizer.pt", weights_only=True)
+        torch.save(change(stored) or stored, path / "optimizer.pt")
+
+    return damage
+
+
+def damage_adapter(change):
+    """Returns a function that changes the tensors of an adapter."""
+
+    def damage(path):
+        tensors = load_file(path / "adapter.safetensors")
+        save_file({name: change(value) for name, value in tensors.items()}, path / "adapter.safetensors")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))),
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(3, 2))),
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][1].update(exp_avg=torch.zeros(2).long())),
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][1].update(step=torch.zeros(7))),
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][1].update(step="x")),
+        damage_optimizer(lambda stored: stored["optimizer"]["state"][1].pop("exp_avg") is None),
+        damage_optimizer(lambda stored: stored.update(optimizer=None)),
+        damage_optimizer(lambda stored: stored.update(optimizer=5)),
+        damage_optimizer(lambda stored: stored.update(lr_scheduler="x")),
+        damage_optimizer(lambda stored: stored.update(lr_scheduler={})),
+        damage_optimizer(lambda stored: stored["lr_scheduler"].update(last_epoch="x")),
+        damage_optimizer(lambda stored: stored["lr_scheduler"].update(last_epoch=-7)),
+        damage_optimizer(lambda stored: stored["lr_scheduler"].update(_last_lr=[float("nan")])),
+        damage_optimizer(lambda stored: stored["lr_scheduler"].update(lr_lambdas=[{"func": 5}])),
+        damage_adapter(lambda value: value * float("nan")),
+        damage_adapter(lambda value: value.half()),
+        damage_adapter(lambda value: value.long()),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused(tmp_path, damage):
+    path = save(tmp_path, 3)
+    damage(path)
+    _, optimizer, lr_scheduler = make_run(steps=0)
+    message = refusal_of(load, path, optimizer, lr_scheduler)
+    assert message.startswith(f"{path}: this checkpoint can't be loaded (")
+    assert not optimizer.state  # nothing was restored
+    assert lr_scheduler.last_epoch == 0
+
+
+def test_a_schedule_takes_no_attributes_from_a_file(tmp_path):
+    path = save(tmp_path, 3)
+    damage_optimizer(lambda stored: stored["lr_scheduler"].update(step=5, optimizer=7, evil=1))(path)
+    model, optimizer, lr_scheduler = make_run(steps=0)
+    load(path, optimizer, lr_scheduler)
+    advance(model, optimizer, lr_scheduler, steps=1)
+    assert (lr_scheduler.last_epoch, lr_scheduler.optimizer) == (4, optimizer)
 
 
 KILLED_ANYWHERE = """

@@ -1,7 +1,6 @@
 """Finds and checks base models, LoRAs, VAEs, ControlNets and pictures before a model is loaded. Needs no torch."""
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -10,13 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..command_line import obstacle_to_folder
 from ..errors import InputError
 from ..files import expand_pattern, hub_file, is_hub_id, reason_of
 from ..models.base_model import BaseModel
+from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS, CONVERT, WEIGHTS_NAME, find_weight_files, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
 from ..models.not_a_base import check_folder
+from ..small_files import Values, read_json
 from . import settings
 from .rows import Lora
 
@@ -63,8 +65,10 @@ def check_folders(output: settings.Output) -> None:
     for flag, folder in (("--output_dir", output.output_dir), ("--save_merged", output.save_merged)):
         if folder is None:
             continue
+        if (obstacle := obstacle_to_folder(folder)) is not None:
+            raise InputError(f"{flag} {folder}: it can't be made, because {obstacle}. Name another folder.")
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        if not os.access(existing, os.W_OK | os.X_OK):
             raise InputError(f"{flag} {folder}: can't write into {existing}. Name another folder.")
     merged = output.save_merged
     if merged and merged.exists() and any(merged.iterdir()):
@@ -116,8 +120,7 @@ def find_base(flags: settings.Model) -> Base:
     diffusion: dict[str, Any] = {}
     if files := model.config_files:
         unet_config = files.read(f"{model.family.denoiser}/config.json")
-        with contextlib.suppress(InputError):  # the loader reports what is wrong with the file
-            diffusion = {"prediction_type": "epsilon"} | files.read("scheduler/scheduler_config.json")
+        diffusion = {"prediction_type": "epsilon"} | files.read("scheduler/scheduler_config.json")
     shapes = {}
     of_parts = [sorted(path.glob(f"{part}/*.safetensors")) for part in COMPONENTS if (path / part).is_dir()]
     if all(of_parts):
@@ -133,9 +136,9 @@ def _check_pipeline(flag, folder):
     """Raises `InputError` unless the folder contains a pipeline of a supported family."""
     check_folder(folder)
     try:
-        class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = "contains no readable model_index.json. Pass the folder of a complete pipeline."
+        class_name = read_json(folder / "model_index.json").want("_class_name", str)
+    except InputError as error:
+        reason = f"contains no readable model_index.json. Pass the folder of a complete pipeline. ({error})"
         raise InputError(f"{flag} {folder} {reason}") from error
     if not families_with_pipeline(class_name):
         known = " and ".join(dict.fromkeys(family.pipeline for family in FAMILIES))
@@ -193,7 +196,9 @@ def _newest_of_run(folder):
             logger.warning(f"{error} An older LoRA of the run is looked for.")
             continue
         # Files of diffusers' scripts do not record the step, but their checkpoints are named after it.
-        steps[file] = int(step) if step.isdecimal() and len(step) < 19 else int(name[2]) * (name[1] == "checkpoint")
+        steps[file] = (
+            int(step) if step.isdecimal() and len(step) < 10 else int(name[2][:9]) * (name[1] == "checkpoint")
+        )
     if not steps:
         names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")[:3])
         reason = f"contains no {WEIGHTS_NAME} (found: {names or 'no LoRA files'}). Pass the LoRA file itself."
@@ -257,10 +262,13 @@ def _config_of(flag, source, class_name, remedy):
     """Reads the config.json of a diffusers model of this class from a folder or the hub."""
     path = Path(source)
     file = path / "config.json" if path.is_dir() else hub_path(flag, source, "config.json")
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads(file.read_text(encoding="utf-8"))
+    found: Values | None = None
+    with contextlib.suppress(InputError):
+        config = read_json(file)
         if config.get("_class_name") == class_name:
-            return config
+            found = config
+    if found is not None:
+        return check_part("vae" if class_name == "AutoencoderKL" else "controlnet", found)
     article = "an" if class_name[0] == "A" else "a"
     raise InputError(f"{flag} {source} contains no config.json of {article} {class_name}. {remedy}")
 

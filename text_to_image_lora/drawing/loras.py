@@ -1,7 +1,6 @@
 """Reads LoRA files into a diffusers pipeline, and chooses which of its LoRAs are active."""
 
 import contextlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..models.dialects import COMPONENTS
+from ..small_files import is_kind
 from .fits import check_fits
 from .rows import Lora
 
@@ -18,8 +18,13 @@ STOCK_KEY = re.compile(
     rf"({'|'.join(COMPONENTS)})\.(.+)\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector\.weight)"
 )
 
-# Fields of peft's `LoraConfig` that choose layers by regular expressions, as does a `target_modules` that is no list.
-PATTERNS = ("exclude_modules", "layers_pattern", "layers_to_transform", "target_parameters")
+# Options of a configuration in the header that can be set without changing how stock diffusers reads the file. Others could:
+# some hold regular expressions.
+UNDERSTOOD = {
+    "r", "lora_alpha", "target_modules", "use_dora", "lora_bias", "peft_type", "task_type", "bias", "init_lora_weights",
+    "inference_mode", "base_model_name_or_path", "revision", "peft_version",
+}  # fmt: skip
+
 ATTENTION_OF_TEXT = re.compile(r"\.self_attn\.(q|k|v|out)_proj(\.|$)")
 
 
@@ -46,7 +51,7 @@ def stock_reads(lora: Lora) -> bool:
     adapter (DoRA or not, with or without bias), for all layers of a component. It reads a file with several of them wrongly
     without a warning, or fails.
     """
-    from ..models.lora_file import ADAPTER_METADATA_KEY
+    from ..models.lora_file import read_adapter_metadata
 
     if lora.path.suffix != ".safetensors":  # diffusers would unpickle a file named X.SAFETENSORS
         return False
@@ -60,7 +65,7 @@ def stock_reads(lora: Lora) -> bool:
         if leaf == "lora_A.weight":
             ranks.setdefault(component, set()).add(shape[0])
     try:
-        stored = json.loads(lora.header.get(ADAPTER_METADATA_KEY, "{}"))
+        stored = read_adapter_metadata(lora.header)
         return all(
             len(ranks.get(component, ())) == 1
             and (component == "unet" or any(map(ATTENTION_OF_TEXT.search, found)))
@@ -68,19 +73,20 @@ def stock_reads(lora: Lora) -> bool:
             and (not stored or _is_plain(stored, component, *ranks[component], *found.values()))
             for component, found in layers.items()
         )
-    except (ValueError, AttributeError, RecursionError):  # not the JSON that diffusers writes
+    except InputError:  # not the JSON that diffusers writes
         return False
 
 
 def _is_plain(stored, component, rank, leaves, *_):
     """Whether the configuration in the header gives all layers of a component the same scale, at this rank."""
     config = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith(f"{component}.")}
+    others = [value for key, value in config.items() if key not in UNDERSTOOD and value]
     return (
-        config.get("r") == rank
-        and isinstance(config.get("lora_alpha"), int | float)
+        not others
+        and config.get("r") == rank
+        and is_kind(config.get("lora_alpha"), float)
+        and is_kind(config.get("target_modules", ["all"]), [str])
         and config.get("rank_pattern") == config.get("alpha_pattern") == {}
-        and isinstance(config.get("target_modules", []), list)
-        and not any(config.get(name) for name in ("use_rslora", *PATTERNS))
         and bool(config.get("use_dora")) == ("lora_magnitude_vector.weight" in leaves)
         and bool(config.get("lora_bias")) == ("lora_B.bias" in leaves)
     )

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import reason_of, written_whole
+from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
-from ..models.loading import load_text_encoder
+from ..models.loading import check_tokenizer, load_text_encoder
 from ..models.modules import check_weights
 from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
+from ..small_files import Values
 from .as_trained import AsTrained, in_words
 from .encode import PromptEncoder
 from .find import Base, ControlNet, Given
@@ -164,6 +166,11 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
         if pipe.components.get(name) is not None:
             with explaining(sources.get(name) or model.source):
                 check_weights(NAMES[name], pipe.components[name])
+    check_part("vae", Values(dict(pipe.vae.config), vae or model.source))
+    check_part("scheduler", Values(dict(pipe.scheduler.config), model.source))
+    with explaining(model.source):
+        for row in model.family.text_encoders:
+            check_tokenizer(pipe.components[row.tokenizer], pipe.components[row.name])
     pipe.vae.enable_slicing()  # one picture at a time, because the decoder needs more memory than the UNet
     pipe.set_progress_bar_config(disable=True)
     return pipe

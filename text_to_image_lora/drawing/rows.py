@@ -25,7 +25,7 @@ def number(
         wish += f", {least} or more"
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
             if math.isfinite(value) and least <= value <= most and not (multiple_of and value % multiple_of):
                 return value

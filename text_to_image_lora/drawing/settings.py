@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from ..command_line import flag, flag_values, iterate_flags, user_path
 from ..errors import InputError
+from ..libraries import MOST_CPU_THREADS
 from ..models.samplers import SAMPLERS
 from .rows import AXES, MOST_BATCH, SETTINGS, number, sampler_name
 
@@ -122,7 +123,7 @@ class Machine:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps, or auto for the fastest available device", recorded=False)
     compile: bool = flag(False, "compile the UNet's blocks with torch.compile: the first step takes a minute or more, and later steps are faster; useful for many pictures", recorded=False, action="store_true")
     offload: bool = flag(False, "keep each model on the GPU only while it is used: slower, for GPUs whose memory is too small for all models", recorded=False, action="store_true")
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)", COUNT)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)", number(int, least=1, most=MOST_CPU_THREADS))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Finds a base model and its family within a second, without importing torch."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..files import hub_file, is_hub_id, reason_of
+from ..small_files import Values, read_json
+from .configurations import check_libraries, check_part
 from .families import Family, all_supported, families_with_pipeline, family_by_marks
 from .not_a_base import check_folder
 
@@ -19,18 +20,15 @@ class ConfigFiles(NamedTuple):
     revision: str | None = None
     cache_dir: str | None = None
 
-    def read(self, file: str) -> dict[str, Any]:
-        """Reads a JSON file such as `unet/config.json`; raises `InputError` if that fails."""
+    def read(self, file: str) -> Values:
+        """Reads and checks a JSON file such as `unet/config.json`; raises `InputError` if it can't be used."""
         if self.kind == "hub":
             path = from_hub(self.source, file, self.revision, self.cache_dir)
         else:
             path = Path(str(self.folder), file)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.folder or self.source}/{file}: it can't be read ({error}). Download the model again."
-            ) from error
+        found = read_json(path, f"{self.folder or self.source}/{file}")
+        part = file.rpartition("/")[0]
+        return check_part(part, found) if part else check_libraries(found)
 
 
 class BaseModel(NamedTuple):

@@ -8,14 +8,19 @@ import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, is_out_of_memory
 from ..files import reason_of
+from ..small_files import AGAIN, Values, is_kind
 from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
+from .configurations import check_part
 from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
 from .modules import check_weights, place
 from .not_a_base import check_index, check_task
 from .single_files import SingleFile, look_into, safe_to_read
-from .weights_files import check_variant, dtype_in_file, load_part
+from .weights_files import check_dtypes, check_variant, dtype_in_file, load_part
+
+
+SHORTEST_PROMPT = 3  # tokens: the start, a word and the end
 
 
 class Components(NamedTuple):
@@ -38,6 +43,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     single = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
     if kind == "folder":
         check_variant(name, variant)
+        check_dtypes(name)
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.
@@ -46,7 +52,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     else:
         index = read("model_index.json")
         check_index(name, index)
-        families = find_families(name, index.get("_class_name"))
+        families = find_families(name, index.want("_class_name", str))
         unet = read(f"{families[0].denoiser}/config.json")
         check_task(name, unet.get("in_channels"))
         family = find_family(name, families, unet)
@@ -55,6 +61,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
                 f"{name}: it is of {single.family.name}, but {folder} (--single_file_config) is of {family.name}."
             )
         vae, texts = read("vae/config.json"), [read(f"{row.name}/config.json") for row in family.text_encoders]
+        read("scheduler/scheduler_config.json")
     vae_factor = 2 ** (len(vae.get("block_out_channels", [1] * 4)) - 1)
     side = unet.get("sample_size")
     return BaseModel(
@@ -89,7 +96,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     name = base.family.text_encoders[0].tokenizer
     try:
         return transformers.CLIPTokenizer.from_pretrained(source, subfolder=name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the loader raises many kinds of exceptions for unusable files
         raise InputError(f"{source}: its tokenizer can't be loaded ({reason_of(error)}).") from error
 
 
@@ -103,8 +110,6 @@ def load_components(
     `channels_last` in that memory format. `pretrained_vae` is a hub id, folder or file of another VAE.
     """
     import torch
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
 
     source, dtype = base.source, torch.float32 if dtype is None else dtype
     if pretrained_vae is None and not base.has_vae:
@@ -112,14 +117,8 @@ def load_components(
     try:
         load = _from_single_file if base.kind == "file" else _from_folder
         loaded = load(base, dtype) if base.has_vae else _from_single_file(base, dtype, _load_vae(base, pretrained_vae))
-        for tokenizer, text_encoder in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
-            # A tokenizer without its files is silently empty; even a byte-level one has at least 256 tokens.
-            if not 256 <= len(tokenizer) <= text_encoder.config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}"
-                )
-            limit = text_encoder.config.max_position_embeddings
-            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        for pair in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
+            check_tokenizer(*pair)
         _check_denoiser(base, loaded.vae, loaded.denoiser)
         if pretrained_vae is not None and base.has_vae:
             source = pretrained_vae
@@ -128,15 +127,31 @@ def load_components(
         named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
         for name, model in [*named, ("UNet", loaded.denoiser)]:
             check_weights(name, model)
-    except (
-        OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError, SingleFileComponentError,
-    ) as error:  # fmt: skip
+        check_part("vae", Values(dict(loaded.vae.config), source))
+        check_part("scheduler", Values(loaded.scheduler_config, base.source))
+    except InputError:
+        raise
+    except Exception as error:  # the loaders raise many kinds of exceptions for unusable files
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, error)}") from error
     for model in (*loaded.text_encoders, loaded.vae, loaded.denoiser):
         model.requires_grad_(False)
         model.eval()
     place(loaded.denoiser, device, dtype, channels_last=channels_last)
     return loaded
+
+
+def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
+    """Limits the length of prompts to that of the text encoder; raises `ValueError` if the two do not fit together."""
+    config = text_encoder.config
+    # A tokenizer without its files is silently empty; even a byte-level one has at least 256 tokens.
+    if not 256 <= len(tokenizer) <= config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the text encoder {config.vocab_size}")
+    length = tokenizer.model_max_length
+    if not is_kind(length, float) or length < SHORTEST_PROMPT:
+        raise ValueError(f"the tokenizer's model_max_length is {length!r}, not a number of at least {SHORTEST_PROMPT}")
+    tokenizer.model_max_length = min(length, config.max_position_embeddings)
 
 
 def _from_single_file(base, dtype, vae=None):
@@ -185,7 +200,9 @@ def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
     import transformers
 
     model_class = getattr(transformers, row.model_class)
-    text_encoder, loading = load_part(model_class, base, row.name, dtype=dtype, output_loading_info=True)
+    # Without a name for the attention, a configuration could choose a kernel that is downloaded.
+    options: Any = dict(dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    text_encoder, loading = load_part(model_class, base, row.name, **options)
     # transformers only logs this and initializes the weights randomly.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the text encoder lacks {len(missing)} of its weights, the first: {missing[0]}")
@@ -221,7 +238,7 @@ def empty_components(base: BaseModel, dtype: Any) -> Components:
                 text_encoders.append(getattr(transformers, row.model_class)(config).to(dtype))
         vae = make(diffusers.AutoencoderKL, "vae", torch.float32).eval()
         denoiser = make(getattr(diffusers, family.denoiser_class), family.denoiser, dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the models raise many kinds of exceptions for unusable values
         raise InputError(f"{source}: its configuration can't be read ({reason_of(error)}).") from error
     return Components((), tuple(text_encoders), vae, denoiser, {})
 
@@ -282,8 +299,13 @@ def make_noise_scheduler(
     changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type is not None else {}
     if rescale_betas_zero_snr:
         changes["rescale_betas_zero_snr"] = True
-    noise_scheduler: Any = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    try:
+        noise_scheduler: Any = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    except Exception as error:  # the scheduler raises many kinds of exceptions for unusable values
+        raise InputError(f"The base model's scheduler can't be used ({reason_of(error)}). {AGAIN}") from error
     config = noise_scheduler.config
+    if not bool(noise_scheduler.alphas_cumprod.isfinite().all()):
+        raise InputError(f"The base model's noise schedule is not finite. {AGAIN}")
     if config.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import InputError
 from ..files import written_whole
+from ..small_files import Values, parse_json, read_json, shown
 from .dialects import (
     COMPONENTS,
     PEFT_WEIGHTS_NAME,
@@ -31,7 +32,10 @@ ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' constant, which wou
 PEFT_CONFIG_NAME = "adapter_config.json"
 # In the file, names of text encoders have the level `text_model`, which transformers 5.6 removed from CLIPTextModel.
 TEXT_MODEL = re.compile(r"^(text_encoder(?:_2)?)\.encoder\.")
-PLAIN_NAMES = re.compile(r"\^?[\w.-]+(\|\^?[\w.-]+)*", re.ASCII)  # in peft's `alpha_pattern`
+
+
+# A key of `alpha_pattern`: the end of a module's name or, after ^, the whole name, or several of these.
+PATTERN = re.compile(r"\^?[\w\\.-]+(\|\^?[\w\\.-]+)*")
 
 
 class Scale(NamedTuple):
@@ -49,19 +53,16 @@ def scale_of(config: Any, module: str, rank: int) -> float:
     """
     if config is None:
         return 1.0
-    # Like peft's get_pattern_key, but its patterns are regular expressions, which could be made to take for ever.
-    overrides = (value for pattern, value in config.alpha_pattern.items() if is_named(module, pattern))
+    # Like peft's get_pattern_key: the first pattern that matches the end of the name, or with ^ the whole name. They are
+    # names of modules; peft would also accept regular expressions, which could take forever.
+    overrides = (value for key, value in config.alpha_pattern.items() if _ends_with(module, key))
     alpha = next(overrides, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def is_named(module: str, pattern: str) -> bool:
-    """Whether a pattern of peft means a module: its names, separated by `|`, are the end of the module's name.
-
-    `^` in front of a name stands for the beginning of the module's name.
-    """
-    names = pattern.split("|")
-    return any(f"^{module}" == name or f".{module}".endswith(f".{name}") for name in names)
+def _ends_with(module, pattern):
+    names = pattern.replace("\\.", ".").split("|")
+    return any(f".{module}".endswith(f".{name}") or f"^{module}" == name for name in names)
 
 
 def fold_scale(state_dict: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
@@ -243,31 +244,35 @@ def _read_scales(path: Path, header: dict[str, str]) -> dict[str | None, Scale]:
     stored = path.parent / PEFT_CONFIG_NAME
     try:
         if path.name == PEFT_WEIGHTS_NAME and stored.exists():
-            config = json.loads(stored.read_text(encoding="utf-8"))
-            if config.get("peft_type", "LORA") != "LORA":
-                raise InputError(
-                    f"{PEFT_CONFIG_NAME} says {config['peft_type']}, which is not supported; only LoRA and DoRA are."
-                )
+            config = read_json(stored, PEFT_CONFIG_NAME, remedy="")
+            if (kind := config.want("peft_type", str, "LORA")) != "LORA":
+                raise InputError(f"{PEFT_CONFIG_NAME} says {kind}, which is not supported; only LoRA and DoRA are.")
             return {None: _scale(config)}
-        adapters = json.loads(header.get(ADAPTER_METADATA_KEY, "{}"))
+        adapters = read_adapter_metadata(header)
         parts = {
-            name: {k.partition(".")[2]: v for k, v in adapters.items() if k.startswith(f"{name}.")}
+            name: Values({k.partition(".")[2]: v for k, v in adapters.items() if k.startswith(f"{name}.")}, name, "")
             for name in COMPONENTS
         }
         return {name: _scale(part) for name, part in parts.items() if "lora_alpha" in part}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"its configuration can't be read ({error}).") from error
+    except InputError as error:
+        raise InputError(f"its configuration can't be read ({str(error).removesuffix('.')}).") from error
+
+
+def read_adapter_metadata(header: dict[str, str]) -> Values:
+    """Returns the configurations of peft in the header of a LoRA file, {"component.key": value}; raises `InputError`."""
+    return parse_json(header.get(ADAPTER_METADATA_KEY, "{}"), ADAPTER_METADATA_KEY, remedy="")
 
 
 def _scale(stored):
-    """Makes the `Scale` of a stored `LoraConfig`; raises `InputError` for a regular expression, which could take for ever."""
-    patterns = stored.get("alpha_pattern") or {}
-    for name in patterns:
-        if not PLAIN_NAMES.fullmatch(name):
-            raise InputError(
-                f"its alpha_pattern contains a regular expression, {name[:100]!r}; only the names of layers are supported."
+    """Makes the `Scale` of the `Values` of a `LoraConfig`; raises `InputError` for values of the wrong types."""
+    patterns = Values(stored.want("alpha_pattern", dict, None) or {}, "alpha_pattern", "")
+    for pattern in patterns:
+        patterns.want(pattern, float)
+        if not PATTERN.fullmatch(pattern):
+            raise patterns.refusal(
+                f"{shown(pattern)} is a regular expression; only names of modules, or several with | between them, are read"
             )
-    return Scale(stored["lora_alpha"], patterns, bool(stored.get("use_rslora")))
+    return Scale(stored.want("lora_alpha", float), patterns, bool(stored.want("use_rslora", bool, None)))
 
 
 def _by_module(tensors, component):

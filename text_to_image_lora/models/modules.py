@@ -29,13 +29,15 @@ def non_finite(tensors: Iterable[tuple[str, Any]]) -> str:
 
 
 def check_weights(name: str, model: Any) -> None:
-    """Raises `ValueError` if weights of a loaded model are missing, or contain NaN or infinities.
+    """Raises `ValueError` if weights of a loaded model are missing, no floating-point numbers, or NaN or infinite.
 
     diffusers only logs that weights are missing, and leaves them without data.
     """
     missing = [key for key, value in model.named_parameters() if value.is_meta]
     if missing:
         raise ValueError(f"the {name} lacks {len(missing)} of its weights, the first: {missing[0]}")
+    if odd := [key for key, value in model.named_parameters() if not value.is_floating_point()]:
+        raise ValueError(f"{len(odd)} weights of the {name} are no floating-point numbers, the first: {odd[0]}")
     if faults := non_finite(model.named_parameters()):
         raise ValueError(f"the {name} is damaged: {faults}")
 

@@ -3,13 +3,13 @@
 Needs no torch. `shapes` are the shapes of the tensors of a safetensors file, {name: shape}.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..small_files import read_json
 
 
 WHOLE = "Pass a complete Stable Diffusion 1, 2 or XL as the base model"
@@ -34,7 +34,7 @@ FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 def check_task(name: str, in_channels: Any) -> None:
     """Raises `InputError` if the number of input channels of a UNet shows that it is for another task."""
-    if task := TASKS.get(in_channels):
+    if task := TASKS.get(in_channels) if isinstance(in_channels, int) else None:
         reason = f"its UNet has {in_channels} input channels instead of 4"
         raise InputError(f"{name}: it is {task} ({reason}), which is not supported. {WHOLE}.")
 
@@ -55,7 +55,7 @@ def check_tensors(name: str, shapes: Mapping[str, Any]) -> None:
         raise InputError(f"{name}: it is a VAE, not a base model. {VAE_REMEDY}")
     if shapes and not has["text encoder"]:
         raise InputError(f"{name}: it contains a UNet but no text encoder. {WHOLE}.")
-    if first := shapes.get(FIRST_LAYER):
+    if len(first := shapes.get(FIRST_LAYER, ())) > 1:
         check_task(name, first[1])
 
 
@@ -67,8 +67,9 @@ def check_folder(folder: str | Path) -> None:
         lora_files = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_config.json")
         if any((folder / name).exists() for name in lora_files):
             raise InputError(f"{folder}: it is a LoRA, not a base model. {LORA_REMEDY}")
-        names = [config.get("_class_name"), *(config.get("architectures") or ())]
-        if found := next((PARTS[name] for name in names if name in PARTS), None):
+        listed = config.get("architectures")
+        names = [config.get("_class_name"), *(listed if isinstance(listed, list) else ())]
+        if found := next((PARTS[name] for name in names if isinstance(name, str) and name in PARTS), None):
             raise InputError(f"{folder}: it is {found[0]}, not a base model. {found[1]}")
         return
     check_index(str(folder), index)
@@ -88,7 +89,6 @@ def check_index(name: str, index: Mapping[str, Any]) -> None:
 def _read(path):
     """Returns the object in a JSON file, or {} if there is none; whoever needs the file reports what is wrong with it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}

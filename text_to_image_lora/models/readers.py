@@ -6,10 +6,9 @@ convolution layers of the base model, without the `text_model.` of text encoders
 B·scale, DoRA's magnitudes or None)} for the modules that match a layer, with A and B as float64 matrices.
 """
 
-import json
 import re
 
-from .lora_file import ADAPTER_METADATA_KEY
+from .lora_file import read_adapter_metadata
 
 
 def diffusers(tensors, header, layers):
@@ -18,7 +17,7 @@ def diffusers(tensors, header, layers):
     In `loaders/peft.py` and `loaders/lora_base.py`, the part of a key after the component is the name of the layer, and the
     configuration in the header gives the scale. The scale must be 1, or the two functions would differ.
     """
-    adapters, matched = json.loads(header.get(ADAPTER_METADATA_KEY, "{}")), {}
+    adapters, matched = read_adapter_metadata(header), {}
     for key in tensors:
         found = re.fullmatch(r"(\w+)\.(?:text_model\.)?(.+)\.lora_A\.weight", key)
         up, magnitude = (

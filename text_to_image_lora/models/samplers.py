@@ -50,7 +50,10 @@ def make_sampler(
     import diffusers
 
     own = scheduler_config.get("_class_name", "")
-    own = own if hasattr(diffusers, own) else "PNDMScheduler"
+    is_scheduler = isinstance(getattr(diffusers, own, None), type) and hasattr(
+        getattr(diffusers, own), "set_timesteps"
+    )
+    own = own if is_scheduler else "PNDMScheduler"
     if name is None and zero_snr:
         name = "ddim"
     elif name is None and own == "PNDMScheduler":

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import reason_of
 from .families import FAMILIES, Family, all_supported
 from .not_a_base import check_tensors
+from .weights_files import check_dtypes_of_file
 
 
 class SingleFile(NamedTuple):
@@ -51,6 +52,7 @@ def look_into(path: Path) -> SingleFile:
         if any(key.startswith(start) for key in keys):
             raise InputError(f"{path}: it is a model of {name}, which is not supported; supported: {all_supported()}.")
     check_tensors(str(path), shapes)
+    check_dtypes_of_file(path)
     found = (row for row in FAMILIES if any(key.startswith(row.single_file_key) for key in keys))
     # These keys hold no weights: the author of a model adds them to record how it was trained.
     changes = {"prediction_type": "v_prediction"} if "v_pred" in keys else {}

@@ -75,6 +75,33 @@ def check_variant(folder: str | Path, variant: str | None) -> None:
             )
 
 
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+
+
+def check_dtypes(folder: str | Path) -> None:
+    """Raises `InputError` if the weights of a diffusers folder are no floating-point numbers, as in quantized models."""
+    for path in sorted(path for part in (*COMPONENTS, "vae") for path in Path(folder, part).glob("*.safetensors")):
+        check_dtypes_of_file(path)
+
+
+def check_dtypes_of_file(path: str | Path) -> None:
+    """Raises `InputError` if weights of a safetensors file are no floating-point numbers; ignores a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            names = [name for name in sorted(file.keys()) if name.endswith((".weight", ".bias"))]
+            wrong = [(name, dtype) for name in names if (dtype := file.get_slice(name).get_dtype()) not in FLOATS]
+    except (OSError, SafetensorError):  # loading the file reports the error
+        return
+    if wrong:
+        name, dtype = wrong[0]
+        raise InputError(
+            f"{path}: {len(wrong)} of its weights are no floating-point numbers (the first: {name}, {dtype}). It may be "
+            "quantized: get the model in float16 or float32."
+        )
+
+
 def variant_of(base: BaseModel, part: str) -> str | None:
     """Returns the variant of a part of a model; None if its folder has only its usual files, as diffusers' pipelines do."""
     variant = base.variant

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NotANumberError, Stopped
-from ..files import explaining_disk_errors, write_whole
+from ..files import counted, explaining_disk_errors, write_whole
 from .curves import MovingAverage
 from .dashboard import log_numbers, log_results
+from .numbers import parse_row
 from .progress import Pace, Pauses, peak_memory_gib
 from .report_page import FILE as PAGE
 from .report_page import update_page
@@ -39,12 +40,9 @@ class MetricsFile:
         self.smooth_loss = MovingAverage()
         if not path.exists():
             return
-        kept, lines = [], path.read_text().splitlines(keepends=True)
+        kept, lines = [], path.read_text(errors="replace").splitlines(keepends=True)
         for line in lines:
-            try:
-                row = json.loads(line) if line.endswith("\n") else None
-            except ValueError:
-                row = None
+            row = parse_row(line) if line.endswith("\n") else None
             if row is None:  # truncated because the process was killed or the disk was full
                 continue
             validates_again = row["step"] == first_step and "loss" in due and VALIDATION_LOSS in row
@@ -103,6 +101,7 @@ class StepMetrics:
     ):  # fmt: skip
         self.accelerator, self.metrics_file = accelerator, metrics_file
         self.progress: Any = None  # the bar, once the steps begin
+        self.num_steps = num_steps
         self.output_dir, self.pace = output_dir, Pace(accelerator.device, num_steps, remedy, pauses)
         self.uses_grad_scaler = getattr(accelerator, "scaler", None) is not None
         self.waiting = None  # the (step, `AsyncNumbers`) to write
@@ -173,15 +172,15 @@ class StepMetrics:
         return self.MAX_SKIPPED + (self.FP16_WARM_UP if self.uses_grad_scaler else 0)
 
     def divergence(self, finished: bool) -> NotANumberError | None:
-        """Returns an error if too many steps in a row were skipped, or at least two at the end of the run; else None."""
-        if self.skipped_in_a_row < (2 if finished else self.limit()):
+        """Returns an error if too many steps in a row were skipped, or at the end of the run at least two or all; else None."""
+        if self.skipped_in_a_row < (min(2, self.num_steps) if finished else self.limit()):
             return None
         first = self.skipped[-self.skipped_in_a_row]
         cause = "The --learning_rate is probably too high, or the weights have exceeded the range of fp16"
         if first == 1:
             cause = "The weights of the base model or of its VAE are probably damaged, or too large for this precision"
         return NotANumberError(
-            f"The loss or gradient of {self.skipped_in_a_row} steps in a row is not finite, since step {first}. "
+            f"The loss or gradient of {counted(self.skipped_in_a_row, 'step')} in a row is not finite, since step {first}. "
             f"{cause}. Lower --learning_rate, or use --mixed_precision bf16 or no; the last finite weights are in "
             f"{Path(self.output_dir) / LAST_GOOD}, and all earlier checkpoints are intact."
         )

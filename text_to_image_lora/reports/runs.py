@@ -1,6 +1,6 @@
 """Reads a run from its output folder: settings, metrics, sample pictures and LoRA files, and the answer they give."""
 
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +10,14 @@ from PIL import Image
 
 from ..drawing.rows import SETTINGS, shown_options
 from ..errors import InputError
+from ..files import read_text, reason_of
+from ..small_files import Values, load_yaml, read_json
 from . import about, stopping
 from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
 
 
+OTHER_RUN = "Restore the file, or delete it if the run is to be reported without it."
 OPTIONS = [field for field in SETTINGS if field not in ("prompt", "seed", "checkpoint")]  # of a sample picture
 
 
@@ -61,19 +64,35 @@ def read_run(folder: str | Path) -> RecordedRun:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, about.FILE)):
         raise InputError(f"{folder}: there is no run in it (no {METRICS}). Pass a run's --output_dir, or a sweep's.")
-    contents, flags = _read_json(folder / about.FILE), {}
-    if (folder / "run.yaml").is_file():
-        flags = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    settings = contents.get("settings", flags)
+    contents, flags = _read_about(folder / about.FILE), _read_flags(folder / "run.yaml")
+    settings = Values(contents.get("settings", flags), folder / about.FILE, OTHER_RUN)
+    for name, kind in (("early_stopping_patience", int), ("max_train_steps", int), ("max_drift", float)):
+        settings.want(name, kind, None)
     numbers, pictures = read_numbers(folder), read_pictures(folder)
     return RecordedRun(folder, contents, flags, settings, numbers, pictures, list(read_files(folder)))
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _read_about(path):
+    """Returns the description of a run, {} if there is none; raises `InputError` if its parts are of the wrong types."""
+    if not path.is_file():
         return {}
+    found = read_json(path, remedy=OTHER_RUN)
+    for part in ("settings", "dataset"):
+        found.want(part, dict, {})
+    return found
+
+
+def _read_flags(path):
+    """Returns the flags of a run, {} if there is no run.yaml."""
+    if not path.is_file():
+        return {}
+    try:
+        found = load_yaml(read_text(path))[1]
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}). {OTHER_RUN}") from error
+    if not isinstance(found, dict | None):
+        raise InputError(f"{path}: it must hold one flag per line. {OTHER_RUN}")
+    return found or {}
 
 
 def step_of(folder: Path) -> int:
@@ -84,14 +103,16 @@ def step_of(folder: Path) -> int:
 def read_pictures(folder: Path) -> dict[int, dict]:
     """Reads {step: {(prompt, seed, count): SavedSample}}; `count` numbers prompts that differ in other options only."""
     found = {}
-    for place in sorted(folder.glob("validation/step-*"), key=step_of):
+    places = [place for place in folder.glob("validation/step-*") if re.fullmatch(r"step-\d{1,15}", place.name)]
+    for place in sorted(places, key=step_of):
         pictures = {}
         for path in sorted(place.glob("prompt-*.png")):
             with Image.open(path) as image:
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
                 options = {field: image.info[field] for field in OPTIONS if image.info.get(field)}
-            seed = None if seed is None else int(seed)
-            key = prompt, int(path.stem.rpartition("-")[2]) if seed is None else seed
+            seed = int(seed) if re.fullmatch(r"-?\d{1,20}", str(seed)) else None
+            number = path.stem.rpartition("-")[2]
+            key = prompt, (int(number) if number.isdecimal() else 0) if seed is None else seed
             pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(
                 prompt, seed, path, shown_options(options)
             )
@@ -112,7 +133,7 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
         if path.is_file():
             with safe_open(path, "np") as file:
                 step = (file.metadata() or {}).get("ss_steps")
-            step = None if step is None else int(step)
+            step = int(step) if re.fullmatch(r"\d{1,15}", str(step)) else None
             kohyas = (
                 folder / place / kohya.file_name(folder, step if place else None)
             )  # there may be files of other runs

@@ -5,10 +5,12 @@ the timesteps, so that their mean would depend on the least noisy timesteps alon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
+
+from ..small_files import Values
 
 
 # {degrees of freedom: Student's t at 84.13%}; the normal distribution has 1 there.
@@ -38,6 +40,28 @@ class Validation:
     def __post_init__(self):
         if not self.sure:
             self.sure, self.sure_step = self.best, self.best_step
+
+
+TABLES = ("base", "best", "sure", "base_probe")
+STEPS = ("best_step", "waited", "worse_since", "sure_step")
+
+
+def restore(state: dict) -> Validation:
+    """Returns the `Validation` that a checkpoint stores; raises `InputError` if values are of the wrong types."""
+    values = Values(state, "the checkpoint's state of the validation", "Resume from another checkpoint.")
+    if odd := values.keys() - {each.name for each in fields(Validation)}:
+        raise values.refusal(f"'{min(odd)}' is an unknown entry")
+    tables = [values.want(name, list, []) for name in TABLES]
+    rows = [row for table in tables for row in table]
+    whole = all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
+    if not whole or not tables[0] or not all(isinstance(loss, float) for row in rows for loss in row):
+        raise values.refusal("the tables of losses are no tables of numbers")
+    if any(len(table) not in (0, len(tables[0])) for table in tables[:3]):
+        raise values.refusal("the tables of losses have different sizes")
+    for name in STEPS:
+        values.want(name, int, 0 if name == "waited" else None)
+    values.want("best_drift", float, None)
+    return Validation(**values)
 
 
 class Verdict(NamedTuple):

@@ -181,7 +181,7 @@ class Judge:
         if self.held_out is None or state is None:
             return
         if state.get("pictures") == self.identities:
-            self.validation = stopping.Validation(**state)
+            self.validation = stopping.restore(state)
         else:
             logger.info("the validation pictures have changed: the best step is determined anew")
 

@@ -1,7 +1,6 @@
 """Checkpoints: the state of training on disk, written whole or not at all, and read without unpickling code."""
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -17,15 +16,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ..command_line import between
 from ..errors import InputError
 from ..files import reason_of, remove_folder, written_whole
+from ..small_files import Values, read_json
+from .likeness import check_adapter, check_like, check_optimizer_state, check_schedule
+from .manifest import MANIFEST, find_damage, write_manifest
 
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 MEANINGS = {"dataset": "dataset (the pictures, captions and repeats)"}  # of fingerprints, in messages
 MARKER_FILES = ("state.json", MANIFEST)  # a folder with one of these is a checkpoint
+
+
+# {field of `TrainState`: its kind and, if it may be missing, its default}, see `Values.want`
+STATE_KINDS: dict[str, tuple] = {
+    "seed": (between(0, 2**63 - 1, int),),
+    "global_step": (between(0, 2**53, int),),
+    "started_at": (between(0, 2**36), None),
+    "tracker_run_id": (str, None),
+    "validation": (dict, None),
+    "batch_size": (between(1, 2**31, int), None),
+    "due": (list, []),
+}
 
 
 @dataclass
@@ -92,34 +106,6 @@ def find_newest_intact(checkpoints: list[Path]) -> Path | None:
     return None
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes the sizes and SHA-256 digests of the files in a checkpoint. Must be called after all files are written."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    rows = {path.relative_to(folder).as_posix(): _size_and_digest(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _size_and_digest(path):
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def find_damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint according to its manifest, in a few words, or None if it is intact."""
-    try:
-        rows = json.loads((path / MANIFEST).read_text())
-        for name, row in rows.items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if _size_and_digest(path / name) != row:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"{MANIFEST}: {reason_of(error)}"
-    return None if "state.json" in rows else f"{MANIFEST} does not list state.json"
-
-
 # State that optimizers keep in their parameter groups, beside the options from flags.
 LEARNED_STATE = {"d", "d_max", "d_numerator", "k", "lr_max", "weight_sum", "train_mode", "scheduled_lr"}
 
@@ -165,12 +151,17 @@ def _save(value, path):
 
 
 def read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the `TrainState` and the settings of a checkpoint."""
+    """Returns the `TrainState` and the settings of a checkpoint; raises `InputError` if they are not of the right types."""
     try:
-        stored = json.loads((path / "state.json").read_text())
-        return TrainState(**stored["state"]), stored["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: this checkpoint can't be read ({error}). Resume from another one.") from error
+        stored = read_json(path / "state.json", "state.json", remedy="")
+        state = Values(stored.want("state", dict), "state.json", remedy="")
+        if odd := state.keys() - STATE_KINDS.keys():
+            raise state.refusal(f"'{min(odd)}' is no entry of a state")
+        values = {name: state.want(name, *wanted) for name, wanted in STATE_KINDS.items()}
+        return TrainState(**values), stored.want("settings", dict)
+    except InputError as error:
+        reason = str(error).removesuffix(".")
+        raise InputError(f"{path}: this checkpoint can't be read ({reason}). Resume from another one.") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -181,34 +172,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             average = torch.load(path / "ema.pt", map_location="cpu", weights_only=True)
         adapter = load_file(path / "adapter.safetensors")
         states = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        return {"path": path, "adapter": adapter, "average": average, **states}
+        if not isinstance(states, dict):
+            raise ValueError(f"optimizer.pt is of the wrong type, {type(states).__name__}")
+        parts = {name: states[name] for name in ("optimizer", "lr_scheduler", "scaler")}
+        return {"path": path, "adapter": adapter, "average": average, **parts}
 
 
 def load_checkpoint(stored: dict[str, Any], learning: Any) -> dict[str, torch.Tensor]:
     """Restores the state that `read_checkpoint` returned, and returns the adapter's tensors."""
-    optimizer = learning.optimizer
-    lr_scheduler = learning.lr_scheduler
-    average = learning.average
+    optimizer, lr_scheduler, average = learning.optimizer, learning.lr_scheduler, learning.average
     with raising_input_errors(stored["path"]):
+        state = check_optimizer_state(stored["optimizer"], optimizer, LEARNED_STATE)
+        schedule = check_schedule(stored["lr_scheduler"], lr_scheduler)
+        check_adapter(stored["adapter"])
         # The current flags override those of the checkpoint; only the learned state is restored.
         kept = {"params", "lr"} | LEARNED_STATE
         flags = [{k: v for k, v in group.items() if k not in kept} for group in optimizer.param_groups]
         base_lrs = lr_scheduler.base_lrs
         # Merged before loading too: the groups' options decide whether step counts are placed on the GPU.
-        groups = [group | flag for group, flag in zip(stored["optimizer"]["param_groups"], flags, strict=True)]
-        optimizer.load_state_dict(stored["optimizer"] | {"param_groups": groups})
-        lr_scheduler.load_state_dict(stored["lr_scheduler"] | {"base_lrs": base_lrs})
+        groups = [group | flag for group, flag in zip(state["param_groups"], flags, strict=True)]
+        optimizer.load_state_dict(state | {"param_groups": groups})
+        lr_scheduler.load_state_dict(schedule | {"base_lrs": base_lrs})
         factors = [factor(lr_scheduler.last_epoch) for factor in lr_scheduler.lr_lambdas]
         lr_scheduler._last_lr = [base * factor for base, factor in zip(base_lrs, factors)]
         for group, flag, lr in zip(optimizer.param_groups, flags, lr_scheduler._last_lr):
             group.update(flag, lr=lr)
         if average is not None:
             device = average.shadow_params[0].device
-            average.load_state_dict(stored["average"])
+            average.load_state_dict(check_like(stored["average"], average.state_dict(), "ema.pt"))
             average.to(device)
             average.decay = learning.ema_decay
         if learning.scaler is not None and stored["scaler"] is not None:
-            learning.scaler.load_state_dict(stored["scaler"])
+            scaler = check_like(stored["scaler"], learning.scaler.state_dict(), "the loss scaler")
+            learning.scaler.load_state_dict(scaler)
     return stored["adapter"]
 
 

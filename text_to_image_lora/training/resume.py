@@ -19,6 +19,7 @@ def load(settings: Any, run: Any, models: Any, learning: Any, accelerator: Any) 
     stored = processes.broadcast_from_main(read, accelerator)
     adapter = checkpoint.load_checkpoint(stored, learning)
     for name, model in models.adapted.items():
-        lora.load_adapter(model, lora.extract_state(adapter, name))
+        with checkpoint.raising_input_errors(run.resume_path):
+            lora.load_adapter(model, lora.extract_state(adapter, name))
     schedule_name = settings.schedule.lr_scheduler
     logger.info(checkpoint.describe_resume(stored, learning.lr_scheduler, schedule_name, run.num_steps))

@@ -12,12 +12,16 @@ from ..command_line import (
     between,
     duration,
     flag,
+    obstacle_to_folder,
+    output_folder,
+    path_text,
     to_seconds,
     user_path,
 )
 from ..config_file import Conflict
 from ..errors import InputError
 from ..files import counted
+from ..libraries import MOST_CPU_THREADS
 from ..models.compiling import OPTIONS as COMPILED
 
 
@@ -34,10 +38,10 @@ class RunSettings:
     title: ClassVar = "run"
     # fmt: off
     config: str | None = flag(None, "YAML file with flags, one per line; flags on the command line override it (each run saves its flags as run.yaml)", user_path, metavar="FILE", may_change=True, recorded=False)
-    output_dir: str = flag("sd-model-finetuned-lora", "folder for the LoRA, checkpoints, sample pictures and metrics", user_path, may_change=True)
+    output_dir: str = flag("sd-model-finetuned-lora", "folder for the LoRA, checkpoints, sample pictures and metrics", output_folder, may_change=True)
     seed: int | None = flag(None, "random seed, for reproducible runs (default: drawn at random and saved in run.yaml)", between(0, 2**63 - 1, int))
     max_train_time: str | None = flag(None, "maximum time for the whole command, such as 3h50m; the run stops early enough, with a checkpoint and exit code 75", duration, metavar="TIME", may_change=True)
-    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy, divided by the processes)", at_least(1), may_change=True)
+    num_cpu_threads: int | None = flag(None, "number of threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy, divided by the processes)", between(1, MOST_CPU_THREADS, int), may_change=True)
     local_rank: int = flag(-1, "set by the launcher; not for users", int, may_change=True, recorded=False, title=COMPATIBILITY)
     # fmt: on
 
@@ -53,7 +57,7 @@ class CacheSettings:
     title: ClassVar = "cache"
     # fmt: off
     cache_variations: int | None = flag(None, "number of cached variations of each picture; 0: no cache, encode pictures in each step (default: 1, 2 with --random_flip, 4 with random crops and other augmentation)", between(0, MOST_VARIATIONS, int))
-    latent_cache_dir: str = flag("~/.cache/text_to_image_lora", "folder in which latents, prompt embeddings and the class pictures that are drawn are kept for later runs", metavar="FOLDER", may_change=True)
+    latent_cache_dir: str = flag("~/.cache/text_to_image_lora", "folder in which latents, prompt embeddings and the class pictures that are drawn are kept for later runs", path_text, metavar="FOLDER", may_change=True)
     latent_cache_limit: float | None = flag(None, "maximum size of --latent_cache_dir in GiB; the least recently used files are deleted, except those that this run needs (default: no limit)", above(0), metavar="GIB", may_change=True)
     # fmt: on
 
@@ -66,6 +70,12 @@ class CacheSettings:
         if self.cache_variations is not None:
             return self.cache_variations
         return augmentation.variations() or ENDLESS_VARIATIONS_CACHED
+
+    def check(self, settings):
+        if (obstacle := obstacle_to_folder(self.folder)) is not None:
+            raise InputError(
+                f"{self.latent_cache_dir}: it can't be made, because {obstacle}. Pass another --latent_cache_dir."
+            )
 
 
 @dataclass(frozen=True)
