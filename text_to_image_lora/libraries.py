@@ -55,7 +55,7 @@ def num_cpu_threads(wanted: int | None, environment: Mapping[str, str], *, alone
     launched = any(name in environment for name in LAUNCHERS_MARKS)
     by_launcher = omp_threads == "1" and launched and launchers_environment().get("OMP_NUM_THREADS") != "1"
     if omp_threads is not None and omp_threads.isdigit() and not by_launcher:
-        return min(max(1, int(omp_threads[:9])), MOST_CPU_THREADS)
+        return min(max(1, int(omp_threads[:9])), os.cpu_count() or 1)  # very many threads would end the process
     cores = physical_cores()
     busy = 0 if alone else min(cores - 1, round(busy_cores()))
     if busy > 0:

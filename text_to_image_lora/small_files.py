@@ -160,7 +160,9 @@ def load_yaml(text: str, loader_class: Any = None) -> tuple[Any, Any]:
     """
     import yaml
 
-    class Loader(loader_class or yaml.SafeLoader):
+    base: Any = loader_class or yaml.SafeLoader
+
+    class Loader(base):
         levels = 0
 
         def compose_node(self, parent, index):

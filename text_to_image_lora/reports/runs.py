@@ -110,7 +110,7 @@ def read_pictures(folder: Path) -> dict[int, dict]:
             with Image.open(path) as image:
                 prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
                 options = {field: image.info[field] for field in OPTIONS if image.info.get(field)}
-            seed = int(seed) if re.fullmatch(r"-?\d{1,20}", str(seed)) else None
+            seed = int(str(seed)) if re.fullmatch(r"-?\d{1,20}", str(seed)) else None
             number = path.stem.rpartition("-")[2]
             key = prompt, (int(number) if number.isdecimal() else 0) if seed is None else seed
             pictures[*key, sum(other[:2] == key for other in pictures)] = SavedSample(
@@ -133,7 +133,7 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
         if path.is_file():
             with safe_open(path, "np") as file:
                 step = (file.metadata() or {}).get("ss_steps")
-            step = int(step) if re.fullmatch(r"\d{1,15}", str(step)) else None
+            step = int(str(step)) if re.fullmatch(r"\d{1,15}", str(step)) else None
             kohyas = (
                 folder / place / kohya.file_name(folder, step if place else None)
             )  # there may be files of other runs
