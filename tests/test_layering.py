@@ -11,7 +11,18 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "text_to_image_lora"
 SCRIPT = ROOT / "train_text_to_image_lora.py"
-GROUND = ("files", "small_files", "errors", "log", "command_line", "config_file", "libraries", "locks", "redaction", "signals")
+GROUND = (
+    "files",
+    "small_files",
+    "errors",
+    "log",
+    "command_line",
+    "config_file",
+    "libraries",
+    "locks",
+    "redaction",
+    "signals",
+)
 FLOORS = {
     "": 0,
     "pictures": 1,
