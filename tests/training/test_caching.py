@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -18,7 +20,7 @@ from conftest import batch_sampler, make_picture_set, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
 
-from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.errors import InputError, Stopped, TrainingError
 from text_to_image_lora.models import latents
 from text_to_image_lora.models.families import STABLE_DIFFUSION
 from text_to_image_lora.models.latents import LatentEncoder
@@ -29,7 +31,7 @@ from text_to_image_lora.pictures.examine import Picture
 from text_to_image_lora.pictures.picture_set import PictureSet, View
 from text_to_image_lora.pictures.settings import AugmentationSettings
 from text_to_image_lora.pictures.transforms import apply_variation, draw_variation
-from text_to_image_lora.training import caching
+from text_to_image_lora.training import caching, interruption
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.data import Draws, TrainingSet, make_loader
 from text_to_image_lora.training.ending import end
@@ -557,3 +559,26 @@ def test_latents_with_masks_and_without_are_not_the_same(tmp_path):
     assert len(plain) == len(masked) == len(again) == 3
     assert {shard.path for shard in plain}.isdisjoint(shard.path for shard in masked)
     assert [shard.path for shard in again[:2]] == [shard.path for shard in plain[:2]]  # equal content has equal names
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_heard_while_variations_are_laid_out(build, pictures, tmp_path, monkeypatch, name):
+    """So many variations take minutes, in which nothing is encoded."""
+    drawn, variation = [], PictureSet.variation
+
+    def ask_to_stop(pictures, i, k):
+        drawn.append((i, k))
+        if len(drawn) == 3:
+            os.kill(os.getpid(), getattr(signal, name))
+        return variation(pictures, i, k)
+
+    monkeypatch.setattr(PictureSet, "variation", ask_to_stop)
+    interruption.listen()
+    interruption.defer_requests()
+    try:
+        with pytest.raises(Stopped, match="while encoding pictures and captions"):
+            build(pictures, variations=5)
+    finally:
+        interruption.stop_listening()
+    assert not shards_in(tmp_path / "cache")
+    assert {i for i, _ in drawn} == {0}  # the pictures after it were not laid out any more

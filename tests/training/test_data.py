@@ -1,7 +1,9 @@
 """The random draws of a sample depend only on the seed and the sample's position in the run."""
 
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -187,6 +189,7 @@ def test_pictures_keep_their_captions(make_set, tmp_path):
 
 HELD = """
 import sys
+import time
 import torch
 from text_to_image_lora.training import data
 
@@ -205,3 +208,44 @@ def test_workers_end_with_a_process_that_still_has_their_loader():
     """Workers ignore SIGTERM, which is for the main process; so multiprocessing must not wait for them after sending it."""
     done = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+WORKERS = """
+import os, sys, torch
+sys.path.insert(0, {root!r})
+from text_to_image_lora.training.data import make_loader
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, sample):
+        print(os.getpid(), flush=True)
+        {work}
+        return {{"pixels": torch.zeros(2**20)}}
+
+batches = iter(make_loader(Large(), [[i] for i in range(1000)], 2, torch.device("cpu")))
+{then}
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize(
+    ("work", "then"),
+    [("pass", "next(batches)"), ("pass", "pass"), ("import time; time.sleep(1000)", "pass")],
+    ids=["in the loop", "before the first batch", "while a picture is read"],
+)
+def test_workers_end_with_a_main_process_that_is_killed(work, then):
+    code = WORKERS.format(root=str(ROOT), work=work, then=then)
+    workers = set()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        while len(workers) < 2:
+            workers.add(int(process.stdout.readline()))
+        process.kill()
+    deadline = time.monotonic() + 3  # PyTorch's own check takes 5 seconds at least
+    while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
