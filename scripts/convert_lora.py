@@ -103,6 +103,17 @@ def dialect_of(path):
         raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
+def find_source(text):
+    """Returns the path of a LoRA and its strength; that of a run that is not finished is its newest one."""
+    from text_to_image_lora.drawing.find import newest_of_run
+    from text_to_image_lora.models.dialects import find_weight_files
+
+    path, strength = split_strength(text)
+    if Path(path).is_dir() and not find_weight_files(path)[0][0].exists():
+        path = newest_of_run(Path(path), "IN")
+    return path, strength
+
+
 def settle_out(out, dialect):
     """Returns the path to write; raises `InputError` if it exists already or does not fit the format."""
     path = Path(out)
@@ -211,7 +222,7 @@ def write(components, header, out, dialect, dtype):
 
 
 def main(args):
-    sources = [split_strength(text) for text in (args.lora, *args.merge)]
+    sources = [find_source(text) for text in (args.lora, *args.merge)]
     dialects = [dialect_of(path) for path, _ in sources]
     dialect = args.to or dialects[0].removeprefix("old ")
     out = settle_out(args.out, dialect)

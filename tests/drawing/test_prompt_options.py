@@ -64,6 +64,7 @@ def test_options_that_nothing_can_draw(line, message):
         ("an axe <lyco:x:1>", "<lyco:x:1>"),
         ("an axe BREAK a tree", "BREAK"),
         ("a [dog:cat:0.5]", "[dog:cat:0.5]"),
+        ("a ((red)) axe", "((red))"),
         ("eine (rote:1.2) Axt 斧", "(rote:1.2)"),
     ],
 )

@@ -1,6 +1,7 @@
 """The real convert_lora.py: between all formats, smaller ranks, sums, and invalid input in one line."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,7 @@ from small_pipeline import (
 )
 
 from scripts import convert_lora
+from text_to_image_lora import log
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import kohya, lora_file
 from text_to_image_lora.models.dialects import check_lora
@@ -490,3 +492,16 @@ def test_what_can_not_be_read_back_is_not_left_behind(ours, tmp_path, monkeypatc
         convert(ours, out, "--to", dialect)
     assert out in paths
     assert not out.exists()
+
+
+def test_the_newest_lora_of_a_run_that_is_not_finished_is_converted(ours, tmp_path, said):
+    for name in ("checkpoint-2", "epoch-0003", "checkpoint-9"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name in ("checkpoint-2", "checkpoint-9"):
+        shutil.copy(ours / "pytorch_lora_weights.safetensors", tmp_path / "run" / name / "pytorch_lora_weights.safetensors")
+    log.PACKAGE.setLevel("INFO")
+    convert(tmp_path / "run", tmp_path / "out.safetensors")
+    assert_equal_updates(tmp_path / "out.safetensors", ours)
+    assert [line for line in said if "the run has no final LoRA yet" in line and "checkpoint-9" in line]
+    with pytest.raises(InputError, match="IN .* contains no pytorch_lora_weights.safetensors"):
+        convert(tmp_path / "run" / "epoch-0003", tmp_path / "other.safetensors")

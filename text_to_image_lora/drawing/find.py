@@ -163,7 +163,7 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not find_weight_files(path)[0][0].exists():
-        path = _newest_of_run(path)
+        path = newest_of_run(path, "--lora")
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
     if path.is_file() and path.suffix.lower() != ".safetensors":
@@ -180,10 +180,11 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     return Lora(given, path, scale, adapter, shapes, strings, fixed)
 
 
-def _newest_of_run(folder):
+def newest_of_run(folder: Path, flag: str) -> Path:
     """Returns the newest LoRA of a run that has no final LoRA yet, and logs which it is.
 
-    It is that of the latest step among the folders `checkpoint-N` and `epoch-N`. Raises `InputError` if there is none.
+    It is that of the latest step among the folders `checkpoint-N` and `epoch-N`. Raises `InputError` if there is none; `flag`
+    is the flag that names the folder.
     """
     steps = {}
     for place in folder.iterdir():
@@ -191,7 +192,7 @@ def _newest_of_run(folder):
         if name is None or not file.is_file():
             continue
         try:
-            step = read_header("--lora", file).strings.get("ss_steps", "")
+            step = read_header(flag, file).strings.get("ss_steps", "")
         except InputError as error:
             logger.warning(f"{error} An older LoRA of the run is looked for.")
             continue
@@ -200,12 +201,12 @@ def _newest_of_run(folder):
             int(step) if step.isdecimal() and len(step) < 10 else int(name[2][:9]) * (name[1] == "checkpoint")
         )
     if not steps:
-        names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")[:3])
+        names = ", ".join(sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".safetensors")[:3])
         reason = f"contains no {WEIGHTS_NAME} (found: {names or 'no LoRA files'}). Pass the LoRA file itself."
-        raise InputError(f"--lora {folder} {reason}")
+        raise InputError(f"{flag} {folder} {reason}")
     newest = max(steps, key=lambda file: (steps[file], file.stat().st_mtime))
     logger.info(
-        f"--lora {folder}: the run has no final LoRA yet, so the newest is used, of step {steps[newest]}: {newest}"
+        f"{flag} {folder}: the run has no final LoRA yet, so the newest is used, of step {steps[newest]}: {newest}"
     )
     return newest
 
