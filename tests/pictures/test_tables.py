@@ -323,3 +323,13 @@ def test_why_every_row_fails(tmp_path):
     assert refusal(folder, dataset_layout="caption_files", leave_out=lambda *row: None) == (
         f"{folder}: it has no usable row. The first of 1 that are left out: {folder}/0.png: there is no 0.txt beside it."
     )
+
+
+@pytest.mark.parametrize("name", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("value", [5, {"en": "an axe"}])
+def test_a_column_of_captions_that_are_no_text_is_named(tmp_path, name, value):
+    assert name in CAPTION_COLUMNS
+    save_pictures(tmp_path, "a.png", "b.png")
+    rows = [{"file_name": file, "size": 3, name: value} for file in ("a.png", "b.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert f"column '{name}' holds no text. Write the captions into it as text." in refusal(tmp_path)

@@ -162,5 +162,7 @@ def choose_caption_column(where: str, columns: list[str], textual: list[str], as
     if len(textual) == 1:
         return textual[0]
     if not textual:
+        if no_text := [name for name in CAPTION_COLUMNS if name in columns]:
+            raise InputError(f"{where}: column '{no_text[0]}' holds no text. Write the captions into it as text.")
         raise InputError(f"{where}: there are no captions. The columns are: {listed}; add a column 'text'.")
     raise InputError(f"{where}: which column holds the captions? Pass --caption_column, one of: {', '.join(textual)}.")
