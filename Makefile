@@ -15,9 +15,9 @@ demo: $(VENV)/installed
 		--prompt "a blue axe with pink blossoms on a gray background" \
 			"a green spear with pink blossoms on a gray background" \
 			"a green trident with pink blossoms on a white background" \
-			"a blue whip with pink blossoms on a gray background" \
-			"a green axe with pink blossoms on a yellow background" \
-			"a blue spear with pink blossoms on a white background" \
+			"a blue umbrella with pink blossoms on a white background" \
+			"a green axe on a white background" \
+			"a red umbrella on a gray background" \
 		--guidance_scale 4 --seed 1 --output_dir $(RUN)/pictures
 	@echo
 	@echo "The LoRA:                 $(RUN)/pytorch_lora_weights.safetensors"
