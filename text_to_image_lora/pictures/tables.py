@@ -88,6 +88,7 @@ def _read_csv(file, text):
 
 
 def _read_jsonl(file, text):
+    check_rows(file, text.count("\n"))  # before any row is parsed, which takes minutes for so many
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

@@ -1,6 +1,5 @@
 """What launched this process. Does not import torch."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -42,6 +41,8 @@ def end_with_parent() -> None:
     """Lets the system kill this process, which `multiprocessing` started, when its parent ends; only Linux can do that."""
     if sys.platform != "linux":
         return
+    import ctypes  # only for the workers
+
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it ended before
