@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the 
 from text_to_image_lora.command_line import Parser, at_least, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.files import counted
 from text_to_image_lora.models.dialects import PICKLES, check_lora, find_dialect
 
 
@@ -218,7 +219,7 @@ def write(components, header, out, dialect, dtype):
     if not worst <= TOLERANCES[dtype]:
         raise TrainingError(f"{out}: an update that was read back differs by {worst:.1e} of its norm.")
     count = sum(map(len, layers.values()))
-    return f"{count} modules, read back " + (f"within {worst:.1e} of each update" if worst else "exactly")
+    return f"{counted(count, 'module')}, read back " + (f"within {worst:.1e} of each update" if worst else "exactly")
 
 
 def main(args):

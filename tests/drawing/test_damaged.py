@@ -76,7 +76,7 @@ def test_a_single_file_with_damaged_weights_is_refused(model, refused, tmp_path,
     damage(path, SINGLE[part], kind)
     line = refused(path, "--single_file_config", model)
     if kind == "NaN":
-        assert f"{path} can't be loaded: the {part} is damaged: 1 of its tensors are not finite, the first: " in line
+        assert f"{path} can't be loaded: the {part} is damaged: 1 of its tensors is not finite, the first: " in line
     elif part == "text encoder":
         assert f"{path} can't be loaded: the text encoder lacks 1 of its weights, the first: " in line
     else:  # diffusers fails by itself
@@ -100,7 +100,7 @@ def test_a_lora_that_is_not_finite_is_refused(model, lora_weights, refused, tmp_
     save_file(tensors, path)
     damage(path, down, kind)
     line = refused(model, "--lora", path)
-    assert f"--lora {path}: 1 of its tensors are not finite, the first: {down}. " in line
+    assert f"--lora {path}: 1 of its tensors is not finite, the first: {down}. " in line
 
 
 def test_another_vae_that_lacks_a_weight_is_refused(model, refused, tmp_path):

@@ -148,7 +148,7 @@ def test_file_names_are_short_enough_in_every_script(text, tmp_path):
         (
             dict(scheduler="lcm", num_inference_steps=51),
             {},
-            "--num_inference_steps 51: the sampler lcm does at most 50 steps.",
+            "51 steps: the sampler lcm does at most 50 steps.",
         ),
         (dict(num_inference_steps=60), {"scheduler": ["ddim", "lcm"]}, "the sampler lcm does at most 50 steps."),
         (dict(scheduler="lcm"), {"num_inference_steps": [4, 51]}, "the sampler lcm does at most 50 steps."),

@@ -87,7 +87,7 @@ def test_folders_of_thumbnails_and_of_deleted_files(tmp_path, said, name, beside
     assert captions_of(read_records(folder)) == ["of a.jpg", "of sub/b.jpg"]
     assert captions_of(read_records(folder, dataset_layout="instance", instance_prompt="x")) == ["x", "x"]
     ignored = next((part for part in name.split("/") if part != "sub"), None)
-    assert all(f"(rename those you mean): {ignored} (1)" in line for line in said)
+    assert all(f"(rename those you mean): {ignored} (1 folder)" in line for line in said)
     assert bool(said) == (name != ".thumbnails")
     # One that is passed itself is meant.
     assert len(read_records(folder / name, instance_prompt="x")) == 1
@@ -99,7 +99,7 @@ def test_the_output_of_a_run_inside_the_dataset(tmp_path, said):
     save(folder / "my-lora" / "validation" / "step-000010" / "prompt-0.png")
     assert len(read_records(folder, instance_prompt="x", dataset_layout="instance")) == 1
     assert said == [
-        f"{folder}: folders of thumbnails, deleted files or runs will not be read (rename those you mean): my-lora (1)"
+        f"{folder}: folders of thumbnails, deleted files or runs will not be read (rename those you mean): my-lora (1 folder)"
     ]
 
 
@@ -180,13 +180,13 @@ def test_formats_that_pillow_reads(tmp_path, name, said):
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("a.heic", "run `pip install pillow-heif`, or save them as PNG or JPEG"),
-        ("a.HEIF", "run `pip install pillow-heif`, or save them as PNG or JPEG"),
-        ("a.jxl", "run `pip install pillow-jxl-plugin`, or save them as PNG or JPEG"),
-        ("a.psd", "save them as PNG or JPEG"),
-        ("a.CR2", "save them as PNG or JPEG"),
-        ("a.jpg_large", "save them as PNG or JPEG"),
-        ("a", "give them the ending of their format, such as .png"),
+        ("a.heic", "run `pip install pillow-heif`, or save as PNG or JPEG"),
+        ("a.HEIF", "run `pip install pillow-heif`, or save as PNG or JPEG"),
+        ("a.jxl", "run `pip install pillow-jxl-plugin`, or save as PNG or JPEG"),
+        ("a.psd", "save as PNG or JPEG"),
+        ("a.CR2", "save as PNG or JPEG"),
+        ("a.jpg_large", "save as PNG or JPEG"),
+        ("a", "add the ending of the format, such as .png"),
     ],
 )
 def test_formats_that_are_passed_over(tmp_path, name, remedy, said):

@@ -87,7 +87,7 @@ def test_archives_inside_of_a_folder(tmp_path, said, names):
     ]
     lines[0] += " ".join(f"{tmp_path}/{name}" for name in ours[:3]) + (" ..." if len(ours) > 3 else "")
     if others:
-        lines.append(f"2 archives in it can't be read (unpack it, or pack it as .zip); the first: {tmp_path}/a.rar")
+        lines.append(f"2 archives in it can't be read (unpack, or pack again as .zip); the first: {tmp_path}/a.rar")
     assert all(line in refusal(tmp_path) for line in lines)
     for layout in ("metadata", "instance"):
         said.clear()

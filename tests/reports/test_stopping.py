@@ -7,6 +7,8 @@ import pytest
 
 from text_to_image_lora.reports.stopping import (
     Validation,
+    Verdict,
+    describe,
     describe_early_stop,
     difference,
     make_metrics,
@@ -227,3 +229,10 @@ def test_one_validation_that_is_worse_announces_no_overfitting(fresh):
 def test_a_lora_to_begin_with_that_is_worse_than_the_base_is_not_waited_for(fresh):
     assert not update_best(fresh, table_of(1.2), 0)
     assert (fresh.best_step, fresh.waited, fresh.worse_since) == (None, 0, None)
+
+
+@pytest.mark.parametrize(("waited", "since"), [(0, None), (1, None), (2, 8), (5, 8)])
+def test_a_single_worse_validation_is_no_overfitting(waited, since):
+    verdict = Verdict(10, 6, 7.0, 1.0, 6, 8, waited)
+    assert verdict.overfits_since == since
+    assert ("overfitting since step 8" in describe(verdict)) == (since is not None)

@@ -498,7 +498,9 @@ def test_the_newest_lora_of_a_run_that_is_not_finished_is_converted(ours, tmp_pa
     for name in ("checkpoint-2", "epoch-0003", "checkpoint-9"):
         (tmp_path / "run" / name).mkdir(parents=True)
     for name in ("checkpoint-2", "checkpoint-9"):
-        shutil.copy(ours / "pytorch_lora_weights.safetensors", tmp_path / "run" / name / "pytorch_lora_weights.safetensors")
+        shutil.copy(
+            ours / "pytorch_lora_weights.safetensors", tmp_path / "run" / name / "pytorch_lora_weights.safetensors"
+        )
     log.PACKAGE.setLevel("INFO")
     convert(tmp_path / "run", tmp_path / "out.safetensors")
     assert_equal_updates(tmp_path / "out.safetensors", ours)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..files import counted
 from ..models.samplers import SAMPLERS
 
 
@@ -154,7 +155,7 @@ def check_drawing(drawing: Drawing) -> None:
     name = drawing.scheduler or "dpm++"  # which usually replaces the base model's, see `make_sampler`
     most = SAMPLERS[name].max_steps
     if steps > most:
-        raise InputError(f"--num_inference_steps {steps}: the sampler {name} does at most {most} steps.")
+        raise InputError(f"{counted(steps, 'step')}: the sampler {name} does at most {most} steps.")
     if strength is not None and int(steps * strength) < 1:
         remedy = f"Pass a strength of {1 / steps:.2g} or more, or more steps."
         raise InputError(f"strength {strength:g} runs none of the {steps} steps. {remedy}")

@@ -25,7 +25,9 @@ def non_finite(tensors: Iterable[tuple[str, Any]]) -> str:
         return all(bound.isfinite().item() for bound in value.detach().aminmax())
 
     found = [name for name, value in tensors if not is_finite(value)]
-    return f"{len(found)} of its tensors are not finite, the first: {found[0]}" if found else ""
+    if not found:
+        return ""
+    return f"{len(found)} of its tensors {'is' if len(found) == 1 else 'are'} not finite, the first: {found[0]}"
 
 
 def check_weights(name: str, model: Any) -> None:

@@ -65,6 +65,10 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
             _unpack_members(archive, temporary / name)
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{archive}: a name in it is not UTF-8, although the archive says so. Pack it again."
+        ) from error
     except Exception as error:  # each archive format has its own exceptions
         raise InputError(
             f"{archive}: it can't be unpacked ({reason_of(error)}). Pack or download it again."

@@ -168,9 +168,9 @@ def passed_over(listing: Listing) -> list[str]:
         if ending == CONDITION_ENDING:
             remedy = "these are OneTrainer's conditioning pictures"
         elif plugin is not None:
-            remedy = f"run `pip install {plugin.package}`, or save them as PNG or JPEG"
+            remedy = f"run `pip install {plugin.package}`, or save as PNG or JPEG"
         else:
-            remedy = "save them as PNG or JPEG" if ending else "give them the ending of their format, such as .png"
+            remedy = "save as PNG or JPEG" if ending else "add the ending of the format, such as .png"
         kind = f"{ending} file" if ending else "file without an ending"
         lines.append(f"{counted(len(paths), kind)} will not be read ({remedy}); the first: {printable(paths[0])}")
     archives = [path for path in files if path.name.lower().endswith(ARCHIVE_ENDINGS)]
@@ -182,10 +182,10 @@ def passed_over(listing: Listing) -> list[str]:
         lines.append(f"{counted(len(archives), 'archive')} in it will not be read. Pass {what}: {named}")
     if sealed:
         lines.append(
-            f"{counted(len(sealed), 'archive')} in it can't be read (unpack it, or pack it as .zip); "
+            f"{counted(len(sealed), 'archive')} in it can't be read (unpack, or pack again as .zip); "
             f"the first: {printable(sealed[0])}"
         )
     if listing.ignored:
-        named = ", ".join(f"{name} ({count})" for name, count in sorted(listing.ignored.items()))
+        named = ", ".join(f"{name} ({counted(count, 'folder')})" for name, count in sorted(listing.ignored.items()))
         lines.append(f"folders of thumbnails, deleted files or runs will not be read (rename those you mean): {named}")
     return lines

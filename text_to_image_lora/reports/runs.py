@@ -195,5 +195,15 @@ def make_answer(run: RecordedRun) -> Answer:
     waits = best_step is None and newest["step"] == 0
     gain = None if best_step is None else gain
     return Answer(
-        sentence, best_step, gain, error, drift, worse_since, not waits, waits, take, finished, stopped_early
+        sentence,
+        best_step,
+        gain,
+        error,
+        drift,
+        verdict.overfits_since,
+        not waits,
+        waits,
+        take,
+        finished,
+        stopped_early,
     )

@@ -77,6 +77,11 @@ class Verdict(NamedTuple):
     drift: float | None = None  # of the best step
     max_drift: float | None = None  # which the best step must not exceed
 
+    @property
+    def overfits_since(self) -> int | None:
+        """The step since which the run overfits; a single worse validation may be chance."""
+        return self.worse_since if self.waited > 1 else None
+
 
 def relative(table: np.ndarray | list, base: np.ndarray | list) -> np.ndarray:
     """Returns the loss relative to the base model's at each timestep (T,), from two tables (pictures, T)."""
@@ -181,8 +186,8 @@ def describe(verdict: Verdict, *, finished: bool = True) -> str:
     elif verdict.sure_step != best_step:
         sure = f"step {verdict.sure_step}" if verdict.sure_step else "the LoRA before the first step"
         best += f" (the lowest loss, but not surely lower than that of {sure})"
-    if verdict.worse_since is not None and verdict.waited > 1:  # a single worse validation may be chance
-        return f"{best}; overfitting since step {verdict.worse_since}: use best/, or train for fewer steps."
+    if verdict.overfits_since is not None:
+        return f"{best}; overfitting since step {verdict.overfits_since}: use best/, or train for fewer steps."
     if best_step == step and not finished:
         return f"{best}; still improving."
     if best_step == step:

@@ -75,8 +75,9 @@ def check_optimizer(name: str, words: Sequence[str]) -> tuple[Any, dict[str, Any
     known = [key for key in parameters if key not in RESERVED]
     for key, value in options.items():
         if key not in known:
-            closest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise InputError(f"--optimizer_args {key}: {name} has no such option. Did you mean {closest}?")
+            similar = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {similar[0]}?" if similar else f"It has: {', '.join(known)}."
+            raise InputError(f"--optimizer_args {key}: {name} has no such option. {hint}")
         if key in UNSUPPORTED:
             raise InputError(f"--optimizer_args {key}: the training loop does not support this option. Leave it out.")
         check_value(key, value, parameters[key].default)
