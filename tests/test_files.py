@@ -7,7 +7,8 @@ import pytest
 from text_to_image_lora import files
 from text_to_image_lora.drawing.prompts import read_prompts
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import expand_pattern, is_hub_id, reason_of, remove_folder, write_whole, written_whole
+from text_to_image_lora.files import expand_pattern, reason_of, remove_folder, write_whole, written_whole
+from text_to_image_lora.hub import is_hub_id
 
 
 def content(folder):

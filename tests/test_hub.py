@@ -29,7 +29,7 @@ from loopback_hub import (
 )
 
 from scripts.comparing.wandb_record import read_wandb
-from text_to_image_lora import files
+from text_to_image_lora import hub as hub_client
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.training.checkpoint import find_damage
 
@@ -290,17 +290,17 @@ def test_an_upload_that_fails_stops_no_training(train, tmp_path, capsys):
 
 @pytest.mark.parametrize("silent", [1, 2])
 def test_a_hub_that_does_not_answer_at_once_is_asked_again(tmp_path, monkeypatch, silent):
-    monkeypatch.setattr(files, "HUB_SECONDS", 0.3)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_client, "HUB_SECONDS", 0.3)
+    monkeypatch.setattr(hub_client.time, "sleep", lambda seconds: None)
     (tmp_path / "root" / "owner" / "tiny").mkdir(parents=True)
     with serving(Slow, root=tmp_path / "root", silent=silent, given_up=threading.Event()) as server:
         with taken_for_the_hub(server):
-            files.ask_hub("owner/tiny", "model")
+            hub_client.ask_hub("owner/tiny", "model")
             assert len(server.seen) == silent + 1
             server.seen.clear()
             server.silent = 3
             with pytest.raises(httpx.TimeoutException):
-                files.ask_hub("owner/tiny", "model")
+                hub_client.ask_hub("owner/tiny", "model")
             assert len(server.seen) == 3
         server.given_up.set()
 
@@ -329,14 +329,14 @@ class Dripping(Repositories):
 
 @pytest.mark.parametrize("slow", ["/api/models", "/owner/tiny/resolve"])
 def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch, slow):
-    monkeypatch.setattr(files, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(hub_client, "ANSWER_SECONDS", 1)
     folder = tmp_path / "root" / "owner" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{" + " " * 1000 + "}")
     given_up = threading.Event()
     with serving(Dripping, root=tmp_path / "root", slow=slow, given_up=given_up) as server:
         with taken_for_the_hub(server), pytest.raises(TimeoutError, match="did not answer completely within 1 second"):
-            files.hub_file("owner/tiny", "config.json", cache_dir=tmp_path / "cache")
+            hub_client.hub_file("owner/tiny", "config.json", cache_dir=tmp_path / "cache")
         given_up.set()
     assert not [path for path in (tmp_path / "cache").rglob("config.json") if path.stat().st_size == 1002]
 

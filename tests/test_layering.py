@@ -18,6 +18,7 @@ GROUND = (
     "log",
     "command_line",
     "config_file",
+    "hub",
     "libraries",
     "locks",
     "redaction",

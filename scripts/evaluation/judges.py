@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import hub_file, is_hub_id, reason_of
+from text_to_image_lora.files import reason_of
+from text_to_image_lora.hub import hub_file, is_hub_id
 
 from .. import ROOT
 from .scores import normalised

@@ -510,7 +510,7 @@ def test_a_checkpoint_that_can_not_be_downloaded_is_refused(tmp_path, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub_checkpoints, "_list_names_on_hub", lambda *_: ["checkpoint-20"])
-    monkeypatch.setattr(hub_checkpoints, "retry_timeouts", lambda ask: ask())
+    monkeypatch.setattr(hub_checkpoints, "retry_timeouts", lambda ask, seconds=None: ask())
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(
         InputError, match=r"^me/axes: checkpoint-20 can't be downloaded \(no route to host\)\. Run the command again"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..command_line import obstacle_to_folder
 from ..errors import InputError
-from ..files import expand_pattern, hub_file, is_hub_id, reason_of
+from ..files import expand_pattern, reason_of
+from ..hub import hub_file, is_hub_id
 from ..models.base_model import BaseModel
 from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS, CONVERT, WEIGHTS_NAME, find_weight_files, open_safetensors

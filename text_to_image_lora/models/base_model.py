@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import hub_file, is_hub_id, reason_of
+from ..files import reason_of
+from ..hub import hub_file, is_hub_id
 from ..small_files import Values, read_json
 from .configurations import check_libraries, check_part
 from .families import Family, all_supported, families_with_pipeline, family_by_marks

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import ask_hub, is_hub_id, reason_of
+from ..files import reason_of
+from ..hub import ask_hub, is_hub_id
 from .layouts import ReadOptions
 from .records import with_columns
 from .stored_files import SAVE_PART, check_cards, check_data_files, check_saved, training_files

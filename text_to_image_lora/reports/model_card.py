@@ -14,7 +14,8 @@ import yaml
 
 from ..command_line import plain
 from ..errors import TrainingError
-from ..files import counted, hide_folders, is_hub_id, reason_of, write_whole
+from ..files import counted, hide_folders, reason_of, write_whole
+from ..hub import is_hub_id
 from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
 from . import stopping

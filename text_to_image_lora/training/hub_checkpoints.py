@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import ANSWER_SECONDS, reason_of, retry_timeouts, written_whole
+from ..files import reason_of, written_whole
+from ..hub import ANSWER_SECONDS, retry_timeouts
 from . import checkpoint
 
 
