@@ -298,8 +298,7 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if argv is None else argv)
         hide_values(words, self.secrets)
         hide(os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"))
-        if argv is None:
-            sys.argv[1:] = map(redact, words)
+        sys.argv[1:] = map(redact, sys.argv[1:])
         return words
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
