@@ -275,7 +275,7 @@ BAD_INPUT = {
     ),
     "validation folder": (dict(validation_data_dir="{tmp}/void"), "{tmp}/void: there is no such folder"),
     "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more."),
-    "file in the way": (dict(output_dir="{tmp}/file/out"), "{tmp}/file/out: it can't be written"),
+    "file in the way": (dict(output_dir="{tmp}/file/out"), "--output_dir {tmp}/file/out: it must be a folder that can be made, but {tmp}/file is a file"),
     "file in the preview's way": (
         dict(preview_data="{tmp}/file/sheet.png"),
         "{tmp}/file: it can't be written (Not a directory). Pass another --preview_data.",

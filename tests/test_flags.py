@@ -276,7 +276,7 @@ def test_bytes_that_no_record_can_hold_are_refused(flag, arguments, tmp_path):
     assert str(caught.value).startswith(f"--{flag} {tmp_path}/caf\\xe9: it has bytes that are not UTF-8")
     assert str(caught.value).encode()
     assert not Path(name).exists()
-    (tmp_path / "café").touch()
+    (tmp_path / "café").mkdir()
     assert training.parse_settings(arguments(**{flag: tmp_path / "café"}))
 
 

@@ -190,7 +190,7 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
 
 BAD_INPUT = {
     "--num_images 0": "must be a whole number, 1 or more",
-    "--num_cpu_threads 0": "must be a whole number, 1 or more",
+    "--num_cpu_threads 0": "must be a whole number from 1 to 1024",
     "--num_inference_steps -1": "must be a whole number from 1 to 1000",
     "--height 100": "must be a whole number, a multiple of 8",
     "--width 0": "must be a whole number, a multiple of 8",
@@ -206,7 +206,7 @@ BAD_INPUT = {
     "--prompt {bad}/none.txt": "No such file",
     "--prompt {bad}/empty.txt": "is empty",
     "--prompt {bad}/latin.txt": "not UTF-8",
-    "--output_dir {bad}/empty.txt/out": "can't write into",
+    "--output_dir {bad}/empty.txt/out": "empty.txt is a file. Name another folder.",
     "--pretrained_model_name_or_path ./missing": "does not exist",
     "--pretrained_model_name_or_path models/none/x": "does not exist",
     "--pretrained_model_name_or_path none.safetensors": "does not exist",

@@ -176,7 +176,7 @@ BAD_INPUT = {
     "--controlnet {bad}/controlnet-deep --control_image {photo}": "its block_out_channels is [32, 64, 64], but that of the UNet is [32, 64]",
     "--save_merged {bad}/merged": "--save_merged needs --lora",
     "--save_merged {bad}/full --lora {bad}/skip.safetensors": "is not empty. Name a new folder",
-    "--save_merged {bad}/empty.txt/x --lora {bad}/skip.safetensors": "can't write into",
+    "--save_merged {bad}/empty.txt/x --lora {bad}/skip.safetensors": "empty.txt is a file. Name another folder.",
 }
 
 
