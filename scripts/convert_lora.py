@@ -129,7 +129,8 @@ def settle_out(out, dialect):
 
 def read(sources):
     """Returns the sum of the LoRAs, each multiplied by its strength, and the header of each."""
-    from text_to_image_lora.models.kohya import find_family
+    from text_to_image_lora.models.families import STABLE_DIFFUSION_XL
+    from text_to_image_lora.models.kohya import find_family, is_not_of_xl
     from text_to_image_lora.models.lora_file import load_lora
     from text_to_image_lora.models.updates import merge
 
@@ -138,6 +139,10 @@ def read(sources):
     for (path, _), (components, header) in zip(sources, loaded):
         if (family := find_family(components, header)) is not None:
             families.setdefault(family.name, path)
+    if STABLE_DIFFUSION_XL.name in families:  # the shapes of self-attention do not tell 1 from 2
+        others = [path for (path, _), (components, _) in zip(sources, loaded) if is_not_of_xl(components)]
+        if others:
+            families["Stable Diffusion 1 or 2"] = others[0]
     if len(families) > 1:
         (one, first), (other, second), *_ = families.items()
         raise InputError(

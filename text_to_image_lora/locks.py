@@ -29,37 +29,44 @@ def alone_in(folder: Path, flag: str):
     Raises:
         InputError: If another process has locked the folder; `flag` is the flag that names it.
     """
-    from filelock import FileLock, Timeout
-
     is_new = not folder.exists()
+    lock = _acquire(folder, flag)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The fallback would be a file that stays, and locks the folder, after its machine has crashed.
-        lock = FileLock(folder / NAME, timeout=SECONDS_TO_WAIT, fallback_to_soft=False)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"{printable(folder)}: another process is writing into this folder. Wait until it has ended, or pass another {flag}."
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        if folder.is_dir() and os.access(folder, os.W_OK):
-            reason = getattr(error, "strerror", None) or error
-            logger.warning(
-                f"{printable(folder)}: this disk does not support locks ({reason}). Make sure that no other process writes there"
-            )
-        yield  # the checks of the command report a folder that can't be written
-        return
-    try:
-        remove_leftovers(folder)
+        if lock is not None:
+            remove_leftovers(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
             # Before the release, or it could be the file of the next process. Windows deletes no open file, and leaves it.
             (folder / NAME).unlink(missing_ok=True)
-        lock.release()
+        if lock is not None:
+            lock.release()
         with contextlib.suppress(OSError):
             if is_new:
                 folder.rmdir()  # fails if there is anything in it
+
+
+def _acquire(folder, flag):
+    """Returns the lock of a folder, or None if it can't be locked; raises `InputError` if another process has locked it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The fallback would be a file that stays, and locks the folder, after its machine has crashed.
+        lock = FileLock(folder / NAME, timeout=SECONDS_TO_WAIT, fallback_to_soft=False)
+        lock.acquire()
+        return lock
+    except Timeout as error:
+        raise InputError(
+            f"{printable(folder)}: another process is writing into this folder. Wait until it has ended, or pass another {flag}."
+        ) from error
+    except (OSError, NotImplementedError) as error:  # the checks of the command report a folder that can't be written
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            reason = getattr(error, "strerror", None) or error
+            logger.warning(
+                f"{printable(folder)}: this disk does not support locks ({reason}). Make sure that no other process writes there"
+            )
+        return None
 
 
 def writes_alone(command: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -79,9 +79,8 @@ class LineHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         warns = record.levelno >= logging.WARNING
         line = self.warning_formatter.format(record) if warns else super().format(record)
-        return visible(
-            redact(line.encode(errors="backslashreplace").decode())
-        )  # names may hold bytes that are not UTF-8
+        line = line.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are not UTF-8
+        return visible(redact(line))
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout

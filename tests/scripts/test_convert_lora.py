@@ -314,6 +314,7 @@ def test_parts_of_two_families_are_not_added(tmp_path):
     write("sd1", f"{down}.0.attn2.to_k", 768)
     write("sd2", f"{down}.0.attn2.to_v", 1024)
     write("xl", f"{down}.1.attn1.to_k", 640)
+    write("self-attention of sd", f"{down.replace('down_blocks.1', 'down_blocks.0')}.0.attn1.to_k", 320)
     write("text of sd1", text, 768, {"ss_base_model_version": "sd_v1"})
     write("text of xl", text, 768, {"ss_base_model_version": "sdxl_base_v1-0"})
     write("text of xl too", text, 768, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
@@ -323,6 +324,8 @@ def test_parts_of_two_families_are_not_added(tmp_path):
         ("sd2", "xl"),
         ("text of sd1", "text of xl"),
         ("sd1", "text of xl too"),
+        ("self-attention of sd", "xl"),
+        ("xl", "self-attention of sd"),
     ):
         with pytest.raises(InputError, match=r"Only LoRAs of the same family can be merged\."):
             convert(ones[one], tmp_path / "out.safetensors", "--merge", ones[other])

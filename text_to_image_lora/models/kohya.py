@@ -28,6 +28,7 @@ from .lora_file import scale_of, write_tensors
 from .original_names import original_name
 
 
+NOT_OF_XL = re.compile(r"(down_blocks\.0|up_blocks\.[23])\.attentions\.")
 OF_XL = re.compile(r"transformer_blocks\.[1-9]|add_embedding\.")
 
 
@@ -37,6 +38,11 @@ DORA_NETWORK = {
     "ss_network_module": "lycoris.kohya",
     "ss_network_args": json.dumps({"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}),
 }
+
+
+def is_not_of_xl(components: dict[str, dict[str, torch.Tensor]]) -> bool:
+    """Whether a LoRA has layers in attention blocks that Stable Diffusion XL lacks, and 1 and 2 have."""
+    return any(NOT_OF_XL.match(key) for key in components.get("unet", {}))
 
 
 def find_family(components: dict[str, dict[str, torch.Tensor]], header: dict[str, str] | None = None) -> Family | None:
