@@ -91,7 +91,8 @@ def is_file(path: Path) -> bool:
         return False
 
 
-# Weights such as (red:1.3) and ((red)), networks such as <lora:x:0.8>, BREAK, and the change of a prompt at a step, such as [a:b:0.5].
+# Weights such as (red:1.3) and ((red)), networks such as <lora:x:0.8>, BREAK, and the change of a prompt at a step, such as
+# [a:b:0.5].
 A1111S_SYNTAX = re.compile(
     r"\([^()]+:\s*+(?:\d++(?:\.\d++)?|\.\d++)\s*+\)|\(\([^()]+\)\)|<(?:lora|lyco|hypernet):[^<>]*>|\bBREAK\b|"
     r"\[[^][]*:\s*+(?:\d++(?:\.\d++)?|\.\d++)\s*+\]",
