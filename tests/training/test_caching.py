@@ -435,6 +435,29 @@ def test_reading_rows_leaves_nothing_behind(tmp_path):
     assert sys.getallocatedblocks() < before + 500
 
 
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "deleted", "overwritten"])
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_shard_that_is_harmed_during_a_run(tmp_path, harm, opened):
+    """A truncated file that is mapped into memory would end the process by a signal."""
+    path = tmp_path / "a.safetensors"
+    stored = {"mean": torch.randn(5, 4, 80, 80), "mask": torch.rand(5, 1, 80, 80).bfloat16()}
+    save_file(stored, path)
+    reader = ShardReader([Shard(path, range(5))])
+    if opened:
+        assert all(torch.equal(tensor, stored[name][1]) for name, tensor in reader.row(0, 1).items())
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "overwritten":
+        path.write_bytes(b"text")
+    else:
+        os.truncate(path, path.stat().st_size // 3 if harm == "truncated" else 0)
+    if opened and harm == "deleted":  # the open file is still there
+        assert torch.equal(reader.row(0, 4)["mask"], stored["mask"][4])
+    else:
+        with pytest.raises(TrainingError, match=r"a\.safetensors: this file of the cache cannot be read any more"):
+            reader.row(0, 4)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_ranks_share_the_work(fill, order):
     """Each rank encodes its own share, whatever the others have done; every shard is encoded once, with equal bytes."""

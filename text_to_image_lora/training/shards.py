@@ -1,8 +1,11 @@
-"""Shards: files of rows, written whole or not at all, read through memory maps, and deleted when least recently used."""
+"""Shards: files of rows, written whole or not at all, read row by row, and deleted when least recently used."""
 
 import contextlib
+import io
+import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from ..errors import InputError, Stopped
-from ..files import format_bytes, written_whole
+from ..errors import InputError, Stopped, TrainingError
+from ..files import format_bytes, reason_of, written_whole
 
 
 class Shard(NamedTuple):
@@ -54,8 +57,38 @@ def fill_shards(
     progress.close()
 
 
+class StoredRows(NamedTuple):
+    """Where the rows of one tensor lie in a safetensors file."""
+
+    start: int  # byte
+    row_bytes: int
+    shape: tuple[int, ...]  # of a row
+    dtype: torch.dtype
+
+
+def find_rows(file: io.FileIO, path: str) -> dict[str, StoredRows]:
+    """Returns where the rows of each tensor of a safetensors file lie; the file is checked by safetensors."""
+    with safe_open(path, "pt") as checked:
+        tensors = {name: checked.get_tensor(name) for name in sorted(checked.keys())}  # memory maps: reads nothing
+    size = int.from_bytes(file.read(8), "little")  # the format: size of the header, header, tensors
+    header = json.loads(file.read(size))
+    return {
+        name: StoredRows(
+            start=8 + size + header[name]["data_offsets"][0],
+            row_bytes=tensor[:1].nbytes,
+            shape=tuple(tensor.shape[1:]),
+            dtype=tensor.dtype,
+        )
+        for name, tensor in tensors.items()
+    }
+
+
 class ShardReader:
-    """Reads rows of shards through memory maps, which are opened at the first access."""
+    """Reads rows of shards; each file is opened at the first access, and stays readable if it is deleted.
+
+    Rows are read, not mapped into memory: an access to a map of a file that another process has truncated would end the
+    process by a signal (SIGBUS). Slices of safetensors 0.8 would leak an object at each read.
+    """
 
     def __init__(self, shards: list[Shard]):
         self.paths = [str(shard.path) for shard in shards]
@@ -64,20 +97,44 @@ class ShardReader:
     def __getstate__(self):
         return {"paths": self.paths, "files": {}}  # each data loading worker opens its own files
 
-    def _file(self, shard):
+    def _file(self, shard: int) -> tuple[io.FileIO, dict[str, StoredRows]]:
         if shard not in self.files:
-            file = safe_open(self.paths[shard], "pt")
-            # Tensors are memory maps, not copies. Slices would leak an object at each read (safetensors 0.8).
-            self.files[shard] = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            path = self.paths[shard]
+            try:
+                file = io.FileIO(path)
+                weakref.finalize(self, file.close)
+                self.files[shard] = file, find_rows(file, path)
+            except (OSError, SafetensorError) as error:
+                raise damaged(path, reason_of(error)) from error
         return self.files[shard]
 
     def row(self, shard: int, row: int) -> dict[str, torch.Tensor]:
-        """Returns a row of each tensor by name."""
-        return {name: tensor[row] for name, tensor in self._file(shard).items()}
+        """Returns a row of each tensor by name; raises `TrainingError` if the file has become unreadable."""
+        file, tensors = self._file(shard)
+        rows = {}
+        for name, stored in tensors.items():
+            buffer = bytearray(stored.row_bytes)
+            try:
+                file.seek(stored.start + row * stored.row_bytes)
+                count = file.readinto(buffer)
+            except OSError as error:
+                raise damaged(self.paths[shard], reason_of(error)) from error
+            if count != stored.row_bytes:
+                raise damaged(self.paths[shard], "it ends too early")
+            rows[name] = torch.frombuffer(buffer, dtype=stored.dtype).view(stored.shape)
+        return rows
 
     def shape(self, shard: int, name: str) -> tuple[int, ...]:
         """Returns the shape of a row of the tensor `name`, from the file's header."""
-        return self._file(shard)[name].shape[1:]
+        return self._file(shard)[1][name].shape
+
+
+def damaged(path: str, reason: str) -> TrainingError:
+    """Makes the error of a shard that was whole when the run began."""
+    return TrainingError(
+        f"{path}: this file of the cache cannot be read any more ({reason}); it was deleted or changed during the run. "
+        "Run the same command again: it encodes the missing pictures and resumes from the last checkpoint."
+    )
 
 
 def check_free_disk(folder: Path | str, needed: int) -> None:
