@@ -1,8 +1,12 @@
 """Files that a dataset names are read only if they are regular files in the folders that the command names."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import socket
+import zipfile
 
 import pytest
 from conftest import read_records, refusal_of
@@ -218,6 +222,50 @@ def test_a_card_that_is_no_plain_yaml(stored, tmp_path, text, words):
     folder = stored("set", parquet=True)
     (folder / "README.md").write_text(f"---\n{text}\n---\n")
     assert words in refusal_of(load, folder, tmp_path)
+
+
+BOMB = b'{"text": "a cat"}\n' + b" " * (2**20 - 18)  # repeated
+
+
+def pack_zip(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as pack:
+        for number in range(3):
+            pack.writestr(f"{number}.jsonl", BOMB * 40)
+
+
+def pack_by(opener):
+    def pack(file):
+        with opener(file, "wb") as packed:
+            for _ in range(120):
+                packed.write(BOMB)
+
+    return pack
+
+
+PACKED = {
+    "a.jsonl.gz": pack_by(gzip.open),
+    "a.csv": pack_by(gzip.open),
+    "a.txt": pack_by(bz2.open),
+    "a.jsonl": pack_by(lzma.open),
+    "a.json": pack_zip,
+    "a.zip": pack_zip,
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_data_file_that_unpacks_to_far_too_much(stored, tmp_path, name):
+    folder = stored("set", parquet=True)
+    PACKED[name](folder / name)
+    (folder / "README.md").write_text(f"---\n{card(name)}---\n")
+    assert "unpacks to far more than its size" in refusal_of(load, folder, tmp_path)
+    assert not list(tmp_path.rglob("extracted"))
+
+
+def test_a_data_file_in_a_format_that_has_no_limit(stored, tmp_path):
+    folder = stored("set", parquet=True)
+    (folder / "a.jsonl").write_bytes(bytes.fromhex("28b52ffd") + bytes(20))
+    (folder / "README.md").write_text(f"---\n{card('a.jsonl')}---\n")
+    assert "data files in the format zstd are not read" in refusal_of(load, folder, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "train.parquet", "more.parquet", "dataset_infos.json"])

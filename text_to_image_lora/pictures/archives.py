@@ -1,7 +1,10 @@
 """Unpacks .zip and .tar archives, and refuses those that write outside of their folder or unpack to far too much."""
 
+import bz2
+import gzip
 import hashlib
 import logging
+import lzma
 import shutil
 import tarfile
 import zipfile
@@ -32,6 +35,7 @@ BLOCK = 2**20
 MOST_BYTES_PER_BYTE = 100
 ALWAYS_ALLOWED_BYTES = 2**26
 MOST_FILES = 2_000_000
+COMPRESSED = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by the names of the `datasets` library
 MOST_NAME_BYTES = 2**16  # of a name in a .tar, or of its other headers, which are read into memory
 
 
@@ -77,8 +81,7 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
 
 
 def _unpack_members(archive, target):
-    room = max(ALWAYS_ALLOWED_BYTES, MOST_BYTES_PER_BYTE * archive.stat().st_size)
-    room = min(room, shutil.disk_usage(target).free)
+    room = _room(archive, target)
     for count, (name, source) in enumerate(_members(archive), start=1):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         _check_count(archive, count)
@@ -97,11 +100,7 @@ def _unpack_members(archive, target):
         with source() as member, open(path, "wb") as file:  # pyright: ignore - None is for members without data only
             while block := member.read(BLOCK):
                 room -= len(block)
-                if room < 0:
-                    raise InputError(
-                        f"{archive}: it unpacks to far more than its size, or than the disk holds. Unpack it yourself "
-                        "if you trust it, and pass the folder."
-                    )
+                _check_room(archive, room)
                 file.write(block)
 
 
@@ -147,6 +146,45 @@ def check_tar(archive: Path) -> None:
     with tarfile.open(archive, tarinfo=LimitedTarInfo) as pack:
         for count, _ in enumerate(pack, start=1):
             _check_count(archive, count)
+
+
+def check_packed(path: Path) -> None:
+    """Raises `InputError` for a file that the `datasets` library would unpack to far too much, or that can't be checked.
+
+    The library unpacks data files according to their first bytes, whatever their names, and without limits.
+    """
+    from datasets.utils.extract import Extractor
+
+    kind = Extractor.infer_extractor_format(path)
+    if kind == "tar":
+        check_tar(path)
+    elif kind == "zip":
+        with zipfile.ZipFile(path) as pack:
+            members = pack.infolist()  # `zipfile` unpacks no more of a member than this says
+            _check_count(path, len(members))
+            _check_room(path, _room(path, path.parent) - sum(member.file_size for member in members))
+    elif kind in COMPRESSED:
+        room = _room(path, path.parent)
+        with COMPRESSED[kind](path) as file:
+            while block := file.read(BLOCK):
+                room -= len(block)
+                _check_room(path, room)
+    elif kind is not None:
+        raise InputError(f"{path}: data files in the format {kind} are not read. Unpack it, and name the file in it.")
+
+
+def _room(archive, target):
+    """Returns how many bytes an archive may unpack to, on the disk of an existing folder."""
+    room = max(ALWAYS_ALLOWED_BYTES, MOST_BYTES_PER_BYTE * archive.stat().st_size)
+    return min(room, shutil.disk_usage(target).free)
+
+
+def _check_room(archive, room):
+    if room < 0:
+        raise InputError(
+            f"{archive}: it unpacks to far more than its size, or than the disk holds. Unpack it yourself if you trust it, "
+            "and pass the folder."
+        )
 
 
 def _check_count(archive, count):

@@ -3,16 +3,20 @@
 import contextlib
 import itertools
 import json
+import lzma
 import os
 import re
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import InputError
 from ..files import printable
-from .archives import check_tar
+from .archives import check_packed
+from .formats import PICTURE_ENDINGS
 from .inside import check_file, read_text_file
 from .tables import check_rows, shortened
 
@@ -45,9 +49,10 @@ def check_data_files(by_split: Any, homes: tuple[Path, ...]) -> None:
     count = 0
     for path in map(Path, itertools.chain(*(by_split or {}).values())):
         check_file(path, homes)
-        if path.suffix.lower() == ".tar" and path.is_file():
-            with contextlib.suppress(tarfile.TarError, EOFError):  # the library says what is wrong with the file
-                check_tar(path)
+        if path.suffix.lower() not in PICTURE_ENDINGS and path.is_file():
+            # The library says what is wrong with a damaged file.
+            with contextlib.suppress(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError):
+                check_packed(path)
         if path.suffix.lower() == ".parquet":
             try:
                 count += pyarrow.parquet.read_metadata(path).num_rows
