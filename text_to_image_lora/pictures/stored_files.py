@@ -51,7 +51,9 @@ def check_data_files(by_split: Any, homes: tuple[Path, ...]) -> None:
         check_file(path, homes)
         if path.suffix.lower() not in PICTURE_ENDINGS and path.is_file():
             # The library says what is wrong with a damaged file.
-            with contextlib.suppress(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError):
+            with contextlib.suppress(
+                tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError
+            ):
                 check_packed(path)
         if path.suffix.lower() == ".parquet":
             try:
