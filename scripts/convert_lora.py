@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
-from text_to_image_lora.command_line import Parser, at_least, user_path
+from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.files import counted
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     )
     add("out", type=user_path, metavar="OUT", help="path to write: a .safetensors file, or a folder for --to peft")
     add("--to", choices=DIALECTS, help="format to write (default: the format of IN)")
-    add("--rank", type=at_least(1), help="reduce every module to at most this rank by SVD, and print the loss")
+    add("--rank", type=count(1), help="reduce every module to at most this rank by SVD, and print the loss")
     add(
         "--merge",
         type=user_path,

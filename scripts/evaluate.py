@@ -21,7 +21,7 @@ from scripts.evaluation.inputs import find_inputs, images_of
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen, describe_misfit
 from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
-from text_to_image_lora.command_line import Parser, at_least, between, user_path
+from text_to_image_lora.command_line import Parser, between, count, user_path
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
 from text_to_image_lora.drawing.png import source_of
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
@@ -59,10 +59,10 @@ def build_parser():
     group("--concept_column", help="column with the concept of each picture (default: the name of its folder)")
 
     group = parser.add_argument_group("pictures").add_argument
-    group("--num_prompts", type=at_least(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
-    group("--num_images", type=at_least(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
+    group("--num_prompts", type=count(1), default=12, help="number of captions to draw, evenly spaced among the held-out pictures")
+    group("--num_images", type=count(3), default=3, help="pictures per prompt, 3 or more, each with its own seed")
     group("--seed", type=between(0, 2**63 - 1, int), default=0, help="random seed; picture k of each prompt uses seed + k (default: 0)")
-    group("--resolution", type=at_least(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
+    group("--resolution", type=count(8), help="side in pixels of the pictures that are drawn and compared (default: the resolution of the base model)")
     group("--num_inference_steps", type=SETTINGS["num_inference_steps"].parse, metavar="N", default=30, help="denoising steps")
     group("--guidance_scale", type=SETTINGS["guidance_scale"].parse, metavar="X", default=7.5, help="classifier-free guidance scale: how strictly the prompts are followed")
     group("--scheduler", type=sampler_name, metavar="NAME", help="sampler, as in infer.py (default: the base model's, with dpm++ in place of pndm)")
@@ -75,8 +75,8 @@ def build_parser():
     group = parser.add_argument_group("machine").add_argument
     group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the models (default: bf16 on CUDA, otherwise no)")
     group("--device", help="cpu, cuda, cuda:1 or mps (default: the fastest available)")
-    group("--batch_size", type=at_least(1), help=f"pictures per batch (default: {BATCH_SIZE})")
-    group("--num_cpu_threads", type=at_least(1), help="threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)")
+    group("--batch_size", type=count(1), help=f"pictures per batch (default: {BATCH_SIZE})")
+    group("--num_cpu_threads", type=count(1), help="threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)")
     group("--output_dir", type=Path, default=Path("evaluation"), help="folder for the tables, sheets and pictures")
     # fmt: on
     return parser

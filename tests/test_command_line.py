@@ -11,6 +11,7 @@ from text_to_image_lora.command_line import (
     above,
     at_least,
     between,
+    count,
     from_up_to,
     output_folder,
     path_text,
@@ -25,10 +26,10 @@ def small_parser():
     add = parser.add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
     add("--config")
-    add("--rank", type=at_least(1), default=4, help="dimension of the update matrices")
+    add("--rank", type=count(1), default=4, help="dimension of the update matrices")
     add("--seed", type=between(0, 2**63 - 1, int), help="makes a run reproducible")
     add("--learning_rate", type=above(0), help="learning rate after warm-up")
-    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient")
+    add("--max_grad_norm", type=at_least(0), default=1.0, help="clip the gradient")
     add("--adam_beta1", type=from_up_to(0, 1), default=0.9, help="decay")
     add("--lr_scheduler", choices=["constant", "cosine"], default="constant", help="how the learning rate changes")
     add("--mixed_precision", choices=["no", "bf16"], help="precision of the base")
@@ -55,15 +56,15 @@ def refused(*words):
 @pytest.mark.parametrize(
     ("number", "taken", "others"),
     [
-        (at_least(1), {"1": 1, "007": 7, " 4 ": 4}, ["0", "-1"]),
-        (at_least(1, word="auto"), {"1": 1, "auto": "auto"}, ["0", "-1"]),
-        (at_least(0, float), {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "inf", "-inf", "nan"]),
+        (count(1), {"1": 1, "007": 7, " 4 ": 4, "1000000000": 10**9}, ["0", "-1", "1000000001", "1e3"]),
+        (count(1, word="auto"), {"1": 1, "auto": "auto"}, ["0", "-1", "1" + "0" * 30]),
+        (at_least(0), {"0": 0.0, "1e-3": 1e-3}, ["-0.1", "inf", "-inf", "nan"]),
         (between(0, 0.5), {"0": 0.0, "0.5": 0.5}, ["-1e-9", "0.51", "inf", "nan"]),
         (between(0, 2**63 - 1, int), {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
         (above(0), {"1e-9": 1e-9, "1": 1.0}, ["0", "-1", "inf", "nan"]),
         (from_up_to(0, 1), {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "inf"]),
     ],
-    ids=["at_least", "at_least or a word", "at_least float", "between", "between int", "above", "from_up_to"],
+    ids=["count", "count or a word", "at_least", "between", "between int", "above", "from_up_to"],
 )
 def test_a_number_within_its_bounds_is_taken_and_no_other(number, taken, others):
     for text, value in taken.items():

@@ -48,10 +48,14 @@ class Number:
         return value
 
 
-def at_least(least: float, kind: type = int, word: str | None = None) -> Number:
-    """A number that is not smaller than `least`."""
-    finite = " and finite" if kind is float else ""
-    return Number(kind, f"{least} or more{finite}", lambda value: least <= value < float("inf"), word)
+def at_least(least: float) -> Number:
+    """A finite number that is not smaller than `least`."""
+    return Number(float, f"{least} or more and finite", lambda value: least <= value < float("inf"))
+
+
+def count(least: int, most: int = 10**9, word: str | None = None) -> Number:
+    """A whole number of things, such as pictures or steps. The bound keeps sums with it quick, and small enough for tensors."""
+    return Number(int, f"from {least} to {most:,}", lambda value: least <= value <= most, word)
 
 
 def between(least: float, most: float, kind: type = float) -> Number:
@@ -156,7 +160,7 @@ def flag(
     Args:
         default: The value if the flag is not given. A flag whose default is a bool is a switch.
         help: One line for `--help`.
-        type: The argparse type, such as `at_least(1)`; raises `argparse.ArgumentTypeError`.
+        type: The argparse type, such as `count(1)`; raises `argparse.ArgumentTypeError`.
         may_change: Whether the value may change when a run is resumed.
         recorded: Whether the trackers and the files of the run record the value.
         secret: Whether the value is a secret, which is not recorded, and is masked wherever it appears.

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, run_command, train_script
+from diffusers import DDPMScheduler
 
 from text_to_image_lora.models import lean, loading, lora
 from text_to_image_lora.models.settings import LoraSettings
@@ -142,6 +143,7 @@ def sd15_configuration(tmp_path_factory):
         unet, vae, text_encoder = sd15_models(tokenizer)
     for name, model in {"unet": unet, "vae": vae, "text_encoder": text_encoder}.items():
         model.config.save_pretrained(folder / name) if name == "text_encoder" else model.save_config(folder / name)
+    DDPMScheduler().save_config(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return folder
 
@@ -158,6 +160,7 @@ def xl_configuration(tmp_path_factory):
         write_tokenizer(folder / name)
     for name, model in true_xl().items():
         model.config.save_pretrained(folder / name) if "text" in name else model.save_config(folder / name)
+    DDPMScheduler().save_config(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     return folder
 

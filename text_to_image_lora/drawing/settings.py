@@ -13,7 +13,7 @@ from .rows import AXES, MOST_BATCH, SETTINGS, number, sampler_name
 
 BATCH_SIZE = 4  # larger batches are only a little faster and may not fit into the memory of small GPUs
 STRENGTH = 0.8  # default of image to image
-COUNT = number(int, least=1)
+COUNT = number(int, least=1, most=100_000)
 
 
 # fmt: off

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..command_line import above_up_to, at_least, between, from_up_to
+from ..command_line import above_up_to, between, count, from_up_to
 from ..small_files import Values, is_kind
 
 
@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "prediction_type": ({"epsilon", "v_prediction", "sample", "flow_prediction"}, "epsilon"),
         "rescale_betas_zero_snr": (bool, None),
         "timestep_spacing": ({"leading", "trailing", "linspace"}, "leading"),
-        "steps_offset": (at_least(0), 0),
+        "steps_offset": (count(0), 0),
         "clip_sample": (bool, None),
     },
 }

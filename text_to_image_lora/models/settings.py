@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import above, at_least, flag, from_up_to, user_path
+from ..command_line import above, count, flag, from_up_to, user_path
 from ..config_file import Conflict
 from ..errors import InputError
 
@@ -25,7 +25,7 @@ class BaseModelSettings:
     variant: str | None = flag(None, "variant of the base model's weight files, such as fp16", may_change=True)
     single_file_config: str | None = flag(None, "diffusers folder with the configuration of a base model that is a single file (default: downloaded from the hub)", user_path, metavar="FOLDER", may_change=True)
     pretrained_vae_model_name_or_path: str | None = flag(None, "VAE to use instead of that of the base model: hub id, folder or single file", user_path, may_change=True)
-    clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, in training and validation", at_least(0))
+    clip_skip: int | None = flag(None, "number of last layers of the text encoder to skip, in training and validation", count(0))
     cache_dir: str | None = flag(None, "folder for downloaded models and datasets", user_path, may_change=True)
     # fmt: on
 
@@ -58,7 +58,7 @@ class LoraSettings:
         ),
     )  # fmt: skip
     # fmt: off
-    rank: int = flag(4, "dimension of the update matrices", at_least(1))
+    rank: int = flag(4, "dimension of the update matrices", count(1))
     lora_alpha: float | None = flag(None, "the update of the LoRA is scaled by alpha / rank (default: the rank)", above(0))
     lora_dropout: float = flag(0.0, "dropout probability before the update matrices", from_up_to(0, 1))
     target_modules: tuple[str, ...] | None = flag(None, "layers to adapt, by the ends of their names (default: all attention and feed-forward layers)", nargs="+", metavar="NAME")
@@ -67,7 +67,7 @@ class LoraSettings:
     use_dora: bool = flag(False, "weight-decomposed LoRA (DoRA)")
     lora_weights: str | None = flag(None, "LoRA file or folder to start from", user_path, metavar="PATH")
     train_text_encoder: bool = flag(False, "also train a LoRA of the text encoder (of both for Stable Diffusion XL); captions are then encoded in each step")
-    text_encoder_rank: int | None = flag(None, "rank of the LoRA of the text encoder (default: --rank)", at_least(1))
+    text_encoder_rank: int | None = flag(None, "rank of the LoRA of the text encoder (default: --rank)", count(1))
     output_kohya_format: bool = flag(False, "also write the LoRA in kohya's format, for A1111, ComfyUI, Forge and InvokeAI; the file is named after --output_dir", may_change=True)
     kohya_extras: tuple[str, ...] = flag((), "information about your pictures in the kohya file; thumbnail: the last sample picture; tags: the counts of the tags in the captions", nargs="+", choices=["thumbnail", "tags"], may_change=True)
     # fmt: on

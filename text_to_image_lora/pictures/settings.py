@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, flag, from_up_to, user_path
+from ..command_line import at_least, between, count, flag, from_up_to, user_path
 from ..config_file import Conflict, Remark
 from ..errors import InputError
 from .buckets import Buckets, make_buckets, square
@@ -42,7 +42,7 @@ class DataSettings:
     caption_column: str | None = flag(None, "column with the captions, as text or lists of text (default: found by type and name)", may_change=True)
     concept_column: str | None = flag(None, "column with the concept of each picture, for --balance (default: the name of the folder)", may_change=True)
     mask_column: str | None = flag(None, "column with masks: only white areas of a mask count in the loss; masks named name.mask.png or name-masklabel.png beside the pictures need no flag", may_change=True)
-    max_train_samples: int | None = flag(None, "maximum number of pictures to train on; the selection does not depend on the seed (default: all pictures)", at_least(1), may_change=True)
+    max_train_samples: int | None = flag(None, "maximum number of pictures to train on; the selection does not depend on the seed (default: all pictures)", count(1), may_change=True)
     balance: str | None = flag(None, "concept: use every concept (class folder) equally often per epoch, by repeating pictures of smaller concepts", choices=["concept"])
     skip_bad_images: bool = flag(False, "leave out pictures that can't be read and rows without a picture or caption, instead of stopping with an error", may_change=True)
     dry_run: bool = flag(False, "check the dataset, print a report, write it to --output_dir/dataset.json, and exit without training", may_change=True)
@@ -82,7 +82,7 @@ class CaptionSettings:
     caption_dropout: float = flag(0.0, "proportion of samples that are trained with an empty caption, for classifier-free guidance", from_up_to(0, 1))
     shuffle_tags: bool = flag(False, "shuffle the comma-separated tags of captions")
     caption_tag_dropout: float = flag(0.0, "probability with which each comma-separated tag of a caption is left out", from_up_to(0, 1))
-    keep_tags: int = flag(0, "with --shuffle_tags and --caption_tag_dropout: number of tags at the beginning that always stay in their place", at_least(0))
+    keep_tags: int = flag(0, "with --shuffle_tags and --caption_tag_dropout: number of tags at the beginning that always stay in their place", count(0))
     tag_variations: int = flag(8, "with --shuffle_tags and --caption_tag_dropout: number of cached variations per caption; without the cache, every sample is varied anew", between(1, MOST_TAG_VARIATIONS, int))
     long_prompts: bool = flag(False, "encode captions of more than 77 tokens completely, in chunks, instead of truncating them; infer.py then does so too, and A1111 always does")
     # fmt: on
@@ -124,9 +124,9 @@ class ClassPictureSettings:
     num_class_images: int = flag(0, "number of class pictures; those that --class_data_dir lacks are drawn once by the base model and kept in --latent_cache_dir", between(0, MOST_CLASS_IMAGES, int), may_change=True)
     class_prompt: str | None = flag(None, "prompt and caption of the pictures that are drawn for --num_class_images (default: the captions of your pictures without the concept, see --concept_phrases), and caption for the pictures in --class_data_dir that have none", may_change=True)
     class_inference_steps: int = flag(30, "number of denoising steps for the class pictures that are drawn", between(1, MOST_STEPS, int), may_change=True)
-    class_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the class pictures that are drawn; higher values follow the prompt more closely", at_least(0, float), may_change=True)
+    class_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the class pictures that are drawn; higher values follow the prompt more closely", at_least(0), may_change=True)
     sample_batch_size: int = flag(4, "number of class pictures that are drawn at once", between(1, 1024, int), may_change=True)
-    prior_loss_weight: float = flag(1.0, "weight of the class pictures in the loss; your pictures have weight 1", at_least(0, float))
+    prior_loss_weight: float = flag(1.0, "weight of the class pictures in the loss; your pictures have weight 1", at_least(0))
     # fmt: on
 
     @property

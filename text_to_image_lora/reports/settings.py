@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import above, at_least, between, flag, hub_id, user_path
+from ..command_line import above, at_least, between, count, flag, hub_id, user_path
 from ..config_file import Conflict
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
 from ..drawing.rows import MOST_STEPS, OPTIONS_OF_PROMPTS, SETTINGS, Drawing, check_drawing
@@ -62,10 +62,10 @@ class ValidationSettings:
     # fmt: off
     validation_split: float = flag(0.0, "fraction of the pictures to hold out from training, to detect overfitting; pictures that look alike are kept together", between(0, 0.5), may_change=True)
     validation_data_dir: tuple[str, ...] | None = flag(None, "folders of validation pictures, laid out as in --train_data_dir", user_path, nargs="+", metavar="FOLDER", may_change=True)
-    validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", at_least(0), may_change=True)
-    validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", at_least(1), may_change=True)
+    validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", count(0), may_change=True)
+    validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", count(1), may_change=True)
     max_drift: float | None = flag(None, "keep a step as the best only if its drift is at most this: how much its predictions differ from the base model's for captions without the concept, as a fraction of the base model's loss (default: no limit)", above(0), may_change=True)
-    early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", at_least(1), may_change=True)
+    early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", count(1), may_change=True)
     # fmt: on
 
     @property
@@ -90,8 +90,8 @@ class SampleSettings:
     validation_prompt: str | None = flag(None, "prompt for sample pictures that are drawn at each validation", may_change=True)
     validation_prompts: tuple[Prompt, ...] = flag((), "prompts for sample pictures that are drawn at each validation, or a .txt file with one prompt per line; options may follow each prompt: a red axe --seed 3 --width 768 --negative blurry (also --steps, --guidance, --height, --scheduler, --lora_scale, and kohya's --n --w --h --d --l --s)", nargs="+", action=PromptLines, metavar="PROMPT", may_change=True)
     validation_negative_prompt: str = flag("", "negative prompt for the sample pictures", may_change=True)
-    num_validation_images: int = flag(4, "number of sample pictures per prompt; 0: draw none", at_least(0), may_change=True)
-    validation_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the sample pictures; higher values follow the prompt more closely", at_least(0, float), may_change=True)
+    num_validation_images: int = flag(4, "number of sample pictures per prompt; 0: draw none", count(0, 1000), may_change=True)
+    validation_guidance_scale: float = flag(7.5, "classifier-free guidance scale for the sample pictures; higher values follow the prompt more closely", at_least(0), may_change=True)
     validation_inference_steps: int = flag(30, "number of denoising steps for the sample pictures", between(1, MOST_STEPS, int), may_change=True)
     # fmt: on
 

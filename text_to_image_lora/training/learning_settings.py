@@ -10,6 +10,7 @@ from ..command_line import (
     above,
     at_least,
     between,
+    count,
     flag,
     from_up_to,
 )
@@ -72,9 +73,9 @@ class OptimizerSettings:
     scale_lr: bool = flag(False, "multiply the learning rate by processes x accumulation steps x batch size", may_change=True)
     adam_beta1: float = flag(0.9, "decay rate of the optimizer's first moment", from_up_to(0, 1), may_change=True)
     adam_beta2: float = flag(0.999, "decay rate of the optimizer's second moment", from_up_to(0, 1), may_change=True)
-    adam_weight_decay: float = flag(1e-2, "weight decay of the optimizer", at_least(0, float), may_change=True)
-    adam_epsilon: float = flag(1e-8, "epsilon that the optimizer adds to its denominator", at_least(0, float), may_change=True)
-    max_grad_norm: float = flag(1.0, "maximum gradient norm, for clipping; 0: no clipping", at_least(0, float), may_change=True)
+    adam_weight_decay: float = flag(1e-2, "weight decay of the optimizer", at_least(0), may_change=True)
+    adam_epsilon: float = flag(1e-8, "epsilon that the optimizer adds to its denominator", at_least(0), may_change=True)
+    max_grad_norm: float = flag(1.0, "maximum gradient norm, for clipping; 0: no clipping", at_least(0), may_change=True)
     use_ema: bool = flag(False, "validate and save the exponential moving average of the LoRA's weights")
     ema_decay: float = flag(0.999, "maximum decay of the moving average of --use_ema, which rises to it from lower values", from_up_to(0, 1), may_change=True)
     use_8bit_adam: bool = flag(False, "equivalent to --optimizer adamw8bit", may_change=True, title=COMPATIBILITY)
@@ -133,10 +134,10 @@ class ScheduleSettings:
     )  # fmt: skip
     # fmt: off
     lr_scheduler: str = flag("constant", "schedule of the learning rate", choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"], may_change=True)
-    lr_warmup_steps: int | None = flag(None, "number of optimizer steps in which the learning rate rises from 0 (default: 500, but at most a tenth of the run)", at_least(0), may_change=True)
+    lr_warmup_steps: int | None = flag(None, "number of optimizer steps in which the learning rate rises from 0 (default: 500, but at most a tenth of the run)", count(0), may_change=True)
     lr_warmup_ratio: float | None = flag(None, "fraction of the run in which the learning rate rises from 0, instead of --lr_warmup_steps", between(0, 1), may_change=True)
-    lr_num_cycles: int = flag(1, "number of cycles of --lr_scheduler cosine_with_restarts", at_least(1), may_change=True)
-    lr_power: float = flag(1.0, "power of --lr_scheduler polynomial", at_least(0, float), may_change=True)
+    lr_num_cycles: int = flag(1, "number of cycles of --lr_scheduler cosine_with_restarts", count(1), may_change=True)
+    lr_power: float = flag(1.0, "power of --lr_scheduler polynomial", at_least(0), may_change=True)
     lr_step_rules: str = flag("", "factors of --lr_scheduler piecewise_constant and the steps at which they end, such as 1:100,0.1:200,0.01", may_change=True)
     # fmt: on
 

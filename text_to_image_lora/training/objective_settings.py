@@ -9,6 +9,7 @@ from ..command_line import (
     above_up_to,
     at_least,
     between,
+    count,
     flag,
 )
 from ..config_file import Conflict, Remark
@@ -53,10 +54,10 @@ class LossSettings:
     snr_gamma: float | None = flag(None, "gamma of Min-SNR loss weighting; 5.0 is usual (default: no Min-SNR weighting)", above(0))
     debiased_estimation: bool = flag(False, "weight the loss by 1 / sqrt(SNR), so that noisy timesteps count more")
     perceptual_loss: str | None = flag(None, "add a loss on features of the VAE's decoder (which then stays in memory) or of the base model itself; needs no further network", choices=["decoder", "self"])
-    perceptual_loss_weight: float | None = flag(None, "weight of the perceptual loss (default: 0.1 for decoder, 0.01 for self)", at_least(0, float))
-    perceptual_max_timestep: int = flag(400, "--perceptual_loss decoder is only used at timesteps below this one, at which pictures are not yet lost in noise", at_least(1))
-    noise_offset: float = flag(0.0, "scale of additional noise that is constant over each channel", at_least(0, float))
-    input_perturbation: float = flag(0.0, "scale of noise that is only added to the model's input; 0.1 is usual", at_least(0, float))
+    perceptual_loss_weight: float | None = flag(None, "weight of the perceptual loss (default: 0.1 for decoder, 0.01 for self)", at_least(0))
+    perceptual_max_timestep: int = flag(400, "--perceptual_loss decoder is only used at timesteps below this one, at which pictures are not yet lost in noise", count(1))
+    noise_offset: float = flag(0.0, "scale of additional noise that is constant over each channel", at_least(0))
+    input_perturbation: float = flag(0.0, "scale of noise that is only added to the model's input; 0.1 is usual", at_least(0))
     # fmt: on
 
     @property

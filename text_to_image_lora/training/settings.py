@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from ..command_line import (
     COMPATIBILITY,
     above,
-    at_least,
     between,
+    count,
     duration,
     flag,
     obstacle_to_folder,
@@ -87,10 +87,10 @@ class BatchSettings:
         Conflict("num_train_epochs", "max_train_steps", clash=lambda flags: flags["max_train_steps"] is not None),
     )
     # fmt: off
-    train_batch_size: int | str = flag(16, "number of pictures per process and forward pass; auto: as many of the --gradient_accumulation_steps pictures of a step as fit in memory", at_least(1, word="auto"), may_change=True)
-    gradient_accumulation_steps: int = flag(1, "number of forward passes per optimizer step", at_least(1), may_change=True)
-    num_train_epochs: int = flag(100, "number of passes over the pictures", at_least(1), may_change=True)
-    max_train_steps: int | None = flag(None, "total number of optimizer steps; overrides --num_train_epochs", at_least(1), may_change=True)
+    train_batch_size: int | str = flag(16, "number of pictures per process and forward pass; auto: as many of the --gradient_accumulation_steps pictures of a step as fit in memory", count(1, 65536, word="auto"), may_change=True)
+    gradient_accumulation_steps: int = flag(1, "number of forward passes per optimizer step", count(1, 10**6), may_change=True)
+    num_train_epochs: int = flag(100, "number of passes over the pictures", count(1), may_change=True)
+    max_train_steps: int | None = flag(None, "total number of optimizer steps; overrides --num_train_epochs", count(1), may_change=True)
     dataloader_num_workers: int = flag(0, "number of processes that load data; useful with --cache_variations 0", between(0, MOST_WORKERS, int), may_change=True)
     # fmt: on
 
@@ -165,9 +165,9 @@ class CheckpointSettings:
     title: ClassVar = "checkpoints"
     # fmt: off
     resume_from_checkpoint: str = flag("latest", "checkpoint folder to resume from; latest: the newest intact checkpoint in --output_dir; hf://owner/name[/checkpoint-N]: that checkpoint, or the newest one on the hub or in --output_dir; none: start over", user_path, may_change=True)
-    checkpointing_steps: int = flag(500, "number of optimizer steps between checkpoints, from which a killed run resumes; a run also saves one at the end, or when it is asked to stop; 0: only when it is asked to stop", at_least(0), may_change=True)
-    checkpoints_total_limit: int | None = flag(None, "maximum number of checkpoints to keep; older ones are deleted (default: keep all)", at_least(1), may_change=True)
-    save_every_n_epochs: int = flag(0, "number of epochs between LoRA files that are ready for use (epoch-0005/...); 0: only at the end", at_least(0), may_change=True)
+    checkpointing_steps: int = flag(500, "number of optimizer steps between checkpoints, from which a killed run resumes; a run also saves one at the end, or when it is asked to stop; 0: only when it is asked to stop", count(0), may_change=True)
+    checkpoints_total_limit: int | None = flag(None, "maximum number of checkpoints to keep; older ones are deleted (default: keep all)", count(1), may_change=True)
+    save_every_n_epochs: int = flag(0, "number of epochs between LoRA files that are ready for use (epoch-0005/...); 0: only at the end", count(0), may_change=True)
     # fmt: on
 
     def due_after(self, step: int) -> bool:
