@@ -114,7 +114,7 @@ def read_json(path: str | Path, name: str | Path | None = None, remedy: str = AG
 def parse_json(text: str | bytes, name: str | Path, remedy: str = AGAIN) -> Values:
     """Parses a mapping in JSON; raises `InputError` if it is something else, a key is double or the nesting too deep."""
     try:
-        found = json.loads(text, object_pairs_hook=_without_doubles)
+        found = json.loads(text, object_pairs_hook=without_doubles)
         check_levels(found)
     except RecursionError:
         raise _refusal(name, f"it can't be read (it has more than {MOST_LEVELS} levels)", remedy) from None
@@ -129,7 +129,8 @@ def parse_json(text: str | bytes, name: str | Path, remedy: str = AGAIN) -> Valu
     return Values(found, name, remedy)
 
 
-def _without_doubles(pairs):
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict of pairs; raises `ValueError` if a key is double, where `json` would take the last in silence."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

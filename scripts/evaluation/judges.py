@@ -1,6 +1,5 @@
 """Judges that score pictures: CLIP and DINOv2, or judges for the drawings of models/mini-sd."""
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import reason_of
 from text_to_image_lora.hub import hub_file, is_hub_id
+from text_to_image_lora.small_files import read_json
 
 from .. import ROOT
 from .scores import normalised
@@ -62,7 +62,7 @@ def find_vision_model(flag, source, kind):
 
     def read(name):
         file = path / name if path.is_dir() else hub_file(source, name)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
 
     try:
         found, how = read("config.json").get("model_type"), PREPROCESSING[kind]
@@ -72,6 +72,8 @@ def find_vision_model(flag, source, kind):
             how = how | {"size": {"shortest_edge": how["size"]}}
         if isinstance(how["crop_size"], int):
             how = how | {"crop_size": {"height": how["crop_size"], "width": how["crop_size"]}}
+    except InputError:
+        raise
     except Exception as error:  # the hub client's errors have no common base
         raise InputError(
             f"{source}: it can't be read or downloaded from the hub ({reason_of(error)}). Pass a local folder to {flag}."

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from conftest import read_records, refusal_of
 from PIL import Image
@@ -165,6 +166,31 @@ def test_trailing_commas_say_nothing(tmp_path):
     folder = save_pictures(tmp_path, "0.png")
     (folder / "metadata.csv").write_text("file_name,text\n0.png,a cat,,\n")
     assert read_records(folder)["captions"][:] == [["a cat"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("metadata.csv", "file_name,text,text\n0.png,a cat,a dog\n", "two columns are named 'text'"),
+        ("metadata.csv", "file_name;text;file_name\n0.png;a cat;1.png\n", "two columns are named 'file_name'"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "0.png", "text": "a cat", "text": "a dog"}\n',
+            'the key "text" is there twice',
+        ),
+        ("metadata.parquet", None, "two columns are named 'text'"),
+    ],
+)
+def test_two_columns_of_one_name(tmp_path, name, content, line):
+    """The last one would be read in silence."""
+    folder = save_pictures(tmp_path, "0.png", "1.png")
+    if content is None:
+        columns = [pyarrow.array([text]) for text in ("0.png", "a cat", "a dog")]
+        table = pyarrow.Table.from_arrays(columns, names=["file_name", "text", "text"])
+        pyarrow.parquet.write_table(table, folder / name)
+    else:
+        (folder / name).write_text(content)
+    assert line in refusal(folder)
 
 
 def test_two_metadata_files_of_one_folder(tmp_path):

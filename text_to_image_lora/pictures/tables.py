@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import format_bytes, reason_of
+from ..small_files import without_doubles
 from .inside import check_file, read_text_file
 
 
@@ -45,6 +46,13 @@ def check_rows(where: str | Path, count: int, remedy: str = DIVIDE) -> None:
         raise InputError(f"{where}: it has more than the limit of {MOST_ROWS:,} rows. {remedy}")
 
 
+def _check_columns(file, names):
+    """Raises `InputError` if two columns have one name, of which the last would be read."""
+    doubles = [name for name in names if names.count(name) > 1 and name]
+    if doubles:
+        raise InputError(f"{file}: two columns are named '{doubles[0]}'. Rename or remove one of them.")
+
+
 def _read_parquet(file):
     """Reads Parquet in small parts, because a part of a compressed file can be far larger than the file."""
     import pyarrow.parquet
@@ -53,6 +61,7 @@ def _read_parquet(file):
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             check_rows(file, opened.metadata.num_rows)
+            _check_columns(file, opened.schema_arrow.names)
             for part in opened.iter_batches(batch_size=ROWS_TOGETHER):
                 room -= part.nbytes
                 if room < 0:
@@ -76,6 +85,7 @@ def _read_csv(file, text):
     quote = "Enclose captions with commas, quotes or line breaks in double quotes, and double the quotes inside."
     rows, number = [], 1 + skipped
     try:
+        _check_columns(file, reader.fieldnames or ())
         for row in reader:
             number = reader.line_num + skipped
             check_rows(file, len(rows) + 1)
@@ -95,7 +105,7 @@ def _read_jsonl(file, text):
             continue
         check_rows(file, len(rows) + 1)
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=without_doubles)
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but not valid text
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or getattr(error, "reason", None) or reason_of(error)
