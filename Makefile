@@ -26,13 +26,13 @@ demo: $(VENV)/installed
 
 # The fast tests, on two workers: about 11 minutes on 2 cores.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 # Many processes, the SD1.5 geometry, trackio, and report.html in a browser (skipped if no browser can be installed).
 test-long: $(VENV)/installed-dev $(VENV)-trackio/installed
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || $(BIN)/playwright install chromium >/dev/null 2>&1 \
 		|| echo "no browser could be installed: the tests of report.html in a browser are skipped"
-	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder
 	PYTHONPATH=$(VENV)-trackio $(BIN)/python -m pytest tests/reports/test_tracking.py -k trackio
 
 # Files that are written with the pinned packages are read with the newest packages; each has an environment of its own.

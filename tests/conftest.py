@@ -33,6 +33,38 @@ train_script = importlib.import_module("train_text_to_image_lora")
 importlib.import_module("text_to_image_lora.libraries").quiet_libraries()
 
 
+# The files whose tests take longest, in this order. They are started first, so that no worker runs one of them alone at the end.
+LONGEST = (
+    "test_learning.py",
+    "test_snippets.py",
+    "test_cloud_jobs.py",
+    "test_signals.py",
+    "test_disk.py",
+    "test_kill.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+class FailuresAtOnce:
+    """Names each failed test at once: the summary is missing if a time limit ends the tests."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.reporter.write_line(f"\nfailed: {report.nodeid} ({report.when})")
+
+
+def pytest_sessionstart(session):
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(FailuresAtOnce(reporter))
+
+
 @pytest.fixture(autouse=True)
 def on_cpu(request, monkeypatch):
     """Runs all tests except those marked gpu on the CPU, because bit-for-bit comparisons are made there."""

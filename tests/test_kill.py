@@ -67,7 +67,7 @@ def killing(folder, nth):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 10)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 14), (2, 8)])
 def test_killed_anywhere(start, tiny_sd, pictures, tmp_path, processes, kills):
     """Kills the run at moments of each kind and in each part of the run."""
     import json

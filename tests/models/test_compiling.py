@@ -49,8 +49,9 @@ def test_what_does_not_go_together_is_refused(train, flags, answer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["blocks", "full"])
-@pytest.mark.parametrize("changes", [{}, dict(gradient_checkpointing=True, mixed_precision="bf16")])
+@pytest.mark.parametrize(
+    ("how", "changes"), [("full", {}), ("blocks", dict(gradient_checkpointing=True, mixed_precision="bf16"))]
+)
 def test_compiled_for_this_machine(train, tmp_path, how, changes):
     """Twenty steps with the kernels of the compiler."""
     flags = FLAGS | changes | dict(max_train_steps=20)
