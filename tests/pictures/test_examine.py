@@ -70,7 +70,7 @@ def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypat
     (tmp_path / "pictures.txt").write_text(lies)
     assert inspect(dataset, tmp_path) == first
     (tmp_path / KNOWN_PICTURES).write_text(lies)
-    monkeypatch.setattr(examine_module, "KNOWN_PICTURES", "pictures-2.txt")
+    monkeypatch.setattr(examine_module, "KNOWN_PICTURES", "pictures-3.txt")
     assert inspect(dataset, tmp_path) == first
     assert (tmp_path / "pictures-2.txt").exists()
 

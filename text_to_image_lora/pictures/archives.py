@@ -34,6 +34,7 @@ BLOCK = 2**20
 # Limits on what an archive unpacks to: pictures are compressed already, so a larger ratio means a zip bomb.
 MOST_BYTES_PER_BYTE = 100
 ALWAYS_ALLOWED_BYTES = 2**26
+CONTENTS = ".contents"  # beside the folder of an unpacked archive
 MOST_FILES = 2_000_000
 COMPRESSED = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}  # by the names of the `datasets` library
 MOST_NAME_BYTES = 2**16  # of a name in a .tar, or of its other headers, which are read into memory
@@ -62,11 +63,15 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
     # The subfolder keeps the archive's name, because folder names can hold captions, repeats and concepts.
     target = Path(folder) / digest.hexdigest()[:32] / name
     if target.exists():
-        return target
+        if _is_complete(target):
+            return target
+        logger.info(f"{printable(archive)}: files of the unpacked archive are missing, so it is unpacked again")
+        shutil.rmtree(target.parent, ignore_errors=True)
     try:
         with written_whole(target.parent, folder=True, shared=True) as temporary:
             (temporary / name).mkdir()
             _unpack_members(archive, temporary / name)
+            (temporary / CONTENTS).write_text(_contents_of(temporary / name))
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -78,6 +83,19 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
             f"{archive}: it can't be unpacked ({reason_of(error)}). Pack or download it again."
         ) from error
     return target
+
+
+def _contents_of(folder):
+    """The number of files in an unpacked archive, and of their bytes: programs that clean up caches delete single files."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return f"{len(sizes)} files, {sum(sizes)} bytes"
+
+
+def _is_complete(folder):
+    try:
+        return (folder.parent / CONTENTS).read_text() == _contents_of(folder)
+    except OSError:
+        return False
 
 
 def _unpack_members(archive, target):
@@ -97,6 +115,10 @@ def _unpack_members(archive, target):
             raise InputError(f"{archive}: its member {name!r} is a link. Pack the pictures themselves.")
         path = target.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise InputError(
+                f"{archive}: two of its members are named {printable(name)}. Unpack it, rename one, and pass the folder."
+            )
         with source() as member, open(path, "wb") as file:  # pyright: ignore - None is for members without data only
             while block := member.read(BLOCK):
                 room -= len(block)

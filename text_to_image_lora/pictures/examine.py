@@ -16,7 +16,7 @@ from .transforms import ImageError, open_image, open_mask
 
 
 logger = logging.getLogger(__name__)
-KNOWN_PICTURES = "pictures-1.txt"  # increase the number if sizes or hashes are computed differently
+KNOWN_PICTURES = "pictures-2.txt"  # increase the number if pictures are judged or measured differently
 # A line of that file, with its line break, because a killed run leaves half a line.
 KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
 
@@ -63,8 +63,8 @@ def examine(
             if name in known:
                 return index, known[name], None, False
             image = open_image(data)
-            if mask is not None:
-                open_mask(mask, image.size)
+            if mask is not None and open_mask(mask, image.size).getextrema()[1] == 0:
+                raise ImageError("its mask is black everywhere, so that nothing of the picture would be trained")
             known[name] = Picture(name, image.width, image.height, difference_hash(image))
             return index, known[name], None, True
         except (ImageError, OSError) as error:

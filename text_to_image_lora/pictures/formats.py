@@ -34,6 +34,18 @@ def register_plugins() -> None:
         import pillow_jxl  # noqa: F401 - importing it registers it
 
 
+def readable_formats() -> list[str]:
+    """Returns Pillow's names of the formats that are read, for `PIL.Image.open`.
+
+    Pillow knows others, of which EPS starts another program, whatever the file is called.
+    """
+    from PIL import Image
+
+    register_plugins()
+    known = Image.registered_extensions()
+    return sorted({known[ending] for ending in (*PICTURE_ENDINGS, *PLUGINS) if ending in known} & Image.OPEN.keys())
+
+
 def missing_plugin(ending: str) -> Plugin | None:
     """Returns the plugin that Pillow lacks for files with this ending, or None."""
     plugin = PLUGINS.get(ending.lower())

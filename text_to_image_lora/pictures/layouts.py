@@ -29,6 +29,7 @@ from .tables import MOST_CAPTION_BYTES, nonempty_captions
 logger = logging.getLogger(__name__)
 MOST_REPEATS = 1000  # a larger number is a year or a date
 REPEATS = re.compile(r"(\d+)_(.+)")
+LINE_BREAKS = re.compile(r"\r\n|\r|\n")  # `str.splitlines` knows more, which occur inside captions
 TRIGGER_CLASS = re.compile(r"\[([^\[\]]+)\]_\[([^\[\]]+)\]|([^\[\]_]+)_([^\[\]]+)")
 
 
@@ -130,7 +131,7 @@ class _Finder:
         if beside is not None:
             remedy = "Shorten its captions, or remove it."
             text = read_text_file(beside, self.homes, most_bytes=MOST_CAPTION_BYTES, remedy=remedy)
-            captions = nonempty_captions([line.strip() for line in text.splitlines()])
+            captions = nonempty_captions([line.strip() for line in LINE_BREAKS.split(text)])
             reason = None if captions else f"its caption file {beside.name} is empty"
         elif prompt is not None:
             captions = [prompt]

@@ -114,8 +114,10 @@ def _read_rows(file, table, columns, dataset_folder, reading):
     for number, row in table:
         where, name = f"{file}:{number}", row.get(columns.file)
         captions, reason, path = row.get(columns.caption), None, None
-        if not isinstance(name, str) or not name:
+        if name is None or name == "":
             reason = f"column '{columns.file}' is empty"
+        elif not isinstance(name, str):
+            reason = f"column '{columns.file}' holds {shortened(repr(name))}, which is not the name of a file"
         elif len(name) > MOST_NAME:
             reason = f"{shortened(name)!r} is too long for the name of a file"
         elif "://" in name:
@@ -149,6 +151,8 @@ def _similar_name(root, name):
     """Formats the most similar name of a file in a folder, or "" if there is none."""
     there = {entry.name.casefold(): entry.name for entry in root.iterdir()}
     similar = difflib.get_close_matches(name.casefold(), there, n=1, cutoff=0.8)
+    if similar and there[similar[0]] == name:
+        return " as a regular file"
     return f" (there is {there[similar[0]]!r})" if similar else ""
 
 

@@ -34,6 +34,7 @@ from .stored_files import OTHER_SPLITS, training_files
 logger = logging.getLogger(__name__)
 ROWS_TOGETHER = 5000  # rows as Python objects take several times the memory of their Arrow table
 # Folders beside the one with the pictures, where kohya's GUI keeps LoRAs with their samples, logs, and class pictures.
+NAMED = 8  # folders that are left out, in a message
 KOHYAS_OTHERS = {"model", "log", "reg"}
 
 
@@ -59,6 +60,7 @@ def load_records(reading: ReadOptions) -> Any:
                 folders[index] = unpack(source, reading.archive_dir)
                 logger.info(f"{printable(source)}: read from {printable(folders[index])}, where it is unpacked")
         reading = reading._replace(homes=home_folders(folders))
+        _say_what_is_twice(folders)
         parts = [_from_folder(folder, reading) for folder in folders]
     import datasets
 
@@ -69,6 +71,16 @@ def load_records(reading: ReadOptions) -> Any:
     if data.max_train_samples is not None and data.max_train_samples < len(records):
         records = records.shuffle(seed=0, keep_in_memory=True).select(range(data.max_train_samples))
     return records
+
+
+def _say_what_is_twice(folders):
+    """Logs the folders whose pictures are read twice, because they are given twice or lie in another one."""
+    real = [folder.resolve() for folder in folders]
+    for index, folder in enumerate(folders):
+        inside = next((j for j, other in enumerate(real) if j != index and real[index].is_relative_to(other)), None)
+        if inside is not None and (real[inside] != real[index] or inside < index):
+            where = "is given twice" if real[inside] == real[index] else f"lies in {printable(folders[inside])}"
+            logger.info(f"{printable(folder)} {where}, so its pictures are trained twice as often as the others")
 
 
 def _from_folder(folder, reading):
@@ -132,7 +144,11 @@ def _training_part(folder, listing):
     split = next((name for name in sorted(parts) if name.lower() == "train"), None)
     others = sorted(name for name in parts if name.lower() in OTHER_SPLITS)
     if split is not None and others:
-        logger.info(f"{folder}: training on its subfolder {split}, not on {', '.join(others)}")
+        left = sorted(parts - {split}, key=lambda name: (name not in others, name))
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        logger.info(
+            f"{folder}: training on its subfolder {split}, not on {', '.join(map(printable, left[:NAMED]))}{more}"
+        )
         return folder / split, listing.below(folder / split)
     others = sorted(name for name in parts if name.lower() in KOHYAS_OTHERS)
     own = [path for path in listing.files if path.relative_to(folder).parts[0] not in others]

@@ -203,6 +203,9 @@ def _find_foreign_files(dataset, column, source, cache_dir):
 def _from_dataset(dataset, source, reading):
     """Makes records of a dataset with an image feature; the pictures stay in its Arrow files, not decoded."""
     where, asked, leave_out = str(source), reading.data, reading.leave_out
+    dataset = dataset.with_format(
+        None
+    )  # it may have been saved with a format that changes its values, or hides columns
     mask_column, concept_column = asked.mask_column, asked.concept_column
     features = _with_image_features(dataset.features)
     image_column, caption_column, others = _find_columns(features, where, asked)

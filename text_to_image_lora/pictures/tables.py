@@ -62,14 +62,17 @@ def _read_parquet(file):
         with pyarrow.parquet.ParquetFile(file) as opened:
             check_rows(file, opened.metadata.num_rows)
             _check_columns(file, opened.schema_arrow.names)
-            for part in opened.iter_batches(batch_size=ROWS_TOGETHER):
+            # Dates are no captions, and can be out of the range of Python's.
+            dates = [field.name for field in opened.schema_arrow if pyarrow.types.is_temporal(field.type)]
+            columns = [name for name in opened.schema_arrow.names if name not in dates] if dates else None
+            for part in opened.iter_batches(batch_size=ROWS_TOGETHER, columns=columns):
                 room -= part.nbytes
                 if room < 0:
                     raise InputError(
                         f"{file}: its cells take more than the limit of {format_bytes(MOST_TABLE_BYTES)}. {DIVIDE}"
                     )
                 rows += part.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise InputError(f"{file}: it can't be read ({reason_of(error)}). Save it again.") from error
     return list(enumerate(rows, start=1))
 

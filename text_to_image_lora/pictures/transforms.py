@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from .formats import plugin_for, register_plugins
+from .formats import plugin_for, readable_formats, register_plugins
 from .settings import INTERPOLATIONS, AugmentationSettings
 
 
 # `open_image` checks the size in the header before it decodes; Pillow's own limit would only warn at first.
 Image.MAX_IMAGE_PIXELS = None
 PIXEL_LIMIT = 2**28
+MOST_FRACTION = 32  # floats below this are fractions of white, if they are not whole numbers
 WHOLE_LIMIT = 2**26  # pixels; a picture that would be resized to more is cropped first
 
 RESAMPLING = {
@@ -56,7 +57,7 @@ def open_image(data, background="white"):
         raise ImageError("the file is empty")
     register_plugins()
     try:
-        image: Any = Image.open(io.BytesIO(data))
+        image: Any = Image.open(io.BytesIO(data), formats=readable_formats())
         if image.width * image.height > PIXEL_LIMIT:
             raise ImageError(f"{image.width}x{image.height} is more than the limit of {PIXEL_LIMIT:,} pixels")
         image.load()
@@ -74,12 +75,7 @@ def open_image(data, background="white"):
         raise ImageError(f"it can't be decoded ({reason})") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0)
-        top, deep = values.max(initial=0), image.mode not in ("I", "F")
-        scale = 255 / max(top, 65535)
-        if top <= 1 and image.mode == "F":
-            scale = 255
-        elif top <= 255 and not deep:
-            scale = 1
+        scale = 255 / white_of(values, image.mode)
         grey = np.round(values * scale).clip(0, 255).astype(np.uint8)
         alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
         image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
@@ -89,13 +85,33 @@ def open_image(data, background="white"):
     return image.convert("RGB")
 
 
+def white_of(values: np.ndarray, mode: str) -> float:
+    """Returns the value that is white in a greyscale picture of more than 8 bits.
+
+    That of 16 bits keeps its range. Integers of 32 bits and floats are 8-bit values, if none is larger; floats that are
+    small and not whole numbers are fractions of white, which can exceed 1 a little after a resampling.
+    """
+    top = values.max(initial=0)
+    if mode == "F" and (top <= 1 or (top < MOST_FRACTION and (values % 1).any())):
+        return 1.0
+    return 255.0 if top <= 255 and mode in ("I", "F") else max(float(top), 65535.0)
+
+
 def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
     """Decodes a mask to a greyscale `PIL.Image` of the picture's `size`; transparent areas become black."""
     try:
         mask = open_image(data, background="black").convert("L")
     except ImageError as error:
         raise ImageError(f"its mask: {error}") from error
-    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+    if mask.size == size:
+        return mask
+    if abs(mask.width * size[1] - mask.height * size[0]) > 1.5 * max(*mask.size, *size):  # more than rounding
+        turned = ", after it is turned upright as its EXIF data says" if mask.size == size[::-1] else ""
+        raise ImageError(
+            f"its mask has {mask.width}x{mask.height} pixels, which is another shape than the {size[0]}x{size[1]} of the "
+            f"picture{turned}"
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _in_srgb(image: Any) -> Any:
