@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -63,6 +64,13 @@ def pytest_sessionstart(session):
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
     if reporter is not None and not hasattr(session.config, "workerinput"):
         session.config.pluginmanager.register(FailuresAtOnce(reporter))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Excludes what exists already from garbage collections: each run makes one, which would look through all libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -293,28 +293,44 @@ def _make_preview(path, modified_at):
         return encode_image(image, PREVIEW_SIDE)
 
 
-def _render(path, template, runs, *, charts, **values):
-    """Renders a template and writes the page, whole or not at all."""
+@functools.cache
+def _environment():
+    """Returns the environment of the templates, which compiles each of them once: a run's page is written many times."""
     import jinja2
-    from markupsafe import Markup
 
-    folders = folders_to_hide(runs)
+    @jinja2.pass_context
+    def without_private_folders(context, value):
+        return hide_parents(value, context["private_folders"])
+
     # Everything that a template prints is escaped, such as captions, prompts and file names.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=functools.partial(hide_parents, folders=folders),
+        trim_blocks=True, lstrip_blocks=True, finalize=without_private_folders,
     )  # fmt: skip
     environment.filters["shown"] = format_setting
-    page = environment.get_template(template).render(
-        css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-        js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
-        bokeh=Markup(_bokeh()) if charts else "",
-        charts=charts,
-        charts_json=Markup(
-            hide_parents(json.dumps(charts), folders).replace("<", "\\u003c")
-        ),  # "</script>" in a name would end the script
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        **values,
+    return environment
+
+
+def _render(path, template, runs, *, charts, **values):
+    """Renders a template and writes the page, whole or not at all."""
+    from markupsafe import Markup
+
+    folders = folders_to_hide(runs)
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            private_folders=folders,
+            css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
+            js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+            bokeh=Markup(_bokeh()) if charts else "",
+            charts=charts,
+            charts_json=Markup(
+                hide_parents(json.dumps(charts), folders).replace("<", "\\u003c")
+            ),  # "</script>" in a name would end the script
+            written=time.strftime("%Y-%m-%d %H:%M"),
+            **values,
+        )
     )
     write_whole(path, page)
 
