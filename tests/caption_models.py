@@ -157,7 +157,9 @@ TAGS = [
 
 def make_tagger(folder):
     """A tagger whose probabilities are sigmoid(a linear function of the mean colour), for pictures of 32 x 32."""
-    onnx = __import__("onnx")
+    import onnx
+    from onnx import numpy_helper
+
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     weights = np.zeros((3, len(TAGS)), dtype=np.float32)
     # Blue pictures have blue skies; red ones have red axes, pink blossoms and Mira. The channels are blue, green, red.
@@ -172,7 +174,7 @@ def make_tagger(folder):
     graph = helper.make_graph(
         nodes, "tagger", [helper.make_tensor_value_info("input", float32, ["batch", 32, 32, 3])],
         [helper.make_tensor_value_info("output", float32, ["batch", len(TAGS)])],
-        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     Path(folder).mkdir(parents=True, exist_ok=True)

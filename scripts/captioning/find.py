@@ -24,6 +24,8 @@ DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 # The main branch of this repository has pickled weights only; this is the pull request by the hub's converter.
 REVISIONS = {DEFAULT_MODEL: "refs/pr/38"}
 TAGGER_FILES = ("model.onnx", "selected_tags.csv")
+PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"}
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 PICKLED = re.compile(r"(pytorch_model.*\.bin|.*\.(ckpt|pt|pth|h5|msgpack))")
 SMALL = re.compile(r"[^/]+\.(json|jinja|txt|model)")
@@ -45,32 +47,38 @@ def find_model(name: str, revision: str | None) -> Model:
 
     Raises `InputError` if there is no such model, or if it can't be used.
     """
-    revision = revision or REVISIONS.get(name)
     if os.path.isdir(name):
+        if revision is not None:
+            raise InputError(
+                f"--revision {revision}: a folder has no revisions. Leave the flag out, or pass a hub id."
+            )
         return check_model(name, Path(name), os.listdir(name))
     if not is_hub_id(name):
         raise InputError(f"{name}: there is no such folder. Pass a folder or the hub id of a model as --model.")
+    revision = revision or REVISIONS.get(name)
     if (cached := _cached_folder(name, revision)) is not None:
         return check_model(name, cached, os.listdir(cached))
     return _download(name, revision)
 
 
 def _cached_folder(name, revision):
-    """Returns the folder of a model in the hub's cache if it is complete there, or None."""
-    from huggingface_hub import snapshot_download
+    """Returns the folder of a model in the hub's cache if what is needed is there, or None."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # the errors of the hub's client are of these classes
-        return None
-    names = {*os.listdir(folder)}
-    if {*TAGGER_FILES} <= names:
-        return folder
-    index = folder / "model.safetensors.index.json"
-    wanted = {"model.safetensors"}
-    if index.exists():
-        wanted = {*read_json(index).want("weight_map", dict).values()}
-    return folder if "config.json" in names and wanted <= names else None
+    for first in (TAGGER_FILES[0], "config.json"):
+        found = try_to_load_from_cache(name, first, revision=revision)
+        if not isinstance(found, str):
+            continue
+        folder, names = Path(found).parent, {*os.listdir(Path(found).parent)}
+        if {*TAGGER_FILES} <= names:
+            return folder
+        index, wanted = folder / "model.safetensors.index.json", {"model.safetensors"}
+        if index.exists():
+            wanted = {*read_json(index).want("weight_map", dict).values()}
+        # Another program may have downloaded a part, such as the weights without the vocabulary.
+        if wanted <= names and names & PROCESSOR_FILES and names & VOCABULARIES:
+            return folder
+    return None
 
 
 def _download(name, revision):
