@@ -124,7 +124,8 @@ def make_qwen(folder):
     )  # fmt: skip
     model = randomise(Qwen2VLForConditionalGeneration(config))
     model.generation_config.suppress_tokens = [*range(len(special))]
-    model.generation_config.do_sample = True  # as the real ones have it
+    # As the real ones have it: sampling, and several tokens that end an answer.
+    model.generation_config.update(do_sample=True, temperature=0.1, eos_token_id=[ids["<|im_end|>"], 0])
     model.save_pretrained(folder)
     tokenizer.chat_template = QWEN_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -146,6 +147,124 @@ def make_git(folder):
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     GitProcessor(images, tokenizer).save_pretrained(folder)
+    return Path(folder)
+
+
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+)  # fmt: skip
+TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+def make_encoder_decoder(folder):
+    """Without a processor of its own, like nlpconnect/vit-gpt2-image-captioning."""
+    from transformers import (
+        BertConfig,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+        ViTImageProcessorPil,
+    )
+
+    tokenizer = make_tokenizer(SPECIAL, cls_token="[CLS]", sep_token="[SEP]")
+    text = BertConfig(vocab_size=len(tokenizer), intermediate_size=16, max_position_embeddings=64, **TEXT)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**VISION), text)
+    named = dict(decoder_start_token_id=2, pad_token_id=0, eos_token_id=3)
+    config.update(named)
+    model = randomise(VisionEncoderDecoderModel(config))
+    model.generation_config.update(suppress_tokens=[*range(len(SPECIAL))], **named)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return Path(folder)
+
+
+def make_blip2(folder):
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessorPil,
+        OPTConfig,
+    )
+
+    special = ["[PAD]", "[UNK]", "</s>", "<image>"]
+    tokenizer = make_tokenizer(special, bos_token="</s>", eos_token="</s>")
+    text = OPTConfig(
+        vocab_size=len(tokenizer) + 1, ffn_dim=16, max_position_embeddings=64, word_embed_proj_dim=16, bos_token_id=2,
+        eos_token_id=2, pad_token_id=0, **TEXT,
+    )  # fmt: skip
+    qformer = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = Blip2Config(
+        vision_config=VISION, qformer_config=qformer | dict(encoder_hidden_size=16, vocab_size=32), text_config=text,
+        num_query_tokens=4, image_token_index=3,
+    )  # fmt: skip
+    model = randomise(Blip2ForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = [*range(len(special)), len(tokenizer)]
+    model.save_pretrained(folder)
+    images = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    Blip2Processor(images, tokenizer, num_query_tokens=4).save_pretrained(folder)
+    return Path(folder)
+
+
+def make_llava(folder):
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    special = ["[PAD]", "[UNK]", "</s>", "<image>"]
+    tokenizer = make_tokenizer(special, eos_token="</s>", additional_special_tokens=["<image>"])
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), intermediate_size=16, num_key_value_heads=1, max_position_embeddings=512, pad_token_id=0,
+        eos_token_id=2, bos_token_id=None, **TEXT,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=text, image_token_index=3, vision_feature_layer=-1
+    )
+    model = randomise(LlavaForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = [*range(len(special))]
+    model.save_pretrained(folder)
+    template = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>").replace(
+        "<|im_end|>", ""
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template.replace("<|im_start|>", ""),
+    ).save_pretrained(folder)  # fmt: skip
+    return Path(folder)
+
+
+def make_qwen3(folder):
+    from transformers import Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    special = ["[PAD]", "[UNK]", *QWEN_TOKENS]
+    tokenizer = make_tokenizer(special, eos_token="<|im_end|>", additional_special_tokens=QWEN_TOKENS)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_TOKENS}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    text = dict(
+        vocab_size=len(tokenizer), intermediate_size=16, num_key_value_heads=1, head_dim=8, rope_parameters=rope,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=ids["<|im_end|>"], **TEXT | {"num_hidden_layers": 2},
+    )  # fmt: skip
+    vision = dict(
+        depth=2, hidden_size=16, num_heads=2, intermediate_size=16, patch_size=8, out_hidden_size=16,
+        num_position_embeddings=16, deepstack_visual_indexes=[0],
+    )  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    model = randomise(Qwen3VLForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = [*range(len(special))]
+    model.save_pretrained(folder)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=8, min_pixels=256, max_pixels=4096).save_pretrained(folder)
     return Path(folder)
 
 

@@ -12,7 +12,7 @@ from text_to_image_lora.files import reason_of
 
 from .find import Model
 from .kinds import with_omissions
-from .wording import Wording
+from .wording import Wording, whole_sentences
 
 
 # No code of a repository is run. (A dict, because tests/test_project.py forbids the keyword in every call.)
@@ -27,7 +27,10 @@ def load_processor(folder: Path, config: Any) -> Any:
     Processors of models that also see videos load a processor of videos, which needs torchvision. Here they are loaded without
     it, and prepare pictures with Pillow.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    # The name in the package itself needs torchvision, which this class does not.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     if type(config) not in PROCESSOR_MAPPING:  # an encoder and a decoder that were put together
@@ -118,7 +121,13 @@ class Captioner:
                 f"out of memory with {len(images)} pictures at once. Pass a smaller --batch_size, or another --model; the "
                 "captions so far are written."
             ) from error
-        return [wording.of_sentence(answer, prompt) for answer in self.kind.read(self.processor, inputs, token_ids)]
+        answers = self.kind.read(self.processor, inputs, token_ids)
+        eos = self.model.generation_config.eos_token_id
+        ends = {*self.processor.tokenizer.all_special_ids, *(eos if isinstance(eos, list) else [eos])}
+        for i, last in enumerate(token_ids[:, -1].tolist()):
+            if last not in ends:
+                answers[i] = whole_sentences(answers[i])
+        return [wording.of_sentence(answer, prompt) for answer in answers]
 
     def _moved(self, value):
         is_real = hasattr(value, "is_floating_point") and value.is_floating_point()

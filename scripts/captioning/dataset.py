@@ -68,7 +68,7 @@ def choose_pictures(dataset: Dataset, output: str, *, overwrite: bool) -> list[P
     left = [picture for picture in beside if key_of(picture) not in dataset.in_tables]
     if output == "jsonl" and left and not overwrite:
         raise InputError(
-            f"{printable(dataset.folder)}: {counted(len(left), 'picture')} have a caption file, which a trainer does not read "
+            f"{printable(dataset.folder)}: caption files are beside {counted(len(left), 'picture')}, which a trainer does not read "
             f"where there is a {NAME}. Pass --output txt, or --overwrite to caption all pictures anew."
         )
     if output == "txt":

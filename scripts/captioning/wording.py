@@ -124,6 +124,12 @@ def clean(answer: str, prompt: str = "") -> str:
     return text.strip()
 
 
+def whole_sentences(text: str) -> str:
+    """Returns an answer that was cut at its limit up to its last whole sentence; the answer itself if it has none."""
+    found = re.match(r"(.*[.!?])\s", text, re.DOTALL)
+    return text if found is None else found[1]
+
+
 def split_medium(caption: str) -> tuple[str, str]:
     """Splits "a painting of a dog" into ("a painting", "a dog"); a caption without a medium is one of a photo."""
     if (found := MEDIUM_OF.match(caption)) is not None and found.end() < len(caption):

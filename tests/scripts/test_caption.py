@@ -24,13 +24,13 @@ from scripts.captioning.find import find_model
 from scripts.captioning.kinds import KINDS, with_omissions
 from scripts.captioning.omitting import mentions, omit_from_sentence, omit_from_tags
 from scripts.captioning.tagger import as_pixels
-from scripts.captioning.wording import Wording, clean
+from scripts.captioning.wording import Wording, clean, whole_sentences
 from text_to_image_lora.errors import InputError, Stopped
 from text_to_image_lora.training import interruption
 
 
 COLOURS = ["red", "blue", "white", "black", "green", "yellow", "purple"]
-KIND_NAMES = ["blip", "florence", "qwen", "git", "tagger"]
+KIND_NAMES = ["blip", "florence", "qwen", "qwen3", "llava", "git", "blip2", "encoder_decoder", "tagger"]
 OWN = "__captions"
 
 
@@ -205,6 +205,11 @@ def test_an_answer_is_cleaned():
     assert clean("a dog...") == "a dog..."
 
 
+def test_an_answer_that_was_cut_ends_with_its_last_whole_sentence():
+    assert whole_sentences("A dog. It is 2.5 m high! It has a") == "A dog. It is 2.5 m high!"
+    assert whole_sentences("a dog on a") == "a dog on a"
+
+
 @pytest.mark.parametrize(
     ("wording", "message"),
     [
@@ -268,6 +273,28 @@ def test_prompts_reach_the_models(run, tmp_path, models):
     assert captions("florence", prompt="<CAPTION>") != captions("florence", prompt="<MORE_DETAILED_CAPTION>")
     assert not any(text.startswith("photo of") for text in captions("blip", prompt="photo of").values())
     assert captions("blip", prompt="photo of") != captions("blip")
+
+
+def test_half_precision_is_for_the_model(run, pictures, monkeypatch):
+    from scripts.captioning.captioner import Captioner
+
+    seen, moved = set(), Captioner._moved
+    monkeypatch.setattr(
+        Captioner, "_moved", lambda self, value: seen.add(str((out := moved(self, value)).dtype)) or out
+    )
+    run(pictures, "qwen", mixed_precision="bf16")
+    assert seen == {"torch.bfloat16", "torch.int64"}
+    assert len(captions_of(pictures)) == 5
+
+
+def test_cut_answers_are_told_from_complete_ones(run, pictures, models, monkeypatch):
+    from scripts.captioning import captioner
+
+    texts = []
+    monkeypatch.setattr(captioner, "whole_sentences", lambda text: texts.append(text) or "cut")
+    run(pictures, "qwen")  # whose answers end at --max_new_tokens
+    assert len(texts) == 5
+    assert set(texts_of(pictures).values()) == {"cut\n"}
 
 
 def test_a_tagger_writes_probable_tags_without_ratings_the_most_probable_first(run, pictures):
@@ -467,8 +494,8 @@ def number_of_captions(folder, output):
 
 @pytest.mark.parametrize("output", [*OUTPUTS])
 def test_killed_and_run_again_equals_undisturbed(models, run, tmp_path, output):
-    flags = dict(output=output, batch_size=1, trigger_word="sks", max_new_tokens=30)
-    undisturbed, folder = (write_colours(tmp_path / name, 9) for name in ("undisturbed", "killed"))
+    flags = dict(output=output, batch_size=1, trigger_word="sks", max_new_tokens=20)
+    undisturbed, folder = (write_colours(tmp_path / name, 8) for name in ("undisturbed", "killed"))
     for place in (undisturbed, folder):
         if output == "txt":
             (place / "03.txt").write_text("mine")
@@ -480,7 +507,7 @@ def test_killed_and_run_again_equals_undisturbed(models, run, tmp_path, output):
     process.kill()
     process.communicate()
     time.sleep(0.1)  # the process itself is killed by the one that started it
-    assert 3 <= number_of_captions(folder, output) < 9
+    assert 3 <= number_of_captions(folder, output) < 8
     assert captions_of(folder, leave_out=lambda *_: None)["03.png"] == ["mine"]  # no file is broken
     again = start(words_of(folder, models("qwen"), **flags))
     said, _ = again.communicate(timeout=60)
@@ -595,7 +622,7 @@ def test_what_can_not_work_is_refused_before_anything_is_written(run, pictures, 
     ("output", "files", "message"),
     [
         ("txt", {"metadata.jsonl": '{"file_name": "00.png", "text": "a"}\n'}, "would not read .txt files. Pass --output jsonl"),
-        ("jsonl", {"00.txt": "a"}, "1 picture have a caption file"),
+        ("jsonl", {"00.txt": "a"}, "caption files are beside 1 picture, which"),
         ("txt", {"00.jpg": None}, "it would share 00.txt with 00.jpg. Rename one"),
         ("jsonl", {"metadata.jsonl": '{"image": "00.png", "text": "a"}\n'}, "Rename its columns"),
         ("jsonl", {"metadata.jsonl": "{"}, "metadata.jsonl:1: this line is not JSON"),
