@@ -363,6 +363,19 @@ def test_captions_of_a_person_stay_byte_for_byte(run, pictures, capsys):
     assert bytes_of(pictures) == after
 
 
+def test_a_caption_that_a_person_writes_during_the_run_stays(run, pictures, monkeypatch):
+    open_picture = caption.open_picture
+
+    def write_and_open(path):
+        (pictures / "04.txt").write_text("mine")
+        return open_picture(path)
+
+    monkeypatch.setattr(caption, "open_picture", write_and_open)
+    run(pictures, "blip")
+    assert captions_of(pictures)["04.png"] == ["mine"]
+    assert len(captions_of(pictures)) == 5
+
+
 def test_rows_of_a_person_stay_as_they_are(run, pictures):
     own = '{"text": "mine",   "file_name": "01.png", "weight": 2}\n\n{"file_name":"sub/00.png","text":["é","b"]}'
     write_colours(pictures / "sub", 2)
