@@ -78,6 +78,7 @@ SHORT = {
     "scripts.mini_sd.draw": "",
     "scripts/convert_lora.py": "",
     "scripts/report.py": "",
+    "scripts/caption.py": "--max_new_tokens 8 --device cpu",
 }
 
 
@@ -154,7 +155,10 @@ def _captions(path):
 MADE = {
     **{name: lambda path: lay_out(path, creatures(20), "table") for name in ("PICTURES", "FOLDER", "class")},
     "mira": lambda path: lay_out(path, [(file, "1girl, smile, school uniform") for file, _ in creatures(8)], "files"),
-    "my-dog": lambda path: lay_out(path, creatures(5)),
+    **{
+        name: lambda path: lay_out(path, creatures(5))
+        for name in ("my-dog", "my-puppy", "my-cat", "my-house", "my-drawings")
+    },
     "styles": _styles,
     "van_gogh": lambda path: lay_out(path / "3_vgstyle painting", creatures(12), "files"),
     "four": lambda path: lay_out(path, [weapons(kind, 1)[0] for kind in ("axe", "spear", "trident", "whip")], "table"),
@@ -175,6 +179,7 @@ MADE = {
 # Of each page: what a reader has who comes to it.
 GIVEN = {
     "README.md": "PICTURES photo.jpg",
+    "docs/captions.md": "my-dog my-puppy my-cat my-house my-drawings",
     "docs/evaluation.md": "PICTURES knights knights/best knights/checkpoint-1 four class",
     "docs/findings.md": "other/weapons sweeps/stop/trial-0000/best",
     "docs/sharing.md": "PICTURES big.safetensors a.safetensors b",

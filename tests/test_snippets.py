@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 
+import caption_models
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, quick_python, train_script
@@ -27,6 +28,7 @@ from snippets import (
 )
 
 import infer
+from scripts.captioning.find import DEFAULT_MODEL
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL
 from text_to_image_lora.drawing.prompts import read_prompts
 
@@ -35,6 +37,13 @@ SHELL = [block for block in BLOCKS if block.language == "bash"]
 STAND_INS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ROOT / "models" / "mini-sd",
     "lllyasviel/control_v11p_sd15_canny": ROOT / "models" / "mini-controlnet",
+}
+
+CAPTIONING_MODELS = {
+    DEFAULT_MODEL: caption_models.make_blip,
+    "florence-community/Florence-2-base": caption_models.make_florence,
+    "Qwen/Qwen3-VL-2B-Instruct": caption_models.make_qwen,
+    "SmilingWolf/wd-vit-tagger-v3": caption_models.make_tagger,
 }
 
 
@@ -105,11 +114,18 @@ def test_data_and_prompts_are_read(tmp_path):
             assert len(read_prompts("--prompt", [str(tmp_path / "prompts.txt")])) == 3
 
 
+@pytest.fixture(scope="session")
+def captioning_models(tmp_path_factory):
+    """Tiny captioning models by the hub ids of the real ones."""
+    folder = tmp_path_factory.mktemp("captioning")
+    return {name: make(folder / name.partition("/")[2]) for name, make in CAPTIONING_MODELS.items()}
+
+
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch, clip_model, dino_model):
+def stand_ins(tmp_path, monkeypatch, clip_model, dino_model, captioning_models):
     """The working directory, in which hub ids are folders."""
     judges = {CLIP_MODEL: clip_model, DINO_MODEL: dino_model}
-    for name, target in (STAND_INS | judges).items():
+    for name, target in (STAND_INS | judges | captioning_models).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)

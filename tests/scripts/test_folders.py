@@ -17,7 +17,14 @@ STARTED_BY_PATH = {
     "inside.py": 2,
     "bare_unet.py": 2,
 }  # {file that the benchmarks run in a separate process: its depth below the root}
-BELOW = {"sweeping": set(), "comparing": set(), "evaluation": {"mini_sd"}, "benchmarks": {"mini_sd"}, "mini_sd": set()}
+BELOW = {
+    "sweeping": set(),
+    "captioning": set(),
+    "comparing": set(),
+    "evaluation": {"mini_sd"},
+    "benchmarks": {"mini_sd"},
+    "mini_sd": set(),
+}
 
 
 def help_of(*words, cwd):
