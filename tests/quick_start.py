@@ -10,6 +10,7 @@ A separate process forks, because pytest's process may have threads. A forked pr
 
 import atexit
 import faulthandler
+import gc
 import json
 import os
 import runpy
@@ -198,6 +199,8 @@ def import_libraries():
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from diffusers.training_utils import EMAModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    gc.collect()
+    gc.freeze()  # a collection of a forked process would look through, and copy, all of this
 
 
 def serve():
