@@ -199,6 +199,7 @@ def import_libraries():
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
     from diffusers.training_utils import EMAModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
     gc.collect()
     gc.freeze()  # a collection of a forked process would look through, and copy, all of this
 

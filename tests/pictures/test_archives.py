@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import warnings
 import zipfile
 
 import pytest
@@ -66,6 +67,44 @@ def test_an_archive_is_unpacked_once(tmp_path, folder):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert unpack(archive, folder) == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("harm", ["a file", "all files", "half a file", "the list"])
+def test_an_unpacked_archive_that_is_damaged_is_unpacked_again(tmp_path, folder, harm):
+    """Programs that clean up caches delete files that were not used for a while."""
+    archive = pack(tmp_path / "set.zip", GOOD)
+    first = unpack(archive, folder)
+    files = sorted(first.iterdir())
+    if harm == "half a file":
+        files[0].write_bytes(files[0].read_bytes()[:20])
+    elif harm == "the list":
+        (first.parent / archives.CONTENTS).unlink()
+    else:
+        for path in files[: 1 if harm == "a file" else None]:
+            path.unlink()
+    assert unpack(archive, folder) == first
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == GOOD
+
+
+@pytest.mark.parametrize(
+    ("ending", "names"),
+    [(".zip", ["a.png", "a.png"]), (".tar", ["./a.png", "a.png"]), (".zip", ["x\\a.png", "x/a.png"])],
+)
+def test_two_members_of_one_name(tmp_path, refusal, ending, names):
+    """The last one would replace the others in silence."""
+    path = tmp_path / f"set{ending}"
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as pack, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of `zipfile` about the double name
+            for shade, name in enumerate(names):
+                pack.writestr(name, picture(shade))
+    else:
+        with tarfile.open(path, "w") as pack:
+            for shade, name in enumerate(names):
+                member, data = tarfile.TarInfo(name), picture(shade)
+                member.size = len(data)
+                pack.addfile(member, io.BytesIO(data))
+    assert "two of its members are named" in refusal(path)
 
 
 def test_a_renamed_archive(tmp_path, folder):

@@ -213,6 +213,13 @@ def test_several_lines_are_several_captions(tmp_path, load):
     assert load(tmp_path)["captions"][:] == [["ein Käter"]]
 
 
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_breaks_separate_captions(tmp_path, load, letter):
+    save_picture(tmp_path / "0.png", 0)
+    write(f"a cat{letter}on a mat\ra dog", tmp_path / "0.txt")
+    assert load(tmp_path)["captions"][:] == [[f"a cat{letter}on a mat", "a dog"]]
+
+
 @pytest.mark.parametrize("ending", [".txt", ".caption"])
 @pytest.mark.parametrize("name", ["v1.5-a", "v1.5/a", "a..b", "a.png"])
 def test_names_with_dots_have_their_own_caption_files(tmp_path, load, name, ending):
@@ -315,6 +322,26 @@ def test_the_train_part_of_a_folder_with_splits(tmp_path, load, said, train, tes
     build(tmp_path / "set" / test, "csv")
     assert len(load(tmp_path / "set")) == 4
     assert said == [f"{tmp_path}/set: training on its subfolder {train}, not on {test}"]
+
+
+def test_all_that_is_left_out_beside_the_train_part_is_named(tmp_path, load, said):
+    for name in ("train", "test", "plane", "car"):
+        build(tmp_path / "set" / name, "csv")
+    assert len(load(tmp_path / "set")) == 4
+    assert said[0] == f"{tmp_path}/set: training on its subfolder train, not on test, car, plane"
+
+
+@pytest.mark.parametrize("how", ["twice", "by a link", "inside", "above"])
+def test_folders_that_share_pictures_are_told(tmp_path, load, said, how):
+    folder = tmp_path / "set" / "axes"
+    build(folder, "csv")
+    (tmp_path / "link").symlink_to(folder)
+    other = {"twice": folder, "by a link": tmp_path / "link", "inside": folder.parent, "above": folder}[how]
+    folders = (folder.parent, folder) if how == "above" else (folder, other)
+    assert len(load(*folders)) == 8
+    (line,) = [line for line in said if "trained twice as often" in line]
+    where = "is given twice" if how in ("twice", "by a link") else f"lies in {folder.parent}"
+    assert line.startswith(f"{tmp_path / 'link' if how == 'by a link' else folder} {where}, ")
 
 
 def test_column_flags_without_a_table(tmp_path, load):

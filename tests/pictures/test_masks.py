@@ -1,5 +1,6 @@
 """Masks weight the loss, wherever they come from; they are cropped like their pictures."""
 
+import io
 import json
 
 import numpy as np
@@ -162,3 +163,35 @@ def test_an_empty_mask_is_reported_or_left_out_with_its_picture(train, masked, c
     out = capsys.readouterr().out
     assert f"left out: {reason}\n" in out
     assert "\n3 pictures, " in out
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((32, 40), "upright as its EXIF data says"),
+        ((40, 20), "another shape"),
+        ((200, 50), "another shape"),
+        ((40, 40), ""),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused(train, masked, size, words):
+    """It would be stretched over the picture, and weight other places."""
+    half(size).save(masked / "1.mask.png")
+    message = refusal_of(train, train_data_dir=masked)
+    assert f"its mask has {size[0]}x{size[1]} pixels, which is another shape than the 40x32 of the picture" in message
+    assert words in message
+
+
+@pytest.mark.parametrize("size", [(20, 16), (80, 64), (1024, 819), (13, 10)])
+def test_a_mask_of_another_size_may_be_rounded(size):
+    data = io.BytesIO()
+    half(size).save(data, "PNG")
+    assert open_mask(data.getvalue(), (40, 32)).size == (40, 32)
+
+
+@pytest.mark.parametrize(
+    "mask", [Image.new("L", (40, 32)), Image.new("1", (20, 16)), Image.new("RGBA", (40, 32), "#ffffff00")]
+)
+def test_a_mask_that_is_black_everywhere_is_refused(train, masked, mask):
+    mask.save(masked / "1.mask.png")
+    assert "its mask is black everywhere" in refusal_of(train, train_data_dir=masked)

@@ -287,6 +287,25 @@ def test_concepts_from_the_labels_of_a_stored_dataset(load, tmp_path):
     assert dataset["captions"][:] == [["a"], ["b"]]
 
 
+@pytest.mark.parametrize("how", ["numpy", "torch", "arrow", "pandas", "one column"])
+@pytest.mark.parametrize("texts", [["a red cat", "a cat"], [["a red cat", "red"], ["a cat"]]])
+def test_a_dataset_that_was_saved_with_a_format(load, tmp_path, how, texts):
+    """The format changes the values that the library returns, or hides columns."""
+    import datasets
+
+    cells = [{"bytes": picture_bytes(colour), "path": None} for colour in ("red", "blue")]
+    text = datasets.Value("string")
+    columns = {"image": datasets.Image(), "text": datasets.List(text) if isinstance(texts[0], list) else text}
+    columns["label"] = datasets.ClassLabel(names=["cats", "dogs"])
+    whole = datasets.Dataset.from_dict({"image": cells, "text": texts, "label": [1, 0]}, datasets.Features(columns))
+    options = dict(type="numpy", columns=["image"]) if how == "one column" else dict(type=how)
+    whole.with_format(**options).save_to_disk(tmp_path / "stored")
+    found = load(tmp_path / "stored", concept_column="label")
+    assert found["concept"][:] == ["dogs", "cats"]
+    assert found["captions"][:] == [text if isinstance(text, list) else [text] for text in texts]
+    assert pictures_of(found) == [picture_bytes("red"), picture_bytes("blue")]
+
+
 def test_masks_of_a_stored_dataset(load, tmp_path):
     import datasets
 

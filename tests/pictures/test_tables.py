@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet
@@ -191,6 +192,33 @@ def test_two_columns_of_one_name(tmp_path, name, content, line):
     else:
         (folder / name).write_text(content)
     assert line in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.date64(), pyarrow.timestamp("s"), pyarrow.duration("s"), pyarrow.time64("ns")]
+)
+def test_dates_in_a_parquet_file_are_not_read(tmp_path, kind):
+    """They can be out of the range of Python's."""
+    folder = save_pictures(tmp_path, "0.png")
+    large = 1 if pyarrow.types.is_time(kind) else 2**53
+    columns = {"file_name": ["0.png"], "when": pyarrow.array([large], pyarrow.int64()).cast(kind), "text": ["a cat"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "metadata.parquet")
+    assert read_records(folder)["captions"][:] == [["a cat"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pipe.png", "does not exist as a regular file"),
+        (5, "holds 5, which is not the name of a file"),
+        ("", "is empty"),
+    ],
+)
+def test_names_that_name_no_file(tmp_path, name, words):
+    folder = save_pictures(tmp_path, "0.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cat"}) + "\n")
+    assert words in refusal(folder)
 
 
 def test_two_metadata_files_of_one_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -125,7 +126,10 @@ def test_sixteen_bits_keep_their_range(kind, brightest):
     [
         (np.array([[0, 0.5, 1, np.nan]], np.float32), [0, 128, 255, 0]),
         (np.array([[0, 100, 255, -3]], np.float32), [0, 100, 255, 0]),
+        (np.array([[0, 0.5, 1.004]], np.float32), [0, 128, 255]),  # resampling exceeds the range
+        (np.array([[0.25, 0.5, 1.5, 20]], np.float32), [64, 128, 255, 255]),
         (np.array([[0, 100, 255, -3]], np.int32), [0, 100, 255, 0]),
+        (np.array([[0, 2, 1]], np.float32), [0, 2, 1]),  # whole numbers are 8-bit values
         (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
     ],
 )
@@ -144,6 +148,20 @@ def test_cmyk():
 def test_plain_modes(mode):
     image = noise(6, 5, mode)
     assert (pixels_of(image) == np.asarray(image.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("name", ["EPS", "PDF", "ICO", "XPM"])
+def test_formats_that_are_not_pictures_of_datasets_are_not_opened(name, monkeypatch):
+    """Pillow starts Ghostscript for EPS, whatever the file is called."""
+    data = {
+        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
+        "PDF": b"%PDF-1.4\n%%EOF\n",
+        "ICO": encoded(noise(16, 16), "ICO"),
+        "XPM": b'/* XPM */\nstatic char * a[] = {\n"1 1 1 1",\n"a c #ff0000",\n"a"};\n',
+    }[name]
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **_: pytest.fail(f"it starts {words}"))
+    with pytest.raises(ImageError, match="not a picture in a format that Pillow can read"):
+        open_image(data)
 
 
 def test_an_animation_is_its_first_frame():
