@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from ..models.loading import find_base_model
 from ..models.not_a_base import check_folder
 from ..small_files import Values, read_json
 from . import settings
-from .rows import Lora
+from .rows import MOST_SCALE, Lora
 
 
 logger = logging.getLogger(__name__)
@@ -159,8 +158,8 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         with contextlib.suppress(ValueError):
             scale, fixed = float(tail), True
             given, path = head, Path(head)
-    if not math.isfinite(scale):
-        raise InputError(f"--lora {given}:{scale}: the strength must be a finite number.")
+    if not abs(scale) <= MOST_SCALE:  # neither is NaN
+        raise InputError(f"--lora {given}:{scale}: the strength must be a number from {-MOST_SCALE} to {MOST_SCALE}.")
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not find_weight_files(path)[0][0].exists():

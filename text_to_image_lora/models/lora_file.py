@@ -218,6 +218,9 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
         except InputError as error:
             raise InputError(f"{path}: {error} {REMEDY}") from error
         check_finite(path, tensors)
+    for name, state_dict in components.items():
+        if faults := non_finite((f"{name}.{key}", value) for key, value in state_dict.items()):
+            raise InputError(f"{path_or_dir}: with its alpha, {faults}. Its alpha is damaged: get the file again.")
     return components, header
 
 
