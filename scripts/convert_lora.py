@@ -21,7 +21,8 @@ from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.drawing.rows import MOST_SCALE
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.files import counted
-from text_to_image_lora.models.dialects import PICKLES, check_lora, find_dialect
+from text_to_image_lora.models.dialects import PICKLES, find_dialect
+from text_to_image_lora.models.lora_checks import check_lora
 
 
 DIALECTS = ("diffusers", "kohya", "peft")

@@ -122,6 +122,13 @@ def test_a_controlnet_that_lacks_a_weight_is_refused(model, controlnet, photo, r
     assert f"{tmp_path / 'edges'} can't be loaded: the ControlNet lacks 1 of its weights" in refused(model, *flags)
 
 
+@pytest.mark.parametrize("layer", ["mid_block.resnets.0.norm1", "conv_norm_out", "mid_block.nothing"])
+def test_a_lora_of_layers_that_are_no_matrices_is_refused(model, refused, tmp_path, layer):
+    tensors = {f"unet.{layer}.lora_A.weight": torch.ones(4, 64), f"unet.{layer}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert "2 of its 2 keys match no layer of the model" in refused(model, "--lora", tmp_path / "lora.safetensors")
+
+
 PLAIN = {"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {}, "unet.alpha_pattern": {}}
 
 

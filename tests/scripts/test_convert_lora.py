@@ -30,7 +30,7 @@ from scripts import convert_lora
 from text_to_image_lora import log
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import kohya, lora_file
-from text_to_image_lora.models.dialects import check_lora
+from text_to_image_lora.models.lora_checks import check_lora
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
 
 
