@@ -18,9 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
+from text_to_image_lora.drawing.rows import MOST_SCALE
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.files import counted
-from text_to_image_lora.models.dialects import PICKLES, check_lora, find_dialect
+from text_to_image_lora.models.dialects import PICKLES, find_dialect
+from text_to_image_lora.models.lora_checks import check_lora
 
 
 DIALECTS = ("diffusers", "kohya", "peft")
@@ -85,8 +87,8 @@ def split_strength(text):
         strength = None
     if strength is None or Path(text).exists():
         path, strength = text, 1.0
-    if not math.isfinite(strength):
-        raise InputError(f"{text}: a strength is a finite number, such as {path}:0.8.")
+    if not abs(strength) <= MOST_SCALE:  # neither is NaN
+        raise InputError(f"{text}: a strength is a number from {-MOST_SCALE} to {MOST_SCALE}, such as {path}:0.8.")
     if not Path(path).exists():
         raise InputError(f"{path}: there is no such file or folder.")
     return path, strength
@@ -196,6 +198,19 @@ def make_header(components, kept, out):
     return own | kept | now | {"ss_output_name": out.stem, "modelspec.title": out.stem}
 
 
+def check_range(components, dtype):
+    """Raises `InputError` if weights are infinite after the strengths, or once they are rounded to `dtype`."""
+    import torch
+
+    from text_to_image_lora.models.modules import non_finite
+
+    dtype_of = getattr(torch, dtype)
+    rounded = ((f"{n}.{key}", value.to(dtype_of)) for n, part in components.items() for key, value in part.items())
+    if faults := non_finite(rounded):
+        remedy = "Pass smaller strengths" + ("." if dtype == "float32" else ", or --dtype float32.")
+        raise InputError(f"in {dtype}, {faults}. {remedy}")
+
+
 def write(components, header, out, dialect, dtype):
     """Writes the file or folder, and reads it back as other programs do; returns a line on how closely it agrees."""
     import torch
@@ -233,9 +248,11 @@ def main(args):
     dialect = args.to or dialects[0].removeprefix("old ")
     out = settle_out(args.out, dialect)
     components, headers = read(sources)
+    check_range(components, "float32")
     header = merge_headers(sources, headers) if args.merge else headers[0]
     if args.rank is not None:
         components = resize(components, args.rank)
+    check_range(components, args.dtype)
     try:
         verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
     except BaseException:  # what could not be read back, or was not finished; nothing was there before

@@ -189,15 +189,15 @@ def test_single_files(model, compared, lora_weights, tmp_path, capsys):
 
 
 BAD_INPUT = {
-    "--num_images 0": "must be a whole number, 1 or more",
+    "--num_images 0": "must be a whole number from 1 to 100000",
     "--num_cpu_threads 0": "must be a whole number from 1 to 1024",
     "--num_inference_steps -1": "must be a whole number from 1 to 1000",
     "--height 100": "must be a whole number, a multiple of 8",
     "--width 0": "must be a whole number, a multiple of 8",
     "--clip_skip -1": "must be a whole number, 0 or more",
     "--clip_skip 2": "the text encoder has 2 layers. Pass --clip_skip 1 at most",
-    "--guidance_scale nan": "it must be a finite number",
-    "--lora_scale inf": "it must be a finite number",
+    "--guidance_scale nan": "it must be a number from -1000 to 1000",
+    "--lora_scale inf": "it must be a number from -1000 to 1000",
     "--lora_scale 0.5": "--lora_scale needs --lora",
     "--scheduler eulr": "invalid choice: 'eulr'",
     "--num_inference_step 3": "Did you mean --num_inference_steps?",
@@ -223,7 +223,7 @@ BAD_INPUT = {
     "--lora {bad}/layer.safetensors": "1 of its",
     "--lora {bad}/size.safetensors": "2 of its",
     "--lora {bad}/half.safetensors": "1 of its",
-    "--lora {bad}/skip.safetensors:nan": "must be a finite number",
+    "--lora {bad}/skip.safetensors:nan": "must be a number from -1000 to 1000",
     "--lora {bad}/skip.safetensors:0,5": "does not exist",
     "--lora {bad}/skip.safetensors {bad}/none": "does not exist",
     "--lora {bad}/skip5.safetensors": "clip skip 5: the text encoder has 2 layers",

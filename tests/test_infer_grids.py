@@ -93,7 +93,7 @@ BAD_GRIDS = {
     "guidance": "--grid guidance has no values",
     "guidance=,": "--grid guidance has no values",
     "guidance=5 guidance_scale=7": "contains guidance_scale twice",
-    "guidance=5,high": "--grid guidance=high: it must be a finite number",
+    "guidance=5,high": "--grid guidance=high: it must be a number from -1000 to 1000",
     "scheduler=eulr": "--grid scheduler=invalid choice: 'eulr'. Did you mean euler?",
     "steps=0,10": "it must be a whole number from 1 to 1000",
     "seed=1 steps=2 guidance=3 prompt": "varies 4 settings. Use at most three",

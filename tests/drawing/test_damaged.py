@@ -1,5 +1,6 @@
 """Base models and LoRAs whose weights are missing, NaN or infinite are refused in one line, and nothing is drawn."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,9 @@ import torch
 from infer_fixtures import draw, flat
 from original_weights import to_ldm
 from safetensors.torch import load_file, save_file
+
+import infer
+from text_to_image_lora.models.lora_file import ADAPTER_METADATA_KEY
 
 
 pytestmark = pytest.mark.usefixtures("library_settings")
@@ -116,3 +120,71 @@ def test_a_controlnet_that_lacks_a_weight_is_refused(model, controlnet, photo, r
     damage(tmp_path / "edges" / "diffusion_pytorch_model.safetensors", "conv_in.weight", "missing")
     flags = ("--controlnet", tmp_path / "edges", "--image", photo, "--control", "canny")
     assert f"{tmp_path / 'edges'} can't be loaded: the ControlNet lacks 1 of its weights" in refused(model, *flags)
+
+
+@pytest.mark.parametrize("layer", ["mid_block.resnets.0.norm1", "conv_norm_out", "mid_block.nothing"])
+def test_a_lora_of_layers_that_are_no_matrices_is_refused(model, refused, tmp_path, layer):
+    tensors = {f"unet.{layer}.lora_A.weight": torch.ones(4, 64), f"unet.{layer}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert "2 of its 2 keys match no layer of the model" in refused(model, "--lora", tmp_path / "lora.safetensors")
+
+
+PLAIN = {"unet.r": 4, "unet.lora_alpha": 4, "unet.rank_pattern": {}, "unet.alpha_pattern": {}}
+
+
+@pytest.mark.parametrize(
+    "config", [{"unet.lora_alpha": 1e300}, {"unet.alpha_pattern": {"to_q": 1e300}}, {"unet.lora_alpha": -1e45}]
+)
+def test_a_lora_whose_header_makes_it_infinite_is_refused(model, lora_weights, refused, tmp_path, config):
+    """Stock diffusers reads the first and the last of them, and would multiply by the scale when it draws."""
+    weights = {f"unet.{key}": value for key, value in lora_weights["unet"].items()}
+    targets = {"unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    header = {ADAPTER_METADATA_KEY: json.dumps(PLAIN | targets | config)}
+    save_file(weights, tmp_path / "lora.safetensors", header)
+    line = refused(model, "--lora", tmp_path / "lora.safetensors")
+    assert f"--lora {tmp_path / 'lora.safetensors'}: with its alpha, " in line
+    assert "not finite" in line
+
+
+@pytest.mark.parametrize("flags", [["--lora_scale", "1e30"], ["--lora_scale=-1001"], ["--guidance_scale", "1e30"]])
+def test_strengths_without_sense_are_refused(model, lora, refused, flags):
+    assert "it must be a number from -1000 to 1000" in refused(model, "--lora", lora, *flags)
+
+
+@pytest.mark.parametrize("strength", ["1e39", "-1000.5", "1e400", "nan"])
+def test_a_strength_after_the_path_of_a_lora_has_bounds(model, lora, refused, strength):
+    line = refused(model, "--lora", f"{lora}:{strength}")
+    assert "the strength must be a number from -1000 to 1000." in line
+
+
+def test_a_strength_that_makes_a_lora_infinite_is_refused(model, lora_weights, refused, tmp_path):
+    weights = {key: value * (1e37 if "lora_B" in key else 1) for key, value in flat(lora_weights).items()}
+    save_file(weights, tmp_path / "lora.safetensors")
+    line = refused(model, "--lora", f"{tmp_path / 'lora.safetensors'}:1000")
+    assert f"--lora {tmp_path / 'lora.safetensors'}: at the strength 1000, " in line
+
+
+@pytest.mark.parametrize(("down", "up"), [(1e25, 1e25), (1e38, 10), (1e-3, 1e38)])
+def test_pictures_of_numbers_that_are_not_finite_end_the_command(model, lora_weights, tmp_path, capsys, down, up):
+    weights = {key: value * (up if "lora_B" in key else down) for key, value in flat(lora_weights).items()}
+    save_file(weights, tmp_path / "lora.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        draw(model, tmp_path / "out", "--lora", tmp_path / "lora.safetensors")
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (3, 1), err
+    assert "the picture is not finite (NaN)" in err
+    assert "Lower the guidance scale or the strength" in err
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("down", "up"), [(1e25, 1e25), (1e35, 1e10), (-1e20, 1e25)])
+def test_a_merge_that_is_not_finite_is_not_saved(model, lora_weights, tmp_path, capsys, down, up):
+    weights = {key: value * (up if "lora_B" in key else down) for key, value in flat(lora_weights).items()}
+    save_file(weights, tmp_path / "lora.safetensors")
+    flags = ("--pretrained_model_name_or_path", model, "--lora", tmp_path / "lora.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        infer.main([str(word) for word in (*flags, "--save_merged", tmp_path / "merged")])
+    err = capsys.readouterr().err
+    assert (stop.value.code, len(err.splitlines())) == (2, 1), err
+    assert f"--save_merged {tmp_path / 'merged'}: the merged " in err
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]

@@ -326,3 +326,26 @@ def test_alphas_of_modules_are_found_by_the_ends_of_their_names(tmp_path, patter
     config = {"unet.r": 4, "unet.lora_alpha": 4, "unet.alpha_pattern": {pattern.replace("\\\\", "\\"): 8}}
     components, _ = lora_file.load_lora(write_file_of_diffusers(tmp_path, json.dumps(config)))
     assert components["unet"][f"{MODULE}.lora_B.weight"].unique().tolist() == [scale]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"unet.lora_alpha": 1e300},
+        {"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": -1e300}},
+        {"unet.lora_alpha": 1e39, "unet.use_rslora": True},
+    ],
+)  # fmt: skip
+def test_a_scale_that_makes_weights_infinite_is_refused(tmp_path, config):
+    path = write_file_of_diffusers(tmp_path, json.dumps({"unet.r": 4} | config))
+    line = refusal_of(lora_file.load_lora, path)
+    assert line.startswith(f"{path}: with its alpha, 1 of its tensors is not finite, the first: unet.{MODULE}.lora_B")
+
+
+def test_an_alpha_in_the_file_that_makes_weights_infinite_is_refused(tmp_path):
+    name = f"lora_unet_{MODULE.replace('.', '_')}"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 8), f"{name}.lora_up.weight": torch.full((8, 1), 100.0)}
+    safetensors.torch.save_file(tensors | {f"{name}.alpha": torch.tensor(1e38)}, tmp_path / "lora.safetensors")
+    assert "with its alpha, 1 of its tensors is not finite" in refusal_of(
+        lora_file.load_lora, tmp_path / "lora.safetensors"
+    )

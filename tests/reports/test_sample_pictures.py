@@ -264,6 +264,24 @@ def test_pictures_of_an_earlier_run_are_not_taken_for_this_one(tmp_path):
     assert type(found[0][0]) is str
 
 
+@pytest.mark.parametrize("kind", ["nan", "inf", "-inf"])
+def test_a_sample_picture_that_is_not_finite_is_black_and_noted(tiny_sd, caplog, kind):
+    """It does not end a run whose training may be sound."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    diffusion = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon", rescale_betas_zero_snr=False))
+    models = SimpleNamespace(
+        family=families.STABLE_DIFFUSION, diffusion=diffusion, denoiser=pipe.unet, vae=pipe.vae,
+        scheduler_config=dict(pipe.scheduler.config),
+    )  # fmt: skip
+    latents = torch.zeros(2, 4, 8, 8)
+    latents[1] = float(kind)
+    good, bad = sample_pictures.make_studio(None, models, torch.device("cpu")).decode(latents)
+    assert np.asarray(good).max() > 0
+    assert np.asarray(bad).max() == 0
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a sample picture is not finite (NaN), and is black there: lower ")
+
+
 def test_the_base_models_own_sampler_is_used_unless_it_is_pndm(tiny_sd):
     config = DDIMScheduler.load_config(tiny_sd, subfolder="scheduler")
     given = SimpleNamespace(**StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None).components)

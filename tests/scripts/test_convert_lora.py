@@ -30,7 +30,7 @@ from scripts import convert_lora
 from text_to_image_lora import log
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models import kohya, lora_file
-from text_to_image_lora.models.dialects import check_lora
+from text_to_image_lora.models.lora_checks import check_lora
 from text_to_image_lora.models.updates import factors, modules_of, relative_difference
 
 
@@ -396,7 +396,21 @@ def test_equal_and_different_updates_are_distinguished():
 BAD = {
     "no such file": ("{tmp}/void {tmp}/o.safetensors", "{tmp}/void: there is no such file or folder."),
     "none to merge": ("{ours} {tmp}/o.safetensors --merge {tmp}/void:0.5", "{tmp}/void: there is no such file"),
-    "not a number": ("{ours}:nan {tmp}/o.safetensors", "a strength is a finite number"),
+    "not a number": (
+        "{ours}:nan {tmp}/o.safetensors",
+        "a strength is a number from -1000 to 1000, such as {ours}:0.8.",
+    ),
+    "a huge strength": ("{ours}:1e30 {tmp}/o.safetensors", "a strength is a number from -1000 to 1000"),
+    "a huge strength to merge": (
+        "{ours} {tmp}/o.safetensors --merge {ours}:-1e38",
+        "a strength is a number from -1000",
+    ),
+    "infinite": ("{tmp}/large.safetensors:1000 {tmp}/o.safetensors", "in float32, 1 of its tensors is not finite"),
+    "infinite, then a smaller rank": ("{tmp}/large.safetensors:1e3 {tmp}/o.safetensors --rank 1", "in float32, 1 of"),
+    "infinite in float16": (
+        "{tmp}/large.safetensors {tmp}/o.safetensors --dtype float16",
+        "Pass smaller strengths, or --dtype float32.",
+    ),
     "there already": ("{ours} {ours} --to peft", "{ours}: it exists already. Name another OUT"),
     "a folder for a file": ("{ours} {tmp}/o", "{tmp}/o: name a .safetensors file, or pass --to peft"),
     "a file for a folder": ("{ours} {tmp}/o.safetensors --to peft", "peft's format is a folder"),
@@ -434,6 +448,11 @@ def test_bad_input_is_reported_in_one_line_and_nothing_is_written(ours, tmp_path
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     odd = {f"{name}.lora_A.weight": torch.ones(2, 5), f"{name}.lora_B.weight": torch.ones(5, 2)}
     save_file(odd, tmp_path / "odd.safetensors")
+    large = {"lora_A": torch.ones(2, 5), "lora_B": torch.full((5, 2), 1e37)}
+    save_file(
+        {f"{name.replace('to_q', 'to_k')}.{key}.weight": value for key, value in large.items()},
+        tmp_path / "large.safetensors",
+    )
     before = sorted(tmp_path.rglob("*"))
     places = dict(tmp=tmp_path, ours=ours)
     with pytest.raises(InputError, match=re.escape(message.format(**places))) as caught:

@@ -1,11 +1,12 @@
 """Draws pictures: chooses their sizes, divides them into batches, and calls the pipeline."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import TrainingError
+from ..errors import NotANumberError, TrainingError
 from ..models.samplers import make_sampler
 from .find import Given
 from .pipeline import Studio
@@ -130,12 +131,31 @@ def _num_steps(sampler, drawing):
     return len(sampler.timesteps) - skipped * sampler.order
 
 
+@contextlib.contextmanager
+def refusing_nan(vae: Any) -> Iterator[None]:
+    """Raises `NotANumberError` if the VAE decodes a picture with NaN or infinities, which would be saved as black or white."""
+
+    def check(_, __, pixels):
+        if not pixels.isfinite().all():
+            raise NotANumberError(
+                "the picture is not finite (NaN), because numbers of the models grow too large. Lower the guidance scale or "
+                "the strength of the LoRAs, or pass --mixed_precision no."
+            )
+
+    handle = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def draw_batch(
     studio: Studio, drawings: Sequence[Drawing], batch: Batch, on_step: Callable[[Any], Any]
 ) -> list[Drawn]:
     """Draws the pictures of a batch; calls `on_step(pipeline)` after each step.
 
-    If `on_step` sets the pipeline's `_interrupt`, the remaining steps are skipped and no picture is returned.
+    If `on_step` sets the pipeline's `_interrupt`, the remaining steps are skipped and no picture is returned. Raises
+    `NotANumberError` if a picture that the pipeline decodes is not finite.
     """
     import torch
 
@@ -161,7 +181,8 @@ def draw_batch(
     with studio.use_loras(pipe, first.active_loras()):
         embeds = [studio.encoder(drawings[i]) for i in batch.indices]
         options |= {name: torch.cat([each[name] for each in embeds]) for name in embeds[0]}
-        images = pipe(callback_on_step_end=after_step, **options).images
+        with refusing_nan(pipe.vae) if studio.decode is None else contextlib.nullcontext():
+            images = pipe(callback_on_step_end=after_step, **options).images
     if pipe.interrupt:
         return []
     images = images if studio.decode is None else studio.decode(images)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -18,10 +17,11 @@ from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS, CONVERT, WEIGHTS_NAME, find_weight_files, open_safetensors
 from ..models.families import FAMILIES, families_with_pipeline
 from ..models.loading import find_base_model
+from ..models.lora_checks import TensorFacts, check_tensors, facts_of
 from ..models.not_a_base import check_folder
 from ..small_files import Values, read_json
 from . import settings
-from .rows import Lora
+from .rows import MOST_SCALE, Lora
 
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,13 @@ class Given(NamedTuple):
 class Header(NamedTuple):
     """The header of a safetensors file."""
 
-    shapes: dict[str, tuple[int, ...]]  # of its tensors
+    tensors: dict[str, TensorFacts]
     strings: dict[str, str]  # its metadata
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors."""
+        return {key: facts.shape for key, facts in self.tensors.items()}
 
 
 def check_folders(output: settings.Output) -> None:
@@ -94,8 +99,7 @@ def read_header(flag: str, path: Path) -> Header:
     """Reads the header of a safetensors file; raises `InputError` if the file is incomplete."""
     try:
         with open_safetensors(path, "np") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return Header(shapes, file.metadata() or {})
+            return Header(facts_of(file), file.metadata() or {})
     except InputError as error:
         reason = f"is not a complete safetensors file ({error.__cause__}). Copy or download it again."
         raise InputError(f"{flag} {path} {reason}") from error
@@ -159,8 +163,8 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         with contextlib.suppress(ValueError):
             scale, fixed = float(tail), True
             given, path = head, Path(head)
-    if not math.isfinite(scale):
-        raise InputError(f"--lora {given}:{scale}: the strength must be a finite number.")
+    if not abs(scale) <= MOST_SCALE:  # neither is NaN
+        raise InputError(f"--lora {given}:{scale}: the strength must be a number from {-MOST_SCALE} to {MOST_SCALE}.")
     if path.is_dir() and (path / WEIGHTS_NAME).exists():
         path = path / WEIGHTS_NAME
     elif path.is_dir() and not find_weight_files(path)[0][0].exists():
@@ -172,6 +176,7 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
     shapes, strings = {}, {}
     for file, component in find_weight_files(path):
         header = read_header("--lora", file)
+        check_tensors(f"--lora {file}", header.tensors, component)
         strings |= header.strings
         for key, shape in header.shapes.items():
             # The files of a folder in peft's dialect hold one component each, which their keys do not name.

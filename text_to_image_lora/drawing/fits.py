@@ -60,7 +60,7 @@ def check_lora_fits(lora: Lora, model_shapes: dict[str, tuple[int, ...]]) -> Non
         if axis == 1:
             factors[layer] = shape
         partner = f"{match[1]}.{OTHER_FACTOR[match[2]]}.weight"
-        if not weight or shape[axis] != weight[axis] or partner not in lora.shapes:
+        if not weight or len(weight) < 2 or shape[axis] != weight[axis] or partner not in lora.shapes:
             unmatched.append(key)
     own, theirs = _family_of(factors), _family_of(weights)
     if own and theirs and own is not theirs:

@@ -95,17 +95,18 @@ def _is_plain(stored, component, rank, leaves, *_):
 def read_weights(lora: Lora) -> dict[str, Any] | None:
     """Reads a LoRA that stock diffusers does not read as {key in the files of this project: tensor}; otherwise None.
 
-    Raises `InputError` if the file is not a LoRA of a supported kind, or holds NaN or infinities.
+    Raises `InputError` if the file is not a LoRA of a supported kind, or holds NaN or infinities, also at its strength.
     """
-    from ..models.lora_file import as_diffusers, check_finite
+    from ..models.lora_file import as_diffusers
+    from ..models.modules import non_finite
 
     try:
-        if stock_reads(lora):
-            check_finite(lora.path)
-            return None
-        return as_diffusers(lora.path)[0]
+        weights = as_diffusers(lora.path)[0]
     except InputError as error:
         raise InputError(f"--lora {error}") from error
+    if faults := non_finite((key, value * lora.scale) for key, value in weights.items() if ".lora_B." in key):
+        raise InputError(f"--lora {lora.path}: at the strength {lora.scale:g}, {faults}. Pass a smaller strength.")
+    return None if stock_reads(lora) else weights
 
 
 def load_loras(pipe: Any, loras: Sequence[Lora], weights: dict[str, dict[str, Any] | None], clip_skip: int) -> None:

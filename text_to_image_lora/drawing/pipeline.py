@@ -13,7 +13,7 @@ from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
 from ..models.loading import check_tokenizer, load_text_encoder
-from ..models.modules import check_weights
+from ..models.modules import check_weights, non_finite
 from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
 from ..small_files import Values
@@ -208,6 +208,13 @@ def save_merged(studio: Studio, loras: Sequence[Lora], folder: Path) -> None:
         except RuntimeError as error:  # a bias that the base model's layer has no place for
             raise InputError(f"--save_merged {folder}: the LoRAs can't be merged. {reason_of(error)}") from error
     pipe.unload_lora_weights()
+    for name in COMPONENTS:
+        model = getattr(pipe, name, None)
+        if model is not None and (faults := non_finite(model.named_parameters())):
+            reason = (
+                f"the merged {NAMES[name]} is not finite ({faults}). Pass smaller strengths with --lora PATH:STRENGTH"
+            )
+            raise InputError(f"--save_merged {folder}: {reason}.")
     for name in COMPONENTS[1:]:
         if getattr(pipe, name, None) is not None:
             # transformers 5 keeps the renaming of the LoRA's keys, and would apply it to the keys of the encoder.

@@ -52,6 +52,7 @@ def sampler_name(text: str) -> str:
 SEEDS = (-(2**63), 2**64 - 1)  # those of torch.Generator
 MOST_SIDE = 16384  # pixels
 MOST_BATCH = 1024  # pictures that are drawn at once
+MOST_SCALE = 1000  # of the guidance and of strengths, up or down; far beyond it, pictures are NaN
 MOST_STEPS = max(sampler.max_steps for sampler in SAMPLERS.values())
 
 
@@ -70,13 +71,15 @@ SETTINGS = {  # {field of a drawing, which is also the flag's name: row}
     "negative_prompt": Setting("negative", "n", str, "without {}"),
     "seed": Setting("seed", "d", number(int, *SEEDS), "seed {}"),
     "num_inference_steps": Setting("steps", "s", number(int, 1, MOST_STEPS), "{} steps"),
-    "guidance_scale": Setting("guidance", "l", number(float), "guidance {}"),
+    "guidance_scale": Setting("guidance", "l", number(float, -MOST_SCALE, MOST_SCALE), "guidance {}"),
     "scheduler": Setting("scheduler", None, sampler_name, "{}"),
     "height": Setting("height", "h", number(int, 8, MOST_SIDE, multiple_of=8), None),
     "width": Setting("width", "w", number(int, 8, MOST_SIDE, multiple_of=8), None),
     "strength": Setting("strength", None, number(float, 0, 1), "strength {}", needs="image"),
-    "lora_scale": Setting("lora_scale", None, number(float), "LoRA at {}", needs="lora"),
-    "controlnet_scale": Setting("controlnet_scale", None, number(float), "ControlNet at {}", needs="controlnet"),
+    "lora_scale": Setting("lora_scale", None, number(float, -MOST_SCALE, MOST_SCALE), "LoRA at {}", needs="lora"),
+    "controlnet_scale": Setting(
+        "controlnet_scale", None, number(float, -MOST_SCALE, MOST_SCALE), "ControlNet at {}", needs="controlnet"
+    ),
     "checkpoint": Setting("checkpoint", None, str, "{}"),
 }
 AXES = {name: field for field, row in SETTINGS.items() if row.label for name in (field, row.short)}

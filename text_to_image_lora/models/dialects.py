@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .families import family_by_width
 from .original_names import diffusers_name
 
 
@@ -117,34 +116,6 @@ def open_safetensors(path: str | Path, framework: str = "pt") -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"it can't be read as a safetensors file ({error}).") from error
-
-
-def check_lora(path: str | Path) -> str:
-    """Returns the dialect of a LoRA by its keys, without torch; raises `InputError` if it is not a LoRA."""
-    for file, _ in find_weight_files(path):
-        if file.suffix.lower() in PICKLES and file.is_file():
-            raise InputError(f"{file}: {CONVERT}")
-        try:
-            with open_safetensors(file, "np") as tensors:
-                keys = list(tensors.keys())
-            dialect = find_dialect(keys)
-        except InputError as error:
-            raise InputError(f"{file}: {error} {REMEDY}") from error
-    return dialect
-
-
-def check_family(path: str | Path, base: Any) -> None:
-    """Raises `InputError` if the shapes of a LoRA show that its family is not that of the `BaseModel`."""
-    pattern = re.compile(r".*attn2[._](processor\.)?to_[kv].*\b(lora_A|lora_down|down)\.weight")
-    for file, _ in find_weight_files(path):
-        with open_safetensors(file, "np") as tensors:
-            widths = {tensors.get_slice(key).get_shape()[1] for key in tensors.keys() if pattern.fullmatch(key)}  # noqa: SIM118
-        found = filter(None, map(family_by_width, widths - {base.cross_attention_dim}))
-        if (family := next(found, None)) is not None:
-            raise InputError(
-                f"{path}: it is a LoRA of {family.name}, but {base.source} is of {base.family.name}. Use a base "
-                "model of the LoRA's family, or another LoRA."
-            )
 
 
 def find_dialect(keys: Iterable[str]) -> str:

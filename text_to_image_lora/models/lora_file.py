@@ -24,6 +24,7 @@ from .dialects import (
     open_safetensors,
     parse_key,
 )
+from .lora_checks import TensorFacts, check_tensors
 from .modules import non_finite
 from .single_files import safe_to_read
 
@@ -211,6 +212,12 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
     for path, component in find_weight_files(Path(path_or_dir)):
         try:
             tensors, header = read_tensors(path)
+            find_dialect(tensors)
+        except InputError as error:
+            raise InputError(f"{path}: {error} {REMEDY}") from error
+        facts = {key: TensorFacts(str(value.dtype), tuple(value.shape)) for key, value in tensors.items()}
+        check_tensors(path, facts, component)
+        try:
             found, configs = _by_module(tensors, component), _read_scales(path, header)
             for name, modules in found.items():
                 config = configs.get(name, configs.get(None))
@@ -218,6 +225,9 @@ def load_lora(path_or_dir: str | Path) -> tuple[dict[str, dict[str, torch.Tensor
         except InputError as error:
             raise InputError(f"{path}: {error} {REMEDY}") from error
         check_finite(path, tensors)
+    for name, state_dict in components.items():
+        if faults := non_finite((f"{name}.{key}", value) for key, value in state_dict.items()):
+            raise InputError(f"{path_or_dir}: with its alpha, {faults}. Its alpha is damaged: get the file again.")
     return components, header
 
 
@@ -298,10 +308,13 @@ def _folded(name, modules, config):
                 raise InputError(f"the tensors of {name}.{module} do not fit: {list(a.shape)} and {list(mid.shape)}.")
             a = torch.einsum("rskl,si->rikl", mid, a.flatten(1))
         rank = len(a)
-        scale = leaves["alpha"].flatten()[0].item() / rank if "alpha" in leaves else scale_of(config, module, rank)
+        scale = leaves["alpha"].item() / rank if "alpha" in leaves else scale_of(config, module, rank)
         state_dict[f"{module}.lora_A.weight"] = a.contiguous()
         state_dict[f"{module}.lora_B.weight"] = (b * scale).contiguous()
         if "lora_B.bias" in leaves:
+            if leaves["lora_B.bias"].shape != (len(b),):
+                shapes = f"{list(leaves['lora_B.bias'].shape)} instead of [{len(b)}]"
+                raise InputError(f"{name}.{module} is damaged: its lora_B.bias has the shape {shapes}.")
             state_dict[f"{module}.lora_B.bias"] = leaves["lora_B.bias"] * scale
         if "lora_magnitude_vector" in leaves:
             state_dict[f"{module}.lora_magnitude_vector"] = _magnitudes(name, module, leaves, b)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .progress import work_bar
 from .runs import step_of
+
+
+logger = logging.getLogger(__name__)
 
 
 def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
@@ -101,8 +105,14 @@ def make_studio(base: Any, models: Any, device: torch.device) -> Studio:
     def decode(latents):
         with torch.autocast(device.type, enabled=False):
             scaled = latents.float() / pipe.vae.config.scaling_factor
-            decoded = [pipe.vae.decode(latent).sample for latent in scaled.split(1)]
-            return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
+            decoded = torch.cat([pipe.vae.decode(latent).sample for latent in scaled.split(1)])
+            if not decoded.isfinite().all():  # training itself may be sound
+                logger.warning(
+                    "a sample picture is not finite (NaN), and is black there: lower --validation_guidance_scale, or pass "
+                    "another --mixed_precision"
+                )
+                decoded = decoded.nan_to_num(nan=-1)
+            return pipe.image_processor.postprocess(decoded)
 
     def use_loras(pipe, loras):
         return scaled_adapters(loras[0].scale if loras else 0, *models.adapted.values())

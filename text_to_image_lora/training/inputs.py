@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from .. import log
 from ..errors import InputError
 from ..files import check_writable, printable, shorten_paths
-from ..models.dialects import check_family, check_lora
 from ..models.loading import find_base_model
+from ..models.lora_checks import check_family, check_lora
 from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
 from ..pictures.layouts import ReadOptions, triggers_of
 from ..pictures.records import with_class_pictures
