@@ -15,7 +15,7 @@ from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
 from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
 from ..drawing.pipeline import PIPELINES, Studio
-from ..drawing.png import describe, name_for_others, save_png, source_of
+from ..drawing.png import describe, identities_of, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError
@@ -63,7 +63,7 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
     )  # fmt: skip
     source = source_of(
         model, FromPictures(), vae=vae and name_for_others(vae), dtype=models.dtype, device=str(device),
-        compiled=settings.speed.compile != "off",
+        compiled=settings.speed.compile != "off", identities=identities_of(run.base, vae),
     )  # fmt: skip
     return Painter(
         output_dir, accelerator, studio, grid, drawings, source, encode if models.trains_text_encoder else None
