@@ -1,6 +1,5 @@
 """Sample pictures: drawn with the models in training, written to the output folder, and logged to the trackers."""
 
-import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .progress import work_bar
-from .runs import step_of
+from .runs import open_sample, read_info, step_of
 
 
 def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Painter":
@@ -219,9 +218,11 @@ def base_images(folder: Path, drawings: Sequence[Drawing]) -> dict[int, Image.Im
     found = {}
     for i, drawing in enumerate(drawings):
         path = folder / "step-000000" / f"{drawing.stem}.png"
-        with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
-            if (image.info.get("prompt"), image.info.get("seed")) == (drawing.prompt, str(drawing.seed)):
-                found[i] = image.convert("RGB")
+        info = read_info(path) if path.exists() else None
+        if info is None or (info.get("prompt"), info.get("seed")) != (drawing.prompt, str(drawing.seed)):
+            continue
+        if (image := open_sample(path)) is not None:
+            found[i] = image
     return found
 
 
