@@ -225,6 +225,8 @@ def check_value(key, value):
         raise SweepError(f"{key}: {value} is no value of this flag. Write one value, such as those in docs/flags.md.")
     if isinstance(value, list) and any(isinstance(part, list | dict | None) for part in value):
         raise SweepError(f"{key}: {value} holds more than plain values. Write a list of plain values.")
+    if isinstance(value, list) and any(str(part).startswith("--") for part in value):
+        raise SweepError(f"{key}: {value} holds a text that begins with --, which a command can't pass on. Reword it.")
     try:
         _parser().parse_args(to_words({key: value}))
     except InputError as error:

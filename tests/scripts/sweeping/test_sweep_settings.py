@@ -93,6 +93,7 @@ REFUSED = {
     "a mapping": ("sweep: {rank: [{a: 1}]}", "rank: {'a': '1'} is no value of this flag"),
     "null": ("sweep: {rank: [null]}", "rank: null is no value of this flag. Write its default, "),
     "null in a list": ("sweep: {validation_prompts: [[a, null]]}", "holds more than plain values"),
+    "a flag in a list": ("sweep: {validation_prompts: [[a, --rank, '8']]}", "holds a text that begins with --"),
     "a word": ("sweep: {rank: [four]}", "--rank four: it must be a whole number"),
     "below the bounds": ("sweep: {learning_rate: [-1, 1e-4]}", "--learning_rate -1: it must be"),
     "no choice": ("sweep: {mixed_precision: [fp17]}", "--mixed_precision"),
