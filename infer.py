@@ -214,9 +214,10 @@ def run(argv: list[str]) -> None:
 
     draw.warn_of_cut_prompts(studio, inputs.drawings)
     if inputs.drawings:
+        job, vae = inputs.job, inputs.job.as_trained.vae
         source = png.source_of(
-            settings.model, settings.from_pictures,
-            vae=inputs.job.as_trained.vae, dtype=dtype, device=device, compiled=machine.compile,
+            settings.model, settings.from_pictures, vae=vae, dtype=dtype, device=device, compiled=machine.compile,
+            identities=png.identities_of(job.base.model, vae, job.controlnet and job.controlnet.source),
         )  # fmt: skip
         session = plan_session(settings, draw.sized(studio, inputs.drawings), source)
         images = save_pictures(studio, session, source, output.output_dir)

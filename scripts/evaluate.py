@@ -9,6 +9,7 @@ were already drawn are kept.
 """
 
 import functools
+import json
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, between, count, user_path
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
-from text_to_image_lora.drawing.png import source_of
+from text_to_image_lora.drawing.png import identities_of, source_of
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
 from text_to_image_lora.drawing.settings import BATCH_SIZE, FromPictures, Machine
 from text_to_image_lora.errors import InputError, TrainingError
@@ -97,9 +98,12 @@ def draw_and_look(args, inputs):
     held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
     if (misfit := describe_misfit(inputs.judge, held_out)) is not None:
         print(f"note: {misfit}", flush=True)
+    # The LoRAs' headers determine together how all pictures are drawn, also those of the base model.
+    identities = identities_of(inputs.job.base.model, as_trained.vae) | {"as_trained": json.dumps(as_trained)}
     source = source_of(
-        inputs.model, FromPictures(), vae=as_trained.vae, dtype=dtype, device=device, compiled=machine.compile
-    )
+        inputs.model, FromPictures(), vae=as_trained.vae, dtype=dtype, device=device, compiled=machine.compile,
+        identities=identities,
+    )  # fmt: skip
     like = Drawing(
         seed=args.seed, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
         scheduler=args.scheduler, clip_skip=as_trained.clip_skip or 0, height=side, width=side,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.files import reason_of
 from text_to_image_lora.reports import report_page
 
 
@@ -61,3 +62,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"report.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"report.py: the page can't be written: {reason_of(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -21,16 +21,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from scripts.sweeping import results
 from scripts.sweeping.settings import SAMPLERS, SweepError, make_command, settle
-from scripts.sweeping.study import claim, describe_progress, has_result, open_study, suggest
+from scripts.sweeping.study import all_failed, claim, describe_progress, has_result, open_study, suggest
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
-from text_to_image_lora.errors import Stopped
+from text_to_image_lora.errors import Stopped, TrainingError
+from text_to_image_lora.files import counted
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 from text_to_image_lora.training import interruption
 
 
+MOST_NAMED = 5  # failed trials, in the last lines
 MOST_REFUSED = 3  # a sweep without any result ends after this number of trials that cannot be run
 
 
@@ -55,11 +57,16 @@ def write_results(study, settings):
     """Writes results.csv, results.md and pictures.png into the sweep's folder; returns the text to print."""
     folder, varied = Path(settings["sweep_dir"]), list(settings["sweep"])
     rows = results.rank(study.get_trials(deepcopy=False), folder, varied)
+    failed = [results.trial_dir("", row["trial"]).name for row in rows if row["state"] == "fail"]
 
     def make_best_command(params):
         return shlex.join(make_command(settings, params, f"{folder.name}-best"))
 
-    return results.write(rows, folder, varied, make_best_command)
+    text = results.write(rows, folder, varied, make_best_command)
+    if failed:
+        names = ", ".join(failed[:MOST_NAMED]) + (", ..." if len(failed) > MOST_NAMED else "")
+        text += f"\n\n{len(failed)} of {counted(len(rows), 'trial')} failed ({names}). Each one's log.txt says why."
+    return text
 
 
 def main(argv=None):
@@ -81,7 +88,7 @@ def main(argv=None):
         f"the output of each trial is written to log.txt in its folder, such as {results.trial_dir(folder, 0)}",
         flush=True,
     )
-    refused = []
+    refused, name, outcome = [], "", ""
     while (claimed := claim(study, settings)) is not None:
         trial, lock = claimed
         params, name = suggest(trial, settings["sweep"]), results.trial_dir("", trial.number)
@@ -104,6 +111,11 @@ def main(argv=None):
         print(f"\nreport of the sweep: {folder / PAGE}")
     if refused and not has_result(study):
         raise SweepError(refused[0])
+    if all_failed(study):
+        reason = "no trial succeeded, so there is no best one"
+        raise TrainingError(
+            f"{reason} (the last, {name}, {outcome}). Correct the cause and run the same command again: it repeats failed trials."
+        )
 
 
 if __name__ == "__main__":
@@ -114,6 +126,9 @@ if __name__ == "__main__":
     except SweepError as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except (Stopped, KeyboardInterrupt) as stopped:
         stop_children()  # a training process may just have been started
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)

@@ -12,7 +12,9 @@ from text_to_image_lora.command_line import (
     at_least,
     between,
     count,
+    filled_text,
     from_up_to,
+    inner_folder,
     output_folder,
     path_text,
     user_path,
@@ -183,7 +185,7 @@ def test_an_empty_config_says_nothing(config):
         ("rank: four", "--rank four: it must be a whole number, from 1 to 1,000,000,000."),
         ("rank: 0", "--rank 0: it must be from 1 to 1,000,000,000."),
         ("learning_rate: .nan", "--learning_rate .nan: it must be more than 0 and finite."),
-        ("rank: [1, 2]", "unrecognized arguments: 2"),
+        ("rank: [1, 2]", "takes one value, not 2"),
         ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
         ("rank: true", "--rank true: it must be a whole number, from 1 to 1,000,000,000."),
         ("rank: 0x1F", "--rank 0x1F: it must be a whole number, from 1 to 1,000,000,000."),
@@ -317,3 +319,81 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_a_config_is_refused_that_grows_repeats_or_leaves_out(config, text, answer):
     message = refusal_of(small_parser().parse, [config(text)])
     assert answer in message
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        ["a", "--rank", "8"],
+        ["--rank"],
+        ["-x", "--center_crop"],
+        ["--"],
+        ["--prompts=b", "--nothing"],
+        ["-5", "--config"],
+    ],
+)
+def test_items_of_a_list_are_never_flags(config, items):
+    found = parse(config(f"prompts: {items}\n"))
+    assert found.prompts == items
+    assert (found.rank, found.center_crop) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("rank: [4, 5]", "'rank' takes one value, not 2. Keep one of them."),
+        ("learning_rate: [1e-4, --rank, '8']", "'learning_rate' takes one value, not 3. Keep one of them."),
+        ("negative_prompt: [a, b]", "'negative_prompt' takes one value, not 2. Keep one of them."),
+        (
+            "rank: 4\nseed:\t[\n\t1]",
+            "it can't be read as YAML in line 2 (found a tab that cannot start any token).",
+        ),
+        (
+            "rank: 4\n\tseed: 1",
+            "it can't be read as YAML in line 2 (found a tab that cannot start any token).",
+        ),
+        ("rank: 4\n---\nrank: 5", "it can't be read as YAML in line 2 (another document starts there)."),
+        ("---\nrank: 4\n...\n---\nrank: 5", "it can't be read as YAML in line 4 (another document starts there)."),
+    ],
+)
+def test_the_flag_or_the_line_of_a_mistake_in_a_config_is_named(config, tmp_path, text, answer):
+    assert refused(config(text)).endswith(f": {answer}")
+
+
+def test_a_list_of_one_is_that_value(config):
+    assert parse(config("rank: [8]\nnegative_prompt: [--x]\n")).rank == 8
+
+
+@pytest.mark.parametrize("text", ["-5e-1", "-.5", "-1E+2", "-3.", "-7"])
+def test_negative_numbers_are_no_flags(text):
+    parser = Parser()
+    parser.add_argument("--logit_mean", type=between(-100, 100))
+    assert parser.parse_args(["--logit_mean", text]).logit_mean == float(text)
+
+
+@pytest.mark.parametrize("text", ["-inf", "-nan", "-1e400", "-5e3"])
+def test_negative_numbers_out_of_bounds_are_refused_by_the_bounds(text):
+    parser = Parser()
+    parser.add_argument("--logit_mean", type=between(-100, 100))
+    with pytest.raises(InputError, match=f"--logit_mean {text}: it must be from -100 to 100."):
+        parser.parse_args(["--logit_mean", text])
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000"])
+def test_blank_texts_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="it must be a text that is not empty"):
+        filled_text(text)
+    assert filled_text(" a ") == " a "
+
+
+@pytest.mark.parametrize(
+    "text", ["../../../evil", "/tmp/evil", "a/../../b", "..", "~/logs", "a\\..\\..\\b", "\\evil", "", " "]
+)
+def test_a_folder_inside_another_never_leads_out_of_it(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        inner_folder(text)
+
+
+@pytest.mark.parametrize("text", ["logs", "a/b", ".", "..logs", "./logs"])
+def test_folders_inside_another(text):
+    assert inner_folder(text) == text

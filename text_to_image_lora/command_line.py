@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import log
-from .config_file import Conflict, FlagsOfFile, Remark, check_utf8, override_file, read_flags
+from .config_file import AS_TEXT, Conflict, FlagsOfFile, Remark, check_utf8, override_file, read_flags
 from .errors import InputError
 from .redaction import hide, hide_values, redact
 
@@ -76,6 +76,21 @@ def above_up_to(least: float, most: float, kind: type = float) -> Number:
 def from_up_to(least: float, end: float, kind: type = float) -> Number:
     """A number in the half-open interval [least, end)."""
     return Number(kind, f"at least {least} and less than {end}", lambda value: least <= value < end)
+
+
+def filled_text(text: str) -> str:
+    """An argparse type for a text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be a text that is not empty; or leave the flag out")
+    return text
+
+
+def inner_folder(text: str) -> str:
+    """An argparse type for a folder inside another one: a relative path that never leads out of it."""
+    parts = re.split(r"[/\\]", text)
+    if os.path.isabs(user_path(text)) or ".." in parts or not parts[0]:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a relative path without .., such as logs")
+    return text
 
 
 def hub_id(text: str) -> str:
@@ -212,6 +227,10 @@ def redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+# argparse itself takes -5e-1 for a flag. NaN and infinity are here so that the bounds of the flag refuse them.
+NEGATIVE_NUMBER = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)$", re.IGNORECASE)
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults unless they are empty or False, and short placeholders for values."""
 
@@ -238,6 +257,7 @@ class Parser(argparse.ArgumentParser):
         self.notes: list[str] = []  # about flags in the file of --config that the command line overrides
         self.from_file = FlagsOfFile("", {})
         self.secrets: set[str] = set()  # the flags whose values are secrets
+        self._negative_number_matcher = NEGATIVE_NUMBER
         self.register("type", Path, lambda text: Path(user_path(text)))
         if settings_class is None:
             return
@@ -279,6 +299,9 @@ class Parser(argparse.ArgumentParser):
         except InputError as error:
             raise InputError(self.from_file.explain(str(error))) from error
         return settings
+
+    def _get_value(self, action, arg_string):
+        return super()._get_value(action, arg_string.removeprefix(AS_TEXT))
 
     def error(self, message):
         if "unrecognized arguments:" in message:

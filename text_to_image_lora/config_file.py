@@ -15,6 +15,8 @@ from .small_files import load_yaml
 
 # YAML would convert all other plain words: 007 to 7, 12:30 to 750, no to False and 2024_01_15 to 20240115.
 CONVERTED = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+# Stands before the items of a list in a YAML file, so that argparse takes none that begins with "--" for a flag.
+AS_TEXT = "\ue000"
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -40,7 +42,12 @@ def read_yaml(path: str | Path, flag: str) -> Any:
     except OSError as error:
         raise InputError(f"{path}: it can't be read ({error.strerror or reason_of(error)}; {flag}).") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        reason = (getattr(error, "problem", None) or reason_of(error)).replace("character '\\t'", "a tab")
+        if reason.startswith("but found another document"):
+            reason = "another document starts there"
+        raise InputError(f"{path}: it can't be read as YAML{where} ({reason}).") from error
 
 
 def _read(path):
@@ -117,7 +124,11 @@ def read_flags(path: str, actions: Mapping[str, Any]) -> dict[str, list[str]]:
                 raise InputError(f"{path}: '{key}' is a switch: write true or false, not {value}.")
             words[key] = [f"--{key}" if switched else f"--no-{key}"]
         else:
-            words[key] = [f"--{key}", *map(str, value)] if parts is value else [f"--{key}={value}"]
+            several = actions[key].nargs is not None
+            if len(parts) > 1 and not several:
+                raise InputError(f"{path}: '{key}' takes one value, not {len(parts)}. Keep one of them.")
+            marked = [f"{AS_TEXT}{part}" for part in parts]
+            words[key] = [f"--{key}", *marked] if several and parts is value else [f"--{key}={parts[0]}"]
     return words
 
 

@@ -3,6 +3,7 @@
 Pictures are drawn as in `infer.py`, and pictures that were already drawn are kept.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -17,6 +18,7 @@ from text_to_image_lora.drawing.png import describe, repeat_of, save_png
 
 
 OTHERS = "other prompts"
+MOST_CHARACTERS = 60  # of a label, in the name of a folder
 PROGRESS_SECONDS = 20  # between two messages
 
 
@@ -56,8 +58,11 @@ def choose_prompts(captions, concepts, trigger, others, most):
 
 
 def picture_folder(output_dir, label):
-    """Returns the folder for the pictures of a LoRA."""
-    return Path(output_dir) / "pictures" / re.sub(r"[^\w.+-]", "_", label)
+    """Returns the folder for the pictures of a LoRA, which no other label has."""
+    name = re.sub(r"[^\w.+-]", "_", label)[:MOST_CHARACTERS]
+    if name != label or not name.strip("."):  # another label may become this name; ".." would leave the folder
+        name += f"-{hashlib.sha256(label.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    return Path(output_dir) / "pictures" / name
 
 
 def make_drawings(asked, lora, like, num_images):
@@ -70,14 +75,14 @@ def make_drawings(asked, lora, like, num_images):
 
 
 def read_drawn(path, drawing, source):
-    """Returns the picture at the path, or None if it is damaged or was drawn with other settings."""
+    """Returns the picture at the path, or None if it is damaged or was drawn with other settings or models."""
     try:
         with Image.open(path) as image:
             image.load()
             stored = json.loads(image.info["repeat"])
             picture = image.convert("RGB")
-        wanted = repeat_of(drawing, source, None)
-        return picture if (stored["flags"], stored["sha256"]) == (wanted.flags, wanted.sha256) else None
+        wanted = repeat_of(drawing, source, None)._asdict()
+        return picture if all(stored[part] == wanted[part] for part in ("flags", "sha256", "identities")) else None
     except (OSError, KeyError, TypeError, ValueError):
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from text_to_image_lora.pictures.sheets import COLUMNS, Label, Row, labelled_sheet, tell_apart
 from text_to_image_lora.reports.numbers import LOSS as METRIC
 from text_to_image_lora.reports.numbers import read_numbers
-from text_to_image_lora.reports.runs import read_pictures
+from text_to_image_lora.reports.runs import open_sample, read_pictures
 
 
 DONE = {"complete": 0, "pruned": 1}  # the order of states in the table; other states come last
@@ -136,9 +136,9 @@ def picture_sheet(rows, folder, varied):
         samples = [*steps[max(steps)].values()][:COLUMNS]
         pictures = []
         for sample in samples:
-            with Image.open(sample.path) as image:
-                tile = (PICTURE_SIDE, PICTURE_SIDE)
-                pictures.append(ImageOps.pad(image.convert("RGB"), tile, Image.Resampling.LANCZOS, color="white"))
+            image = open_sample(sample.path) or Image.new("RGB", (1, 1), "white")  # a damaged picture stays empty
+            tile = (PICTURE_SIDE, PICTURE_SIDE)
+            pictures.append(ImageOps.pad(image, tile, Image.Resampling.LANCZOS, color="white"))
         name = f"{trial_dir('', row['trial'])}   {METRIC.partition('/')[2]} {format_value(row[METRIC])}"
         note = "\n".join(f"{key} {format_value(row[key])}" for key in varied[:MOST_SHOWN])
         strips.append(Row(Label(name, note), pictures, LABEL_WIDTH))

@@ -5,6 +5,8 @@ import functools
 import os
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 from text_to_image_lora.config_file import SWITCH_WORDS, read_yaml
@@ -21,11 +23,21 @@ class SweepError(Exception):
 
 
 @functools.cache
-def _flags():
-    """Returns the argparse actions of the training command's flags."""
+def _parser():
     from train_text_to_image_lora import build_parser
 
-    return [action for action in build_parser()._actions if action.dest != "help"]
+    return build_parser()
+
+
+def _flags():
+    """Returns the argparse actions of the training command's flags."""
+    return [action for action in _parser()._actions if action.dest != "help"]
+
+
+def _kind(name):
+    """Returns int or float for a flag whose values are numbers, otherwise its type."""
+    action = next(action for action in _flags() if action.dest == name)
+    return getattr(action.type, "kind", action.type)
 
 
 def to_number(text):
@@ -44,7 +56,7 @@ def to_value(name, text):
         return text
     if action.nargs == 0:
         return SWITCH_WORDS.get(text.lower(), text)
-    return to_number(text) if getattr(action.type, "kind", action.type) in (int, float) else text
+    return to_number(text) if _kind(name) in (int, float) else text
 
 
 def parse_values(name, text):
@@ -90,7 +102,7 @@ def settle(args):
     if args.config is not None:
         given = read_settings(args.config)
         if not isinstance(given, dict) or set(given) - set(settings):
-            wrong = sorted(set(given) - set(settings)) if isinstance(given, dict) else "a file without keys"
+            wrong = sorted(set(given) - set(settings), key=str) if isinstance(given, dict) else "a file without keys"
             raise SweepError(f"{args.config}: {wrong} is not known. The keys are: {', '.join(settings)}.")
         settings |= {key: value for key, value in given.items() if value is not None}
     for name in ("sweep_dir", "sampler", "num_trials", "prune", "launcher", "seed"):
@@ -111,6 +123,9 @@ def settle(args):
                 key.removeprefix("--"): parse_values(key.removeprefix("--"), text) if name == "sweep" else text
             }
     check(settings)
+    for key, values in settings["sweep"].items():
+        if isinstance(values, dict) and _kind(key) is float:  # Optuna would only draw whole numbers from 0 to 1
+            settings["sweep"][key] = values | {"min": float(values["min"]), "max": float(values["max"])}
     return settings | {"sweep_dir": Path(settings["sweep_dir"]).expanduser()}
 
 
@@ -123,27 +138,35 @@ def check(settings):
             raise SweepError(f"{key} {settings[key]}: it must be a whole number, {least} or more.")
     if settings["sweep_dir"] is None:
         raise SweepError("Pass --sweep_dir, the folder of the sweep.")
+    if (
+        not isinstance(settings["sweep_dir"], str)
+        or not settings["sweep_dir"].strip()
+        or "\0" in settings["sweep_dir"]
+    ):
+        raise SweepError(f"sweep_dir {settings['sweep_dir']}: it must be the path of a folder.")
+    if not isinstance(settings["prune"], bool):
+        raise SweepError(f"prune {settings['prune']}: write true or false.")
+    check_launcher(settings["launcher"])
     if not settings["sweep"]:
         raise SweepError("No flag is varied: add --sweep, such as --sweep rank=4,16.")
     if settings["sampler"] not in SAMPLERS:
         raise SweepError(f"sampler {settings['sampler']}: choose {', '.join(SAMPLERS)}.")
-    for key, values in settings["sweep"].items():
-        if isinstance(values, dict):
-            if settings["sampler"] == "grid":
-                raise SweepError(f"{key} is a range: list its values for a grid, or pass --sampler random or tpe.")
-            low, high = values.get("min"), values.get("max")
-            numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (low, high))
-            if not numbers or not low < high or (values.get("log") and low <= 0):
-                raise SweepError(
-                    f"{key}: a range is min..max of two numbers, the smaller one first (above 0 with log)."
-                )
-        elif not isinstance(values, list) or not values:
-            raise SweepError(f"{key}: list its values, such as [4, 16].")
     known = [action.dest for action in _flags()]
     for key in [*settings["sweep"], *settings["flags"]]:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise SweepError(f"there is no flag --{key}." + (f" Did you mean --{near[0]}?" if near else ""))
+    for key, values in settings["sweep"].items():
+        if isinstance(values, dict):
+            check_range(key, values, settings["sampler"])
+        elif not isinstance(values, list) or not values:
+            raise SweepError(f"{key}: list its values, such as [4, 16].")
+        else:
+            for value in values:
+                check_value(key, value)
+    for key, value in settings["flags"].items():
+        if value is not None:  # the flag is left out
+            check_value(key, value)
     both = settings["flags"].keys() & settings["sweep"].keys()
     if both:
         raise SweepError(f"{', '.join(sorted(both))}: it is both varied and fixed. Take it out of one of them.")
@@ -154,6 +177,60 @@ def check(settings):
     for name in ("output_dir", "latent_cache_dir"):
         if name in settings["sweep"]:
             raise SweepError(f"{name} can't be varied: each trial has its own folder in --sweep_dir.")
+
+
+def check_launcher(launcher):
+    """Raises `SweepError` if the launcher is no command that this machine has."""
+    if launcher is None:
+        return
+    try:
+        words = shlex.split(launcher) if isinstance(launcher, str) else []
+    except ValueError as error:
+        raise SweepError(f"launcher {launcher}: it can't be divided into words ({error}).") from error
+    if not words:
+        raise SweepError(f"launcher {launcher!r}: it must be a command, such as 'accelerate launch --multi_gpu'.")
+    if words[0] != "python" and shutil.which(words[0]) is None:
+        raise SweepError(f"launcher {launcher}: there is no command {words[0]}. Check the spelling, or install it.")
+
+
+def check_range(key, values, sampler):
+    """Raises `SweepError` if the values of a flag are no range of numbers that the training command accepts."""
+    if sampler == "grid":
+        raise SweepError(f"{key} is a range: list its values for a grid, or pass --sampler random or tpe.")
+    if unknown := sorted(values.keys() - {"min", "max", "log"}, key=str):
+        raise SweepError(f"{key}: {unknown[0]} is not known. The keys of a range are min, max and log.")
+    if _kind(key) not in (int, float):
+        raise SweepError(f"{key}: only numbers have a range. List its values, such as [a, b].")
+    low, high, log = values.get("min"), values.get("max"), values.get("log", False)
+    # NaN and infinity are not in the interval.
+    numbers = all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in (low, high))
+    if not numbers or not low < high or not isinstance(log, bool) or (log and low <= 0):
+        raise SweepError(
+            f"{key}: a range is min..max of two finite numbers, the smaller one first (above 0 with log)."
+        )
+    check_value(key, low)
+    check_value(key, high)
+
+
+def check_value(key, value):
+    """Raises `SweepError` if the training command does not accept this value of a flag."""
+    action = next(action for action in _flags() if action.dest == key)
+    if value is None:
+        if action.default is not None:
+            raise SweepError(f"{key}: null is no value of this flag. Write its default, {action.default}.")
+        return
+    if action.nargs == 0 and value not in (True, False, "true", "false"):
+        raise SweepError(f"{key} is a switch: write true or false, not {value}.")
+    if isinstance(value, dict) or (isinstance(value, list) and (action.nargs in (None, 0) or not value)):
+        raise SweepError(f"{key}: {value} is no value of this flag. Write one value, such as those in docs/flags.md.")
+    if isinstance(value, list) and any(isinstance(part, list | dict | None) for part in value):
+        raise SweepError(f"{key}: {value} holds more than plain values. Write a list of plain values.")
+    if isinstance(value, list) and any(str(part).startswith("--") for part in value):
+        raise SweepError(f"{key}: {value} holds a text that begins with --, which a command can't pass on. Reword it.")
+    try:
+        _parser().parse_args(to_words({key: value}))
+    except InputError as error:
+        raise SweepError(str(error)) from error
 
 
 def check_held_out(settings):

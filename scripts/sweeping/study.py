@@ -136,6 +136,14 @@ def describe_progress(study, settings, number):
     return f"trial {place} of {total}, about {format_duration(left)} left"
 
 
+def all_failed(study):
+    """Whether trials failed, none has a result, and none is running, also by other workers."""
+    from optuna.trial import TrialState
+
+    states = {trial.state for trial in study.get_trials(deepcopy=False)} - {TrialState.WAITING}
+    return states == {TrialState.FAIL}
+
+
 def has_result(study):
     from optuna.trial import TrialState
 

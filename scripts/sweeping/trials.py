@@ -53,11 +53,15 @@ def run_trial(study, settings, trial, params, lock):
     command = make_command(settings, params, output_dir)
     (output_dir / "command.txt").write_text(redact(shlex.join(command)) + "\n", encoding="utf-8")
     with open(output_dir / "log.txt", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,
-            # The training holds the lock too: if only this worker is killed, no other worker claims the trial while it trains.
-            pass_fds=[lock._context.lock_file_fd] if os.name == "posix" else [],
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,
+                # The training holds the lock too: if only this worker is killed, no other worker claims the trial while it trains.
+                pass_fds=[lock._context.lock_file_fd] if os.name == "posix" else [],
+            )  # fmt: skip
+        except (OSError, ValueError) as error:  # a file of the wrong format, or a text with a NUL character
+            study.tell(number, state=TrialState.FAIL)
+            raise Refused(f"can't be run: {command[0]}: {getattr(error, 'strerror', None) or error}") from error
         bar = tqdm(desc=output_dir.name, unit="step", leave=False, disable=None)
         try:
             reported = set()
@@ -84,7 +88,8 @@ def run_trial(study, settings, trial, params, lock):
     if process.returncode or not losses:
         study.tell(number, state=TrialState.FAIL)
         lines = [line for line in (output_dir / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {process.returncode}"
+        ended = f"exit code {process.returncode}" if process.returncode else "it wrote no validation loss"
+        reason = lines[-1] if lines else ended
         if process.returncode == 2 or any(words in "\n".join(lines[-30:]) for words in EXITED_WITH_2):
             raise Refused(f"can't be run: {reason}")
         return f"failed: {reason} (see {output_dir / 'log.txt'})"

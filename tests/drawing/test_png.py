@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import sd_parsers
@@ -208,3 +209,74 @@ def test_a_record_that_is_nested_without_end(repeated, tmp_path, capsys, text):
         infer.main(["--from_png", str(path)])
     assert stop.value.code == 2
     assert "only pictures that infer.py drew do" in capsys.readouterr().err
+
+
+def change_weights(folder):
+    """Changes one byte in the middle of the weights of a model's folder."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def with_models(model, controlnet, photo, tmp_path_factory):
+    """A base model, a VAE and a ControlNet, and a picture that was drawn with them."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, source in {"base": model, "vae": f"{model}/vae", "control": controlnet}.items():
+        shutil.copytree(source, folder / name)
+    flags = ["--vae", folder / "vae", "--controlnet", folder / "control", "--control_image", photo]
+    draw(folder / "base", folder / "out", *flags, prompt=["a cat"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ("base/unet", "pretrained_model_name_or_path"),
+        ("base/vae", "pretrained_model_name_or_path"),
+        ("vae", "vae"),
+        ("control", "controlnet"),
+    ],
+)
+def test_a_model_that_changed_at_its_path_is_noticed(with_models, changed, flag, tmp_path, capsys):
+    path = with_models / "out" / "00-a-cat-seed0.png"
+    before = (with_models / changed / "diffusion_pytorch_model.safetensors").read_bytes()
+    capsys.readouterr()
+    change_weights(with_models / changed)
+    try:
+        infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "1")])
+    finally:
+        (with_models / changed / "diffusion_pytorch_model.safetensors").write_bytes(before)
+    reason = f"--{flag} is not what {path} was drawn with (its files differ)"
+    assert capsys.readouterr().err.splitlines() == [f"note: {reason}: the picture may differ from it"]
+
+
+def test_models_that_are_as_they_were_are_not_warned_of(with_models, tmp_path, capsys):
+    capsys.readouterr()
+    path = with_models / "out" / "00-a-cat-seed0.png"
+    infer.main(["--from_png", str(path), "--output_dir", str(tmp_path)])
+    assert capsys.readouterr().err == ""
+    recorded = json.loads(Image.open(path).text["repeat"])["identities"]
+    assert recorded.keys() == {"pretrained_model_name_or_path", "vae", "controlnet"}
+
+
+def test_older_pictures_record_no_models(repeated, tmp_path, capsys):
+    """They are drawn again without a warning."""
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    repeat = json.loads(picture.text["repeat"])
+    del repeat["identities"]
+    path = with_chunks(picture, tmp_path / "old.png", repeat=json.dumps(repeat))
+    infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("identities", [3, ["base"], "hash", None])
+def test_damaged_identities_are_refused_in_one_line(repeated, identities, tmp_path, capsys):
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    repeat = json.loads(picture.text["repeat"]) | {"identities": identities}
+    path = with_chunks(picture, tmp_path / "odd.png", repeat=json.dumps(repeat))
+    with pytest.raises(SystemExit):
+        infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not say how to draw it again" in line

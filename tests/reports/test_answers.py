@@ -31,7 +31,10 @@ def write_run(
         rows.append(row | stopping.metrics_of_best(validation))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"max_train_steps": num_steps, "early_stopping_patience": patience, "dataset": "0123"}
-    about = {"settings": settings, "dataset": {"validated": held_out, "held_out": pictures, "shown": []}}
+    numbers = dict.fromkeys(("pictures", "captions", "different_captions", "samples_an_epoch", "steps_an_epoch"), 1)
+    tables = {name: {} for name in ("sizes", "concepts", "repeats")}
+    sheet = numbers | tables | {"validated": held_out, "held_out": pictures, "shown": [], "fingerprint": "0"}
+    about = {"settings": settings, "dataset": sheet}
     (folder / "about.json").write_text(json.dumps(about))
     last = max(losses, default=0)
     for place in ["best"] * (validation.best_step is not None) + [""] * finished:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zlib
 from array import array
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
@@ -21,11 +22,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, read_metrics, train_script, write_pictures
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from text_to_image_lora import files
 from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError, Stopped
-from text_to_image_lora.reports import about, curves, metrics, panels, report_page, runs, sample_pictures
+from text_to_image_lora.reports import about, curves, dashboard, metrics, panels, report_page, runs, sample_pictures
 from text_to_image_lora.reports.numbers import Curve, read_numbers
 
 
@@ -527,3 +529,141 @@ def test_findings_about_the_dataset_are_counted_without_a_plural():
         "Groups of identical files: 1": ["a.png = b.png"],
         "Groups of pictures that look alike: 2": ["a.png = b.png", "... and 1 more"],
     }
+
+
+@pytest.fixture
+def recorded(finished, tmp_path):
+    """A copy of the folder of the finished run."""
+    shutil.copytree(finished.out, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def with_broken_pixels(path):
+    """The sizes of its parts and their checksums are right, but the pixels can't be unpacked."""
+    with Image.open(path) as image:
+        info, size = image.text, image.size
+    chunks = PngInfo()
+    for name, text in info.items():
+        chunks.add_text(name, text)
+    data = io.BytesIO()
+    Image.new("RGB", size).save(data, "PNG", pnginfo=chunks)
+    before = data.getvalue()
+    start = before.index(b"IDAT")
+    length = int.from_bytes(before[start - 4 : start], "big")
+    broken = b"IDAT" + b"\xff" * length
+    rest = before[start + 4 + length + 4 :]
+    path.write_bytes(before[:start] + broken + zlib.crc32(broken).to_bytes(4, "big") + rest)
+
+
+def folder_of_that_name(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path):
+    path.unlink()
+    path.symlink_to("nowhere.png")
+
+
+DAMAGES = [
+    lambda path: path.write_bytes(b"no picture"),
+    truncated,
+    with_broken_pixels,
+    folder_of_that_name,
+    link_to_nothing,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["text", "truncated", "pixels", "folder", "link"])
+def test_a_damaged_sample_picture_is_left_out(recorded, damage, caplog):
+    path = sorted(recorded.glob("validation/step-*/prompt-*.png"))[-1]
+    damage(path)
+    before = len(Reader(recorded / "report.html").images)
+    assert report_page.update_page(recorded)
+    assert len(Reader(recorded / "report.html").images) == before - 1
+    assert report_page.update_page(recorded)  # the line is not repeated each time
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path} is left out, because it can't be read as a picture")
+    paths = len([*recorded.glob("validation/step-*/prompt-*.png")])
+    bases = len([*recorded.glob("validation/step-000000/prompt-*.png")])
+    assert len(dashboard.make_sample_rows(runs.read_run(recorded))) == paths - bases - 1
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES[:4]], ids=["text", "truncated", "pixels", "folder"])
+def test_a_damaged_picture_of_the_base_model_stops_no_training(recorded, damage):
+    """The trackers show it beside the LoRA's."""
+    path = recorded / "validation" / "step-000000" / "prompt-00-0.png"
+    info = runs.read_info(path)
+    drawing = SimpleNamespace(stem=path.stem, prompt=info["prompt"], seed=int(info["seed"]))
+    assert list(sample_pictures.base_images(recorded / "validation", [drawing])) == [0]
+    damage(path)
+    assert sample_pictures.base_images(recorded / "validation", [drawing]) == {}
+
+
+@pytest.mark.parametrize("place", ["", "best", "epoch-0001"])
+@pytest.mark.parametrize("data", [b"xx", b"", b"\xff" * 99])
+def test_a_damaged_lora_is_left_out(recorded, place, data, caplog):
+    path = recorded / place / "pytorch_lora_weights.safetensors"
+    assert path.is_file()
+    path.write_bytes(data)
+    report_page.write_page(recorded)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path} is left out, because it is damaged (")
+
+
+def changed(*keys):
+    """Returns a function that replaces the value at these keys of about.json."""
+
+    def change(found, value):
+        for key in keys[:-1]:
+            found = found[key]
+        found[keys[-1]] = value
+
+    return change
+
+
+PARTS = {
+    ("command",): 5, ("settings",): [], ("versions",): "1", ("machine",): 5, ("dataset",): "<script>",
+    **{("dataset", name): "<script>x" for name in ("pictures", "captions", "different_captions", "validated",
+       "samples_an_epoch", "steps_an_epoch", "sizes", "concepts", "repeats", "notes", "shown", "enlarged", "equal", "alike")},
+    ("dataset", "held_out"): ["a"], ("dataset", "shown", 0): "x", ("dataset", "shown", 0, "captions"): "x",
+    ("dataset", "shown", 0, "captions", 0): None, ("dataset", "shown", 0, "preview"): 5,
+    ("dataset", "shown", 0, "without_concept"): 5, ("dataset", "concepts", "x"): {"pictures": "3"},
+    ("dataset", "equal"): {"count": 1, "first": [[5]]}, ("dataset", "enlarged"): {"count": "1", "first": []},
+    ("dataset", "alike"): {"count": 1, "first": [{"a": 1}]}, ("dataset", "notes"): [5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", PARTS, ids=lambda keys: "-".join(map(str, keys)))
+def test_a_part_of_another_type_is_refused_in_one_line(recorded, keys):
+    path = recorded / "about.json"
+    found = json.loads(path.read_text())
+    changed(*keys)(found, PARTS[keys])
+    path.write_text(json.dumps(found))
+    for write in (lambda: report_page.write_page(recorded), lambda: runs.read_run(recorded)):
+        with pytest.raises(InputError) as stop:
+            write()
+        assert str(stop.value).startswith(str(path))
+        assert "\n" not in str(stop.value)
+        assert "Restore the file" in str(stop.value)
+
+
+@pytest.mark.parametrize("name", ["pictures", "shown", "sizes", "concepts", "fingerprint"])
+def test_a_missing_part_of_the_data_sheet_is_named(recorded, name):
+    path = recorded / "about.json"
+    found = json.loads(path.read_text())
+    del found["dataset"][name]
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=f"'{name}' is missing"):
+        report_page.write_page(recorded)
+
+
+def test_flags_whose_names_are_no_text_are_shown(recorded, tmp_path):
+    (recorded / "run.yaml").write_text("1: 2\nrank: 4\nnull: 3\n")
+    shutil.copytree(recorded, tmp_path / "other")
+    (tmp_path / "other" / "run.yaml").write_text("2: 2\nrank: 8\n")
+    report_page.write_comparison([recorded, tmp_path / "other"], tmp_path / "both.html", "both")

@@ -94,6 +94,21 @@ def test_an_evaluation_whole_and_again(words, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("library_settings")
+def test_a_base_model_that_changed_at_its_path_draws_again(words, model, lora, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    given = words(pretrained_model_name_or_path=[base], lora=[lora], train_data_dir=None, num_prompts=[1])
+    run_here(given)
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # of the last weight
+    path.write_bytes(data)
+    capsys.readouterr()
+    run_here(given)
+    assert "2/2 axe: drew 12 pictures (0 were already there)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("library_settings")
 def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp_path, clip_model, dino_model):
     """Uses the run, seed and pictures of a training run with --validation_split."""
     split = dict(validation_split=0.4, num_validation_images=0)

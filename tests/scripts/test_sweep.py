@@ -21,6 +21,7 @@ from scripts.sweeping import results
 from scripts.sweeping.settings import SweepError
 from scripts.sweeping.study import make_sampler
 from text_to_image_lora.command_line import flag_values
+from text_to_image_lora.errors import TrainingError
 
 
 # For tests of the queue without training.
@@ -349,8 +350,42 @@ def test_the_wandb_sweep_starts_the_training(tmp_path, monkeypatch):
 def test_a_sweep_whose_trials_fail_ends(run_here, tmp_path, sampler):
     folder = tmp_path / "sweep"
     words = ["--sampler", sampler, "--num_trials", "2", "--launcher", "false", "--sweep", "rank=2..4", "--flags"]
-    assert run_here(folder, *words, *flags_of()).count("failed: ") == 2
+    with pytest.raises(
+        TrainingError, match=r"no trial succeeded, so there is no best one \(the last, trial-0001, failed: "
+    ):
+        run_here(folder, *words, *flags_of())
     assert [row["state"] for row in rows_of(folder)] == ["fail", "fail"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "reason"),
+    [
+        ("true", "failed: it wrote no validation loss"),
+        ("#!/bin/sh\nexit 1", "failed: exit code 1"),
+        ("#!/bin/sh\necho the loss was not a number; exit 3", "failed: the loss was not a number"),
+    ],
+)
+def test_a_sweep_without_any_result_ends_with_code_1(tmp_path, launcher, reason):
+    if launcher.startswith("#!"):
+        (tmp_path / "launcher").write_text(launcher)
+        (tmp_path / "launcher").chmod(0o755)
+        launcher = tmp_path / "launcher"
+    done = run(tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of())
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sweep.py: no trial succeeded")
+    assert reason in line
+    last = done.stdout.splitlines()[-1]
+    assert last == "2 of 2 trials failed (trial-0000, trial-0001). Each one's log.txt says why."
+
+
+def test_a_launcher_that_cannot_be_started_ends_the_sweep(run_here, tmp_path):
+    """A script without an interpreter's name is found, but no program."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text("exit 0\n")
+    launcher.chmod(0o755)
+    with pytest.raises(SweepError, match="trial-0000: can't be run: .*launcher: Exec format error"):
+        run_here(tmp_path / "sweep", "--launcher", launcher, "--sweep", "rank=2,4", "--flags", *flags_of())
 
 
 def test_a_trial_that_failed_is_tried_again_by_the_same_command(run_here, tmp_path, monkeypatch):
@@ -359,7 +394,9 @@ def test_a_trial_that_failed_is_tried_again_by_the_same_command(run_here, tmp_pa
     monkeypatch.setenv("SWEEP_BROKEN", str(broken))
     broken.touch()
     words = ["--launcher", LAUNCHER, "--sweep", "rank=2,4,8", "--flags", *flags_of()]
-    assert "failed: the machine is broken" in run_here(folder, *words)
+    out = run_here(folder, *words)
+    assert "failed: the machine is broken" in out
+    assert out.count("1 of 3 trials failed (trial-0001). Each one's log.txt says why.") == 1
     assert {row["rank"]: row["state"] for row in rows_of(folder)} == {"2": "complete", "4": "fail", "8": "complete"}
     assert run_here(folder, *words).count("failed: ") == 1  # the trial fails once more
     broken.unlink()

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 from ..config_file import read_yaml
 from ..errors import InputError
 from ..files import shorten_paths, write_new
+from ..hub import hub_file
+from ..models.base_model import BaseModel
 from ..models.samplers import SAMPLERS
+from ..models.weights_files import files_identity, quick_hash
 from ..redaction import redact
 from .rows import MOST_BATCH, SETTINGS, Drawing
 from .settings import FromPictures, Model
@@ -24,6 +27,7 @@ from .settings import FromPictures, Model
 logger = logging.getLogger(__name__)
 # The flags that name local files and folders.
 PATHS = {"pretrained_model_name_or_path", "vae", "single_file_config", "controlnet", "image", "control_image", "lora"}
+WEIGHTS_AND_CONFIG = {".json", ".safetensors", ".bin"}  # endings of the files of a VAE or ControlNet
 
 
 class Source(NamedTuple):
@@ -31,6 +35,7 @@ class Source(NamedTuple):
 
     flags: dict[str, Any]  # {flag: value or None}
     machine: dict[str, str]  # {what the last bits depend on: name or version}
+    identities: dict[str, str] = {}  # of `identities_of`
 
 
 class Repeat(NamedTuple):
@@ -40,12 +45,17 @@ class Repeat(NamedTuple):
     sha256: dict[str, list[str]]  # {flag: hashes of its files}
     machine: dict[str, str]  # of `Source`
     batch: tuple[int, int] | None  # of `Drawn`
+    identities: dict[str, str] = {}  # of `Source`; older pictures record none
 
 
 def source_of(
-    model: Model, pictures: FromPictures, *, vae: str | None, dtype: Any, device: str, compiled: bool
-) -> Source:
-    """Returns the `Source` of a run's pictures; `vae` replaces that of the base model, unless it is None."""
+    model: Model, pictures: FromPictures, *, vae: str | None, dtype: Any, device: str, compiled: bool,
+    identities: dict[str, str] | None = None,
+) -> Source:  # fmt: skip
+    """Returns the `Source` of a run's pictures; `vae` replaces that of the base model, unless it is None.
+
+    `identities` are those of `identities_of`, if they are recorded.
+    """
     import torch
 
     flags = {"pretrained_model_name_or_path": model.pretrained_model_name_or_path, "vae": vae}
@@ -56,7 +66,32 @@ def source_of(
         "mixed_precision": precision,
         "num_cpu_threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
     }
-    return Source(flags, machine_of(device, compiled))
+    return Source(flags, machine_of(device, compiled), identities or {})
+
+
+def identities_of(base: BaseModel, vae: str | None = None, controlnet: str | None = None) -> dict[str, str]:
+    """Returns {flag: what identifies the files of its model}: the commit of a model on the hub, else a quick hash.
+
+    Of a large file only samples are read, so that this takes a moment. A model whose files can't be read is left out.
+    """
+    found = {}
+    with contextlib.suppress(OSError, InputError):
+        found["pretrained_model_name_or_path"] = files_identity(base)
+    for flag, source in {"vae": vae, "controlnet": controlnet}.items():
+        if source is not None:
+            with contextlib.suppress(Exception):  # no network: the errors of the hub's client share no base class
+                found[flag] = _identity_of_part(source, base.cache_dir)
+    return found
+
+
+def _identity_of_part(source, cache_dir):
+    """Returns what identifies the files of a VAE or ControlNet: a file, a folder or a model on the hub."""
+    path = Path(source)
+    if not path.exists():
+        return json.dumps([source, hub_file(source, "config.json", cache_dir=cache_dir).parent.name])
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in WEIGHTS_AND_CONFIG)
+    hashes = [["" if file == path else file.name, quick_hash(file)] for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def machine_of(device: str, compiled: bool) -> dict[str, str]:
@@ -89,7 +124,7 @@ def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -
     flags |= {"lora": [f"{lora.given}:{lora.scale}" for lora in loras]} if loras else {}
     sha256 = {name: [sha256_of(path) for path in paths] for name, paths in files.items()}
     flags |= {name: shorten_paths(flags[name]) for name in PATHS & flags.keys()}
-    return Repeat(flags, sha256, source.machine, batch)
+    return Repeat(flags, sha256, source.machine, batch, source.identities)
 
 
 def name_for_others(path: str) -> str:
@@ -197,7 +232,8 @@ def read_repeat(path: Path) -> Repeat:
                 f"--from_png {path} records a batch of {size:,} pictures; at most {MOST_BATCH:,} are drawn."
             )
         if 0 <= place < size:
-            return Repeat(flags, dict(stored["sha256"]), dict(stored["machine"]), (size, place))
+            identities = dict(stored.get("identities", {}))
+            return Repeat(flags, dict(stored["sha256"]), dict(stored["machine"]), (size, place), identities)
     raise InputError(f"--from_png {path} does not say how to draw it again: only pictures that infer.py drew do.")
 
 
@@ -216,6 +252,10 @@ def warn_of_differences(path: Path, stored: Repeat, now: Repeat) -> None:
         elif stored.sha256.get(name, []) != hashes:
             what = f"--{name} is not what {path} was drawn with (its SHA-256 differs)"
             logger.warning("%s: the picture will differ from it", what)
+    for name, identity in now.identities.items() if stored.identities else ():
+        if stored.identities.get(name) != identity:
+            what = f"--{name} is not what {path} was drawn with (its files differ)"
+            logger.warning("%s: the picture may differ from it", what)
 
 
 def encode_png(image: Any, chunks: dict[str, Any]) -> bytes:

@@ -1,10 +1,11 @@
 """The flags of the dataset: pictures, captions, sizes and augmentation. Imports nothing heavy."""
 
+import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, count, flag, from_up_to, user_path
+from ..command_line import at_least, between, count, filled_text, flag, from_up_to, user_path
 from ..config_file import Conflict, Remark
 from ..errors import InputError
 from .buckets import Buckets, make_buckets, square
@@ -35,13 +36,13 @@ class DataSettings:
     )
     # fmt: off
     dataset_name: str | None = flag(None, "dataset to train on: hub id, or local folder with a dataset", user_path, may_change=True)
-    dataset_config_name: str | None = flag(None, "configuration of the hub dataset, if it has several", may_change=True)
+    dataset_config_name: str | None = flag(None, "configuration of the hub dataset, if it has several", filled_text, may_change=True)
     train_data_dir: tuple[str, ...] | None = flag(None, "one or several folders, .zip or .tar files of pictures with captions; metadata/README.md shows every layout", user_path, nargs="+", metavar="FOLDER", may_change=True)
     dataset_layout: str | None = flag(None, "how captions are stored in --train_data_dir (default: recognised by the files)", choices=LAYOUTS, may_change=True)
-    image_column: str | None = flag(None, "column with the pictures (default: found by type and name)", may_change=True)
-    caption_column: str | None = flag(None, "column with the captions, as text or lists of text (default: found by type and name)", may_change=True)
-    concept_column: str | None = flag(None, "column with the concept of each picture, for --balance (default: the name of the folder)", may_change=True)
-    mask_column: str | None = flag(None, "column with masks: only white areas of a mask count in the loss; masks named name.mask.png or name-masklabel.png beside the pictures need no flag", may_change=True)
+    image_column: str | None = flag(None, "column with the pictures (default: found by type and name)", filled_text, may_change=True)
+    caption_column: str | None = flag(None, "column with the captions, as text or lists of text (default: found by type and name)", filled_text, may_change=True)
+    concept_column: str | None = flag(None, "column with the concept of each picture, for --balance (default: the name of the folder)", filled_text, may_change=True)
+    mask_column: str | None = flag(None, "column with masks: only white areas of a mask count in the loss; masks named name.mask.png or name-masklabel.png beside the pictures need no flag", filled_text, may_change=True)
     max_train_samples: int | None = flag(None, "maximum number of pictures to train on; the selection does not depend on the seed (default: all pictures)", count(1), may_change=True)
     balance: str | None = flag(None, "concept: use every concept (class folder) equally often per epoch, by repeating pictures of smaller concepts", choices=["concept"])
     skip_bad_images: bool = flag(False, "leave out pictures that can't be read and rows without a picture or caption, instead of stopping with an error", may_change=True)
@@ -76,7 +77,7 @@ class CaptionSettings:
     # fmt: off
     instance_prompt: str | None = flag(None, "caption for all pictures that have none", may_change=True)
     caption_template: str = flag("{trigger} {class}", "caption for pictures in folders named [trigger]_[class]", may_change=True)
-    trigger_word: str | None = flag(None, "word to add in front of every caption that does not contain it", may_change=True)
+    trigger_word: str | None = flag(None, "word to add in front of every caption that does not contain it", filled_text, may_change=True)
     caption_prefix: str = flag("", "text to add in front of every caption", may_change=True)
     caption_suffix: str = flag("", "text to append to every caption", may_change=True)
     caption_dropout: float = flag(0.0, "proportion of samples that are trained with an empty caption, for classifier-free guidance", from_up_to(0, 1))
@@ -93,11 +94,15 @@ class CaptionSettings:
 
     def check(self, settings):
         try:
-            caption = self.caption_template.format_map({"trigger": "a", "class": "b"})
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(
-                f"--caption_template {self.caption_template!r}: it may contain {{trigger}} and {{class}}, but no other braces."
-            ) from error
+            parts = list(string.Formatter().parse(self.caption_template))
+        except ValueError:  # a brace without its partner
+            parts = [("{", None, None, None)]
+        for literal, name, form, conversion in parts:
+            if {"{", "}"} & {*literal} or name not in (None, "trigger", "class") or form or conversion:
+                raise InputError(
+                    f"--caption_template {self.caption_template!r}: it may contain {{trigger}} and {{class}}, but no other braces."
+                )
+        caption = self.caption_template.format_map({"trigger": "a", "class": "b"})
         for name, text in {"caption_template": caption, "instance_prompt": self.instance_prompt}.items():
             if text is not None and not text.strip():
                 raise InputError(f"--{name} is empty: write what the pictures show.")

@@ -14,7 +14,7 @@ from . import tracking
 from .about import decode_image
 from .numbers import LOSS
 from .panels import DASHBOARDS, LoggedSample
-from .runs import RecordedRun, make_answer, read_run
+from .runs import RecordedRun, make_answer, open_sample, read_run
 from .tracking import LoggedProgress
 
 
@@ -94,8 +94,8 @@ def make_sample_rows(run: RecordedRun) -> list[list]:
     base_pictures, rows = {}, []
     for step, pictures in run.pictures.items():
         for key, picture in pictures.items():
-            with Image.open(picture.path) as image:
-                image = image.convert("RGB")
+            if (image := open_sample(picture.path)) is None:
+                continue
             image.thumbnail((TABLE_PICTURE_SIDE, TABLE_PICTURE_SIDE), Image.Resampling.LANCZOS)
             if step == 0:
                 base_pictures[key] = image

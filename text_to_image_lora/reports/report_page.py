@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from ..errors import InputError
 from ..files import reason_of, shorten_paths, write_whole
 from ..pictures.sheets import tell_apart
@@ -23,7 +21,7 @@ from .curves import COLOURS, make_charts, make_comparison_charts
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
 from .private_folders import folders_to_hide, hide_parents
-from .runs import Answer, LoraFile, RecordedRun, make_answer, read_run
+from .runs import Answer, LoraFile, RecordedRun, make_answer, open_sample, read_run
 
 
 logger = logging.getLogger(__name__)
@@ -239,6 +237,7 @@ def _make_cards(runs: list[RecordedRun], folder, answers: dict[Path, Answer], na
             frames = [(step, run.pictures[step][key]) for step in steps if key in run.pictures[step]]
             if frames:
                 films.append(_make_film((names or {}).get(run.folder, "LoRA"), frames, folder))
+        films = [film for film in films if film["frames"]]
         sample = next(pictures[key] for run in runs for pictures in run.pictures.values() if key in pictures)
         samples.append(sample)
         cards.append({"prompt": sample.prompt, "seed": sample.seed, "films": films})
@@ -276,21 +275,22 @@ def _make_film(name, frames, folder):
     return {
         "name": name,
         "frames": [
-            {"step": step, "link": _link(picture.path, folder / FILE), "preview": make_preview(picture.path)}
+            {"step": step, "link": _link(picture.path, folder / FILE), "preview": preview}
             for step, picture in frames
+            if (preview := make_preview(picture.path)) is not None
         ],
     }
 
 
-def make_preview(path: Path) -> str:
-    """Returns a picture file as a small WebP data URL; cached, as the page of a run is written many times."""
+def make_preview(path: Path) -> str | None:
+    """Returns a picture file as a small WebP data URL, or None if it is damaged; cached, as a page is written many times."""
     return _make_preview(str(path), path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4 * MAX_PICTURES)
 def _make_preview(path, modified_at):
-    with Image.open(path) as image:
-        return encode_image(image, PREVIEW_SIDE)
+    image = open_sample(Path(path))
+    return None if image is None else encode_image(image, PREVIEW_SIDE)
 
 
 @functools.cache

@@ -1,23 +1,26 @@
 """Reads a run from its output folder: settings, metrics, sample pictures and LoRA files, and the answer they give."""
 
+import functools
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..drawing.rows import SETTINGS, shown_options
 from ..errors import InputError
 from ..files import read_text, reason_of
-from ..small_files import Values, load_yaml, read_json
+from ..small_files import Values, load_yaml
 from . import about, stopping
 from .numbers import FILE as METRICS
 from .numbers import LOSS, Numbers, read_numbers
+from .read_about import REMEDY, read_about
 
 
-OTHER_RUN = "Restore the file, or delete it if the run is to be reported without it."
+logger = logging.getLogger(__name__)
 OPTIONS = [field for field in SETTINGS if field not in ("prompt", "seed", "checkpoint")]  # of a sample picture
 
 
@@ -64,22 +67,12 @@ def read_run(folder: str | Path) -> RecordedRun:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, about.FILE)):
         raise InputError(f"{folder}: there is no run in it (no {METRICS}). Pass a run's --output_dir, or a sweep's.")
-    contents, flags = _read_about(folder / about.FILE), _read_flags(folder / "run.yaml")
-    settings = Values(contents.get("settings", flags), folder / about.FILE, OTHER_RUN)
+    contents, flags = read_about(folder / about.FILE), _read_flags(folder / "run.yaml")
+    settings = Values(contents.get("settings", flags), folder / about.FILE, REMEDY)
     for name, kind in (("early_stopping_patience", int), ("max_train_steps", int), ("max_drift", float)):
         settings.want(name, kind, None)
     numbers, pictures = read_numbers(folder), read_pictures(folder)
     return RecordedRun(folder, contents, flags, settings, numbers, pictures, list(read_files(folder)))
-
-
-def _read_about(path):
-    """Returns the description of a run, {} if there is none; raises `InputError` if its parts are of the wrong types."""
-    if not path.is_file():
-        return {}
-    found = read_json(path, remedy=OTHER_RUN)
-    for part in ("settings", "dataset"):
-        found.want(part, dict, {})
-    return found
 
 
 def _read_flags(path):
@@ -89,10 +82,10 @@ def _read_flags(path):
     try:
         found = load_yaml(read_text(path))[1]
     except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}). {OTHER_RUN}") from error
+        raise InputError(f"{path}: it can't be read as YAML ({reason_of(error)}). {REMEDY}") from error
     if not isinstance(found, dict | None):
-        raise InputError(f"{path}: it must hold one flag per line. {OTHER_RUN}")
-    return found or {}
+        raise InputError(f"{path}: it must hold one flag per line. {REMEDY}")
+    return {str(name): value for name, value in (found or {}).items()}
 
 
 def step_of(folder: Path) -> int:
@@ -101,15 +94,19 @@ def step_of(folder: Path) -> int:
 
 
 def read_pictures(folder: Path) -> dict[int, dict]:
-    """Reads {step: {(prompt, seed, count): SavedSample}}; `count` numbers prompts that differ in other options only."""
+    """Reads {step: {(prompt, seed, count): SavedSample}}; `count` numbers prompts that differ in other options only.
+
+    Damaged pictures are left out, with a line in the log.
+    """
     found = {}
     places = [place for place in folder.glob("validation/step-*") if re.fullmatch(r"step-\d{1,15}", place.name)]
     for place in sorted(places, key=step_of):
         pictures = {}
         for path in sorted(place.glob("prompt-*.png")):
-            with Image.open(path) as image:
-                prompt, seed = str(image.info.get("prompt", "")), image.info.get("seed")
-                options = {field: image.info[field] for field in OPTIONS if image.info.get(field)}
+            if (info := read_info(path)) is None:
+                continue
+            prompt, seed = str(info.get("prompt", "")), info.get("seed")
+            options = {field: info[field] for field in OPTIONS if info.get(field)}
             seed = int(str(seed)) if re.fullmatch(r"-?\d{1,20}", str(seed)) else None
             number = path.stem.rpartition("-")[2]
             key = prompt, (int(number) if number.isdecimal() else 0) if seed is None else seed
@@ -121,9 +118,45 @@ def read_pictures(folder: Path) -> dict[int, dict]:
     return found
 
 
+def read_info(path: Path) -> dict[str, Any] | None:
+    """Returns what a sample picture records; None, with a line in the log, if it is damaged."""
+    return _read_info(str(path), path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@functools.lru_cache(maxsize=4096)  # the page of a run is written many times, but a damaged picture is logged once
+def _read_info(path, modified_at):
+    try:
+        if not modified_at:
+            raise OSError("it is no regular file")
+        with Image.open(path) as image:
+            info = {name: image.info[name] for name in ("prompt", "seed", *OPTIONS) if name in image.info}
+            image.verify()
+            return info
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions for broken files
+        logger.warning(f"{path} is left out, because it can't be read as a picture ({_reason(path, error)})")
+        return None
+
+
+def open_sample(path: Path) -> Image.Image | None:
+    """Returns a sample picture in RGB; None, with a line in the log, if it is damaged."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions for broken files
+        logger.warning(f"{path} is left out, because it can't be read as a picture ({_reason(path, error)})")
+        return None
+
+
+def _reason(path, error):
+    return "it is no picture" if isinstance(error, UnidentifiedImageError) else reason_of(error)
+
+
 def read_files(folder: Path) -> Iterator[LoraFile]:
-    """Yields the LoRA files of a run: those of its epochs, the best, and the final one."""
-    from safetensors import safe_open
+    """Yields the LoRA files of a run: those of its epochs, the best, and the final one.
+
+    Damaged files are left out, with a line in the log.
+    """
+    from safetensors import SafetensorError, safe_open
 
     from ..models import kohya
     from ..models.lora_file import WEIGHTS_NAME
@@ -131,8 +164,12 @@ def read_files(folder: Path) -> Iterator[LoraFile]:
     for place in [*sorted(path.name for path in folder.glob("epoch-*")), "best", ""]:
         path = folder / place / WEIGHTS_NAME
         if path.is_file():
-            with safe_open(path, "np") as file:
-                step = (file.metadata() or {}).get("ss_steps")
+            try:
+                with safe_open(path, "np") as file:
+                    step = (file.metadata() or {}).get("ss_steps")
+            except (OSError, SafetensorError) as error:
+                logger.warning(f"{path} is left out, because it is damaged ({reason_of(error)})")
+                continue
             step = int(str(step)) if re.fullmatch(r"\d{1,15}", str(step)) else None
             kohyas = (
                 folder / place / kohya.file_name(folder, step if place else None)

@@ -1,6 +1,5 @@
 """Sample pictures: drawn with the models in training, written to the output folder, and logged to the trackers."""
 
-import contextlib
 import functools
 import logging
 import shutil
@@ -16,7 +15,7 @@ from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
 from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
 from ..drawing.pipeline import PIPELINES, Studio
-from ..drawing.png import describe, name_for_others, save_png, source_of
+from ..drawing.png import describe, identities_of, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError
@@ -28,7 +27,7 @@ from ..training import interruption
 from ..training.memory import DRAWN_AT_ONCE
 from .dashboard import log_pictures
 from .progress import work_bar
-from .runs import step_of
+from .runs import open_sample, read_info, step_of
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def make_painter(settings: Any, run: Any, models: Any, accelerator: Any) -> "Pai
     )  # fmt: skip
     source = source_of(
         model, FromPictures(), vae=vae and name_for_others(vae), dtype=models.dtype, device=str(device),
-        compiled=settings.speed.compile != "off",
+        compiled=settings.speed.compile != "off", identities=identities_of(run.base, vae),
     )  # fmt: skip
     return Painter(
         output_dir, accelerator, studio, grid, drawings, source, encode if models.trains_text_encoder else None
@@ -229,9 +228,11 @@ def base_images(folder: Path, drawings: Sequence[Drawing]) -> dict[int, Image.Im
     found = {}
     for i, drawing in enumerate(drawings):
         path = folder / "step-000000" / f"{drawing.stem}.png"
-        with contextlib.suppress(FileNotFoundError), Image.open(path) as image:
-            if (image.info.get("prompt"), image.info.get("seed")) == (drawing.prompt, str(drawing.seed)):
-                found[i] = image.convert("RGB")
+        info = read_info(path) if path.exists() else None
+        if info is None or (info.get("prompt"), info.get("seed")) != (drawing.prompt, str(drawing.seed)):
+            continue
+        if (image := open_sample(path)) is not None:
+            found[i] = image
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import above, at_least, between, count, flag, hub_id, user_path
+from ..command_line import above, at_least, between, count, filled_text, flag, hub_id, inner_folder, user_path
 from ..config_file import Conflict
 from ..drawing.prompts import Prompt, parse_prompt, read_prompts
 from ..drawing.rows import MOST_STEPS, OPTIONS_OF_PROMPTS, SETTINGS, Drawing, check_drawing
@@ -138,9 +138,9 @@ class TrackingSettings:
     # fmt: off
     report_to: str | None = flag(None, "tracker that logs metrics and sample pictures (default: wandb if it is installed, offline without an API key or a network)", choices=[*TRACKERS, "all", "none"], may_change=True)
     debug_loss: bool = flag(False, "also log the loss of each picture at each training step, as loss_for_ and its file name", may_change=True)
-    tracker_project_name: str = flag("text2image-fine-tune", "name of the project in the trackers", may_change=True)
+    tracker_project_name: str = flag("text2image-fine-tune", "name of the project in the trackers", filled_text, may_change=True)
     trackio_space_id: str | None = flag(None, "hub Space for trackio's dashboard, created as a private Space (default: the dashboard stays on this machine)", hub_id, metavar="OWNER/NAME", may_change=True)
-    logging_dir: str = flag("logs", "folder for TensorBoard's logs, inside --output_dir", user_path, may_change=True)
+    logging_dir: str = flag("logs", "folder for TensorBoard's logs, inside --output_dir", inner_folder, may_change=True)
     # fmt: on
 
     @property
@@ -170,7 +170,7 @@ class SharingSettings:
     push_to_hub: bool = flag(False, "upload the LoRA, its model card and sample pictures to the hub at the end of training", may_change=True)
     push_checkpoints_to_hub: bool = flag(False, "upload each checkpoint during training to a hub repository, created as private; another machine resumes from it with --resume_from_checkpoint hf://...", may_change=True)
     hub_token: str | None = flag(None, "hub token for uploads; hf auth login is safer", may_change=True, secret=True)
-    hub_model_id: str | None = flag(None, "hub repository to upload to (default: the name of the output folder)", may_change=True)
+    hub_model_id: str | None = flag(None, "hub repository to upload to (default: the name of the output folder)", filled_text, may_change=True)
     # fmt: on
 
     @property

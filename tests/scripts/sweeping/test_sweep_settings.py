@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from scripts import sweep
 from scripts.sweeping.settings import SweepError, parse_values, settle, to_words
+from scripts.sweeping.study import suggest
 
 
 def test_true_and_false_switch_and_are_names():
@@ -83,3 +84,65 @@ def test_trials_that_hold_out_different_pictures_are_refused(tmp_path, varied, f
         return
     with pytest.raises(SweepError, match=f"{wrong}: trials that are validated on different pictures can't be ranked"):
         settle(args)
+
+
+START = "sweep_dir: out\nflags: {train_data_dir: a, validation_split: 0.1}\n"
+REFUSED = {
+    "a number between": ("sampler: random\nsweep: {rank: {min: 4, max: 4.5}}", "--rank 4.5: it must be a whole number"),
+    "a list in a list": ("sweep: {rank: [[4], [5]]}", r"rank: \['4'\] is no value of this flag"),
+    "a mapping": ("sweep: {rank: [{a: 1}]}", "rank: {'a': '1'} is no value of this flag"),
+    "null": ("sweep: {rank: [null]}", "rank: null is no value of this flag. Write its default, "),
+    "null in a list": ("sweep: {validation_prompts: [[a, null]]}", "holds more than plain values"),
+    "a flag in a list": ("sweep: {validation_prompts: [[a, --rank, '8']]}", "holds a text that begins with --"),
+    "a word": ("sweep: {rank: [four]}", "--rank four: it must be a whole number"),
+    "below the bounds": ("sweep: {learning_rate: [-1, 1e-4]}", "--learning_rate -1: it must be"),
+    "no choice": ("sweep: {mixed_precision: [fp17]}", "--mixed_precision"),
+    "no switch": ("sweep: {random_flip: [maybe]}", "random_flip is a switch: write true or false, not maybe"),
+    "a range of words": ("sampler: tpe\nsweep: {trigger_word: {min: 1, max: 2}}", "only numbers have a range"),
+    "a range with a step": ("sampler: tpe\nsweep: {rank: {min: 1, max: 9, step: 2}}", "step is not known"),
+    "a log of words": ("sampler: tpe\nsweep: {rank: {min: 1, max: 9, log: maybe}}", "a range is min..max"),
+    "infinite": ("sampler: random\nsweep: {learning_rate: {min: 1e-4, max: 1e400}}", "two finite numbers"),
+    "infinite as whole": ("sampler: random\nsweep: {rank: {min: 1, max: 1" + "0" * 400 + "}}", "two finite numbers"),
+    "beyond the flag": ("sampler: tpe\nsweep: {lora_dropout: {min: 0, max: 7}}", "--lora_dropout 7: it must be"),
+    "prune": ("prune: maybe\nsweep: {rank: [4]}", "prune maybe: write true or false"),
+    "no launcher": ("launcher: /nonexistent\nsweep: {rank: [4]}", "there is no command /nonexistent"),
+    "an open quote": ("launcher: \"x 'y\"\nsweep: {rank: [4]}", "it can't be divided into words"),
+    "a list as launcher": ("launcher: [a]\nsweep: {rank: [4]}", "it must be a command"),
+    "a blank launcher": ("launcher: ' '\nsweep: {rank: [4]}", "it must be a command"),
+    "a list as folder": ("sweep_dir: [a]\nsweep: {rank: [4]}", "it must be the path of a folder"),
+    "a mapping as folder": ("sweep_dir: {a: 1}\nsweep: {rank: [4]}", "it must be the path of a folder"),
+    "a blank folder": ("sweep_dir: ' '\nsweep: {rank: [4]}", "it must be the path of a folder"),
+    "a fixed mapping": ("flags: {validation_split: {a: 1}}\nsweep: {rank: [4]}", "validation_split: {'a': '1'} is no value"),
+    "a fixed word": ("flags: {validation_split: x}\nsweep: {rank: [4]}", "--validation_split x: it must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_training_accepts_is_refused_before_a_trial_starts(case, tmp_path):
+    text, message = REFUSED[case]
+    keys = {line.partition(":")[0] for line in text.splitlines()}
+    start = [line for line in START.splitlines() if line.partition(":")[0] not in keys]
+    path = tmp_path / "sweep.yaml"
+    path.write_text("\n".join([*start, text]))
+    with pytest.raises(SweepError, match=message):
+        settle(sweep.parse_args([str(path)]))
+
+
+def test_lists_are_values_of_flags_that_take_several(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(START + "sweep:\n  validation_prompts: [[a, b], c]\n  snr_gamma: [null, 5]\n")
+    found = settle(sweep.parse_args([str(path)]))["sweep"]
+    assert found == {"validation_prompts": [["a", "b"], "c"], "snr_gamma": [None, 5]}
+
+
+@pytest.mark.parametrize("low", ["0", "0.0", "1e-3"])
+def test_a_range_of_numbers_holds_those_between_whole_ones(tmp_path, low):
+    optuna = pytest.importorskip("optuna")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"{START}sampler: random\nsweep: {{random_contrast: {{min: {low}, max: 1}}, rank: {{min: 2, max: 9}}}}\n"
+    )
+    found = settle(sweep.parse_args([str(path)]))["sweep"]
+    params = suggest(optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask(), found)
+    assert 0 < params["random_contrast"] < 1
+    assert isinstance(params["rank"], int)
