@@ -121,7 +121,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 @explains_file
 @writes_alone
 def main(settings: Settings) -> None:
-    started = time.time()
+    started = time.monotonic()
     interruption.listen(settings.run.max_seconds)
     trackers = settings.tracking.trackers
     check_launcher()

@@ -1,8 +1,10 @@
 """Files are written atomically, reasons fit into one line, and a path is not mistaken for a hub id."""
 
 import os
+from pathlib import Path
 
 import pytest
+from conftest import refusal_of
 
 from text_to_image_lora import files
 from text_to_image_lora.drawing.prompts import read_prompts
@@ -198,3 +200,23 @@ def test_a_file_of_prompts_in_another_encoding(tmp_path):
             read_prompts("--prompt", [str(file)])
         assert str(caught.value).startswith(f"--prompt {file}: it can't be read (it is not ")
         assert str(caught.value).endswith(" Save it again as UTF-8.")
+
+
+ENTRIES = {
+    "metrics.jsonl": (Path.mkdir, "a folder"),
+    "pytorch_lora_weights.safetensors": (Path.mkdir, "a folder"),
+    "report.html": (os.mkfifo, "no regular file"),
+    "checkpoint-4": (lambda path: path.symlink_to("/nowhere"), "a link that leads nowhere"),
+    "about.json": (lambda path: path.symlink_to("/dev/null"), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_is_in_the_way_in_an_output_folder_is_refused_before_the_run(train, tmp_path, name):
+    make, kind = ENTRIES[name]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint-2").mkdir()
+    make(out / name)
+    message = refusal_of(train, output_dir=out)
+    assert message == f"{out / name}: it is {kind}. Remove it, or pass another --output_dir."

@@ -109,6 +109,32 @@ def test_a_failing_upload_loses_nothing(arguments, train, tmp_path, monkeypatch,
     assert len(read_metrics(out)) == 2
 
 
+class Silent(Hub):
+    """Never answers the requests whose path ends as the server's `silent`."""
+
+    def do_POST(self):
+        if self.path.endswith(self.server.silent):
+            self.server.given_up.wait(60)
+        else:
+            super().do_POST()
+
+
+@pytest.mark.parametrize("silent", ["/repos/create", "/preupload/main", "/commit/main"])
+def test_a_silent_server_ends_an_upload(train, tmp_path, monkeypatch, silent):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(hub_client, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(hub_client, "UPLOAD_SECONDS", 1)
+    given_up = threading.Event()
+    with serving(Silent, silent=silent, given_up=given_up) as server, taken_for_the_hub(server):
+        with pytest.raises(
+            TrainingError, match="The upload failed .the server did not answer completely within 1"
+        ) as end:
+            train(push_to_hub=True, hub_model_id="me/axes")
+        given_up.set()
+    assert "run the same command again to upload it" in str(end.value)
+    assert len(read_lora(tmp_path / "out")) == 60
+
+
 @pytest.fixture
 def parquet(tmp_path):
     """Returns a dataset like svjack/pokemon-blip-captions-en-zh: pictures in a parquet file, with two caption columns."""

@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from .redaction import redact
 # The disk or the quota is full, the disk is read-only or broken, or its file system cannot hold so large a file.
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+OWN_SUFFIXES = {".json", ".jsonl", ".yaml", ".md", ".html", ".png", ".safetensors"}  # of files in an output folder
 UNFINISHED: set[Path] = set()  # hidden files and folders that this process is writing
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
@@ -265,6 +267,24 @@ def check_writable(folder: str | Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise InputError(f"{folder}: it can't be written ({error.strerror}). Pass another {flag}.") from error
+
+
+def check_entries(folder: str | Path, flag: str) -> None:
+    """Raises `InputError` if something in an output folder is in the way of what will be written there.
+
+    That is a folder with the name of a file, and a link that leads nowhere. A named pipe would make its reader wait for ever.
+    """
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            kind = "a link that leads nowhere"
+        else:
+            is_folder = stat.S_ISDIR(mode)
+            kind = "a folder" if is_folder and path.suffix.lower() in OWN_SUFFIXES else ""
+            kind = kind if is_folder or stat.S_ISREG(mode) else "no regular file"
+        if kind:
+            raise InputError(f"{printable(path)}: it is {kind}. Remove it, or pass another {flag}.")
 
 
 def hide_folders(values: dict[str, Any]) -> dict[str, str]:

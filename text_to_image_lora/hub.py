@@ -11,6 +11,8 @@ from typing import Any
 
 
 HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
+UPLOAD_SECONDS = 300  # for an upload, and in addition its size by the slowest speed
+SLOWEST_UPLOAD = 100_000  # bytes per second
 ANSWER_SECONDS = 60  # for a complete answer that is small
 
 
@@ -63,6 +65,18 @@ def ask_hub(name: str, kind: str, revision: str | None = None) -> None:
     retry_timeouts(
         lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_SECONDS), ANSWER_SECONDS
     )
+
+
+def create_repository(api: Any, name: str, *, private: bool | None = None) -> str:
+    """Creates a repository on the hub unless it exists, and returns its full name."""
+    return retry_timeouts(lambda: api.create_repo(name, private=private, exist_ok=True).repo_id, ANSWER_SECONDS)
+
+
+def upload_folder(api: Any, repo_id: str, folder: Path, **options: Any) -> Any:
+    """Uploads the files of a folder in one commit; raises `TimeoutError` if the server is silent, or very slow."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    seconds = UPLOAD_SECONDS + size / SLOWEST_UPLOAD
+    return _within(seconds, lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
 
 def hub_file(name, file, *, revision=None, cache_dir=None):

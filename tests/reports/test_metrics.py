@@ -1,6 +1,7 @@
 """`metrics.jsonl` and the metrics of each step: complete lines, each written once, and no NaN."""
 
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ from conftest import ROOT, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports import curves, metrics, progress
+from text_to_image_lora.reports import reports as reports_of_runs
 from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics
 from text_to_image_lora.reports.numbers import read_numbers
 from text_to_image_lora.reports.progress import Pauses, format_duration, peak_memory_gib
@@ -320,7 +322,7 @@ def test_the_bar_leaves_pauses_out_of_the_speed_and_includes_them_in_the_rest(mo
     """Ten steps of a second, then a pause of a minute: as many steps a second as before, and the pauses are still to come."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress.TrainingBar, "_time", lambda self: clock.now, raising=False)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     pauses = Pauses([10, 20])
     bar = progress.TrainingBar(pauses, total=20, file=io.StringIO(), mininterval=0)
     bar._time = lambda: clock.now
@@ -345,3 +347,13 @@ def test_the_first_loss_does_not_dominate_the_smoothed_loss():
     assert curves.smooth([4.0, 1.0, 1.0]) == [4.0, 2.5, 2.0]
     late = curves.smooth([1.0] * 100 + [2.0])
     assert late[-1] == pytest.approx(1 + (1 - curves.SMOOTHING))
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, 1e-9])
+def test_a_clock_that_stands_still_ends_no_run(train, tmp_path, monkeypatch, step):
+    """The ticks of some clocks are longer than a small step."""
+    now = itertools.count(1000)
+    monkeypatch.setattr(reports_of_runs, "time", SimpleNamespace(monotonic=lambda: next(now) * step))
+    rows = read_metrics(train(max_train_steps=3))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(0 < row["images_per_second"] < 1e9 for row in rows)

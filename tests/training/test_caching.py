@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import batch_sampler, make_picture_set, write_pictures
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from text_to_image_lora.errors import InputError, Stopped, TrainingError
@@ -35,7 +36,7 @@ from text_to_image_lora.training import caching, interruption
 from text_to_image_lora.training.batches import Sample
 from text_to_image_lora.training.data import Draws, TrainingSet, make_loader
 from text_to_image_lora.training.ending import end
-from text_to_image_lora.training.shards import Shard, ShardReader, check_free_disk, fill_shards
+from text_to_image_lora.training.shards import CHECKSUMS, Shard, ShardReader, check_free_disk, fill_shards, is_whole
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +457,39 @@ def test_a_shard_that_is_harmed_during_a_run(tmp_path, harm, opened):
     else:
         with pytest.raises(TrainingError, match=r"a\.safetensors: this file of the cache cannot be read any more"):
             reader.row(0, 4)
+
+
+@pytest.mark.parametrize("harm", ["zeros", "one bit", "rows exchanged"])
+def test_a_shard_whose_values_are_damaged_is_encoded_again(fill, tmp_path, harm):
+    """A power cut can leave zeros in a file of the right size, because shards are not flushed to the disk."""
+    fill("cache")
+    path = max((tmp_path / "cache").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    whole = path.read_bytes()
+    start, values = 8 + int.from_bytes(whole[:8], "little"), bytearray(whole)
+    with safe_open(path, "pt") as file:
+        row = file.get_tensor(min(file.keys()))[:1].nbytes
+    if harm == "zeros":
+        values[start:] = bytes(len(whole) - start)
+    elif harm == "one bit":
+        values[start + 5] ^= 1
+    else:
+        values[start : start + 2 * row] = values[start + row : start + 2 * row] + values[start : start + row]
+    path.write_bytes(values)
+    with pytest.raises(TrainingError, match="its data does not fit its checksums"):
+        ShardReader([Shard(path, range(2))]).row(0, 0)
+    assert not path.exists()
+    fill("cache")
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", ["no checksums", "no tensor"])
+def test_a_shard_without_checksums_is_not_whole(tmp_path, content):
+    shard = Shard(tmp_path / "a.safetensors", [1, 2])
+    tensors = {} if content == "no tensor" else {"mean": torch.zeros(2, 3)}
+    save_file(tensors, shard.path, {} if tensors else {CHECKSUMS: "[]"})
+    assert not is_whole(shard)
+    fill_shards([shard], lambda *_: {"mean": torch.ones(2, 3)}, rank=0, world_size=1, title="", show_progress=False)
+    assert is_whole(shard)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -22,6 +22,7 @@ from .report_page import update_page
 logger = logging.getLogger(__name__)
 VALIDATION_LOSS = "validation/loss"  # a key of the rows that a validation writes
 LAST_GOOD = "last-good"  # folder of the last finite LoRA of a run that diverged
+SHORTEST_STEP = 1e-6  # seconds; the ticks of some clocks are longer than a small step
 PAGE_PAUSE = 10  # seconds at least between two updates of the report page
 PAGE_SHARE = 20  # updates are at least this many times further apart than one takes
 
@@ -113,7 +114,7 @@ class StepMetrics:
         """Accepts the numbers and scalar tensors of a step of `samples` pictures, and writes those of the previous step."""
         if isinstance(values["asked"], bool):
             self.stop_requested = values["asked"]
-        numbers = AsyncNumbers(values | {"images_per_second": samples / seconds})
+        numbers = AsyncNumbers(values | {"images_per_second": samples / max(seconds, SHORTEST_STEP)})
         self.flush()
         self.pace.add(step, seconds)
         self.waiting = step, numbers

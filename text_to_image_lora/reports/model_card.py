@@ -15,7 +15,7 @@ import yaml
 from ..command_line import plain
 from ..errors import TrainingError
 from ..files import counted, hide_folders, reason_of, write_whole
-from ..hub import is_hub_id
+from ..hub import create_repository, is_hub_id, upload_folder
 from ..models.families import STABLE_DIFFUSION, Family
 from ..models.lora_file import WEIGHTS_NAME
 from . import stopping
@@ -206,13 +206,11 @@ def upload(output_dir: str | Path, repo_id: str, token: str | None, files: Seque
     card = metadata_load(Path(output_dir) / "README.md") or {}
     names = [*files, "README.md", *(row["output"]["url"] for row in card.get("widget", []))]
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=Path(output_dir),
-        commit_message="End of training",
+    repo_id = create_repository(api, repo_id)
+    return upload_folder(
+        api, repo_id, Path(output_dir), commit_message="End of training",
         allow_patterns=[glob.escape(name) for name in names],
-    ).commit_url
+    ).commit_url  # fmt: skip
 
 
 def upload_run(settings: Any, files: list[str]) -> None:

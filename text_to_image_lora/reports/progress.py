@@ -84,7 +84,7 @@ class TrainingBar(tqdm):
     """The progress bar of the training steps; the remaining time includes pauses, and the speed does not."""
 
     def __init__(self, pauses: Pauses, **options: Any):
-        self.pauses, self.began = pauses, time.time()
+        self.pauses, self.began = pauses, time.monotonic()
         bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{since}<{left}, {rate_fmt}{postfix}]"
         super().__init__(bar_format=bar_format, **options)
 
@@ -102,7 +102,7 @@ class TrainingBar(tqdm):
         left = "?"
         if rate:
             left = self.format_interval((shown["total"] - shown["n"]) / rate + self.pauses.seconds_left(shown["n"]))
-        shown.update(left=left, since=self.format_interval(time.time() - self.began))
+        shown.update(left=left, since=self.format_interval(time.monotonic() - self.began))
         return shown
 
 

@@ -91,12 +91,12 @@ class RunReports:
         step = self.run.state.global_step
         with lora.without_adapters(*adapted.values()):
             self.judge.start()
-            began = time.time()
+            began = time.monotonic()
             if step == 0:
                 self.painter.draw(0)
         if step == 0:
             self.judge.validate(0, self.checkpoints.save_lora, is_base=self.settings.lora.lora_weights is None)
-            self.pauses.record(0, time.time() - began)
+            self.pauses.record(0, time.monotonic() - began)
 
     def begin(self) -> BaseException | None:
         """Finishes what was due at the step where a resumed run stopped; returns the ending if it is stopped again.
@@ -111,7 +111,7 @@ class RunReports:
                 self.pauses, total=self.run.num_steps, initial=self.run.state.global_step, desc="training",
                 disable=not self.accelerator.is_local_main_process,
             )  # fmt: skip
-        self.clock = time.time()
+        self.clock = time.monotonic()
         return ending
 
     def has_steps_left(self) -> bool:
@@ -123,7 +123,7 @@ class RunReports:
 
         `numbers` and `asked_to_stop`, whether any process was asked to stop, may be tensors: they are read a step later.
         """
-        state, now = self.run.state, time.time()
+        state, now = self.run.state, time.monotonic()
         self.progress.update()
         epoch = state.global_step / self.run.sampler.steps_per_epoch
         values = numbers | {"asked": asked_to_stop, "epoch": epoch}
@@ -148,7 +148,7 @@ class RunReports:
             self.checkpoints.save(self.judge)
         if pauses:
             self.metrics.write_page()
-            self.clock = time.time()
+            self.clock = time.monotonic()
             if validated:
                 self.pauses.record(state.global_step, self.clock - now)
             self.progress.leave_out(self.clock - now)
@@ -206,7 +206,7 @@ class RunReports:
             card = self._write_card(kohya_file)
             logger.info(verified)
             since = " since the run was resumed" if self.run.resume_path is not None else ""
-            logger.info(f"LoRA: {weights_file}  (model card: {card}, {time.time() - started:.0f} s{since})")
+            logger.info(f"LoRA: {weights_file}  (model card: {card}, {time.monotonic() - started:.0f} s{since})")
             files = [path.name for path in (weights_file, kohya_file) if path is not None]
         self.metrics.leave(ending)
         # The other processes wait until everything is written.

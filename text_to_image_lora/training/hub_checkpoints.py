@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import reason_of, written_whole
-from ..hub import ANSWER_SECONDS, retry_timeouts
+from ..hub import ANSWER_SECONDS, create_repository, retry_timeouts, upload_folder
 from . import checkpoint
 
 
@@ -39,10 +39,8 @@ class Uploads:
         disable_progress_bars()
         try:
             api = HfApi(token=self.token)
-            repo_id = api.create_repo(repository, private=True, exist_ok=True).repo_id
-            api.upload_folder(
-                repo_id=repo_id, folder_path=folder, path_in_repo=folder.name, commit_message=folder.name
-            )
+            repo_id = create_repository(api, repository, private=True)
+            upload_folder(api, repo_id, folder, path_in_repo=folder.name, commit_message=folder.name)
         except Exception as error:  # the client's errors have no common base class
             logger.info(
                 f"{folder.name} was not uploaded ({reason_of(error)}); it is in {folder}, and training continues"

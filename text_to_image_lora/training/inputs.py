@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import log
 from ..errors import InputError
-from ..files import check_writable, printable, shorten_paths
+from ..files import check_entries, check_writable, printable, shorten_paths
 from ..models.loading import find_base_model
 from ..models.lora_checks import check_family, check_lora
 from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
@@ -165,6 +165,7 @@ def check_rest(settings: Any, base: Any) -> None:
         if not (settings.sharing.hub_token or get_token()):
             raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
     check_writable(settings.run.output_dir, "--output_dir")
+    check_entries(settings.run.output_dir, "--output_dir")
     preview = settings.data.preview_data
     if preview is not None:
         check_writable(Path(preview).parent, "--preview_data")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import weakref
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from ..errors import InputError, Stopped, TrainingError
 from ..files import format_bytes, reason_of, written_whole
 
 
+CHECKSUMS = "crc32"  # in the metadata of a shard: a list of a number per row
+
+
 class Shard(NamedTuple):
     """A file of the cache, and the entry of each row: a caption, or (index of a picture, number of its variation)."""
 
@@ -30,7 +34,10 @@ def is_whole(shard: Shard) -> bool:
     """Whether a shard exists, is readable and has a row for each entry."""
     try:
         with safe_open(shard.path, "pt") as file:
-            return all(file.get_slice(name).get_shape()[0] == len(shard.entries) for name in sorted(file.keys()))
+            has_checksums = CHECKSUMS in (file.metadata() or {}) and bool(file.keys())
+            return has_checksums and all(
+                file.get_slice(name).get_shape()[0] == len(shard.entries) for name in sorted(file.keys())
+            )
     except (OSError, SafetensorError):
         return False
 
@@ -53,8 +60,25 @@ def fill_shards(
         if not is_whole(shard):  # otherwise another process has written it meanwhile
             shard.path.unlink(missing_ok=True)
         with written_whole(shard.path, shared=True) as temporary:
-            temporary.write_bytes(save(tensors))  # files of `save_file` are readable only by their owner
+            sums = json.dumps(checksums(tensors, len(shard.entries)))
+            temporary.write_bytes(
+                save(tensors, {CHECKSUMS: sums})
+            )  # files of `save_file` are readable only by their owner
     progress.close()
+
+
+def checksums(tensors: dict[str, torch.Tensor], count: int) -> list[int]:
+    """Returns the CRC-32 of each row of all tensors together, in the order of their names.
+
+    Shards are not flushed to the disk when they are written, so that a power cut can leave zeros in a file of the right size.
+    """
+    parts = [
+        tensors[name].contiguous().flatten().view(torch.uint8).view(count, -1).numpy() for name in sorted(tensors)
+    ]
+    sums = [0] * count
+    for part in parts:
+        sums = [zlib.crc32(row, before) for row, before in zip(part, sums, strict=True)]
+    return sums
 
 
 class StoredRows(NamedTuple):
@@ -66,13 +90,14 @@ class StoredRows(NamedTuple):
     dtype: torch.dtype
 
 
-def find_rows(file: io.FileIO, path: str) -> dict[str, StoredRows]:
-    """Returns where the rows of each tensor of a safetensors file lie; the file is checked by safetensors."""
+def find_rows(file: io.FileIO, path: str) -> tuple[dict[str, StoredRows], list[int] | None]:
+    """Returns where the rows of each tensor of a safetensors file lie, and their checksums; safetensors checks the file."""
     with safe_open(path, "pt") as checked:
         tensors = {name: checked.get_tensor(name) for name in sorted(checked.keys())}  # memory maps: reads nothing
     size = int.from_bytes(file.read(8), "little")  # the format: size of the header, header, tensors
     header = json.loads(file.read(size))
-    return {
+    sums = header.get("__metadata__", {}).get(CHECKSUMS)
+    rows = {
         name: StoredRows(
             start=8 + size + header[name]["data_offsets"][0],
             row_bytes=tensor[:1].nbytes,
@@ -81,6 +106,7 @@ def find_rows(file: io.FileIO, path: str) -> dict[str, StoredRows]:
         )
         for name, tensor in tensors.items()
     }
+    return rows, sums and json.loads(sums)
 
 
 class ShardReader:
@@ -97,21 +123,21 @@ class ShardReader:
     def __getstate__(self):
         return {"paths": self.paths, "files": {}}  # each data loading worker opens its own files
 
-    def _file(self, shard: int) -> tuple[io.FileIO, dict[str, StoredRows]]:
+    def _file(self, shard: int) -> tuple[io.FileIO, dict[str, StoredRows], list[int] | None]:
         if shard not in self.files:
             path = self.paths[shard]
             try:
                 file = io.FileIO(path)
                 weakref.finalize(self, file.close)
-                self.files[shard] = file, find_rows(file, path)
+                self.files[shard] = file, *find_rows(file, path)
             except (OSError, SafetensorError) as error:
                 raise damaged(path, reason_of(error)) from error
         return self.files[shard]
 
     def row(self, shard: int, row: int) -> dict[str, torch.Tensor]:
         """Returns a row of each tensor by name; raises `TrainingError` if the file has become unreadable."""
-        file, tensors = self._file(shard)
-        rows = {}
+        file, tensors, sums = self._file(shard)
+        rows, checksum = {}, 0
         for name, stored in tensors.items():
             buffer = bytearray(stored.row_bytes)
             try:
@@ -121,7 +147,11 @@ class ShardReader:
                 raise damaged(self.paths[shard], reason_of(error)) from error
             if count != stored.row_bytes:
                 raise damaged(self.paths[shard], "it ends too early")
+            checksum = zlib.crc32(buffer, checksum)
             rows[name] = torch.frombuffer(buffer, dtype=stored.dtype).view(stored.shape)
+        if sums is not None and sums[row] != checksum:
+            Path(self.paths[shard]).unlink(missing_ok=True)  # otherwise the next run would use it too
+            raise damaged(self.paths[shard], "its data does not fit its checksums")
         return rows
 
     def shape(self, shard: int, name: str) -> tuple[int, ...]:
