@@ -93,6 +93,10 @@ class PictureSet:
         opened.index = i
         return opened
 
+    def image(self, i: int) -> Any:
+        """Returns picture i as the user brought it, as an RGB `PIL.Image`; raises `TrainingError` if its files have changed."""
+        return self._open(i).image
+
     def pixels(self, i: int, k: int) -> np.ndarray:
         """Returns variation k of picture i as uint8 pixels (height, width, 3); raises `TrainingError` if its files have changed."""
         image = self._open(i).image
