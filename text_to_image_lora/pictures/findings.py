@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .alike import alike_pictures, equal_pictures
 from .looks import Look, look_at, shared_marks
 from .picture_set import PictureSet
 from .records import in_threads
@@ -20,13 +21,19 @@ from .records import in_threads
 
 DARK = 0.3  # the brightest parts of a picture (`Look.light`) below this
 MUCH_CUT = 0.35  # part of a picture's area that its crop leaves out
-FAR_ASPECT = 0.7  # difference of the logarithms of two aspect ratios: about 1 to 2
+FAR_ASPECT = 1.15  # difference of the logarithms of two aspect ratios: about 1 to 3
 FAR_COLOURS = 0.85  # Hellinger distance to the fourth nearest picture; 1: no colour in common
 LEAST_COMPARED = 12  # pictures: among fewer, none is unlike the others
 COMPARED = 400  # pictures among which marks are looked for: their pairs take seconds
-LEAST_MARK, MOST_MARK, MARK_OVER_OTHERS = 0.33, 0.75, 3.7  # likeness; the factor is for the 95th percentile of all pairs
+LEAST_MARK, MOST_MARK, MARK_OVER_OTHERS = (
+    0.33,
+    0.75,
+    4.0,
+)  # likeness; the factor is for the 95th percentile of all pairs
 MOST_WORDS, RARE = 0.85, 0.1  # a word in most captions; the share of captions that lack it
-NAMES_OF_CAMERAS = re.compile(r"(img|dsc|dscn|dscf|pxl|mvimg|screenshot|image|photo|untitled|download)?[\s_-]*\d[\d\s_().-]*", re.I)
+NAMES_OF_CAMERAS = re.compile(
+    r"(img|dsc|dscn|dscf|pxl|mvimg|screenshot|image|photo|untitled|download)?[\s_-]*\d[\d\s_().-]*", re.I
+)
 
 
 class Kind(NamedTuple):
@@ -70,7 +77,9 @@ def find_in_pictures(pictures: PictureSet) -> list[Finding]:
     own = [i for i in range(len(pictures)) if not pictures.is_class[i]]
     looks = dict(zip(own, in_threads(lambda i: look_at(pictures.image(i), pictures.sizes[i]), own, ahead=32)))
     found = [*_on_single_pictures(pictures, looks), *_unlike_the_others(pictures, looks)]
-    marks = find_marks({i: look.fine for i, look in looks.items()})
+    own_facts = [pictures.facts[i] for i in own]
+    groups = [[own[j] for j in group] for group in (*equal_pictures(own_facts), *alike_pictures(own_facts))]
+    marks = find_marks({i: look.fine for i, look in looks.items()}, groups)
     found += [Finding("mark", i, f"like {_name(pictures, marks[i])}") for i in sorted(marks)]
     return sorted(found, key=lambda row: (list(KINDS).index(row.kind), row.index))
 
@@ -102,7 +111,7 @@ def _unlike_the_others(pictures: PictureSet, looks: dict[int, Look]) -> Iterator
     aspects = np.log([pictures.facts[i].width / pictures.facts[i].height for i in own])
     usual = np.median(aspects)
     for i, aspect in zip(own, aspects, strict=True):
-        near = np.mean(np.abs(aspects - aspect) < FAR_ASPECT / 2)
+        near = np.mean(np.abs(aspects - aspect) < 0.35)
         if abs(aspect - usual) > FAR_ASPECT and near < RARE:
             fact = pictures.facts[i]
             yield Finding("aspect", i, f"{fact.width}x{fact.height}; the others are about {math.exp(usual):.2f} to 1")
@@ -114,12 +123,18 @@ def _unlike_the_others(pictures: PictureSet, looks: dict[int, Look]) -> Iterator
             yield Finding("colours", i, f"distance {distance:.2f}; that of the others is {np.median(fourth):.2f}")
 
 
-def find_marks(fine: dict[int, np.ndarray]) -> dict[int, int]:
-    """Returns {index: index of the picture with the most similar mark} of {index: `Look.fine`}."""
+def find_marks(fine: dict[int, np.ndarray], alike_groups: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Returns {index: index of the picture with the most similar mark} of {index: `Look.fine`}.
+
+    Pictures of one of the groups are alike as a whole, and not compared. Of many pictures, an evenly chosen part is compared.
+    """
     own = list(fine)[:: -(-len(fine) // COMPARED) or 1]
     if len(own) < LEAST_COMPARED:
         return {}
-    alike = shared_marks(np.stack([fine[i] for i in own]))
+    alike, places = shared_marks(np.stack([fine[i] for i in own])), {i: place for place, i in enumerate(own)}
+    for members in alike_groups:
+        rows = [places[i] for i in members if i in places]
+        alike[np.ix_(rows, rows)] = 0
     usual = float(np.quantile(alike[np.triu_indices(len(own), 1)], 0.95))
     limit = min(max(LEAST_MARK, MARK_OVER_OTHERS * usual), MOST_MARK)
     return {own[i]: own[int(alike[i].argmax())] for i in range(len(own)) if alike[i].max() > limit}
@@ -133,7 +148,9 @@ def find_in_captions(pictures: PictureSet) -> list[Finding]:
     own = [i for i in range(len(pictures)) if not pictures.is_class[i]]
     captions = {i: pictures.captions[i] for i in own}
     found = [*_missing_words(captions), *_repeated(captions, pictures), *_other_letters(captions)]
-    found += [Finding("name", i, repr(text)) for i in own for text in captions[i] if is_file_name(text, pictures.records[i])]
+    found += [
+        Finding("name", i, repr(text)) for i in own for text in captions[i] if is_file_name(text, pictures.records[i])
+    ]
     return sorted(set(found), key=lambda row: (list(KINDS).index(row.kind), row.index))
 
 
@@ -162,7 +179,7 @@ def _repeated(captions: dict[int, list[str]], pictures: PictureSet) -> Iterator[
             places[" ".join(caption.lower().split())].add(i)
     for members in places.values():
         different = {pictures.facts[i].image_id for i in members}
-        if 2 < len(different) and len(members) < 0.5 * len(captions):
+        if len(different) > 2 and len(members) < 0.5 * len(captions):
             for i in members:
                 yield Finding("repeated", i, f"{len(different)} pictures have {captions[i][0]!r}")
 
@@ -184,9 +201,13 @@ def is_file_name(caption: str, record: dict[str, Any]) -> bool:
     """Whether a caption is the name of its picture, or a name that a camera or a program gave."""
     text = caption.strip()
     name = Path((record["image"] or {}).get("path") or "").name
-    numbered = name and bool(re.search(r"[\d_]", Path(name).stem)) and text.lower() in (name.lower(), Path(name).stem.lower())
+    numbered = (
+        name and bool(re.search(r"[\d_]", Path(name).stem)) and text.lower() in (name.lower(), Path(name).stem.lower())
+    )
     ended = bool(re.fullmatch(r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic)", text, re.I))
-    return numbered or ended or bool(NAMES_OF_CAMERAS.fullmatch(text)) or bool(re.fullmatch(r"[0-9a-f]{12,}", text, re.I))
+    return (
+        numbered or ended or bool(NAMES_OF_CAMERAS.fullmatch(text)) or bool(re.fullmatch(r"[0-9a-f]{12,}", text, re.I))
+    )
 
 
 def group(found: Sequence[Finding]) -> dict[str, list[Finding]]:

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
 from .buckets import find_enlarged, format_table
+from .findings import KINDS, Finding
+from .findings import group as group_findings
 from .picture_set import PictureSet
 from .sheets import Label, Row, labelled_sheet
 
@@ -103,6 +105,32 @@ def format_report(report: dict[str, Any]) -> list[str]:
             lines += ["", f"{title}: {len(found)}", *(f"  {line}" for line in found[:LISTED])]
             if len(found) > LISTED:
                 lines.append(f"  ... and {len(found) - LISTED} more; the JSON file lists all")
+    return lines
+
+
+def describe_findings(found: list[Finding], pictures: PictureSet) -> dict[str, Any]:
+    """Describes the result of `findings.find_all` as plain data for JSON: {kind: its title, its remedy and its pictures}."""
+    sources = pictures.records["source"][:]
+    return {
+        key: {
+            "title": KINDS[key].title,
+            "remedy": KINDS[key].remedy,
+            "pictures": [{"source": sources[row.index], "measure": row.measure} for row in rows],
+        }
+        for key, rows in group_findings(found).items()
+    }
+
+
+def format_findings(described: dict[str, Any]) -> list[str]:
+    """Formats the result of `describe_findings` for a terminal, with the first few examples of each kind."""
+    if not described:
+        return ["", "nothing was found on pictures and captions that may hurt training"]
+    lines = ["", "what may hurt training:"]
+    for kind in described.values():
+        rows = [f"    {row['source']}: {row['measure']}" for row in kind["pictures"]]
+        lines += [f"  {kind['title']}: {counted(len(rows), 'picture')}. {kind['remedy']}", *rows[:LISTED]]
+        if len(rows) > LISTED:
+            lines.append(f"    ... and {len(rows) - LISTED} more; the JSON file lists all")
     return lines
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from ..models import loading, modules, prompts
-from ..pictures import examine, inspection
+from ..pictures import examine, findings, inspection
 from . import caching, inputs, memory, trials
 from .run import choose_num_chunks, make_run_sampler
 from .settings import ways_to_save_memory
@@ -50,6 +50,8 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     lines = [*inspection.format_report(described), *_lengths(settings.batches, settings.schedule, sampler)]
     if images is not None:
         lines.append(images.describe(len(not_drawn)))
+    described["findings"] = inspection.describe_findings(findings.find_all(pictures), pictures)
+    lines += inspection.format_findings(described["findings"])
     print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
     known_chunks = None if tokenizer is None else num_chunks
     drawn_at_once = images.batch_size if images is not None and not_drawn else 0
