@@ -3,10 +3,11 @@
 import itertools
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from .results import trial_dir
-from .settings import SweepError
+from .settings import SweepError, without_secrets
 
 
 def make_sampler(settings, num_trials):
@@ -33,7 +34,7 @@ def open_study(settings):
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3) if settings["prune"] else optuna.pruners.NopPruner(),
     )
-    described = json.dumps({key: settings[key] for key in ("sampler", "sweep", "flags")}, sort_keys=True, default=str)
+    described = describe(settings)
     before = study.user_attrs.get("settings")
     if before is None:
         if settings["sampler"] == "grid":
@@ -42,11 +43,22 @@ def open_study(settings):
         study.set_user_attr(
             "settings", described
         )  # last, so that after a kill before this line the queue is completed
-    elif before != described:
+    elif describe(json.loads(before)) != described:
         raise SweepError(f"{folder}: it contains another sweep. Pass another --sweep_dir for this one.")
     else:
+        if before != describe(json.loads(before)):
+            print(
+                f"{folder / 'trials.log'}: an earlier version wrote a token into it. Revoke the token.",
+                file=sys.stderr,
+            )
         enqueue_failed(study)
     return study
+
+
+def describe(settings):
+    """Returns what makes two sweeps equal as JSON, without secrets. A token can be replaced while a sweep runs."""
+    described = {key: settings[key] for key in ("sampler", "sweep")} | {"flags": without_secrets(settings["flags"])}
+    return json.dumps(described, sort_keys=True, default=str)
 
 
 def enqueue_failed(study):
