@@ -24,8 +24,8 @@ from scripts.sweeping.study import all_failed, claim, describe_progress, has_res
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
-from text_to_image_lora.errors import Stopped, TrainingError
-from text_to_image_lora.files import counted
+from text_to_image_lora.errors import InputError, Stopped, TrainingError
+from text_to_image_lora.files import counted, reason_of
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 from text_to_image_lora.training import interruption
@@ -122,12 +122,16 @@ if __name__ == "__main__":
     interruption.listen()
     try:
         main()
-    except SweepError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingError as error:
+    except (InputError, TrainingError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        stop_children()
+        print(
+            f"sweep.py: {reason_of(error)}. Correct the cause and run the same command again to resume.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except (Stopped, KeyboardInterrupt) as stopped:
         stop_children()  # a training process may just have been started
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)
