@@ -13,20 +13,19 @@ start the command several times, on one machine or on several that share the fol
 
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
 from scripts.sweeping import results
-from scripts.sweeping.settings import SAMPLERS, SweepError, make_command, settle
+from scripts.sweeping.settings import SAMPLERS, SweepError, describe_command, settle, take_words
 from scripts.sweeping.study import all_failed, claim, describe_progress, has_result, open_study, suggest
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
-from text_to_image_lora.errors import Stopped, TrainingError
-from text_to_image_lora.files import counted
+from text_to_image_lora.errors import InputError, Stopped, TrainingError
+from text_to_image_lora.files import counted, reason_of
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 from text_to_image_lora.training import interruption
@@ -60,7 +59,7 @@ def write_results(study, settings):
     failed = [results.trial_dir("", row["trial"]).name for row in rows if row["state"] == "fail"]
 
     def make_best_command(params):
-        return shlex.join(make_command(settings, params, f"{folder.name}-best"))
+        return describe_command(settings, params, f"{folder.name}-best")
 
     text = results.write(rows, folder, varied, make_best_command)
     if failed:
@@ -71,7 +70,7 @@ def write_results(study, settings):
 
 def main(argv=None):
     log.start()
-    settings = settle(parse_args(argv))
+    settings = settle(parse_args(take_words(argv)))
     folder = Path(settings["sweep_dir"])
     try:
         import optuna  # noqa: F401
@@ -123,12 +122,16 @@ if __name__ == "__main__":
     interruption.listen()
     try:
         main()
-    except SweepError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except TrainingError as error:
+    except (InputError, TrainingError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        stop_children()
+        print(
+            f"sweep.py: {reason_of(error)}. Correct the cause and run the same command again to resume.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except (Stopped, KeyboardInterrupt) as stopped:
         stop_children()  # a training process may just have been started
         print("\ninterrupted: run the same command again to resume", file=sys.stderr)

@@ -1,10 +1,12 @@
 """Writes the results of a sweep as tables and a sheet of pictures, for `sweep.py`."""
 
 import csv
+import io
 import itertools
 import json
 from pathlib import Path
 
+from text_to_image_lora.files import write_whole, written_whole
 from text_to_image_lora.pictures.sheets import COLUMNS, Label, Row, labelled_sheet, tell_apart
 from text_to_image_lora.reports.numbers import LOSS as METRIC
 from text_to_image_lora.reports.numbers import read_numbers
@@ -165,10 +167,11 @@ def write(rows, folder, varied, make_best_command):
 
     `make_best_command(params)` returns the command that trains again with these values of the varied flags.
     """
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / "results.csv", table.getvalue())
     lines = [markdown(rows)]
     if "seed" in varied and rows[0]["state"] == "complete":
         lines += ["", "Mean over the seeds:", "", markdown(over_seeds(rows, varied))]
@@ -185,8 +188,9 @@ def write(rows, folder, varied, make_best_command):
             "",
             command,
         ]
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / "results.md", "\n".join(lines) + "\n")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:
-        sheet.save(folder / "pictures.png")
+        with written_whole(folder / "pictures.png") as temporary:
+            sheet.save(temporary, format="PNG")
     return "\n".join(lines)

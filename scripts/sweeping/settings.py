@@ -9,16 +9,20 @@ import shutil
 import sys
 from pathlib import Path
 
+from text_to_image_lora.command_line import redacted
 from text_to_image_lora.config_file import SWITCH_WORDS, read_yaml
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.redaction import MASK, hide, redact
 
 from .. import ROOT
 
 
 SAMPLERS = ("grid", "random", "tpe")
+# A variable that a launcher such as 'env WANDB_API_KEY=... accelerate launch' sets.
+SECRET_VARIABLE = re.compile(r"\b[A-Z_]*(?:TOKEN|KEY|SECRET|PASSWORD)[A-Z_]*=[\"']?([^\s\"']+)")
 
 
-class SweepError(Exception):
+class SweepError(InputError):
     """Invalid input or a missing package. The message is one sentence with the remedy."""
 
 
@@ -38,6 +42,37 @@ def _kind(name):
     """Returns int or float for a flag whose values are numbers, otherwise its type."""
     action = next(action for action in _flags() if action.dest == name)
     return getattr(action.type, "kind", action.type)
+
+
+def secret_flags():
+    """Returns the names of the training command's flags whose values are secrets."""
+    return {flag.removeprefix("--") for flag in _parser().secrets}
+
+
+def take_words(argv=None):
+    """Returns the words of the command line (None: this process's), and hides the values of secret flags in them."""
+    for word in sys.argv[1:] if argv is None else argv:
+        name, *rest = re.split("[=:]", word.lstrip("-"), maxsplit=1)
+        hide_texts({name: rest})
+    return _parser().take_words(argv)
+
+
+def hide_texts(flags):
+    """From here on, `redact` masks the values of secret flags in a mapping, which may still hold mistakes."""
+
+    def texts(value):
+        if isinstance(value, dict | list):
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            return [text for part in parts for text in texts(part)]
+        return [value, *value.split(",")] if isinstance(value, str) else []
+
+    for name in flags.keys() & secret_flags() if isinstance(flags, dict) else ():
+        hide(texts(flags[name]))
+
+
+def without_secrets(flags):
+    """Returns flags as they may be written down: without those whose values are secrets, and with all other secrets masked."""
+    return {name: redacted(value) for name, value in flags.items() if name not in secret_flags()}
 
 
 def to_number(text):
@@ -80,6 +115,8 @@ def read_settings(path):
         raise SweepError(str(error)) from error
     if not isinstance(given, dict):
         return given
+    hide_texts(given.get("flags"))
+    hide_texts(given.get("sweep"))
     given |= {name: option(given[name]) for name in ("num_trials", "seed", "prune") if name in given}
     flags, sweep = given.get("flags"), given.get("sweep")
     switches = {action.dest for action in _flags() if action.nargs == 0}
@@ -122,6 +159,7 @@ def settle(args):
             settings[name] = settings[name] | {
                 key.removeprefix("--"): parse_values(key.removeprefix("--"), text) if name == "sweep" else text
             }
+    hide(SECRET_VARIABLE.findall(str(settings["launcher"])))
     check(settings)
     for key, values in settings["sweep"].items():
         if isinstance(values, dict) and _kind(key) is float:  # Optuna would only draw whole numbers from 0 to 1
@@ -156,6 +194,7 @@ def check(settings):
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise SweepError(f"there is no flag --{key}." + (f" Did you mean --{near[0]}?" if near else ""))
+    check_no_secret_varies(settings["sweep"])
     for key, values in settings["sweep"].items():
         if isinstance(values, dict):
             check_range(key, values, settings["sampler"])
@@ -177,6 +216,15 @@ def check(settings):
     for name in ("output_dir", "latent_cache_dir"):
         if name in settings["sweep"]:
             raise SweepError(f"{name} can't be varied: each trial has its own folder in --sweep_dir.")
+
+
+def check_no_secret_varies(sweep):
+    """Raises `SweepError` if a varied value is a secret, as the journal and the tables of a sweep hold the varied values."""
+    for key, values in sweep.items():
+        listed = values if isinstance(values, list) else [values]
+        if key in secret_flags() or any(redacted(value) != value for value in listed):
+            reason = "its values are or contain secrets, which the tables of the sweep would show"
+            raise SweepError(f"{key} can't be varied: {reason}. Pass a token to --flags, or run hf auth login.")
 
 
 def check_launcher(launcher):
@@ -264,3 +312,13 @@ def make_command(settings, params, output_dir):
     cache = {"latent_cache_dir": Path(settings["sweep_dir"]) / "cache"}
     flags = cache | settings["flags"] | params | {"output_dir": output_dir}
     return [*launcher, os.path.relpath(ROOT / "train_text_to_image_lora.py"), *to_words(flags)]
+
+
+def describe_command(settings, params, output_dir):
+    """Returns the training command for one trial as text to write down: `***` stands for each secret.
+
+    Every word is masked before it is quoted, because quotes would change a secret.
+    """
+    secret = {name for name in secret_flags() if settings["flags"].get(name) is not None}
+    masked = settings["flags"] | dict.fromkeys(secret, MASK)
+    return shlex.join(map(redact, make_command(settings | {"flags": masked}, params, output_dir)))

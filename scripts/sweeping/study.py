@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 import statistics
+import sys
 from pathlib import Path
 
 from .results import trial_dir
-from .settings import SweepError
+from .settings import SweepError, without_secrets
 
 
 def make_sampler(settings, num_trials):
@@ -19,21 +21,69 @@ def make_sampler(settings, num_trials):
     return optuna.samplers.RandomSampler(seed=seed)
 
 
+def drop_unfinished_line(journal):
+    """Removes the last line of Optuna's journal if a full disk or a power cut left it unfinished; returns whether it did.
+
+    Optuna would write its next line behind it, and could then read neither. The caller holds the lock of the journal.
+    """
+    content = journal.read_bytes() if journal.exists() else b""
+    start = content.rfind(b"\n", 0, -1) + 1  # of the last line
+    if not content or _is_whole(content[start:]):
+        return False
+    os.truncate(journal, start)
+    return True
+
+
+def _is_whole(line):
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:  # also NUL bytes, which some file systems leave after a power cut
+        return False
+
+
+def open_journal(journal):
+    """Opens Optuna's journal without an unfinished last line; raises `SweepError` if another line is broken."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(journal))
+
+    def mend():
+        lock.acquire()  # another worker may be in the middle of a line
+        try:
+            return drop_unfinished_line(journal)
+        finally:
+            lock.release()
+
+    class Backend(JournalFileBackend):
+        def append_logs(self, logs):
+            mend()  # another worker may have been killed in the middle of a line
+            super().append_logs(logs)
+
+    if mend():
+        print(f"{journal}: the unfinished last line was removed (the disk was full, or the power was cut)", flush=True)
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not _is_whole(line + b"\n") and number < len(lines):
+            raise SweepError(
+                f"{journal}:{number}: the line is broken. Restore the file from a backup, or pass another --sweep_dir."
+            )
+    return JournalStorage(Backend(str(journal)))
+
+
 def open_study(settings):
     """Opens the study in the sweep's folder; the first opening enqueues all trials of a grid."""
     import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(settings["sweep_dir"])
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / "trials.log"))),
+        storage=open_journal(folder / "trials.log"),
         study_name="sweep",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3) if settings["prune"] else optuna.pruners.NopPruner(),
     )
-    described = json.dumps({key: settings[key] for key in ("sampler", "sweep", "flags")}, sort_keys=True, default=str)
+    described = describe(settings)
     before = study.user_attrs.get("settings")
     if before is None:
         if settings["sampler"] == "grid":
@@ -42,11 +92,22 @@ def open_study(settings):
         study.set_user_attr(
             "settings", described
         )  # last, so that after a kill before this line the queue is completed
-    elif before != described:
+    elif describe(json.loads(before)) != described:
         raise SweepError(f"{folder}: it contains another sweep. Pass another --sweep_dir for this one.")
     else:
+        if before != describe(json.loads(before)):
+            print(
+                f"{folder / 'trials.log'}: an earlier version wrote a token into it. Revoke the token.",
+                file=sys.stderr,
+            )
         enqueue_failed(study)
     return study
+
+
+def describe(settings):
+    """Returns what makes two sweeps equal as JSON, without secrets. A token can be replaced while a sweep runs."""
+    described = {key: settings[key] for key in ("sampler", "sweep")} | {"flags": without_secrets(settings["flags"])}
+    return json.dumps(described, sort_keys=True, default=str)
 
 
 def enqueue_failed(study):

@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import shlex
 import subprocess
 import sys
 import time
 
+from text_to_image_lora.files import write_whole
 from text_to_image_lora.redaction import redact
 from text_to_image_lora.reports.numbers import read_numbers
 
 from .results import METRIC, losses_of, trial_dir
-from .settings import make_command
+from .settings import describe_command, make_command
 
 
 # In the log of a launcher, which exits with 1 if the training command exits with 2.
@@ -40,6 +40,18 @@ def stop_children():
         member.kill()
 
 
+@contextlib.contextmanager
+def open_log(file):
+    """Opens the log of a trial to append to it, and masks the secrets in it at the end: a launcher that fails prints its command."""
+    try:
+        with open(file, "ab") as log:
+            yield log
+    finally:
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        if redact(text) != text:
+            write_whole(file, text)
+
+
 def run_trial(study, settings, trial, params, lock):
     """Runs a trial until it ends or is pruned, and records the result in the study. Returns the text to print.
 
@@ -51,8 +63,8 @@ def run_trial(study, settings, trial, params, lock):
     number, output_dir = trial.number, trial_dir(settings["sweep_dir"], trial.number)
     output_dir.mkdir(exist_ok=True)
     command = make_command(settings, params, output_dir)
-    (output_dir / "command.txt").write_text(redact(shlex.join(command)) + "\n", encoding="utf-8")
-    with open(output_dir / "log.txt", "ab") as log:
+    write_whole(output_dir / "command.txt", describe_command(settings, params, output_dir) + "\n")
+    with open_log(output_dir / "log.txt") as log:
         try:
             process = subprocess.Popen(
                 [sys.executable, *command[1:]] if command[0] == "python" else command, stdout=log, stderr=log,
