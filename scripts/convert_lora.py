@@ -9,14 +9,21 @@ The written LoRA is read back and compared. DoRA can be converted. Resizing keep
 merged, because its update depends on the base model. A1111 and ComfyUI apply DoRA differently from how it was trained.
 """
 
-import contextlib
-import math
-import os
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import contextlib
+import math
+import os
+
 from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.drawing.rows import MOST_SCALE

@@ -564,6 +564,19 @@ def test_what_another_process_wrote_meanwhile_stays(ours, monkeypatch, target, i
     assert file.read_text() == "the other's"
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_it_writes_leaves_nothing_behind(ours, tmp_path, name, code):
+    (tmp_path / "written").mkdir()
+    words = ["convert_lora.py", str(ours), str(tmp_path / "written" / "out.safetensors")]
+    program = f"import os, runpy, signal, sys; sys.argv = {words}; number = signal.{name}\n"
+    program += "signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)\n"
+    program += "os.fsync = lambda handle: signal.raise_signal(number)\n"
+    program += "runpy.run_path('scripts/convert_lora.py', run_name='__main__')\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"\nconvert_lora.py: stopped by {name}\n")
+    assert list((tmp_path / "written").iterdir()) == []
+
+
 def test_the_newest_lora_of_a_run_that_is_not_finished_is_converted(ours, tmp_path, said):
     for name in ("checkpoint-2", "epoch-0003", "checkpoint-9"):
         (tmp_path / "run" / name).mkdir(parents=True)
