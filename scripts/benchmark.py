@@ -23,16 +23,25 @@ step that fills the cache, a run of one step that finds the cache filled, and a 
 at the ratios.
 """
 
-import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import argparse
+import tempfile
+
 from scripts.benchmarks.many_pictures import time_datasets
 from scripts.benchmarks.runs import CommandFailed, other_scripts, prepare
 from scripts.benchmarks.steps import count_kernels, time_steps
+from text_to_image_lora.errors import Stopped
+from text_to_image_lora.training import interruption
 
 
 def parse_args(argv=None):
@@ -107,4 +116,10 @@ def setting_of(args, work):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    interruption.listen()  # a signal now ends the running command, and temporary folders are deleted
+    try:
+        main(args)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print("\nbenchmark.py: interrupted", file=sys.stderr)
+        sys.exit(getattr(stopped, "exit_code", 130))

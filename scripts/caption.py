@@ -9,7 +9,6 @@ The models, trigger words and what not to name are explained in docs/captions.md
 a stopped run, run the same command again.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from text_to_image_lora.signals import exit_on_signals
 
 if __name__ == "__main__":
     exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import itertools
 
 from scripts.captioning.dataset import OUTPUTS, OWN_FOLDER, choose_pictures, keep_old_captions, read_dataset
 from scripts.captioning.find import DEFAULT_MODEL, find_model

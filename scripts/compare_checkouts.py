@@ -16,22 +16,31 @@ The results of a commit are kept in --work_dir, so that comparing with it again 
 everything is equal; 1: an item differs or fails; 2: a checkout or an item was not found.
 """
 
-import argparse
-import fnmatch
-import io
-import subprocess
 import sys
-import tarfile
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import argparse
+import fnmatch
+import io
+import subprocess
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
 from scripts.comparing import items
 from scripts.comparing.commands import TRAIN, Failed
 from scripts.comparing.differences import NUMBERS_DIFFER, differences, list_of_words
 from scripts.comparing.reading import read_item
+from text_to_image_lora.errors import Stopped
+from text_to_image_lora.training import interruption
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,11 +142,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    interruption.listen()  # a signal now lets the running items end, and temporary folders are deleted
     try:
         sys.exit(main())
     except Failed as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt) as stopped:
         print("\ninterrupted: run the same command again to continue with the results that are kept", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stopped, "exit_code", 130))

@@ -9,24 +9,33 @@ The written LoRA is read back and compared. DoRA can be converted. Resizing keep
 merged, because its update depends on the base model. A1111 and ComfyUI apply DoRA differently from how it was trained.
 """
 
-import math
-import shutil
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import contextlib
+import math
+import os
+
 from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.drawing.rows import MOST_SCALE
 from text_to_image_lora.errors import InputError, TrainingError
-from text_to_image_lora.files import counted
+from text_to_image_lora.files import counted, written_new
 from text_to_image_lora.models.dialects import PICKLES, find_dialect
 from text_to_image_lora.models.lora_checks import check_lora
 
 
 DIALECTS = ("diffusers", "kohya", "peft")
 TOLERANCES = {"float32": 1e-6, "float16": 1e-2}  # of the LoRA that is read back, relative to an update's norm
+ELSEWHERE = "Name another OUT, or delete it first."
 # Header keys that are not copied: they describe pictures and folders, or are no longer true of the written file.
 DROPPED_KEYS = (
     "format",
@@ -120,8 +129,8 @@ def find_source(text):
 def settle_out(out, dialect):
     """Returns the path to write; raises `InputError` if it exists already or does not fit the format."""
     path = Path(out)
-    if path.exists():
-        raise InputError(f"{out}: it exists already. Name another OUT, or delete it first.")
+    if os.path.lexists(path):
+        raise InputError(f"{out}: it exists already. {ELSEWHERE}")
     if dialect == "peft" and path.suffix.lower() == ".safetensors":
         raise InputError(f"{out}: peft's format is a folder. Name one, or pass another --to.")
     if dialect != "peft" and path.suffix.lower() != ".safetensors":
@@ -211,35 +220,63 @@ def check_range(components, dtype):
         raise InputError(f"in {dtype}, {faults}. {remedy}")
 
 
-def write(components, header, out, dialect, dtype):
-    """Writes the file or folder, and reads it back as other programs do; returns a line on how closely it agrees."""
-    import torch
+def save(components, header, path, dialect, dtype):
+    """Writes the file or folder in the format."""
+    from text_to_image_lora.models import kohya, lora_file, peft_folder
 
-    from text_to_image_lora.models import kohya, lora_file, peft_folder, receipt, updates
+    folded = {name: (state_dict, None) for name, state_dict in components.items()}
+    if dialect == "kohya":
+        kohya.save_kohya(path, folded, header, dtype, names=kohya.guess_family(components, header).kohya)
+    elif dialect == "diffusers":
+        lora_file.save_lora(path, folded, header, dtype)
+    else:
+        peft_folder.save_peft(path, components, header, dtype)
 
-    folded, dtype_of = {name: (state_dict, None) for name, state_dict in components.items()}, getattr(torch, dtype)
-    try:
-        if dialect == "kohya":
-            kohya.save_kohya(out, folded, header, dtype_of, names=kohya.guess_family(components, header).kohya)
-        elif dialect == "diffusers":
-            lora_file.save_lora(out, folded, header, dtype_of)
-        else:
-            peft_folder.save_peft(out, components, header, dtype_of)
-    except OSError as error:
-        raise InputError(f"{out}: it can't be written ({error.strerror}). Name another OUT.") from error
+
+def read_back(components, path, dialect, tolerance):
+    """Reads the file or folder as other programs do; returns a line on how closely it agrees.
+
+    Raises `TrainingError` if it does not.
+    """
+    from text_to_image_lora.models import lora_file, receipt, updates
+
     layers = {name: updates.shapes_of(state_dict) for name, state_dict in components.items()}
     if dialect != "peft":
-        receipt.check_lora_file(out, folded, layers, by_kohyas_names=dialect == "kohya", tolerance=TOLERANCES[dtype])
-    again, _ = lora_file.load_lora(out)
+        folded = {name: (state_dict, None) for name, state_dict in components.items()}
+        receipt.check_lora_file(path, folded, layers, by_kohyas_names=dialect == "kohya", tolerance=tolerance)
+    again, _ = lora_file.load_lora(path)
     worst = max(
         updates.relative_difference(updates.factors(state_dict, module), updates.factors(again[name], module))
         for name, state_dict in components.items()
         for module in updates.modules_of(state_dict)
     )
-    if not worst <= TOLERANCES[dtype]:
-        raise TrainingError(f"{out}: an update that was read back differs by {worst:.1e} of its norm.")
+    if not worst <= tolerance:
+        raise TrainingError(f"{path}: an update that was read back differs by {worst:.1e} of its norm.")
     count = sum(map(len, layers.values()))
     return f"{counted(count, 'module')}, read back " + (f"within {worst:.1e} of each update" if worst else "exactly")
+
+
+@contextlib.contextmanager
+def naming(out, temporary):
+    """Replaces the temporary path in the messages of errors by `out`, which is the one that the user knows."""
+    try:
+        yield
+    except (InputError, TrainingError) as error:
+        raise type(error)(str(error).replace(str(temporary), str(out))) from error
+
+
+def write(components, header, out, dialect, dtype):
+    """Writes the file or folder, and reads it back before it is at `out`; returns a line on how closely it agrees."""
+    import torch
+
+    try:
+        with written_new(out) as temporary, naming(out, temporary):
+            save(components, header, temporary, dialect, getattr(torch, dtype))
+            return read_back(components, temporary, dialect, TOLERANCES[dtype])
+    except FileExistsError as error:
+        raise InputError(f"{out}: another process has just written it. {ELSEWHERE}") from error
+    except OSError as error:
+        raise InputError(f"{out}: it can't be written ({error.strerror}). Name another OUT.") from error
 
 
 def main(args):
@@ -253,11 +290,7 @@ def main(args):
     if args.rank is not None:
         components = resize(components, args.rank)
     check_range(components, args.dtype)
-    try:
-        verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
-    except BaseException:  # what could not be read back, or was not finished; nothing was there before
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-        raise
+    verified = write(components, make_header(components, header, out), out, dialect, args.dtype)
     print(f"{out} ({dialect} format): {verified}")
     if dialect == "peft" and (settings := as_trained.describe(header)):
         print(

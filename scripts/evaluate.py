@@ -8,15 +8,23 @@ The scores are explained in docs/evaluation.md. To resume a stopped evaluation, 
 were already drawn are kept.
 """
 
-import functools
-import json
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    # Before the slow imports, or else a signal would end them with a traceback.
+    exit_on_signals("run the same command again to resume")
+
+import functools
+import json
+import time
+from typing import NamedTuple
+
 from scripts.evaluation import report
 from scripts.evaluation.inputs import find_inputs, images_of
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen, describe_misfit
@@ -146,6 +154,3 @@ if __name__ == "__main__":
     except (InputError, TrainingError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-        sys.exit(130)

@@ -4,12 +4,19 @@
 python scripts/make_docs.py
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import argparse
+
 from scripts import ROOT
 from train_text_to_image_lora import build_parser
 

@@ -6,12 +6,19 @@ python scripts/report.py run-a run-b --output both.html
 python scripts/report.py sweeps/rank                       # report.html of a sweep, which compares its trials
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
+import argparse
+
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import reason_of
 from text_to_image_lora.reports import report_page

@@ -18,6 +18,12 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root of the checkout
+from text_to_image_lora.signals import exit_on_signals
+
+
+if __name__ == "__main__":
+    exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
+
 from scripts.sweeping import results
 from scripts.sweeping.settings import SAMPLERS, SweepError, describe_command, settle, take_words
 from scripts.sweeping.study import all_failed, claim, describe_progress, has_result, open_study, suggest

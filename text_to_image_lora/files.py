@@ -224,20 +224,50 @@ def write_new(path: Path, data: bytes) -> bool:
     with explaining_disk_errors(path):
         try:
             temporary.write_bytes(data)
-            _sync(temporary)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without links
-                if path.exists():
-                    return False
-                os.replace(temporary, path)
-            _sync(path.parent)
+            _put_in_new_place(temporary, path)
             return True
+        except FileExistsError:
+            return False
         finally:
             _remove(temporary)
             UNFINISHED.discard(temporary)
+
+
+@contextlib.contextmanager
+def written_new(path: str | Path) -> Iterator[Path]:
+    """Yields a path of the same name in a hidden folder; a file or folder written there is moved to `path` afterwards.
+
+    Raises `FileExistsError`, and changes nothing, if `path` exists by then: of several processes that write `path` at once,
+    the first result stays. After an exception or a kill, there is nothing at `path` that was not there before.
+    """
+    path = Path(path)
+    hidden = _hidden(path, ".tmp")
+    with explaining_disk_errors(path):
+        UNFINISHED.add(hidden)
+        try:
+            hidden.mkdir(parents=True)
+            temporary = hidden / path.name
+            yield temporary
+            _put_in_new_place(temporary, path)
+        finally:
+            _remove(hidden)
+            UNFINISHED.discard(hidden)
+
+
+def _put_in_new_place(temporary, path):
+    """Raises `FileExistsError` if `path` exists."""
+    for file in [temporary, *temporary.rglob("*")]:
+        _sync(file)
+    try:
+        # A rename replaces no folder that contains anything, and folders have no links.
+        (os.rename if temporary.is_dir() else os.link)(temporary, path)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        if temporary.is_dir():
+            raise
+        os.replace(temporary, path)  # a file system without links
+    _sync(path.parent)
 
 
 def remove_folder(path: str | Path) -> None:

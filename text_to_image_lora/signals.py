@@ -1,5 +1,6 @@
 """The exit codes of signals, and how a command ends that has nothing to finish first."""
 
+import functools
 import os
 import signal
 import sys
@@ -14,8 +15,8 @@ EXIT_CODES = {"SIGINT": 130, "SIGBREAK": 130, "SIGTERM": 143, "SIGHUP": 143, "SI
 CLEAN_UP: list[Callable[[], None]] = []  # called before the process ends
 
 
-def exit_on_signals() -> None:
-    """From here on, a signal to stop ends the process with one line and the signal's exit code.
+def exit_on_signals(advice: str = "") -> None:
+    """From here on, a signal to stop ends the process with one line, which `advice` completes, and the signal's exit code.
 
     Scripts call this before their slow imports: Python's own handlers would print a traceback, or end with other codes.
     """
@@ -23,15 +24,16 @@ def exit_on_signals() -> None:
         number = getattr(signal, name, None)
         # An ignored signal stays ignored, as nohup intends.
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
+            signal.signal(number, functools.partial(_leave, advice))
 
 
-def _leave(number: int, frame: Any) -> None:
+def _leave(advice: str, number: int, frame: Any) -> None:
     """Ends the process without raising: modules that are being imported turn an exception into another one."""
     name = signal.Signals(number).name
     for clean_up in CLEAN_UP:
         clean_up()
+    line = f"{os.path.basename(sys.argv[0])}: stopped by {name}" + (f"; {advice}" if advice else "")
     try:
-        os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by {name}\n".encode())
+        os.write(2, f"\n{line}\n".encode())
     finally:  # the terminal may be gone
         os._exit(EXIT_CODES[name])

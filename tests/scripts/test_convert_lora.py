@@ -1,9 +1,12 @@
 """The real convert_lora.py: between all formats, smaller ranks, sums, and invalid input in one line."""
 
+import errno
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -495,25 +498,83 @@ def test_help_imports_nothing_heavy():
     assert "--merge LORA" in run("--help").stdout
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "peft"])
-def test_what_can_not_be_read_back_is_not_left_behind(ours, tmp_path, monkeypatch, dialect):
-    out = tmp_path / ("folder" if dialect == "peft" else "out.safetensors")
+def in_read_back(monkeypatch, out, change):
+    """Calls `change(components)` when the written LoRA is read back, and asserts then that it is not at `out` yet."""
     read, paths = lora_file.load_lora, []
 
-    def damaged(path):
+    def load(path):
         components, header = read(path)
-        paths.append(path)
-        if path == out:  # the disk returns other weights than were written
-            for state_dict in components.values():
-                for value in state_dict.values():
-                    value *= 1.5
+        if Path(path).name == out.name:
+            assert not out.exists()
+            paths.append(path)
+            change(components)
         return components, header
 
-    monkeypatch.setattr(lora_file, "load_lora", damaged)
-    with pytest.raises(TrainingError, match="differs by"):
+    monkeypatch.setattr(lora_file, "load_lora", load)
+    return paths
+
+
+@pytest.fixture(params=["diffusers", "kohya", "peft"])
+def target(request, tmp_path):
+    """Returns a path to write, in a folder of its own, and its format."""
+    (tmp_path / "written").mkdir()
+    return tmp_path / "written" / ("folder" if request.param == "peft" else "out.safetensors"), request.param
+
+
+def test_what_can_not_be_read_back_is_never_put_in_place(ours, monkeypatch, target):
+    out, dialect = target
+
+    def damage(components):  # the disk returns other weights than were written
+        for state_dict in components.values():
+            for value in state_dict.values():
+                value *= 1.5
+
+    paths = in_read_back(monkeypatch, out, damage)
+    with pytest.raises(TrainingError, match=f"^{re.escape(str(out))}: an update .* differs by"):
         convert(ours, out, "--to", dialect)
-    assert out in paths
-    assert not out.exists()
+    assert len(paths) == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_reported_by_the_name_that_was_passed(ours, monkeypatch, target):
+    out, dialect = target
+    monkeypatch.setattr("os.fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(TrainingError, match=rf"^{re.escape(str(out))}\S*: it can't be written \(No space left"):
+        convert(ours, out, "--to", dialect)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_another_process_wrote_meanwhile_stays(ours, monkeypatch, target, interrupted):
+    out, dialect = target
+    file = out / "adapter_model.safetensors" if dialect == "peft" else out
+
+    def finish_first(components):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("the other's")
+        if interrupted:
+            raise KeyboardInterrupt
+
+    in_read_back(monkeypatch, out, finish_first)
+    with pytest.raises(KeyboardInterrupt if interrupted else InputError) as caught:
+        convert(ours, out, "--to", dialect)
+    if not interrupted:
+        assert str(caught.value).startswith(f"{out}: another process has just written it. Name another OUT")
+    assert list(out.parent.iterdir()) == [out]
+    assert file.read_text() == "the other's"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_it_writes_leaves_nothing_behind(ours, tmp_path, name, code):
+    (tmp_path / "written").mkdir()
+    words = ["convert_lora.py", str(ours), str(tmp_path / "written" / "out.safetensors")]
+    program = f"import os, runpy, signal, sys; sys.argv = {words}; number = signal.{name}\n"
+    program += "signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)\n"
+    program += "os.fsync = lambda handle: signal.raise_signal(number)\n"
+    program += "runpy.run_path('scripts/convert_lora.py', run_name='__main__')\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"\nconvert_lora.py: stopped by {name}\n")
+    assert list((tmp_path / "written").iterdir()) == []
 
 
 def test_the_newest_lora_of_a_run_that_is_not_finished_is_converted(ours, tmp_path, said):
