@@ -53,7 +53,7 @@ def read_yaml(path: str | Path, flag: str) -> Any:
 def _read(path):
     """Reads a text file in UTF-8 or UTF-16; raises `OSError` if it can't be opened and `InputError` if it can't be decoded."""
     try:
-        return read_text(path)
+        return read_text(path, may_wait=True)  # such as --config <(command)
     except InputError as error:
         raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
 

@@ -22,6 +22,8 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 OWN_SUFFIXES = {".json", ".jsonl", ".yaml", ".md", ".html", ".png", ".safetensors"}  # of files in an output folder
 UNFINISHED: set[Path] = set()  # hidden files and folders that this process is writing
+MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".ckpt", ".pt"}  # endings of files that loaders of models read
+SPECIAL = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
 
@@ -51,8 +53,40 @@ def has_utf8_name(path: str | Path) -> bool:
     return True
 
 
-def read_text(file: str | Path) -> str:
-    """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails."""
+def special_kind(path: str | Path) -> str | None:
+    """Returns what there is at a path instead of a regular file, such as "a named pipe"; None for a file, or for nothing.
+
+    Reading a pipe or a device could take forever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever reads the path reports it
+        return None
+    return None if stat.S_ISREG(mode) else SPECIAL.get(stat.S_IFMT(mode), "a device")
+
+
+def check_regular(path: str | Path, flag: str = "") -> None:
+    """Raises `InputError` if a path is no regular file; of a folder, which may be a model, its files are checked.
+
+    `flag` is the flag that names the path.
+    """
+    paths = [Path(path)]
+    if paths[0].is_dir():
+        inside = sorted([*paths[0].glob("*"), *paths[0].glob("*/*")])
+        paths = [file for file in inside if file.suffix.lower() in MODEL_FILES]
+    for file in paths:
+        if kind := special_kind(file):
+            named = f"{flag} {printable(file)}".strip()
+            raise InputError(f"{named}: it is {kind}, not a file. Put a regular file there, or pass another path.")
+
+
+def read_text(file: str | Path, *, may_wait: bool = False) -> str:
+    """Reads a text file in UTF-8, or in UTF-16 with or without a byte order mark; raises `InputError` if that fails.
+
+    With `may_wait`, it may also be a pipe.
+    """
+    if not may_wait:
+        check_regular(file)
     try:
         data = Path(file).read_bytes()
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import reason_of
+from text_to_image_lora.files import check_regular, reason_of
 from text_to_image_lora.hub import hub_file, is_hub_id
 from text_to_image_lora.small_files import read_json
 
@@ -57,7 +57,9 @@ class Seen(NamedTuple):
 def find_vision_model(flag, source, kind):
     """Returns the preprocessing of a CLIP or DINOv2 model; raises `InputError` for a model that is not of this `kind`."""
     path = Path(source)
-    if not path.is_dir() and not is_hub_id(source):
+    if path.is_dir():
+        check_regular(path, flag)
+    elif not is_hub_id(source):
         raise InputError(f"{source}: there is no such folder, and it is not a hub id (owner/name) either ({flag}).")
 
     def read(name):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..command_line import obstacle_to_folder
 from ..errors import InputError
-from ..files import expand_pattern, reason_of
+from ..files import check_regular, expand_pattern, reason_of
 from ..hub import hub_file, is_hub_id
 from ..models.base_model import BaseModel
 from ..models.configurations import check_part
@@ -97,6 +97,7 @@ def hub_path(flag: str, name: str, file: str, revision: str | None = None) -> Pa
 
 def read_header(flag: str, path: Path) -> Header:
     """Reads the header of a safetensors file; raises `InputError` if the file is incomplete."""
+    check_regular(path, flag)
     try:
         with open_safetensors(path, "np") as file:
             return Header(facts_of(file), file.metadata() or {})
@@ -171,6 +172,8 @@ def find_lora(given: str, scale: float, adapter: str) -> Lora:
         path = newest_of_run(path, "--lora")
     elif not path.exists():
         path = hub_path("--lora", given, WEIGHTS_NAME)
+    if not path.is_dir():
+        check_regular(path, "--lora")
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise InputError(f"--lora {path}: {CONVERT}")
     shapes, strings = {}, {}
@@ -245,6 +248,7 @@ def find_checkpoints(listed: Iterable[str], scale: float) -> dict[str, Lora | No
 def vae_channels(source: str) -> int | None:
     """Returns the channels of a VAE's latents, or None if unknown; raises `InputError` if it is not a VAE."""
     path = Path(source)
+    check_regular(path, "--vae")
     if not path.is_file():
         return _config_of("--vae", source, "AutoencoderKL", "Pass the folder of the VAE itself.").get(
             "latent_channels"
@@ -258,6 +262,7 @@ def vae_channels(source: str) -> int | None:
 
 def find_controlnet(source: str) -> ControlNet:
     """Finds the ControlNet; raises `InputError` if it is not one."""
+    check_regular(source, "--controlnet")
     if Path(source).is_file():
         remedy = "a single file can't be read. Pass a folder in diffusers' layout or a hub id."
         raise InputError(f"--controlnet {source}: {remedy}")
@@ -289,12 +294,13 @@ def find_pictures(flags: settings.FromPictures) -> Given:
 
 def open_picture(flag: str, path: Path) -> Any:
     """Opens a picture in the way that training does; returns an RGB `PIL.Image`."""
+    from ..pictures.inside import read_bytes
     from ..pictures.transforms import ImageError, open_image
 
     try:
-        return open_image(path.read_bytes())
+        return open_image(read_bytes(path))
     except OSError as error:
-        reason = error.strerror
+        reason = error.strerror or error
     except ImageError as error:
         reason = str(error.__cause__ or error)
         reason = "it is not a picture" if "cannot identify" in reason else reason

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import reason_of, written_whole
+from ..files import check_regular, reason_of, written_whole
 from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
@@ -123,6 +123,7 @@ def explaining(source: str, remedy: str = "") -> Iterator[None]:
 
 def load_weights(model_class: Any, source: str, **options: Any) -> Any:
     """Loads a model or pipeline of diffusers from a folder, a hub id or a single file, without running code from the file."""
+    check_regular(source)
     if not Path(source).is_file():
         with explaining(source):
             return model_class.from_pretrained(source, **options)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config_file import read_yaml
 from ..errors import InputError
-from ..files import shorten_paths, write_new
+from ..files import check_regular, shorten_paths, write_new
 from ..hub import hub_file
 from ..models.base_model import BaseModel
 from ..models.samplers import SAMPLERS
@@ -147,6 +147,7 @@ def locate(flag: str, recorded: str, picture: Path) -> str:
     for folder in picture.absolute().parents:
         places = [folder]
         with contextlib.suppress(OSError, InputError, AttributeError):
+            check_regular(folder / "run.yaml")
             run = read_yaml(folder / "run.yaml", "--from_png")
             places.append(Path(run.get({"vae": "pretrained_vae_model_name_or_path"}.get(flag, flag)) or ""))
         for place in places:
@@ -215,6 +216,7 @@ def read_repeat(path: Path) -> Repeat:
     """Reads the `Repeat` of a PNG; raises `InputError` for a picture without it."""
     from PIL import Image
 
+    check_regular(path, "--from_png")
     try:
         with Image.open(path) as image:
             text = {**image.info}

@@ -69,7 +69,7 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
         try:
             lines = [line.strip() for line in read_text(path).splitlines()]
         except InputError as error:
-            hint = "" if path.is_file() else " A prompt of one word must not end in .txt."
+            hint = "" if path.exists() else " A prompt of one word must not end in .txt."
             raise InputError(f"{flag} {error}{hint}") from error
         numbered = [(i, line) for i, line in enumerate(lines, 1) if line and not line.startswith("#")]
         if not numbered:

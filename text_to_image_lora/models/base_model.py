@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files import reason_of
+from ..files import check_regular, reason_of
 from ..hub import hub_file, is_hub_id
 from ..small_files import Values, read_json
 from .configurations import check_libraries, check_part
@@ -78,9 +78,12 @@ def locate(name: str, single_file_config: str | None) -> tuple[str, str | None]:
             raise InputError(f"{name}: there is no such file (--pretrained_model_name_or_path).")
         if single_file_config is not None and not Path(single_file_config, "model_index.json").is_file():
             raise InputError(f"{single_file_config}: it does not contain a model_index.json (--single_file_config).")
+        if single_file_config is not None:
+            check_regular(single_file_config)
         return "file", single_file_config
     if path.is_dir():
         check_folder(path)
+        check_regular(path)
         if not (path / "model_index.json").is_file():
             raise InputError(f"{name}: it does not contain a model_index.json, so it is not a diffusers model folder.")
         return "folder", name

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import special_kind
 from .original_names import diffusers_name
 
 
@@ -111,6 +112,8 @@ def open_safetensors(path: str | Path, framework: str = "pt") -> Iterator[Any]:
     """Opens a safetensors file; raises `InputError` if it is not one."""
     from safetensors import SafetensorError, safe_open
 
+    if kind := special_kind(path):
+        raise InputError(f"it is {kind}, not a file.")
     try:
         with safe_open(path, framework) as file:
             yield file

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, is_out_of_memory
-from ..files import reason_of
+from ..files import check_regular, reason_of
 from ..small_files import AGAIN, Values, is_kind
 from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .configurations import check_part
@@ -261,6 +261,7 @@ def _load_vae(base, name):
     import diffusers
     import torch
 
+    check_regular(name)
     if Path(name).suffix.lower() not in (".safetensors", ".ckpt", ".pt"):
         return diffusers.AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, cache_dir=base.cache_dir)
     config = base.single_file_config if base.kind == "file" else base.source

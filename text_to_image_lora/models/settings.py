@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ..command_line import above, count, flag, from_up_to, user_path
 from ..config_file import Conflict
 from ..errors import InputError
+from ..files import check_regular
 
 
 MOST_CHUNKS = 10  # per prompt; more would take too much memory and time in each step
@@ -35,6 +36,8 @@ class BaseModelSettings:
         vae = self.pretrained_vae_model_name_or_path
         if vae is not None and vae.startswith((".", "/", "~")) and not Path(vae).exists():
             raise InputError(f"{vae}: there is no such file or folder (--pretrained_vae_model_name_or_path).")
+        if vae is not None:
+            check_regular(vae, "--pretrained_vae_model_name_or_path")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files import reason_of
+from ..files import check_regular, reason_of
 from .families import FAMILIES, Family, all_supported
 from .not_a_base import check_tensors
 from .weights_files import check_dtypes_of_file
@@ -82,6 +82,7 @@ def safe_to_read(path: str | Path) -> Iterator[str]:
     """
     import torch
 
+    check_regular(path)
     if Path(path).suffix.lower() == ".safetensors":
         with _in_small_letters(Path(path)) as readable:
             yield readable

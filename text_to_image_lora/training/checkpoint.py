@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from ..command_line import between
 from ..errors import InputError
-from ..files import reason_of, remove_folder, written_whole
+from ..files import check_regular, reason_of, remove_folder, written_whole
 from ..small_files import Values, read_json
 from .likeness import check_adapter, check_like, check_optimizer_state, check_schedule
 from .manifest import MANIFEST, find_damage, write_manifest
@@ -166,6 +166,7 @@ def read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads what `save_checkpoint` wrote, for `load_checkpoint`; unpickles only tensors."""
+    check_regular(path)
     with raising_input_errors(path):
         average = None
         if (path / "ema.pt").exists():
