@@ -52,7 +52,7 @@ from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.drawing import settings as groups
 from text_to_image_lora.drawing.parser import DrawingParser
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing
-from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
 from text_to_image_lora.files import printable, shorten_paths
 from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
 from text_to_image_lora.models.samplers import NO_ZERO_SNR
@@ -234,7 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
     try:
-        with hide_modules("bitsandbytes"):  # diffusers and peft would import it, which takes a second
+        # diffusers and peft would import bitsandbytes, which takes a second.
+        with explaining_lack_of_memory(), hide_modules("bitsandbytes"):
             run([*(sys.argv[1:] if argv is None else argv)])
     except (InputError, TrainingError) as error:
         print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)

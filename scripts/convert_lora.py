@@ -27,7 +27,7 @@ import os
 from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.drawing.rows import MOST_SCALE
-from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
 from text_to_image_lora.files import counted, written_new
 from text_to_image_lora.models.dialects import PICKLES, find_dialect
 from text_to_image_lora.models.lora_checks import check_lora
@@ -301,7 +301,8 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        with explaining_lack_of_memory():
+            main(parse_args())
     except (InputError, TrainingError) as error:
         print(f"convert_lora.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

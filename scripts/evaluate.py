@@ -35,7 +35,7 @@ from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_
 from text_to_image_lora.drawing.png import identities_of, source_of
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
 from text_to_image_lora.drawing.settings import BATCH_SIZE, FromPictures, Machine
-from text_to_image_lora.errors import InputError, TrainingError
+from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
 from text_to_image_lora.libraries import quiet_libraries, set_num_threads
 
 
@@ -150,7 +150,8 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(build_parser().parse_args())
+        with explaining_lack_of_memory():
+            main(build_parser().parse_args())
     except (InputError, TrainingError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,7 +1,13 @@
 """The meaning of exceptions, whichever library raised them."""
 
+import errno
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, words_of_run, write_pictures
+from safetensors.torch import save_file
 
 from text_to_image_lora.errors import is_out_of_memory
 
@@ -19,6 +25,13 @@ from text_to_image_lora.errors import is_out_of_memory
         ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
         (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (ImportError("libc10.so: failed to map segment from shared object"), True),
+        (OSError("libc10.so: failed to map segment from shared object: Cannot allocate memory"), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (ImportError("libc10.so: failed to map segment from shared object: Operation not permitted"), False),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), False),
+        (ImportError("No module named 'torch'"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("a caption about being out of memory"), False),
     ],
@@ -26,3 +39,47 @@ from text_to_image_lora.errors import is_out_of_memory
 )
 def test_out_of_memory_is_known_by_its_words(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize(
+    "script", ["train_text_to_image_lora.py", "infer.py", "scripts/convert_lora.py", "scripts/evaluate.py"]
+)
+def test_too_little_memory_for_a_library_is_one_line(tiny_sd, tmp_path, script):
+    """As with a small `ulimit -v`, torch can't be imported."""
+    lora = tmp_path / "lora.safetensors"
+    save_file({"unet.to_q.lora_A.weight": torch.ones(2, 4), "unet.to_q.lora_B.weight": torch.ones(4, 2)}, lora)
+    words = {
+        "train_text_to_image_lora.py": words_of_run(tiny_sd, write_pictures(tmp_path / "pictures"), tmp_path / "run"),
+        "infer.py": [
+            "--pretrained_model_name_or_path",
+            tiny_sd,
+            "--prompt",
+            "a cat",
+            "--output_dir",
+            tmp_path / "out",
+        ],
+        "scripts/convert_lora.py": [lora, tmp_path / "out.safetensors"],
+        "scripts/evaluate.py": [
+            "--pretrained_model_name_or_path",
+            tiny_sd,
+            "--lora",
+            lora,
+            "--validation_data_dir",
+            tmp_path,
+        ],
+    }[script]
+    lines = [
+        "import importlib.abc, runpy, sys",
+        "class Finder(importlib.abc.MetaPathFinder):",
+        "    def find_spec(self, name, *_):",
+        "        if name in ('torch', 'safetensors'):",
+        "            raise ImportError('libc10.so: failed to map segment from shared object')",
+        "sys.meta_path.insert(0, Finder())",
+        f"sys.argv = {[script, *map(str, words)]!r}",
+        f"runpy.run_path({script!r}, run_name='__main__')",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    reason = "Out of memory (libc10.so: failed to map segment from shared object). Close other programs"
+    assert reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

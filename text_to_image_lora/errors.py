@@ -1,6 +1,9 @@
 """Errors that the user can act on: each is reported in one line and has its own exit code."""
 
+import contextlib
+import errno
 import unicodedata
+from collections.abc import Iterator
 
 from .redaction import redact
 
@@ -73,11 +76,40 @@ def message_of(error: InputError | TrainingError) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any library means that the memory of the device or of the machine is exhausted."""
-    # In this order: CUDA and MPS; cuBLAS and cuDNN; PyTorch's CPU allocator on Linux; its CPU allocator on Windows.
-    phrases = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    if is_out_of_address_space(error):
+        return True
+    # In this order: CUDA and MPS; cuBLAS and cuDNN; PyTorch's CPU allocator on Linux, and on Windows; C++.
+    phrases = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory", "std::bad_alloc")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(p in str(error) for p in phrases)
     )
+
+
+def is_out_of_address_space(error: BaseException) -> bool:
+    """Whether the system refused memory for a library or a file, as it does below a small `ulimit -v`."""
+    if not isinstance(error, ImportError | OSError):
+        return False
+    text = str(error)
+    # A disk that is mounted with noexec refuses segments too, with the words "Operation not permitted".
+    unmapped = "failed to map segment" in text and "not permitted" not in text
+    return getattr(error, "errno", None) == errno.ENOMEM or unmapped or "Cannot allocate memory" in text
+
+
+def describe_lack_of_memory(error: BaseException) -> str:
+    """Returns a sentence with the remedy for an exception that `is_out_of_memory`."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return f"Out of memory ({reason}). Close other programs, or raise the limit on memory (such as ulimit -v)."
+
+
+@contextlib.contextmanager
+def explaining_lack_of_memory() -> Iterator[None]:
+    """Turns an exception that `is_out_of_memory` into a `TrainingError`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(describe_lack_of_memory(error)) from error
 
 
 def is_dead_worker(error: BaseException) -> bool:

@@ -6,7 +6,16 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..errors import InputError, Stopped, TrainingError, is_dead_worker, is_out_of_memory, message_of
+from ..errors import (
+    InputError,
+    Stopped,
+    TrainingError,
+    describe_lack_of_memory,
+    is_dead_worker,
+    is_out_of_address_space,
+    is_out_of_memory,
+    message_of,
+)
 from ..files import reason_of
 from .interruption import end_workers
 
@@ -41,6 +50,9 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
         if rank == 0:
             say(f"{error} (exit code {error.exit_code})")
         leave(error.exit_code)
+    if is_out_of_address_space(error):  # the flags below would not help
+        say(describe_lack_of_memory(error))
+        leave(1)
     if is_out_of_memory(error):
         say(
             "Out of memory. Saved files are intact; to resume from them, run the command again with "
