@@ -149,7 +149,7 @@ def command(words):
         ({"resolution": [33]}, "--resolution 33: this model needs a multiple of"),
         ({"scheduler": ["dppm"]}, "Did you mean ddpm?"),
         ({"nmu_prompts": [2]}, "Did you mean --num_prompts?"),
-        ({"guidance_scale": ["nan"]}, "nan: it must be a finite number"),
+        ({"guidance_scale": ["nan"]}, "nan: it must be a number from -1000 to 1000"),
     ],
 )
 def test_bad_input_is_one_line(words, changes, said, capsys):
