@@ -131,10 +131,13 @@ def command(words):
         ({"trigger_word": [" "]}, "--trigger_word is empty"),
         ({"judge": ["mini-sd"]}, "'a cup' names nothing that the judges of models/mini-sd know"),
         ({"other_prompts": ["a cup --seed 3"]}, "only infer.py accepts options after a prompt"),
+        ({"other_prompts": [""]}, "--other_prompts is empty: write what to draw, or leave the flag out."),
+        ({"other_prompts": ["a cup", " \n"]}, "--other_prompts is empty"),
+        ({"other_prompts": ["\u2028"]}, "--other_prompts is empty"),
         ({"resolution": [33]}, "--resolution 33: this model needs a multiple of"),
         ({"scheduler": ["dppm"]}, "Did you mean ddpm?"),
         ({"nmu_prompts": [2]}, "Did you mean --num_prompts?"),
-        ({"guidance_scale": ["nan"]}, "nan: it must be a finite number"),
+        ({"guidance_scale": ["nan"]}, "nan: it must be a number from -1000 to 1000"),
     ],
 )
 def test_bad_input_is_one_line(words, changes, said, capsys):
