@@ -175,6 +175,12 @@ def test_an_unknown_flag_names_the_nearest():
         (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10"], "--lr_step_rules 1:10:"),
         (["--init_lora_weights", "random"], "choose true, gaussian or orthogonal"),
         (["--validation_prompt", " "], "--validation_prompt is empty"),
+        (["--validation_prompts", ""], "--validation_prompt is empty"),
+        (["--validation_prompts", "an axe", " \n"], "--validation_prompt is empty"),
+        (
+            ["--validation_prompts", "--seed 3"],
+            "--validation_prompts: there is no prompt before --seed. Write the prompt",
+        ),
         (["--push_to_hub"], "HF_HUB_OFFLINE"),
     ],
 )

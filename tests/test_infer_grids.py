@@ -117,6 +117,27 @@ def test_bad_grids(words, bad_files, refusal):
 # Prompts with options.
 
 
+def test_a_picture_without_a_prompt(model, tmp_path):
+    """It equals the one that guidance leads away from; its file has a name."""
+    (empty,) = draw(model, tmp_path / "1", prompt=[""]).values()
+    (unguided,) = draw(model, tmp_path / "2", "--guidance_scale", 1, prompt=[" "]).values()
+    assert difference(empty, unguided) <= 1
+    assert [path.name for path in (tmp_path / "1").iterdir()] == ["00-picture-seed0.png"]
+
+
+@pytest.mark.parametrize("words", [["--seed 3"], ["a dog", "--width 64"], ["--n blurry --steps 3"]])
+def test_options_without_a_prompt(refusal, words):
+    flag = words[-1].split()[0]
+    assert f"--prompt: there is no prompt before {flag}. Write the prompt first, such as: " in refusal(prompt=words)
+
+
+def test_a_flag_and_its_value_in_one_word(refusal):
+    line = refusal("--compile", "--seed 3")
+    assert (
+        "unrecognized arguments: --seed 3. Write a flag and its value as two words, and quote only the value." in line
+    )
+
+
 def test_a_file_of_prompts(model, tmp_path):
     """Options of infer.py and of kohya's scripts; each picture equals the one drawn with flags."""
     (tmp_path / "prompts.txt").write_text(

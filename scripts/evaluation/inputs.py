@@ -152,6 +152,8 @@ def read_other_prompts(args):
     """Reads the texts of --other_prompts."""
     prompts = read_prompts("--other_prompts", args.other_prompts or [])
     for prompt in prompts:
+        if not prompt.text:
+            raise InputError("--other_prompts is empty: write what to draw, or leave the flag out.")
         if prompt.options:
             raise InputError(
                 f"--other_prompts {prompt.line!r}: only infer.py accepts options after a prompt. Leave them out."

@@ -4,6 +4,7 @@ import logging
 import time
 
 import pytest
+from conftest import refusal_of
 
 from text_to_image_lora.drawing import grids
 from text_to_image_lora.drawing.prompts import note_of_a1111s_syntax, parse_prompt, read_prompts
@@ -12,7 +13,14 @@ from text_to_image_lora.errors import InputError
 
 
 @pytest.mark.parametrize(
-    "text", ["a sign that says readme.txt", "a robot, notes.TXT", "一张纸上 写着 a.txt", "a" * 300 + " b.txt"]
+    "text",
+    [
+        "a sign that says readme.txt",
+        "~nobody says readme.txt",
+        "a robot, notes.TXT",
+        "一张纸上 写着 a.txt",
+        "a" * 300 + " b.txt",
+    ],
 )
 def test_a_prompt_may_end_in_txt(text):
     assert [prompt.text for prompt in read_prompts("--prompt", [text])] == [text]
@@ -111,3 +119,33 @@ def test_no_text_takes_long_to_parse(text):
     prompt = parse_prompt(text, "--prompt")
     note_of_a1111s_syntax([prompt.text])
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u2028"])
+def test_an_empty_prompt_draws_without_a_prompt(text):
+    assert [prompt.text for prompt in read_prompts("--prompt", [text])] == [""]
+
+
+@pytest.mark.parametrize("value", ["a\0b", "a\0b c.txt", "\0"])
+def test_a_prompt_may_have_any_letter(value):
+    assert [prompt.text for prompt in read_prompts("--prompt", [value])] == [value]
+
+
+@pytest.mark.parametrize("value", ["a\0b.txt", "\0.txt", "x/\0.TXT"])
+def test_a_name_of_a_file_with_nul_is_refused(value):
+    assert refusal_of(read_prompts, "--prompt", [value]).startswith("--prompt ")
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_a_file_of_prompts_is_divided_at_line_breaks_only(tmp_path, sign):
+    path = tmp_path / "p.txt"
+    path.write_bytes(f"a{sign}red axe\r\na dog\rb{sign}\n\n# no{sign}prompt\nc".encode())
+    found = [prompt.text for prompt in read_prompts("--prompt", [str(path)])]
+    assert found == [f"a{sign}red axe", "a dog", "b", "c"]
+
+
+@pytest.mark.parametrize("line", ["--seed 3", " --width 64 --n x", "--steps 2"])
+def test_options_without_a_prompt_are_explained(line):
+    flag = line.split()[0]
+    message = f"--prompt: there is no prompt before {flag}. Write the prompt first, such as: a red axe {line.strip()}."
+    assert refusal_of(parse_prompt, line, "--prompt") == message

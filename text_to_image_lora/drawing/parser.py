@@ -33,6 +33,8 @@ class DrawingParser(Parser):
         super().__init__(settings_class, formatter_class=HelpFormatter, **options)
 
     def error(self, message: str) -> None:
+        if "unrecognized arguments: --" in message:
+            message += ". Write a flag and its value as two words, and quote only the value."
         raise InputError(message)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +42,9 @@ class DrawingParser(Parser):
         known = list(self._option_string_actions)
         given = [word.split("=")[0] for word in argv if re.match(r"--\w", word)]
         for name in given:
-            if name not in known:
+            if (
+                name not in known and " " not in name
+            ):  # argparse takes a word with a space as a value, such as a prompt
                 raise InputError(f"unknown flag {name}. Did you mean {nearest(name, known)}?")
         flags = self.parse_args(argv)
         if flags.from_png is None:

@@ -1,6 +1,7 @@
 """Parses prompts that are followed by options, from a command line or a file. Needs no torch."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from ..command_line import user_path
 from ..errors import InputError
 from ..files import read_text
 from .rows import OPTIONS_OF_PROMPTS, SETTINGS, nearest
+
+
+LINE_BREAK = re.compile(r"\r\n|\n|\r")  # unlike str.splitlines, which also divides at letters such as U+2028
 
 
 class RecordedPrompt(str):
@@ -47,7 +51,8 @@ def parse_prompt(line: str, where: str) -> Prompt:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{where}: --{name} {error}" if value else f"{where}: --{name} has no value.") from error
     if options and not text.strip():
-        raise InputError(f"{where}: there is no prompt before --{options[0].split()[0]}.")
+        flag, example = options[0].split()[0], f"a red axe {line.strip()}"
+        raise InputError(f"{where}: there is no prompt before --{flag}. Write the prompt first, such as: {example}.")
     return Prompt(text.strip(), found, line)
 
 
@@ -55,19 +60,22 @@ def read_prompts(flag: str, values: Iterable[str]) -> list[Prompt]:
     """Reads the prompts of a flag; a value that ends in .txt is a file with one prompt per line.
 
     If there is no such file and the value has several words, such as `a sign that says readme.txt`, it is a prompt. Lines that
-    start with # are skipped. Raises `InputError` if a file can't be read or a line can't be parsed.
+    start with # are skipped. An empty value draws without a prompt. Raises `InputError` if a file can't be read or a line can't be parsed.
     """
     prompts = []
     for value in values:
         if isinstance(value, RecordedPrompt):
             prompts.append(Prompt(value, {}, value))
             continue
-        path = Path(user_path(value))
-        if not value.lower().endswith(".txt") or (is_sentence(value) and not is_file(path)):
+        if not value.lower().endswith(".txt") or (is_sentence(value) and not is_file(Path(os.path.expanduser(value)))):
             prompts.append(parse_prompt(value, flag))
             continue
         try:
-            lines = [line.strip() for line in read_text(path).splitlines()]
+            path = Path(user_path(value))
+        except argparse.ArgumentTypeError as error:  # it contains NUL
+            raise InputError(f"{flag} {error}.") from error
+        try:
+            lines = [line.strip(" \t") for line in LINE_BREAK.split(read_text(path))]
         except InputError as error:
             hint = "" if path.exists() else " A prompt of one word must not end in .txt."
             raise InputError(f"{flag} {error}{hint}") from error
