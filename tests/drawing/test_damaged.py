@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damaged_models import DAMAGES
 from infer_fixtures import draw, flat
 from original_weights import to_ldm
 from safetensors.torch import load_file, save_file
@@ -62,7 +63,19 @@ def test_a_base_model_with_damaged_weights_is_refused(model, refused, tmp_path, 
     )
     line = refused(folder)
     assert line.startswith(f"infer.py: error: {folder} can't be loaded: {fault}")
-    assert line.rstrip().endswith(name.removeprefix("text_model."))
+    assert line.rstrip().endswith(f"{name.removeprefix('text_model.')}. Download the model again.")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_base_model_is_explained(model, refused, tmp_path, damage):
+    folder = shutil.copytree(model, tmp_path / "model")
+    make, words = DAMAGES[damage]
+    make(folder)
+    line = refused(folder).rstrip()
+    assert str(folder) in line
+    assert all(word in line for word in words), line
+    assert line.endswith("ownload the model again.")
+    assert "ignore_mismatched_sizes" not in line
 
 
 SINGLE = {
@@ -84,7 +97,7 @@ def test_a_single_file_with_damaged_weights_is_refused(model, refused, tmp_path,
     elif part == "text encoder":
         assert f"{path} can't be loaded: the text encoder lacks 1 of its weights, the first: " in line
     else:  # diffusers fails by itself
-        assert f"{path} can't be loaded: some of its weights are missing. Download it again." in line
+        assert f"{path} can't be loaded: some of its weights are missing. Download the model again." in line
 
 
 @pytest.mark.parametrize("kind", ["NaN", "infinity"])

@@ -11,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import read_lora
+from conftest import read_lora, refusal_of
+from damaged_models import DAMAGES
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from original_weights import LIGHTNING, Attack, lightning_checkpoint, to_ldm
 from PIL import Image
@@ -296,8 +297,8 @@ def test_a_truncated_file_of_a_folder_is_reported_in_one_line(tiny_sd, tmp_path,
     shutil.copytree(tiny_sd, tmp_path / "model")
     path = tmp_path / "model" / f"{component}.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(InputError, match=r"model: this model can't be loaded: \S.*"):
-        load(tmp_path / "model")
+    message = refusal_of(loading.find_base_model, str(tmp_path / "model"))
+    assert message.startswith(f"{path}: it is damaged or incomplete (")
 
 
 def test_another_vae_is_used(tiny_sd, from_folder, train, tmp_path):
@@ -368,6 +369,21 @@ def test_an_incomplete_folder_is_reported(tiny_sd, tmp_path, part, lost):
     with pytest.raises(InputError, match=f"^{re.escape(said)}") as error:
         load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_is_explained_in_one_line(tiny_sd, tmp_path, capfd, damage):
+    """Without the reports of the loaders before it."""
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    make, words = DAMAGES[damage]
+    make(folder)
+    capfd.readouterr()
+    message = refusal_of(load, folder)
+    assert str(folder) in message
+    assert all(word in message for word in words), message
+    assert message.endswith("ownload the model again.")
+    assert "ignore_mismatched_sizes" not in message
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])

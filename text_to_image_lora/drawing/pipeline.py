@@ -12,7 +12,8 @@ from ..files import check_regular, reason_of, written_whole
 from ..models.configurations import check_part
 from ..models.dialects import COMPONENTS
 from ..models.families import Family
-from ..models.loading import check_tokenizer, load_text_encoder
+from ..models.load_errors import DOWNLOAD, reason_in_words
+from ..models.loading import check_tokenizer, load_text_encoder, load_tokenizer_of
 from ..models.modules import check_weights, non_finite
 from ..models.samplers import make_sampler
 from ..models.single_files import safe_to_read
@@ -115,10 +116,9 @@ def explaining(source: str, remedy: str = "") -> Iterator[None]:
     except InputError:
         raise
     except NotImplementedError as error:  # a weight without data was copied
-        raise InputError(f"{source} can't be loaded: some of its weights are missing. Download it again.") from error
+        raise InputError(f"{source} can't be loaded: some of its weights are missing. {DOWNLOAD}") from error
     except Exception as error:  # the loaders raise many kinds of exceptions for broken files
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise InputError(f"{source} can't be loaded: {kind}{str(error)[:300]}{remedy}") from error
+        raise InputError(f"{source} can't be loaded: {reason_in_words(error)}. {remedy or DOWNLOAD}") from error
 
 
 def load_weights(model_class: Any, source: str, **options: Any) -> Any:
@@ -127,7 +127,7 @@ def load_weights(model_class: Any, source: str, **options: Any) -> Any:
     if not Path(source).is_file():
         with explaining(source):
             return model_class.from_pretrained(source, **options)
-    with explaining(source, " Where there is no hub, pass --single_file_config."), safe_to_read(source) as readable:
+    with explaining(source, "Where there is no hub, pass --single_file_config."), safe_to_read(source) as readable:
         return model_class.from_single_file(readable, **options)
 
 
@@ -156,6 +156,7 @@ def load_pipeline(job: Job, dtype: Any) -> Any:
     if model.kind != "file":  # diffusers would not notice that a text encoder lacks weights
         for row in model.family.text_encoders:
             with explaining(model.source):
+                options[row.tokenizer] = load_tokenizer_of(model, row)
                 options[row.name] = load_text_encoder(model, row, dtype)
     options |= model.family.pipeline_options
     options |= {"config": config} if model.kind == "file" else {"revision": model.revision, "variant": model.variant}

@@ -15,6 +15,7 @@ ATTENTION = {"eager", "sdpa"}  # other implementations may be kernels that are d
 CODE = re.compile(r"auto_map|auto_mapping|custom_pipelines?|trust_remote_code|use_kernels|quantization_config")
 SIZE = between(1, 65536, int)
 SIZES = [SIZE]
+ACTIVATIONS = {"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish"}
 TEXT = str
 # {part of a model: {key: (kind, default of diffusers or transformers)}}, see `Values.want`
 KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -57,7 +58,7 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "max_position_embeddings": (between(3, 10**5, int), 77),
         "vocab_size": (between(1, 10**7, int), 49408),
         "projection_dim": (SIZE, 512),
-        "hidden_act": (TEXT, "quick_gelu"),
+        "hidden_act": (ACTIVATIONS, "quick_gelu"),
     },
     "scheduler": {
         "_class_name": (TEXT, ""),

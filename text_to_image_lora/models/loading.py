@@ -14,6 +14,7 @@ from ..small_files import AGAIN, Values, is_kind
 from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .configurations import check_part
 from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
+from .load_errors import DOWNLOAD, naming_part, quiet_loaders, reason_in_words
 from .modules import check_weights, place
 from .not_a_base import check_index, check_task
 from .single_files import SingleFile, look_into, safe_to_read
@@ -43,7 +44,7 @@ def find_base_model(name, *, revision=None, variant=None, single_file_config=Non
     single = look_into(Path(name)) if kind == "file" else SingleFile(None, {})
     if kind == "folder":
         check_variant(name, variant)
-        check_dtypes(name)
+        check_dtypes(name, variant)
     read = ConfigFiles(name, kind, folder, revision, cache_dir).read
     if kind == "file" and folder is None:
         # Its configuration comes from the hub when it is loaded.
@@ -116,13 +117,17 @@ def load_components(
         raise InputError(f"{source}: it contains no VAE. Pass one with --pretrained_vae_model_name_or_path.")
     try:
         load = _from_single_file if base.kind == "file" else _from_folder
-        loaded = load(base, dtype) if base.has_vae else _from_single_file(base, dtype, _load_vae(base, pretrained_vae))
+        with quiet_loaders():
+            loaded = (
+                load(base, dtype) if base.has_vae else _from_single_file(base, dtype, _load_vae(base, pretrained_vae))
+            )
         for pair in zip(loaded.tokenizers, loaded.text_encoders, strict=True):
             check_tokenizer(*pair)
         _check_denoiser(base, loaded.vae, loaded.denoiser)
         if pretrained_vae is not None and base.has_vae:
             source = pretrained_vae
-            loaded = loaded._replace(vae=_load_vae(base, pretrained_vae))
+            with quiet_loaders():
+                loaded = loaded._replace(vae=_load_vae(base, pretrained_vae))
             _check_denoiser(base, loaded.vae, loaded.denoiser)
         named = [*(("text encoder", model) for model in loaded.text_encoders), ("VAE", loaded.vae)]
         for name, model in [*named, ("UNet", loaded.denoiser)]:
@@ -134,7 +139,7 @@ def load_components(
     except Exception as error:  # the loaders raise many kinds of exceptions for unusable files
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, error)}") from error
+        raise InputError(f"{source}: this model can't be loaded: {_why_not_loaded(base, source, error)}") from error
     for model in (*loaded.text_encoders, loaded.vae, loaded.denoiser):
         model.requires_grad_(False)
         model.eval()
@@ -177,32 +182,47 @@ def _from_folder(base, dtype):
     """Loads a diffusers folder, local or from the hub."""
     import diffusers
     import torch
-    import transformers
 
     family, options = base.family, dict(revision=base.revision, cache_dir=base.cache_dir)
-    denoiser = load_part(
-        getattr(diffusers, family.denoiser_class), base, family.denoiser,
-        torch_dtype=dtype_in_file(base, family.denoiser) or dtype,
-    )  # fmt: skip
-    tokenizers, text_encoders = [], []
-    for row in family.text_encoders:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(base.source, subfolder=row.tokenizer, **options)
-        text_encoder = load_text_encoder(base, row, dtype)
-        tokenizers.append(tokenizer)
-        text_encoders.append(text_encoder)
-    vae = load_part(diffusers.AutoencoderKL, base, "vae", torch_dtype=dtype_in_file(base, "vae") or torch.float32)
+    with naming_part(family.denoiser):
+        denoiser = load_part(
+            getattr(diffusers, family.denoiser_class), base, family.denoiser,
+            torch_dtype=dtype_in_file(base, family.denoiser) or dtype,
+        )  # fmt: skip
+    tokenizers = [load_tokenizer_of(base, row) for row in family.text_encoders]
+    text_encoders = [load_text_encoder(base, row, dtype) for row in family.text_encoders]
+    with naming_part("vae"):
+        vae = load_part(diffusers.AutoencoderKL, base, "vae", torch_dtype=dtype_in_file(base, "vae") or torch.float32)
     scheduler_config: Any = diffusers.DDPMScheduler.load_config(base.source, subfolder="scheduler", **options)
     return Components(tuple(tokenizers), tuple(text_encoders), vae, denoiser, dict(scheduler_config))
 
 
+def load_tokenizer_of(base: BaseModel, row: TextEncoder) -> Any:
+    """Loads the tokenizer of a text encoder of a diffusers folder, local or from the hub; raises `ValueError`."""
+    import transformers
+
+    options: Any = dict(subfolder=row.tokenizer, revision=base.revision, cache_dir=base.cache_dir)
+    with naming_part(row.tokenizer):
+        return transformers.CLIPTokenizer.from_pretrained(base.source, **options)
+
+
 def load_text_encoder(base: BaseModel, row: TextEncoder, dtype: Any) -> Any:
-    """Loads a text encoder of a diffusers folder, local or from the hub; raises `ValueError` if weights are missing."""
+    """Loads a text encoder of a diffusers folder, local or from the hub.
+
+    Raises `ValueError` if weights are missing or do not fit the configuration.
+    """
     import transformers
 
     model_class = getattr(transformers, row.model_class)
     # Without a name for the attention, a configuration could choose a kernel that is downloaded.
     options: Any = dict(dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    text_encoder, loading = load_part(model_class, base, row.name, **options)
+    options["ignore_mismatched_sizes"] = True  # they are refused below, because the exception does not name them
+    with naming_part(row.name):
+        text_encoder, loading = load_part(model_class, base, row.name, **options)
+    if odd := sorted((name, list(own), list(wanted)) for name, own, wanted in loading["mismatched_keys"]):
+        name, own, wanted = odd[0]
+        fault = f"{name} must have the shape {wanted}, but has {own}"
+        raise ValueError(f"{row.name}: the weights do not fit its configuration: {fault}")
     # transformers only logs this and initializes the weights randomly.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the text encoder lacks {len(missing)} of its weights, the first: {missing[0]}")
@@ -243,17 +263,21 @@ def empty_components(base: BaseModel, dtype: Any) -> Components:
     return Components((), tuple(text_encoders), vae, denoiser, {})
 
 
-def _why_not_loaded(base, error):
+def _why_not_loaded(base, source, error):
+    """Returns the reason and the remedy."""
+    remedy = DOWNLOAD if source == base.source else "Pass another VAE, or download it again."
     causes = [error]
     while causes[-1].__context__ is not None:
         causes.append(causes[-1].__context__)
     if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
-        return "it contains more than weights, and unpickling it could run code. Use the .safetensors version"
+        return "it contains more than weights, and unpickling it could run code. Use the .safetensors version."
     if isinstance(error, NotImplementedError):  # a weight without data was copied
-        return "some of its weights are missing"
+        return f"some of its weights are missing. {remedy}"
     if base.kind == "file" and base.single_file_config is None and isinstance(error, OSError):
         return f"{reason_of(error)} If the hub cannot be reached, pass --single_file_config FOLDER."
-    return reason_of(error)
+    if base.kind == "hub" and isinstance(error, OSError):
+        return f"{reason_in_words(error)}. Check your network, or pass a local folder."
+    return f"{reason_in_words(error)}. {remedy}"
 
 
 def _load_vae(base, name):

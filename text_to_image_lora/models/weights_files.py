@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import reason_of
 from .base_model import BaseModel, from_hub
 from .dialects import COMPONENTS
 
@@ -78,21 +79,36 @@ def check_variant(folder: str | Path, variant: str | None) -> None:
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def check_dtypes(folder: str | Path) -> None:
-    """Raises `InputError` if the weights of a diffusers folder are no floating-point numbers, as in quantized models."""
-    for path in sorted(path for part in (*COMPONENTS, "vae") for path in Path(folder, part).glob("*.safetensors")):
-        check_dtypes_of_file(path)
+def check_dtypes(folder: str | Path, variant: str | None = None) -> None:
+    """Raises `InputError` if the weights of a diffusers folder are no floating-point numbers, as in quantized models.
+
+    So it does if a file that will be loaded is damaged; one of another variant may not have been downloaded.
+    """
+    for part in (*COMPONENTS, "vae"):
+        files: dict[Path, Any] = {}
+        for path in sorted(Path(folder, part).glob("*.safetensors")):
+            match = WEIGHTS_FILE.fullmatch(path.name)
+            files[path] = "another" if match is None else match["first"] or match["second"]
+        loaded = variant if variant in files.values() else None
+        for path, own in files.items():
+            check_dtypes_of_file(path, must_be_whole=own == loaded)
 
 
-def check_dtypes_of_file(path: str | Path) -> None:
-    """Raises `InputError` if weights of a safetensors file are no floating-point numbers; ignores a damaged file."""
+def check_dtypes_of_file(path: str | Path, *, must_be_whole: bool = False) -> None:
+    """Raises `InputError` if weights of a safetensors file are no floating-point numbers.
+
+    A damaged file is ignored, because loading it reports the error, unless it `must_be_whole`.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
             names = [name for name in sorted(file.keys()) if name.endswith((".weight", ".bias"))]
             wrong = [(name, dtype) for name in names if (dtype := file.get_slice(name).get_dtype()) not in FLOATS]
-    except (OSError, SafetensorError):  # loading the file reports the error
+    except (OSError, SafetensorError) as error:
+        if must_be_whole:
+            reason = f"it is damaged or incomplete ({reason_of(error)})"
+            raise InputError(f"{path}: {reason}. Download the model again.") from error
         return
     if wrong:
         name, dtype = wrong[0]
