@@ -81,6 +81,28 @@ def test_a_layer_that_is_not_there_is_refused(make_unet, wrong):
     assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
 
 
+@pytest.mark.parametrize("rank", [10**6, 10**9, 257])
+@pytest.mark.parametrize(
+    ("target_modules", "widest"),
+    [(["to_q"], "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), (["to_k", "conv_in"], None)],
+)
+def test_a_rank_above_the_width_of_every_layer_is_refused(make_unet, target_modules, widest, rank):
+    unet = make_unet()
+    layers = {name: module.weight for name, module in unet.named_modules() if name.endswith(tuple(target_modules))}
+    width = max(max(len(weight), weight[0].numel()) for weight in layers.values())
+    with pytest.raises(InputError) as caught:
+        lora.add_lora(unet, replace(DEFAULTS, rank=rank, target_modules=target_modules))
+    message = str(caught.value)
+    assert message.startswith(
+        f"A rank of {rank} is larger than the width of every layer that is adapted; the widest, "
+    )
+    assert f", has {width} inputs or outputs. Pass at most {width} as --rank, or " in message
+    assert widest is None or widest in message
+    assert not any(isinstance(module, BaseTunerLayer) for module in unet.modules())
+    # A rank above the width of some layers is allowed.
+    assert lora.add_lora(unet, replace(DEFAULTS, rank=width, target_modules=target_modules)) == len(layers)
+
+
 def test_a_layer_renamed_upstream_is_noticed(make_unet):
     unet = make_unet()
     attention = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1

@@ -24,9 +24,10 @@ INITIALISATIONS = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogon
 def add_lora(model: Any, settings: LoraSettings) -> int:
     """Freezes a model, adds float32 adapters to the `target_modules`, and returns the number of adapted modules.
 
-    Raises `InputError` if a name in `target_modules` matches no layer.
+    Raises `InputError` if a name in `target_modules` matches no layer, or if the rank is larger than the width of all of them.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
+    adaptable = (torch.nn.Linear, torch.nn.Conv2d)
+    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, adaptable)}
     targets = settings.target_modules or ()
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
@@ -34,6 +35,8 @@ def add_lora(model: Any, settings: LoraSettings) -> int:
             raise InputError(
                 f"--target_modules {target}: the model has no such layer. Its layers are: {', '.join(kinds)}."
             )
+    ends = tuple(f".{target}" for target in targets)
+    _check_rank(settings.rank, {name: weight for name, weight in linear.items() if f".{name}".endswith(ends)})
     model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
@@ -55,6 +58,18 @@ def add_lora(model: Any, settings: LoraSettings) -> int:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _check_rank(rank, weights):
+    """Raises `InputError` if no layer {name: weight} is so wide; such a rank could take minutes and all memory for nothing."""
+    widths = {name: max(len(weight), weight[0].numel()) for name, weight in weights.items()}
+    widest = max(widths, key=lambda name: widths[name])
+    if rank > widths[widest]:
+        raise InputError(
+            f"A rank of {rank} is larger than the width of every layer that is adapted; the widest, {widest}, has "
+            f"{widths[widest]} inputs or outputs. Pass at most {widths[widest]} as --rank, or as --text_encoder_rank for the "
+            "layers of a text encoder."
+        )
 
 
 def check_count(denoiser: torch.nn.Module, num_adapted: int, modules_per_block: int) -> None:
