@@ -313,7 +313,7 @@ class Parser(argparse.ArgumentParser):
                 message = f"there is no flag {unknown[0]}."
                 message += f" Did you mean {similar[0]}?" if similar else " See --help."
         elif refused := re.fullmatch(r"argument (--\w+): (.*: it must be .*)", message):
-            message = f"{refused[1]} {refused[2]}."
+            message = f"{refused[1]} {refused[2].rstrip('.')}."
         raise InputError(message)
 
     def take_words(self, argv: list[str] | None) -> list[str]:

@@ -161,6 +161,7 @@ def test_bad_input_is_one_line(words, changes, said, capsys):
         run_here(words(**changes))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert not str(refused.value).endswith("..")
     assert not capsys.readouterr().err
 
 
