@@ -267,9 +267,9 @@ BAD_INPUT = {
     "image column": (dict(image_column="imgae"), "there is no column 'imgae'"),
     "unknown flag": (dict(rnak=4), "there is no flag --rnak. Did you mean --rank?"),
     "unknown choice": (dict(lr_scheduler="cosin"), "--lr_scheduler: invalid choice: 'cosin'"),
-    "no number": (dict(rank="four"), "--rank four: it must be a whole number, from 1 to 1,000,000,000."),
+    "no number": (dict(rank="four"), "--rank four: it must be a whole number, 1 or more."),
     "resolution": (dict(resolution=36), "--resolution 36: this model needs a multiple of 8, e.g. 32"),
-    "rank 0": (dict(rank=0), "--rank 0: it must be from 1 to 1,000,000,000."),
+    "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more."),
     "too large a split": (dict(validation_split=0.9), "--validation_split 0.9: it must be from 0 to 0.5."),
     "two ways to validate": (
         dict(validation_split=0.1, validation_data_dir="{tmp}"), "Pass one of --validation_split and --validation_data_dir"
@@ -280,7 +280,7 @@ BAD_INPUT = {
         "--early_stopping_patience needs validations",
     ),
     "validation folder": (dict(validation_data_dir="{tmp}/void"), "{tmp}/void: there is no such folder"),
-    "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be from 1 to 1,000,000,000."),
+    "no epochs": (dict(num_train_epochs=0), "--num_train_epochs 0: it must be 1 or more."),
     "file in the way": (dict(output_dir="{tmp}/file/out"), "--output_dir {tmp}/file/out: it must be a folder that can be made, but {tmp}/file is a file"),
     "file in the preview's way": (
         dict(preview_data="{tmp}/file/sheet.png"),
@@ -484,7 +484,7 @@ TWO_BY_ACCELERATE = (
 def test_two_processes_answer_bad_input_once(arguments):
     done = run_command(arguments(rank=0), TWO_BY_ACCELERATE)
     assert done.returncode != 0
-    assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be from 1 to 1,000,000,000.") == 1
+    assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
 
 
 def test_a_slow_first_process_answers_too(arguments, tmp_path):
@@ -493,7 +493,7 @@ def test_a_slow_first_process_answers_too(arguments, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(late)
     done = run_command(arguments(rank=0), TORCHRUN, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode != 0
-    assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be from 1 to 1,000,000,000.") == 1
+    assert done.stderr.count("train_text_to_image_lora.py: --rank 0: it must be 1 or more.") == 1
 
 
 @pytest.fixture(scope="module")

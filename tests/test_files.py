@@ -205,9 +205,9 @@ def test_a_file_of_prompts_in_another_encoding(tmp_path):
 ENTRIES = {
     "metrics.jsonl": (Path.mkdir, "a folder"),
     "pytorch_lora_weights.safetensors": (Path.mkdir, "a folder"),
-    "report.html": (os.mkfifo, "no regular file"),
+    "report.html": (os.mkfifo, "a named pipe"),
     "checkpoint-4": (lambda path: path.symlink_to("/nowhere"), "a link that leads nowhere"),
-    "about.json": (lambda path: path.symlink_to("/dev/null"), "no regular file"),
+    "about.json": (lambda path: path.symlink_to("/dev/null"), "a device"),
 }
 
 

@@ -16,6 +16,9 @@ from .errors import InputError
 from .redaction import hide, hide_values, redact
 
 
+MOST_COUNT = 10**9
+
+
 def installed_command() -> None:
     """The entry point `train-text-to-image-lora` of the installed package: runs the training script as `python` would."""
     import runpy  # only for this command
@@ -26,13 +29,18 @@ def installed_command() -> None:
 class Number:
     """An argparse type for a number that `accepts` returns True for; `allowed` describes such numbers in error messages.
 
-    A `word` such as "auto" is accepted instead of a number.
+    A `word` such as "auto" is accepted instead of a number. `most` is a bound that only values above it are told about,
+    because nobody else has to know it.
     """
 
-    def __init__(self, kind: type, allowed: str, accepts: Callable[[Any], bool], word: str | None = None):
+    def __init__(
+        self, kind: type, allowed: str, accepts: Callable[[Any], bool], word: str | None = None,
+        most: float = float("inf"),
+    ):  # fmt: skip
         self.kind = kind
         self.accepts = accepts
         self.word = word
+        self.most = most
         self.allowed = allowed if word is None else f"{allowed}, or {word}"
 
     def __call__(self, text):
@@ -44,7 +52,8 @@ class Number:
             value = None
         if value is None or not self.accepts(value):  # NaN lies within no bounds
             whole = "a whole number, " if value is None and self.kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text}: it must be {whole}{self.allowed}")
+            allowed = f"at most {self.most:,}" if value is not None and value > self.most else self.allowed
+            raise argparse.ArgumentTypeError(f"{text}: it must be {whole}{allowed}")
         return value
 
 
@@ -53,9 +62,10 @@ def at_least(least: float) -> Number:
     return Number(float, f"{least} or more and finite", lambda value: least <= value < float("inf"))
 
 
-def count(least: int, most: int = 10**9, word: str | None = None) -> Number:
+def count(least: int, most: int = MOST_COUNT, word: str | None = None) -> Number:
     """A whole number of things, such as pictures or steps. The bound keeps sums with it quick, and small enough for tensors."""
-    return Number(int, f"from {least} to {most:,}", lambda value: least <= value <= most, word)
+    allowed = f"{least} or more" if most == MOST_COUNT else f"from {least} to {most:,}"
+    return Number(int, allowed, lambda value: least <= value <= most, word, most)
 
 
 def between(least: float, most: float, kind: type = float) -> Number:

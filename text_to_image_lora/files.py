@@ -23,7 +23,7 @@ BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\
 OWN_SUFFIXES = {".json", ".jsonl", ".yaml", ".md", ".html", ".png", ".safetensors"}  # of files in an output folder
 UNFINISHED: set[Path] = set()  # hidden files and folders that this process is writing
 MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".ckpt", ".pt"}  # endings of files that loaders of models read
-SPECIAL = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+SPECIAL = {stat.S_IFREG: None, stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r"))  # in no text but UTF-16
 
 
@@ -62,7 +62,12 @@ def special_kind(path: str | Path) -> str | None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # whoever reads the path reports it
         return None
-    return None if stat.S_ISREG(mode) else SPECIAL.get(stat.S_IFMT(mode), "a device")
+    return describe_mode(mode)
+
+
+def describe_mode(mode: int) -> str | None:
+    """Like `special_kind`, for the mode that `os.stat` or `os.fstat` returns."""
+    return SPECIAL.get(stat.S_IFMT(mode), "a device")
 
 
 def check_regular(path: str | Path, flag: str = "") -> None:
@@ -339,15 +344,8 @@ def check_entries(folder: str | Path, flag: str) -> None:
     That is a folder with the name of a file, and a link that leads nowhere. A named pipe would make its reader wait for ever.
     """
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        try:
-            mode = path.stat().st_mode
-        except OSError:
-            kind = "a link that leads nowhere"
-        else:
-            is_folder = stat.S_ISDIR(mode)
-            kind = "a folder" if is_folder and path.suffix.lower() in OWN_SUFFIXES else ""
-            kind = kind if is_folder or stat.S_ISREG(mode) else "no regular file"
-        if kind:
+        kind = "a link that leads nowhere" if not path.exists() else special_kind(path)
+        if kind and (kind != SPECIAL[stat.S_IFDIR] or path.suffix.lower() in OWN_SUFFIXES):
             raise InputError(f"{printable(path)}: it is {kind}. Remove it, or pass another {flag}.")
 
 

@@ -232,4 +232,16 @@ def test_the_dry_run_tells_them(train, tmp_path, capsys):
     assert stored.keys() >= {"bars", "name"}
     assert stored["name"]["pictures"][0]["measure"] == "'IMG_0005'"
     assert [row["source"].endswith("'003.png'") for row in stored["bars"]["pictures"]] == [True]
-    assert inspection.format_findings({}) == ["", "nothing was found on pictures and captions that may hurt training"]
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"), [(7, 3, [0, 3, 6]), (6, 6, [*range(6)]), (9, 4, [0, 3, 6]), (0, 5, [])]
+)
+def test_of_a_large_set_an_even_part_is_measured(tmp_path, monkeypatch, count, most, expected):
+    assert findings.evenly_chosen(range(count), most) == expected
+    monkeypatch.setattr(findings, "MOST_MEASURED", most)
+    if count > most:
+        pictures = make_picture_set(save(tmp_path / "set", drawings(0, count)), resolution=SIDE)
+        assert inspection.format_findings({}, pictures)[1].endswith(
+            f"({len(expected)} of {count} pictures were measured)"
+        )

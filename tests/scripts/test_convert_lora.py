@@ -418,7 +418,7 @@ BAD = {
     "a folder for a file": ("{ours} {tmp}/o", "{tmp}/o: name a .safetensors file, or pass --to peft"),
     "a file for a folder": ("{ours} {tmp}/o.safetensors --to peft", "peft's format is a folder"),
     "another format": ("{ours} {tmp}/o.safetensors --to lycoris", "invalid choice: 'lycoris'"),
-    "rank 0": ("{ours} {tmp}/o.safetensors --rank 0", "--rank 0: it must be from 1 to 1,000,000,000."),
+    "rank 0": ("{ours} {tmp}/o.safetensors --rank 0", "--rank 0: it must be 1 or more."),
     "a typo": ("{ours} {tmp}/o.safetensors --ranks 2", "there is no flag --ranks. Did you mean --rank?"),
     "truncated": (
         "{tmp}/cut.safetensors {tmp}/o.safetensors",

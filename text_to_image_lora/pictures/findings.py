@@ -24,7 +24,8 @@ MUCH_CUT = 0.35  # part of a picture's area that its crop leaves out
 FAR_ASPECT = 1.15  # difference of the logarithms of two aspect ratios: about 1 to 3
 FAR_COLOURS = 0.85  # Hellinger distance to the fourth nearest picture; 1: no colour in common
 LEAST_COMPARED = 12  # pictures: among fewer, none is unlike the others
-COMPARED = 400  # pictures among which marks are looked for: their pairs take seconds
+MOST_MEASURED = 500  # pictures of a large set, evenly chosen: a photograph takes about 30 ms
+COMPARED = 200  # pictures among which marks are looked for: their pairs take seconds
 LEAST_MARK, MOST_MARK, MARK_OVER_OTHERS = (
     0.33,
     0.75,
@@ -68,13 +69,23 @@ class Finding(NamedTuple):
 
 
 def find_all(pictures: PictureSet) -> list[Finding]:
-    """Returns the findings on a set, in the order of `KINDS` and of the pictures; decodes all pictures."""
+    """Returns the findings on a set, in the order of `KINDS` and of the pictures; decodes up to `MOST_MEASURED` pictures."""
     return [*find_in_pictures(pictures), *find_in_captions(pictures)]
+
+
+def evenly_chosen(indices: Sequence[int], most: int) -> list[int]:
+    """Returns at most `most` of the indices, in even distances."""
+    return [*indices[:: -(-len(indices) // most) or 1]]
+
+
+def measured(pictures: PictureSet) -> list[int]:
+    """Returns the indices of the pictures that are measured: the user's own, or a part of them."""
+    return evenly_chosen([i for i in range(len(pictures)) if not pictures.is_class[i]], MOST_MEASURED)
 
 
 def find_in_pictures(pictures: PictureSet) -> list[Finding]:
     """Returns the findings on the pictures; those of class pictures are left out, because the base model draws them."""
-    own = [i for i in range(len(pictures)) if not pictures.is_class[i]]
+    own = measured(pictures)
     looks = dict(zip(own, in_threads(lambda i: look_at(pictures.image(i), pictures.sizes[i]), own, ahead=32)))
     found = [*_on_single_pictures(pictures, looks), *_unlike_the_others(pictures, looks)]
     own_facts = [pictures.facts[i] for i in own]
@@ -128,7 +139,7 @@ def find_marks(fine: dict[int, np.ndarray], alike_groups: Sequence[Sequence[int]
 
     Pictures of one of the groups are alike as a whole, and not compared. Of many pictures, an evenly chosen part is compared.
     """
-    own = list(fine)[:: -(-len(fine) // COMPARED) or 1]
+    own = evenly_chosen(list(fine), COMPARED)
     if len(own) < LEAST_COMPARED:
         return {}
     alike, places = shared_marks(np.stack([fine[i] for i in own])), {i: place for place, i in enumerate(own)}
@@ -210,7 +221,7 @@ def is_file_name(caption: str, record: dict[str, Any]) -> bool:
     )
 
 
-def group(found: Sequence[Finding]) -> dict[str, list[Finding]]:
+def group_findings(found: Sequence[Finding]) -> dict[str, list[Finding]]:
     """Returns {key of the kind: findings}, in the order of `KINDS`."""
     groups = {key: [row for row in found if row.kind == key] for key in KINDS}
     return {key: rows for key, rows in groups.items() if rows}

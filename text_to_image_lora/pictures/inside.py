@@ -1,12 +1,11 @@
 """Reads the files that a dataset names: regular files in the dataset's folder, also after their links are resolved."""
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import decode_text, format_bytes, printable
+from ..files import decode_text, describe_mode, format_bytes, printable
 
 
 # Without O_NONBLOCK, opening a named pipe would wait for a writer. Windows lacks it, and needs O_BINARY.
@@ -46,13 +45,8 @@ def check_file(path: Path, homes: Iterable[Path]) -> None:
         raise InputError(f"{printable(path)}: its links form a circle. Remove it.") from error
     except (OSError, ValueError):
         return
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{printable(path)}: it is not a regular file, but a {_kind(mode)}. Remove it.")
-
-
-def _kind(mode):
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
+    if kind := describe_mode(mode):
+        raise InputError(f"{printable(path)}: it is not a regular file, but {kind}. Remove it.")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -60,8 +54,8 @@ def read_bytes(path: str | Path) -> bytes:
     handle = os.open(path, OPEN_FLAGS)
     with open(handle, "rb") as file:
         mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"it is not a regular file, but a {_kind(mode)}")
+        if kind := describe_mode(mode):
+            raise OSError(f"it is not a regular file, but {kind}")
         return file.read()
 
 

@@ -10,8 +10,7 @@ from PIL import Image, ImageOps
 from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
 from .buckets import find_enlarged, format_table
-from .findings import KINDS, Finding
-from .findings import group as group_findings
+from .findings import KINDS, Finding, group_findings, measured
 from .picture_set import PictureSet
 from .sheets import Label, Row, labelled_sheet
 
@@ -121,11 +120,13 @@ def describe_findings(found: list[Finding], pictures: PictureSet) -> dict[str, A
     }
 
 
-def format_findings(described: dict[str, Any]) -> list[str]:
+def format_findings(described: dict[str, Any], pictures: PictureSet) -> list[str]:
     """Formats the result of `describe_findings` for a terminal, with the first few examples of each kind."""
+    num_own, num_measured = pictures.is_class.count(False), len(measured(pictures))
+    part = f" ({num_measured} of {num_own} pictures were measured)" if num_measured < num_own else ""
     if not described:
-        return ["", "nothing was found on pictures and captions that may hurt training"]
-    lines = ["", "what may hurt training:"]
+        return ["", f"nothing was found on pictures and captions that may hurt training{part}"]
+    lines = ["", f"what may hurt training{part}:"]
     for kind in described.values():
         rows = [f"    {row['source']}: {row['measure']}" for row in kind["pictures"]]
         lines += [f"  {kind['title']}: {counted(len(rows), 'picture')}. {kind['remedy']}", *rows[:LISTED]]

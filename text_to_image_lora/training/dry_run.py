@@ -51,7 +51,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     if images is not None:
         lines.append(images.describe(len(not_drawn)))
     described["findings"] = inspection.describe_findings(findings.find_all(pictures), pictures)
-    lines += inspection.format_findings(described["findings"])
+    lines += inspection.format_findings(described["findings"], pictures)
     print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
     known_chunks = None if tokenizer is None else num_chunks
     drawn_at_once = images.batch_size if images is not None and not_drawn else 0
