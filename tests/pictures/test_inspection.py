@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_picture_set, run_command, write_pictures
 from PIL import Image
+from safetensors.torch import save_file
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.inspection import CAPTION_WIDTH, LISTED, describe, format_report, preview_sheet
@@ -73,13 +75,17 @@ def test_a_dry_run_by_the_command(arguments, tmp_path):
     words = list(map(str, arguments()))
     place = words.index("--pretrained_model_name_or_path") + 1
     shutil.copytree(words[place], base)
-    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    save_file({"none of its weights": torch.zeros(1)}, base / "unet" / "diffusion_pytorch_model.safetensors")
     words[place] = str(base)
     done = run_command([*words, "--dry_run"])
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "6 pictures, 6 captions" in done.stdout
     assert "loading" not in done.stdout
+    (base / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    done = run_command([*words, "--dry_run"])
+    assert done.returncode == 2
+    assert "it is damaged or incomplete" in done.stderr
 
 
 def test_the_preview_shows_the_variations_that_are_trained_on(train, pictures, tmp_path):
