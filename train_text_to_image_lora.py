@@ -132,7 +132,7 @@ def main(settings: Settings) -> None:
 
     if settings.data.dry_run:
         with hide_modules(*settings.speed.unused_libraries):
-            from text_to_image_lora.training import dry_run
+            from text_to_image_lora.reports import dry_run
         if is_main_process:
             dry_run.report(settings, inputs)
         return

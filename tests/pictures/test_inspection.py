@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures.inspection import CAPTION_WIDTH, LISTED, describe, format_report, preview_sheet
-from text_to_image_lora.training import dry_run
+from text_to_image_lora.reports import dry_run
 
 
 @pytest.fixture

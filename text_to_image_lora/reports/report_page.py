@@ -2,31 +2,28 @@
 
 import functools
 import importlib.util
-import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from ..errors import InputError
-from ..files import reason_of, shorten_paths, write_whole
+from ..files import reason_of, shorten_paths
 from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
 from .about import encode_image
 from .curves import COLOURS, make_charts, make_comparison_charts
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
-from .private_folders import folders_to_hide, hide_parents
+from .private_folders import folders_to_hide
+from .render import data, render, script
 from .runs import Answer, LoraFile, RecordedRun, make_answer, open_sample, read_run
 
 
 logger = logging.getLogger(__name__)
 FILE = "report.html"
-TEMPLATES = Path(__file__).parent / "page"
 PREVIEW_SIDE = 384  # pixels of a sample picture's longer side; the PNG is linked
 MAX_LABEL_SETTINGS = 3  # settings in the label of a run
 MAX_LABEL_LENGTH = 48
@@ -144,13 +141,6 @@ def find_derived(run: RecordedRun) -> set[str]:
     # run.yaml has the prompts with their options.
     names = run.settings.keys() - {"validation_prompts"}
     return {name for name in names if flags.get(name) != run.settings[name]} if flags else set()
-
-
-def format_setting(value: Any) -> str:
-    """Formats the value of a setting as on the command line and in run.yaml."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ", ".join(map(format_setting, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
@@ -293,46 +283,15 @@ def _make_preview(path, modified_at):
     return None if image is None else encode_image(image, PREVIEW_SIDE)
 
 
-@functools.cache
-def _environment():
-    """Returns the environment of the templates, which compiles each of them once: a run's page is written many times."""
-    import jinja2
-
-    @jinja2.pass_context
-    def without_private_folders(context, value):
-        return hide_parents(value, context["private_folders"])
-
-    # Everything that a template prints is escaped, such as captions, prompts and file names.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=without_private_folders,
-    )  # fmt: skip
-    environment.filters["shown"] = format_setting
-    return environment
-
-
 def _render(path, template, runs, *, charts, **values):
-    """Renders a template and writes the page, whole or not at all."""
+    """Renders the template of a page about runs."""
     from markupsafe import Markup
 
     folders = folders_to_hide(runs)
-    page = (
-        _environment()
-        .get_template(template)
-        .render(
-            private_folders=folders,
-            css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
-            js=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
-            bokeh=Markup(_bokeh()) if charts else "",
-            charts=charts,
-            charts_json=Markup(
-                hide_parents(json.dumps(charts), folders).replace("<", "\\u003c")
-            ),  # "</script>" in a name would end the script
-            written=time.strftime("%Y-%m-%d %H:%M"),
-            **values,
-        )
-    )
-    write_whole(path, page)
+    render(
+        path, template, folders=folders, styles=["page.css"], js=script("page.js"), bokeh=Markup(_bokeh()) if charts else "",
+        charts=charts, charts_json=data(charts, folders), **values,
+    )  # fmt: skip
 
 
 @functools.cache

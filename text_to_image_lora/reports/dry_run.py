@@ -9,9 +9,9 @@ import torch
 from ..errors import InputError
 from ..models import loading, modules, prompts
 from ..pictures import examine, findings, inspection
-from . import caching, inputs, memory, trials
-from .run import choose_num_chunks, make_run_sampler
-from .settings import ways_to_save_memory
+from ..training import caching, inputs, memory, trials
+from ..training.run import choose_num_chunks, make_run_sampler
+from ..training.settings import ways_to_save_memory
 
 
 def report(settings: Any, found: inputs.Inputs) -> None:
