@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageCms
 
 
-pytest_plugins = ["evaluation_fixtures", "family_fixtures", "infer_fixtures"]
+pytest_plugins = ["browser_fixtures", "evaluation_fixtures", "family_fixtures", "infer_fixtures"]
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

@@ -152,7 +152,7 @@ ASSEMBLERS = {
     "training.caching": "fill",
     "training.class_images": "plan draw_missing",
     "training.data": "make_run_loader",
-    "training.inputs": "find_inputs find_base find_records check_rest make_picture_sets with_cached_tag_orders "
+    "training.inputs": "find_inputs find_base reading_of find_records check_rest make_picture_sets with_cached_tag_orders "
     "make_concept_remover concept_of_run check_concept find_concept plan_class_images",
     "training.memory": "make_plan",
     "training.resume": "load",
@@ -162,7 +162,7 @@ ASSEMBLERS = {
     "training.trials": "compile_denoiser",
     "reports.about": "describe_run write_about_run",
     "reports.checkpoints": "__init__",
-    "reports.dry_run": "report _cache_bytes _memory",
+    "reports.dry_run": "report _write_page _cache_bytes _memory",
     "reports.model_card": "settings_that_matter upload_run",
     "reports.reports": "start_reports make_judge __init__",
     "reports.sample_pictures": "make_painter",

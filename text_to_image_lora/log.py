@@ -146,3 +146,15 @@ def collect_messages(room: str) -> Iterator[list[str]]:
     finally:
         logger.removeHandler(collector)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet(room: str) -> Iterator[None]:
+    """Suppresses what the modules of a subpackage, such as "pictures", log, because it was logged before."""
+    logger = PACKAGE.getChild(room)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

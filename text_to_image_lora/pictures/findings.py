@@ -32,6 +32,12 @@ LEAST_MARK, MOST_MARK, MARK_OVER_OTHERS = (
     4.0,
 )  # likeness; the factor is for the 95th percentile of all pairs
 MOST_WORDS, RARE = 0.85, 0.1  # a word in most captions; the share of captions that lack it
+MOST_LACKING = 3  # words that a measure names
+# Their absence says nothing about a picture.
+FUNCTION_WORDS = {
+    "and", "the", "with", "some", "for", "from", "that", "this", "its", "are", "has", "his", "her", "their", "into", "onto",
+    "over", "under", "there", "which", "while",
+}  # fmt: skip
 NAMES_OF_CAMERAS = re.compile(
     r"(img|dsc|dscn|dscf|pxl|mvimg|screenshot|image|photo|untitled|download)?[\s_-]*\d[\d\s_().-]*", re.I
 )
@@ -73,9 +79,9 @@ def find_all(pictures: PictureSet) -> list[Finding]:
     return [*find_in_pictures(pictures), *find_in_captions(pictures)]
 
 
-def evenly_chosen(indices: Sequence[int], most: int) -> list[int]:
-    """Returns at most `most` of the indices, in even distances."""
-    return [*indices[:: -(-len(indices) // most) or 1]]
+def evenly_chosen(values: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most `most` of the values, in even distances."""
+    return [*values[:: -(-len(values) // most) or 1]] if most else []
 
 
 def measured(pictures: PictureSet) -> list[int]:
@@ -175,11 +181,13 @@ def _missing_words(captions: dict[int, list[str]]) -> Iterator[Finding]:
         return
     own = {i: set.intersection(*map(words_of, group)) for i, group in captions.items() if group}
     counts = Counter(word for words in own.values() for word in words)
-    usual = [word for word, count in counts.items() if MOST_WORDS * len(own) <= count < len(own) and len(word) > 2]
+    most = {word for word, count in counts.items() if MOST_WORDS * len(own) <= count < len(own) and len(word) > 2}
+    usual = most - FUNCTION_WORDS
     for i, words in own.items():
-        if lacking := sorted(set(usual) - words):
-            counted = ", ".join(f"'{word}' stands in {counts[word]} of {len(own)}" for word in lacking)
-            yield Finding("word", i, counted)
+        if lacking := sorted(usual - words, key=lambda word: (-counts[word], word)):
+            counted = ", ".join(f"'{word}' stands in {counts[word]} of {len(own)}" for word in lacking[:MOST_LACKING])
+            more = len(lacking) - MOST_LACKING
+            yield Finding("word", i, counted + (f", and {more} more words" if more > 0 else ""))
 
 
 def _repeated(captions: dict[int, list[str]], pictures: PictureSet) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError
 from ..files import printable
 from .inside import is_inside
-from .layouts import ReadOptions, log_unused_masks, make_row, mask_paths
+from .layouts import MOST_REPEATS, ReadOptions, log_unused_masks, make_row, mask_paths
 from .names import METADATA_NAMES, is_picture, mask_beside, reason_against
 from .tables import (
     MOST_COLUMNS,
@@ -27,9 +28,17 @@ from .tables import (
 
 logger = logging.getLogger(__name__)
 MOST_NAME = 4096  # characters of a path that Linux accepts
+REPEATS_COLUMN = "num_repeats"  # how often the picture of a row is used per epoch; no column: once
+SOURCE = re.compile(r"(.+):(\d+): '.*'", re.DOTALL)
 
 
-class _Columns(NamedTuple):
+def place_of(source: str) -> tuple[Path, int] | None:
+    """Returns the metadata file and the line of a record's `source`, or None if it is not from a metadata file."""
+    match = SOURCE.fullmatch(source)
+    return (Path(match[1]), int(match[2])) if match and Path(match[1]).name.lower() in METADATA_NAMES else None
+
+
+class Columns(NamedTuple):
     """The columns of a metadata file."""
 
     file: str
@@ -56,7 +65,7 @@ def read_metadata(folder: Path, files: list[Path], reading: ReadOptions) -> Iter
         table = read_table(file, reading.homes)
         if not table:
             continue
-        columns = _find_columns(file, [row for _, row in table], reading)
+        columns = find_columns(file, [row for _, row in table], reading)
         chosen[columns.caption, columns.others] += 1
         for row in _read_rows(file, table, columns, folder, reading):
             named.add(os.path.realpath(row["image"]["path"]))
@@ -80,8 +89,8 @@ def read_metadata(folder: Path, files: list[Path], reading: ReadOptions) -> Iter
         logger.info(f"{folder}: {count - len(named)} rows name a picture that another row names too; each row is used")
 
 
-def _find_columns(file, rows, reading):
-    """Returns the `_Columns` of a metadata file; raises `InputError` if one is missing."""
+def find_columns(file: Path, rows: list[dict], reading: ReadOptions) -> Columns:
+    """Returns the `Columns` of a metadata file; raises `InputError` if one is missing."""
     asked = reading.data
     columns = list(dict.fromkeys(key for row in rows for key in row if key is not None))
     if len(columns) > MOST_COLUMNS:
@@ -101,11 +110,11 @@ def _find_columns(file, rows, reading):
             raise InputError(
                 f"{file}: there is no column '{name}' (--{kind}_column). The columns are: {', '.join(columns)}."
             )
-    taken = {file_column, asked.mask_column, asked.concept_column}
+    taken = {file_column, asked.mask_column, asked.concept_column, REPEATS_COLUMN}
     textual = text_columns([name for name in columns if name not in taken], rows, asked.caption_column)
     chosen = choose_caption_column(str(file), columns, textual, asked.caption_column)
     others = tuple(name for name in textual if name != chosen)
-    return _Columns(file_column, chosen, others, asked.mask_column, asked.concept_column)
+    return Columns(file_column, chosen, others, asked.mask_column, asked.concept_column)
 
 
 def _read_rows(file, table, columns, dataset_folder, reading):
@@ -137,6 +146,12 @@ def _read_rows(file, table, columns, dataset_folder, reading):
             mask_path = _find_picture(root, mask) if is_name else None
             if mask_path is None or not is_inside(mask_path, reading.homes):
                 reason = f"its mask {shortened(repr(mask))} does not exist in the dataset folder"
+        num_repeats = _repeats_of(row)
+        if reason is None and num_repeats is None:
+            reason = (
+                f"column '{REPEATS_COLUMN}' holds {shortened(repr(row[REPEATS_COLUMN]))}, which is not a whole number from 1 to "
+                f"{MOST_REPEATS}"
+            )
         if reason is not None or path is None:
             if reading.leave_out is None:
                 raise InputError(f"{where}: {reason}. Fix the row, or pass --skip_bad_images to leave such rows out.")
@@ -144,7 +159,20 @@ def _read_rows(file, table, columns, dataset_folder, reading):
             continue
         mask_path = mask_path if mask else mask_beside(path, reading.homes)
         concept = root.name if columns.concept is None else str(row.get(columns.concept))
-        yield make_row(path, nonempty_captions(captions), concept, 1, f"{where}: '{name}'", mask_path)
+        yield make_row(path, nonempty_captions(captions), concept, num_repeats or 1, f"{where}: '{name}'", mask_path)
+
+
+def _repeats_of(row):
+    """Returns how often the picture of a row is used per epoch, or None if the value can't mean that."""
+    value = row.get(REPEATS_COLUMN)
+    if value is None or value == "":
+        return 1
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    is_whole = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    return int(number) if is_whole and 1 <= number <= MOST_REPEATS else None
 
 
 def _similar_name(root, name):

@@ -11,7 +11,15 @@ import numpy as np
 from ..errors import TrainingError
 from .records import fingerprint, image_id, read_image_bytes, read_mask_bytes
 from .settings import AugmentationSettings
-from .transforms import Variation, apply_variation, apply_variation_to_mask, draw_variation, open_image, open_mask
+from .transforms import (
+    RESAMPLING,
+    Variation,
+    apply_variation,
+    apply_variation_to_mask,
+    draw_variation,
+    open_image,
+    open_mask,
+)
 
 
 class View(NamedTuple):
@@ -96,6 +104,12 @@ class PictureSet:
     def image(self, i: int) -> Any:
         """Returns picture i as the user brought it, as an RGB `PIL.Image`; raises `TrainingError` if its files have changed."""
         return self._open(i).image
+
+    def thumbnail(self, i: int, side: int) -> Any:
+        """Returns picture i as an RGB `PIL.Image` whose longer side is at most `side` pixels."""
+        image = open_image(read_image_bytes(self.records[i]["image"]), least_side=side)
+        image.thumbnail((side, side), RESAMPLING["lanczos"])
+        return image
 
     def pixels(self, i: int, k: int) -> np.ndarray:
         """Returns variation k of picture i as uint8 pixels (height, width, 3); raises `TrainingError` if its files have changed."""

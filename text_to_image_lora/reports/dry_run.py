@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from .. import log
 from ..errors import InputError
 from ..models import loading, modules, prompts
 from ..pictures import examine, findings, inspection
+from ..pictures.caption_tables import caption_tables
 from ..training import caching, inputs, memory, trials
 from ..training.run import choose_num_chunks, make_run_sampler
 from ..training.settings import ways_to_save_memory
+from . import dataset_page
 
 
 def report(settings: Any, found: inputs.Inputs) -> None:
@@ -50,7 +53,8 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     lines = [*inspection.format_report(described), *_lengths(settings.batches, settings.schedule, sampler)]
     if images is not None:
         lines.append(images.describe(len(not_drawn)))
-    described["findings"] = inspection.describe_findings(findings.find_all(pictures), pictures)
+    own_found = findings.find_all(pictures)
+    described["findings"] = inspection.describe_findings(own_found, pictures)
     lines += inspection.format_findings(described["findings"], pictures)
     print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
     known_chunks = None if tokenizer is None else num_chunks
@@ -58,7 +62,19 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     needs, memory_lines = _memory(settings, base, pictures, sampler, known_chunks, drawn_at_once)
     report_file = Path(settings.run.output_dir) / "dataset.json"
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
-    print("\n".join([*memory_lines, "", f"full report: {report_file}"]))
+    limit = described["tokens"] and described["tokens"]["limit"]
+    too_many = [i for i, group in enumerate(token_counts or []) if limit is not None and max(group) > limit]
+    page = _write_page(settings, found, pictures, validated, own_found, too_many, left_out)
+    print(
+        "\n".join(
+            [
+                *memory_lines,
+                "",
+                f"full report: {report_file}",
+                f"the pictures, to look through, and to edit their captions: {page}",
+            ]
+        )
+    )
     if settings.data.preview_data is not None:
         drawn = [i for i, recipe in enumerate(pictures.records["recipe"]) if recipe not in not_drawn]
         if len(drawn) < len(pictures):
@@ -75,6 +91,24 @@ def report(settings: Any, found: inputs.Inputs) -> None:
             f"{source}: {reason} ({len(left_out)} bad pictures or rows in total). Fix them, or pass --skip_bad_images to "
             "leave them out."
         )
+
+
+def _write_page(settings, found, pictures, validated, own_found, too_many, left_out):
+    """Writes dataset.html, and returns its path."""
+    page = Path(settings.run.output_dir) / dataset_page.FILE
+    with log.quiet("pictures"):
+        tables = caption_tables(inputs.reading_of(settings))
+    words = settings.captions
+    added = [f"'{word}'" for word in (words.trigger_word, words.caption_prefix, words.caption_suffix) if word]
+    remarks = (
+        [f"The run adds {' and '.join(added)} to the captions, which are shown without it."]
+        if added and tables
+        else []
+    )
+    held_out = validated if settings.validation.validation_data_dir is None else None
+    data = dataset_page.Data(pictures, held_out, own_found, too_many, left_out, tables, remarks)
+    dataset_page.write_dataset_page(page, data, title=f"Pictures for {Path(settings.run.output_dir).resolve().name}")
+    return page
 
 
 def _lengths(batches, schedule, sampler):

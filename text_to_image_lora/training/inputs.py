@@ -77,10 +77,16 @@ def find_base(settings: Any) -> Any:
     return base
 
 
+def reading_of(settings: Any) -> ReadOptions:
+    """Returns how the pictures of a command are read."""
+    archives = settings.cache.folder / "archives"
+    return ReadOptions(settings.data, settings.captions, settings.base.cache_dir, archives)
+
+
 def find_records(settings: Any, leave_out: Callable[[str, str], Any] | None) -> tuple[Any, Any]:
     """Returns the records to train on, including those of class pictures at the end, and those to validate on or None."""
     archives = settings.cache.folder / "archives"
-    reading = ReadOptions(settings.data, settings.captions, settings.base.cache_dir, archives, leave_out)
+    reading = reading_of(settings)._replace(leave_out=leave_out)
     records, validation_records = load_records(reading), None
     if settings.validation.validation_data_dir is not None:
         validation_data = dataclasses.replace(
