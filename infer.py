@@ -52,7 +52,7 @@ from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.drawing import settings as groups
 from text_to_image_lora.drawing.parser import DrawingParser
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing
-from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
+from text_to_image_lora.errors import InputError, TrainingError, explaining_system_errors
 from text_to_image_lora.files import printable, shorten_paths
 from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
 from text_to_image_lora.models.samplers import NO_ZERO_SNR
@@ -204,20 +204,23 @@ def run(argv: list[str]) -> None:
     inputs = find_inputs(settings)
     logger.info("loading %s", shorten_paths(printable(inputs.job.base.model.source)))
 
-    from text_to_image_lora.drawing import draw, pipeline, png
+    from text_to_image_lora.drawing import draw, identities, pipeline, png
 
     precision = machine.mixed_precision or ("no" if output.save_merged else None)
     device, dtype = pipeline.choose_device(machine.device, precision)
     if device == "cpu":
         set_num_threads(machine.num_cpu_threads)
-    studio = pipeline.open_studio(inputs.job, machine, device, dtype)
+    job, vae = inputs.job, inputs.job.as_trained.vae
+    with identities.loading_unchanged(
+        job.base.model, job.loras, vae, job.controlnet and job.controlnet.source
+    ) as found:
+        studio = pipeline.open_studio(job, machine, device, dtype)
 
     draw.warn_of_cut_prompts(studio, inputs.drawings)
     if inputs.drawings:
-        job, vae = inputs.job, inputs.job.as_trained.vae
         source = png.source_of(
             settings.model, settings.from_pictures, vae=vae, dtype=dtype, device=device, compiled=machine.compile,
-            identities=png.identities_of(job.base.model, vae, job.controlnet and job.controlnet.source),
+            identities=found,
         )  # fmt: skip
         session = plan_session(settings, draw.sized(studio, inputs.drawings), source)
         images = save_pictures(studio, session, source, output.output_dir)
@@ -235,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     try:
         # diffusers and peft would import bitsandbytes, which takes a second.
-        with explaining_lack_of_memory(), hide_modules("bitsandbytes"):
+        with explaining_system_errors(), hide_modules("bitsandbytes"):
             run([*(sys.argv[1:] if argv is None else argv)])
     except (InputError, TrainingError) as error:
         print(f"infer.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -255,7 +255,9 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    parsed: list[Settings] = []  # the file of --config may be gone when the run ends, or be a pipe
     try:
-        main(parse_settings())
+        parsed.append(parse_settings())
+        main(*parsed)
     except (Exception, KeyboardInterrupt, Stopped) as error:
-        end(error, Path(__file__).name, lambda: ways_to_save_memory(parse_settings()))
+        end(error, Path(__file__).name, lambda: ways_to_save_memory(*parsed))

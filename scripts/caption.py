@@ -29,7 +29,7 @@ from scripts.captioning.sheet import choose_sheet, write_sheet
 from scripts.captioning.wording import Wording
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, between, count, user_path
-from text_to_image_lora.errors import InputError, Stopped, TrainingError, explaining_lack_of_memory, visible
+from text_to_image_lora.errors import InputError, Stopped, TrainingError, explaining_system_errors, visible
 from text_to_image_lora.files import counted, printable, remove_leftovers
 from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
 from text_to_image_lora.locks import alone_in
@@ -226,7 +226,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        with explaining_lack_of_memory():
+        with explaining_system_errors():
             main()
     except (InputError, TrainingError) as error:
         print(f"caption.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -27,8 +27,9 @@ import os
 from text_to_image_lora.command_line import Parser, count, user_path
 from text_to_image_lora.drawing import as_trained
 from text_to_image_lora.drawing.rows import MOST_SCALE
-from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
+from text_to_image_lora.errors import InputError, TrainingError, explaining_system_errors
 from text_to_image_lora.files import counted, written_new
+from text_to_image_lora.log import protect_streams
 from text_to_image_lora.models.dialects import PICKLES, find_dialect
 from text_to_image_lora.models.lora_checks import check_lora
 
@@ -301,7 +302,8 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        with explaining_lack_of_memory():
+        with explaining_system_errors():
+            protect_streams()
             main(parse_args())
     except (InputError, TrainingError) as error:
         print(f"convert_lora.py: {error}", file=sys.stderr)

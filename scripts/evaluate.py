@@ -31,12 +31,14 @@ from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL, Seen, describe_mis
 from scripts.evaluation.pictures import draw_all, make_drawings, make_loss_meter, picture_folder
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, between, count, user_path
+from text_to_image_lora.drawing.identities import loading_unchanged
 from text_to_image_lora.drawing.pipeline import choose_device, open_studio, set_loras
-from text_to_image_lora.drawing.png import identities_of, source_of
+from text_to_image_lora.drawing.png import source_of
 from text_to_image_lora.drawing.rows import SETTINGS, Drawing, sampler_name
 from text_to_image_lora.drawing.settings import BATCH_SIZE, FromPictures, Machine
-from text_to_image_lora.errors import InputError, TrainingError, explaining_lack_of_memory
+from text_to_image_lora.errors import InputError, TrainingError, explaining_system_errors
 from text_to_image_lora.libraries import quiet_libraries, set_num_threads
+from text_to_image_lora.locks import alone_in
 
 
 class Drawn(NamedTuple):
@@ -101,13 +103,14 @@ def draw_and_look(args, inputs):
     device, dtype = choose_device(machine.device, machine.mixed_precision)
     if device == "cpu":
         set_num_threads(machine.num_cpu_threads)
-    studio = open_studio(inputs.job, machine, device, dtype)
+    with loading_unchanged(inputs.job.base.model, inputs.job.loras, as_trained.vae) as identities:
+        studio = open_studio(inputs.job, machine, device, dtype)
     inputs.judge.load(device)
     held_out = inputs.judge.look(images_of(inputs.held_out), inputs.captions(), {})
     if (misfit := describe_misfit(inputs.judge, held_out)) is not None:
         print(f"note: {misfit}", flush=True)
     # The LoRAs' headers determine together how all pictures are drawn, also those of the base model.
-    identities = identities_of(inputs.job.base.model, as_trained.vae) | {"as_trained": json.dumps(as_trained)}
+    identities |= {"as_trained": json.dumps(as_trained)}
     source = source_of(
         inputs.model, FromPictures(), vae=as_trained.vae, dtype=dtype, device=device, compiled=machine.compile,
         identities=identities,
@@ -136,6 +139,12 @@ def main(args):
     started = time.time()
     log.start(warning_format="note: %(message)s")
     quiet_libraries()
+    with alone_in(args.output_dir, "--output_dir"):
+        evaluate(args, started)
+
+
+def evaluate(args, started):
+    """Evaluates the LoRAs; no other process writes into the output folder meanwhile."""
     inputs = find_inputs(args)
     print(
         f"{len(inputs.loras) - 1} LoRAs and the base model: {len(inputs.asked)} prompts x {args.num_images} seeds each, "
@@ -150,7 +159,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        with explaining_lack_of_memory():
+        with explaining_system_errors():
             main(build_parser().parse_args())
     except (InputError, TrainingError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

@@ -19,8 +19,9 @@ if __name__ == "__main__":
 
 import argparse
 
-from text_to_image_lora.errors import InputError
+from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.files import reason_of
+from text_to_image_lora.log import protect_streams
 from text_to_image_lora.reports import report_page
 
 
@@ -64,11 +65,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    protect_streams()
     try:
         main()
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"report.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except OSError as error:
         print(f"report.py: the page can't be written: {reason_of(error)}", file=sys.stderr)
         sys.exit(1)

@@ -26,12 +26,20 @@ if __name__ == "__main__":
 
 from scripts.sweeping import results
 from scripts.sweeping.settings import SAMPLERS, SweepError, describe_command, settle, take_words
-from scripts.sweeping.study import all_failed, claim, describe_progress, has_result, open_study, suggest
+from scripts.sweeping.study import (
+    all_failed,
+    claim,
+    describe_progress,
+    has_result,
+    open_study,
+    running_elsewhere,
+    suggest,
+)
 from scripts.sweeping.trials import Refused, StoppedItself, run_trial, stop_children
 from text_to_image_lora import log
 from text_to_image_lora.command_line import user_path
-from text_to_image_lora.errors import InputError, Stopped, TrainingError
-from text_to_image_lora.files import counted, reason_of
+from text_to_image_lora.errors import InputError, Stopped, TrainingError, describe_system_error
+from text_to_image_lora.files import counted
 from text_to_image_lora.reports.report_page import FILE as PAGE
 from text_to_image_lora.reports.report_page import update_page
 from text_to_image_lora.training import interruption
@@ -112,6 +120,12 @@ def main(argv=None):
         if len(refused) == MOST_REFUSED and not has_result(study):
             break
     print("\n" + write_results(study, settings))
+    if running := running_elsewhere(study):
+        names = ", ".join(results.trial_dir("", number).name for number in running)
+        print(
+            f"\nnot finished: other processes still train {names}. If a worker of the sweep was killed, run the same command "
+            "again when they have ended."
+        )
     if has_result(study) and update_page(folder, of_several=True):
         print(f"\nreport of the sweep: {folder / PAGE}")
     if refused and not has_result(study):
@@ -134,7 +148,7 @@ if __name__ == "__main__":
     except OSError as error:
         stop_children()
         print(
-            f"sweep.py: {reason_of(error)}. Correct the cause and run the same command again to resume.",
+            f"sweep.py: {describe_system_error(error)} and run the same command again to resume.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -15,7 +16,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from conftest import ROOT, read_lora, read_metrics, read_records, run_command, write_pictures
+from conftest import ROOT, read_lora, read_metrics, read_records, run_command, words_of_run, write_pictures
 from loopback_hub import (
     FailingHub,
     Hub,
@@ -264,6 +265,125 @@ def test_a_damaged_checkpoint_on_the_hub_is_passed_over(train, hub, tmp_path, ca
         in said
     )
     assert f"resuming from {tmp_path}/second/checkpoint-2 (step 2)" in said
+
+
+class LoginPage(Storage):
+    """Answers requests for files whose path contains `server.hidden` with a page, as the network of a hotel does."""
+
+    def do_GET(self):
+        if "/resolve/" not in self.path or self.server.hidden not in self.path:
+            super().do_GET()
+            return
+        page = b"<html>Please log in</html>" + self.path.encode()
+        self.send_response(200)
+        headers = {"X-Repo-Commit": "a" * 40, "ETag": f'"{len(page)}"', "Content-Length": str(len(page))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(page)
+
+    do_HEAD = do_GET
+
+
+class Page(Repositories):
+    """Answers requests for some files with a web page and headers like the hub's, and requests for others with the files."""
+
+    def do_GET(self):
+        if not re.search(self.server.hidden, self.path):
+            super().do_GET()
+            return
+        page = b"<html>Please log in</html>"
+        self.send_response(200)
+        headers = LIKE_THE_HUB | {"Content-Type": "text/html; charset=utf-8", "Content-Length": str(len(page))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(page)
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "resolve.*/model_index.json",
+        pytest.param("resolve.*/tokenizer_config.json", marks=pytest.mark.long),
+        pytest.param("resolve.*/unet/.*safetensors", marks=pytest.mark.long),
+    ],
+)
+def test_a_page_does_not_stay_in_the_hubs_cache(tiny_sd, pictures, tmp_path, hidden):
+    """With the page in the cache, the model would be refused for ever."""
+    shutil.copytree(tiny_sd, tmp_path / "root" / "owner" / "tiny")
+    words = words_of_run("owner/tiny", pictures, tmp_path, max_train_steps=1)
+    with serving(Page, root=tmp_path / "root", hidden=hidden) as server:
+        env = environment(server, tmp_path) | {"ACCELERATE_USE_CPU": "true"}
+        done = run_command(words, env=env)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "owner/tiny" in done.stderr
+        assert "answered with a web page" in done.stderr
+        cached = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+        assert not [path for path in cached if b"log in" in path.read_bytes()]
+        server.hidden = "nothing"
+        done = run_command(words, env=env)
+        assert done.returncode == 0, done.stderr
+    assert read_lora(tmp_path / "out")
+
+
+class Busy(Storage):
+    """Is too busy for files, and asks to come back tomorrow."""
+
+    def do_GET(self):
+        if "/resolve/" not in self.path:
+            super().do_GET()
+            return
+        self.send_response(429)
+        name, value = self.server.sent
+        self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [("Retry-After", "86400"), ("RateLimit", '"api";r=0;t=3000'), ("Retry-After", "Wed, 21 Oct 2099 07:28:00 GMT")],
+)
+def test_a_busy_hub_makes_nobody_wait_until_tomorrow(train, tmp_path, monkeypatch, sent):
+    from huggingface_hub.utils import _http
+
+    (tmp_path / "root" / "owner" / "axes" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "root" / "owner" / "axes" / "checkpoint-3" / "manifest.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    pauses = []
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=pauses.append, time=time.time))
+    refused = pytest.raises(InputError, match="checkpoint-3 can't be downloaded")
+    with serving(Busy, root=tmp_path / "root", sent=sent) as server, taken_for_the_hub(server), refused:
+        train(resume_from_checkpoint=ADDRESS)
+    assert pauses
+    assert max(pauses) <= 60
+
+
+@pytest.mark.parametrize("hidden", ["adapter", "manifest"])
+def test_a_page_instead_of_a_checkpoint_is_not_kept(train, tmp_path, monkeypatch, hidden):
+    """A new run would upload its checkpoints over those that the network hides, and the cache would keep the page."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    straight = read_lora(train(max_train_steps=5, output_dir=tmp_path / "straight"))
+    (tmp_path / "root").mkdir()
+    with serving(LoginPage, root=tmp_path / "root", hidden="nothing") as server, taken_for_the_hub(server):
+        train(**CHECKPOINTS | dict(max_train_steps=3), output_dir=tmp_path / "first")
+        server.hidden = hidden
+        words = dict(output_dir=tmp_path / "second", max_train_steps=5, resume_from_checkpoint=ADDRESS)
+        with pytest.raises(InputError, match="none of its checkpoints is intact"):
+            train(**words)
+        assert not (tmp_path / "second").exists()
+        server.hidden = "nothing"
+        train(**words)
+    resumed = read_lora(tmp_path / "second")
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
 
 def test_a_newer_checkpoint_here_goes_before_the_hubs(train, hub, tmp_path, capsys):

@@ -63,6 +63,23 @@ def test_a_run_does_not_touch_the_folder_of_another(train, tmp_path, hold, flags
     assert {path: path.stat().st_mtime_ns for path in sorted(output_dir.rglob("*"))} == before
 
 
+def test_an_evaluation_does_not_touch_the_folder_of_another(tmp_path, hold):
+    out = tmp_path / "evaluation"
+    out.mkdir()
+    (out / "evaluation.md").write_text("of the other one")
+    hold(out)
+    words = ["--pretrained_model_name_or_path", "x", "--lora", "x", "--validation_data_dir", "x", "--output_dir", out]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "evaluate.py", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"evaluate.py: {out}: another process is writing into this folder. Wait until it has ended, or pass another "
+        "--output_dir.\n"
+    )
+    assert (out / "evaluation.md").read_text() == "of the other one"
+
+
 def test_a_killed_process_locks_nothing(train, tmp_path, hold):
     output_dir = train(max_train_steps=2, checkpointing_steps=1, output_dir=tmp_path / "run")
     half = [".best.0123abcd.tmp", ".checkpoint-1.0123abcd.old"]
@@ -91,6 +108,24 @@ def test_the_orphans_of_a_killed_process_lock_nothing(tmp_path, hold):
         assert lock(tmp_path) == [".lock"]
     finally:
         os.kill(child, 9)
+
+
+@pytest.mark.parametrize("file", [None, "kept.txt"])
+def test_a_signal_leaves_no_lock(tmp_path, file):
+    """For commands that end at once, such as evaluate.py."""
+    lines = [
+        "import pathlib, signal",
+        "from text_to_image_lora.locks import alone_in",
+        "from text_to_image_lora.signals import exit_on_signals",
+        "exit_on_signals()",
+        f"folder = pathlib.Path({str(tmp_path)!r}, 'new')",
+        "with alone_in(folder, '--output_dir'):",
+        f"    (folder / {file!r}).write_text('')" if file else "    pass",
+        "    signal.raise_signal(signal.SIGTERM)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "kept.txt"] if file else [])
 
 
 def test_an_error_leaves_no_new_folder(tmp_path):

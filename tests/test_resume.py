@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from text_to_image_lora.command_line import iterate_flags
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.training.checkpoint import find_checkpoint, find_damage, read_state
+from text_to_image_lora.training.manifest import write_manifest
 
 
 MEASURED = ("images_per_second", "peak_memory_gib")
@@ -255,6 +256,49 @@ def test_other_weights_are_refused_wherever_they_come_from(train, two, tiny_sd, 
     if component == "vae":
         place = {"pretrained_vae_model_name_or_path": model / "vae"}
     assert re.search(rf"run \({component} weights was '\w+', is '\w+'\)", assert_refused(train, two, **place))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "answer"),
+    [
+        ("unet", "attention_head_dim", 4, "unet config attention_head_dim was 2, is 4"),
+        ("unet", "act_fn", "gelu", "unet config act_fn was 'silu', is 'gelu'"),
+        ("vae", "norm_num_groups", 2, "vae config norm_num_groups was 4, is 2"),
+        ("vae", "scaling_factor", 0.5, "vae config scaling_factor was 0.18215, is 0.5"),
+        ("text_encoder", "hidden_act", "gelu", "text_encoder config hidden_act was 'quick_gelu', is 'gelu'"),
+        ("scheduler", "beta_end", 0.02, "noise schedule beta_end was 0.012, is 0.02"),
+        ("scheduler", "num_train_timesteps", 500, "noise schedule num_train_timesteps was 1000, is 500"),
+    ],
+)
+def test_equal_weights_with_another_configuration_are_refused(train, two, tiny_sd, tmp_path, part, key, value, answer):
+    """The files of a base model were replaced between the stop and the resumption."""
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    file = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    stored = json.loads(file.read_text())
+    assert stored[key] != value
+    file.write_text(json.dumps(stored | {key: value}))
+    assert f"run ({answer})" in assert_refused(train, two, pretrained_model_name_or_path=model)
+
+
+def test_another_vocabulary_is_refused(train, two, tiny_sd, tmp_path):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    (file,) = (model / "tokenizer").glob("tokenizer.json")
+    stored = json.loads(file.read_text())
+    words = stored["model"]["vocab"]
+    words["red</w>"], words["blue</w>"] = words["blue</w>"], words["red</w>"]
+    file.write_text(json.dumps(stored))
+    message = assert_refused(train, two, pretrained_model_name_or_path=model)
+    assert re.search(r"run \(vocabulary of tokenizer was '(\w+)', is '(?!\1)\w+'\)", message)
+
+
+def test_settings_that_another_version_of_a_library_adds_do_not_matter(train, two, tmp_path):
+    file = two / "checkpoint-2" / "state.json"
+    stored = json.loads(file.read_text())
+    assert stored["settings"]["unet config"].pop("freq_shift") == 0
+    stored["settings"]["vae config"]["of_the_past"] = 3
+    file.write_text(json.dumps(stored))
+    write_manifest(file.parent)
+    assert read_metrics(train(max_train_steps=3, output_dir=two))[-1]["step"] == 3
 
 
 def test_every_flag_may_change_or_is_of_the_run(two):

@@ -102,14 +102,30 @@ def describe_lack_of_memory(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explaining_lack_of_memory() -> Iterator[None]:
-    """Turns an exception that `is_out_of_memory` into a `TrainingError`."""
+def explaining_system_errors() -> Iterator[None]:
+    """Turns an exception that `is_out_of_memory`, and an `OSError`, into a `TrainingError`."""
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            raise TrainingError(describe_lack_of_memory(error)) from error
+        if not isinstance(error, OSError):
             raise
-        raise TrainingError(describe_lack_of_memory(error)) from error
+        raise TrainingError(f"{describe_system_error(error)} and run the same command again.") from error
+
+
+def describe_system_error(error: OSError) -> str:
+    """Returns the reason of an `OSError` with its file, such as one that was deleted, and the beginning of a remedy."""
+    reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":.")
+    if error.filename is not None:
+        name = (
+            error.filename
+            if isinstance(error.filename, bytes)
+            else str(error.filename).encode(errors="surrogateescape")
+        )
+        reason = f"{name.decode(errors='backslashreplace')}: {reason}"
+    remedy = "Raise the limit on open files (ulimit -n)" if error.errno == errno.EMFILE else "Correct the cause"
+    return f"{reason}. {remedy}"
 
 
 def is_dead_worker(error: BaseException) -> bool:

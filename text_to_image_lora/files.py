@@ -240,9 +240,11 @@ def explaining_disk_errors(path: str | Path) -> Iterator[None]:
         if error.errno not in UNWRITABLE and "[Errno 28]" not in str(error):
             raise
         nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+        allowed = error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+        remedy = "Free some space" if allowed else "Make the folder writable"
         raise TrainingError(
             f"{path}: it can't be written ({error.strerror or os.strerror(errno.ENOSPC)}; "
-            f"{format_bytes(shutil.disk_usage(nearest).free)} are free there). The old content is intact. Free some space and "
+            f"{format_bytes(shutil.disk_usage(nearest).free)} are free there). The old content is intact. {remedy} and "
             "run the same command again to resume."
         ) from error
 

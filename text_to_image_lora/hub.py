@@ -13,7 +13,10 @@ from typing import Any
 HUB_SECONDS = 3  # timeout of a request to the hub: without a network, its client would retry for half a minute
 UPLOAD_SECONDS = 300  # for an upload, and in addition its size by the slowest speed
 SLOWEST_UPLOAD = 100_000  # bytes per second
+MOST_SECONDS_TO_WAIT = 60  # before a request is repeated, if a busy server asks for it
+DOWNLOAD_SECONDS = 3600  # for a checkpoint
 ANSWER_SECONDS = 60  # for a complete answer that is small
+_checks_answers = False
 
 
 def is_hub_id(name: str) -> bool:
@@ -29,6 +32,8 @@ def retry_timeouts(ask: Callable[[], Any], seconds: float | None = None) -> Any:
     """
     from httpx import TimeoutException
 
+    check_answers()
+
     def ask_three_times():
         for pause in (1, 2):
             try:
@@ -38,6 +43,51 @@ def retry_timeouts(ask: Callable[[], Any], seconds: float | None = None) -> Any:
         return ask()
 
     return ask_three_times() if seconds is None else _within(seconds, ask_three_times)
+
+
+def check_answers() -> None:
+    """Lets the hub's client refuse web pages, and wait for at most `MOST_SECONDS_TO_WAIT` before it repeats a request.
+
+    It would keep the login page of a network in its cache as a file of a model, and would wait for as long as a busy server
+    asks, even for a day. Without the server's number, it tries for some seconds.
+    """
+    global _checks_answers
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    make_default = getattr(_http, "default_client_factory", None)  # not part of its public interface
+    if _checks_answers or make_default is None:
+        return
+    _checks_answers = True
+
+    def make_client():
+        client = make_default()
+        client.event_hooks = client.event_hooks | {
+            "response": [*client.event_hooks["response"], _refuse_pages, _forget_long_waits]
+        }
+        return client
+
+    set_client_factory(make_client)
+
+
+def _refuse_pages(response):
+    """Raises an error for an answer that is a web page, which no file of a model is."""
+    from httpx import HTTPError
+
+    if response.is_success and response.headers.get("content-type", "").lower().startswith("text/html"):
+        host = response.url.host
+        raise HTTPError(
+            f"{host} answered with a web page instead of a file; the network may ask for a login in a browser"
+        )
+
+
+def _forget_long_waits(response):
+    """Removes the headers that ask to wait for too long from the answer of a busy server."""
+    for name in ("retry-after", "ratelimit"):
+        numbers = re.findall(r"(?:^|t=)(\d+)", response.headers.get(name, ""))
+        is_date = name == "retry-after" and not numbers
+        if name in response.headers and (is_date or any(int(n) > MOST_SECONDS_TO_WAIT for n in numbers)):
+            del response.headers[name]
 
 
 def _within(seconds, ask):
@@ -88,6 +138,7 @@ def hub_file(name, file, *, revision=None, cache_dir=None):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    check_answers()
     cached = try_to_load_from_cache(name, file, revision=revision, cache_dir=cache_dir)
     if isinstance(cached, str):
         return Path(cached)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import signals
 from .errors import InputError
 from .files import printable, remove_leftovers
 
@@ -31,19 +32,24 @@ def alone_in(folder: Path, flag: str):
     """
     is_new = not folder.exists()
     lock = _acquire(folder, flag)
+
+    def tidy():
+        with contextlib.suppress(OSError):
+            # Before the release, or it could be the file of the next process. Windows deletes no open file, and leaves it.
+            (folder / NAME).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()  # fails if there is anything in it
+
+    signals.CLEAN_UP.append(tidy)  # for commands that a signal ends at once
     try:
         if lock is not None:
             remove_leftovers(folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            # Before the release, or it could be the file of the next process. Windows deletes no open file, and leaves it.
-            (folder / NAME).unlink(missing_ok=True)
+        signals.CLEAN_UP.remove(tidy)
+        tidy()
         if lock is not None:
             lock.release()
-        with contextlib.suppress(OSError):
-            if is_new:
-                folder.rmdir()  # fails if there is anything in it
 
 
 def _acquire(folder, flag):

@@ -12,14 +12,22 @@ from typing import Any
 EXIT_CODES = {"SIGINT": 130, "SIGBREAK": 130, "SIGTERM": 143, "SIGHUP": 143, "SIGUSR1": 75}
 
 
+WITHOUT_DIRECTORY = "the working directory can't be found (%s). It may have been deleted: change to another one."
+
 CLEAN_UP: list[Callable[[], None]] = []  # called before the process ends
 
 
 def exit_on_signals(advice: str = "") -> None:
     """From here on, a signal to stop ends the process with one line, which `advice` completes, and the signal's exit code.
 
-    Scripts call this before their slow imports: Python's own handlers would print a traceback, or end with other codes.
+    Scripts call this before their slow imports: Python's own handlers would print a traceback, or end with other codes. In a
+    working directory that was deleted, where these imports fail, the process ends too, as with bad input.
     """
+    try:
+        os.getcwd()
+    except OSError as error:
+        os.write(2, f"{os.path.basename(sys.argv[0])}: {WITHOUT_DIRECTORY % error.strerror}\n".encode())
+        os._exit(2)
     for name in EXIT_CODES:
         number = getattr(signal, name, None)
         # An ignored signal stays ignored, as nohup intends.

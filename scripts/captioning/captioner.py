@@ -114,6 +114,11 @@ class Captioner:
                 inputs = self.kind.ask(self.processor, [fitted(image) for image in images], prompt)
                 inputs = {name: self._moved(value) for name, value in inputs.items()}
                 token_ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        except IndexError as error:  # a text model has a table of positions
+            raise InputError(
+                f"--max_new_tokens {self.max_new_tokens}: a prompt and an answer of so many tokens are too long for "
+                f"{self.name}. Pass fewer tokens, or a shorter --prompt."
+            ) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import check_writable, printable, written_whole
+from text_to_image_lora.files import check_writable, printable
 from text_to_image_lora.pictures.inside import read_bytes
-from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet
+from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet, save_sheet
 from text_to_image_lora.pictures.transforms import ImageError, open_image
 
 from .dataset import OWN_FOLDER
@@ -57,8 +57,7 @@ def write_sheet(path: Path, captions: Sequence[tuple[Path, str]], folder: Path) 
         title = f"{len(captions)} captions" if len(captions) == count else f"{count} of {len(captions)} captions"
         sheet = labelled_sheet(rows, title=f"{title}, page {number} of {len(pages)}")
         name = path if len(pages) == 1 else path.with_stem(f"{path.stem}-{number}")
-        with written_whole(name) as temporary:
-            sheet.save(temporary, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
+        save_sheet(sheet, name)
         written.append(name)
     if path == folder / OWN_FOLDER / NAME:
         _remove_old_pages(path, written)

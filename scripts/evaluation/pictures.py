@@ -15,6 +15,7 @@ from PIL import Image
 
 from text_to_image_lora.drawing.draw import draw
 from text_to_image_lora.drawing.png import describe, repeat_of, save_png
+from text_to_image_lora.files import remove_leftovers
 
 
 OTHERS = "other prompts"
@@ -93,6 +94,7 @@ def draw_all(studio, drawings, folder, source, batch_size, say):
     New pictures are saved as soon as they are drawn, so that a stopped evaluation can be resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     paths = [folder / f"{drawing.stem}.png" for drawing in drawings]
     images = [read_drawn(path, drawing, source) for path, drawing in zip(paths, drawings, strict=True)]
     missing = [i for i, image in enumerate(images) if image is None]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from text_to_image_lora.files import write_whole
+from text_to_image_lora.pictures.sheets import save_sheet
 from text_to_image_lora.reports import stopping
 from text_to_image_lora.reports.equal_files import describe_equal, find_equal
 
@@ -195,11 +196,11 @@ def write(args, inputs, drawn):
         Point(label, find_runs(inputs.loras)[label], rows[label]["drift"], rows[label][likeness])
         for label in found.bleed
     ]
-    plot(points, rows[BASE][likeness], chosen, likeness).save(folder / "likeness-drift.png")
+    save_sheet(plot(points, rows[BASE][likeness], chosen, likeness), folder / "likeness-drift.png")
     folder_of = functools.partial(picture_folder, folder)
-    picture_sheet(inputs, folder_of, args.seed).save(folder / "pictures.png")
+    save_sheet(picture_sheet(inputs, folder_of, args.seed), folder / "pictures.png")
     if found.copied:
-        nearest_sheet(inputs, found.copied, folder_of, args.seed).save(folder / "nearest.png")
+        save_sheet(nearest_sheet(inputs, found.copied, folder_of, args.seed), folder / "nearest.png")
         pages += ["", "Each picture beside its nearest training picture:", "", "![nearest](nearest.png)"]
     write_whole(folder / "evaluation.md", "\n".join(["# Evaluation", "", *lines, "", about, *pages]) + "\n")
     stored = {

@@ -6,8 +6,8 @@ import itertools
 import json
 from pathlib import Path
 
-from text_to_image_lora.files import write_whole, written_whole
-from text_to_image_lora.pictures.sheets import COLUMNS, Label, Row, labelled_sheet, tell_apart
+from text_to_image_lora.files import write_whole
+from text_to_image_lora.pictures.sheets import COLUMNS, Label, Row, labelled_sheet, save_sheet, tell_apart
 from text_to_image_lora.reports.numbers import LOSS as METRIC
 from text_to_image_lora.reports.numbers import read_numbers
 from text_to_image_lora.reports.runs import open_sample, read_pictures
@@ -191,6 +191,5 @@ def write(rows, folder, varied, make_best_command):
     write_whole(folder / "results.md", "\n".join(lines) + "\n")
     sheet = picture_sheet(rows, folder, varied)
     if sheet is not None:
-        with written_whole(folder / "pictures.png") as temporary:
-            sheet.save(temporary, format="PNG")
+        save_sheet(sheet, folder / "pictures.png")
     return "\n".join(lines)

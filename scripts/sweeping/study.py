@@ -197,6 +197,13 @@ def describe_progress(study, settings, number):
     return f"trial {place} of {total}, about {format_duration(left)} left"
 
 
+def running_elsewhere(study):
+    """Returns the numbers of the trials that other processes train: other workers, or what a killed worker left running."""
+    from optuna.trial import TrialState
+
+    return [trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+
+
 def all_failed(study):
     """Whether trials failed, none has a result, and none is running, also by other workers."""
     from optuna.trial import TrialState

@@ -1,11 +1,27 @@
 """Sheets show every picture completely and in its place."""
 
 import itertools
+import os
 
 import pytest
 from PIL import Image
 
-from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet
+from text_to_image_lora.pictures.sheets import Label, Row, labelled_sheet, save_sheet
+
+
+def test_a_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """WebP holds at most 16,383 pixels a side."""
+    path = tmp_path / "new" / "sheet.webp"
+    save_sheet(Image.new("RGB", (50, 30), "red"), path)
+    before = path.read_bytes()
+    with pytest.raises((OSError, ValueError)):
+        save_sheet(Image.new("RGB", (16_500, 2)), path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["sheet.webp"]
+    for ending, kind in ((".jpg", "JPEG"), (".png", "PNG"), (".webp", "WEBP")):
+        save_sheet(Image.new("RGB", (50, 30), "red"), path.with_suffix(ending))
+        with Image.open(path.with_suffix(ending)) as image:
+            assert (image.format, image.size) == (kind, (50, 30))
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,16 @@ def test_cut_answers_are_told_from_complete_ones(run, pictures, models, monkeypa
     assert set(texts_of(pictures).values()) == {"cut\n"}
 
 
+def test_an_answer_that_is_too_long_for_the_model_is_one_line(run, pictures):
+    """The text model of this BLIP has 64 places."""
+    message = (
+        "^--max_new_tokens 65: a prompt and an answer of so many tokens are too long for .*. Pass fewer tokens, or"
+    )
+    with pytest.raises(InputError, match=message):
+        run(pictures, "blip", max_new_tokens=65)
+    assert texts_of(pictures) == {}
+
+
 def test_a_tagger_writes_probable_tags_without_ratings_the_most_probable_first(run, pictures):
     """Solid pictures have known probabilities, for example of a blue sky: sigmoid(0.04 * 255 - 4) = 0.998."""
     for path in pictures.iterdir():

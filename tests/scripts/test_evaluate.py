@@ -1,15 +1,19 @@
 """`scripts/evaluate.py`: the complete command, a second call, its held-out loss, and invalid input."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, write_pictures
+from conftest import ROOT, read_header, write_pictures
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from scripts import evaluate
+from text_to_image_lora.errors import TrainingError
 
 
 def run_here(words):
@@ -109,6 +113,65 @@ def test_a_base_model_that_changed_at_its_path_draws_again(words, model, lora, t
 
 
 @pytest.mark.usefixtures("library_settings")
+@pytest.mark.usefixtures("library_settings")
+def test_a_lora_that_is_replaced_during_an_evaluation_is_drawn_again(words, lora, tmp_path, monkeypatch, capsys):
+    """A run that still trains replaces its LoRA while others are drawn: the pictures are of the weights that were loaded."""
+    own = shutil.copytree(lora, tmp_path / "trains")
+    (file,) = own.glob("*.safetensors")
+    draw_all = evaluate.draw_all
+
+    def replace_and_draw(*values):
+        weights = {name: 3 * value for name, value in load_file(file).items()}
+        header = read_header(file)
+        monkeypatch.setattr(evaluate, "draw_all", draw_all)
+        save_file(weights, tmp_path / "new.safetensors", header)
+        os.replace(tmp_path / "new.safetensors", file)
+        return draw_all(*values)
+
+    monkeypatch.setattr(evaluate, "draw_all", replace_and_draw)
+    run_here(words(lora=[own]))
+    before = json.loads((tmp_path / "out" / "evaluation.json").read_text())["scores"]["trains"]
+    capsys.readouterr()
+    run_here(words(lora=[own]))
+    said = capsys.readouterr().out
+    assert "base: drew 0 pictures (18 were already there)" in said
+    assert "trains: drew 18 pictures (0 were already there)" in said
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["scores"]["trains"] != before
+
+
+@pytest.mark.usefixtures("library_settings")
+@pytest.mark.parametrize("what", ["LoRA", "base model"])
+def test_files_that_are_replaced_while_they_are_loaded_are_refused(words, model, lora, tmp_path, monkeypatch, what):
+    own = shutil.copytree(lora, tmp_path / "trains")
+    base = shutil.copytree(model, tmp_path / "base")
+    (file,) = own.glob("*.safetensors") if what == "LoRA" else (base / "unet").glob("*.safetensors")
+    open_studio = evaluate.open_studio
+
+    def open_and_replace(*values):
+        studio = open_studio(*values)
+        weights = {name: 3 * value for name, value in load_file(file).items()}
+        save_file(weights, tmp_path / "new.safetensors", read_header(file))
+        os.replace(tmp_path / "new.safetensors", file)
+        return studio
+
+    monkeypatch.setattr(evaluate, "open_studio", open_and_replace)
+    changed = file if what == "LoRA" else base
+    message = (
+        f"^{re.escape(str(changed))}: the files were changed while they were loaded. Run the same command again.$"
+    )
+    with pytest.raises(TrainingError, match=message):
+        run_here(words(lora=[own], pretrained_model_name_or_path=[base]))
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_what_a_killed_evaluation_left_is_deleted(words, tmp_path, capsys):
+    half = tmp_path / "out" / "pictures" / "axe" / ".000-seed0.png.0123abcd.tmp"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    run_here(words())
+    assert not half.exists()
+
+
 def test_the_held_out_loss_is_the_training_scripts(train, tiny_sd, pictures, tmp_path, clip_model, dino_model):
     """Uses the run, seed and pictures of a training run with --validation_split."""
     split = dict(validation_split=0.4, num_validation_images=0)

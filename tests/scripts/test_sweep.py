@@ -124,6 +124,31 @@ def test_a_killed_sweep_ends_with_every_trial_done_once(tmp_path, trained):
     assert rows_of(folder) == rows
 
 
+def test_what_a_killed_worker_left_training_is_not_taken_for_finished(tmp_path):
+    """Only the sweep is killed, and its last trial trains on."""
+    words = ["--sweep", "rank=4", "--launcher", LAUNCHER, "--flags", *flags_of(max_train_steps=60)]
+    folder, environment = tmp_path / "sweep", {"SWEEP_STEP_SECONDS": "0.25"}
+    with subprocess.Popen(
+        command(folder, *words), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    ) as process:  # fmt: skip
+        wait_for(folder, "trial-0000/checkpoint-*", process)
+        process.kill()
+        process.wait()
+    try:
+        done = run(folder, *words)
+        assert done.returncode == 0, done.stderr
+        assert (
+            "not finished: other processes still train trial-0000. If a worker of the sweep was killed, run the "
+            in done.stdout
+        )
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    done = run(folder, *words)
+    assert "not finished" not in done.stdout
+    assert [row["state"] for row in rows_of(folder)] == ["complete"]
+
+
 def test_what_it_leaves(tiny_sd, pictures, tmp_path):
     """Trains two trials."""
     folder = tmp_path / "sweep"

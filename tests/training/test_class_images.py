@@ -1,6 +1,7 @@
 """Class pictures that the base model draws: what they are, when they are drawn, and runs with them."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import TORCHRUN, read_lora, read_metrics, refusal_of, run_command,
 from infer_fixtures import draw
 from PIL import Image
 from quick_start import signal_before
+from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError, TrainingError
 from text_to_image_lora.models.loading import find_base_model
@@ -303,6 +305,24 @@ def test_the_preview_shows_them_once_they_are_drawn(train, drawn, tmp_path, caps
     assert "while drawing class pictures" not in said
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 9 * 190  # of ten pictures
+
+
+def test_a_base_model_that_is_replaced_while_it_is_loaded_draws_nothing(train, tiny_sd, tmp_path, monkeypatch):
+    """The folder of the pictures is named after the files that were there before."""
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    open_studio = class_images.open_studio
+
+    def replace_and_open(*values):
+        weights = {name: 1.1 * value for name, value in load_file(file).items()}
+        save_file(weights, tmp_path / "new.safetensors", {"format": "pt"})
+        os.replace(tmp_path / "new.safetensors", file)
+        return open_studio(*values)
+
+    monkeypatch.setattr(class_images, "open_studio", replace_and_open)
+    with pytest.raises(TrainingError, match="/model: the files were changed while they were loaded. Run the same"):
+        train(pretrained_model_name_or_path=model, **COMMON)
+    assert not list((tmp_path / "cache" / "class_pictures").rglob("*.png"))
 
 
 def test_too_little_memory_names_the_flag(train, monkeypatch):

@@ -1,8 +1,6 @@
 """The text chunks of pictures: their parameters, as A1111 writes them too, and everything that --from_png needs."""
 
 import contextlib
-import functools
-import hashlib
 import io
 import itertools
 import json
@@ -15,11 +13,9 @@ from typing import Any, NamedTuple
 from ..config_file import read_yaml
 from ..errors import InputError
 from ..files import check_regular, shorten_paths, write_new
-from ..hub import hub_file
-from ..models.base_model import BaseModel
 from ..models.samplers import SAMPLERS
-from ..models.weights_files import files_identity, quick_hash
 from ..redaction import redact
+from .identities import sha256_of
 from .rows import MOST_BATCH, SETTINGS, Drawing
 from .settings import FromPictures, Model
 
@@ -27,7 +23,6 @@ from .settings import FromPictures, Model
 logger = logging.getLogger(__name__)
 # The flags that name local files and folders.
 PATHS = {"pretrained_model_name_or_path", "vae", "single_file_config", "controlnet", "image", "control_image", "lora"}
-WEIGHTS_AND_CONFIG = {".json", ".safetensors", ".bin"}  # endings of the files of a VAE or ControlNet
 
 
 class Source(NamedTuple):
@@ -69,31 +64,6 @@ def source_of(
     return Source(flags, machine_of(device, compiled), identities or {})
 
 
-def identities_of(base: BaseModel, vae: str | None = None, controlnet: str | None = None) -> dict[str, str]:
-    """Returns {flag: what identifies the files of its model}: the commit of a model on the hub, else a quick hash.
-
-    Of a large file only samples are read, so that this takes a moment. A model whose files can't be read is left out.
-    """
-    found = {}
-    with contextlib.suppress(OSError, InputError):
-        found["pretrained_model_name_or_path"] = files_identity(base)
-    for flag, source in {"vae": vae, "controlnet": controlnet}.items():
-        if source is not None:
-            with contextlib.suppress(Exception):  # no network: the errors of the hub's client share no base class
-                found[flag] = _identity_of_part(source, base.cache_dir)
-    return found
-
-
-def _identity_of_part(source, cache_dir):
-    """Returns what identifies the files of a VAE or ControlNet: a file, a folder or a model on the hub."""
-    path = Path(source)
-    if not path.exists():
-        return json.dumps([source, hub_file(source, "config.json", cache_dir=cache_dir).parent.name])
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in WEIGHTS_AND_CONFIG)
-    hashes = [["" if file == path else file.name, quick_hash(file)] for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
 def machine_of(device: str, compiled: bool) -> dict[str, str]:
     """Returns what the last bits of a picture depend on besides its flags: versions and the device."""
     import diffusers
@@ -104,12 +74,6 @@ def machine_of(device: str, compiled: bool) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
     return versions | {"device": f"{torch.device(device).type} {name}"} | ({"compiled": "yes"} if compiled else {})
-
-
-@functools.cache
-def sha256_of(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def repeat_of(drawing: Drawing, source: Source, batch: tuple[int, int] | None) -> Repeat:

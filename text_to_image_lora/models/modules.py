@@ -104,6 +104,24 @@ def sample_identity(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+# Keys of configurations that do not change what a model computes in training: precision, initialization, sampling, labels.
+NOT_COMPUTED = {
+    "dtype", "torch_dtype", "force_upcast", "sample_size", "architectures", "model_type", "transformers_version", "id2label",
+    "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder",
+    "chunk_size_feed_forward", "initializer_range", "initializer_factor",
+}  # fmt: skip
+NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """Returns the settings of a model, or of a noise scheduler, that change what equal weights compute in training."""
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    plain = json.loads(json.dumps(dict(config), default=str))
+    if "beta_schedule" in plain:
+        return {key: plain.get(key) for key in NOISE_SCHEDULE}
+    return {key: value for key, value in plain.items() if not key.startswith("_") and key not in NOT_COMPUTED}
+
+
 def weights_identity(model: Any, dtype: Any = None) -> str:
     """Returns a hash of a model's configuration and weights, which are cast to `dtype` if it is given."""
     import torch

@@ -109,6 +109,12 @@ def text_identity(tokenizer, text_encoder):
     return digest.hexdigest()[:32]
 
 
+def vocabulary_identity(tokenizer):
+    """Returns a hash of the words of a tokenizer and their numbers, which does not depend on the library's version."""
+    words = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([words, tokenizer.model_max_length]).encode()).hexdigest()[:16]
+
+
 class PromptEncoder:
     """Encodes captions to conditions (see `families.py`) for a whole run.
 

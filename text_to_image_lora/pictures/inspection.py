@@ -12,7 +12,7 @@ from .alike import alike_pictures, equal_pictures
 from .buckets import find_enlarged, format_table
 from .findings import KINDS, Finding, group_findings, measured
 from .picture_set import PictureSet
-from .sheets import Label, Row, labelled_sheet
+from .sheets import Label, Row, labelled_sheet, save_sheet
 
 
 PREVIEWED = 10  # pictures on the sheet of --preview_data
@@ -166,8 +166,7 @@ def write_preview(
     """
     chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(pictures))]))[:PREVIEWED]
     sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4), remove_concept=remove_concept)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_sheet(sheet, path)
     return f"what the model will see: {path}"
 
 

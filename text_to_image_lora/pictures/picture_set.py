@@ -91,7 +91,14 @@ class PictureSet:
             return opened
         opened.index = None
         row, fact = self.records[i], self.facts[i]
-        data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
+        try:
+            data, mask = read_image_bytes(row["image"]), read_mask_bytes(row["mask"])
+        except OSError as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TrainingError(
+                f"{row['source']}: the picture or its mask can't be read any more ({reason}). Put it back, and run the same "
+                "command again."
+            ) from error
         if image_id(data, mask) != fact.image_id:
             raise TrainingError(
                 f"{row['source']}: the picture or its mask was changed after the run had examined it. Run the same command again."

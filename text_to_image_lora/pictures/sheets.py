@@ -4,10 +4,12 @@ import itertools
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageOps
 
+from ..files import written_whole
 from .fonts import font_for, fonts_for, legible
 
 
@@ -92,6 +94,13 @@ def labelled_sheet(
         lines = [(side, row.pictures[first:end]) for side, row in zip(sides, rows, strict=True)]
         strips.append(Strip("" if first else above, tops[first:end], lines))
     return _draw(strips, (width, height), em)
+
+
+def save_sheet(sheet: Image.Image, path: str | Path) -> None:
+    """Writes a sheet completely or not at all, as JPEG, WebP or PNG by the ending of its name."""
+    kind = {".jpg": "JPEG", ".webp": "WEBP"}.get(Path(path).suffix.lower(), "PNG")
+    with written_whole(path) as temporary:
+        sheet.save(temporary, format=kind)
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:

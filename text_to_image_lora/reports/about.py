@@ -42,7 +42,10 @@ def describe_run(settings: Any, run: Any) -> dict[str, Any]:
         "max_train_steps": run.num_steps,
         "lr_warmup_steps": run.num_warmup_steps,
     }
-    whole = recorded_values(settings) | settled | run.identity
+    plain = {
+        name: value for name, value in run.identity.items() if not isinstance(value, dict)
+    }  # no models' configurations
+    whole = recorded_values(settings) | settled | plain
     return {k: v for k, v in whole.items() if v not in (None, []) and k != "validation_prompt"}
 
 

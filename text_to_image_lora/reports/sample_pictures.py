@@ -14,8 +14,9 @@ from ..drawing.as_trained import AsTrained
 from ..drawing.draw import Drawn, batches_of, draw_batch
 from ..drawing.encode import EncodedPrompts
 from ..drawing.grids import Cell, Grid, make_sheets, plan, prompt_cells, told_apart
+from ..drawing.identities import identities_of
 from ..drawing.pipeline import PIPELINES, Studio
-from ..drawing.png import describe, identities_of, name_for_others, save_png, source_of
+from ..drawing.png import describe, name_for_others, save_png, source_of
 from ..drawing.rows import Drawing, Lora
 from ..drawing.settings import FromPictures, Model
 from ..errors import InputError

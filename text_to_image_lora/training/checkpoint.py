@@ -238,7 +238,7 @@ def raising_input_errors(path: Path) -> Iterator[None]:
 
 def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises `InputError`, which names what differs, if a checkpoint belongs to another run."""
-    now = json.loads(json.dumps(now))  # `before` was read from JSON
+    before, now = _flat(before), _flat(json.loads(json.dumps(now)))  # `before` was read from JSON
     different = [
         f"{MEANINGS.get(key, key)} was {before[key]!r}, is {now[key]!r}"
         for key in now
@@ -249,6 +249,14 @@ def check_same_run(path: Path, before: dict[str, Any], now: dict[str, Any]) -> N
             f"{path}: this checkpoint belongs to another run ({'; '.join(different)}). Pass another --output_dir, or "
             "--resume_from_checkpoint none to start over in this folder."
         )
+
+
+def _flat(identity):
+    """Returns an identity with an entry for each setting of its configurations, so that those of one version alone don't count."""
+    flat = {}
+    for name, value in identity.items():
+        flat |= {f"{name} {key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def prune_checkpoints(output_dir: Path | str, limit: int | None, newest: int) -> None:

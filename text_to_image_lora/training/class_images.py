@@ -45,6 +45,7 @@ class ClassImages(NamedTuple):
     job: Job  # what they are drawn with
     like: Drawing  # what the drawings have in common
     batch_size: int
+    base_identity: str  # of `files_identity`, in the name of the folder
 
     def drawing(self, i: int) -> Drawing:
         """Returns what picture i shows, and how it is drawn."""
@@ -141,11 +142,13 @@ def plan(settings: Any, base: Any, prompts: Sequence[str], count: int) -> ClassI
     )  # fmt: skip
     vae_files = sorted(path for path in [Path(vae), *Path(vae).glob("*")] if path.is_file()) if vae else []
     vae_identity = [(path.name, quick_hash(path)) for path in vae_files] or vae
-    models = [files_identity(base), vae_identity, settings.speed.precision]
+    base_identity = files_identity(base)
+    models = [base_identity, vae_identity, settings.speed.precision]
     how = [trained.prediction_type, trained.zero_snr, trained.long_prompts, *_settings_of(like)]
     name = _hash([VERSION, models, how, list(prompts)])
     folder = settings.cache.folder / "class_pictures" / name[:40]
-    return ClassImages(folder, count, tuple(prompts), Job(Base(base), (), trained), like, own.sample_batch_size)
+    job = Job(Base(base), (), trained)
+    return ClassImages(folder, count, tuple(prompts), job, like, own.sample_batch_size, base_identity)
 
 
 def draw_missing(settings: Any, found: Any, accelerator: Any) -> None:
@@ -188,6 +191,12 @@ def _draw_blocks(images, blocks, accelerator):
     from tqdm.auto import tqdm
 
     studio, source = _open(images.job, accelerator)
+    if (
+        files_identity(images.job.base.model) != images.base_identity
+    ):  # or these pictures would be taken for those of others
+        raise TrainingError(
+            f"{images.job.base.model.source}: the files were changed while they were loaded. Run the same command again."
+        )
     work = []
     for block in blocks:
         drawings = [images.drawing(block * images.batch_size + k) for k in range(images.batch_size)]

@@ -11,6 +11,7 @@ from ..errors import (
     Stopped,
     TrainingError,
     describe_lack_of_memory,
+    describe_system_error,
     is_dead_worker,
     is_out_of_address_space,
     is_out_of_memory,
@@ -78,6 +79,9 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
             "same command again to resume from the last checkpoint."
         )
         leave(1, at_once=True)
+    if isinstance(error, OSError):  # such as a file that was deleted during the run
+        say(f"{describe_system_error(error)} and run the same command again to resume; saved files are intact.")
+        leave(1)
     raise error
 
 

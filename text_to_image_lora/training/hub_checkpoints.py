@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import reason_of, written_whole
-from ..hub import ANSWER_SECONDS, create_repository, retry_timeouts, upload_folder
+from ..hub import ANSWER_SECONDS, DOWNLOAD_SECONDS, create_repository, retry_timeouts, upload_folder
 from . import checkpoint
+from .manifest import find_damage
 
 
 logger = logging.getLogger(__name__)
@@ -79,16 +80,22 @@ def find_checkpoint(output_dir: Path | str, wanted: str, token: str | None) -> P
     if name is not None:
         if name not in names:
             raise InputError(f"{wanted}: there is no such checkpoint. There are: {', '.join(names) or 'none'}.")
-        return checkpoint.find_checkpoint(output_dir, str(_download(repository, name, output_dir, token)))
+        downloaded = _download(repository, name, token)
+        checkpoint.find_checkpoint(output_dir, str(downloaded))  # raises `InputError` if it is damaged
+        return _copy(downloaded, output_dir)
     for name in reversed(names):
         if local is not None and checkpoint.parse_step(local) >= checkpoint.parse_step(Path(name)):
             break
-        path = checkpoint.find_newest_intact([_download(repository, name, output_dir, token)])
+        path = checkpoint.find_newest_intact([_download(repository, name, token)])
         if path is not None:
-            return path
+            return _copy(path, output_dir)
+    if local is None and names:  # a new run would upload its checkpoints over these
+        raise InputError(
+            f"{wanted}: none of its checkpoints is intact, or the network does not transmit them. Run the command again in "
+            "another network, or with --resume_from_checkpoint none to start over."
+        )
     if local is None:
-        state = "none of the checkpoints is intact" if names else "there is no checkpoint yet"
-        logger.info(f"{wanted}: {state}, so a new run begins")
+        logger.info(f"{wanted}: there is no checkpoint yet, so a new run begins")
     return local
 
 
@@ -106,20 +113,36 @@ def _list_names_on_hub(repository, token):
     return sorted(found, key=lambda name: checkpoint.parse_step(Path(name)))
 
 
-def _download(repository, name, output_dir, token):
-    """Downloads a checkpoint into the output folder, replacing an existing one, and returns its path."""
+def _download(repository, name, token):
+    """Downloads a checkpoint into the hub's cache, and returns its path there; it may be damaged."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+
+    def download(**options):
+        found = retry_timeouts(
+            lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token, **options), DOWNLOAD_SECONDS
+        )
+        return Path(found) / name
+
     try:
-        snapshot = retry_timeouts(lambda: snapshot_download(repository, allow_patterns=f"{name}/*", token=token))
+        path = download()
+        # The hub's cache may hold the login page of a network, which was once the answer to a request for a file.
+        if find_damage(path) is None:
+            return path
+        shutil.rmtree(path)  # or the client would leave the names of the files at what they lead to
+        return download(force_download=True)
     except Exception as error:  # the client's errors have no common base class
         raise InputError(
             f"{repository}: {name} can't be downloaded ({reason_of(error)}). Run the command again when the network is "
             "back, or with --resume_from_checkpoint latest to resume from a local checkpoint."
         ) from error
-    path = Path(output_dir) / name
+
+
+def _copy(downloaded, output_dir):
+    """Copies a checkpoint into the output folder, replacing an existing one, and returns its path."""
+    path = Path(output_dir) / downloaded.name
     with written_whole(path, folder=True) as folder:
-        shutil.copytree(Path(snapshot) / name, folder, dirs_exist_ok=True)
+        shutil.copytree(downloaded, folder, dirs_exist_ok=True)
     return path

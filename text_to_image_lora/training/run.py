@@ -213,6 +213,8 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
         )
     )
     text_encoders = {row.name: model for row, model in zip(family.text_encoders, loaded.text_encoders, strict=True)}
+    words = [prompts.vocabulary_identity(tokenizer) for tokenizer in loaded.tokenizers]
+    run.identity["vocabulary of"] = dict(zip((row.tokenizer for row in family.text_encoders), words, strict=True))
     _check_models(run, {family.denoiser: loaded.denoiser, "vae": loaded.vae, **text_encoders}, diffusion, num_chunks)
     adapted = {family.denoiser: loaded.denoiser, **(text_encoders if lora_settings.train_text_encoder else {})}
     num_adapted = adapt(settings, adapted, family, run.seed)
@@ -258,6 +260,10 @@ def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, s
 def _check_models(run, parts, diffusion, num_chunks):
     """Adds the properties of the loaded models to the run's identity, and compares it with the checkpoint's."""
     run.identity.update({f"{name} weights": modules.sample_identity(model) for name, model in parts.items()})
+    # With other settings, such as another number of attention heads or another noise schedule, equal weights compute other
+    # numbers.
+    run.identity.update({f"{name} config": modules.settings_of(model) for name, model in parts.items()})
+    run.identity["noise schedule"] = modules.settings_of(diffusion)
     run.identity.update(
         num_chunks=num_chunks,
         prediction_type=diffusion.config.prediction_type,
