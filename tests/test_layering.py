@@ -153,7 +153,7 @@ ASSEMBLERS = {
     "training.class_images": "plan draw_missing",
     "training.data": "make_run_loader",
     "training.dry_run": "report _cache_bytes _memory",
-    "training.inputs": "find_inputs find_base find_records check_rest make_picture_sets with_cached_tag_orders "
+    "training.inputs": "find_inputs find_base find_records check_rest check_foreign_files make_picture_sets with_cached_tag_orders "
     "make_concept_remover concept_of_run check_concept find_concept plan_class_images",
     "training.memory": "make_plan",
     "training.resume": "load",

@@ -22,7 +22,8 @@ def test_files_that_no_run_has_written_are_kept(train, tmp_path, name):
     folder.mkdir()
     (folder / name).write_text("mine")
     message = refusal_of(train, output_dir=folder)
-    assert name in message and "Move it" in message
+    assert name in message
+    assert "Move it" in message
     assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "mine"}
 
 
