@@ -501,3 +501,24 @@ def test_a_refused_run_writes_no_preview(train, two, tmp_path):
     with pytest.raises(InputError, match="another run"):
         train(rank=8, lora_alpha=4, max_train_steps=4, preview_data=tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "named"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "noise schedule was"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "noise schedule was"),
+        ("vae/config.json", {"scaling_factor": 0.3}, "scaling_factor of the vae was 0.18215, is 0.3"),
+        ("unet/config.json", {"flip_sin_to_cos": False}, "flip_sin_to_cos of the unet was True, is False"),
+        ("unet/config.json", {"norm_eps": 0.1}, "norm_eps of the unet was 1e-05, is 0.1"),
+    ],
+)
+def test_a_base_model_that_computes_otherwise_is_not_resumed_with(train, tiny_sd, tmp_path, file, changes, named):
+    """Its weights are the same, so that only its configuration tells."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_sd, base)
+    flags = dict(pretrained_model_name_or_path=base, output_dir=tmp_path / "out")
+    train(**flags)
+    config = json.loads((base / file).read_text()) | changes
+    (base / file).write_text(json.dumps(config))
+    assert named in refusal_of(train, max_train_steps=3, **flags)

@@ -62,6 +62,11 @@ class Diffusion:
         """Returns the target (N, C, H, W) of the model's prediction."""
         return self.prediction.target(self.noise_scheduler, latents, noise, timesteps)
 
+    def describe_schedule(self) -> list[float]:
+        """Returns the share of the signal that is left, at about ten timesteps, rounded."""
+        left = self.noise_scheduler.alphas_cumprod.sqrt().tolist()
+        return [round(value, 4) for value in (*left[:: max(1, len(left) // 10)], left[-1])]
+
     def clean_estimate(
         self, noisy_latents: torch.Tensor, model_pred: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:

@@ -140,6 +140,9 @@ def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed:
     return identity
 
 
+SHAPING = ("scaling_factor", "flip_sin_to_cos", "freq_shift", "center_input_sample", "norm_eps", "attention_head_dim")
+
+
 @dataclass
 class Models:
     """The models of a run, on the device."""
@@ -263,6 +266,10 @@ def _check_models(run, parts, diffusion, num_chunks):
         prediction_type=diffusion.config.prediction_type,
         rescale_betas_zero_snr=diffusion.config.rescale_betas_zero_snr,
     )
+    run.identity["noise schedule"] = diffusion.describe_schedule()
+    for name in SHAPING:  # entries of configurations that change what a model computes, but not its weights
+        found = {part: model.config.get(name) for part, model in parts.items() if isinstance(model.config, dict)}
+        run.identity.update({f"{name} of the {part}": value for part, value in found.items() if value is not None})
     if run.resume_path is not None:
         checkpoint.check_same_run(run.resume_path, run.identity_before, run.identity)
 
