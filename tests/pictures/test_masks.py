@@ -195,31 +195,3 @@ def test_a_mask_of_another_size_may_be_rounded(size):
 def test_a_mask_that_is_black_everywhere_is_refused(train, masked, mask):
     mask.save(masked / "1.mask.png")
     assert "its mask is black everywhere" in refusal_of(train, train_data_dir=masked)
-
-
-MASK = np.zeros((32, 40), np.uint8)
-MASK[:, :10] = 1
-PALETTE = Image.fromarray(MASK).convert("P")
-PALETTE.putpalette([0, 0, 0, 128, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("mask", "brightest"),
-    [
-        (Image.fromarray(MASK), 1),
-        (Image.fromarray(MASK * 3), 3),
-        (Image.fromarray(MASK.astype(np.uint16) * 255), 1),
-        (PALETTE, 38),
-    ],
-)
-def test_a_mask_of_small_numbers_is_refused(train, masked, mask, brightest):
-    """As in the masks of datasets for segmentation: nearly nothing of the picture would count beside the other pictures."""
-    mask.save(masked / "1.mask.png")
-    message = refusal_of(train, train_data_dir=masked)
-    assert "1.png" in message
-    assert f"its brightest value is {brightest} of 255" in message
-
-
-def test_a_mask_may_be_grey(train, masked):
-    Image.fromarray(MASK * 60).save(masked / "1.mask.png")
-    assert train(train_data_dir=masked).is_dir()

@@ -351,6 +351,27 @@ def test_columns_with_pictures_that_are_not_read_are_named(load, tmp_path, said)
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ([{"image": [], "text": []}], "BatchSize"),
+        ([{"image": [b"x"], "text": ["a"]}, {"image": [b"x"], "caption": ["b"]}], "cast"),
+        ([{"image": [b"x"], "text": ["a"]}, {"image": [b"x"], "text": ["b"], "width": [3]}], "cast"),
+    ],
+)
+def test_why_a_stored_dataset_cannot_be_loaded(load, tmp_path, tables, words):
+    """The library's own message says only that an error occurred."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"train-{number}.parquet")
+    with pytest.raises(InputError, match="can't be loaded") as caught:
+        load(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_shards_of_webdataset(load, tmp_path):
     """Writes a folder of tar files, in which pictures and captions have equal names."""
     folder = tmp_path / "shards"

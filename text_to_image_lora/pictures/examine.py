@@ -17,7 +17,6 @@ from .transforms import ImageError, open_image, open_mask
 
 logger = logging.getLogger(__name__)
 KNOWN_PICTURES = "pictures-3.txt"  # increase the number if pictures are judged or measured differently
-LEAST_WHITE = 51  # of 255: a mask that is nowhere brighter is a mistake, such as the numbers of classes
 # A line of that file, with its line break, because a killed run leaves half a line.
 KNOWN = re.compile(rb"([0-9a-f]{32}) (\d+) (\d+) ([0-9a-f]{32})\n")
 
@@ -39,18 +38,6 @@ def difference_hash(image: Image.Image) -> int:
     grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BILINEAR), dtype=int)
     bits = np.concatenate([(grey[:8, :8] > grey[:8, 1:]).ravel(), (grey[:8, :8] > grey[1:, :8]).ravel()])
     return int.from_bytes(np.packbits(bits).tobytes())
-
-
-def _check_mask(mask):
-    """Raises `ImageError` if a mask leaves nothing of its picture, or hardly anything, as one of the values 0 and 1 does."""
-    brightest = int(mask.getextrema()[1])
-    if brightest == 0:
-        raise ImageError("its mask is black everywhere, so that nothing of the picture would be trained")
-    if brightest < LEAST_WHITE:
-        raise ImageError(
-            f"its mask is nearly black everywhere: its brightest value is {brightest} of 255, so that hardly anything of the "
-            "picture would be trained. Save what counts as white"
-        )
 
 
 def examine(
@@ -76,8 +63,8 @@ def examine(
             if name in known:
                 return index, known[name], None, False
             image = open_image(data)
-            if mask is not None:
-                _check_mask(open_mask(mask, image.size))
+            if mask is not None and open_mask(mask, image.size).getextrema()[1] == 0:
+                raise ImageError("its mask is black everywhere, so that nothing of the picture would be trained")
             known[name] = Picture(name, image.width, image.height, difference_hash(image))
             return index, known[name], None, True
         except (ImageError, OSError) as error:

@@ -59,9 +59,8 @@ def from_stored(
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
-        raise InputError(
-            f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
-        ) from error
+        reason = reason_of(error.__cause__ or error)  # the library's own message says only that something failed
+        raise InputError(f"{folder}: the dataset can't be loaded ({reason}). Save or download it again.") from error
     return _from_dataset(_train_split(stored, folder), folder, reading)
 
 
