@@ -269,7 +269,9 @@ def test_every_flag_may_change_or_is_of_the_run(two):
     assert of_the_run.isdisjoint(may_change)
     assert flags - of_the_run == may_change
     weights = {f"{name} weights" for name in ("unet", "text_encoder", "vae")}
-    assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | weights
+    configured = {name for name in of_the_run if name.endswith((" of the unet", " of the vae"))} | {"noise schedule"}
+    assert "scaling_factor of the vae" in configured
+    assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | weights | configured
 
 
 def test_what_may_change_is_taken(train, two, capsys):
