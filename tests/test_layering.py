@@ -152,7 +152,8 @@ ASSEMBLERS = {
     "training.caching": "fill",
     "training.class_images": "plan draw_missing",
     "training.data": "make_run_loader",
-    "training.inputs": "find_inputs find_base reading_of find_records check_rest make_picture_sets with_cached_tag_orders "
+    "training.inputs": "find_inputs find_base reading_of find_records check_rest check_foreign_files make_picture_sets "
+    "with_cached_tag_orders "
     "make_concept_remover concept_of_run check_concept find_concept plan_class_images",
     "training.memory": "make_plan",
     "training.resume": "load",

@@ -312,8 +312,9 @@ def test_every_flag_may_change_or_is_of_the_run(two):
     of_the_run = read_state(two / "checkpoint-2")[1].keys()
     assert of_the_run.isdisjoint(may_change)
     assert flags - of_the_run == may_change
-    weights = {f"{name} weights" for name in ("unet", "text_encoder", "vae")}
-    assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | weights
+    base = {f"{name} {kind}" for name in ("unet", "text_encoder", "vae") for kind in ("weights", "config")}
+    base |= {"noise schedule", "vocabulary of"}
+    assert of_the_run - flags == {"effective_batch_size", "dataset", "num_chunks", "loraplus"} | base
 
 
 def test_what_may_change_is_taken(train, two, capsys):

@@ -17,6 +17,7 @@ from .redaction import hide, hide_values, redact
 
 
 MOST_COUNT = 10**9
+MOST_NUMBER = 10**12  # of numbers without a bound of their own: the weights are float32, whose squares end at 3e38
 
 
 def installed_command() -> None:
@@ -52,14 +53,15 @@ class Number:
             value = None
         if value is None or not self.accepts(value):  # NaN lies within no bounds
             whole = "a whole number, " if value is None and self.kind is int else ""
-            allowed = f"at most {self.most:,}" if value is not None and value > self.most else self.allowed
+            is_above = value is not None and self.most < value < float("inf")
+            allowed = f"at most {self.most:,}" if is_above else self.allowed
             raise argparse.ArgumentTypeError(f"{text}: it must be {whole}{allowed}")
         return value
 
 
 def at_least(least: float) -> Number:
     """A finite number that is not smaller than `least`."""
-    return Number(float, f"{least} or more and finite", lambda value: least <= value < float("inf"))
+    return Number(float, f"{least} or more and finite", lambda value: least <= value <= MOST_NUMBER, most=MOST_NUMBER)
 
 
 def count(least: int, most: int = MOST_COUNT, word: str | None = None) -> Number:
@@ -75,7 +77,8 @@ def between(least: float, most: float, kind: type = float) -> Number:
 
 def above(least: float, kind: type = float) -> Number:
     """A number that is larger than `least`."""
-    return Number(kind, f"more than {least} and finite", lambda value: least < value < float("inf"))
+    allowed = f"more than {least} and finite"
+    return Number(kind, allowed, lambda value: least < value <= MOST_NUMBER, most=MOST_NUMBER)
 
 
 def above_up_to(least: float, most: float, kind: type = float) -> Number:

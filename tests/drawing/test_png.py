@@ -211,6 +211,27 @@ def test_a_record_that_is_nested_without_end(repeated, tmp_path, capsys, text):
     assert "only pictures that infer.py drew do" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"batch": [4, 2]', '"batch": [Infinity, 0]'),
+        ('"batch": [4, 2]', '"batch": [2, -1e999]'),
+        ('"a cat"', '"a \\ud800 cat"'),
+        ('"seed": ["3"]', '"seed": ["\\udfff"]'),
+    ],
+)
+def test_values_that_json_can_hold_and_nothing_else_are_refused(repeated, tmp_path, capsys, before, after):
+    picture = Image.open(repeated / "02-a-cat-seed3.png")
+    text = re.sub(r'"batch": \[\d+, \d+\]', '"batch": [4, 2]', picture.text["repeat"])
+    assert before in text
+    path = with_chunks(picture, tmp_path / "odd.png", repeat=text.replace(before, after))
+    with pytest.raises(SystemExit) as stop:
+        infer.main(["--from_png", str(path), "--output_dir", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert "does not say how to draw it again" in line
+
+
 def change_weights(folder):
     """Changes one byte in the middle of the weights of a model's folder."""
     path = folder / "diffusion_pytorch_model.safetensors"

@@ -85,12 +85,21 @@ def test_the_attention_of_pytorch_may_be_named(model, value):
         (UNET, "cross_attention_dim", ["x", -1, 10**9, None]),
         (UNET, "layers_per_block", ["x", 10**9, 0]),
         (UNET, "use_linear_projection", ["x", 1]),
+        (UNET, "norm_eps", ["x", 0, NAN, None, [1e-5], True]),
+        (UNET, "dropout", ["x", 1, -0.5]),
+        (UNET, "mid_block_scale_factor", ["x", [1]]),
+        (UNET, "downsample_padding", ["x", 1.5, -1, 10**9]),
+        (UNET, "flip_sin_to_cos", ["x", 1]),
+        (UNET, "freq_shift", ["x", NAN]),
+        (UNET, "act_fn", [5, ["silu"]]),
         (VAE, "block_out_channels", ["x", 5, [], None]),
         (VAE, "latent_channels", ["x", -1, None]),
         (VAE, "scaling_factor", [0, -1, NAN, INFINITY, 1e308, "x", None, True, [1]]),
         (TEXT_ENCODER, "num_hidden_layers", ["x", -1, 10**9, None]),
         (TEXT_ENCODER, "max_position_embeddings", ["x", 0]),
         (TEXT_ENCODER, "hidden_act", [5]),
+        (TEXT_ENCODER, "layer_norm_eps", ["x", 0, NAN]),
+        (TEXT_ENCODER, "attention_dropout", ["x", 1.5]),
         (SCHEDULER, "num_train_timesteps", [0, 1, -5, 10**9, "x", 1.5, None, NAN]),
         (SCHEDULER, "beta_start", ["x", NAN, -1, None, 2]),
         (SCHEDULER, "beta_end", [INFINITY, 1, "x"]),
@@ -133,7 +142,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(model, part, dty
 
 
 @pytest.mark.parametrize(
-    "changes", ["[]", "5", "[" * 100_000, '{"model_max_length": -1}', '{"model_max_length": "x"}']
+    "changes", ["[]", "5", "[" * 100_000, '{"model_max_length": -1}', '{"model_max_length": "x"}', {"pad_token": None}]
 )
 def test_a_tokenizer_that_cannot_be_used_is_refused_in_one_line(model, changes):
     folder = model("tokenizer/tokenizer_config.json", changes)

@@ -83,3 +83,15 @@ def test_all_floating_point_numbers_and_whole_alphas_are_read(tmp_path, dtype):
     assert find_lora(str(tmp_path / "lora.safetensors"), 1.0, "lora0").shapes
     components, _ = load_lora(tmp_path / "lora.safetensors")
     assert components["unet"][f"{MODULE.removeprefix('unet.')}.lora_B.weight"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("reader", [find_lora, check_lora, load_lora])
+@pytest.mark.parametrize("kind", ["a file", "a file with a header", "a folder of peft", "a folder"])
+def test_a_file_without_tensors_is_refused(tmp_path, reader, kind):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    file = folder / ("adapter_model.safetensors" if kind == "a folder of peft" else "pytorch_lora_weights.safetensors")
+    save_file({}, file, {"ss_network_dim": "4"} if "header" in kind else None)
+    given = str(folder if "folder" in kind else file)
+    message = refusal_of(reader, *([given, 1.0, "lora0"] if reader is find_lora else [given]))
+    assert "no weights" in message or "none of its 0 keys" in message

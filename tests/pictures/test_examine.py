@@ -70,9 +70,9 @@ def test_a_list_of_another_version_is_not_believed(pictures, tmp_path, monkeypat
     (tmp_path / "pictures.txt").write_text(lies)
     assert inspect(dataset, tmp_path) == first
     (tmp_path / KNOWN_PICTURES).write_text(lies)
-    monkeypatch.setattr(examine_module, "KNOWN_PICTURES", "pictures-3.txt")
+    monkeypatch.setattr(examine_module, "KNOWN_PICTURES", "pictures-4.txt")
     assert inspect(dataset, tmp_path) == first
-    assert (tmp_path / "pictures-2.txt").exists()
+    assert (tmp_path / "pictures-3.txt").exists()
 
 
 @pytest.mark.parametrize("lost", range(1, 12))

@@ -320,6 +320,58 @@ def test_masks_of_a_stored_dataset(load, tmp_path):
         load(tmp_path / "stored", mask_column="text")
 
 
+def save_columns(folder, *names):
+    """Saves a dataset whose columns with pictures have these names, each with another colour."""
+    import datasets
+
+    colours = ["red", "green", "blue"]
+    cells = {name: [{"bytes": picture_bytes(colours[i]), "path": None}] for i, name in enumerate(names)}
+    columns = {name: datasets.Image() for name in names} | {"text": datasets.Value("string")}
+    datasets.Dataset.from_dict(cells | {"text": ["a"]}, datasets.Features(columns)).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("names", [("mask", "photo"), ("input_image", "edited_image"), ("depth", "source", "target")])
+def test_several_columns_with_pictures_are_not_guessed(load, tmp_path, names):
+    folder = save_columns(tmp_path / "stored", *names)
+    with pytest.raises(InputError, match=f"--image_column, one of: {', '.join(names)}"):
+        load(folder)
+    assert pictures_of(load(folder, image_column=names[1])) == [picture_bytes("green")]
+    assert pictures_of(load(folder, mask_column=names[0], image_column=names[1])) == [picture_bytes("green")]
+
+
+def test_columns_with_pictures_that_are_not_read_are_named(load, tmp_path, said):
+    folder = save_columns(tmp_path / "stored", "conditioning_image", "image", "depth")
+    assert pictures_of(load(folder)) == [picture_bytes("green")]
+    assert said == [
+        f"{folder}: the pictures are read from column 'image', not from conditioning_image, depth (--image_column)"
+    ]
+    load(folder, image_column="image")
+    load(folder, mask_column="depth", image_column="image")
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ([{"image": [], "text": []}], "BatchSize"),
+        ([{"image": [b"x"], "text": ["a"]}, {"image": [b"x"], "caption": ["b"]}], "cast"),
+        ([{"image": [b"x"], "text": ["a"]}, {"image": [b"x"], "text": ["b"], "width": [3]}], "cast"),
+    ],
+)
+def test_why_a_stored_dataset_cannot_be_loaded(load, tmp_path, tables, words):
+    """The library's own message says only that an error occurred."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"train-{number}.parquet")
+    with pytest.raises(InputError, match="can't be loaded") as caught:
+        load(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_shards_of_webdataset(load, tmp_path):
     """Writes a folder of tar files, in which pictures and captions have equal names."""
     folder = tmp_path / "shards"

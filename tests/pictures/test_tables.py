@@ -113,6 +113,16 @@ def test_columns_that_cannot_be_found(tmp_path):
     assert names_of(read_records(folder, image_column="file")) == ["0.png"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_that_contradict_each_other(tmp_path, kind):
+    """The pictures of the wrong column would be trained, or each picture would be its own mask."""
+    folder = save_pictures(tmp_path, "0.png", "1.png")
+    write_metadata(folder, kind, [{"file_name": "0.png", "image": "1.png", "text": "a cat"}])
+    assert "a column 'image' beside file_name" in refusal(folder, image_column="image")
+    assert names_of(read_records(folder)) == ["0.png"]
+    assert "can't name their masks (--mask_column)" in refusal(folder, mask_column="file_name")
+
+
 GOOD = '{"file_name": "0.png", "text": "a cat"}\n'
 BAD_LINES = [
     ("metadata.jsonl", GOOD + '\n{"file_name": "1.png", "text": \n', 3, "not JSON"),

@@ -2,12 +2,14 @@
 
 import io
 import math
+import struct
 import subprocess
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import png_with_header
+from conftest import png_with_header, with_red_and_blue_swapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,6 +104,73 @@ def palette_picture():
 )
 def test_a_transparent_colour_is_white(image, kind, transparency, expected):
     assert (pixels_of(image, kind, transparency=transparency) == [expected]).all()
+
+
+def shallow_png(depth, kind, rows, transparent):
+    """Returns a PNG of this depth and kind (0: grey, 2: RGB), whose transparent colour is stated at this depth."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    width = len(rows[0]) // (3 if kind == 2 else 1)
+    packed = b""
+    for row in rows:
+        bits = "".join(f"{value:0{depth}b}" for value in row)
+        bits += "0" * (-len(bits) % 8)
+        packed += b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
+    header = struct.pack(">IIBBBBB", width, len(rows), depth, kind, 0, 0, 0)
+    hidden = b"".join(value.to_bytes(2) for value in transparent)
+    parts = [(b"IHDR", header), (b"tRNS", hidden), (b"IDAT", zlib.compress(packed)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "expected"),
+    [
+        (1, [1, 0, 1], [1], [0, 0, 0]),
+        (1, [1, 0, 1], [0], [255, 0, 255]),
+        (2, [1, 3, 2], [1], [0, 255, 170]),
+        (2, [1, 3, 2], [3], [85, 0, 170]),
+        (4, [7, 15, 2, 0], [7], [0, 255, 34, 0]),
+        (4, [1, 15, 2, 0], [15], [17, 0, 34, 0]),
+        (8, [7, 200], [200], [7, 0]),
+    ],
+)
+def test_a_transparent_grey_is_one_of_the_depth_of_the_file(depth, row, transparent, expected):
+    found = np.asarray(open_image(shallow_png(depth, 0, [row, row], transparent), background="black"))
+    assert found[:, :, 0].tolist() == found[:, :, 2].tolist() == [expected, expected]
+
+
+def test_a_transparent_colour_of_16_bits():
+    row = [0xFF00, 0x1234, 0, 0xFE00, 0x1200, 0x8000]
+    found = np.asarray(open_image(shallow_png(16, 2, [row], row[:3])))
+    assert found.tolist() == [[[255, 255, 255], [0xFE, 0x12, 0x80]]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_palette_has_the_colours_of_its_profile(kind):
+    found = pixels_of(palette_picture(), kind, icc_profile=with_red_and_blue_swapped())
+    assert np.abs(found.astype(int) - [[(0, 0, 255), (0, 255, 0)]]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("image", "transparency"),
+    [
+        (palette_picture(), 0),
+        (palette_picture(), bytes([0, 255])),
+        (Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)), (255, 0, 0)),
+    ],
+)
+def test_a_transparent_colour_is_one_before_the_conversion_by_a_profile(image, transparency):
+    found = pixels_of(image, "PNG", transparency=transparency, icc_profile=with_red_and_blue_swapped())
+    assert np.abs(found.astype(int) - [[(255, 255, 255), (0, 255, 0)]]).max() <= 2
+    seen = pixels_of(
+        image,
+        "PNG",
+        transparency=bytes([255, 0]) if image.mode == "P" else (0, 255, 0),
+        icc_profile=with_red_and_blue_swapped(),
+    )
+    assert np.abs(seen.astype(int) - [[(0, 0, 255), (255, 255, 255)]]).max() <= 2
 
 
 # Deep pictures.

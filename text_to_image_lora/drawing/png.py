@@ -189,8 +189,9 @@ def read_repeat(path: Path) -> Repeat:
         raise InputError(f"--from_png {path} can't be read: {reason}.") from error
     if "command" in text:
         raise InputError(f"--from_png {path} is a sheet of pictures, which was drawn by: {text['command']}")
-    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         stored = json.loads(text["repeat"])
+        json.dumps(stored, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but not valid text
         flags = {name: [str(word) for word in words] for name, words in stored["flags"].items()}
         size, place = map(int, stored["batch"])
         if size > MOST_BATCH:

@@ -15,6 +15,7 @@ ATTENTION = {"eager", "sdpa"}  # other implementations may be kernels that are d
 CODE = re.compile(r"auto_map|auto_mapping|custom_pipelines?|trust_remote_code|use_kernels|quantization_config")
 SIZE = between(1, 65536, int)
 SIZES = [SIZE]
+EPSILON, SHARE = above_up_to(0, 1), from_up_to(0, 1)
 ACTIVATIONS = {"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish"}
 TEXT = str
 # {part of a model: {key: (kind, default of diffusers or transformers)}}, see `Values.want`
@@ -35,6 +36,16 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "mid_block_type": (TEXT, None),
         "addition_embed_type": (TEXT, None),
         "use_linear_projection": (bool, False),
+        "norm_eps": (EPSILON, 1e-5),
+        "dropout": (SHARE, 0.0),
+        "mid_block_scale_factor": (float, 1),
+        "downsample_padding": (between(0, 16, int), 1),
+        "freq_shift": (float, 0),
+        "flip_sin_to_cos": (bool, True),
+        "center_input_sample": (bool, False),
+        "upcast_attention": (bool, None),
+        "act_fn": (TEXT, "silu"),
+        "resnet_time_scale_shift": (TEXT, "default"),
     },
     "vae": {
         "block_out_channels": (SIZES, [64]),
@@ -47,6 +58,10 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "latents_mean": (list, None),
         "latents_std": (list, None),
         "force_upcast": (bool, None),
+        "use_quant_conv": (bool, True),
+        "use_post_quant_conv": (bool, True),
+        "mid_block_add_attention": (bool, True),
+        "act_fn": (TEXT, "silu"),
         "down_block_types": ([TEXT], []),
         "up_block_types": ([TEXT], []),
     },
@@ -59,6 +74,8 @@ KINDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "vocab_size": (between(1, 10**7, int), 49408),
         "projection_dim": (SIZE, 512),
         "hidden_act": (ACTIVATIONS, "quick_gelu"),
+        "layer_norm_eps": (EPSILON, 1e-5),
+        "attention_dropout": (SHARE, 0.0),
     },
     "scheduler": {
         "_class_name": (TEXT, ""),

@@ -145,7 +145,7 @@ def find_dialect(keys: Iterable[str]) -> str:
 
 def likely_dialect(keys) -> str:
     """The dialect of a file's keys, as far as some of them tell, whether or not all of them are in it."""
-    return next(name for name, knows in _KNOWS.items() if any(map(knows, keys)))
+    return next((name for name, knows in _KNOWS.items() if any(map(knows, keys))), "diffusers")
 
 
 _KNOWS = {

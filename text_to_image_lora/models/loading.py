@@ -156,6 +156,8 @@ def check_tokenizer(tokenizer: Any, text_encoder: Any) -> None:
     length = tokenizer.model_max_length
     if not is_kind(length, float) or length < SHORTEST_PROMPT:
         raise ValueError(f"the tokenizer's model_max_length is {length!r}, not a number of at least {SHORTEST_PROMPT}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no token that fills up short prompts (pad_token)")
     tokenizer.model_max_length = min(length, config.max_position_embeddings)
 
 

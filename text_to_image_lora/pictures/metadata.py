@@ -99,6 +99,11 @@ def find_columns(file: Path, rows: list[dict], reading: ReadOptions) -> Columns:
         )
     file_column = asked.image_column
     if "file_name" in columns and file_column in (None, "image"):
+        if file_column in columns:
+            raise InputError(
+                f"{file}: it has a column '{file_column}' beside file_name, which names the pictures. Remove one of the two, "
+                "or leave --image_column out."
+            )
         file_column = "file_name"
     if file_column not in columns:
         wanted = f"there is no column '{file_column or 'file_name'}'"
@@ -110,6 +115,10 @@ def find_columns(file: Path, rows: list[dict], reading: ReadOptions) -> Columns:
             raise InputError(
                 f"{file}: there is no column '{name}' (--{kind}_column). The columns are: {', '.join(columns)}."
             )
+    if asked.mask_column is not None and asked.mask_column == file_column:
+        raise InputError(
+            f"{file}: column '{file_column}' names the pictures, so it can't name their masks (--mask_column)."
+        )
     taken = {file_column, asked.mask_column, asked.concept_column, REPEATS_COLUMN}
     textual = text_columns([name for name in columns if name not in taken], rows, asked.caption_column)
     chosen = choose_caption_column(str(file), columns, textual, asked.caption_column)

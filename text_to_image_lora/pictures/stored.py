@@ -59,9 +59,8 @@ def from_stored(
     except InputError:
         raise
     except Exception as error:  # the library raises many kinds: broken files, unequal columns, no such config
-        raise InputError(
-            f"{folder}: the dataset can't be loaded ({reason_of(error)}). Save or download it again."
-        ) from error
+        reason = reason_of(error.__cause__ or error)  # the library's own message says only that something failed
+        raise InputError(f"{folder}: the dataset can't be loaded ({reason}). Save or download it again.") from error
     return _from_dataset(_train_split(stored, folder), folder, reading)
 
 
@@ -112,7 +111,10 @@ def _train_split(stored, where):
 
 
 def _find_columns(features, where, asked):
-    """Returns the image column and the caption column, by type and common name; checks the mask and concept columns."""
+    """Returns the image column and the caption column, by type and common name; checks the mask and concept columns.
+
+    Also returns the other columns with text, and with pictures; the latter are empty if the user has chosen the column.
+    """
     import datasets
 
     columns = list(features)
@@ -132,6 +134,9 @@ def _find_columns(features, where, asked):
         if not pictures:
             hint = " If a column names files beside it, save it as metadata.parquet with the column file_name."
             raise InputError(f"{where}: it has no column with pictures. The columns are: {listed}.{hint}")
+        if len(pictures) > 1 and not (set(IMAGE_COLUMNS) & set(pictures)):
+            listed = ", ".join(pictures)
+            raise InputError(f"{where}: which column holds the pictures? Pass --image_column, one of: {listed}.")
         image_column = next((name for name in IMAGE_COLUMNS if name in pictures), pictures[0])
     elif image_column not in pictures:
         raise InputError(f"{where}: column '{image_column}' holds no pictures (--image_column). Try: {pictures}.")
@@ -144,7 +149,8 @@ def _find_columns(features, where, asked):
     textual = [c for c, f in features.items() if is_text(f) and c != concept_column]
     caption_column = choose_caption_column(str(where), columns, textual, asked.caption_column)
     others = [name for name in textual if name != caption_column]
-    return image_column, caption_column, others
+    rest = [name for name in pictures if name != image_column] if asked.image_column != image_column else []
+    return image_column, caption_column, others, rest
 
 
 def _with_image_features(features):
@@ -208,7 +214,10 @@ def _from_dataset(dataset, source, reading):
     )  # it may have been saved with a format that changes its values, or hides columns
     mask_column, concept_column = asked.mask_column, asked.concept_column
     features = _with_image_features(dataset.features)
-    image_column, caption_column, others = _find_columns(features, where, asked)
+    image_column, caption_column, others, unread = _find_columns(features, where, asked)
+    if unread:
+        listed = ", ".join(unread)
+        logger.info(f"{where}: the pictures are read from column '{image_column}', not from {listed} (--image_column)")
     if others and asked.caption_column is None:
         logger.info(
             f"{where}: the captions are read from column '{caption_column}', not from {', '.join(others)} (--caption_column)"

@@ -21,6 +21,12 @@ WHOLE_LIMIT = 2**26  # pixels; a picture that would be resized to more is croppe
 RESAMPLING = {
     name: Image.Resampling["NEAREST" if name == "nearest_exact" else name.upper()] for name in INTERPOLATIONS
 }
+# A PNG states its transparent colour at the depth of the file. At these depths, Pillow scales only the pixels to 8 bits.
+IN_8_BITS = {
+    "L;2": lambda value: 85 * value,
+    "L;4": lambda value: 17 * value,
+    "RGB;16B": lambda values: tuple(value >> 8 for value in values),
+}
 
 
 class ImageError(Exception):
@@ -64,7 +70,10 @@ def open_image(data: bytes, background: str = "white", least_side: int | None = 
             raise ImageError(f"{image.width}x{image.height} is more than the limit of {PIXEL_LIMIT:,} pixels")
         if least_side is not None:
             image.draft(None, (least_side, least_side))
+        depth = image.tile[0].args if image.format == "PNG" and image.tile else None
         image.load()
+        if depth in IN_8_BITS and "transparency" in image.info:
+            image.info["transparency"] = IN_8_BITS[depth](image.info["transparency"])
         image = _in_srgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
@@ -121,21 +130,27 @@ def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
 def _in_srgb(image: Any) -> Any:
     """Converts a picture to sRGB by its ICC profile; without a profile, or with a broken one, it is sRGB already."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+    if not profile:
+        return image
+    if "transparency" in image.info or image.mode in (
+        "P",
+        "PA",
+    ):  # the transparent colour is one before the conversion
+        opaque = "transparency" not in image.info and image.mode == "P"
+        image = image.convert("RGB" if opaque else "LA" if image.mode == "L" else "RGBA")
+    if image.mode not in ("RGB", "RGBA", "CMYK", "L", "LA"):
         return image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
             return image
-        alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        seen: Any = image.convert("RGB") if alpha is not None else image
+        alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+        seen: Any = image if alpha is None else image.convert(image.mode[:-1])
         seen = ImageCms.profileToProfile(seen, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     if alpha is not None:
         seen.putalpha(alpha)
-    elif "transparency" in image.info:
-        return image
     return seen
 
 

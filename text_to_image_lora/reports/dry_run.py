@@ -60,7 +60,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     known_chunks = None if tokenizer is None else num_chunks
     drawn_at_once = images.batch_size if images is not None and not_drawn else 0
     needs, memory_lines = _memory(settings, base, pictures, sampler, known_chunks, drawn_at_once)
-    report_file = Path(settings.run.output_dir) / "dataset.json"
+    report_file = Path(settings.run.output_dir) / inputs.REPORT_NAME
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
     limit = described["tokens"] and described["tokens"]["limit"]
     too_many = [i for i, group in enumerate(token_counts or []) if limit is not None and max(group) > limit]

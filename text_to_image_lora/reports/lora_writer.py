@@ -39,7 +39,7 @@ class LoraWriter(NamedTuple):
             self.run_header, name=Path(kohya_name).stem, started_at=self.started_at, step=step,
             steps_per_epoch=self.steps_per_epoch, num_pictures=len(self.captions), names=self.names,
         )  # fmt: skip
-        path = lora_file.save_lora(folder, components, metadata)
+        path = lora_file.save_lora(Path(folder) / lora_file.WEIGHTS_NAME, components, metadata)
         if self.in_kohya_format:
             if "tags" in self.extras:
                 captions = [caption for group in self.captions for caption in group]

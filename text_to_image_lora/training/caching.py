@@ -35,7 +35,7 @@ from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, 
 
 
 logger = logging.getLogger(__name__)
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 IMAGES_PER_SHARD = 64
 CAPTIONS_PER_SHARD = 256
 ENCODE_CAPTIONS = 32

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from .. import log
 from ..errors import InputError
 from ..files import check_entries, check_writable, printable, shorten_paths
+from ..models.dialects import WEIGHTS_NAME
 from ..models.loading import find_base_model
 from ..models.lora_checks import check_family, check_lora
 from ..pictures.captions import ConceptRemover, check_concept_remover, prompts_without_concept, tag_variations
 from ..pictures.layouts import ReadOptions, triggers_of
+from ..pictures.names import RUN_FILE
 from ..pictures.records import with_class_pictures
 from ..pictures.settings import CaptionSettings, DataSettings
 from ..pictures.sources import load_records, log_left_out
@@ -20,6 +22,7 @@ from .class_images import ClassImages, plan
 
 
 logger = logging.getLogger(__name__)
+REPORT_NAME = "dataset.json"  # of a dry run, in the output folder
 
 
 class Inputs(NamedTuple):
@@ -172,6 +175,7 @@ def check_rest(settings: Any, base: Any) -> None:
             raise InputError("--push_to_hub and --push_checkpoints_to_hub need a token: run `hf auth login` first.")
     check_writable(settings.run.output_dir, "--output_dir")
     check_entries(settings.run.output_dir, "--output_dir")
+    check_foreign_files(settings)
     preview = settings.data.preview_data
     if preview is not None:
         check_writable(Path(preview).parent, "--preview_data")
@@ -180,6 +184,29 @@ def check_rest(settings: Any, base: Any) -> None:
     drawn = settings.class_pictures.num_class_images
     if settings.cache.cache_variations != 0 or settings.validation.validates or drawn:
         check_writable(settings.cache.folder, "--latent_cache_dir")
+
+
+def check_foreign_files(settings: Any) -> None:
+    """Raises `InputError` if --output_dir holds a file that no run has written, and that this one would replace."""
+    folder = Path(settings.run.output_dir)
+    if settings.data.dry_run:
+        names = [REPORT_NAME] if not _is_report(folder / REPORT_NAME) else []
+    elif (folder / RUN_FILE).exists() or (folder / "about.json").exists():
+        names = []
+    else:
+        names = ["README.md", "report.html", "metrics.jsonl", WEIGHTS_NAME]
+        names += [f"{folder.resolve().name}.safetensors"] if settings.lora.output_kohya_format else []
+    for path in (folder / name for name in names):
+        if path.exists():
+            raise InputError(
+                f"{printable(path)}: it was not written by a run in this folder, and would be replaced. Move it, or pass another "
+                "--output_dir."
+            )
+
+
+def _is_report(path):
+    """Whether a file is the dataset.json of a dry run."""
+    return path.is_file() and b'"findings"' in path.read_bytes()
 
 
 def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tuple[Any, list]]) -> tuple[Any, Any]:
