@@ -48,7 +48,19 @@ class Variation(NamedTuple):
 
 
 def open_image(data, background="white"):
-    """Decodes a picture file to an RGB `PIL.Image`, upright, in sRGB, with transparency composed over the background.
+    """Decodes a picture file as `decode` does, to an RGB `PIL.Image` with transparency composed over the background."""
+    return compose(decode(data), background)
+
+
+def compose(image: Any, background: str = "white") -> Any:
+    """Returns a picture from `decode` as RGB, with transparency composed over the background."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def decode(data: bytes) -> Any:
+    """Decodes a picture file to an upright `PIL.Image` in sRGB: RGBA if it can have transparent parts, or else RGB.
 
     16-bit greyscale keeps its range (Pillow would clip it), and of an animation the first frame is used. Raises
     `ImageError` for a file that cannot be decoded or has more than `PIXEL_LIMIT` pixels.
@@ -79,10 +91,8 @@ def open_image(data, background="white"):
         grey = np.round(values * scale).clip(0, 255).astype(np.uint8)
         alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
         image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    is_transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if is_transparent else "RGB")
 
 
 def white_of(values: np.ndarray, mode: str) -> float:
@@ -95,23 +105,6 @@ def white_of(values: np.ndarray, mode: str) -> float:
     if mode == "F" and (top <= 1 or (top < MOST_FRACTION and (values % 1).any())):
         return 1.0
     return 255.0 if top <= 255 and mode in ("I", "F") else max(float(top), 65535.0)
-
-
-def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Decodes a mask to a greyscale `PIL.Image` of the picture's `size`; transparent areas become black."""
-    try:
-        mask = open_image(data, background="black").convert("L")
-    except ImageError as error:
-        raise ImageError(f"its mask: {error}") from error
-    if mask.size == size:
-        return mask
-    if abs(mask.width * size[1] - mask.height * size[0]) > 1.5 * max(*mask.size, *size):  # more than rounding
-        turned = ", after it is turned upright as its EXIF data says" if mask.size == size[::-1] else ""
-        raise ImageError(
-            f"its mask has {mask.width}x{mask.height} pixels, which is another shape than the {size[0]}x{size[1]} of the "
-            f"picture{turned}"
-        )
-    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _in_srgb(image: Any) -> Any:
