@@ -20,23 +20,21 @@ from text_to_image_lora.signals import exit_on_signals
 if __name__ == "__main__":
     exit_on_signals()  # before the slow imports, or else a signal would end them with a traceback
 
-import itertools
+from functools import partial
 
+from scripts.annotating.batches import annotate
+from scripts.annotating.command import add_machine_flags, choose_machine, run_command, start
+from scripts.annotating.journal import Journal
+from scripts.annotating.models import find_model
 from scripts.captioning.dataset import OUTPUTS, OWN_FOLDER, choose_pictures, keep_old_captions, read_dataset
-from scripts.captioning.find import DEFAULT_MODEL, find_model
-from scripts.captioning.journal import Journal
+from scripts.captioning.find import ACCEPTED, DEFAULT_MODEL
 from scripts.captioning.sheet import choose_sheet, write_sheet
 from scripts.captioning.wording import Wording
-from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, between, count, user_path
-from text_to_image_lora.errors import InputError, Stopped, TrainingError, explaining_system_errors, visible
+from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import counted, printable, remove_leftovers
-from text_to_image_lora.libraries import hide_modules, quiet_libraries, set_num_threads
+from text_to_image_lora.libraries import hide_modules
 from text_to_image_lora.locks import alone_in
-from text_to_image_lora.pictures.inside import read_bytes
-from text_to_image_lora.pictures.records import in_threads
-from text_to_image_lora.pictures.transforms import ImageError, open_image
-from text_to_image_lora.training import interruption
 
 
 TAG_THRESHOLD = 0.35
@@ -67,13 +65,10 @@ def build_parser():
     group("--output", choices=[*OUTPUTS], default="txt", help="a .txt file beside each picture, or rows in FOLDER/metadata.jsonl")
     group("--overwrite", action="store_true", help=f"also replace the captions that are there, after copying them into FOLDER/{OWN_FOLDER}")
     group("--sheet", type=user_path, metavar="FILE", help=f"review sheet: pictures beside their captions, in one or several files (default: FOLDER/{OWN_FOLDER}/captions.png, which trainers ignore)")
-
-    group = parser.add_argument_group("machine").add_argument
-    group("--batch_size", type=count(1, 1000), default=4, help="pictures that are described at once")
-    group("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision of the model; taggers have their own (default: bf16 or fp16 on CUDA, otherwise no)")
-    group("--device", default="auto", help="cpu, cuda, cuda:1 or mps (auto: the fastest available)")
-    group("--num_cpu_threads", type=count(1), help="threads for computing on a CPU (default: OMP_NUM_THREADS, or else the number of physical cores that are not busy)")
     # fmt: on
+    add_machine_flags(
+        parser, batch="pictures that are described at once", precision="precision of the model; taggers have their own"
+    )
     return parser
 
 
@@ -94,11 +89,7 @@ def check_fits(model, args):
 
 def load(args, model):
     """Loads the model onto the device."""
-    from text_to_image_lora.drawing.pipeline import choose_device
-
-    device, dtype = choose_device(args.device, args.mixed_precision)
-    if device == "cpu":
-        set_num_threads(args.num_cpu_threads)
+    device, dtype = choose_machine(args)
     if model.kind is None:
         from scripts.captioning.tagger import Tagger
 
@@ -115,37 +106,11 @@ def load(args, model):
     return Captioner(model, args.prompt, args.max_new_tokens, device, dtype)
 
 
-def open_picture(path):
-    """Returns (path, picture, None), or (path, None, the reason why it can't be read)."""
-    try:
-        return path, open_image(read_bytes(path)), None
-    except (ImageError, OSError) as error:
-        return path, None, getattr(error, "strerror", None) or str(error)
-
-
-def caption_all(captioner, pictures, batch_size, wording, record):
-    """Captions pictures in batches and passes each batch to `record`; returns {path: reason} of those without a caption."""
-    from tqdm import tqdm
-
-    failed, done = {}, 0
-    with tqdm(total=len(pictures), desc="captions", unit="picture", disable=None) as bar:
-        opened = in_threads(open_picture, pictures, ahead=batch_size)
-        while batch := list(itertools.islice(opened, batch_size)):
-            readable = {path: image for path, image, _ in batch if image is not None}
-            reasons = {path: reason for path, _, reason in batch if reason is not None}
-            captions = {}
-            if readable:
-                described = captioner.describe(list(readable.values()), wording)
-                captions = dict(zip(readable, described, strict=True))
-            reasons |= {path: "nothing is left of the model's answer" for path, text in captions.items() if not text}
-            for path, reason in reasons.items():
-                bar.write(visible(f"passed over: {printable(path)}: {reason}"))
-            record({path: text for path, text in captions.items() if text})
-            failed |= reasons
-            done += len(batch)
-            bar.update(len(batch))
-            interruption.obey_requests(f"after {done} of {counted(len(pictures), 'picture')}")
-    return failed
+def describe(captioner, wording, pictures):
+    """Returns the captions of {path: picture} as {path: text}, and {path: reason} of those without one."""
+    captions = dict(zip(pictures, captioner.describe(list(pictures.values()), wording), strict=True))
+    without = {path: "nothing is left of the model's answer" for path, text in captions.items() if not text}
+    return {path: text for path, text in captions.items() if text}, without
 
 
 def settings_of(args, wording):
@@ -166,16 +131,16 @@ def run(args, wording, sheet, dataset):
         return
     names = {picture: picture.relative_to(folder).as_posix() for picture in dataset.pictures}
     writer = OUTPUTS[args.output](dataset)
-    model = find_model(args.model, args.revision)
+    model = find_model(args.model, args.revision, ACCEPTED)
     check_fits(model, args)
-    missing = [picture for picture in pictures if names[picture] not in journal.captions]
+    missing = [picture for picture in pictures if names[picture] not in journal.done]
     captioner = load(args, model) if missing else None
     for parent in {picture.parent for picture in pictures}:
         remove_leftovers(parent)
     if journal.is_resumed:
         last = {picture: journal.last[name] for picture, name in names.items() if name in journal.last}
         writer.write(last, overwrite=args.overwrite)
-        print(f"resuming: {counted(len(journal.captions), 'caption')} of this command are there already", flush=True)
+        print(f"resuming: {counted(len(journal.done), 'caption')} of this command are there already", flush=True)
     else:
         journal.begin(keep_old_captions(dataset, args.output, pictures) if args.overwrite else None)
 
@@ -183,8 +148,8 @@ def run(args, wording, sheet, dataset):
         journal.add({names[picture]: caption for picture, caption in captions.items()})
         writer.write(captions, overwrite=args.overwrite)
 
-    failed = caption_all(captioner, missing, args.batch_size, wording, record)
-    written = [(picture, journal.captions[name]) for picture, name in names.items() if name in journal.captions]
+    failed = annotate(missing, args.batch_size, partial(describe, captioner, wording), record, "captions")
+    written = [(picture, journal.done[name]) for picture, name in names.items() if name in journal.done]
     pages = write_sheet(sheet, written, folder) if written else []
     journal.end()
     report(args, dataset, journal, pages, failed)
@@ -192,7 +157,7 @@ def run(args, wording, sheet, dataset):
 
 def report(args, dataset, journal, pages, failed):
     """Prints what was written, and what was not."""
-    folder, written = dataset.folder, len(journal.captions)
+    folder, written = dataset.folder, len(journal.done)
     place = ".txt files beside the pictures" if args.output == "txt" else printable(folder / "metadata.jsonl")
     print(f"wrote {counted(written, 'caption')}: {place}")
     if kept := len(dataset.pictures) - written - len(failed):
@@ -208,10 +173,7 @@ def report(args, dataset, journal, pages, failed):
 
 def main(argv=None):
     args = build_parser().parse(argv)
-    log.start(warning_format="note: %(message)s")
-    quiet_libraries()
-    interruption.listen()
-    interruption.obey_requests("before the first caption")
+    start("caption")
     wording = Wording(
         args.trigger_word.strip(), args.class_name.strip(), args.caption_template, args.prefix, args.suffix, tuple(args.omit)
     )  # fmt: skip
@@ -225,15 +187,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        with explaining_system_errors():
-            main()
-    except (InputError, TrainingError) as error:
-        print(f"caption.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Stopped as stopped:
-        print(f"caption.py: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        print("\ncaption.py: interrupted. Run the same command again to resume.", file=sys.stderr)
-        sys.exit(130)
+    run_command("caption.py", main)

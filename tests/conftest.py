@@ -119,6 +119,17 @@ def write_pictures(folder, count=6, size=(40, 32), captions=None, seed=0):
     return folder
 
 
+def make_transparent(folder, indices, *, first=40, last=255):
+    """Makes pictures of `write_pictures` more opaque from left to right, with one row that is not transparent at all."""
+    for index in indices:
+        path = folder / f"{index}.png"
+        with Image.open(path) as image:
+            alpha = np.tile(np.linspace(first, last, image.width).round().astype(np.uint8), (image.height, 1))
+            alpha[0] = 255
+            image.putalpha(Image.fromarray(alpha))
+        image.save(path)
+
+
 def png_with_header(width, height, rows=b"\0"):
     """Returns a PNG with a header that states this size, whatever the amount of data."""
 
@@ -189,18 +200,20 @@ def batch_sampler(samples, *, batch_size, accumulation=1, rank=0, world_size=1, 
     return sampler
 
 
-def make_picture_set(records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", **augmentation):
+def make_picture_set(
+    records, *, resolution=32, sizes=None, captions=None, interpolation="lanczos", alpha_mask=False, **augmentation
+):
     """Returns the `PictureSet` of records or of a folder, with square pictures or with the given sizes."""
     from text_to_image_lora.pictures.examine import examine
     from text_to_image_lora.pictures.picture_set import PictureSet, View
     from text_to_image_lora.pictures.settings import AugmentationSettings
 
     records = read_records(records) if isinstance(records, (str, Path)) else records
-    good, bad = examine(records, range(len(records)))
+    good, bad = examine(records, range(len(records)), alpha_mask=alpha_mask)
     assert not bad
     return PictureSet(
         records, [good[index] for index in range(len(records))], sizes or [(resolution, resolution)] * len(records),
-        captions or records["captions"][:], View(AugmentationSettings(**augmentation), interpolation),
+        captions or records["captions"][:], View(AugmentationSettings(**augmentation), interpolation, alpha_mask),
     )  # fmt: skip
 
 

@@ -79,6 +79,7 @@ SHORT = {
     "scripts/convert_lora.py": "",
     "scripts/report.py": "",
     "scripts/caption.py": "--max_new_tokens 8 --device cpu",
+    "scripts/mask.py": "--device cpu",
 }
 
 
@@ -157,7 +158,7 @@ MADE = {
     "mira": lambda path: lay_out(path, [(file, "1girl, smile, school uniform") for file, _ in creatures(8)], "files"),
     **{
         name: lambda path: lay_out(path, creatures(5))
-        for name in ("my-dog", "my-puppy", "my-cat", "my-house", "my-drawings")
+        for name in ("my-dog", "my-puppy", "my-cat", "my-house", "my-drawings", "my-jacket")
     },
     "styles": _styles,
     "van_gogh": lambda path: lay_out(path / "3_vgstyle painting", creatures(12), "files"),
@@ -180,6 +181,7 @@ MADE = {
 GIVEN = {
     "README.md": "PICTURES photo.jpg",
     "docs/captions.md": "my-dog my-puppy my-cat my-house my-drawings",
+    "docs/masks.md": "my-dog my-jacket",
     "docs/evaluation.md": "PICTURES knights knights/best knights/checkpoint-1 four class",
     "docs/findings.md": "other/weapons sweeps/stop/trial-0000/best",
     "docs/sharing.md": "PICTURES big.safetensors a.safetensors b",

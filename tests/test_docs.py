@@ -93,7 +93,10 @@ def flags_of(script):
     """Returns the flags of infer.py or of a file in scripts/, from its parser or its source."""
     if script == "infer.py":
         return {*infer.build_parser()._option_string_actions}
-    return {*re.findall(r"\"(--\w+)\"", text_of(ROOT / script))} | {"--lora_scale", "--help"}
+    text = text_of(ROOT / script)
+    if "add_machine_flags(" in text:  # which are defined in a file that several commands share
+        text += text_of(ROOT / "scripts" / "annotating" / "command.py")
+    return {*re.findall(r"\"(--\w+)\"", text)} | {"--lora_scale", "--help"}
 
 
 def as_typed(script):

@@ -5,7 +5,15 @@ import io
 from types import SimpleNamespace
 
 import pytest
-from conftest import TORCHRUN, assert_same_weights, read_metrics, run_command, words_of_run, write_pictures
+from conftest import (
+    TORCHRUN,
+    assert_same_weights,
+    make_transparent,
+    read_metrics,
+    run_command,
+    words_of_run,
+    write_pictures,
+)
 
 
 def assert_same_run(first, second):
@@ -17,10 +25,10 @@ def assert_same_run(first, second):
     assert_same_weights(first, second)
 
 
-# An epoch has five steps of an effective batch of 4: ten samples of one shape (4, 4, 2), five of another (4, 1).
+# Three of the pictures have transparent parts. An epoch has five steps of an effective batch of 4: ten samples of one shape (4, 4, 2), five of another (4, 1).
 COMMON = dict(
     aspect_ratio_buckets=True, balance="concept", max_train_steps=6, learning_rate=1e-3, lr_scheduler="linear",
-    lr_warmup_steps=2, snr_gamma=5.0, noise_offset=0.1, random_flip=True,
+    lr_warmup_steps=2, snr_gamma=5.0, noise_offset=0.1, random_flip=True, alpha_mask=True,
 )  # fmt: skip
 
 
@@ -30,6 +38,8 @@ def folder(tmp_path_factory):
     write_pictures(folder / "pictures" / "axe", count=5, size=(90, 40))
     write_pictures(folder / "pictures" / "spear", count=2, size=(40, 90), seed=1)
     write_pictures(folder / "pictures" / "whip", count=1, size=(90, 40), seed=2)
+    make_transparent(folder / "pictures" / "axe", (1, 4))
+    make_transparent(folder / "pictures" / "spear", (0,), first=0)
     return folder
 
 
@@ -66,6 +76,13 @@ def test_a_short_batch_is_not_counted_twice(folder, train_in, whole):
     other = train_in(folder, train_batch_size=3, output_dir=folder / "other cut", **COMMON)
     with pytest.raises(AssertionError):
         assert_same_run(whole, other)
+
+
+def test_the_transparent_parts_matter(folder, train_in, whole):
+    """Shows that the runs of this file train on opaque parts alone."""
+    plain = train_in(folder, train_batch_size=4, output_dir=folder / "plain", **COMMON | dict(alpha_mask=False))
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, plain)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(whole, two):

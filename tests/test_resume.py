@@ -14,7 +14,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN, read_lora, read_metrics, refusal_of, run_command, train_script, write_pictures
+from conftest import (
+    ROOT,
+    TORCHRUN,
+    make_transparent,
+    read_lora,
+    read_metrics,
+    refusal_of,
+    run_command,
+    train_script,
+    write_pictures,
+)
 from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.command_line import iterate_flags
@@ -98,10 +108,14 @@ def test_a_run_in_parts_is_the_run_straight_through(train, six_steps, tmp_path):
         (4, {"gradient_accumulation_steps": 2, "train_batch_size": 1, "random_flip": True, "noise_offset": 0.1}),
         (4, {"cache_variations": 0, "dataloader_num_workers": 1}),
         (4, {"mixed_precision": "bf16", "use_dora": True}),
+        (2, {"alpha_mask": True, "random_flip": True, "validation_split": 0.34, "validation_steps": 3}),
+        (4, {"alpha_mask": True, "cache_variations": 0}),
     ],
-    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA"],
+    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA", "opaque parts", "live opaque parts"],
 )
-def test_a_run_that_stopped_ends_as_the_run_straight_through(train, tmp_path, stop, options):
+def test_a_run_that_stopped_ends_as_the_run_straight_through(train, pictures, tmp_path, stop, options):
+    if "alpha_mask" in options:
+        make_transparent(pictures, (0, 2, 3, 5))
     options |= dict(max_train_steps=6, checkpointing_steps=stop)
     straight = train(output_dir=tmp_path / "one", **options)
     assert_same_end(straight, train(output_dir=stopped(straight, tmp_path / "two", stop), **options), 6)
@@ -207,6 +221,7 @@ CHANGES = {
     "timesteps": (dict(timestep_sampling="mode"), "timestep_sampling was 'uniform', is 'mode'"),
     "their range": (dict(timestep_range=[0, 500]), "timestep_range was None, is [0, 500]"),
     "noise offset": (dict(noise_offset=0.1), "noise_offset was 0.0, is 0.1"),
+    "opaque parts": (dict(alpha_mask=True), "alpha_mask was False, is True"),
     "augmentation": (dict(random_flip=True, cache_variations=4), "random_flip was False, is True"),
     "empty captions": (dict(caption_dropout=0.1), "caption_dropout was 0.0, is 0.1"),
     "average": (dict(use_ema=True), "use_ema was False, is True"),

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 
 import caption_models
+import mask_models
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, quick_python, train_script
@@ -30,6 +31,7 @@ from snippets import (
 import infer
 from scripts.captioning.find import DEFAULT_MODEL
 from scripts.evaluation.judges import CLIP_MODEL, DINO_MODEL
+from scripts.masking.find import DEFAULT_MODEL as MASKING_MODEL
 from text_to_image_lora.drawing.prompts import read_prompts
 
 
@@ -39,11 +41,12 @@ STAND_INS = {
     "lllyasviel/control_v11p_sd15_canny": ROOT / "models" / "mini-controlnet",
 }
 
-CAPTIONING_MODELS = {
+ANNOTATING_MODELS = {
     DEFAULT_MODEL: caption_models.make_blip,
     "florence-community/Florence-2-base": caption_models.make_florence,
     "Qwen/Qwen3-VL-2B-Instruct": caption_models.make_qwen,
     "SmilingWolf/wd-vit-tagger-v3": caption_models.make_tagger,
+    MASKING_MODEL: mask_models.make_clipseg,
 }
 
 
@@ -115,17 +118,17 @@ def test_data_and_prompts_are_read(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def captioning_models(tmp_path_factory):
-    """Tiny captioning models by the hub ids of the real ones."""
-    folder = tmp_path_factory.mktemp("captioning")
-    return {name: make(folder / name.partition("/")[2]) for name, make in CAPTIONING_MODELS.items()}
+def annotating_models(tmp_path_factory):
+    """Tiny models that write captions and make masks, by the hub ids of the real ones."""
+    folder = tmp_path_factory.mktemp("annotating")
+    return {name: make(folder / name.partition("/")[2]) for name, make in ANNOTATING_MODELS.items()}
 
 
 @pytest.fixture
-def stand_ins(tmp_path, monkeypatch, clip_model, dino_model, captioning_models):
+def stand_ins(tmp_path, monkeypatch, clip_model, dino_model, annotating_models):
     """The working directory, in which hub ids are folders."""
     judges = {CLIP_MODEL: clip_model, DINO_MODEL: dino_model}
-    for name, target in (STAND_INS | judges | captioning_models).items():
+    for name, target in (STAND_INS | judges | annotating_models).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)

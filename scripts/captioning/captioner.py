@@ -1,54 +1,20 @@
 """Loads a captioning model of transformers and asks it, for `caption.py`."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
 
-from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
-from text_to_image_lora.files import reason_of
+from text_to_image_lora.errors import TrainingError, is_out_of_memory
 
+from ..annotating.loading import explaining_damage, load_model, load_processor
 from .find import Model
 from .kinds import with_omissions
 from .wording import Wording, whole_sentences
 
 
-# No code of a repository is run. (A dict, because tests/test_project.py forbids the keyword in every call.)
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 MOST_SIDE = 1024  # pixels; vision-language models make tokens of every pixel of a photo, and captions need no more
 LEAST_SIDE = 32  # pixels; and at least a tenth of the longer side, which the processors of all models accept
-
-
-def load_processor(folder: Path, config: Any) -> Any:
-    """Loads what prepares pictures and texts for a model.
-
-    Processors of models that also see videos load a processor of videos, which needs torchvision. Here they are loaded without
-    it, and prepare pictures with Pillow.
-    """
-    from transformers import AutoTokenizer
-
-    # The name in the package itself needs torchvision, which this class does not.
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    if type(config) not in PROCESSOR_MAPPING:  # an encoder and a decoder that were put together
-        return SimpleNamespace(
-            image_processor=AutoImageProcessor.from_pretrained(
-                folder, backend="pil", local_files_only=True, **NO_CODE
-            ),
-            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE),
-        )
-    whole = PROCESSOR_MAPPING[type(config)]
-
-    class OfPictures(whole):
-        @classmethod
-        def get_attributes(cls):
-            return [name for name in whole.get_attributes() if "video" not in name]
-
-    OfPictures.__name__ = whole.__name__  # transformers compares it with the name in the processor's files
-    return OfPictures.from_pretrained(folder, local_files_only=True, **NO_CODE)
 
 
 def fitted(image: Image.Image) -> Image.Image:
@@ -68,6 +34,8 @@ class Captioner:
     """A model of transformers that describes pictures; raises `InputError` if it can't be loaded."""
 
     def __init__(self, model: Model, prompt: str | None, max_new_tokens: int, device: str, dtype: Any):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
         assert model.kind is not None
         self.kind = model.kind
         self.name = model.name
@@ -75,34 +43,10 @@ class Captioner:
         self.max_new_tokens = max_new_tokens
         self.device = device
         self.dtype = dtype
-        try:
-            self._load(model)
-        except InputError:
-            raise
-        except Exception as error:  # a damaged file makes transformers raise all kinds of exceptions
-            if is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{model.name}: it can't be loaded ({reason_of(error)}). Pass another --model."
-            ) from error
-
-    def _load(self, model):
-        import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-        transformers.utils.logging.disable_progress_bar()  # of reading the weights, which takes seconds
-        name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model.config["model_type"]]
-        loaded, info = getattr(transformers, name).from_pretrained(
-            model.folder, use_safetensors=True, dtype=self.dtype, local_files_only=True, output_loading_info=True
-        )
-        if missing := sorted(info["missing_keys"]):
-            # transformers would draw them at random. The original Florence-2 has the type but other weights, for example.
-            raise InputError(
-                f"{model.name}: its weights do not fit the class {name} of transformers ({missing[0]} is missing). Pass a "
-                "version of the model that was converted for transformers as --model."
-            )
-        self.model = loaded.eval().requires_grad_(False).to(self.device)
-        self.processor = load_processor(model.folder, self.model.config)
+        with explaining_damage(model.name):
+            name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model.config["model_type"]]
+            self.model = load_model(model.name, model.folder, name, device, dtype)
+            self.processor = load_processor(model.folder, self.model.config)
 
     def describe(self, images: Sequence[Image.Image], wording: Wording) -> list[str]:
         """Returns the captions of pictures; "" for an answer of which nothing is left."""

@@ -1,17 +1,15 @@
 """The folder of `caption.py`: which pictures have captions, and how new captions are written and old ones kept."""
 
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.files import check_writable, counted, printable, write_new, write_whole, written_whole
-from text_to_image_lora.pictures.inside import check_file, home_folders
-from text_to_image_lora.pictures.names import METADATA_NAMES, CaptionFiles, find_files, is_picture
+from text_to_image_lora.files import check_writable, counted, printable, write_new, write_whole
+from text_to_image_lora.pictures.names import CaptionFiles
 
-from .table import NAME, Table, key_of, pictures_in
+from ..annotating.folder import check_stems, keep_copies, key_of, list_folder
+from .table import NAME, Table, pictures_in
 
 
 # The reader of training data ignores folders whose names begin with "__".
@@ -34,18 +32,9 @@ class Dataset(NamedTuple):
 
 def read_dataset(folder: Path) -> Dataset:
     """Lists a folder as the trainer does; raises `InputError` if there are no pictures, or if it can't be read."""
-    if not folder.is_dir():
-        reason = "it is a file" if folder.exists() else "there is no such folder"
-        raise InputError(f"{printable(folder)}: {reason}. Pass the folder that contains the pictures.")
-    files, homes = find_files(folder).files, home_folders([folder])
-    pictures = [path for path in files if is_picture(path)]
-    if not pictures:
-        raise InputError(f"{printable(folder)}: it contains no pictures. Pass the folder that contains them.")
-    for picture in pictures:
-        check_file(picture, homes)
-    tables = [path for path in files if path.name.lower() in METADATA_NAMES]
-    in_tables = {key for table in tables for key in pictures_in(table, homes)}
-    return Dataset(folder, pictures, CaptionFiles(files), tables, in_tables)
+    found = list_folder(folder)
+    in_tables = {key for table in found.tables for key in pictures_in(table, found.homes)}
+    return Dataset(folder, found.pictures, CaptionFiles(found.files), found.tables, in_tables)
 
 
 def choose_pictures(dataset: Dataset, output: str, *, overwrite: bool) -> list[Path]:
@@ -72,21 +61,9 @@ def choose_pictures(dataset: Dataset, output: str, *, overwrite: bool) -> list[P
             f"where there is a {NAME}. Pass --output txt, or --overwrite to caption all pictures anew."
         )
     if output == "txt":
-        _check_stems(chosen)
+        check_stems(chosen, ".txt", "Rename one of the two pictures, or pass --output jsonl.")
     check_writable(dataset.folder, "FOLDER")
     return chosen
-
-
-def _check_stems(pictures):
-    """Raises `InputError` if two pictures would share a caption file."""
-    first = {}
-    for picture in pictures:
-        other = first.setdefault(picture.with_suffix(""), picture)
-        if other is not picture:
-            raise InputError(
-                f"{printable(picture)}: it would share {picture.stem}.txt with {printable(other.name)}. Rename one of the two "
-                "pictures, or pass --output jsonl."
-            )
 
 
 def keep_old_captions(dataset: Dataset, output: str, pictures: list[Path]) -> Path | None:
@@ -96,19 +73,7 @@ def keep_old_captions(dataset: Dataset, output: str, pictures: list[Path]) -> Pa
     else:
         beside = [dataset.caption_files.beside(picture) for picture in pictures]
         old = [path for path in beside if path is not None]
-    if not old:
-        return None
-    stem = dataset.folder / OWN_FOLDER / time.strftime("before-%Y-%m-%d-%H%M%S")
-    place, number = stem, 1
-    while place.exists():
-        number += 1
-        place = stem.with_name(f"{stem.name}-{number}")
-    with written_whole(place, folder=True) as temporary:
-        for path in old:
-            copy = temporary / path.relative_to(dataset.folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copy)
-    return place
+    return keep_copies(old, dataset.folder, OWN_FOLDER)
 
 
 class TextFiles:

@@ -1,16 +1,15 @@
 """Metadata files: which pictures they name, and a `metadata.jsonl` that keeps the rows of others, for `caption.py`."""
 
 import json
-import os
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.files import printable, write_whole
-from text_to_image_lora.pictures.formats import is_readable
 from text_to_image_lora.pictures.inside import home_folders
 from text_to_image_lora.pictures.tables import choose_caption_column, read_table, text_columns
+
+from ..annotating.folder import key_of, keys_in
 
 
 NAME = "metadata.jsonl"
@@ -19,20 +18,9 @@ CAPTION_COLUMN = "text"
 MOVE = "or move the file out of the folder"
 
 
-def key_of(picture: str | Path) -> str:
-    """Returns what identifies a picture: its real path, with accents composed."""
-    return unicodedata.normalize("NFC", os.path.realpath(picture))
-
-
-def _keys_in(row, folder):
-    """Returns the keys of all pictures that a row of a table names: in the reader's eyes also masks belong to the row."""
-    names = [value for value in row.values() if isinstance(value, str) and "\0" not in value]
-    return [key_of(folder / name.replace("\\", "/")) for name in names if is_readable(Path(name[-99:]).suffix)]
-
-
 def pictures_in(file: Path, homes: tuple[Path, ...]) -> set[str]:
     """Returns the keys of the pictures that a metadata file names."""
-    return {key for _, row in read_table(file, homes) for key in _keys_in(row, file.parent)}
+    return {key for _, row in read_table(file, homes) for key in keys_in(row, file.parent)}
 
 
 class Table:
@@ -68,7 +56,7 @@ class Table:
                     f"{CAPTION_COLUMN}, but {', '.join(names)}. Rename its columns, {MOVE}."
                 )
         for number, row in rows:
-            for key in _keys_in({FILE_COLUMN: row.get(FILE_COLUMN)}, self.folder):
+            for key in keys_in({FILE_COLUMN: row.get(FILE_COLUMN)}, self.folder):
                 self.places.setdefault(key, []).append(number - 1)
 
     def put(self, picture: Path, caption: str) -> None:

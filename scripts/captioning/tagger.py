@@ -11,7 +11,8 @@ from PIL import Image
 from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 from text_to_image_lora.files import read_text, reason_of
 
-from .find import OTHER_MODEL, Model
+from ..annotating.models import OTHER_MODEL
+from .find import Model
 from .wording import Wording
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures import examine as examine_module
 from text_to_image_lora.pictures.examine import KNOWN_PICTURES, examine, select_usable, usable_pictures
+from text_to_image_lora.pictures.masks import OPAQUE
 from text_to_image_lora.pictures.records import image_id
 
 
@@ -30,7 +31,7 @@ def test_pictures_are_measured_and_bad_pictures_are_reported(tmp_path):
     for _ in range(2):  # the second time, bad pictures are reported again
         good, bad = examine(dataset, range(6), tmp_path / "memo")
         assert good == {
-            i: (image_id((folder / f"{i}.png").read_bytes()), *size, good[i].hash)
+            i: (image_id((folder / f"{i}.png").read_bytes()), *size, good[i].hash, OPAQUE)
             for i, size in enumerate([(40, 32), (7, 9)])
         }
         assert bad.keys() == {2, 3, 4, 5}

@@ -9,8 +9,9 @@ from conftest import make_picture_set, read_metrics, read_records, refusal_of, w
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
+from text_to_image_lora.pictures.masks import open_mask
 from text_to_image_lora.pictures.records import read_image_bytes
-from text_to_image_lora.pictures.transforms import Variation, apply_variation, apply_variation_to_mask, open_mask
+from text_to_image_lora.pictures.transforms import Variation, apply_variation, apply_variation_to_mask
 
 
 def half(size=(40, 32)):

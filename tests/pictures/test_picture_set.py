@@ -11,6 +11,7 @@ from PIL import Image
 
 from text_to_image_lora.pictures import picture_set
 from text_to_image_lora.pictures.inspection import preview_sheet
+from text_to_image_lora.pictures.masks import open_masked
 from text_to_image_lora.pictures.records import read_image_bytes, with_class_pictures
 from text_to_image_lora.pictures.settings import AugmentationSettings
 from text_to_image_lora.pictures.transforms import apply_variation, draw_variation, open_image
@@ -105,11 +106,11 @@ def test_runs_of_other_seeds_share_the_cache(train, tmp_path):
 def test_a_picture_is_opened_once_for_its_variations(some, monkeypatch):
     opened = []
 
-    def count(data):
+    def count(data, mask):
         opened.append(data)
-        return open_image(data)
+        return open_masked(data, mask)
 
-    monkeypatch.setattr(picture_set, "open_image", count)
+    monkeypatch.setattr(picture_set, "open_masked", count)
     first = [some.pixels(index, k) for index in (0, 1) for k in range(4)]
     assert opened == [read_image_bytes(some.records[index]["image"]) for index in (0, 1)]
     # Only the last picture is kept in memory, and it is read-only.

@@ -19,8 +19,11 @@ from loopback_hub import Repositories, serving, taken_for_the_hub
 from PIL import Image
 
 from scripts import caption
+from scripts.annotating import batches
+from scripts.annotating import models as model_finder
+from scripts.annotating.models import find_model
 from scripts.captioning.dataset import OUTPUTS, TableRows, TextFiles
-from scripts.captioning.find import find_model
+from scripts.captioning.find import ACCEPTED
 from scripts.captioning.kinds import KINDS, with_omissions
 from scripts.captioning.omitting import mentions, omit_from_sentence, omit_from_tags
 from scripts.captioning.tagger import as_pixels
@@ -332,13 +335,11 @@ def test_a_tagger_gets_blue_first_on_a_white_square():
 
 
 def test_the_pull_request_with_safetensors_stands_for_the_default_model(monkeypatch):
-    from scripts.captioning import find
-
     asked = []
-    monkeypatch.setattr(find, "_cached_folder", lambda name, revision: asked.append((name, revision)))
-    monkeypatch.setattr(find, "_download", lambda name, revision: None)
-    find_model(caption.build_parser().parse(["FOLDER"]).model, None)
-    find_model("owner/name", None)
+    monkeypatch.setattr(model_finder, "_cached_folder", lambda *names: asked.append(names[:2]))
+    monkeypatch.setattr(model_finder, "_download", lambda *names: None)
+    find_model(caption.build_parser().parse(["FOLDER"]).model, None, ACCEPTED)
+    find_model("owner/name", None, ACCEPTED)
     assert asked == [("Salesforce/blip-image-captioning-base", "refs/pr/38"), ("owner/name", None)]
 
 
@@ -374,13 +375,13 @@ def test_captions_of_a_person_stay_byte_for_byte(run, pictures, capsys):
 
 
 def test_a_caption_that_a_person_writes_during_the_run_stays(run, pictures, monkeypatch):
-    open_picture = caption.open_picture
+    open_picture = batches.open_picture
 
     def write_and_open(path):
         (pictures / "04.txt").write_text("mine")
         return open_picture(path)
 
-    monkeypatch.setattr(caption, "open_picture", write_and_open)
+    monkeypatch.setattr(batches, "open_picture", write_and_open)
     run(pictures, "blip")
     assert captions_of(pictures)["04.png"] == ["mine"]
     assert len(captions_of(pictures)) == 5

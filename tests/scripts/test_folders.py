@@ -19,7 +19,9 @@ STARTED_BY_PATH = {
 }  # {file that the benchmarks run in a separate process: its depth below the root}
 BELOW = {
     "sweeping": set(),
-    "captioning": set(),
+    "annotating": set(),
+    "captioning": {"annotating"},
+    "masking": {"annotating"},
     "comparing": set(),
     "evaluation": {"mini_sd"},
     "benchmarks": {"mini_sd"},

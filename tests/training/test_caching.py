@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import batch_sampler, make_picture_set, write_pictures
+from conftest import batch_sampler, make_picture_set, make_transparent, write_pictures
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -133,14 +133,17 @@ def training_set(built, base, cached=True):
     return TrainingSet(built.pictures, base, Draws(0, 1000), **cache)
 
 
+@pytest.mark.parametrize("alpha_mask", [False, True])
 @pytest.mark.parametrize("clip_skip", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_cached_equals_live(build, base, encoders, pictures, dtype, clip_skip):
+def test_cached_equals_live(build, base, encoders, pictures, dtype, clip_skip, alpha_mask):
     tokenizer, text_encoder, vae = encoders
+    if alpha_mask:
+        make_transparent(pictures, (1, 4))
     # With --center_crop there are two variations, and both are cached.
     built = build(
         pictures, center_crop=True, random_flip=True, variations=2, latent_dtype=dtype, prompt_dtype=dtype,
-        clip_skip=clip_skip,
+        clip_skip=clip_skip, alpha_mask=alpha_mask,
     )  # fmt: skip
     encode_latents, encode_prompts = LatentEncoder(vae, dtype), prompt_encoder(tokenizer, text_encoder, clip_skip)
     cached, live = (training_set(built, base, which) for which in (True, False))
@@ -156,11 +159,26 @@ def test_cached_equals_live(build, base, encoders, pictures, dtype, clip_skip):
                 "encoder_hidden_states": hidden_states[0].to(dtype),
             }  # fmt: skip
             from_cache |= from_cache.pop("condition")
+            assert ("mask" in now) == alpha_mask
             for name, value in encoded.items():
                 tolerance = 1e-5 if dtype == torch.float32 else 2e-3
                 torch.testing.assert_close(from_cache.pop(name), value, rtol=tolerance, atol=tolerance)
             assert from_cache.keys() == now.keys()
             assert all(torch.equal(from_cache[name], now[name]) for name in now)
+
+
+def test_opaque_parts_are_not_taken_from_the_cache_of_whole_pictures(build, pictures, tmp_path):
+    """Also not the other way round; of pictures without transparency, both share what is cached."""
+    build(pictures)
+    cached = shards_in(tmp_path / "cache")
+    build(pictures, alpha_mask=True)
+    assert shards_in(tmp_path / "cache") == cached
+    make_transparent(pictures, (1, 4))
+    whole, opaque, again = (build(pictures, alpha_mask=alpha_mask) for alpha_mask in (False, True, False))
+    names = [{*built.latents.row(i, 0)[0]} for built in (whole, opaque, again) for i in range(6)]
+    assert ["mask" in each for each in names] == [False] * 6 + [True] * 6 + [False] * 6
+    masks = torch.stack([opaque.latents.row(i, 0)[0]["mask"] for i in range(6)])
+    assert [(mask == 1).all().item() for mask in masks] == [True, False, True, True, False, True]
 
 
 def test_cached_equals_live_to_the_bit_in_the_same_batch(build, encoders, pictures):
@@ -515,13 +533,13 @@ def test_large_pictures_are_encoded_in_parts(fill, monkeypatch):
 
 def test_a_picture_is_decoded_once_for_all_its_variations(fill, monkeypatch):
     opened = []
-    inner, vary = picture_set.open_image, picture_set.apply_variation
+    inner, vary = picture_set.open_masked, picture_set.apply_variation
 
     def slowly(*args):  # lets the decoding threads interleave
         time.sleep(0.002)
         return vary(*args)
 
-    monkeypatch.setattr(picture_set, "open_image", lambda data: opened.append(data) or inner(data))
+    monkeypatch.setattr(picture_set, "open_masked", lambda data, mask: opened.append(data) or inner(data, mask))
     monkeypatch.setattr(picture_set, "apply_variation", slowly)
     fill("whole")
     assert len(opened) == len(set(opened)) == 6

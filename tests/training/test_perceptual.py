@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import read_lora, read_metrics, relative_loss, train_script
+from conftest import make_transparent, read_lora, read_metrics, relative_loss, train_script
 from diffusers import DDPMScheduler
 
 from text_to_image_lora.errors import InputError
@@ -238,6 +238,15 @@ def test_masks_are_refused(train, pictures):
     Image.new("L", (40, 32), 255).save(pictures / "1.mask.png")
     with pytest.raises(InputError, match="--perceptual_loss compares whole pictures, but some of these have masks"):
         train(perceptual_loss="self")
+
+
+def test_transparent_parts_are_masks_too(train, pictures):
+    make_transparent(pictures, (3,))
+    with pytest.raises(
+        InputError, match="some of these have masks. Leave out the flag or the masks and --alpha_mask."
+    ):
+        train(perceptual_loss="self", alpha_mask=True)
+    train(perceptual_loss="self", max_train_steps=1)
 
 
 def test_the_text_encoder_and_the_perturbed_input_do_not_disturb_it(train, monkeypatch):

@@ -52,6 +52,7 @@ def describe(
         "pictures": len(pictures),
         "validated": num_validated,
         "left_out": [{"source": source, "reason": reason} for source, reason in left_out],
+        "masked": sum(pictures.has_mask),
         "captions": sum(map(len, captions)),
         "different_captions": len({caption for group in captions for caption in group}),
         "tokens": {
@@ -88,6 +89,8 @@ def format_report(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"tokens per caption: {tokens['mean']} on average, {tokens['most']} at most; {tokens['limit'] or 'all'} are read"
         )
+    if report["masked"]:
+        lines.append(f"{report['masked']} of {counted(report['pictures'], 'picture')} with a mask")
     for title, key in (("concept", "concepts"), ("size", "sizes")):
         lines += ["", f"{title:<24}{'pictures':>10}{'samples per epoch':>19}"]
         for name, row in report[key].items():

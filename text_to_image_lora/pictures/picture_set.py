@@ -9,24 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import TrainingError
+from .masks import OPAQUE, open_masked
 from .records import fingerprint, image_id, read_image_bytes, read_mask_bytes
 from .settings import AugmentationSettings
-from .transforms import (
-    RESAMPLING,
-    Variation,
-    apply_variation,
-    apply_variation_to_mask,
-    draw_variation,
-    open_image,
-    open_mask,
-)
+from .transforms import RESAMPLING, Variation, apply_variation, apply_variation_to_mask, draw_variation, open_image
 
 
 class View(NamedTuple):
-    """How pictures are augmented and resized."""
+    """How pictures are augmented and resized, and whether only their opaque parts count."""
 
     augmentation: AugmentationSettings = AugmentationSettings()
     interpolation: str = "lanczos"
+    alpha_mask: bool = False
 
 
 @dataclass
@@ -65,9 +59,23 @@ class PictureSet:
         return self.records["is_class"][:]
 
     @functools.cached_property
+    def has_mask(self) -> list[bool]:
+        """Whether some parts of each picture count less: it has a mask, or transparent parts with `view.alpha_mask`."""
+        masks = self.records["mask"][:]
+        return [mask is not None or self._uses_alpha(fact) for mask, fact in zip(masks, self.facts, strict=True)]
+
+    @property
     def masked(self) -> bool:
         """Whether any picture has a mask."""
-        return any(mask is not None for mask in self.records["mask"])
+        return any(self.has_mask)
+
+    def _uses_alpha(self, fact):
+        return self.view.alpha_mask and fact.transparency != OPAQUE
+
+    @property
+    def content_ids(self) -> list[str]:
+        """What identifies that which is trained of each picture: its file, its mask, and whether only opaque parts count."""
+        return [f"{fact.image_id} opaque" if self._uses_alpha(fact) else fact.image_id for fact in self.facts]
 
     def variation(self, i: int, k: int) -> Variation:
         """Returns variation k of picture i."""
@@ -82,7 +90,7 @@ class PictureSet:
         return threading.local()
 
     def _open(self, i):
-        """Returns the namespace of this thread with `image` and `mask` of picture i; the mask is None without one.
+        """Returns the namespace of this thread with `image` and `mask` of picture i; the mask is None if all parts count.
 
         Raises `TrainingError` if the files are not those that were examined, because their id is part of the cache's keys.
         """
@@ -103,8 +111,8 @@ class PictureSet:
             raise TrainingError(
                 f"{row['source']}: the picture or its mask was changed after the run had examined it. Run the same command again."
             )
-        opened.image = open_image(data)
-        opened.mask = None if mask is None else open_mask(mask, (fact.width, fact.height))
+        decoded = open_masked(data, mask)
+        opened.image, opened.mask = decoded.image, decoded.weights(alpha_mask=self.view.alpha_mask)
         opened.index = i
         return opened
 
@@ -126,7 +134,7 @@ class PictureSet:
     def mask(self, i: int, k: int, factor: int) -> np.ndarray:
         """Returns the loss weights of variation k of picture i, from 0 to 1, as float16 (height / factor, width / factor).
 
-        All weights are 1 if the picture has no mask. Raises `TrainingError` if its files have changed.
+        All weights are 1 if the picture has no mask (see `has_mask`). Raises `TrainingError` if its files have changed.
         """
         (width, height), mask = self.sizes[i], self._open(i).mask
         if mask is None:
@@ -138,5 +146,5 @@ class PictureSet:
 
         Pictures that the run draws count by their recipe, because other devices draw them with other rounding.
         """
-        recipes = zip(self.facts, self.records["recipe"], strict=True)
-        return fingerprint([recipe or fact.image_id for fact, recipe in recipes], self.captions, samples)
+        recipes = zip(self.content_ids, self.records["recipe"], strict=True)
+        return fingerprint([recipe or content_id for content_id, recipe in recipes], self.captions, samples)

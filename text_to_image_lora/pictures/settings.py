@@ -43,6 +43,7 @@ class DataSettings:
     caption_column: str | None = flag(None, "column with the captions, as text or lists of text (default: found by type and name)", filled_text, may_change=True)
     concept_column: str | None = flag(None, "column with the concept of each picture, for --balance (default: the name of the folder)", filled_text, may_change=True)
     mask_column: str | None = flag(None, "column with masks: only white areas of a mask count in the loss; masks named name.mask.png or name-masklabel.png beside the pictures need no flag", filled_text, may_change=True)
+    alpha_mask: bool = flag(False, "only opaque areas of a picture count in the loss; pictures without transparency count everywhere, and a mask is multiplied with the transparency of its picture")
     max_train_samples: int | None = flag(None, "maximum number of pictures to train on; the selection does not depend on the seed (default: all pictures)", count(1), may_change=True)
     balance: str | None = flag(None, "concept: use every concept (class folder) equally often per epoch, by repeating pictures of smaller concepts", choices=["concept"])
     skip_bad_images: bool = flag(False, "leave out pictures that can't be read and rows without a picture or caption, instead of stopping with an error", may_change=True)

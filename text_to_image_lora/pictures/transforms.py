@@ -54,7 +54,19 @@ class Variation(NamedTuple):
 
 
 def open_image(data: bytes, background: str = "white", least_side: int | None = None) -> Image.Image:
-    """Decodes a picture file to an RGB `PIL.Image`, upright, in sRGB, with transparency composed over the background.
+    """Decodes a picture file as `decode` does, to an RGB `PIL.Image` with transparency composed over the background."""
+    return compose(decode(data, least_side), background)
+
+
+def compose(image: Image.Image, background: str = "white") -> Image.Image:
+    """Returns a picture from `decode` as RGB, with transparency composed over the background."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def decode(data: bytes, least_side: int | None = None) -> Any:
+    """Decodes a picture file to an upright `PIL.Image` in sRGB: RGBA if it can have transparent parts, or else RGB.
 
     With `least_side`, a JPEG is decoded at the smallest of a few sizes whose sides are at least that, which takes less time.
 
@@ -92,10 +104,8 @@ def open_image(data: bytes, background: str = "white", least_side: int | None = 
         grey = np.round(values * scale).clip(0, 255).astype(np.uint8)
         alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
         image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
+    is_transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if is_transparent else "RGB")
 
 
 def white_of(values: np.ndarray, mode: str) -> float:
@@ -108,23 +118,6 @@ def white_of(values: np.ndarray, mode: str) -> float:
     if mode == "F" and (top <= 1 or (top < MOST_FRACTION and (values % 1).any())):
         return 1.0
     return 255.0 if top <= 255 and mode in ("I", "F") else max(float(top), 65535.0)
-
-
-def open_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Decodes a mask to a greyscale `PIL.Image` of the picture's `size`; transparent areas become black."""
-    try:
-        mask = open_image(data, background="black").convert("L")
-    except ImageError as error:
-        raise ImageError(f"its mask: {error}") from error
-    if mask.size == size:
-        return mask
-    if abs(mask.width * size[1] - mask.height * size[0]) > 1.5 * max(*mask.size, *size):  # more than rounding
-        turned = ", after it is turned upright as its EXIF data says" if mask.size == size[::-1] else ""
-        raise ImageError(
-            f"its mask has {mask.width}x{mask.height} pixels, which is another shape than the {size[0]}x{size[1]} of the "
-            f"picture{turned}"
-        )
-    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def _in_srgb(image: Any) -> Any:

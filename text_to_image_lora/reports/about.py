@@ -152,8 +152,8 @@ def identify(held_out: Any) -> str | None:
     """Returns a hash of the held-out pictures, whatever their order; None without any."""
     if held_out is None:
         return None
-    image_ids = sorted(fact.image_id for fact in held_out.facts)
-    return fingerprint(image_ids, [[]] * len(image_ids))
+    content_ids = sorted(held_out.content_ids)
+    return fingerprint(content_ids, [[]] * len(content_ids))
 
 
 def data_sheet(

@@ -28,7 +28,8 @@ def report(settings: Any, found: inputs.Inputs) -> None:
 
     def usable(records):
         recipes = records["recipe"][:]
-        good, bad = examine.examine(records, [i for i, recipe in enumerate(recipes) if recipe not in not_drawn])
+        there = [i for i, recipe in enumerate(recipes) if recipe not in not_drawn]
+        good, bad = examine.examine(records, there, alpha_mask=settings.data.alpha_mask)
         good |= {i: not_drawn[recipe] for i, recipe in enumerate(recipes) if recipe in not_drawn}
         left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
         return examine.select_usable(records, good, bad)

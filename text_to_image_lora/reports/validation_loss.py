@@ -53,8 +53,7 @@ class ValidationSet:
     def identity(self) -> str:
         """Returns a hash of the pictures, sizes and captions, on which the losses depend."""
         shapes = [list(self.latents.shape(index)) for index in range(len(self))]
-        names = [fact.image_id for fact in self.pictures.facts]
-        return fingerprint(names, [group[:1] for group in self.pictures.captions], shapes)
+        return fingerprint(self.pictures.content_ids, [group[:1] for group in self.pictures.captions], shapes)
 
     def __getitem__(self, index):
         row, condition = self.latents.row(index, 0)

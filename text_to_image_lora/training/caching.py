@@ -52,7 +52,7 @@ def plan_latents(
     Returns the shards, whose entries are (picture i, variation k), and the int32 array locations[i, k] = (shard, row).
     """
     shards, locations = [], np.zeros((len(pictures), variations, 2), dtype=np.int32)
-    members = {}
+    members, content_ids = {}, pictures.content_ids
     for i, size in enumerate(pictures.sizes):
         members.setdefault(size, []).append(i)
     groups = (
@@ -70,7 +70,7 @@ def plan_latents(
                 if variation not in seen:
                     seen[variation] = len(entries)
                     entries.append((i, k))
-                    described.append([pictures.facts[i].image_id, *variation])
+                    described.append([content_ids[i], *variation])
                 locations[i, k] = len(shards), seen[variation]
         how = [identity, str(dtype), size, pictures.view.interpolation]
         key = [CACHE_VERSION, "latents", *how, described, pictures.masked]

@@ -165,7 +165,10 @@ def draw_missing(settings: Any, found: Any, accelerator: Any) -> None:
     if missing:
         if not settings.data.skip_bad_images:  # a bad picture is reported before a model is loaded
             own = found.records.select(range(len(found.records) - images.count))
-            usable_pictures(own, settings.cache.folder, skip_bad_images=False, accelerator=accelerator)
+            usable_pictures(
+                own, settings.cache.folder, skip_bad_images=False, accelerator=accelerator,
+                alpha_mask=settings.data.alpha_mask,
+            )  # fmt: skip
         interruption.defer_requests()
         rank, world_size = accelerator.process_index, accelerator.num_processes
         blocks = sorted({i // images.batch_size for i in missing})

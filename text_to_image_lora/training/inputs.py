@@ -217,7 +217,7 @@ def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tup
     from ..pictures.alike import divide
     from ..pictures.picture_set import PictureSet, View
 
-    view = View(settings.augmentation, settings.sizes.image_interpolation_mode)
+    view = View(settings.augmentation, settings.sizes.image_interpolation_mode, settings.data.alpha_mask)
     buckets = settings.sizes.buckets(inputs.base)
 
     def make(records):

@@ -63,12 +63,14 @@ def make_run(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
         folder=settings.cache.folder,
         skip_bad_images=settings.data.skip_bad_images,
         accelerator=accelerator,
+        alpha_mask=settings.data.alpha_mask,
     )
     with log.collect_messages("pictures") as notes:
         pictures, validated = inputs.make_picture_sets(settings, found, usable)
     if pictures.masked and settings.loss.perceptual_loss is not None:
+        masks = "the masks and --alpha_mask" if settings.data.alpha_mask else "the masks"
         raise InputError(
-            "--perceptual_loss compares whole pictures, but some of these have masks. Leave out the flag or the masks."
+            f"--perceptual_loss compares whole pictures, but some of these have masks. Leave out the flag or {masks}."
         )
     sampler = make_run_sampler(settings, pictures, seed, accelerator.process_index, accelerator.num_processes)
     lora_settings = settings.lora.of_denoiser(found.base.family)

@@ -1,7 +1,7 @@
-"""The captions of an unfinished run, by which the same command continues it after a kill, for `caption.py`.
+"""What an unfinished run has done, by which the same command continues it after a kill.
 
-A caption is first recorded here and then written to its place, so that no kill separates the captions of the run from those
-that a person wrote.
+A caption or mask is first recorded here and then written to its place, so that no kill separates those of the run from those
+that a person made.
 """
 
 import json
@@ -17,20 +17,20 @@ NAME = "unfinished.jsonl"
 
 
 class Journal:
-    """The record of a run: a first line with its settings, and a line for each batch of captions.
+    """The record of a run: a first line with its settings, and a line for each batch of pictures.
 
     Args:
         folder: The folder that contains the record.
-        settings: What determines the captions; a record with other settings is not continued.
+        settings: What determines the results; a record with other settings is not continued.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path = folder / NAME
         self.settings = settings
-        self.captions: dict[str, str] = {}  # {name of a picture: caption}, in the order of writing
-        self.last: dict[str, str] = {}  # the last batch, which a kill may have left unwritten
-        self.batches: list[dict[str, str]] = []
-        self.before: str | None = None  # the folder with the old captions
+        self.done: dict[str, Any] = {}  # {name of a picture: what the run records of it}, in the order of writing
+        self.last: dict[str, Any] = {}  # the last batch, which a kill may have left unwritten
+        self.batches: list[dict[str, Any]] = []
+        self.before: str | None = None  # the folder with the files that the run replaces
         self.is_resumed = self._read()
 
     def _read(self):
@@ -44,8 +44,8 @@ class Journal:
             self.batches = [dict(batch) for batch in others]
         except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
             return False
-        self._write_all()  # without half a line, to which the next caption would be added
-        self.captions = {name: caption for batch in self.batches for name, caption in batch.items()}
+        self._write_all()  # without half a line, to which the next batch would be added
+        self.done = {name: result for batch in self.batches for name, result in batch.items()}
         self.last = self.batches[-1] if self.batches else {}
         return True
 
@@ -54,18 +54,18 @@ class Journal:
         write_whole(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
     def begin(self, before: Path | None) -> None:
-        """Starts a record; `before` is the folder with the old captions."""
+        """Starts a record; `before` is the folder with the files that the run replaces."""
         self.before = None if before is None else before.name
-        self.batches, self.captions = [], {}
+        self.batches, self.done = [], {}
         self._write_all()
 
-    def add(self, captions: Mapping[str, str]) -> None:
-        """Records captions, on the disk when this returns."""
-        if not captions:
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Records a batch, on the disk when this returns."""
+        if not batch:
             return
-        self.captions |= captions
+        self.done |= batch
         with explaining_disk_errors(self.path), open(self.path, "ab") as file:
-            file.write(f"{json.dumps(captions)}\n".encode())
+            file.write(f"{json.dumps(batch)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 
