@@ -97,8 +97,9 @@ def test_a_run_in_parts_is_the_run_straight_through(train, six_steps, tmp_path):
         (4, {"gradient_accumulation_steps": 2, "train_batch_size": 1, "random_flip": True, "noise_offset": 0.1}),
         (4, {"cache_variations": 0, "dataloader_num_workers": 1}),
         (4, {"mixed_precision": "bf16", "use_dora": True}),
+        (3, {"resolution": [32, 24], "train_batch_size": 4, "random_flip": True}),
     ],
-    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA"],
+    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA", "two resolutions"],
 )
 def test_a_run_that_stopped_ends_as_the_run_straight_through(train, tmp_path, stop, options):
     options |= dict(max_train_steps=6, checkpointing_steps=stop)
@@ -234,6 +235,15 @@ ANOTHER_DATASET = r"another run \(dataset \(the pictures, captions and repeats\)
 def test_another_run_is_refused_with_what_differs(train, two, what):
     changes, answer = CHANGES[what]
     assert f"({answer}" in assert_refused(train, two, **changes)
+
+
+def test_another_resolution_too_is_another_run(train, two, tmp_path):
+    """And one less. The samples of an epoch, of which the dataset's hash is made, are others too."""
+    message = refusal_of(train, max_train_steps=4, resolution=[32, 24])
+    assert f"{two}/checkpoint-2: this checkpoint belongs to another run (resolution was 32, is [24, 32]; " in message
+    train(resolution=[32, 24], output_dir=tmp_path / "both")
+    message = refusal_of(train, max_train_steps=4, resolution=24, output_dir=tmp_path / "both")
+    assert "this checkpoint belongs to another run (resolution was [24, 32], is 24; " in message
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])

@@ -49,12 +49,11 @@ class Buckets(NamedTuple):
     def large_enough(self, pictures: Sequence[Any]) -> list[bool]:
         """Returns whether each picture is trained at this resolution without being enlarged.
 
-        If small pictures keep their own size, it is whether a picture has at least the area of the square.
+        Small pictures that keep their own size are not enlarged, but have less than the area of the square.
         """
-        if self.no_upscale:
-            return [picture.width * picture.height >= self.resolution**2 for picture in pictures]
         enlarged = {*find_enlarged(pictures, self.choose_sizes(pictures))}
-        return [i not in enlarged for i in range(len(pictures))]
+        area = self.resolution**2 if self.no_upscale else 0
+        return [i not in enlarged and picture.width * picture.height >= area for i, picture in enumerate(pictures)]
 
     def _own_size(self, width, height):
         """Returns the size of a picture that is not enlarged: its own size, rounded down to multiples of the step.
