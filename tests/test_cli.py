@@ -229,15 +229,15 @@ def test_the_files_of_a_run_name_its_resolutions(train, tmp_path):
         assert yaml.safe_load((out / "run.yaml").read_text())["resolution"] == recorded
         about = json.loads((out / "about.json").read_text())
         assert about["settings"]["resolution"] == recorded
-        command = f"--resolution {' '.join(map(str, recorded if name == 'several' else [recorded]))} "
-        assert command in about["command"]
+        words = "24 32" if name == "several" else "32"
+        assert f"--resolution {words} " in about["command"]
         assert about["dataset"]["pictures"] == len(about["dataset"]["shown"]) == 6
         trained_at = "32x32, 24x24" if name == "several" else "32x32"
         assert {row["trained_at"] for row in about["dataset"]["shown"]} == {trained_at}
-        assert f"| resolution | {recorded} |" in (out / "README.md").read_text().replace("\\", "")
+        assert f"| resolution | {words} |" in (out / "README.md").read_text()
         with safe_open(out / f"{name}.safetensors", "pt") as file:
             header = file.metadata()
-        assert header["resolution"] == str(recorded)
+        assert header["resolution"] == words
         assert (header["ss_resolution"], header["modelspec.resolution"]) == ("(32, 32)", "32x32")
         assert header["ss_num_train_images"] == "6"
         (drawn,) = {Image.open(path).size for path in out.rglob("samples/**/*.png")}

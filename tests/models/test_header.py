@@ -218,7 +218,7 @@ def test_the_base_model_is_described_as_kohya_does(family, prediction_type, arch
     assert set(map(type, entries.values())) == {str}
 
 
-@pytest.mark.parametrize("resolution", ["768", "[512, 640, 768]"])
+@pytest.mark.parametrize("resolution", ["768", "512 640 768"])
 def test_of_several_resolutions_the_largest_is_named(resolution):
     """A1111 shows one, and sample pictures are drawn at it."""
     entries = header.header_for_readers(
