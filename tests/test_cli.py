@@ -24,6 +24,8 @@ from conftest import (
     words_of_run,
     write_pictures,
 )
+from PIL import Image
+from safetensors import safe_open
 
 from text_to_image_lora.command_line import flag_values
 from text_to_image_lora.errors import InputError
@@ -192,7 +194,54 @@ def test_a_step_rule_is_taken():
     assert parse("--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10,0.1:20,1e-2").schedule.lr_step_rules
 
 
+@pytest.mark.parametrize(
+    ("words", "value"), [(["512"], 512), (["768", "512", "640"], (512, 640, 768)), (["96", "64"], (64, 96))]
+)
+def test_resolutions_are_sorted_and_a_single_one_is_a_number(words, value, tmp_path):
+    assert parse("--resolution", *words).sizes.resolution == value
+    (tmp_path / "flags.yaml").write_text(f"resolution: [{', '.join(words)}]\n")
+    assert parse("--config", str(tmp_path / "flags.yaml")).sizes.resolution == value
+    overridden = parse("--config", str(tmp_path / "flags.yaml"), "--resolution", "128")
+    assert overridden.sizes.resolution == 128
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["512", "768", "512"], "--resolution 512 768 512: it must be different numbers."),
+        (["512", "0"], "--resolution 0: it must be from 1 to 16384."),
+        (["512,768"], "--resolution 512,768: it must be a whole number, from 1 to 16384."),
+        ([], "argument --resolution: expected at least one argument"),
+    ],
+)
+def test_wrong_resolutions_are_refused(words, answer):
+    assert refused("--resolution", *words) == answer
+
+
 # run.yaml
+
+
+def test_the_files_of_a_run_name_its_resolutions(train, tmp_path):
+    """Where they expect one, it is the largest, at which sample pictures are drawn. A single one stays a number."""
+    prompt = dict(validation_prompt="an axe", output_kohya_format=True)
+    for name, given, recorded in (("several", [32, 24], [24, 32]), ("one", 32, 32)):
+        out = train(resolution=given, output_dir=tmp_path / name, **prompt)
+        assert yaml.safe_load((out / "run.yaml").read_text())["resolution"] == recorded
+        about = json.loads((out / "about.json").read_text())
+        assert about["settings"]["resolution"] == recorded
+        words = "24 32" if name == "several" else "32"
+        assert f"--resolution {words} " in about["command"]
+        assert about["dataset"]["pictures"] == len(about["dataset"]["shown"]) == 6
+        trained_at = "32x32, 24x24" if name == "several" else "32x32"
+        assert {row["trained_at"] for row in about["dataset"]["shown"]} == {trained_at}
+        assert f"| resolution | {words} |" in (out / "README.md").read_text()
+        with safe_open(out / f"{name}.safetensors", "pt") as file:
+            header = file.metadata()
+        assert header["resolution"] == words
+        assert (header["ss_resolution"], header["modelspec.resolution"]) == ("(32, 32)", "32x32")
+        assert header["ss_num_train_images"] == "6"
+        with Image.open(out / "validation" / "step-000002" / "prompt-00-0.png") as drawn:
+            assert drawn.size == (32, 32)
 
 
 def test_run_yaml_gives_the_same_run_again(train, arguments, tmp_path):
@@ -269,6 +318,7 @@ BAD_INPUT = {
     "unknown choice": (dict(lr_scheduler="cosin"), "--lr_scheduler: invalid choice: 'cosin'"),
     "no number": (dict(rank="four"), "--rank four: it must be a whole number, 1 or more."),
     "resolution": (dict(resolution=36), "--resolution 36: this model needs a multiple of 8, e.g. 32"),
+    "one of several": (dict(resolution=[32, 36]), "--resolution 36: this model needs a multiple of 8, e.g. 32"),
     "rank 0": (dict(rank=0), "--rank 0: it must be 1 or more."),
     "too large a split": (dict(validation_split=0.9), "--validation_split 0.9: it must be from 0 to 0.5."),
     "two ways to validate": (

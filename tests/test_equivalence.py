@@ -9,11 +9,13 @@ from conftest import (
     TORCHRUN,
     assert_same_weights,
     make_transparent,
+    read_lora,
     read_metrics,
     run_command,
     words_of_run,
     write_pictures,
 )
+from PIL import Image
 
 
 def assert_same_run(first, second):
@@ -106,6 +108,85 @@ def test_two_processes_share_buckets_balance_and_preview(folder, one, two):
         "8 pictures, 5 steps an epoch, 6 steps (1.2 epochs); effective batch 4 on ",
     ):
         assert one.said.count(line) == two.said.count(line) == 1
+
+
+# Two resolutions: at 40, steps of (4, 1) and of 2 samples; at 32, where the whip is too small for 40, of (4, 2) and of 2.
+SEVERAL = COMMON | dict(
+    resolution=[40, 32], balance=None, max_train_steps=7, train_data_dir="several", random_flip=False, center_crop=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Returns a folder with pictures of unequal sizes, of which two have masks, and the flags for them."""
+    folder = tmp_path_factory.mktemp("several")
+    write_pictures(folder / "several" / "axe", count=5, size=(90, 40))
+    write_pictures(folder / "several" / "spear", count=2, size=(40, 90), seed=1)
+    write_pictures(folder / "several" / "whip", count=1, size=(60, 20), seed=2)
+    for name in ("axe/1", "spear/0"):
+        with Image.open(folder / "several" / f"{name}.png") as picture:
+            mask = Image.new("L", picture.size)
+        mask.paste(255, (0, 0, 30, 30))
+        mask.save(folder / "several" / f"{name}.mask.png")
+    return SimpleNamespace(folder=folder, flags=SEVERAL | {"train_data_dir": folder / "several"})
+
+
+@pytest.fixture(scope="module")
+def one_of_several(several, train_in):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        out = train_in(several.folder, train_batch_size=4, output_dir=several.folder / "whole", **several.flags)
+    return SimpleNamespace(folder=out, said=said.getvalue())
+
+
+def test_several_resolutions_are_trained_by_turns(one_of_several):
+    for line in (
+        "1 of 8 pictures are too small for --resolution 40 and are not trained at it",
+        "48x16                6                  6",
+        "56x24                5                  5",
+        "16x48                2                  2",
+        "24x56                2                  2",
+        "8 pictures (15 with their sizes), 6 steps an epoch, 7 steps (1.17 epochs); effective batch 4 on ",
+    ):
+        assert one_of_several.said.count(line) == 1, one_of_several.said
+
+
+def test_batch_equals_accumulation_at_several_resolutions(several, train_in, one_of_several):
+    options = several.flags | dict(train_batch_size=1, gradient_accumulation_steps=4)
+    assert_same_run(one_of_several.folder, train_in(several.folder, output_dir=several.folder / "parts", **options))
+
+
+def test_cached_equals_live_at_several_resolutions(several, train_in, one_of_several):
+    options = several.flags | dict(train_batch_size=4, cache_variations=0)
+    assert_same_run(one_of_several.folder, train_in(several.folder, output_dir=several.folder / "live", **options))
+
+
+def test_the_order_of_the_resolutions_changes_nothing(several, train_in, one_of_several):
+    options = several.flags | dict(train_batch_size=4, resolution=[32, 40])
+    again = train_in(several.folder, output_dir=several.folder / "sorted", **options)
+    assert read_lora(again).keys() == read_lora(one_of_several.folder).keys()
+    assert all(value.equal(read_lora(again)[name]) for name, value in read_lora(one_of_several.folder).items())
+
+
+def test_a_single_resolution_of_these_pictures_is_another_run(several, train_in, one_of_several):
+    """Shows that the comparisons above see whether both resolutions are trained."""
+    options = several.flags | dict(train_batch_size=4, resolution=32)
+    with pytest.raises((AssertionError, ValueError)):
+        assert_same_run(
+            one_of_several.folder, train_in(several.folder, output_dir=several.folder / "single", **options)
+        )
+
+
+@pytest.mark.long
+def test_two_processes_equal_one_at_several_resolutions(several, tiny_sd, one_of_several):
+    out = several.folder / "two"
+    options = several.flags | dict(train_batch_size=2, output_dir=out)
+    words = words_of_run(tiny_sd, several.folder / "several", several.folder, **options)
+    done = run_command(words, TORCHRUN, env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_of_several.folder, out)
+    for line in one_of_several.said.splitlines():
+        if "resolution" in line or line.rpartition("x")[0].isdecimal():
+            assert line in done.stdout
 
 
 WHOLE = dict(train_text_encoder=True, validation_split=0.3, validation_steps=2, use_ema=True)

@@ -110,8 +110,18 @@ def test_a_run_in_parts_is_the_run_straight_through(train, six_steps, tmp_path):
         (4, {"mixed_precision": "bf16", "use_dora": True}),
         (2, {"alpha_mask": True, "random_flip": True, "validation_split": 0.34, "validation_steps": 3}),
         (4, {"alpha_mask": True, "cache_variations": 0}),
+        (3, {"resolution": [32, 24], "train_batch_size": 4, "random_flip": True}),
     ],
-    ids=["dropout", "8-bit Adam", "accumulation", "live", "bf16 and DoRA", "opaque parts", "live opaque parts"],
+    ids=[
+        "dropout",
+        "8-bit Adam",
+        "accumulation",
+        "live",
+        "bf16 and DoRA",
+        "opaque parts",
+        "live opaque parts",
+        "two resolutions",
+    ],
 )
 def test_a_run_that_stopped_ends_as_the_run_straight_through(train, pictures, tmp_path, stop, options):
     if "alpha_mask" in options:
@@ -250,6 +260,15 @@ ANOTHER_DATASET = r"another run \(dataset \(the pictures, captions and repeats\)
 def test_another_run_is_refused_with_what_differs(train, two, what):
     changes, answer = CHANGES[what]
     assert f"({answer}" in assert_refused(train, two, **changes)
+
+
+def test_another_resolution_too_is_another_run(train, two, tmp_path):
+    """And one less. The samples of an epoch, of which the dataset's hash is made, are others too."""
+    message = refusal_of(train, max_train_steps=4, resolution=[32, 24])
+    assert f"{two}/checkpoint-2: this checkpoint belongs to another run (resolution was 32, is [24, 32]; " in message
+    train(resolution=[32, 24], output_dir=tmp_path / "both")
+    message = refusal_of(train, max_train_steps=4, resolution=24, output_dir=tmp_path / "both")
+    assert "this checkpoint belongs to another run (resolution was [24, 32], is 24; " in message
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder", "vae"])

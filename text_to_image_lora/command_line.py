@@ -244,6 +244,16 @@ def redacted(value: Any) -> Any:
 NEGATIVE_NUMBER = re.compile(r"-((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)$", re.IGNORECASE)
 
 
+class OneOrSeveral(argparse.Action):
+    """Stores one value as it is, and several as a list in ascending order; the same value must not be given twice."""
+
+    def __call__(self, parser, namespace, values: Any, option_string=None):
+        ordered = sorted(set(values))
+        if len(ordered) < len(values):
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: it must be different numbers")
+        setattr(namespace, self.dest, ordered if len(ordered) > 1 else ordered[0])
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults unless they are empty or False, and short placeholders for values."""
 

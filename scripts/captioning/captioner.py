@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from text_to_image_lora.errors import TrainingError, is_out_of_memory
+from text_to_image_lora.errors import InputError, TrainingError, is_out_of_memory
 
 from ..annotating.loading import explaining_damage, load_model, load_processor
 from .find import Model

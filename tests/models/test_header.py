@@ -218,6 +218,16 @@ def test_the_base_model_is_described_as_kohya_does(family, prediction_type, arch
     assert set(map(type, entries.values())) == {str}
 
 
+@pytest.mark.parametrize("resolution", ["768", "512 640 768"])
+def test_of_several_resolutions_the_largest_is_named(resolution):
+    """A1111 shows one, and sample pictures are drawn at it."""
+    entries = header.header_for_readers(
+        OF_A_RUN | {"resolution": resolution}, name="axes", started_at=None, step=10, steps_per_epoch=4,
+        num_pictures=7, names=STABLE_DIFFUSION.kohya,
+    )  # fmt: skip
+    assert (entries["ss_resolution"], entries["modelspec.resolution"]) == ("(768, 768)", "768x768")
+
+
 def test_tags_are_counted_between_commas():
     counted = header.tag_frequency(["sks, Red axe, ", "sks,blue axe", "sks"], "axes")
     assert counted == '{"axes": {"sks": 3, "blue axe": 1, "red axe": 1}}'

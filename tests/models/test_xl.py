@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_picture_set, read_metrics, train_script
+from conftest import make_picture_set, read_metrics, train_script, write_pictures
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from family_fixtures import true_xl
 from original_weights import renamed, vae_to_ldm
@@ -144,6 +144,24 @@ def test_the_first_loss_is_that_of_diffusers_computation(tiny_xl, train, picture
         predicted = pipe.unet(noisy, batch["timesteps"], embeds, added_cond_kwargs=more).sample
         loss = torch.nn.functional.mse_loss(predicted, batch["noise"])
     assert read_metrics(out)[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_time_ids_are_those_of_each_size(tiny_xl, train, tmp_path):
+    """Original size, corner of the crop and target size, each as (height, width); from the cache as well as live."""
+    folder = write_pictures(tmp_path / "wide", count=3, size=(90, 50))
+    flags = dict(
+        pretrained_model_name_or_path=tiny_xl, train_data_dir=folder, resolution=[48, 32], center_crop=True,
+        train_batch_size=2, max_train_steps=4, learning_rate=1e-4,
+    )  # fmt: skip
+    live, cached = (
+        train(output_dir=tmp_path / str(variations), cache_variations=variations, **flags) for variations in (0, 1)
+    )
+    losses = [[row["train_loss"] for row in read_metrics(out)] for out in (live, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    pictures = make_picture_set(folder, center_crop=True).at_sizes([[(48, 48), (32, 32)]] * 3)
+    training_set = TrainingSet(pictures, loading.find_base_model(str(tiny_xl)), Draws(0, 1000))
+    time_ids = [training_set[Sample(i, 0, 0, 1.0)]["condition"]["time_ids"].tolist() for i in (2, 3)]
+    assert time_ids == [[50, 90, 0, 19, 48, 48], [50, 90, 0, 12, 32, 32]]  # resized to 86x48 and to 57x32
 
 
 # Single files.

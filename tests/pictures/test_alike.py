@@ -155,3 +155,12 @@ def test_the_probe_is_of_ones_own_pictures(pictures, tmp_path):
     some = [pick_probe(both, 3, seed=seed) for seed in (0, 0, 1)]
     assert some[0].facts == some[1].facts != some[2].facts
     assert len(set(some[0].facts)) == 3
+
+
+def test_the_probe_has_each_picture_once_at_its_largest_size(pictures, tmp_path):
+    """It is the probe that pictures of one size have."""
+    both = with_class(pictures, write_pictures(tmp_path / "class", count=30, seed=5))
+    entries = both.at_sizes([[(32, 32), (24, 24), (16, 16)]] * 36)
+    probe = pick_probe(entries, 4, seed=1)
+    assert probe.sizes == [(32, 32)] * 4
+    assert probe.facts == pick_probe(both, 4, seed=1).facts

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from conftest import read_lora, read_metrics, write_pictures
+from conftest import read_lora, read_metrics, refusal_of, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from text_to_image_lora.errors import InputError
 from text_to_image_lora.pictures import buckets
-from text_to_image_lora.pictures.buckets import Buckets
+from text_to_image_lora.pictures.buckets import Buckets, Resolutions
 from text_to_image_lora.pictures.examine import Picture
 
 
@@ -82,6 +82,51 @@ def test_without_buckets_every_picture_is_trained_at_the_square():
     pictures = sized((300, 200), (2000, 1000), (32, 32), (7, 900))
     assert buckets.square(32).choose_sizes(pictures) == [(32, 32)] * 4
     assert buckets.find_enlarged(pictures, [(32, 32)] * 4) == [3]
+
+
+def test_a_picture_is_trained_at_each_resolution_that_it_is_large_enough_for():
+    """And at the smallest if it is too small for all; what is large enough is not enlarged."""
+    pictures = sized((95, 300), (96, 96), (300, 100), (63, 300), (64, 64), (20, 20))
+    squares = Resolutions((buckets.square(64), buckets.square(96)))
+    assert squares.sizes_of_each(pictures) == [
+        [(64, 64)], [(96, 96), (64, 64)], [(96, 96), (64, 64)], [(64, 64)], [(64, 64)], [(64, 64)],
+    ]  # fmt: skip
+    assert squares.too_small(pictures) == {96: [0, 3, 4, 5]}
+    shaped = Resolutions(tuple(buckets.make_buckets(side, 8) for side in (64, 96)))
+    assert shaped.sizes_of_each(sized((300, 100), (130, 70), (100, 50), (36, 100))) == [
+        [(160, 56), (104, 32)], [(80, 48)], [(88, 40)], [(40, 96)],  # 130x70 would be enlarged to 128x72
+    ]  # fmt: skip
+
+
+def test_a_single_resolution_has_one_size_for_each_picture():
+    pictures = sized((300, 200), (2000, 1000), (32, 32), (7, 900))
+    for each in (buckets.square(64), buckets.make_buckets(64, 8), buckets.make_buckets(64, 8, no_upscale=True)):
+        one = Resolutions((each,))
+        assert one.sizes_of_each(pictures) == [[size] for size in each.choose_sizes(pictures)]
+        assert one.too_small(pictures) == {}
+
+
+def test_without_upscaling_a_picture_is_large_enough_for_its_area():
+    """A picture between two resolutions is trained at the smaller one, not at its own size as well."""
+    pictures = sized((600, 600), (900, 700), (768, 768), (2000, 300), (300, 300), (511, 513))
+    both = Resolutions(tuple(buckets.make_buckets(side, 8, no_upscale=True) for side in (512, 768)))
+    assert both.sizes_of_each(pictures) == [
+        [(512, 512)], [(832, 640), (576, 448)], [(768, 768), (512, 512)], [(1024, 256)], [(256, 256)], [(448, 512)],
+    ]  # fmt: skip
+    assert both.too_small(pictures) == {768: [0, 3, 4, 5]}
+
+
+def test_equal_sizes_of_two_resolutions_are_trained_once():
+    """Where a limit cuts the sides, the shape of a picture can have one bucket in two resolutions."""
+    both = Resolutions(tuple(buckets.make_buckets(side, 64, smallest=256, largest=512) for side in (448, 512)))
+    assert both.sizes_of_each(sized((1000, 2000), (1000, 1000))) == [[(256, 512)], [(512, 512), (448, 448)]]
+    assert both.too_small(sized((1000, 2000), (1000, 1000), (500, 500))) == {512: [2]}
+
+
+def test_resolutions_that_are_one_size_are_refused():
+    both = Resolutions(tuple(buckets.make_buckets(side, 8, step=64) for side in (64, 72)))
+    assert refusal_of(both.check_distinct).startswith("--resolution 64 72: with --bucket_step 64, they are one size.")
+    Resolutions(tuple(buckets.make_buckets(side, 8, step=64) for side in (64, 128, 200))).check_distinct()
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,45 @@ def test_a_dry_run_of_a_good_dataset(train, capsys, tmp_path):
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == []
 
 
-def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path):
-    options = dict(random_flip=True, center_crop=True)
+def test_a_dry_run_counts_the_pictures_at_each_resolution(train, capsys, tmp_path):
+    """Pictures are named once: two sizes of one are no copies of each other, and have their captions once."""
+    folder = write_pictures(tmp_path / "sizes", count=3, size=(60, 50))
+    for name, size in (("1", (40, 45)), ("2", (20, 30))):
+        picture = Image.open(folder / f"{name}.png")
+        picture.resize(size).save(folder / f"{name}.png")
+    train(train_data_dir=folder, dry_run=True, resolution=[48, 32, 40])
+    report = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert (report["pictures"], report["captions"], report["different_captions"]) == (3, 3, 3)
+    assert (report["samples_an_epoch"], report["steps_an_epoch"]) == (6, 4)
+    assert {size: row["pictures"] for size, row in report["sizes"].items()} == {"32x32": 3, "40x40": 2, "48x48": 1}
+    assert report["concepts"] == {"sizes": {"pictures": 3, "samples_an_epoch": 6}}
+    assert (report["equal"], report["alike"]) == ([], [])
+    assert [line.rpartition(": ")[2] for line in report["enlarged"]] == ["20x30"]
+    assert {side: [line.rpartition(": ")[2] for line in lines] for side, lines in report["too_small"].items()} == {
+        "40": ["20x30"], "48": ["40x45", "20x30"],
+    }  # fmt: skip
+    soft = report["findings"]["soft"]["pictures"]
+    assert len(soft) == len({row["source"] for row in soft})
+    out = capsys.readouterr().out
+    assert "pictures smaller than their training size: 1\n" in out
+    assert "pictures too small for --resolution 48, which are not trained at it: 2\n" in out
+    assert "tokens per caption: " in out
+    train(train_data_dir=folder, dry_run=True, resolution=48)
+    assert "too_small" not in json.loads((tmp_path / "out" / "dataset.json").read_text())
+
+
+def test_a_resolution_for_which_every_picture_is_too_small_is_refused(train, tmp_path):
+    """Also if class pictures, which the base model draws, would be large enough."""
+    folder = write_pictures(tmp_path / "small", count=3, size=(60, 39))
+    options = dict(train_data_dir=folder, num_class_images=2, class_prompt="an axe")
+    with pytest.raises(InputError, match="^--resolution 40: none of the 3 pictures is large enough for it, so that "):
+        train(resolution=[32, 40], dry_run=True, **options)
+    train(resolution=[32, 24], dry_run=True, **options)
+
+
+@pytest.mark.parametrize("resolution", [32, [24, 32]])
+def test_the_estimate_of_the_cache_is_what_it_takes(train, tmp_path, resolution):
+    options = dict(random_flip=True, center_crop=True, resolution=resolution)
     train(dry_run=True, **options)
     expected = json.loads((tmp_path / "out" / "dataset.json").read_text())["cache_bytes"]
     train(**options)

@@ -51,6 +51,33 @@ def test_a_part_has_all_that_is_known_of_its_pictures(some, indices):
             assert (part.mask(place, k, 4) == some.mask(index, k, 4)).all()
 
 
+def test_a_picture_at_several_sizes_has_an_entry_for_each(some):
+    """With all that is known of the picture; each is cropped, with its mask, for its own size."""
+    part = some.select([5, 1, 2])
+    entries = part.at_sizes([[(48, 32), (32, 24)], [(32, 24)], [(40, 40), (24, 24), (16, 16)]])
+    assert entries.numbers == [5, 5, 1, 2, 2, 2]
+    assert entries.sizes == [(48, 32), (32, 24), (32, 24), (40, 40), (24, 24), (16, 16)]
+    for place, index in enumerate([5, 5, 1, 2, 2, 2]):
+        width, height = entries.sizes[place]
+        assert entries.records[place] == some.records[index]
+        assert (entries.facts[place], entries.captions[place]) == (some.facts[index], some.captions[index])
+        assert entries.pixels(place, 3).shape == (height, width, 3)
+        assert entries.mask(place, 3, 8).shape == (height // 8, width // 8)
+        assert (entries.mask(place, 3, 8) == 1).all() == (index == 2)
+    assert entries.firsts() == [0, 2, 3]
+    once = entries.each_once()
+    assert (once.sizes, once.numbers) == ([(48, 32), (32, 24), (40, 40)], [5, 1, 2])
+    assert [entries.format_sizes(i) for i in (1, 2, 3)] == ["48x32, 32x24", "32x24", "40x40, 24x24, 16x16"]
+    assert entries.select([4, 1, 5]).each_once().sizes == [(24, 24), (32, 24)]
+
+
+def test_pictures_at_one_size_are_the_set_itself(some):
+    assert some.each_once() is some
+    others = some.at_sizes([[(24, 24)]] * 6)
+    assert others.each_once() is others
+    assert (others.sizes, others.numbers, others.records) == ([(24, 24)] * 6, [*range(6)], some.records)
+
+
 def test_other_captions_or_another_view_leave_the_set_as_it_was(some):
     before, captions = some.pixels(2, 1), some.captions
     others = replace(some, captions=[["a cat"]] * 6, view=some.view._replace(augmentation=AugmentationSettings()))

@@ -6,20 +6,21 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, read_metrics
+from conftest import ROOT, batch_sampler, read_metrics
 
 from text_to_image_lora.errors import NotANumberError
 from text_to_image_lora.reports import curves, metrics, progress
 from text_to_image_lora.reports import reports as reports_of_runs
 from text_to_image_lora.reports.metrics import MetricsFile, StepMetrics
 from text_to_image_lora.reports.numbers import read_numbers
-from text_to_image_lora.reports.progress import Pauses, format_duration, peak_memory_gib
+from text_to_image_lora.reports.progress import Pauses, StepResolutions, format_duration, peak_memory_gib
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_the_loss_scale_of_fp16_may_settle(reports):
 
 
 def put_steps(reports, seconds):
-    first = len(reports.pace.seconds) + 1
+    first = reports.pace.num_added + 1
     for step, each in enumerate(seconds, first):
         reports.put(step, numbers(0.5), samples=1, seconds=each)
 
@@ -268,6 +269,41 @@ def test_a_slowdown_is_logged_once(reports, monkeypatch, full):
     )
     put_steps(reports, [0.1] * 5 + [0.9] * 20)
     assert len(reports.said) == 2
+
+
+def steps_of_two_resolutions():
+    """Returns the `StepResolutions` of an epoch of 20 steps: 16 at squares of 64 pixels and buckets beside them, 4 at 192."""
+    sizes = [(64, 64)] * 14 + [(96, 32)] * 2 + [(192, 192)] * 4
+    groups = [0] * 14 + [1] * 2 + [2] * 4
+    sampler = batch_sampler([*range(20)], batch_size=1, seed=3, groups=groups)
+    return StepResolutions(sampler, sizes, (64, 192))
+
+
+def test_the_remaining_time_counts_the_steps_of_each_resolution(reports):
+    """16 steps of 1 s and 4 of 9 s take 52 s, 2.6 s each; the median of all is 1 s."""
+    reports.pace.resolutions = of = steps_of_two_resolutions()
+    assert of.shares == {64: 0.8, 192: 0.2}
+    sides = [of.of(step) for step in range(1, 21)]
+    assert Counter(sides) == {64: 16, 192: 4}
+    put_steps(reports, [{64: 1, 192: 9}[side] for side in sides[:10]])
+    assert reports.said[0].startswith("2.6 s per step, 4 min for the remaining 90 steps; ")
+
+
+def test_a_resolution_that_did_not_occur_yet_counts_by_its_area(reports):
+    reports.pace.resolutions = of = steps_of_two_resolutions()
+    of.of = lambda step: 64
+    put_steps(reports, [1] * 10)
+    assert reports.said[0].startswith("2.6 s per step, ")
+
+
+def test_steps_of_a_larger_resolution_are_no_slowdown(reports):
+    """By chance, five of them follow each other; nine times as long as the others is usual for them."""
+    reports.pace.resolutions = of = steps_of_two_resolutions()
+    of.of = lambda step: 192 if step % 30 > 20 else 64
+    put_steps(reports, [9 if of.of(step) == 192 else 1 for step in range(1, 100)])
+    assert len(reports.said) == 1
+    put_steps(reports, [20] * 40)  # of the smaller ones
+    assert "a step takes 20 times as long" in reports.said[1]
 
 
 @pytest.mark.parametrize(("first_step", "losses"), [(3, [1.0, 0.5, 0.25]), (2, [1.0, 0.5]), (0, [])])

@@ -1,5 +1,6 @@
 """The validation loss does not depend on the training settings, does not affect training, and can stop a run."""
 
+import json
 import random
 import shutil
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import read_lora, read_metrics, write_pictures
+from PIL import Image
 
 from text_to_image_lora.reports import validation_loss
 from text_to_image_lora.reports.sample_pictures import Painter
@@ -108,6 +110,48 @@ def test_from_a_lora_it_is_relative_to_the_base_all_the_same(train, validated, o
 
 
 # What it does not depend on.
+
+
+@pytest.fixture(scope="module")
+def at_two_resolutions(train_in, tmp_path_factory):
+    """Runs at two resolutions and at the larger of them, with equal pictures held out; one is too small for it."""
+    folder = tmp_path_factory.mktemp("resolutions")
+    write_pictures(folder / "pictures", count=7)
+    others = write_pictures(folder / "others", count=3, seed=9)
+    with Image.open(others / "1.png") as picture:
+        small = picture.resize((30, 24))
+    small.save(others / "1.png")
+    options = dict(max_train_steps=3, validation_steps=1, train_data_dir=folder / "pictures", learning_rate=1e-3)
+    return SimpleNamespace(
+        both=train_in(folder, resolution=[24, 32], validation_data_dir=others, output_dir=folder / "both", **options),
+        large=train_in(folder, resolution=32, validation_data_dir=others, output_dir=folder / "large", **options),
+        small=train_in(folder, resolution=24, validation_data_dir=others, output_dir=folder / "small", **options),
+    )
+
+
+def test_each_held_out_picture_is_measured_once_at_its_largest_size(at_two_resolutions):
+    """The picture that is too small for the larger resolution at the smaller one, the others as if that were the only one."""
+    both, large, small = (
+        judged_at(folder / "checkpoint-3").base
+        for folder in (at_two_resolutions.both, at_two_resolutions.large, at_two_resolutions.small)
+    )
+    assert len(both) == 3
+    for losses, expected in zip(both, (large[0], small[1], large[2]), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5)  # encoded in batches of other sizes
+    assert large[1] != pytest.approx(small[1], rel=0.01)
+    assert [len(validations(folder)) for folder in (at_two_resolutions.both, at_two_resolutions.large)] == [4, 4]
+
+
+def test_the_sizes_of_a_picture_are_on_one_side_of_the_split(train, tmp_path):
+    """The split is that of a single resolution."""
+    told = []
+    for name, resolution in (("both", [24, 32]), ("one", 32)):
+        out = train(resolution=resolution, validation_split=0.34, output_dir=tmp_path / name)
+        about = json.loads((out / "about.json").read_text())["dataset"]
+        told.append((about["pictures"], about["validated"], about["held_out"], about["samples_an_epoch"]))
+        assert len(judged_at(out / "checkpoint-2").base_probe) == 2
+    assert told[0][:3] == told[1][:3]
+    assert (told[0][3], told[1][3]) == (8, 4)
 
 
 def test_nothing_of_the_training_changes_it(train, validated, others):

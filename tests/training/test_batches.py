@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import batch_sampler, make_picture_set, write_pictures
+from conftest import batch_sampler, make_picture_set, read_records, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from text_to_image_lora.pictures.records import with_class_pictures
 from text_to_image_lora.training.batches import Division, add_class_samples, make_batch_sampler, repeat_pictures
 
 
@@ -113,6 +114,39 @@ def test_the_sampler_of_a_picture_set(tmp_path):
     assert sampler.steps_per_epoch == 2
     steps = [set(sampler.samples_of(step).tolist()) for step in range(2)]
     assert sorted(steps, key=len) == [{4, 5}, {0, 1, 2, 3}]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_an_epoch_has_every_picture_once_for_each_size_and_repeat(tmp_path, balanced):
+    """Class pictures too, of which there are as many as of the others; with balance, samples count, not pictures."""
+    write_pictures(tmp_path / "kohya" / "3_axe", count=2)
+    write_pictures(tmp_path / "kohya" / "1_spear", count=3, seed=1)
+    for file in (tmp_path / "kohya").rglob("metadata.jsonl"):
+        file.unlink()
+    own = read_records(tmp_path / "kohya", instance_prompt="an axe", dataset_layout="kohya")
+    records = with_class_pictures(own, read_records(write_pictures(tmp_path / "dogs", count=2, seed=5)))
+    pictures = make_picture_set(records)
+    assert pictures.records["num_repeats"][:5] == [1, 1, 1, 3, 3]
+    pictures = pictures.at_sizes(
+        [[(48, 48), (32, 32)], [(32, 32)], [(32, 32)], [(48, 48), (32, 32)], [(32, 32)], *[[(48, 48), (32, 32)]] * 2]
+    )
+    sampler = make_batch_sampler(pictures, 3, Division(4), balanced=balanced)
+    seen = Counter()
+    for step in range(sampler.steps_per_epoch):
+        indices = sampler.samples_of(step).tolist()
+        assert len({pictures.sizes[i] for i in indices}) == 1
+        seen.update((pictures.numbers[i], pictures.sizes[i][0]) for i in indices)
+    learned = {key: count for key, count in seen.items() if key[0] < 5}
+    if balanced:  # three spears in four entries are repeated until they have the nine samples of the axes
+        assert sum(count for (number, _), count in learned.items() if number < 3) == 9
+    else:
+        expected = {(0, 48): 1, (0, 32): 1, (1, 32): 1, (2, 32): 1}
+        assert {key: count for key, count in learned.items() if key[0] < 3} == expected
+    assert {key: count for key, count in learned.items() if key[0] >= 3} == {(3, 48): 3, (3, 32): 3, (4, 32): 3}
+    of_class = {key: count for key, count in seen.items() if key[0] >= 5}
+    assert of_class.keys() == {(5, 48), (5, 32), (6, 48), (6, 32)}
+    assert sum(of_class.values()) == sum(learned.values()) == (18 if balanced else 13)
+    assert max(of_class.values()) - min(of_class.values()) <= 1
 
 
 # Groups of pictures of one size.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, run_command, train_script
+from conftest import ROOT, run_command, train_script, write_pictures
 from diffusers import DDPMScheduler
 
 from text_to_image_lora.models import lean, loading, lora
@@ -116,6 +116,27 @@ def test_a_dry_run_reports_it(arguments, tmp_path):
 
 
 @pytest.mark.long
+def test_the_largest_resolution_decides(arguments, tmp_path):
+    """Of two, each with batches as large; only the number of steps and the cache differ."""
+    folder = write_pictures(tmp_path / "large", count=5, size=(70, 80))
+
+    def report(name, resolution):
+        words = arguments(
+            train_data_dir=folder, resolution=resolution, dry_run=True, output_dir=tmp_path / name,
+            validation_prompt="an axe", num_train_epochs=3, max_train_steps=None,
+        )  # fmt: skip
+        done = run_command(words)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / name / "dataset.json").read_text()), done.stdout
+
+    (both, said), (large, _), (small, _) = report("both", [64, 40]), report("large", 64), report("small", 40)
+    assert both["memory_bytes"] == large["memory_bytes"] != small["memory_bytes"]
+    assert both["steps_an_epoch"] == large["steps_an_epoch"] + small["steps_an_epoch"] == 6
+    assert "training: 18 steps (3 epochs) of batch 2" in said
+    latents = [row["cache_bytes"] - 5 * 77 * 96 * 4 for row in (both, large, small)]
+    assert latents[0] == latents[1] + latents[2] > latents[1] > latents[2] > 0
+
+
 def test_a_run_out_of_memory_ends_with_one_line(arguments, tmp_path):
     """The limit on the process is too low for a resolution of 4096."""
     limited = ("bash", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable)

@@ -8,6 +8,7 @@ import base64
 import collections
 import io
 import json
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +61,8 @@ def header_for_readers(
     `name` is that of the file, and `started_at` is when the run first started (seconds since 1970), before interruptions.
     """
     v_prediction = values.get("prediction_type") == "v_prediction"
-    side = values["resolution"]
+    # Of several resolutions, readers expect one: that at which sample pictures are drawn.
+    side = max(map(int, re.findall(r"\d+", values["resolution"])))
     header = {key: values[flag] for key, flag in SETTINGS.items() if flag in values}
     header |= {
         **family_header(names, v_prediction),

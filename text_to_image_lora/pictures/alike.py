@@ -129,5 +129,6 @@ def divide(pictures: PictureSet, others: Any, share: Any) -> tuple[PictureSet, P
 
 def pick_probe(pictures: PictureSet, count: int, seed: int) -> PictureSet:
     """Draws `count` training pictures, whose loss beside the validation loss shows overfitting."""
+    pictures = pictures.each_once()
     own = np.flatnonzero(~np.asarray(pictures.is_class, dtype=bool))
     return pictures.select(sorted(np.random.default_rng([seed, 2]).permutation(own)[:count].tolist()))

@@ -4,6 +4,7 @@ The sizes are those of kohya's sd-scripts (and of NovelAI's description of aspec
 multiple of a step, and the height is the largest one whose area does not exceed that of the square.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,15 @@ class Buckets(NamedTuple):
         chosen = {side: choose_bucket(*side, buckets) for side in set(sides)}
         return [chosen[side] for side in sides]
 
+    def large_enough(self, pictures: Sequence[Any]) -> list[bool]:
+        """Returns whether each picture is trained at this resolution without being enlarged.
+
+        Small pictures that keep their own size are not enlarged, but have less than the area of the square.
+        """
+        enlarged = {*find_enlarged(pictures, self.choose_sizes(pictures))}
+        area = self.resolution**2 if self.no_upscale else 0
+        return [i not in enlarged and picture.width * picture.height >= area for i, picture in enumerate(pictures)]
+
     def _own_size(self, width, height):
         """Returns the size of a picture that is not enlarged: its own size, rounded down to multiples of the step.
 
@@ -56,6 +66,45 @@ class Buckets(NamedTuple):
             return min(max(int(side * scale + 1e-6) // self.step * self.step, self.smallest), self.largest)
 
         return fit(width), fit(height)
+
+
+class Resolutions(NamedTuple):
+    """The `Buckets` of each --resolution, the smallest first."""
+
+    buckets: tuple[Buckets, ...]
+
+    def check_distinct(self) -> None:
+        """Raises `InputError` if a step is so large that two resolutions have equal buckets."""
+        for smaller, larger in itertools.pairwise(self.buckets):
+            if smaller.all()[0] == larger.all()[0]:
+                raise InputError(
+                    f"--resolution {smaller.resolution} {larger.resolution}: with --bucket_step {larger.step}, they are one "
+                    "size. Leave one of them out, or pass a smaller step."
+                )
+
+    def sizes_of_each(self, pictures: Sequence[Any]) -> list[list[tuple[int, int]]]:
+        """Returns the sizes (width, height) that each picture is trained at, the largest first.
+
+        A picture is trained at each resolution that it is large enough for. One that is too small for all is trained at the
+        smallest resolution, as it would be if that were the only one.
+        """
+        first, *others = (buckets.choose_sizes(pictures) for buckets in self.buckets)
+        if not others:
+            return [[size] for size in first]
+        fitting = [buckets.large_enough(pictures) for buckets in self.buckets]
+        sizes = []
+        for i, smallest in enumerate(first):
+            fits = [row[i] for row, fit in zip([first, *others], fitting, strict=True) if fit[i]]
+            # Where --bucket_max_size limits both, two resolutions can have equal sizes.
+            sizes.append([*dict.fromkeys(reversed(fits or [smallest]))])
+        return sizes
+
+    def too_small(self, pictures: Sequence[Any]) -> dict[int, list[int]]:
+        """Returns {resolution: indices of the pictures that are too small for it} for all resolutions but the smallest."""
+        return {
+            buckets.resolution: [i for i, fits in enumerate(buckets.large_enough(pictures)) if not fits]
+            for buckets in self.buckets[1:]
+        }
 
 
 def square(resolution: int) -> Buckets:
@@ -102,10 +151,10 @@ def find_enlarged(pictures: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> 
     ]
 
 
-def format_table(sizes: Sequence[tuple[int, int]], samples: Iterable[int]) -> list[str]:
-    """Formats a table of the buckets, the one with most pictures first; `samples` are the picture indices of an epoch."""
+def format_table(sizes: Sequence[tuple[int, int]], samples: Iterable[int], title: str = "bucket") -> list[str]:
+    """Formats a table of the sizes, the one with most pictures first; `samples` are the indices of an epoch."""
     pictures, num_samples = Counter(sizes), Counter(sizes[index] for index in samples)
-    lines = ["bucket        pictures  samples per epoch"]
+    lines = [f"{title:<14}pictures  samples per epoch"]
     for (width, height), count in sorted(pictures.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"{f'{width}x{height}':<12}{count:>10}{num_samples[width, height]:>19}")
     return lines

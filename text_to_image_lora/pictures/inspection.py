@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from ..files import counted, format_bytes, write_whole
 from .alike import alike_pictures, equal_pictures
-from .buckets import find_enlarged, format_table
+from .buckets import Resolutions, find_enlarged, format_table
 from .findings import KINDS, Finding, group_findings, measured
 from .picture_set import PictureSet
 from .sheets import Label, Row, labelled_sheet, save_sheet
@@ -23,30 +23,33 @@ LISTED = 5  # examples of each finding on the terminal; the JSON file lists all 
 
 def describe(
     pictures: PictureSet, left_out: list, sampler: Any, *, num_validated: int, token_counts: list[list[int]] | None,
-    token_limit: int | None, cache_bytes: int | None,
+    token_limit: int | None, cache_bytes: int | None, too_small: dict[int, list[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Describes a `PictureSet` as plain data for JSON.
 
     `left_out` holds the unusable pictures and rows as (source, reason). `token_counts` is None without a tokenizer, and
-    `token_limit` is None if captions are read completely. `sampler` has `samples` (picture indices) and `steps_per_epoch`.
+    `token_limit` is None if captions are read completely. `sampler` has `samples` (entries of the set) and
+    `steps_per_epoch`. `too_small` is that of `Resolutions`, and its indices and those of `token_counts` are those of
+    `pictures.each_once()`.
     """
-    records, sizes, captions = pictures.records, pictures.sizes, pictures.captions
-    sources, concepts = records["source"][:], records["concept"][:]
     samples = Counter(sampler.samples.tolist())
 
     def count(keys):
         """{key: number of pictures and of samples per epoch}"""
-        groups = defaultdict(lambda: {"pictures": 0, "samples_an_epoch": 0})
+        groups = defaultdict(lambda: {"pictures": set(), "samples_an_epoch": 0})
         for index, key in enumerate(keys):
-            groups[key]["pictures"] += 1
+            groups[key]["pictures"].add(pictures.numbers[index])
             groups[key]["samples_an_epoch"] += samples[index]
-        return groups
+        return {key: row | {"pictures": len(row["pictures"])} for key, row in groups.items()}
 
-    by_size = count(f"{width}x{height}" for width, height in sizes)
-    small = [
-        f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}"
-        for i in find_enlarged(pictures.facts, sizes)
-    ]
+    by_size = count(f"{width}x{height}" for width, height in pictures.sizes)
+    by_concept = count(pictures.records["concept"][:])
+    pictures = pictures.each_once()
+    sources, captions = pictures.records["source"][:], pictures.captions
+
+    def name(indices):
+        return [f"{sources[i]}: {pictures.facts[i].width}x{pictures.facts[i].height}" for i in indices]
+
     lengths = [(count, i) for i, group in enumerate(token_counts or []) for count in group]
     return {
         "pictures": len(pictures),
@@ -63,16 +66,16 @@ def describe(
         }
         if lengths
         else None,
-        "concepts": dict(sorted(count(concepts).items())),
+        "concepts": dict(sorted(by_concept.items())),
         "sizes": dict(sorted(by_size.items(), key=lambda item: -item[1]["pictures"])),
-        "repeats": {str(k): v for k, v in sorted(Counter(records["num_repeats"]).items())},
-        "enlarged": small,
+        "repeats": {str(k): v for k, v in sorted(Counter(pictures.records["num_repeats"]).items())},
+        "enlarged": name(find_enlarged(pictures.facts, pictures.sizes)),
         "equal": [[sources[i] for i in group] for group in equal_pictures(pictures.facts)],
         "alike": [[sources[i] for i in group] for group in alike_pictures(pictures.facts)],
         "samples_an_epoch": len(sampler.samples),
         "steps_an_epoch": sampler.steps_per_epoch,
         "cache_bytes": cache_bytes,
-    }
+    } | ({"too_small": {str(side): name(indices) for side, indices in too_small.items()}} if too_small else {})
 
 
 def format_report(report: dict[str, Any]) -> list[str]:
@@ -99,6 +102,10 @@ def format_report(report: dict[str, Any]) -> list[str]:
         ("left out because they can't be used", [f"{row['source']}: {row['reason']}" for row in report["left_out"]]),
         ("captions truncated at the limit", tokens["cut"] if tokens else []),
         ("pictures smaller than their training size", report["enlarged"]),
+        *(
+            (f"pictures too small for --resolution {side}, which are not trained at it", named)
+            for side, named in report.get("too_small", {}).items()
+        ),
         ("groups of equal files", [" = ".join(group) for group in report["equal"]]),
         ("groups of pictures that look alike", [" ~ ".join(group) for group in report["alike"]]),
     ]
@@ -138,18 +145,26 @@ def format_findings(described: dict[str, Any], pictures: PictureSet) -> list[str
     return lines
 
 
-def format_samples(pictures: PictureSet, samples: Any, bucketed: bool, balanced: bool) -> list[str]:
-    """Formats what is logged before training: the number of enlarged pictures, the buckets and the concepts."""
-    lines, small = [], len(find_enlarged(pictures.facts, pictures.sizes))
+def format_samples(
+    pictures: PictureSet, samples: Any, resolutions: Resolutions, *, bucketed: bool, balanced: bool
+) -> list[str]:
+    """Formats what is logged before training: the number of pictures that are too small, the sizes and the concepts."""
+    once = pictures.each_once()
+    lines, small = [], len(find_enlarged(once.facts, once.sizes))
     if small:
-        lines.append(f"{small} of {len(pictures)} pictures are smaller than their training size and are enlarged")
-    if bucketed:
-        lines += format_table(pictures.sizes, samples)
+        lines.append(f"{small} of {len(once)} pictures are smaller than their training size and are enlarged")
+    for side, too_small in resolutions.too_small(once.facts).items():
+        if too_small:
+            lines.append(
+                f"{len(too_small)} of {len(once)} pictures are too small for --resolution {side} and are not trained at it"
+            )
+    if bucketed or len(resolutions.buckets) > 1:
+        lines += format_table(pictures.sizes, samples, "bucket" if bucketed else "size")
     if balanced:
-        concepts = pictures.records["concept"][:]
+        concepts, own = pictures.records["concept"][:], once.records["concept"][:]
         for concept, count in sorted(Counter(concepts[i] for i in samples).items()):
             lines.append(
-                f"concept {concept}: {counted(concepts.count(concept), 'picture')}, {counted(count, 'sample')} per epoch"
+                f"concept {concept}: {counted(own.count(concept), 'picture')}, {counted(count, 'sample')} per epoch"
             )
     return lines
 
@@ -167,7 +182,10 @@ def write_preview(
 
     With a `ConceptRemover`, captions are shown without the concept too.
     """
-    chosen = list(dict.fromkeys([*sampler.samples_of(0).tolist(), *range(len(pictures))]))[:PREVIEWED]
+    firsts = {}  # the first entry of each picture
+    for i in (*sampler.samples_of(0).tolist(), *range(len(pictures))):
+        firsts.setdefault(pictures.numbers[i], i)
+    chosen = [*firsts.values()][:PREVIEWED]
     sheet = preview_sheet(pictures, chosen, min(num_variations or 4, 4), remove_concept=remove_concept)
     save_sheet(sheet, path)
     return f"what the model will see: {path}"
@@ -179,8 +197,8 @@ def preview_sheet(
     """Draws a row for each picture: some of its variations as they are trained on, and its first caption."""
     rows = []
     for index in indices:
-        fact, (width, height) = pictures.facts[index], pictures.sizes[index]
-        note = f"{pictures.records[index]['concept']}   {fact.width}x{fact.height} -> {width}x{height}"
+        fact, sizes = pictures.facts[index], pictures.format_sizes(index)
+        note = f"{pictures.records[index]['concept']}   {fact.width}x{fact.height} -> {sizes}"
         variations = [Image.fromarray(pictures.pixels(index, k)) for k in range(num_variations)]
         tiles = [ImageOps.pad(each, (tile, tile), Image.Resampling.LANCZOS, color="white") for each in variations]
         text = pictures.captions[index][0]

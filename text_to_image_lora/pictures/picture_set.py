@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,9 @@ class View(NamedTuple):
 class PictureSet:
     """Pictures with their records, facts, sizes and captions.
 
+    A picture that is trained at several sizes has an entry for each, with its record, its facts and its captions in all of them.
+    Whatever is about pictures, not about what is trained, is about `each_once()`.
+
     Variation k of a picture depends only on the picture, so that runs with different seeds share the cache; the seed decides
     which variation a sample uses.
     """
@@ -36,6 +39,10 @@ class PictureSet:
     sizes: list  # the training size (width, height) of each picture in pixels
     captions: list  # a list of captions for each picture
     view: View = View()
+    numbers: list = field(default_factory=list)  # of the picture of each entry (default: all are different pictures)
+
+    def __post_init__(self):
+        self.numbers = self.numbers or list(range(len(self.facts)))
 
     def __len__(self):
         return len(self.facts)
@@ -45,8 +52,29 @@ class PictureSet:
 
     def select(self, indices: Sequence[int]) -> "PictureSet":
         """Returns the set of the pictures at these indices, in this order."""
-        parts = {name: [getattr(self, name)[i] for i in indices] for name in ("facts", "sizes", "captions")}
+        parts = {name: [getattr(self, name)[i] for i in indices] for name in ("facts", "sizes", "captions", "numbers")}
         return replace(self, records=self.records.select(indices), **parts)
+
+    def at_sizes(self, sizes: Sequence[Sequence[tuple[int, int]]]) -> "PictureSet":
+        """Returns the set with an entry for each of the `sizes` of each picture."""
+        entries = [(i, size) for i, own in enumerate(sizes) for size in own]
+        if [i for i, _ in entries] == list(range(len(self))):
+            return replace(self, sizes=[size for _, size in entries])
+        return replace(self.select([i for i, _ in entries]), sizes=[size for _, size in entries])
+
+    def firsts(self) -> list[int]:
+        """Returns the index of the first entry of each picture, which is the one at its largest size."""
+        return sorted({number: i for i, number in reversed([*enumerate(self.numbers)])}.values())
+
+    def each_once(self) -> "PictureSet":
+        """Returns the set with only the first entry of each picture."""
+        firsts = self.firsts()
+        return self if len(firsts) == len(self) else self.select(firsts)
+
+    def format_sizes(self, i: int) -> str:
+        """Returns the sizes of all entries of the picture of entry i, such as 768x768, 512x512."""
+        own = [size for number, size in zip(self.numbers, self.sizes, strict=True) if number == self.numbers[i]]
+        return ", ".join(f"{width}x{height}" for width, height in own)
 
     def for_validation(self) -> "PictureSet":
         """Returns the set with center crops, no augmentation, and only the first caption of each picture."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..command_line import at_least, between, count, filled_text, flag, from_up_to, user_path
+from ..command_line import OneOrSeveral, at_least, between, count, filled_text, flag, from_up_to, user_path
 from ..config_file import Conflict, Remark
 from ..errors import InputError
-from .buckets import Buckets, make_buckets, square
+from .buckets import Resolutions, make_buckets, square
 
 
 LAYOUTS = ("metadata", "caption_files", "kohya", "trigger_class", "instance")
@@ -162,7 +162,7 @@ class SizeSettings:
         for name in ("bucket_min_size", "bucket_max_size", "bucket_step", "bucket_no_upscale")
     )  # fmt: skip
     # fmt: off
-    resolution: int | None = flag(None, "side in pixels of the square that pictures are resized and cropped to (default: the native resolution of the base model: 512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)", between(1, MOST_SIDE, int))
+    resolution: int | tuple[int, ...] | None = flag(None, "side in pixels of the square that pictures are resized and cropped to; with several values, each picture is trained once per epoch at each of them that it is large enough for, and at the smallest if it is too small for all (default: the native resolution of the base model: 512 for Stable Diffusion 1, 768 or 512 for 2, 1024 for XL)", between(1, MOST_SIDE, int), nargs="+", action=OneOrSeveral)
     aspect_ratio_buckets: bool = flag(False, "keep aspect ratios: train each picture at the nearest of several sizes with the area of the --resolution square")
     bucket_min_size: int | None = flag(None, "smallest side of a bucket in pixels (default: half of --resolution)", between(1, MOST_SIDE, int))
     bucket_max_size: int | None = flag(None, "largest side of a bucket in pixels (default: twice --resolution)", between(1, MOST_SIDE, int))
@@ -171,19 +171,34 @@ class SizeSettings:
     image_interpolation_mode: str = flag("lanczos", "interpolation method for resizing pictures", choices=INTERPOLATIONS)
     # fmt: on
 
-    def side(self, base: Any) -> int:
-        """Returns the side of the square in pixels; `base` is a `BaseModel`."""
-        return base.resolution if self.resolution is None else self.resolution
+    def sides(self, base: Any) -> tuple[int, ...]:
+        """Returns the sides of the squares in pixels, the smallest first; `base` is a `BaseModel`."""
+        given = base.resolution if self.resolution is None else self.resolution
+        return (given,) if isinstance(given, int) else given
 
-    def buckets(self, base: Any) -> Buckets:
-        """Returns the buckets; raises `InputError` if the limits allow no size, or none that the base model accepts."""
-        resolution = self.side(base)
+    def side(self, base: Any) -> int:
+        """Returns the side of the largest square in pixels, at which sample pictures and class pictures are drawn."""
+        return self.sides(base)[-1]
+
+    def resolutions(self, base: Any) -> Resolutions:
+        """Returns the buckets of each resolution.
+
+        Raises `InputError` if the limits allow no size, none that the base model accepts, or equal ones of two resolutions.
+        """
+        sides = self.sides(base)
         if not self.aspect_ratio_buckets:
-            return square(resolution)
-        return make_buckets(
-            resolution, base.image_factor, smallest=self.bucket_min_size, largest=self.bucket_max_size,
-            step=self.bucket_step, no_upscale=self.bucket_no_upscale,
+            return Resolutions(tuple(map(square, sides)))
+        resolutions = Resolutions(
+            tuple(
+                make_buckets(
+                    side, base.image_factor, smallest=self.bucket_min_size, largest=self.bucket_max_size,
+                    step=self.bucket_step, no_upscale=self.bucket_no_upscale,
+                )
+                for side in sides
+            )
         )  # fmt: skip
+        resolutions.check_distinct()
+        return resolutions
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,9 @@ def data_sheet(
     sheet = {name: report[name] for name in kept} | {"notes": notes}
     for name in ("enlarged", "equal", "alike"):
         sheet[name] = {"count": len(report[name]), "first": report[name][:MAX_LISTED]}
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(NUM_PREVIEWS, len(pictures))).round().astype(int))
-    sheet["shown"] = [describe_picture(pictures, int(index), remove_concept) for index in chosen]
+    firsts = pictures.firsts()
+    chosen = np.unique(np.linspace(0, len(firsts) - 1, min(NUM_PREVIEWS, len(firsts))).round().astype(int))
+    sheet["shown"] = [describe_picture(pictures, firsts[place], remove_concept) for place in chosen]
     return sheet
 
 
@@ -188,7 +189,7 @@ def describe_picture(pictures: Any, index: int, remove_concept: Any = None) -> d
         "captions": captions,
         "without_concept": without,
         "size": f"{fact.width}x{fact.height}",
-        "trained_at": "{}x{}".format(*pictures.sizes[index]),
+        "trained_at": pictures.format_sizes(index),
         "preview": encode_image(Image.fromarray(pictures.pixels(index, 0)), PREVIEW_SIDE),
     }
 

@@ -18,7 +18,7 @@ class Checkpoints:
         self.models, self.learning = models, learning
         self.writer = LoraWriter(
             models.adapted, self.output_dir, hide_folders(described), run.base.family.kohya, run.state.started_at,
-            run.sampler.steps_per_epoch, run.pictures.captions, settings.lora.output_kohya_format,
+            run.sampler.steps_per_epoch, run.pictures.each_once().captions, settings.lora.output_kohya_format,
             settings.lora.kohya_extras, settings.samples.texts,
         )  # fmt: skip
         repository = settings.sharing.repository(settings.run.output_dir)

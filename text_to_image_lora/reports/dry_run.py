@@ -37,11 +37,12 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, world_size)
+    each_once, resolutions = pictures.each_once(), settings.sizes.resolutions(base)
     tokenizer = loading.load_tokenizer(base)
     token_counts, too_long = None, None
     num_chunks = 1
     if tokenizer is not None:
-        token_counts = prompts.count_tokens(tokenizer, pictures.captions)
+        token_counts = prompts.count_tokens(tokenizer, each_once.captions)
         try:
             num_chunks, _ = choose_num_chunks(settings, tokenizer, [pictures])
         except InputError as error:
@@ -50,13 +51,14 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         pictures, left_out, sampler, num_validated=len(validated or ()), token_counts=token_counts,
         token_limit=None if tokenizer is None or settings.captions.long_prompts else tokenizer.model_max_length,
         cache_bytes=_cache_bytes(settings, pictures, base, num_chunks),
+        too_small=resolutions.too_small(each_once.facts),
     )  # fmt: skip
     lines = [*inspection.format_report(described), *_lengths(settings.batches, settings.schedule, sampler)]
     if images is not None:
         lines.append(images.describe(len(not_drawn)))
-    own_found = findings.find_all(pictures)
-    described["findings"] = inspection.describe_findings(own_found, pictures)
-    lines += inspection.format_findings(described["findings"], pictures)
+    own_found = findings.find_all(each_once)
+    described["findings"] = inspection.describe_findings(own_found, each_once)
+    lines += inspection.format_findings(described["findings"], each_once)
     print("\n".join(lines), flush=True)  # before the estimate of the memory, which takes seconds
     known_chunks = None if tokenizer is None else num_chunks
     drawn_at_once = images.batch_size if images is not None and not_drawn else 0
@@ -65,7 +67,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
     limit = described["tokens"] and described["tokens"]["limit"]
     too_many = [i for i, group in enumerate(token_counts or []) if limit is not None and max(group) > limit]
-    page = _write_page(settings, found, pictures, validated, own_found, too_many, left_out)
+    page = _write_page(settings, found, each_once, validated, own_found, too_many, left_out)
     print(
         "\n".join(
             [
@@ -94,7 +96,7 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         )
 
 
-def _write_page(settings, found, pictures, validated, own_found, too_many, left_out):
+def _write_page(settings, found, each_once, validated, own_found, too_many, left_out):
     """Writes dataset.html, and returns its path."""
     page = Path(settings.run.output_dir) / dataset_page.FILE
     with log.quiet("pictures"):

@@ -14,7 +14,7 @@ from ..files import counted, explaining_disk_errors, write_whole
 from .curves import MovingAverage
 from .dashboard import log_numbers, log_results
 from .numbers import parse_row
-from .progress import Pace, Pauses, peak_memory_gib
+from .progress import Pace, Pauses, StepResolutions, peak_memory_gib
 from .report_page import FILE as PAGE
 from .report_page import update_page
 
@@ -98,12 +98,13 @@ class StepMetrics:
 
     def __init__(
         self, accelerator: Any, metrics_file: MetricsFile | None, num_steps: int, output_dir: Path, remedy: str,
-        pauses: Pauses,
+        pauses: Pauses, resolutions: StepResolutions | None = None,
     ):  # fmt: skip
         self.accelerator, self.metrics_file = accelerator, metrics_file
         self.progress: Any = None  # the bar, once the steps begin
         self.num_steps = num_steps
-        self.output_dir, self.pace = output_dir, Pace(accelerator.device, num_steps, remedy, pauses)
+        self.output_dir = output_dir
+        self.pace = Pace(accelerator.device, num_steps, remedy, pauses, resolutions)
         self.uses_grad_scaler = getattr(accelerator, "scaler", None) is not None
         self.waiting = None  # the (step, `AsyncNumbers`) to write
         self.smooth_loss = MovingAverage() if metrics_file is None else metrics_file.smooth_loss

@@ -3,10 +3,11 @@
 import bisect
 import collections
 import logging
+import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -106,6 +107,43 @@ class TrainingBar(tqdm):
         return shown
 
 
+class StepResolutions:
+    """The resolution of each step, because steps take longer at a larger one.
+
+    Args:
+        sampler: The `EffectiveBatchSampler`; None if all steps are of one resolution.
+        sizes: The training size of each of its pictures in pixels.
+        sides: The sides of the --resolution squares. The size of a picture is of the one with the nearest area.
+    """
+
+    def __init__(self, sampler: Any = None, sizes: Sequence[tuple[int, int]] = (), sides: Sequence[int] = (1,)):
+        self.sampler, self.shares = sampler, {sides[0]: 1.0}
+        self.sides = [min(sides, key=lambda side: abs(math.log(width * height / side**2))) for width, height in sizes]
+        if sampler is not None and len(sides) > 1:
+            steps = collections.Counter()
+            for group, count in enumerate(sampler.steps_of_groups.tolist()):
+                steps[self.sides[sampler.groups.tolist().index(group)]] += count
+            self.shares = {side: count / sampler.steps_per_epoch for side, count in sorted(steps.items())}
+
+    def of(self, step: int) -> int:
+        """Returns the side of the square of an optimizer step, the first of which is 1."""
+        if len(self.shares) == 1:
+            return next(iter(self.shares))
+        return self.sides[self.sampler.samples_of(step - 1)[0]]
+
+    def mean(self, seconds: Mapping[int, float]) -> float:
+        """Returns the mean time of the steps of an epoch, from {side: usual time of a step}.
+
+        Where none is known for a resolution, the nearest one's counts, in proportion to the area.
+        """
+
+        def estimate(side):
+            near = min(seconds, key=lambda known: abs(math.log(known / side)))
+            return seconds[near] * (side / near) ** 2
+
+        return sum(share * estimate(side) for side, share in self.shares.items())
+
+
 class Pace:
     """Logs the speed of a run: the remaining time after ten steps, and a warning if steps become many times slower."""
 
@@ -115,25 +153,32 @@ class Pace:
     FULL_PERCENT = 95  # use of the machine's memory from which it counts as full
     MAX_SLOW_STEPS = 5  # in a row, before the warning
 
-    def __init__(self, device: Any, num_steps: int, remedy: str, pauses: Pauses):
+    def __init__(
+        self, device: Any, num_steps: int, remedy: str, pauses: Pauses, resolutions: StepResolutions | None = None
+    ):
         self.device, self.num_steps, self.remedy, self.pauses = device, num_steps, remedy, pauses
-        self.seconds = collections.deque(maxlen=self.WINDOW)
+        self.resolutions = resolutions or StepResolutions()
+        self.seconds, self.num_added = {}, 0  # {side of the square: times of its last steps}
         self.num_slow, self.warned = 0, False
 
     def add(self, step: int, seconds: float) -> None:
         """Adds the time of a training step, without validations, sample pictures and checkpoints."""
-        self.seconds.append(seconds)
-        if len(self.seconds) == self.NUM_FIRST_STEPS:
-            median, left = statistics.median(self.seconds), self.num_steps - step
+        side = self.resolutions.of(step)
+        own = self.seconds.setdefault(side, collections.deque(maxlen=self.WINDOW))
+        own.append(seconds)
+        self.num_added += 1
+        if self.num_added == self.NUM_FIRST_STEPS:
+            medians = {side: statistics.median(times) for side, times in self.seconds.items()}
+            mean, left = self.resolutions.mean(medians), self.num_steps - step
             memory = format_bytes(peak_memory_gib(self.device) * 2**30)
             rest = ""
             if left:
-                seconds = median * left + self.pauses.seconds_left(step)
+                seconds = mean * left + self.pauses.seconds_left(step)
                 rest = f", {format_duration(seconds)} for the remaining {counted(left, 'step')}{self.pauses.describe(step)}"
-            logger.info(f"{median:.3g} s per step{rest}; peak memory so far: {memory}")
+            logger.info(f"{mean:.3g} s per step{rest}; peak memory so far: {memory}")
             self.check_spill()
-        elif len(self.seconds) > self.NUM_FIRST_STEPS and not self.warned:
-            usual = statistics.median(self.seconds)
+        elif len(own) > self.NUM_FIRST_STEPS and not self.warned:
+            usual = statistics.median(own)
             self.num_slow = self.num_slow + 1 if seconds > self.SLOW_FACTOR * usual else 0
             if self.num_slow == self.MAX_SLOW_STEPS:
                 self.warned = True

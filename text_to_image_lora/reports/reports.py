@@ -13,7 +13,7 @@ from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
 from . import about, dashboard, metrics, model_card, sample_pictures, tracking
 from .checkpoints import Checkpoints
-from .progress import Pauses, TrainingBar
+from .progress import Pauses, StepResolutions, TrainingBar
 from .validation_loss import Judge, JudgedSets, LossMeter, MeasuredModels, ValidationSet
 
 
@@ -76,8 +76,9 @@ class RunReports:
         self.progress: Any = None
         self.pauses = self._plan_pauses()
         self.metrics = metrics.StepMetrics(
-            accelerator, metrics_file, run.num_steps, self.output_dir, ways_to_save_memory(settings), self.pauses
-        )
+            accelerator, metrics_file, run.num_steps, self.output_dir, ways_to_save_memory(settings), self.pauses,
+            StepResolutions(run.sampler, run.pictures.sizes, settings.sizes.sides(run.base)),
+        )  # fmt: skip
 
     def _plan_pauses(self):
         """Returns the `Pauses` of the whole run."""
@@ -110,6 +111,8 @@ class RunReports:
             self.metrics.progress = self.progress = TrainingBar(
                 self.pauses, total=self.run.num_steps, initial=self.run.state.global_step, desc="training",
                 disable=not self.accelerator.is_local_main_process,
+                # Where steps of several resolutions alternate, only the mean speed of all is steady.
+                smoothing=0 if len(self.metrics.pace.resolutions.shares) > 1 else 0.3,
             )  # fmt: skip
         self.clock = time.monotonic()
         return ending

@@ -115,7 +115,8 @@ class EffectiveBatchSampler:
         self.first_step = 0
         self.num_steps = 0
         counts = np.bincount(self.groups[self.samples])
-        self.steps_per_epoch = int(np.ceil(counts / self.effective_batch_size).sum())
+        self.steps_of_groups = np.ceil(counts / self.effective_batch_size).astype(int)  # in an epoch
+        self.steps_per_epoch = int(self.steps_of_groups.sum())
         self.epoch: tuple[Any, Any] = (None, None)
 
     def samples_of(self, step: int) -> np.ndarray:

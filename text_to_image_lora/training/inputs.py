@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import log
 from ..errors import InputError
-from ..files import check_entries, check_writable, printable, shorten_paths
+from ..files import check_entries, check_writable, counted, printable, shorten_paths
 from ..models.dialects import WEIGHTS_NAME
 from ..models.loading import find_base_model
 from ..models.lora_checks import check_family, check_lora
@@ -72,11 +72,13 @@ def find_base(settings: Any) -> Any:
     )  # fmt: skip
     if lora_weights is not None:
         check_family(lora_weights, base)
-    side = settings.sizes.side(base)
-    if side % base.image_factor:
-        nearest = max(round(side / base.image_factor), 1) * base.image_factor
-        raise InputError(f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {nearest}.")
-    settings.sizes.buckets(base)
+    for side in settings.sizes.sides(base):
+        if side % base.image_factor:
+            nearest = max(round(side / base.image_factor), 1) * base.image_factor
+            raise InputError(
+                f"--resolution {side}: this model needs a multiple of {base.image_factor}, e.g. {nearest}."
+            )
+    settings.sizes.resolutions(base)
     return base
 
 
@@ -212,23 +214,38 @@ def _is_report(path):
 def make_picture_sets(settings: Any, inputs: Inputs, usable: Callable[[Any], tuple[Any, list]]) -> tuple[Any, Any]:
     """Creates the `PictureSet` to train on, and the one to validate on or None.
 
-    `usable(records)` returns the records whose pictures can be used, and the `Picture` of each.
+    Pictures are divided before they are trained at several sizes, so that all sizes of a picture are on one side. Those to
+    validate on have one size each, the largest: a second size of a picture would be no further evidence. `usable(records)`
+    returns the records whose pictures can be used, and the `Picture` of each.
     """
     from ..pictures.alike import divide
     from ..pictures.picture_set import PictureSet, View
 
     view = View(settings.augmentation, settings.sizes.image_interpolation_mode, settings.data.alpha_mask)
-    buckets = settings.sizes.buckets(inputs.base)
+    resolutions = settings.sizes.resolutions(inputs.base)
 
     def make(records):
         records, facts = usable(records)
-        return PictureSet(records, facts, buckets.choose_sizes(facts), records["captions"][:], view)
+        sizes = [own[0] for own in resolutions.sizes_of_each(facts)]
+        return PictureSet(records, facts, sizes, records["captions"][:], view)
 
-    pictures, share = make(inputs.records), settings.validation.validation_split
-    if inputs.validation_records is None and not share:
-        return pictures, None
-    validated = None if inputs.validation_records is None else make(inputs.validation_records)
-    return divide(pictures, validated, share)
+    pictures, validated, share = make(inputs.records), None, settings.validation.validation_split
+    if inputs.validation_records is not None or share:
+        validated = None if inputs.validation_records is None else make(inputs.validation_records)
+        pictures, validated = divide(pictures, validated, share)
+    _check_large_enough(pictures, resolutions)
+    return pictures.at_sizes(resolutions.sizes_of_each(pictures.facts)), validated
+
+
+def _check_large_enough(pictures, resolutions):
+    """Raises `InputError` for a resolution, of several, at which none of the user's own pictures would be trained."""
+    own = [fact for fact, is_class in zip(pictures.facts, pictures.is_class, strict=True) if not is_class]
+    for resolution, small in resolutions.too_small(own).items():
+        if len(small) == len(own):
+            raise InputError(
+                f"--resolution {resolution}: none of the {counted(len(own), 'picture')} is large enough for it, so that "
+                f"nothing would be trained at this resolution. Leave {resolution} out, or add larger pictures."
+            )
 
 
 def with_cached_tag_orders(settings: Any, pictures: Any) -> Any:

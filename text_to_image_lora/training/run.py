@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Run(NamedTuple):
     num_steps: int  # total number of optimizer steps
     num_warmup_steps: int
     variations: int  # cached variations of each picture; 0: no cache
-    resolution: int  # side in pixels
+    resolution: int  # side of the largest square in pixels
     notes: list[str]  # lines that were logged about the pictures
     identity: dict[str, Any]  # settings that must be equal to resume a checkpoint
     identity_before: dict[str, Any] | None  # the identity of the checkpoint
@@ -82,7 +83,9 @@ def make_run(settings: Any, found: inputs.Inputs, accelerator: Any) -> Run:
     num_warmup_steps = settings.schedule.num_warmup_steps(num_steps)
     optimizer = settings.optimizer.scaled(sampler.effective_batch_size)
     settings.schedule.check_rate(optimizer.rate)
-    for line in format_samples(pictures, sampler.samples, settings.sizes.aspect_ratio_buckets, settings.data.balanced):
+    resolutions = settings.sizes.resolutions(found.base)
+    bucketed, balanced = settings.sizes.aspect_ratio_buckets, settings.data.balanced
+    for line in format_samples(pictures, sampler.samples, resolutions, bucketed=bucketed, balanced=balanced):
         logger.info(line)
     return Run(
         found.base, state, resume_path, seed, pictures, validated, sampler, lora_settings, optimizer, num_steps,
@@ -112,17 +115,22 @@ def make_run_sampler(settings: Any, pictures: Any, seed: int, rank: int, world_s
     )  # fmt: skip
 
 
+def one_or_list(values: Sequence[int]) -> int | list[int] | None:
+    """Returns the only one of several values, which is recorded as such, or a list; None if there are none."""
+    return (list(values) if len(values) > 1 else values[0]) if values else None
+
+
 def identity_of_run(settings: Any, base: Any, pictures: Any, sampler: Any, seed: int) -> dict[str, Any]:
     """Returns the settings that must be equal to resume a checkpoint, by the names of the flags."""
-    limits = settings.sizes.buckets(base) if settings.sizes.aspect_ratio_buckets else None
+    limits = settings.sizes.resolutions(base).buckets if settings.sizes.aspect_ratio_buckets else ()
     lora_settings = settings.lora.of_denoiser(base.family)
     text_rank = lora_settings.text_encoder_rank or lora_settings.rank
     derived = {
         "seed": seed,
-        "resolution": settings.sizes.side(base),
-        "bucket_min_size": limits and limits.smallest,
-        "bucket_max_size": limits and limits.largest,
-        "bucket_step": limits and limits.step,
+        "resolution": one_or_list(settings.sizes.sides(base)),
+        "bucket_min_size": one_or_list([each.smallest for each in limits]),
+        "bucket_max_size": one_or_list([each.largest for each in limits]),
+        "bucket_step": one_or_list([each.step for each in limits]),
         "clip_skip": settings.base.clip_skip or None,
         "cache_variations": settings.cache.num_variations(settings.augmentation),
         "lora_alpha": lora_settings.alpha,
@@ -248,6 +256,7 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
 
 def choose_num_chunks(settings: Any, tokenizer: Any, sets: list) -> tuple[int, str | None]:
     """Calls `models.prompts.choose_num_chunks` for the captions of `PictureSet`s and the prompts of sample pictures."""
+    sets = [pictures.each_once() for pictures in sets]
     captions = [group for pictures in sets for group in pictures.captions]
     sources = [source for pictures in sets for source in pictures.records["source"]]
     drawn = [[text] for text in settings.samples.texts]
@@ -325,8 +334,10 @@ def log_beginning(settings: Any, run: Run, models: Models, num_parameters: int, 
     """Logs a summary of the run."""
     sampler, num_steps = run.sampler, run.num_steps
     dtype = str(models.dtype).removeprefix("torch.")
+    num_pictures = len(run.pictures.each_once())
+    several = f" ({len(run.pictures)} with their sizes)" if len(run.pictures) > num_pictures else ""
     logger.info(
-        f"{counted(len(run.pictures), 'picture')}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
+        f"{counted(num_pictures, 'picture')}{several}, {counted(sampler.steps_per_epoch, 'step')} an epoch, "
         f"{settings.batches.describe_length(sampler.steps_per_epoch)}; effective batch "
         f"{sampler.effective_batch_size} on {accelerator.num_processes} x {processes.describe_device(accelerator.device)} in "
         f"{dtype}; rank-{settings.lora.rank} LoRA on {models.num_adapted} modules ({num_parameters:,} parameters)"

@@ -135,6 +135,19 @@ def test_lists_are_values_of_flags_that_take_several(tmp_path):
     assert found == {"validation_prompts": [["a", "b"], "c"], "snr_gamma": [None, 5]}
 
 
+def test_a_sweep_compares_resolutions_and_several_at_once(tmp_path):
+    """On the command line, each value is a resolution to compare."""
+    path = tmp_path / "sweep.yaml"
+    path.write_text(START + "sweep:\n  resolution: [64, [64, 96], 96]\n")
+    found = settle(sweep.parse_args([str(path)]))
+    words = [to_words({"resolution": value}) for value in found["sweep"]["resolution"]]
+    assert words == [["--resolution", "64"], ["--resolution", "64", "96"], ["--resolution", "96"]]
+    assert settle(sweep.parse_args([str(path), "--sweep", "resolution=64,96"]))["sweep"] == {"resolution": [64, 96]}
+    path.write_text(START + "sweep:\n  resolution: [[64, 64]]\n")
+    with pytest.raises(SweepError, match="--resolution 64 64: it must be different numbers"):
+        settle(sweep.parse_args([str(path)]))
+
+
 @pytest.mark.parametrize("low", ["0", "0.0", "1e-3"])
 def test_a_range_of_numbers_holds_those_between_whole_ones(tmp_path, low):
     optuna = pytest.importorskip("optuna")
