@@ -79,7 +79,7 @@ def _of_folder(folder, records):
     several, repeated, rows = len({*concepts}) > 1, {*repeats} != {1}, []
     for source, captions, concept, num_repeats in zip(sources, records["captions"][:], concepts, repeats, strict=True):
         captions = nonempty_captions(captions)
-        row = {"file_name": Path(source).relative_to(folder).as_posix()}
+        row: dict[str, Any] = {"file_name": Path(source).relative_to(folder).as_posix()}
         row[CAPTION_COLUMN] = captions[0] if len(captions) == 1 else captions
         rows.append(
             row | ({REPEATS_COLUMN: num_repeats} if repeated else {}) | ({"concept": concept} if several else {})

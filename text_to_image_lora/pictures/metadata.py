@@ -105,7 +105,7 @@ def find_columns(file: Path, rows: list[dict], reading: ReadOptions) -> Columns:
                 "or leave --image_column out."
             )
         file_column = "file_name"
-    if file_column not in columns:
+    if file_column is None or file_column not in columns:
         wanted = f"there is no column '{file_column or 'file_name'}'"
         remedy = " Pass the one with the names of the files as --image_column."
         raise InputError(f"{file}: {wanted}. The columns are: {', '.join(columns)}.{remedy}")

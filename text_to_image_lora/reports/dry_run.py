@@ -109,7 +109,7 @@ def _write_page(settings, found, each_once, validated, own_found, too_many, left
         else []
     )
     held_out = validated if settings.validation.validation_data_dir is None else None
-    data = dataset_page.Data(pictures, held_out, own_found, too_many, left_out, tables, remarks)
+    data = dataset_page.Data(each_once, held_out, own_found, too_many, left_out, tables, remarks)
     dataset_page.write_dataset_page(page, data, title=f"Pictures for {Path(settings.run.output_dir).resolve().name}")
     return page
 
