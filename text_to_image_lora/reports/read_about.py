@@ -1,4 +1,4 @@
-"""Reads `about.json`, whose parts are of the types that the report page needs."""
+"""Reads `about.json` and `caption_check.json`, whose parts are of the types that the report page needs."""
 
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,34 @@ def _check_data_sheet(sheet):
             if isinstance(row, dict):
                 _within(sheet, name, row, pictures=int, samples_an_epoch=int)
     for row in sheet.want("shown", list):
-        shown = _within(sheet, "shown", row, preview=str, concept=str, size=str, trained_at=str)
-        _check_texts(shown, "captions", shown.want("captions", list))
-        _check_texts(shown, "without_concept", shown.want("without_concept", list, []))
+        _check_picture(sheet, "shown", row)
     _check_texts(sheet, "notes", sheet.want("notes", list, []))
     for name in ("enlarged", "equal", "alike"):
         found = _within(sheet, name, sheet.want(name, dict, {"count": 0, "first": []}), count=int, first=list)
         for line in found["first"]:
             _check_texts(found, "first", line if isinstance(line, list) else [line])
+
+
+def read_caption_check(path: Path) -> dict[str, Any]:
+    """Returns the result of --check_captions, {} if there is none; raises `InputError` if its parts are of the wrong types."""
+    if not path.is_file():
+        return {}
+    found = read_json(path, remedy=REMEDY)
+    for name in ("step", "pictures", "others", "count"):
+        found.want(name, int)
+    for row in found.want("first", list, []) if found["count"] else ():
+        shown = _check_picture(found, "first", row)
+        for name, kind in (("gain", float), ("deviation", float), ("better", int)):
+            shown.want(name, kind)
+    return found
+
+
+def _check_picture(values, name, row):
+    """Returns a row that `about.describe_picture` has made."""
+    shown = _within(values, name, row, source=str, preview=str, concept=str, size=str, trained_at=str)
+    _check_texts(shown, "captions", shown.want("captions", list))
+    _check_texts(shown, "without_concept", shown.want("without_concept", list, []))
+    return shown
 
 
 def _within(sheet, name, row, **kinds):

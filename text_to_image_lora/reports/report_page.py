@@ -14,10 +14,12 @@ from ..files import reason_of, shorten_paths
 from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
 from .about import encode_image
+from .caption_check import FILE as CAPTION_CHECK
 from .curves import COLOURS, make_charts, make_comparison_charts
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
 from .private_folders import folders_to_hide
+from .read_about import read_caption_check
 from .render import data, render, script
 from .runs import Answer, LoraFile, RecordedRun, make_answer, open_sample, read_run
 
@@ -71,7 +73,7 @@ def write_page(output_dir: str | Path) -> Path:
         path, "run.html", [run], title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
-        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), **samples,
+        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), captions=read_caption_check(run.folder / CAPTION_CHECK), **samples,
     )  # fmt: skip
     return path
 

@@ -9,9 +9,10 @@ from ..errors import NotANumberError, Stopped
 from ..models import lora
 from ..training import interruption
 from ..training.inputs import concept_of_run
+from ..training.processes import broadcast_from_main
 from ..training.run import log_beginning
 from ..training.settings import ways_to_save_memory
-from . import about, dashboard, metrics, model_card, sample_pictures, tracking
+from . import about, caption_check, dashboard, metrics, model_card, sample_pictures, tracking
 from .checkpoints import Checkpoints
 from .progress import Pauses, StepResolutions, TrainingBar
 from .validation_loss import Judge, JudgedSets, LossMeter, MeasuredModels, ValidationSet
@@ -28,6 +29,7 @@ def start_reports(
     output_dir, state = Path(settings.run.output_dir), run.state
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        caption_check.discard_later(output_dir, state.global_step)
         description = about.write_about_run(settings, run, described, accelerator)
         metrics_file = metrics.MetricsFile(output_dir / "metrics.jsonl", state.global_step, state.due)
         state.tracker_run_id = dashboard.start(
@@ -37,20 +39,27 @@ def start_reports(
         )  # fmt: skip
     num_parameters = sum(parameter.numel() for parameter in learning.parameters)
     log_beginning(settings, run, models, num_parameters, accelerator)
-    judge = make_judge(settings, run, models, cached, metrics_file, accelerator)
-    checkpoints = Checkpoints(settings, run, models, learning, described)
-    return RunReports(settings, run, judge, painter, checkpoints, metrics_file, accelerator)
-
-
-def make_judge(settings: Any, run: Any, models: Any, cached: Any, metrics_file: Any, accelerator: Any) -> Judge:
-    """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
-    held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
-    remove_concept = concept_of_run(settings, run.pictures.records)
-    without_concept = None if held_out is None or remove_concept is None else held_out.with_captions(remove_concept)
     measured = MeasuredModels(
         models.family, models.denoiser, models.diffusion, models.scaling_factor, models.dtype,
         models.prompt_encoder if models.trains_text_encoder else None, tuple(models.adapted.values()),
     )  # fmt: skip
+    judge = make_judge(settings, run, measured, cached, metrics_file, accelerator)
+    captions = None
+    if settings.validation.check_captions:
+        captions = caption_check.CaptionCheck(
+            cached.training, measured, seed=run.seed, accelerator=accelerator, output_dir=output_dir
+        )
+    checkpoints = Checkpoints(settings, run, models, learning, described)
+    return RunReports(settings, run, judge, captions, painter, checkpoints, metrics_file, accelerator)
+
+
+def make_judge(
+    settings: Any, run: Any, measured: MeasuredModels, cached: Any, metrics_file: Any, accelerator: Any
+) -> Judge:
+    """Makes the `Judge` of a run and restores its state; without validation pictures, the judge does nothing."""
+    held_out, probe = (None if part is None else ValidationSet(*part) for part in (cached.held_out, cached.probe))
+    remove_concept = concept_of_run(settings, run.pictures.records)
+    without_concept = None if held_out is None or remove_concept is None else held_out.with_captions(remove_concept)
     judge = Judge(
         JudgedSets(held_out, probe, without_concept), LossMeter(measured, seed=run.seed, accelerator=accelerator),
         settings.validation, accelerator=accelerator, metrics_file=metrics_file, output_dir=settings.run.output_dir,
@@ -67,11 +76,12 @@ class RunReports:
     `ending` is the exception that the run ends with, or None for a run that has completed all steps.
     """
 
-    def __init__(self, settings, run, judge, painter, checkpoints, metrics_file, accelerator):
+    def __init__(self, settings, run, judge, captions, painter, checkpoints, metrics_file, accelerator):
         self.settings, self.run = settings, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
         self.learning = checkpoints.learning
         self.judge, self.painter = judge, painter
+        self.captions = captions  # a `CaptionCheck`, or None
         self.output_dir, self.clock = Path(settings.run.output_dir), 0.0
         self.progress: Any = None
         self.pauses = self._plan_pauses()
@@ -104,6 +114,8 @@ class RunReports:
 
         The bar of the training steps begins here, after the base model was validated.
         """
+        if self.captions is not None and not self.has_steps_left():
+            self._check_captions_of_finished_run()
         ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
         self.metrics.write_page()
         self.pauses.done = self.run.state.global_step
@@ -116,6 +128,13 @@ class RunReports:
             )  # fmt: skip
         self.clock = time.monotonic()
         return ending
+
+    def _check_captions_of_finished_run(self):
+        """Adds what is due if a finished run is run again with --check_captions."""
+        state = self.run.state
+        done = broadcast_from_main(lambda: self.captions.is_done(state.global_step), self.accelerator)
+        if not done and "captions" not in state.due:
+            state.due.append("captions")
 
     def has_steps_left(self) -> bool:
         """Returns whether the run needs another step."""
@@ -158,7 +177,10 @@ class RunReports:
         return ending
 
     def _due_after(self, step):
-        """Lists what is due after a step: "loss" (validation), "lora" (saving an epoch's LoRA) and sample "pictures"."""
+        """Lists what is due after a step: "loss" (validation), "lora" (saving an epoch's LoRA), sample "pictures", "captions".
+
+        At an early stop, the captions are due too: `_do_what_is_due` adds them.
+        """
         steps_per_epoch = self.run.sampler.steps_per_epoch
         save_every = self.settings.checkpoints.save_every_n_epochs
         epoch, into_epoch = divmod(step, steps_per_epoch)
@@ -168,6 +190,8 @@ class RunReports:
             due.append("lora")
         if validates:
             due.append("pictures")
+        if self.captions is not None and step == self.run.num_steps:
+            due.append("captions")
         return due
 
     def _do_what_is_due(self):
@@ -181,7 +205,16 @@ class RunReports:
                     save_lora(self.output_dir / f"epoch-{epoch:04d}")
                 elif state.due[0] == "pictures":
                     self.painter.draw(state.global_step)
+                elif state.due[0] == "captions" and self.captions is not None:
+                    self.captions.run(state.global_step)
+            if state.due[0] == "loss" and self._ends_early():
+                state.due.append("captions")
             del state.due[0]
+
+    def _ends_early(self):
+        """Whether the run stops early, with captions to be checked."""
+        early = self.run.state.global_step < self.run.num_steps and self.judge.out_of_patience()
+        return self.captions is not None and early
 
     def leave(self, ending: BaseException | None, started: float) -> list[str]:
         """Writes the LoRA and its model card, or the last finite weights; returns the names of the LoRA files.

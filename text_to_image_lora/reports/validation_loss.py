@@ -6,7 +6,7 @@ Validation uses the models in memory, and does not change the random numbers of 
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,10 @@ class ValidationSet:
         captions = [[change(group[0])] for group in self.pictures.captions]
         return ValidationSet(replace(self.pictures, captions=captions), self.latents, self.prompts)
 
+    def select(self, indices: Sequence[int]) -> "ValidationSet":
+        """Returns the set of the pictures at these indices, in this order."""
+        return ValidationSet(self.pictures.select(indices), self.latents.select(indices), self.prompts)
+
     def __len__(self):
         return len(self.pictures)
 
@@ -55,12 +59,15 @@ class ValidationSet:
         shapes = [list(self.latents.shape(index)) for index in range(len(self))]
         return fingerprint(self.pictures.content_ids, [group[:1] for group in self.pictures.captions], shapes)
 
-    def __getitem__(self, index):
+    def row(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Returns "mean" (C, h, w) and, for a picture with a mask, "mask" (1, h, w), and the conditions of the picture."""
         row, condition = self.latents.row(index, 0)
         del row["std"]
-        if self.prompts is not None:
-            condition |= self.prompts.row(self.caption(index))
-        return row | {"condition": condition}
+        return row, condition
+
+    def of_caption(self, caption: str) -> dict[str, torch.Tensor]:
+        """Returns the conditions of a caption that is in the cache; {} if captions are not cached."""
+        return {} if self.prompts is None else self.prompts.row(caption)
 
 
 def strata(num_train_timesteps: int) -> list[int]:
@@ -90,20 +97,43 @@ class MeasuredModels(NamedTuple):
 class LossMeter:
     """Measures the loss of models: the same numbers for the same weights, on any number of processes."""
 
-    def __init__(self, models: MeasuredModels, *, seed: int, accelerator: Any):
+    def __init__(self, models: MeasuredModels, *, seed: int, accelerator: Any, timesteps: list[int] | None = None):
         self.models, self.seed, self.accelerator = models, seed, accelerator
-        self.timesteps = strata(models.diffusion.num_train_timesteps)
+        self.timesteps = timesteps or strata(models.diffusion.num_train_timesteps)
 
     def __call__(self, validation_set: ValidationSet) -> np.ndarray:
-        """Returns the losses at each of the `strata`, float64 of shape (pictures, STRATA), on every process."""
-        return self._measure(validation_set, from_base=False)
+        """Returns the losses at each of the timesteps, float64 of shape (pictures, timesteps), on every process."""
+        return self._measure(validation_set, "validating", self._loss)
 
     def drift(self, validation_set: ValidationSet) -> np.ndarray:
         """Returns the mean squared differences from the base model's predictions, in the shape of losses."""
-        return self._measure(validation_set, from_base=True)
+        return self._measure(validation_set, "measuring the drift", self._difference_from_base)
+
+    def with_captions(self, validation_set: ValidationSet, captions: Sequence[Sequence[str]]) -> np.ndarray:
+        """Returns the losses of each picture with equally many other captions, of shape (pictures, captions, timesteps)."""
+
+        def losses(sample):
+            others = [sample._replace(caption=caption) for caption in captions[sample.index]]
+            return [self._loss(other) for other in others]
+
+        return self._measure(validation_set, "checking captions", losses)
+
+    def _predict(self, sample):
+        condition = sample.condition | sample.of_caption(sample.caption)
+        return self.models.predict(sample.caption, sample.noisy_latents, sample.timesteps, condition)
+
+    def _loss(self, sample):
+        target = self.models.diffusion.target(sample.latents, sample.noise, sample.timesteps)
+        return loss_of_samples(self._predict(sample), target, sample.mask).cpu().double().tolist()
+
+    def _difference_from_base(self, sample):
+        model_pred = self._predict(sample)
+        with without_adapters(*self.models.adapted):
+            target = self._predict(sample)
+        return loss_of_samples(model_pred, target, None).cpu().double().tolist()  # what is outside a mask changes too
 
     @torch.no_grad()
-    def _measure(self, validation_set, *, from_base):
+    def _measure(self, validation_set, title, measure):
         """Each picture is a batch of its own with noise that depends only on (seed, image_id, k), so that the results do not
         depend on the batch size of training, the order of the pictures or the number of processes.
         """
@@ -112,32 +142,42 @@ class LossMeter:
         models, device, found = self.models, self.accelerator.device, {}
         timesteps = torch.tensor(self.timesteps, device=device)
         mine = range(self.accelerator.process_index, len(validation_set), self.accelerator.num_processes)
-        bar = work_bar(self.accelerator, len(mine), "measuring the drift" if from_base else "validating")
+        bar = work_bar(self.accelerator, len(mine), title)
         with evaluating(models.denoiser), self.accelerator.autocast(), bar:
             for index in mine:
                 if interruption.stop_requested():
                     break
-                row = validation_set[index]
-                condition = row.pop("condition")
+                row, condition = validation_set.row(index)
                 row = {name: _repeat(value, timesteps) for name, value in row.items()}
                 latents = row["mean"] * models.scaling_factor
                 image_id = validation_set.pictures.facts[index].image_id
-                noise = [_make_noise(latents.shape[1:], self.seed, image_id, k) for k in range(STRATA)]
+                noise = [_make_noise(latents.shape[1:], self.seed, image_id, k) for k in range(len(timesteps))]
                 noise = torch.stack(noise).to(device)
                 noisy_latents = models.diffusion.add_noise(latents, noise, timesteps)
-                inputs = validation_set.caption(index), noisy_latents, timesteps, condition
-                model_pred, mask = models.predict(*inputs), row.get("mask")
-                if from_base:
-                    mask = None  # what is outside a mask changes too
-                    with without_adapters(*models.adapted):
-                        target = models.predict(*inputs)
-                else:
-                    target = models.diffusion.target(latents, noise, timesteps)
-                found[index] = loss_of_samples(model_pred, target, mask).cpu().double().tolist()
+                found[index] = measure(
+                    Sample(
+                        index, validation_set.caption(index), condition, latents, noise, noisy_latents, timesteps,
+                        row.get("mask"), validation_set.of_caption,
+                    )
+                )  # fmt: skip
                 bar.update()
         interruption.stop_together("in a validation")
         found = {index: losses for part in gather_object([found]) for index, losses in part.items()}
         return np.array([found[index] for index in range(len(validation_set))])
+
+
+class Sample(NamedTuple):
+    """A picture with its noise at each of the timesteps."""
+
+    index: int
+    caption: str
+    condition: dict[str, torch.Tensor]  # of the picture
+    latents: torch.Tensor  # (timesteps, C, h, w)
+    noise: torch.Tensor
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    mask: torch.Tensor | None
+    of_caption: Callable[[str], dict[str, torch.Tensor]]  # the conditions of a caption
 
 
 def _repeat(value, timesteps):

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -233,6 +233,10 @@ class CachedLatents(NamedTuple):
 
     reader: ShardReader
     locations: np.ndarray  # [i, k] = (shard, row)
+
+    def select(self, indices: Sequence[int]) -> "CachedLatents":
+        """Returns the latents of the pictures at these indices, in this order."""
+        return self._replace(locations=self.locations[list(indices)])
 
     def row(self, i: int, which: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Returns the float32 tensors and conditions of picture i, in the variation `which` modulo their number.
