@@ -9,7 +9,9 @@ import torch
 from conftest import ROOT, words_of_run, write_pictures
 from safetensors.torch import save_file
 
-from text_to_image_lora.errors import is_out_of_memory
+from scripts.annotating.command import run_command
+from text_to_image_lora.errors import Stopped, is_out_of_memory
+from text_to_image_lora.training import ending
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,36 @@ def test_too_little_memory_for_a_library_is_one_line(tiny_sd, tmp_path, script):
     reason = "Out of memory (libc10.so: failed to map segment from shared object). Close other programs"
     assert reason in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+class StoppedWhenNamed:
+    """Stands for a signal that arrives while a library makes a class, where Python raises a RuntimeError instead."""
+
+    def __set_name__(self, owner, name):
+        raise Stopped("SIGTERM", 143, "after 3 of 40 pictures")
+
+
+def make_class():
+    type("Made", (), {"field": StoppedWhenNamed()})
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: run_command("caption.py", make_class),
+        lambda: end_with_error_of(make_class, "caption.py"),
+    ],
+    ids=["scripts", "training"],
+)
+def test_a_stop_that_a_library_turns_into_another_error_is_a_stop(run, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run()
+    assert exit_.value.code == 143
+    assert "caption.py: SIGTERM: stopped after 3 of 40 pictures. Run the same command again" in capsys.readouterr().err
+
+
+def end_with_error_of(work, name):
+    try:
+        work()
+    except BaseException as error:
+        ending.end(error, name, str)

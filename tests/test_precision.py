@@ -193,7 +193,7 @@ def test_weights_that_are_not_numbers_are_not_written(train, tmp_path):
 
 def test_a_run_that_diverges_stops_and_says_so(train, tmp_path):
     with pytest.raises(NotANumberError, match="a row is not finite, since step 2. .* Lower --learning_rate") as caught:
-        train(learning_rate=1e30, max_train_steps=3)
+        train(learning_rate=1e12, max_train_steps=3)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     assert list((tmp_path / "out").glob("checkpoint-*")) == []

@@ -68,6 +68,19 @@ class Stopped(BaseException):
         return f"{self.reason}: stopped {self.where}. Run the same command again to resume."
 
 
+def stopped_within(error: BaseException) -> Stopped | None:
+    """Returns the `Stopped` that an exception is or was caused by; None if there is none.
+
+    Python turns what a signal handler raises into a RuntimeError where a class is being made, and so do some libraries.
+    """
+    seen: BaseException | None = error
+    for _ in range(100):
+        if seen is None or isinstance(seen, Stopped):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
 def message_of(error: InputError | TrainingError) -> str:
     """Returns the message; a `DataLoader` adds the traceback of its worker process in front of it."""
     text = str(error)

@@ -16,6 +16,7 @@ SLOWEST_UPLOAD = 100_000  # bytes per second
 MOST_SECONDS_TO_WAIT = 60  # before a request is repeated, if a busy server asks for it
 DOWNLOAD_SECONDS = 3600  # for a checkpoint
 ANSWER_SECONDS = 60  # for a complete answer that is small
+REQUEST = "request to the hub"  # name of the threads
 _checks_answers = False
 
 
@@ -99,7 +100,7 @@ def _within(seconds, ask):
         except BaseException as error:  # is raised where it was asked
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, daemon=True, name=REQUEST).start()
     try:
         return future.result(timeout=seconds)
     except TimeoutError:

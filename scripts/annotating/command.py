@@ -6,7 +6,7 @@ from typing import Any
 
 from text_to_image_lora import log
 from text_to_image_lora.command_line import Parser, count
-from text_to_image_lora.errors import InputError, Stopped, TrainingError, explaining_system_errors
+from text_to_image_lora.errors import InputError, Stopped, TrainingError, explaining_system_errors, stopped_within
 from text_to_image_lora.libraries import quiet_libraries, set_num_threads
 from text_to_image_lora.training import interruption
 
@@ -45,12 +45,12 @@ def run_command(name: str, main: Callable[[], None]) -> None:
     try:
         with explaining_system_errors():
             main()
-    except (InputError, TrainingError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Stopped as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
+    except (Exception, Stopped) as error:
+        known = stopped_within(error) or error
+        if not isinstance(known, (Stopped, InputError, TrainingError)):
+            raise
+        print(f"{name}: {' '.join(str(known).split())}", file=sys.stderr)
+        sys.exit(known.exit_code)

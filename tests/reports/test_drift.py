@@ -35,7 +35,7 @@ def test_it_is_the_change_from_the_base_model_without_the_concept(train, tiny_sd
     stock = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
     expected = np.zeros((3, 8))
     for index in range(3):
-        row, name = validation_set[index], validation_set.pictures.facts[index].image_id
+        row, name = validation_set.row(index)[0], validation_set.pictures.facts[index].image_id
         text = f"a {['red', 'blue', 'green'][index]} axe number {index}"
         hidden_states = stock.encode_prompt([text], "cpu", 1, False)[0]
         for k, t in enumerate(meter.timesteps):

@@ -67,6 +67,7 @@ def test_json_has_no_infinity(tmp_path):
 
 def test_starting_over_begins_new_metrics(train, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.yaml").write_text("max_train_steps: 3\n")
     (tmp_path / "out" / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)))
     out = train(max_train_steps=1, resume_from_checkpoint="none")
     assert [row["step"] for row in read_metrics(out)] == [1]

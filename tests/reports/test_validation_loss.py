@@ -63,13 +63,14 @@ def test_it_is_the_objective_at_fixed_noise(train, others, monkeypatch):
     models = meter.models
     scheduler, unet = models.diffusion.noise_scheduler, models.denoiser.eval()
     for index in range(3):
-        row, name = validation_set[index], validation_set.pictures.facts[index].image_id
+        row, name = validation_set.row(index)[0], validation_set.pictures.facts[index].image_id
+        hidden_states = validation_set.of_caption(validation_set.caption(index))["encoder_hidden_states"]
         for k, t in enumerate(validation_loss.strata(1000)):
             noise = validation_loss._make_noise(row["mean"].shape, 5, name, k)[None]
             t = torch.tensor([t])
             noisy = scheduler.add_noise(row["mean"][None] * models.scaling_factor, noise, t)
             with torch.no_grad():
-                pred = unet(noisy, t, row["condition"]["encoder_hidden_states"][None]).sample
+                pred = unet(noisy, t, hidden_states[None]).sample
             assert table[index, k] == pytest.approx(float((pred.double() - noise.double()).square().mean()), rel=1e-4)
     noises = [validation_loss._make_noise((4, 8, 8), s, name, k) for s in (0, 1) for name in "ab" for k in (0, 1)]
     assert not any(torch.equal(a, b) for i, a in enumerate(noises) for b in noises[:i])

@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from ..errors import (
     InputError,
-    Stopped,
     TrainingError,
     describe_lack_of_memory,
     describe_system_error,
@@ -16,6 +15,7 @@ from ..errors import (
     is_out_of_address_space,
     is_out_of_memory,
     message_of,
+    stopped_within,
 )
 from ..files import reason_of
 from .interruption import end_workers
@@ -47,10 +47,10 @@ def end(error: BaseException, script: str, ways_to_save_memory: Callable[[], str
             time.sleep(10)  # if rank 0 has this error too, it prints the line and the launcher ends this process
         say(message_of(error))
         leave(error.exit_code)
-    if isinstance(error, Stopped):
+    if (stopped := stopped_within(error)) is not None:
         if rank == 0:
-            say(f"{error} (exit code {error.exit_code})")
-        leave(error.exit_code)
+            say(f"{stopped} (exit code {stopped.exit_code})")
+        leave(stopped.exit_code)
     if is_out_of_address_space(error):  # the flags below would not help
         say(describe_lack_of_memory(error))
         leave(1)
