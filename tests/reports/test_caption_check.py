@@ -205,14 +205,17 @@ def test_a_result_is_not_kept_for_another_run(train, many):
     assert not (out / caption_check.FILE).exists()
 
 
-def test_a_run_that_stops_early_is_checked_at_its_end(train, many):
-    out = train(
-        train_data_dir=many, check_captions=True, validation_split=0.04, validation_steps=1, early_stopping_patience=1,
-        max_train_steps=12, learning_rate=1e3,
-    )  # fmt: skip
-    last = read_metrics(out)[-1]["step"]
-    assert last < 12
-    assert found_in(out)["step"] == last
+def test_it_is_done_when_each_picture_has_been_seen_three_times(train, many, tmp_path):
+    """Also where the pictures of an epoch are repeated, or batches are larger."""
+    (many / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps(json.loads(line) | {"num_repeats": 2 + number % 2}) + "\n"
+            for number, line in enumerate((many / "metadata.jsonl").read_text().splitlines())
+        )
+    )
+    flags = dict(train_data_dir=many, check_captions=True, max_train_steps=20)
+    out = train(**flags, train_batch_size=7, output_dir=tmp_path / "repeated")
+    assert found_in(out)["step"] == 10, "52 samples of 21 pictures in 8 steps: 3 * 21 / 52 * 8 = 9.7"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
-"""Finds the training pictures whose captions may be wrong, after the training (--check_captions).
+"""Finds the training pictures whose captions may be wrong, early in the training (--check_captions).
 
 A caption that says what is to be seen lowers the loss of its picture more than a caption of another picture does, at equal
-noise. How much it does differs between pictures, so each is compared with the others, by median and median deviation.
+noise. How much it does differs between pictures, so each is compared with the others, by median and median deviation. The LoRA
+has to know the kind of pictures for that, but learns wrong captions too in the end: so the pictures are measured when they
+have been seen a few times (figures in docs/data.md).
 """
 
 import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +28,9 @@ logger = logging.getLogger(__name__)
 FILE = "caption_check.json"
 NUM_OTHERS = 8  # captions of other pictures that each picture is measured with
 STRATA = (2, 4, 6)  # of the timesteps; at the others, captions change less
-STANDS_OUT = 2.0  # deviations; chosen on swapped captions of the bundled weapons, see docs/data.md
+LOOKS = 3  # times that a picture has been seen
+STANDS_OUT = 2.5  # deviations; chosen, as the next, on swapped captions of the bundled pictures
+LEAST_BETTER = 0.25  # of the other captions, which fit better
 LEAST_PICTURES = 20  # of fewer, one can't tell which differs from the others
 MOST_LISTED = 24
 
@@ -62,17 +67,21 @@ def judge(own: np.ndarray, others: np.ndarray) -> list[Judged]:
 class CaptionCheck:
     """Checks the captions of a run's own training pictures, which must be in the cache; writes `FILE` for the report."""
 
-    def __init__(self, training: Any, models: Any, *, seed: int, accelerator: Any, output_dir: str | Path):
-        pictures = training.pictures
+    def __init__(self, training: Any, models: Any, run: Any, *, accelerator: Any, output_dir: str | Path):
+        pictures, sampler = training.pictures, run.sampler
         self.own = [i for i in pictures.firsts() if not pictures.is_class[i]]
         self.set = ValidationSet(*training).select(self.own)
         timesteps = strata(models.diffusion.num_train_timesteps)
-        self.measure = LossMeter(models, seed=seed, accelerator=accelerator, timesteps=[timesteps[k] for k in STRATA])
+        looks = LOOKS * len(self.own) * sampler.steps_per_epoch / len(sampler.samples)
+        self.step = min(math.ceil(looks), run.num_steps)  # after which the captions are checked
+        self.measure = LossMeter(
+            models, seed=run.seed, accelerator=accelerator, timesteps=[timesteps[k] for k in STRATA]
+        )
         self.accelerator, self.path = accelerator, Path(output_dir) / FILE
 
-    def is_done(self, step: int) -> bool:
-        """Returns whether the captions were checked after this step; asked of the main process only."""
-        return _step(self.path) == step
+    def is_done(self) -> bool:
+        """Returns whether the captions were checked; asked of the main process only."""
+        return _step(self.path) > 0
 
     def run(self, step: int) -> None:
         """Measures, logs the result, and writes the file."""
@@ -92,7 +101,7 @@ class CaptionCheck:
         if not self.accelerator.is_main_process:
             return
         worst = sorted(range(len(judged)), key=lambda i: judged[i].deviation)
-        doubtful = [i for i in worst if judged[i].deviation < -STANDS_OUT and judged[i].better > 0]
+        doubtful = [i for i in worst if judged[i].deviation < -STANDS_OUT and judged[i].better >= LEAST_BETTER * least]
         rows = [describe_picture(self.set.pictures, i) | judged[i]._asdict() for i in doubtful[:MOST_LISTED]]
         for row in rows:
             row["captions"] = row["captions"][:1]

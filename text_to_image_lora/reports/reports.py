@@ -47,7 +47,7 @@ def start_reports(
     captions = None
     if settings.validation.check_captions:
         captions = caption_check.CaptionCheck(
-            cached.training, measured, seed=run.seed, accelerator=accelerator, output_dir=output_dir
+            cached.training, measured, run, accelerator=accelerator, output_dir=output_dir
         )
     checkpoints = Checkpoints(settings, run, models, learning, described)
     return RunReports(settings, run, judge, captions, painter, checkpoints, metrics_file, accelerator)
@@ -114,8 +114,8 @@ class RunReports:
 
         The bar of the training steps begins here, after the base model was validated.
         """
-        if self.captions is not None and not self.has_steps_left():
-            self._check_captions_of_finished_run()
+        if self.captions is not None and self.run.state.global_step >= self.captions.step:
+            self._check_captions_late()
         ending = interruption.run_until_stopped(self._do_what_is_due, f"after step {self.run.state.global_step}")
         self.metrics.write_page()
         self.pauses.done = self.run.state.global_step
@@ -129,10 +129,9 @@ class RunReports:
         self.clock = time.monotonic()
         return ending
 
-    def _check_captions_of_finished_run(self):
-        """Adds what is due if a finished run is run again with --check_captions."""
-        state = self.run.state
-        done = broadcast_from_main(lambda: self.captions.is_done(state.global_step), self.accelerator)
+    def _check_captions_late(self):
+        """Lets a run that is resumed with --check_captions check them, unless it did so before."""
+        done, state = broadcast_from_main(self.captions.is_done, self.accelerator), self.run.state
         if not done and "captions" not in state.due:
             state.due.append("captions")
 
@@ -177,10 +176,7 @@ class RunReports:
         return ending
 
     def _due_after(self, step):
-        """Lists what is due after a step: "loss" (validation), "lora" (saving an epoch's LoRA), sample "pictures", "captions".
-
-        At an early stop, the captions are due too: `_do_what_is_due` adds them.
-        """
+        """Lists what is due after a step: "loss" (validation), "lora" (saving an epoch's LoRA), sample "pictures", "captions"."""
         steps_per_epoch = self.run.sampler.steps_per_epoch
         save_every = self.settings.checkpoints.save_every_n_epochs
         epoch, into_epoch = divmod(step, steps_per_epoch)
@@ -190,7 +186,7 @@ class RunReports:
             due.append("lora")
         if validates:
             due.append("pictures")
-        if self.captions is not None and step == self.run.num_steps:
+        if self.captions is not None and step == self.captions.step:
             due.append("captions")
         return due
 
@@ -207,14 +203,7 @@ class RunReports:
                     self.painter.draw(state.global_step)
                 elif state.due[0] == "captions" and self.captions is not None:
                     self.captions.run(state.global_step)
-            if state.due[0] == "loss" and self._ends_early():
-                state.due.append("captions")
             del state.due[0]
-
-    def _ends_early(self):
-        """Whether the run stops early, with captions to be checked."""
-        early = self.run.state.global_step < self.run.num_steps and self.judge.out_of_patience()
-        return self.captions is not None and early
 
     def leave(self, ending: BaseException | None, started: float) -> list[str]:
         """Writes the LoRA and its model card, or the last finite weights; returns the names of the LoRA files.

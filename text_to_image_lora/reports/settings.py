@@ -70,7 +70,7 @@ class ValidationSettings:
     validation_epochs: int = flag(1, "validate every N epochs (0: never), and always before training and at its end", count(0), may_change=True)
     validation_steps: int | None = flag(None, "validate every N optimizer steps; overrides --validation_epochs", count(1), may_change=True)
     max_drift: float | None = flag(None, "keep a step as the best only if its drift is at most this: how much its predictions differ from the base model's for captions without the concept, as a fraction of the base model's loss (default: no limit)", above(0), may_change=True)
-    check_captions: bool = flag(False, "after training, list in report.html the training pictures whose caption fits them less well than the others fit theirs, and may be wrong", may_change=True)
+    check_captions: bool = flag(False, "list in report.html the training pictures whose caption fits them much less well than the others fit theirs, and may be wrong; measured when each picture has been seen three times", may_change=True)
     early_stopping_patience: int | None = flag(None, "stop after N validations in a row whose loss is not the lowest so far (default: never); the best LoRA is always kept in best/", count(1), may_change=True)
     # fmt: on
 
