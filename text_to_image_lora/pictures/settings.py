@@ -47,7 +47,7 @@ class DataSettings:
     max_train_samples: int | None = flag(None, "maximum number of pictures to train on; the selection does not depend on the seed (default: all pictures)", count(1), may_change=True)
     balance: str | None = flag(None, "concept: use every concept (class folder) equally often per epoch, by repeating pictures of smaller concepts", choices=["concept"])
     skip_bad_images: bool = flag(False, "leave out pictures that can't be read and rows without a picture or caption, instead of stopping with an error", may_change=True)
-    dry_run: bool = flag(False, "check the dataset, print a report, write it to --output_dir/dataset.json, and exit without training", may_change=True)
+    dry_run: bool = flag(False, "check the dataset, print a report, write dataset.html, where captions can be edited, and dataset.json to --output_dir, and exit without training", may_change=True)
     preview_data: str | None = flag(None, "write a contact sheet of what the model will see: some pictures with their variations and captions", user_path, metavar="FILE", may_change=True)
     # fmt: on
 
