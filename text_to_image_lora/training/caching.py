@@ -29,6 +29,7 @@ from ..pictures.alike import pick_probe
 from ..pictures.records import in_threads
 from ..pictures.settings import CaptionSettings
 from . import interruption, trials
+from .class_images import drawn_folders
 from .conditions import make_picture_condition
 from .inputs import concept_of_run, make_concept_remover, with_cached_tag_orders
 from .shards import Shard, ShardReader, check_free_disk, fill_shards, is_whole, trim
@@ -306,6 +307,6 @@ def fill(settings: Any, run: Any, models: Any, accelerator: Any) -> CachedSets:
                 validated.append(CachedSet(part, *cache.build(part, 1, all_captions, accelerator)))
     sets = CachedSets(training, *(validated or (None, None)))
     if accelerator.is_main_process and (run.variations or validated):
-        logger.info(trim(folder, settings.cache.latent_cache_limit, sets.paths()))
+        logger.info(trim(folder, settings.cache.latent_cache_limit, [*sets.paths(), *drawn_folders(run.pictures)]))
     accelerator.wait_for_everyone()
     return sets

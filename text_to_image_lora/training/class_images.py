@@ -103,6 +103,12 @@ class ClassImages(NamedTuple):
                 temporary.write_text(text, encoding="utf-8")
 
 
+def drawn_folders(pictures: Any) -> list[str]:
+    """Returns the folders of the class pictures in a `PictureSet` that the base model has drawn."""
+    drawn = [i for i, recipe in enumerate(pictures.records["recipe"][:]) if recipe]
+    return sorted({str(Path(image["path"]).parent) for image in pictures.records.select(drawn)["image"][:]})
+
+
 def _hash(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 

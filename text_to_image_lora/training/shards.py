@@ -17,7 +17,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from ..errors import InputError, Stopped, TrainingError
-from ..files import format_bytes, reason_of, written_whole
+from ..files import counted, format_bytes, reason_of, remove_folder, written_whole
 
 
 CHECKSUMS = "crc32"  # in the metadata of a shard: a list of a number per row
@@ -179,28 +179,32 @@ def check_free_disk(folder: Path | str, needed: int) -> None:
 
 
 def trim(folder: Path | str, limit_gib: float | None, needed: list[str]) -> str:
-    """Deletes the least recently used shards beyond a limit, and returns a line about the cache to log.
+    """Deletes what was least recently used beyond a limit, and returns a line about the cache to log.
 
-    The paths in `needed` are marked as used now and are never deleted.
+    These are shards, and folders of class pictures as a whole. The paths in `needed` are marked as used now and are never
+    deleted.
     """
     for path in needed:
         with contextlib.suppress(OSError):
             os.utime(path)
     found = []
-    for path in (path for kind in ("latents", "prompts") for path in (Path(folder) / kind).glob("*.safetensors")):
-        with contextlib.suppress(OSError):  # another process may have deleted the file
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
+    for pattern in ("latents/*.safetensors", "prompts/*.safetensors", "class_pictures/*"):
+        for path in Path(folder).glob(pattern):
+            with contextlib.suppress(OSError):  # another process may have deleted the file
+                parts = [path, *path.glob("*")] if path.is_dir() else [path]
+                size = sum(part.stat().st_size for part in parts if part.is_file())
+                found.append((path.stat().st_mtime, size, path))
     total, deleted = sum(size for _, size, _ in found), 0
     kept = set(map(str, needed))
     for _, size, path in sorted(found, key=lambda row: row[:2]):
         if limit_gib is None or total <= limit_gib * 2**30 or str(path) in kept:
             continue
         with contextlib.suppress(OSError):
-            path.unlink()
+            remove_folder(path) if path.is_dir() else path.unlink()
             total, deleted = total - size, deleted + 1
     line = f"cache: {format_bytes(total)} in {folder}"
     if deleted:
-        line += f" (deleted the {deleted} least recently used files)"
+        line += f" (deleted the {counted(deleted, 'least recently used file')})"
     elif limit_gib is not None and total > limit_gib * 2**30:
         line += f" (over --latent_cache_limit {limit_gib:g}, but this run needs all of it)"
     return line
