@@ -120,8 +120,8 @@ def make_loss_meter(studio, base, pictures, *, device, folder, seed):
     from accelerate import Accelerator
 
     from text_to_image_lora.models.latents import LatentEncoder
-    from text_to_image_lora.models.loading import make_noise_scheduler
     from text_to_image_lora.models.prompts import PromptEncoder, choose_num_chunks, count_tokens
+    from text_to_image_lora.models.samplers import make_noise_scheduler
     from text_to_image_lora.reports.validation_loss import LossMeter, MeasuredModels, ValidationSet
     from text_to_image_lora.training.caching import Cache
     from text_to_image_lora.training.objective import Diffusion

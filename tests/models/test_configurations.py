@@ -8,8 +8,8 @@ import torch
 from conftest import refusal_of
 from safetensors.torch import load_file, save_file
 
-from text_to_image_lora.models.loading import find_base_model, load_components, make_noise_scheduler
-from text_to_image_lora.models.samplers import make_sampler
+from text_to_image_lora.models.loading import find_base_model, load_components
+from text_to_image_lora.models.samplers import make_noise_scheduler, make_sampler
 
 
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.models import loading
+from text_to_image_lora.models import loading, samplers
 from text_to_image_lora.models.modules import sample_identity, weights_identity
 
 
@@ -428,13 +428,13 @@ def test_weights_identity_is_that_of_the_weights(tiny_sd, single_file, config_on
 
 def test_the_noise_schedule_is_the_base_models(tiny_sd):
     scheduler_config = load(tiny_sd).scheduler_config
-    schedule = loading.make_noise_scheduler(scheduler_config)
+    schedule = samplers.make_noise_scheduler(scheduler_config)
     assert type(schedule) is diffusers.DDPMScheduler
     assert schedule.config.prediction_type == "epsilon"
     assert (schedule.config.beta_start, schedule.config.beta_end) == (0.00085, 0.012)
-    zero = loading.make_noise_scheduler(scheduler_config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    zero = samplers.make_noise_scheduler(scheduler_config, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert zero.alphas_cumprod[-1] == 0
     with pytest.raises(InputError, match="choose epsilon or v_prediction"):
-        loading.make_noise_scheduler({**scheduler_config, "prediction_type": "sample"})
+        samplers.make_noise_scheduler({**scheduler_config, "prediction_type": "sample"})
     with pytest.raises(InputError, match="needs --prediction_type v_prediction"):
-        loading.make_noise_scheduler({**scheduler_config, "rescale_betas_zero_snr": True})
+        samplers.make_noise_scheduler({**scheduler_config, "rescale_betas_zero_snr": True})

@@ -17,7 +17,7 @@ from text_to_image_lora.drawing.fits import check_lora_fits
 from text_to_image_lora.drawing.pipeline import Job, load_pipeline
 from text_to_image_lora.drawing.settings import Model
 from text_to_image_lora.errors import InputError
-from text_to_image_lora.models import kohya, loading, lora, lora_file, original_names, receipt
+from text_to_image_lora.models import kohya, loading, lora, lora_file, original_names, receipt, samplers
 from text_to_image_lora.models.families import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from text_to_image_lora.models.settings import LoraSettings
 from text_to_image_lora.pictures.transforms import Variation, apply_variation, corner_shown
@@ -310,7 +310,7 @@ def test_bases_of_other_families_are_refused_by_name(tiny_sd, xl_file, tmp_path)
         ):
             loading.find_base_model(str(tmp_path / "other.safetensors"))
     with pytest.raises(InputError, match="a EDMEulerScheduler, a kind of diffusion that can't be trained here"):
-        loading.make_noise_scheduler({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5})
+        samplers.make_noise_scheduler({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5})
 
 
 def test_a_unet_that_is_not_what_the_folder_says(tiny_xl, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError, is_out_of_memory
 from ..files import check_regular, reason_of
-from ..small_files import AGAIN, Values, is_kind
+from ..small_files import Values, is_kind
 from .base_model import BaseModel, ConfigFiles, find_families, find_family, from_hub, locate
 from .configurations import check_part
 from .families import STABLE_DIFFUSION, TextEncoder, family_by_marks
@@ -309,35 +309,3 @@ def _check_denoiser(base, vae, unet):
         )
     if family_by_marks(unet.config) is not base.family:
         raise ValueError(f"it is not of the family of {base.family.name}")
-
-
-def make_noise_scheduler(
-    scheduler_config: dict[str, Any], *, prediction_type: str | None = None, rescale_betas_zero_snr: bool = False
-) -> Any:
-    """Makes the noise scheduler (DDPM) for training; zero terminal SNR is that of Lin et al., 2023 (arXiv:2305.08891).
-
-    The rescaling is part of the scheduler's configuration, so it affects everything computed from `alphas_cumprod`.
-    """
-    import diffusers
-
-    kind = scheduler_config.get("_class_name", "")
-    if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
-        raise InputError(f"The base model's scheduler is a {kind}, a kind of diffusion that can't be trained here.")
-    changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type is not None else {}
-    if rescale_betas_zero_snr:
-        changes["rescale_betas_zero_snr"] = True
-    try:
-        noise_scheduler: Any = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
-    except Exception as error:  # the scheduler raises many kinds of exceptions for unusable values
-        raise InputError(f"The base model's scheduler can't be used ({reason_of(error)}). {AGAIN}") from error
-    config = noise_scheduler.config
-    if not bool(noise_scheduler.alphas_cumprod.isfinite().all()):
-        raise InputError(f"The base model's noise schedule is not finite. {AGAIN}")
-    if config.prediction_type not in ("epsilon", "v_prediction"):
-        raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
-        raise InputError(
-            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR, the noise contains no information "
-            "about the picture."
-        )
-    return noise_scheduler

@@ -1,7 +1,11 @@
-"""Samplers for drawing pictures, by the names that --scheduler accepts."""
+"""The noise scheduler of training, and the samplers that draw pictures, by the names that --scheduler accepts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..files import reason_of
+from ..small_files import AGAIN
 
 
 class Sampler(NamedTuple):
@@ -63,3 +67,35 @@ def make_sampler(
     if zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     return getattr(diffusers, sampler.scheduler).from_config(scheduler_config, **changes)
+
+
+def make_noise_scheduler(
+    scheduler_config: dict[str, Any], *, prediction_type: str | None = None, rescale_betas_zero_snr: bool = False
+) -> Any:
+    """Makes the noise scheduler (DDPM) for training; zero terminal SNR is that of Lin et al., 2023 (arXiv:2305.08891).
+
+    The rescaling is part of the scheduler's configuration, so it affects everything computed from `alphas_cumprod`.
+    """
+    import diffusers
+
+    kind = scheduler_config.get("_class_name", "")
+    if "beta_schedule" not in scheduler_config and kind.startswith(("EDM", "FlowMatch")):
+        raise InputError(f"The base model's scheduler is a {kind}, a kind of diffusion that can't be trained here.")
+    changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type is not None else {}
+    if rescale_betas_zero_snr:
+        changes["rescale_betas_zero_snr"] = True
+    try:
+        noise_scheduler: Any = diffusers.DDPMScheduler.from_config(scheduler_config, **changes)
+    except Exception as error:  # the scheduler raises many kinds of exceptions for unusable values
+        raise InputError(f"The base model's scheduler can't be used ({reason_of(error)}). {AGAIN}") from error
+    config = noise_scheduler.config
+    if not bool(noise_scheduler.alphas_cumprod.isfinite().all()):
+        raise InputError(f"The base model's noise schedule is not finite. {AGAIN}")
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise InputError(f"--prediction_type {config.prediction_type}: choose epsilon or v_prediction.")
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise InputError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction: at zero SNR, the noise contains no information "
+            "about the picture."
+        )
+    return noise_scheduler

@@ -256,8 +256,8 @@ def _open(job, accelerator):
     import diffusers
     import transformers
 
-    from ..models.loading import make_noise_scheduler
     from ..models.modules import dtype_of
+    from ..models.samplers import make_noise_scheduler
 
     device, dtype = accelerator.device, dtype_of(accelerator.mixed_precision)
     libraries = [module.utils.logging for module in (diffusers, transformers)]

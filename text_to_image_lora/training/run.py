@@ -15,7 +15,7 @@ import torch
 from ..command_line import iterate_flags, plain
 from ..errors import InputError
 from ..files import counted, reason_of
-from ..models import kohya, loading, lora, lora_file, modules, prompts
+from ..models import kohya, loading, lora, lora_file, modules, prompts, samplers
 from ..models.latents import LatentEncoder
 from ..models.prompts import PromptEncoder
 from ..models.settings import LoraSettings
@@ -216,7 +216,7 @@ def load_models(settings: Any, run: Run, accelerator: Any) -> Models:
         preview = write_preview(settings.data.preview_data, run.pictures, run.sampler, run.variations, remove_concept)
         logger.info(preview)
     diffusion = Diffusion(
-        loading.make_noise_scheduler(
+        samplers.make_noise_scheduler(
             loaded.scheduler_config,
             prediction_type=settings.timesteps.prediction_type,
             rescale_betas_zero_snr=settings.timesteps.rescale_betas_zero_snr,
