@@ -258,3 +258,10 @@ def test_a_page_without_tables_can_only_be_read(page_of, tmp_path):
     assert "can't be edited here" in text
     assert len(data["items"]) == 5
     assert all("row" not in item for item in data["items"])
+
+
+def test_the_report_of_the_run_links_to_it(train):
+    out = train(dry_run=True)
+    assert (out / "dataset.html").is_file()
+    train()
+    assert '<a href="dataset.html">' in (out / "report.html").read_text()

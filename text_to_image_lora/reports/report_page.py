@@ -16,6 +16,7 @@ from .about import FILE as ABOUT
 from .about import encode_image
 from .caption_check import FILE as CAPTION_CHECK
 from .curves import COLOURS, make_charts, make_comparison_charts
+from .dataset_page import FILE as DATASET_PAGE
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
 from .private_folders import folders_to_hide
@@ -73,7 +74,8 @@ def write_page(output_dir: str | Path) -> Path:
         path, "run.html", [run], title=run.name, answer=answer, step=run.step, num_steps=run.settings.get("max_train_steps"),
         take=take, files=[_link_lora(file, path) for file in run.files], charts=make_charts(run.numbers.curves), dataset=dataset,
         findings=list(_findings(dataset)), command=re.split(" (?=--)", run.about.get("command", "")), machine=run.about.get("machine"),
-        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), captions=read_caption_check(run.folder / CAPTION_CHECK), **samples,
+        versions=run.about.get("versions"), settings=run.settings, derived=find_derived(run), equal=list(map(describe_equal, equal)), captions=read_caption_check(run.folder / CAPTION_CHECK),
+        dry_run=DATASET_PAGE if (run.folder / DATASET_PAGE).is_file() else None, **samples,
     )  # fmt: skip
     return path
 
