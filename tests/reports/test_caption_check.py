@@ -19,6 +19,7 @@ from PIL import Image
 
 from text_to_image_lora.errors import Stopped
 from text_to_image_lora.reports import caption_check, report_page
+from text_to_image_lora.reports.read_about import CAPTION_CHECK
 from text_to_image_lora.reports.validation_loss import LossMeter, ValidationSet
 from text_to_image_lora.training.checkpoint import read_state
 
@@ -27,7 +28,7 @@ MANY = [f"a {colour} {kind}" for colour in ("red", "blue", "green") for kind in 
 
 
 def found_in(folder):
-    return json.loads((folder / caption_check.FILE).read_text())
+    return json.loads((folder / CAPTION_CHECK).read_text())
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_it_changes_nothing_else(train, many, tmp_path):
     one = train(train_data_dir=many, output_dir=tmp_path / "one")
     two = train(train_data_dir=many, output_dir=tmp_path / "two", check_captions=True)
     assert_same_weights(one, two)
-    assert not (one / caption_check.FILE).exists()
+    assert not (one / CAPTION_CHECK).exists()
 
 
 def test_two_processes_equal_one(train, arguments, many, tmp_path):
@@ -184,7 +185,7 @@ def test_a_run_that_is_stopped_in_it_does_it_when_it_is_resumed(train, many, tmp
         with pytest.raises(Stopped):
             train(**flags)
     out = tmp_path / "out"
-    assert not (out / caption_check.FILE).exists()
+    assert not (out / CAPTION_CHECK).exists()
     assert read_state(out / "checkpoint-2")[0].due == ["captions"]
     assert found_in(train(**flags)) == straight
 
@@ -202,7 +203,7 @@ def test_a_result_is_not_kept_for_another_run(train, many):
     out = train(train_data_dir=many, check_captions=True)
     assert found_in(train(train_data_dir=many, max_train_steps=4))["step"] == 2, "the page says after which step"
     train(train_data_dir=many, resume_from_checkpoint="none", seed=1)
-    assert not (out / caption_check.FILE).exists()
+    assert not (out / CAPTION_CHECK).exists()
 
 
 def test_it_is_done_when_each_picture_has_been_seen_three_times(train, many, tmp_path):
@@ -226,7 +227,7 @@ def test_what_can_not_be_compared_is_said(train, tmp_path, said, count, captions
     folder = write_pictures(tmp_path / "some", count=count, captions=captions)
     out = train(train_data_dir=folder, check_captions=True)
     assert f"captions: not checked, because {reason}" in said
-    assert not (out / caption_check.FILE).exists()
+    assert not (out / CAPTION_CHECK).exists()
 
 
 def test_pictures_have_to_be_in_the_cache(train):
@@ -239,12 +240,12 @@ def test_pictures_have_to_be_in_the_cache(train):
 @pytest.mark.parametrize("change", [{"count": "two"}, {"step": None}, {"first": [{"source": 3}], "count": 1}])
 def test_a_file_of_the_wrong_kind_is_refused_and_replaced_by_the_next_check(train, many, change):
     out = train(train_data_dir=many, check_captions=True)
-    (out / caption_check.FILE).write_text(json.dumps(found_in(out) | change))
-    assert caption_check.FILE in refusal_of(report_page.write_page, out)
+    (out / CAPTION_CHECK).write_text(json.dumps(found_in(out) | change))
+    assert CAPTION_CHECK in refusal_of(report_page.write_page, out)
     assert found_in(train(train_data_dir=many, check_captions=True))["step"] == 2
 
 
 def test_a_page_without_doubtful_captions_says_so(train, many):
     out = train(train_data_dir=many, check_captions=True)
-    (out / caption_check.FILE).write_text(json.dumps(found_in(out) | {"count": 0, "first": []}))
+    (out / CAPTION_CHECK).write_text(json.dumps(found_in(out) | {"count": 0, "first": []}))
     assert "explained its picture about as well" in report_page.write_page(out).read_text()

@@ -20,12 +20,11 @@ import numpy as np
 from ..errors import InputError
 from ..files import counted, printable, write_whole
 from .about import describe_picture
-from .read_about import read_caption_check
+from .read_about import CAPTION_CHECK, read_caption_check
 from .validation_loss import LossMeter, ValidationSet, strata
 
 
 logger = logging.getLogger(__name__)
-FILE = "caption_check.json"
 NUM_OTHERS = 8  # captions of other pictures that each picture is measured with
 STRATA = (2, 4, 6)  # of the timesteps; at the others, captions change less
 LOOKS = 3  # times that a picture has been seen
@@ -65,7 +64,7 @@ def judge(own: np.ndarray, others: np.ndarray) -> list[Judged]:
 
 
 class CaptionCheck:
-    """Checks the captions of a run's own training pictures, which must be in the cache; writes `FILE` for the report."""
+    """Checks the captions of a run's own training pictures, which must be in the cache; writes `CAPTION_CHECK` for the report."""
 
     def __init__(self, training: Any, models: Any, run: Any, *, accelerator: Any, output_dir: str | Path):
         pictures, sampler = training.pictures, run.sampler
@@ -77,7 +76,7 @@ class CaptionCheck:
         self.measure = LossMeter(
             models, seed=run.seed, accelerator=accelerator, timesteps=[timesteps[k] for k in STRATA]
         )
-        self.accelerator, self.path = accelerator, Path(output_dir) / FILE
+        self.accelerator, self.path = accelerator, Path(output_dir) / CAPTION_CHECK
 
     def is_done(self) -> bool:
         """Returns whether the captions were checked; asked of the main process only."""
@@ -112,7 +111,7 @@ class CaptionCheck:
 
 def discard_later(output_dir: str | Path, step: int) -> None:
     """Deletes the file of an earlier run, or of a later step than the one from which a run is resumed."""
-    path = Path(output_dir) / FILE
+    path = Path(output_dir) / CAPTION_CHECK
     if path.is_file() and not 0 < _step(path) <= step:
         path.unlink()
 

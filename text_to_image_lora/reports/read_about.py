@@ -8,6 +8,7 @@ from ..small_files import Values, read_json
 
 REMEDY = "Restore the file, or delete it if the run is to be reported without it."
 NUMBERS = ("pictures", "captions", "different_captions", "validated", "samples_an_epoch", "steps_an_epoch")
+CAPTION_CHECK = "caption_check.json"  # the file of --check_captions in the output folder
 TABLES = ("sizes", "concepts", "repeats")
 
 

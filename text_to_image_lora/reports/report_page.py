@@ -14,13 +14,12 @@ from ..files import reason_of, shorten_paths
 from ..pictures.sheets import tell_apart
 from .about import FILE as ABOUT
 from .about import encode_image
-from .caption_check import FILE as CAPTION_CHECK
 from .curves import COLOURS, make_charts, make_comparison_charts
 from .dataset_page import FILE as DATASET_PAGE
 from .equal_files import describe_equal, find_equal
 from .numbers import FILE as METRICS
 from .private_folders import folders_to_hide
-from .read_about import read_caption_check
+from .read_about import CAPTION_CHECK, read_caption_check
 from .render import data, render, script
 from .runs import Answer, LoraFile, RecordedRun, make_answer, open_sample, read_run
 
