@@ -126,10 +126,10 @@ def _step(path):
 def describe(found: dict[str, Any]) -> str:
     """Returns the result in a sentence or two."""
     if not found["count"]:
-        return f"captions: each of the {found['pictures']} fits its picture about as well as the others fit theirs"
+        return f"captions: each of the {found['pictures']} fits its picture about as well as the others do"
     names = [f"{printable(row['source'])} ('{printable(row['captions'][0])}')" for row in found["first"][:3]]
     more = f" and {found['count'] - len(names)} more" if found["count"] > len(names) else ""
     return (
-        f"captions: {found['count']} of {found['pictures']} may be wrong, for they fit their pictures much worse than the others "
-        f"fit theirs: {', '.join(names)}{more}. See report.html"
+        f"captions: {found['count']} of {found['pictures']} may be wrong: they fit their pictures much less well than the "
+        f"others do: {', '.join(names)}{more}. See report.html"
     )
