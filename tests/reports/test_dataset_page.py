@@ -19,9 +19,10 @@ def content(page):
     return json.loads(re.search(r'id="content">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
-def tables_of(*folders, captions=None, **flags):
+def tables_of(*folders, captions=None, archives="archives", **flags):
     data = settings.DataSettings(train_data_dir=tuple(map(str, folders)), **flags)
-    return caption_tables.caption_tables(ReadOptions(data, settings.CaptionSettings(**(captions or {}))))
+    options = ReadOptions(data, settings.CaptionSettings(**(captions or {})), archive_dir=archives)
+    return caption_tables.caption_tables(options)
 
 
 def save(tables, folder):
@@ -147,7 +148,8 @@ def test_captions_are_those_of_the_files(tmp_path, make):
 def test_archives_and_stored_datasets_have_no_tables(tmp_path):
     folder = with_txt(tmp_path / "set")
     shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
-    assert [each.folder for each in tables_of(folder, tmp_path / "packed.zip")] == [folder]
+    tables = tables_of(folder, tmp_path / "packed.zip", archives=tmp_path / "archives")
+    assert [each.folder for each in tables] == [folder]
     cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(folder.glob("*.png"))]
     rows = datasets.Dataset.from_dict({"image": cells, "text": ["a caption"] * 5})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "stored" / "a.parquet")
