@@ -64,7 +64,6 @@ from text_to_image_lora.pictures.settings import (
 from text_to_image_lora.reports.settings import SampleSettings, SharingSettings, TrackingSettings, ValidationSettings
 from text_to_image_lora.training import interruption
 from text_to_image_lora.training.ending import end
-from text_to_image_lora.training.inputs import find_inputs
 from text_to_image_lora.training.launcher import check_launcher
 from text_to_image_lora.training.learning_settings import OptimizerSettings, ScheduleSettings
 from text_to_image_lora.training.objective_settings import LossSettings, PreservationSettings, TimestepSettings
@@ -124,6 +123,8 @@ def main(settings: Settings) -> None:
     started = time.monotonic()
     interruption.listen(settings.run.max_seconds)
     trackers = settings.tracking.trackers
+    from text_to_image_lora.training.inputs import find_inputs  # which --help and a wrong flag need not wait for
+
     check_launcher()
     quiet_libraries()
     is_main_process = os.environ.get("RANK", "0") == "0"
