@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	@echo "Before and after picture: $(RUN)/pictures/comparison.png"
 	@echo "How the run went:         $(RUN)/report.html"
 
-# The fast tests, on two workers: about 11 minutes on 2 cores.
+# The fast tests, on two workers: about 12 minutes on 2 cores.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
