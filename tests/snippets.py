@@ -182,6 +182,7 @@ GIVEN = {
     "README.md": "PICTURES photo.jpg",
     "docs/captions.md": "my-dog my-puppy my-cat my-house my-drawings",
     "docs/masks.md": "my-dog my-jacket",
+    "docs/data.md": "my-dog",
     "docs/evaluation.md": "PICTURES knights knights/best knights/checkpoint-1 four class",
     "docs/findings.md": "other/weapons sweeps/stop/trial-0000/best",
     "docs/sharing.md": "PICTURES big.safetensors a.safetensors b",
