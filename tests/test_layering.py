@@ -163,7 +163,7 @@ ASSEMBLERS = {
     "training.trials": "compile_denoiser",
     "reports.about": "describe_run write_about_run",
     "reports.checkpoints": "__init__",
-    "reports.dry_run": "report _write_page _cache_bytes _memory",
+    "reports.dry_run": "report _write_preview _write_page _cache_bytes _memory",
     "reports.model_card": "settings_that_matter upload_run",
     "reports.reports": "start_reports make_judge __init__",
     "reports.sample_pictures": "make_painter",

@@ -118,12 +118,15 @@ MAKERS = [
 NAMES = ["jsonl", "csv", "parquet", "caption_files", "kohya", "trigger_class", "instance", "nested"]
 
 
+def flags_of(make, folder):
+    """Makes a dataset in a folder, and returns the flags about captions that it needs."""
+    folder.mkdir()
+    return make(folder).get("captions", {})
+
+
 @pytest.mark.parametrize("make", MAKERS, ids=NAMES)
 def test_captions_saved_without_an_edit_make_an_equal_dataset(tmp_path, make):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    options = make(folder)
-    flags = options.get("captions", {})
+    folder, flags = tmp_path / "set", flags_of(make, tmp_path / "set")
     before, tables = seen(folder, **flags), tables_of(folder, captions=flags)
     save(tables, folder)
     concepts = {"concept_column": "concept"} if any(each.concepts for each in tables) else {}
@@ -137,10 +140,7 @@ def test_captions_saved_without_an_edit_make_an_equal_dataset(tmp_path, make):
 @pytest.mark.parametrize("make", MAKERS, ids=NAMES)
 def test_captions_are_those_of_the_files(tmp_path, make):
     """Neither the trigger word nor the pictures that a run leaves out get lost, or are saved twice."""
-    folder = tmp_path / "set"
-    folder.mkdir()
-    options = make(folder)
-    plain = options.get("captions", {})
+    folder, plain = tmp_path / "set", flags_of(make, tmp_path / "set")
     words = plain | {"trigger_word": "sks", "caption_prefix": "painting: ", "caption_suffix": ", oil"}
     assert tables_of(folder, captions=words, max_train_samples=1) == tables_of(folder, captions=plain)
 

@@ -125,10 +125,8 @@ def _in_srgb(image: Any) -> Any:
     profile = image.info.get("icc_profile")
     if not profile:
         return image
-    if "transparency" in image.info or image.mode in (
-        "P",
-        "PA",
-    ):  # the transparent colour is one before the conversion
+    # The transparent colour is one before the conversion.
+    if "transparency" in image.info or image.mode in ("P", "PA"):
         opaque = "transparency" not in image.info and image.mode == "P"
         image = image.convert("RGB" if opaque else "LA" if image.mode == "L" else "RGBA")
     if image.mode not in ("RGB", "RGBA", "CMYK", "L", "LA"):

@@ -42,9 +42,8 @@ def describe_run(settings: Any, run: Any) -> dict[str, Any]:
         "max_train_steps": run.num_steps,
         "lr_warmup_steps": run.num_warmup_steps,
     }
-    plain = {
-        name: value for name, value in run.identity.items() if not isinstance(value, dict)
-    }  # no models' configurations
+    # Without the configurations of the models.
+    plain = {name: value for name, value in run.identity.items() if not isinstance(value, dict)}
     whole = recorded_values(settings) | settled | plain
     return {k: v for k, v in whole.items() if v not in (None, []) and k != "validation_prompt"}
 

@@ -3,7 +3,7 @@
 A caption that says what is to be seen lowers the loss of its picture more than a caption of another picture does, at equal
 noise. How much it does differs between pictures, so each is compared with the others, by median and median deviation. The LoRA
 has to know the kind of pictures for that, but learns wrong captions too in the end: so the pictures are measured when they
-have been seen a few times (figures in docs/data.md).
+have been seen a few times (figures in docs/findings.md).
 """
 
 import contextlib

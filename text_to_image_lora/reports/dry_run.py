@@ -1,6 +1,7 @@
 """--dry_run: a report about the dataset, its faults, and the memory that a run would take."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,14 @@ from . import dataset_page
 
 
 def report(settings: Any, found: inputs.Inputs) -> None:
-    """Prints the report, and writes --output_dir/dataset.json and the file of --preview_data.
+    """Prints the report, and writes dataset.json and dataset.html to --output_dir, and the file of --preview_data.
 
     Loads no model except the tokenizer. Raises `InputError` where training would.
     """
     base, left_out = found.base, found.left_out
     images = found.class_images
     not_drawn = {} if images is None else {images.recipe(i): images.fact(i) for i in images.missing()}
-
-    def usable(records):
-        recipes = records["recipe"][:]
-        there = [i for i, recipe in enumerate(recipes) if recipe not in not_drawn]
-        good, bad = examine.examine(records, there, alpha_mask=settings.data.alpha_mask)
-        good |= {i: not_drawn[recipe] for i, recipe in enumerate(recipes) if recipe in not_drawn}
-        left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
-        return examine.select_usable(records, good, bad)
-
+    usable = partial(_usable, left_out=left_out, not_drawn=not_drawn, alpha_mask=settings.data.alpha_mask)
     pictures, validated = inputs.make_picture_sets(settings, found, usable)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, world_size)
@@ -66,26 +59,12 @@ def report(settings: Any, found: inputs.Inputs) -> None:
     report_file = Path(settings.run.output_dir) / inputs.REPORT_NAME
     inspection.write_report(described | {"memory_bytes": needs and needs._asdict()}, report_file)
     limit = described["tokens"] and described["tokens"]["limit"]
-    too_many = [i for i, group in enumerate(token_counts or []) if limit is not None and max(group) > limit]
-    page = _write_page(settings, found, each_once, validated, own_found, too_many, left_out)
-    print(
-        "\n".join(
-            [
-                *memory_lines,
-                "",
-                f"full report: {report_file}",
-                f"the pictures, to look through, and to edit their captions: {page}",
-            ]
-        )
-    )
+    cut = [i for i, group in enumerate(token_counts or []) if limit is not None and max(group) > limit]
+    page = _write_page(settings, found, each_once, validated, own_found, cut)
+    files = [f"full report: {report_file}", f"the pictures, to look through, and to edit their captions: {page}"]
+    print("\n".join([*memory_lines, "", *files]))
     if settings.data.preview_data is not None:
-        drawn = [i for i, recipe in enumerate(pictures.records["recipe"]) if recipe not in not_drawn]
-        if len(drawn) < len(pictures):
-            pictures = pictures.select(drawn)
-            sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, world_size)
-        variations = settings.cache.num_variations(settings.augmentation)
-        remove_concept = inputs.concept_of_run(settings, pictures.records)
-        print(inspection.write_preview(settings.data.preview_data, pictures, sampler, variations, remove_concept))
+        print(_write_preview(settings, pictures, sampler, not_drawn))
     if too_long is not None:
         raise too_long
     if left_out and not settings.data.skip_bad_images:
@@ -96,8 +75,32 @@ def report(settings: Any, found: inputs.Inputs) -> None:
         )
 
 
-def _write_page(settings, found, each_once, validated, own_found, too_many, left_out):
-    """Writes dataset.html, and returns its path."""
+def _usable(records, *, left_out, not_drawn, alpha_mask):
+    """Returns the records of the pictures that can be used, and their `Picture`s; adds the others to `left_out`.
+
+    `not_drawn` has the `Picture` of each class picture that is still to be drawn, by its recipe.
+    """
+    recipes = records["recipe"][:]
+    there = [i for i, recipe in enumerate(recipes) if recipe not in not_drawn]
+    good, bad = examine.examine(records, there, alpha_mask=alpha_mask)
+    good |= {i: not_drawn[recipe] for i, recipe in enumerate(recipes) if recipe in not_drawn}
+    left_out.extend((records[index]["source"], reason) for index, reason in sorted(bad.items()))
+    return examine.select_usable(records, good, bad)
+
+
+def _write_preview(settings, pictures, sampler, not_drawn):
+    """Writes the file of --preview_data, without the class pictures that are still to be drawn; returns a line about it."""
+    drawn = [i for i, recipe in enumerate(pictures.records["recipe"]) if recipe not in not_drawn]
+    if len(drawn) < len(pictures):
+        pictures = pictures.select(drawn)
+        sampler = make_run_sampler(settings, pictures, settings.run.seed or 0, 0, sampler.world_size)
+    variations = settings.cache.num_variations(settings.augmentation)
+    remove_concept = inputs.concept_of_run(settings, pictures.records)
+    return inspection.write_preview(settings.data.preview_data, pictures, sampler, variations, remove_concept)
+
+
+def _write_page(settings, found, each_once, validated, own_found, cut):
+    """Writes dataset.html, and returns its path; `cut` has the indices of the pictures whose captions are truncated."""
     page = Path(settings.run.output_dir) / dataset_page.FILE
     with log.quiet("pictures"):
         tables = caption_tables(inputs.reading_of(settings))
@@ -109,7 +112,7 @@ def _write_page(settings, found, each_once, validated, own_found, too_many, left
         else []
     )
     held_out = validated if settings.validation.validation_data_dir is None else None
-    data = dataset_page.Data(each_once, held_out, own_found, too_many, left_out, tables, remarks)
+    data = dataset_page.Data(each_once, held_out, own_found, cut, found.left_out, tables, remarks)
     dataset_page.write_dataset_page(page, data, title=f"Pictures for {Path(settings.run.output_dir).resolve().name}")
     return page
 

@@ -50,7 +50,7 @@ def start_reports(
             cached.training, measured, run, accelerator=accelerator, output_dir=output_dir
         )
     checkpoints = Checkpoints(settings, run, models, learning, described)
-    return RunReports(settings, run, judge, captions, painter, checkpoints, metrics_file, accelerator)
+    return RunReports(settings, run, judge, captions, painter, checkpoints, accelerator)
 
 
 def make_judge(
@@ -76,7 +76,7 @@ class RunReports:
     `ending` is the exception that the run ends with, or None for a run that has completed all steps.
     """
 
-    def __init__(self, settings, run, judge, captions, painter, checkpoints, metrics_file, accelerator):
+    def __init__(self, settings, run, judge, captions, painter, checkpoints, accelerator):
         self.settings, self.run = settings, run
         self.accelerator, self.checkpoints = accelerator, checkpoints
         self.learning = checkpoints.learning
@@ -86,7 +86,7 @@ class RunReports:
         self.progress: Any = None
         self.pauses = self._plan_pauses()
         self.metrics = metrics.StepMetrics(
-            accelerator, metrics_file, run.num_steps, self.output_dir, ways_to_save_memory(settings), self.pauses,
+            accelerator, judge.metrics_file, run.num_steps, self.output_dir, ways_to_save_memory(settings), self.pauses,
             StepResolutions(run.sampler, run.pictures.sizes, settings.sizes.sides(run.base)),
         )  # fmt: skip
 

@@ -200,9 +200,8 @@ def _draw_blocks(images, blocks, accelerator):
     from tqdm.auto import tqdm
 
     studio, source = _open(images.job, accelerator)
-    if (
-        files_identity(images.job.base.model) != images.base_identity
-    ):  # or these pictures would be taken for those of others
+    # Otherwise these pictures would be taken for those of the files that were planned with.
+    if files_identity(images.job.base.model) != images.base_identity:
         raise TrainingError(
             f"{images.job.base.model.source}: the files were changed while they were loaded. Run the same command again."
         )
